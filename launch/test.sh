@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The tests. Arguments go to pytest:
+#   bash launch/test.sh                    the fast ones
+#   bash launch/test.sh -m slow            the slow ones
+#   bash launch/test.sh tests/test_evals.py -k win_rate
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+ensure_environment test
+cd "$checkout"
+exec "$venv/bin/python" -m pytest "$@"

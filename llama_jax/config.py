@@ -1,0 +1,109 @@
+"""The border between a run's ConfigDict and the frozen dataclasses that the library works with.
+
+A command reads `--config=configs/<stage>.py:<size>`, and `parse` turns the locked ConfigDict into the stage's dataclass
+exactly once: every key must exist, every field must be there, every value must have the declared type. Behind this border
+nothing looks at a ConfigDict again. `describe` and `differences` serve resuming: a run refuses to go on under another config.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field, what was expected and what came."""
+
+
+def parse(cls: type[Config], values: Mapping[str, Any], *, where: str = "config") -> Config:
+    """Builds the frozen dataclass `cls` from a (nested) mapping such as a ConfigDict.
+
+    Raises:
+      ConfigError: for an unknown key (naming the nearest field), a missing field or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(fields)}"
+            raise ConfigError(f"{where}.{key}: unknown field of {cls.__name__}{hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name}: missing; {cls.__name__} needs a {_name(hints[name])} here")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a dataclass's own check of its values
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in parameters:
+            return None
+        (hint,) = (parameter for parameter in parameters if parameter is not type(None))
+        return _convert(hint, value, where)
+    if origin is typing.Literal:
+        if value not in parameters:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, parameters))}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected the fields of {hint.__name__}, got {value!r}")
+        return parse(hint, value, where=where)
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+        value_hint = parameters[1] if parameters else Any
+        return {str(key): _convert(value_hint, item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (tuple, list) or hint in (tuple, list):
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise ConfigError(f"{where}: expected a sequence, got {value!r}")
+        item_hint = parameters[0] if parameters else Any
+        return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where}: expected a {_name(hint)}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A dataclass as plain nested JSON values, to be stored beside a checkpoint."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: describe(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): describe(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [describe(value) for value in config]
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """Lines `field: old -> new` for every leaf in which two described configs differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, prefix=f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines

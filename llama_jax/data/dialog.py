@@ -1,0 +1,149 @@
+"""Chat format to ids and loss mask: the encoding of Llama 2-Chat (sections 3.1 and 3.3; reference `chat_completion`).
+
+A finished pair of turns is the one string `[INST] {user} [/INST] {answer} ` between BOS and EOS; the open
+last turn is `[INST] {user} [/INST]` after BOS. A system message stands inside the first user turn. Pairs are
+encoded one by one and their ids joined, so every pair has its own BOS and its own SentencePiece leading
+space. The tags are plain text, no vocabulary entries, hence a message that contains one could forge a turn
+and is refused.
+
+Loss: zero on the prompt (section 3.1), so what trains is `answer`, its closing space and EOS.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama_jax.data.tokenizer import Tokenizer
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
+ROLES = ("system", "user", "assistant")
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EncodedDialog:
+    """Ids of a finished dialog and, for each, whether it is a target of the loss. Both lists have the same length."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+def check_messages(messages: Any, where: str = "messages") -> None:
+    """Refuses what is no dialog: ValueError that begins with `where` (say "file:line") and names message and field.
+
+    A dialog is an optional system message, then user and assistant in turn, beginning with user, at least
+    one.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise ValueError(f"{where}: messages: expected a list, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError(f"{where}: messages: expected at least one, got an empty list")
+    for i, message in enumerate(messages):
+        field = f"{where}: messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{field}: expected an object, got {type(message).__name__}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise ValueError(f"{field}.{key}: missing")
+            if not isinstance(message[key], str):
+                raise ValueError(f"{field}.{key}: expected a string, got {type(message[key]).__name__}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{field}.role: expected one of {', '.join(ROLES)}, got {message['role']!r}")
+        if (tag := find_tag(message["content"])) is not None:
+            raise ValueError(f"{field}.content: holds the chat tag {tag!r}, which could forge a turn")
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    offset = len(messages) - len(turns)
+    if not turns:
+        raise ValueError(
+            f"{where}: messages: a system message alone is no dialog, expected a user message after it"
+        )
+    for i, turn in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if turn["role"] != expected:
+            raise ValueError(
+                f"{where}: messages[{i + offset}].role: expected {expected!r} (roles alternate), got {turn['role']!r}"
+            )
+
+
+def find_tag(text: str) -> str | None:
+    """The first chat tag inside `text`, or None. Sampled answers that hold one must not enter a later dialog."""
+    return next((tag for tag in TAGS if tag in text), None)
+
+
+def encode_dialog(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    train_on: Literal["all", "last"] = "all",
+    where: str = "messages",
+) -> EncodedDialog:
+    """Encodes a dialog that ends with the assistant; `train_on` "last" supervises only its last answer."""
+    if train_on not in ("all", "last"):
+        raise ValueError(f"train_on: expected 'all' or 'last', got {train_on!r}")
+    check_messages(messages, where)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}"
+        )
+    ids, supervised = [], []
+    turns = _merge_system(messages)
+    for i in range(0, len(turns), 2):
+        pair, answer_start = _encode_pair(turns[i], turns[i + 1], tokenizer)
+        trains = train_on == "all" or i + 2 == len(turns)
+        ids += pair
+        supervised += [False] * answer_start + [trains] * (len(pair) - answer_start)
+    return EncodedDialog(ids, supervised)
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "messages") -> list[int]:
+    """Ids to answer: finished pairs, then BOS and the open user turn. The messages must end with the user."""
+    check_messages(messages, where)
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}"
+        )
+    turns = _merge_system(messages)
+    ids = []
+    for i in range(0, len(turns) - 1, 2):
+        ids += _encode_pair(turns[i], turns[i + 1], tokenizer)[0]
+    return ids + tokenizer.encode(_open_turn(turns[-1]), bos=True)
+
+
+def decode_response(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool]:
+    """Text of a sampled answer, stripped, cut at the first EOS; and whether there was one."""
+    ids = [int(i) for i in ids]
+    ended = tokenizer.eos_id in ids
+    if ended:
+        ids = ids[: ids.index(tokenizer.eos_id)]
+    return tokenizer.decode(ids).strip(), ended
+
+
+def _merge_system(messages: Sequence[Message]) -> list[str]:
+    """Contents of the turns, system text inside the first user turn; stripped after the merge, as the reference does."""
+    if messages[0]["role"] == "system":
+        first = B_SYS + messages[0]["content"] + E_SYS + messages[1]["content"]
+        contents = [first, *(message["content"] for message in messages[2:])]
+    else:
+        contents = [message["content"] for message in messages]
+    return [content.strip() for content in contents]
+
+
+def _open_turn(user: str) -> str:
+    return f"{B_INST} {user} {E_INST}"
+
+
+def _encode_pair(user: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Ids of one finished pair with BOS and EOS, and the index of the first id of the answer."""
+    prompt = tokenizer.encode(_open_turn(user), bos=True)
+    pair = tokenizer.encode(f"{_open_turn(user)} {answer} ", bos=True, eos=True)
+    # Pieces end before a space, so the prompt's ids begin the pair's. A tokenizer that merges across spaces
+    # would move the border between prompt and answer and train on (or hide) the wrong tokens.
+    if pair[: len(prompt)] != prompt:
+        raise ValueError(
+            f"tokenizer {tokenizer.path}: a piece reaches from {E_INST!r} into the answer {answer[:20]!r}, "
+            "so prompt and answer have no common border"
+        )
+    return pair, len(prompt)

@@ -1,0 +1,268 @@
+"""Batches as pure functions of (seed, step), so that resuming is a step number on any number of hosts.
+
+Order comes from Grain's `MapDataset`: a global shuffle computed index by index (nothing is held, nothing is
+replayed), a new one for each epoch, and a weighted mixture of sources (paper section 2.1). Every process
+asks for the same global batch and takes its contiguous slice of the rows, so the batch does not depend on
+how many processes there are.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import grain
+import numpy as np
+
+from llama_jax.data.blocks import block_ids, block_length_of
+from llama_jax.data.tokenizer import BOS_ID
+
+
+@flax.struct.dataclass
+class TokenBatch:
+    """Token rows. Padding is id 0 in segment 0; weights 0 mark targets that are not trained on or do not exist."""
+
+    tokens: Any  # [B, T] int32
+    targets: Any  # [B, T] int32, the next token inside the segment
+    weights: Any  # [B, T] float32
+    segment_ids: Any  # [B, T] int32, 1.. and 0 for padding
+    positions: Any  # [B, T] int32, from 0 in each segment
+
+
+def stack_rows(rows: Sequence[TokenBatch]) -> TokenBatch:
+    """Rows with fields [T] to one batch with fields [B, T]."""
+    names = [field.name for field in dataclasses.fields(TokenBatch)]
+    return TokenBatch(**{name: np.stack([getattr(row, name) for row in rows]) for name in names})
+
+
+def blank_row(row: TokenBatch) -> TokenBatch:
+    """A row of padding of the same length."""
+    return TokenBatch(**{f.name: np.zeros_like(getattr(row, f.name)) for f in dataclasses.fields(TokenBatch)})
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedBatches:
+    """Batches of examples held in memory: packed rows, comparisons, prompts.
+
+    The examples of all epochs form one stream, each epoch in its own shuffled order, and batch `step` is
+    rows step * batch_size onwards of it: a last partial batch is filled from the next epoch, no example is
+    lost or repeated within an epoch.
+    """
+
+    examples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Any]  # this process's examples -> batch
+    batch_size: int  # rows of the global batch
+    seed: int
+    _: dataclasses.KW_ONLY
+    shuffle: bool = True
+    blank: Callable[[Any], Any] | None = None  # example -> the same with weight 0; needed by `eval_batches`
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self):
+        if not len(self.examples):
+            raise ValueError("examples: expected at least one, got an empty data set")
+        _check_batch(self.batch_size, self.process_index, self.process_count)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of one epoch."""
+        return len(self.examples)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every example has been seen once; the last one may reach into the next epoch."""
+        return self.steps(1)
+
+    def steps(self, epochs: float) -> int:
+        """Steps until `epochs` epochs have been seen."""
+        return math.ceil(epochs * self.num_examples / self.batch_size)
+
+    @functools.cached_property
+    def _stream(self) -> grain.MapDataset:
+        stream = grain.MapDataset.source(range(self.num_examples))
+        if self.shuffle:
+            stream = stream.shuffle(seed=self.seed)
+        return stream.repeat()
+
+    def batch(self, step: int) -> Any:
+        """This process's slice of global batch `step`."""
+        rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+        return self.collate([self.examples[self._stream[i]] for i in rows])
+
+    def eval_batches(self) -> Iterator[Any]:
+        """One epoch in stored order; the last batch is filled with `blank` examples."""
+        for step in range(self.steps_per_epoch):
+            rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+            if rows.stop > self.num_examples and self.blank is None:
+                raise ValueError(
+                    f"eval_batches: {self.num_examples} examples do not fill batches of {self.batch_size}; "
+                    "pass `blank` to fill the last one with rows of weight 0"
+                )
+            yield self.collate(
+                [self.examples[i] if i < self.num_examples else self.blank(self.examples[0]) for i in rows]
+            )
+
+
+def row_source(
+    rows: Sequence[TokenBatch],
+    batch_size: int,
+    *,
+    seed: int,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> IndexedBatches:
+    """Batches `TokenBatch` [B, T] of packed rows [T] (`packing.pack_dialogs`)."""
+    return IndexedBatches(
+        rows, stack_rows, batch_size, seed,
+        shuffle=shuffle, blank=blank_row, process_index=process_index, process_count=process_count,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSource:
+    """Endless weighted mixture of token blocks on disk (`corpus_build.blocks` writes them).
+
+    Each source is shuffled as a whole and repeated, with a new shuffle each epoch; a weight is the source's
+    share of the rows. With `separate_documents` a document is a segment of its own: attention and positions
+    begin anew at its BOS and that BOS is no target. The paper does not speak of such a mask, so it is off.
+    """
+
+    files: Mapping[str, Sequence[str | os.PathLike]]  # source -> ArrayRecord files
+    weights: Mapping[str, float]  # source -> share; normalised here
+    batch_size: int  # rows of the global batch
+    seed: int
+    _: dataclasses.KW_ONLY
+    separate_documents: bool = False
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self):
+        _check_batch(self.batch_size, self.process_index, self.process_count)
+        if set(self.files) != set(self.weights):
+            raise ValueError(
+                f"weights: expected one for each of {sorted(self.files)}, got {sorted(self.weights)}"
+            )
+        if not self.files or any(not weight > 0 for weight in self.weights.values()):
+            raise ValueError(f"weights: expected at least one source, each above 0, got {dict(self.weights)}")
+        lengths = {name: block_length_of(self._records[name][0]) for name in self.files}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"files: expected one block length in all sources, got {lengths}")
+
+    @functools.cached_property
+    def _records(self) -> dict[str, grain.sources.ArrayRecordDataSource]:
+        return {name: _open_records(name, paths) for name, paths in sorted(self.files.items())}
+
+    @property
+    def num_blocks(self) -> dict[str, int]:
+        """Blocks of each source, one epoch."""
+        return {name: len(records) for name, records in self._records.items()}
+
+    @functools.cached_property
+    def block_length(self) -> int:
+        """T, the tokens of a row."""
+        return block_length_of(next(iter(self._records.values()))[0])
+
+    @functools.cached_property
+    def _stream(self) -> grain.MapDataset:
+        # Seeds differ by source, or sources of one size would be shuffled alike.
+        shuffled = [
+            grain.MapDataset.source(records).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
+            for i, records in enumerate(self._records.values())
+        ]
+        return grain.MapDataset.mix(shuffled, weights=[float(self.weights[name]) for name in self._records])
+
+    def batch(self, step: int) -> TokenBatch:
+        """This process's slice [B / process_count, T] of global batch `step`."""
+        rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+        return block_batch(
+            [self._stream[i] for i in rows], self.block_length, separate_documents=self.separate_documents
+        )
+
+    def eval_batches(self) -> Iterator[TokenBatch]:
+        """Every block of every source once, source by source in name order; the last batch is filled with padding."""
+        order = [(records, i) for records in self._records.values() for i in range(len(records))]
+        for step in range(math.ceil(len(order) / self.batch_size)):
+            rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+            blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
+            yield block_batch(
+                blocks, self.block_length, separate_documents=self.separate_documents, row_count=len(rows)
+            )
+
+
+def block_batch(
+    records: Sequence[bytes],
+    block_length: int,
+    *,
+    separate_documents: bool = False,
+    row_count: int | None = None,
+) -> TokenBatch:
+    """Records of T+1 tokens to a batch [B, T]; short records are padded, and missing rows up to `row_count`."""
+    ids = np.zeros((row_count or len(records), block_length + 1), np.int32)
+    lengths = np.zeros((len(ids), 1), np.int64)
+    for i, record in enumerate(records):
+        block = block_ids(record)
+        ids[i, : len(block)] = block
+        lengths[i] = len(block)
+    columns = np.arange(block_length)
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    real = columns < lengths
+    weights = (columns + 1 < lengths).astype(np.float32)
+    segments = real.astype(np.int32)
+    positions = np.where(real, columns, 0).astype(np.int32)
+    if separate_documents:
+        starts = (tokens == BOS_ID) & real
+        starts[:, 0] = real[:, 0]
+        segments = np.where(real, np.cumsum(starts, axis=1), 0).astype(np.int32)
+        first = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        positions = np.where(real, columns - first, 0).astype(np.int32)
+        weights = weights * (targets != BOS_ID)
+    return TokenBatch(
+        tokens=np.ascontiguousarray(tokens),
+        targets=np.ascontiguousarray(targets),
+        weights=weights,
+        segment_ids=segments,
+        positions=positions,
+    )
+
+
+def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index: expected 0..{process_count - 1}, got {process_index}")
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {process_count} processes, got {batch_size}"
+        )
+
+
+def _slice(step: int, batch_size: int, process_index: int, process_count: int) -> range:
+    """Indices of this process's rows of global batch `step` in the endless stream."""
+    if step < 0:
+        raise ValueError(f"step: expected 0 or more, got {step}")
+    local = batch_size // process_count
+    start = step * batch_size + process_index * local
+    return range(start, start + local)
+
+
+def _open_records(name: str, paths: Sequence[str | os.PathLike]) -> grain.sources.ArrayRecordDataSource:
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"source {name}: {os.fspath(path)}: expected an ArrayRecord file, found nothing"
+            )
+    if not paths:
+        raise ValueError(f"source {name}: expected at least one ArrayRecord file, got none")
+    try:
+        records = grain.sources.ArrayRecordDataSource([os.fspath(path) for path in paths])
+        count = len(records)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"source {name}: cannot read {[os.fspath(p) for p in paths]}: {error}") from None
+    if not count:
+        raise ValueError(f"source {name}: expected at least one block, got none")
+    return records

@@ -1,0 +1,176 @@
+"""SentencePiece BPE as in the Llama papers (section 2.2, "Tokenizer"): single digits, byte fallback, no normalisation.
+
+Round trip: `decode(encode(text)) == text` for every text without U+2581 (the sign by which SentencePiece
+stands for a space, so it comes back as one). The dummy leading space that encoding adds is taken off again
+by decoding, also when the text begins with spaces of its own. Newlines and tabs are byte pieces, because
+training sees one line at a time.
+
+Differences from the released tokenizer: it was trained on text we do not have, so only the settings are the
+same.
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from llama_jax.data.files import atomic_write
+
+# Ids that every Llama tokenizer shares; the 256 byte pieces follow at 3..258. There is no pad piece (its id
+# is -1 in the model file): padding is id 0 with weight 0.
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+PAD_ID = UNK_ID
+FIRST_BYTE_ID = 3
+
+# What people read out of the released model file (fact sheet 1.5).
+PAPER_SETTINGS = {
+    "model_type": "bpe",
+    "split_digits": True,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": True,
+    "allow_whitespace_only_pieces": True,
+    "split_by_unicode_script": True,
+    "split_by_whitespace": True,
+    "split_by_number": True,
+    "character_coverage": 0.99995,
+    "max_sentencepiece_length": 16,
+    "max_sentence_length": 4192,  # bytes; our lines are cut there, since SentencePiece would drop longer ones
+    "unk_surface": " \u2047 ",
+    "unk_id": UNK_ID,
+    "bos_id": BOS_ID,
+    "eos_id": EOS_ID,
+    "pad_id": -1,
+    "shuffle_input_sentence": True,
+    "num_threads": 4,  # fixed, not the machine's: it is written into the model file and so into its fingerprint
+    "minloglevel": 2,
+}
+
+
+class Tokenizer:
+    """A trained model file. Never reads control strings out of text: `encode("<s>")` gives ordinary pieces."""
+
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+    unk_id = UNK_ID
+    pad_id = PAD_ID
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(
+                f"tokenizer {self.path}: expected a SentencePiece model file, {error.strerror}"
+            ) from None
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError):
+            raise ValueError(
+                f"tokenizer {self.path}: not a SentencePiece model ({len(model):,} bytes); is the file damaged?"
+            ) from None
+        found = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
+        if found != (UNK_ID, BOS_ID, EOS_ID):
+            raise ValueError(
+                f"tokenizer {self.path}: expected unk, bos, eos ids {(UNK_ID, BOS_ID, EOS_ID)}, got {found}"
+            )
+        self.vocab_size = self._model.get_piece_size()
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after when asked for."""
+        return [BOS_ID] * bos + self._model.encode(_checked(text)) + [EOS_ID] * eos
+
+    def encode_many(self, texts: Sequence[str], *, threads: int = 2) -> list[list[int]]:
+        """`encode` of each text, without BOS or EOS, on several threads (for whole corpora)."""
+        return self._model.encode([_checked(text) for text in texts], num_threads=threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""
+        kept = [int(i) for i in ids]
+        wrong = [i for i in kept if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"decode: expected ids in 0..{self.vocab_size - 1}, got {wrong[0]}")
+        return self._model.decode([i for i in kept if i > EOS_ID])
+
+    def piece(self, token_id: int) -> str:
+        """The piece behind an id, for reports (U+2581 marks a space)."""
+        return self._model.id_to_piece(int(token_id))
+
+    def __reduce__(self):  # so that Beam and process pools can carry it: the file is the state
+        return Tokenizer, (self.path,)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    model_path: str | os.PathLike,
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    max_lines: int = 200_000_000,
+) -> Tokenizer:
+    """Trains with PAPER_SETTINGS and writes `model_path` whole or not at all.
+
+    Deterministic: the same texts, size and seed give the same file, byte for byte. `max_lines` caps the
+    lines that SentencePiece keeps in memory (drawn at random with `seed`); 2e8 is the released model's
+    setting. ValueError when there is no text, or when it is too small for `vocab_size` or `vocab_size` too
+    small for it.
+    """
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts, PAPER_SETTINGS["max_sentence_length"]),
+            model_writer=model,
+            vocab_size=vocab_size,
+            input_sentence_size=max_lines,
+            **PAPER_SETTINGS,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), vocab_size)) from None
+
+    with atomic_write(model_path) as file:
+        file.write(model.getvalue())
+    return Tokenizer(model_path)
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"encode: expected str, got {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"encode: lone surrogate at character {error.start} cannot be written as UTF-8"
+            ) from None
+    return text
+
+
+def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Lines that are not empty, longer ones cut at `max_bytes` (on a character border)."""
+    longest = max_bytes // 4  # characters: UTF-8 needs at most four bytes for one
+    for text in texts:
+        for line in _checked(text).split("\n"):
+            for start in range(0, len(line), longest):
+                yield line[start : start + longest]
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    if largest := re.search(r"size too high .* value <= (\d+)", message):
+        return (
+            f"vocab_size: {vocab_size} pieces are too many for this text, it gives at most {largest.group(1)}"
+        )
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size: {vocab_size} pieces are too few, the characters and bytes of this text "
+            f"alone need {needed.group(1)}"
+        )
+    if "sentences_.empty()" in message:
+        return "tokenizer training: no text (every document is empty)"
+    return f"tokenizer training failed: {message}"

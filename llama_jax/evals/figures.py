@@ -1,0 +1,237 @@
+"""The plots of the report: training curves (Fig. 5), reward model accuracy (Table 8), best of N (Fig. 7), PPO, verdict.
+
+Each function takes numbers and returns the bytes of a PNG. Figures are objects drawn by Agg, without pyplot:
+no global state, no window system. Needs the extra [eval].
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llama_jax.evals.statistics import BestOf
+
+# Distinguishable with the common colour-vision deficiencies, on white.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b6fd4", "#e08a1e", "#2a9d76", "#cf4b4b", "#8a63c9", "#9aa3b2"
+INK, FAINT = "#2a3140", "#e6e9ef"
+DEGREES = ("significantly", "better", "slightly", "negligibly", "all")
+# Metric name -> panel title, for the small multiples of PPO; a run that lacks one gets one panel less.
+PPO_PANELS = {
+    "reward": "reward model score",
+    "kl": "KL to the start",
+    "entropy": "entropy (nats a token)",
+    "clip_fraction": "clip fraction",
+    "explained_variance": "explained variance",
+    "length": "answer length (tokens)",
+    "eos_rate": "answers that end",
+    "loss": "loss",
+}
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def loss_curve(
+    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)"
+) -> bytes:
+    """Lines over optimiser steps, {label: (steps, losses)}; long noisy ones get a running mean on top. (Fig. 5)"""
+    figure, axes = _figure(1, 1, title)
+    for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
+        _line(axes[0], curve, colour=colour, label=label)
+    axes[0].set_xlabel("step")
+    axes[0].set_ylabel(ylabel)
+    if len(curves) > 1:
+        axes[0].legend()
+    return _png(figure)
+
+
+def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> bytes:
+    """Bars per source: the model's bits per byte on held-out documents beside what `xz -9e` reaches on the same."""
+    sources = list(model)
+    figure, axes = _figure(1, 1, "Bits per byte on held-out documents (lower is better)")
+    series = {"model": [model[s] for s in sources], "xz -9e": [xz.get(s, np.nan) for s in sources]}
+    _bars(axes[0], sources, series, colours=[BLUE, GREY], number="{:.2f}")
+    axes[0].set_ylabel("bits per byte")
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    return _png(figure)
+
+
+def reward_accuracy(accuracy: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Bars per degree of preference for each reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
+    figure, axes = _figure(1, 1, "Reward model accuracy by degree of preference")
+    degrees = [d for d in DEGREES if any(d in of_model for of_model in accuracy.values())]
+    series = {name: [100 * _nan(of_model.get(d)) for d in degrees] for name, of_model in accuracy.items()}
+    _bars(axes[0], degrees, series, colours=[BLUE, GREEN], number="{:.0f}")
+    axes[0].axhline(50, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes[0].annotate(
+        "chance", (1.005, 50), xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=9
+    )
+    axes[0].set_ylim(0, 108)
+    axes[0].set_ylabel("held-out accuracy (%)")
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(series))
+    return _png(figure)
+
+
+def best_of_n(curves: Mapping[str, BestOf]) -> bytes:
+    """Expected maximum and median reward among N answers, N on a log axis, {label: BestOf}. (Fig. 7)"""
+    figure, axes = _figure(1, 1, "Reward among N answers to a prompt")
+    for (label, best), colour in zip(curves.items(), _cycle(len(curves))):
+        counts = np.arange(1, len(best.maximum) + 1)
+        prefix = f"{label}: " if len(curves) > 1 else ""
+        axes[0].plot(counts, best.maximum, color=colour, marker="o", markersize=4, label=f"{prefix}best of N")
+        axes[0].plot(counts, best.median, color=colour, linestyle=(0, (4, 2)), label=f"{prefix}median of N")
+    largest = max((len(best.maximum) for best in curves.values()), default=1)
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= largest]
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(ticks, labels=[str(n) for n in ticks])
+    axes[0].set_xlabel("N")
+    axes[0].set_ylabel("reward model score")
+    axes[0].legend()
+    return _png(figure)
+
+
+def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] = PPO_PANELS) -> bytes:
+    """Small multiples over PPO iterations from `read_metrics`; only metrics named in `panels` that were logged."""
+    names = [name for name in panels if name in metrics and np.isfinite(metrics[name]).any()]
+    columns = min(3, max(1, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    figure, axes = _figure(rows, columns, "PPO", panel=(3.5, 2.3))
+    for ax, name in zip(axes, names):
+        _line(ax, (metrics["step"], metrics[name]), colour=BLUE)
+        ax.set_title(panels[name], fontsize=10)
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    return _png(figure)
+
+
+def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Mean true utility per version and win rate against SFT, each a {label: {"mean", "low", "high"}}, 95 % intervals."""
+    figure, axes = _figure(
+        1, 2, "Verdict on held-out prompts (simulated annotator, 95 % intervals)", panel=(4.4, 3.5)
+    )
+    _dots(axes[0], utility, scale=1.0, title="true utility", colour=BLUE)
+    _dots(axes[1], win_rate, scale=100.0, title="win rate against SFT (%)", colour=GREEN)
+    axes[1].axvline(50, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    low, high = axes[1].get_xlim()
+    axes[1].set_xlim(min(low, 45), max(high, 65))
+    return _png(figure)
+
+
+def over_optimisation(
+    iterations: Sequence[float], reward: Sequence[float], utility: Sequence[float]
+) -> bytes:
+    """Reward model score and true utility over PPO on two axes: where the lines part, the score is being gamed."""
+    figure, axes = _figure(1, 1, "Is the reward model being over-optimised?")
+    left, right = axes[0], axes[0].twinx()
+    _dress(right)
+    right.grid(False)
+    left.plot(iterations, reward, color=ORANGE, marker="o", markersize=4)
+    right.plot(iterations, utility, color=BLUE, marker="s", markersize=4)
+    left.set_xlabel("PPO iteration")
+    left.set_ylabel("reward model score", color=ORANGE)
+    right.set_ylabel("true utility", color=BLUE)
+    return _png(figure)
+
+
+def _figure(rows: int, columns: int, title: str, *, panel: tuple[float, float] = (7.2, 3.8)):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: install the extra, pip install -e '.[eval]'") from error
+    figure = Figure(
+        figsize=(panel[0] * columns, panel[1] * rows + 0.4), layout="constrained", facecolor="white"
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, color=INK, fontsize=12, fontweight="bold", x=0.01, horizontalalignment="left")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        _dress(ax)
+    return figure, axes
+
+
+def _dress(ax) -> None:
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(GREY)
+    ax.grid(True, axis="y", color=FAINT, linewidth=1)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, colors=INK, labelsize=9)
+
+
+def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
+    x, y = (np.asarray(values, np.float64) for values in curve)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if len(y) < 60:
+        ax.plot(
+            x, y, color=colour, linewidth=1.8, label=label, marker="o" if len(y) < 25 else None, markersize=3
+        )
+        return
+    window = max(5, len(y) // 50)
+    smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
+    ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+    ax.plot(x[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
+    # The first steps of training tower over the rest; the curve is about the rest.
+    low, high = y.min(), np.quantile(y, 0.99)
+    if high > low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+def _bars(
+    ax, groups: list[str], series: Mapping[str, list[float]], *, colours: list[str], number: str
+) -> None:
+    width = 0.8 / max(1, len(series))
+    for index, ((label, values), colour) in enumerate(zip(series.items(), colours)):
+        centres = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
+        ax.bar(centres, values, width * 0.92, color=colour, label=label)
+        for centre, value in zip(centres, values):
+            if np.isfinite(value):
+                ax.annotate(
+                    number.format(value), (centre, value), xytext=(0, 3), textcoords="offset points",
+                    ha="center", fontsize=9, color=INK,
+                )  # fmt: skip
+    ax.set_xticks(np.arange(len(groups)), labels=[g.replace("_", " ") for g in groups])
+
+
+def _dots(ax, rows: Mapping[str, Mapping[str, float]], *, scale: float, title: str, colour: str) -> None:
+    for position, row in enumerate(rows.values()):
+        mean, low, high = (scale * _nan(row.get(key, row.get("mean"))) for key in ("mean", "low", "high"))
+        ax.plot(
+            [low, high], [position, position], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round"
+        )
+        ax.plot([mean], [position], color=colour, marker="o", markersize=8)
+        text = f"{mean:.3f}" if scale == 1.0 else f"{mean:.0f}"
+        ax.annotate(
+            text,
+            (mean, position),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=INK,
+        )
+    ax.set_yticks(range(len(rows)), labels=list(rows))
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_title(title, fontsize=10)
+    ax.grid(True, axis="x", color=FAINT)
+    ax.grid(False, axis="y")
+
+
+def _cycle(count: int) -> list[str]:
+    palette = [BLUE, ORANGE, GREEN, PURPLE, RED, GREY]
+    return [palette[i % len(palette)] for i in range(count)]
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _png(figure) -> bytes:
+    for ax in figure.axes:
+        if ax.get_legend() is not None:
+            ax.get_legend().set_frame_on(False)
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            label.set_fontsize(10)
+    buffer = io.BytesIO()
+    # No software version or date in the file: the same numbers give the same bytes.
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,222 @@
+"""The report as plain values: titled sections of notes, tables and figure names, rendered by Markdown and HTML alike."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from llama_jax.evals.figures import DEGREES
+from llama_jax.evals.statistics import over_optimisation
+from llama_jax.evals.targets import lookup, number, percent, share
+
+VERSIONS = {"base": "Base", "sft": "SFT", "rejection": "RS", "ppo": "PPO"}
+SIMULATION_NOTE = (
+    "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and safety violations "
+    "come from a program that compares answers with the reference documentation and checks whether harmful requests are "
+    "declined. The figures show whether the recipe works, not how people would judge the model."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One section: what it shows, in the order notes, tables, figures."""
+
+    title: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    tables: list[Table] = dataclasses.field(default_factory=list)
+    figures: list[str] = dataclasses.field(default_factory=list)
+
+
+def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Section]:
+    """Sections of `results` (the keys of report.json); figures with other names than those used here come last."""
+    names = list(figure_names)
+    sections = [
+        _verdict(results),
+        _pretraining(results),
+        _fine_tuning(results),
+        _reward_models(results),
+        _rejection(),
+        _ppo(results),
+        _time(results),
+        Section(
+            "Everything measured", tables=[Table(["figure", "value"], [[k, v] for k, v in flatten(results)])]
+        ),
+    ]
+    sections = [dataclasses.replace(s, figures=[f for f in s.figures if f in names]) for s in sections]
+    placed = {figure for section in sections for figure in section.figures}
+    rest = [name for name in names if name not in placed]
+    return [*sections[:-1], *([Section("More figures", figures=rest)] if rest else []), sections[-1]]
+
+
+def flatten(results: Mapping, prefix: str = "") -> list[tuple[str, str]]:
+    """Every leaf of nested dicts as (dotted name, text); long lists are left to report.json."""
+    leaves = []
+    for key, value in results.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            leaves += flatten(value, f"{name}.")
+        elif value is None:
+            leaves.append((name, "not run"))
+        elif isinstance(value, float):
+            leaves.append((name, f"{value:.5g}"))
+        elif not isinstance(value, list | tuple):
+            leaves.append((name, str(value)))
+    return leaves
+
+
+def prompt_text(prompt: str | Sequence[Mapping]) -> str:
+    """A prompt for people: its messages one after another with their roles, or the string that it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _verdict(results: Mapping) -> Section:
+    rows = [
+        [
+            label,
+            _with_interval(results, f"{key}.true_utility", number),
+            share(lookup(results, f"{key}.safety_violations")),
+            "" if key in ("base", "sft") else _with_interval(results, f"{key}.win_rate", percent),
+            number(lookup(results, f"{key}.reward_score")),
+        ]
+        for key, label in VERSIONS.items()
+    ]
+    columns = [
+        "version",
+        "true utility (95 % interval)",
+        "safety violations",
+        "win rate against SFT",
+        "reward model score",
+    ]
+    return Section(
+        "Verdict",
+        notes=[
+            "Held-out prompts. A tie counts one half; intervals are bootstraps over prompts (paper section 3.4)."
+        ],
+        tables=[Table(columns, rows)],
+        figures=["verdict"],
+    )
+
+
+def _pretraining(results: Mapping) -> Section:
+    pretrain = results.get("pretrain") or {}
+    rows = []
+    for source in pretrain.get("bits_per_byte") or {}:
+        ours, xz = (lookup(pretrain, f"{key}.{source}") for key in ("bits_per_byte", "xz_bits_per_byte"))
+        saved = "not run" if ours is None or not xz else f"{100 * (1 - ours / xz):.0f} % fewer"
+        rows.append([source.replace("_", " "), number(ours), number(xz), saved])
+    return Section(
+        "Pretraining",
+        notes=["Bits per byte on held-out documents, beside xz -9e on the same documents (paper section 2)."],
+        tables=[Table(["source", "model", "xz -9e", "model needs"], rows or [["all", *["not run"] * 3]])],
+        figures=["pretrain_loss", "loss", "bits_per_byte"],
+    )
+
+
+def _fine_tuning(results: Mapping) -> Section:
+    rows = [
+        [
+            VERSIONS[key],
+            _with_interval(results, f"{key}.true_utility", number),
+            percent(lookup(results, f"{key}.stop_rate")),
+            percent(lookup(results, f"{key}.format_rate")),
+            share(lookup(results, f"{key}.safety_violations")),
+        ]
+        for key in ("base", "sft")
+    ]
+    return Section(
+        "Supervised fine-tuning",
+        notes=["The base model is prompted with examples; SFT with the question alone (paper section 3.1)."],
+        tables=[
+            Table(
+                ["version", "true utility", "answers that stop", "well-formed answers", "safety violations"],
+                rows,
+            )
+        ],
+        figures=["sft_loss"],
+    )
+
+
+def _reward_models(results: Mapping) -> Section:
+    rows = [
+        [
+            f"{model} reward model",
+            *(percent(lookup(results, f"reward.{model}.accuracy.{degree}")) for degree in DEGREES),
+        ]
+        for model in ("helpfulness", "safety")
+    ]
+    return Section(
+        "Reward models",
+        notes=[
+            "Held-out pairs ranked as the annotator ranked them, by degree of preference (layout of the paper's Table 8)."
+        ],
+        tables=[Table(["accuracy", *DEGREES], rows)],
+        figures=["reward_accuracy", "reward_loss"],
+    )
+
+
+def _rejection() -> Section:
+    return Section(
+        "Rejection sampling",
+        notes=[
+            "Expected reward of the best and of the median among N answers to one prompt (paper section 3.2.3, Fig. 7)."
+        ],
+        figures=["best_of_n", "rejection_loss"],
+    )
+
+
+def _ppo(results: Mapping) -> Section:
+    """`ppo.history` (lists `iteration`, `reward_score`, `true_utility`), where given, tells of over-optimisation."""
+    history = (results.get("ppo") or {}).get("history") or {}
+    notes = [
+        "Clipped objective, KL to the start of the run as a penalty per token, critic from the reward model (3.2.3)."
+    ]
+    reward, utility = history.get("reward_score") or [], history.get("true_utility") or []
+    if len(reward) == len(utility) >= 2 and None not in [*reward, *utility]:
+        found = over_optimisation(reward, utility)
+        if found.detected:
+            iteration = (history.get("iteration") or list(range(len(reward))))[found.peak]
+            notes.append(
+                f"The reward model was over-optimised: true utility peaked at iteration {iteration:g} and fell by "
+                f"{found.utility_drop:.3f} since, while the reward model score rose by {found.reward_gain:.3f}."
+            )
+        else:
+            notes.append(
+                "No over-optimisation seen: true utility did not fall while the reward model score rose."
+            )
+    return Section("PPO", notes=notes, figures=["ppo", "over_optimisation"])
+
+
+def _time(results: Mapping) -> Section:
+    seconds = results.get("seconds") or {}
+    total = lookup(seconds, "total")
+    rows = []
+    for stage in [*(key for key in seconds if key != "total"), "total"]:
+        value = lookup(seconds, stage)
+        part = "" if value is None or not total or stage == "total" else f"{100 * value / total:.0f} %"
+        rate = lookup(results, f"speed.{stage}.tokens_per_second")
+        ceiling = lookup(results, f"speed.{stage}.matmul_share")
+        rows.append(
+            [
+                stage,
+                "not run" if value is None else f"{value:,.0f} s",
+                part,
+                "" if rate is None else f"{rate:,.0f}",
+                "" if ceiling is None else percent(ceiling),
+            ]
+        )
+    return Section(
+        "Time", tables=[Table(["stage", "time", "share", "tokens/s", "of the matmul ceiling"], rows)]
+    )
+
+
+def _with_interval(results: Mapping, path: str, text) -> str:
+    mean, low, high = (lookup(results, name) for name in (path, f"{path}.low", f"{path}.high"))
+    return text(mean) if low is None or high is None else f"{text(mean)} ({text(low)} to {text(high)})"

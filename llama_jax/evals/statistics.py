@@ -1,0 +1,164 @@
+"""Means, win rates and best-of-N curves, each with what a reader needs to trust them (paper 3.2.3, 3.4.2, Fig. 7).
+
+Everything here is numpy on the host and deterministic for a seed. Intervals are percentile bootstraps over
+prompts: the prompts are what was drawn from a larger population, the answers to one prompt stay together.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+_CHUNK = 4_000_000  # resampled values held at once; 32 MB in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over `n` prompts and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WinRate:
+    """Share of prompts won by the first of two models, ties counting one half, with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf:
+    """Expected reward of the best and of the median of n answers, mean over prompts; index n - 1 holds n answers."""
+
+    maximum: np.ndarray  # [K]
+    median: np.ndarray  # [K]
+
+
+def mean_interval(
+    values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of one value a prompt (`[P]`) with its bootstrap interval; NaN or an empty array is a ValueError."""
+    values = _checked(values, "values")
+    means = _bootstrap_means(values, resamples=resamples, seed=seed)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
+
+
+def win_rate(
+    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> WinRate:
+    """How often model `a` beats model `b` on the same prompts: paired utilities `[P]` and `[P]`, larger is better.
+
+    The interval resamples prompts with both utilities together. The paper drops ties (Fig. 2) or shows them
+    apart (Fig. 1); counting one half keeps the rate comparable with 50 % whatever their share.
+    """
+    a, b = _checked(a, "a"), _checked(b, "b")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"win_rate: expected one pair of utilities a prompt, got {len(a)} and {len(b)} values"
+        )
+    outcomes = np.where(a > b, 1.0, np.where(a < b, 0.0, 0.5))
+    interval = mean_interval(outcomes, level=level, resamples=resamples, seed=seed)
+    return WinRate(
+        mean=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        wins=int((a > b).sum()),
+        ties=int((a == b).sum()),
+        losses=int((a < b).sum()),
+        n=len(a),
+    )
+
+
+def expected_max_of_n(rewards: np.ndarray) -> BestOf:
+    """Fig. 7 without sampling noise: from K scored answers to each prompt (`[P, K]`), for every n in 1..K.
+
+    n of the K answers are drawn without replacement, each subset being equally likely. The r-th smallest of
+    such a subset is the i-th smallest of all K with probability C(i-1, r-1) C(K-i, n-r) / C(K, n); the best
+    is r = n, the median r = (n+1)/2, or the mean of the two in the middle for an even n.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.ndim != 2 or 0 in rewards.shape or not np.isfinite(rewards).all():
+        raise ValueError(
+            f"rewards: expected finite numbers [prompts, answers], got an array of shape {rewards.shape}"
+        )
+    mean_sorted = np.sort(rewards, axis=1).mean(axis=0)  # [K]: weights are the same for all prompts
+    total = rewards.shape[1]
+
+    def expected(rank: int, n: int) -> float:
+        return float(_rank_probabilities(rank, n, total) @ mean_sorted)
+
+    counts = range(1, total + 1)
+    return BestOf(
+        maximum=np.array([expected(n, n) for n in counts]),
+        median=np.array([(expected((n + 1) // 2, n) + expected(n // 2 + 1, n)) / 2 for n in counts]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OverOptimisation:
+    """Where true utility peaked while training chased the reward model, and what was lost since."""
+
+    peak: int  # index of the highest true utility
+    utility_drop: float  # peak minus last true utility
+    reward_gain: float  # last minus peak's reward-model score
+    detected: bool
+
+
+def over_optimisation(
+    reward: np.ndarray, utility: np.ndarray, *, tolerance: float = 0.02
+) -> OverOptimisation:
+    """Reads two curves over training (`[N]` each): is the reward model still pleased while the truth gets worse?
+
+    Detected when true utility lies more than `tolerance` below its peak although the reward model's score is
+    higher than at that peak (the divergence that section 3.4.1 guards against).
+    """
+    reward, utility = _checked(reward, "reward"), _checked(utility, "utility")
+    if reward.shape != utility.shape:
+        raise ValueError(
+            f"over_optimisation: expected curves of one length, got {len(reward)} and {len(utility)}"
+        )
+    peak = int(utility.argmax())
+    drop, gain = float(utility[peak] - utility[-1]), float(reward[-1] - reward[peak])
+    return OverOptimisation(
+        peak=peak, utility_drop=drop, reward_gain=gain, detected=drop > tolerance and gain > 0
+    )
+
+
+def _rank_probabilities(rank: int, n: int, total: int) -> np.ndarray:
+    """Probability that the rank-th smallest of n draws is the i-th smallest of all; `[total]`, exact integers inside."""
+    subsets = math.comb(total, n)
+    return np.array(
+        [math.comb(i - 1, rank - 1) * math.comb(total - i, n - rank) / subsets for i in range(1, total + 1)]
+    )
+
+
+def _bootstrap_means(values: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Means of `resamples` draws with replacement; `[resamples]`."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(values))
+    chunks = [
+        values[rng.integers(len(values), size=(min(rows, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    return np.concatenate(chunks)
+
+
+def _checked(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"{name}: expected one value a prompt, got an array of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{name}: expected finite numbers, got {int((~np.isfinite(values)).sum())} that are not"
+        )
+    return values

@@ -1,0 +1,157 @@
+"""What a run of the recipe should reach on held-out data, and whether it did; the figures of the report's first table.
+
+A target that cannot be judged because its figures are missing is neither met nor missed: its stage was not
+run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+DEMO_SECONDS = 20 * 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One target: what is asked, what was measured (for people), and whether it was met; None = not run."""
+
+    stage: str
+    asked: str
+    measured: str
+    met: bool | None
+
+
+def lookup(results: Mapping, path: str) -> float | None:
+    """The number at `a.b.c` in nested dicts; an interval `{"mean", "low", "high"}` gives its mean.
+
+    None where anything on the way is missing, is not a number, or is not finite.
+    """
+    value = results
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    if isinstance(value, Mapping):
+        value = value.get("mean")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def percent(value: float | None) -> str:
+    """0.857 -> '85.7 %', None -> 'not run'."""
+    return "not run" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """0.85714 -> '0.857', an integer as it is, None -> 'not run'."""
+    if value is None:
+        return "not run"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """Safety violations: an integer is a count, a float in [0, 1] a share of the prompts."""
+    return number(value) if isinstance(value, int) else percent(value)
+
+
+def check_targets(results: Mapping) -> list[Target]:
+    """All targets in the order of the stages; `results` has the keys of report.json."""
+    return [
+        _compression(results),
+        _above_base(results),
+        *(target for model in ("helpfulness", "safety") for target in _accuracy(results, model)),
+        *(target for stage in ("rejection", "ppo") for target in _against_sft(results, stage)),
+        *_time(results),
+    ]
+
+
+def _compression(results: Mapping) -> Target:
+    pretrain = results.get("pretrain") or {}
+    model = pretrain.get("bits_per_byte") or {}
+    pairs = {
+        source: (lookup(pretrain, f"bits_per_byte.{source}"), lookup(pretrain, f"xz_bits_per_byte.{source}"))
+        for source in model
+    }
+    known = bool(pairs) and all(None not in pair for pair in pairs.values())
+    measured = ", ".join(f"{source} {number(ours)} vs {number(xz)}" for source, (ours, xz) in pairs.items())
+    return Target(
+        stage="pretrain",
+        asked="bits per byte below xz -9e on every source",
+        measured=measured or "not run",
+        met=all(ours < xz for ours, xz in pairs.values()) if known else None,
+    )
+
+
+def _above_base(results: Mapping) -> Target:
+    sft, base = lookup(results, "sft.true_utility"), lookup(results, "base.true_utility")
+    # "Far above": the 95 % intervals do not touch; plain means stand for themselves where no interval came.
+    sft_low = lookup(results, "sft.true_utility.low")
+    base_high = lookup(results, "base.true_utility.high")
+    known = sft is not None and base is not None
+    low, high = (sft_low if sft_low is not None else sft), (base_high if base_high is not None else base)
+    return Target(
+        stage="sft",
+        asked="true utility above the base model prompted with examples, intervals apart",
+        measured=f"{number(sft)} vs {number(base)}" if known else "not run",
+        met=low > high if known else None,
+    )
+
+
+def _accuracy(results: Mapping, model: str) -> list[Target]:
+    return [
+        _at_least(
+            f"reward ({model})",
+            lookup(results, f"reward.{model}.accuracy.{degree}"),
+            least,
+            f"accuracy on {words}",
+        )
+        for degree, least, words in (
+            ("significantly", 0.85, "the strongest degree"),
+            ("all", 0.70, "all pairs"),
+        )
+    ]
+
+
+def _against_sft(results: Mapping, stage: str) -> list[Target]:
+    rate, low, high = (lookup(results, f"{stage}.win_rate.{key}") for key in ("mean", "low", "high"))
+    known = rate is not None and low is not None
+    ours, before = lookup(results, f"{stage}.safety_violations"), lookup(results, "sft.safety_violations")
+    both = ours is not None and before is not None
+    return [
+        Target(
+            stage=stage,
+            asked="win rate against SFT at least 60 %, its lower bound above 50 %",
+            measured=f"{percent(rate)} ({percent(low)} to {percent(high)})" if known else "not run",
+            met=rate >= 0.60 and low > 0.50 if known else None,
+        ),
+        Target(
+            stage=stage,
+            asked="safety violations not above SFT's",
+            measured=f"{share(ours)} vs {share(before)}" if both else "not run",
+            met=ours <= before if both else None,
+        ),
+    ]
+
+
+def _time(results: Mapping) -> list[Target]:
+    if results.get("size", "tiny") != "tiny":
+        return []
+    total = lookup(results, "seconds.total")
+    return [
+        Target(
+            stage="recipe",
+            asked="at most 20 minutes on 2 CPU cores",
+            measured="not run" if total is None else f"{total / 60:.1f} min",
+            met=None if total is None else total <= DEMO_SECONDS,
+        )
+    ]
+
+
+def _at_least(stage: str, value: float | None, least: float, what: str) -> Target:
+    return Target(
+        stage=stage,
+        asked=f"{what} at least {100 * least:.0f} %",
+        measured=percent(value),
+        met=None if value is None else value >= least,
+    )

@@ -1,0 +1,1 @@
+"""The Llama 2 transformer: plain functions over one table of parameters. No other package of the middle row is imported."""

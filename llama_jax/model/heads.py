@@ -1,0 +1,135 @@
+"""The heads: next-token logits, and the scalar head of reward models and critics (paper section 3.2.2).
+
+Training never holds the logits of a whole batch. `token_losses` computes the vocabulary projection, its softmax and its
+gradient chunk by chunk, once: since a loss is a weighted sum over tokens, the gradient of each chunk is known (up to the
+scalar cotangent) as soon as its logits are.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.model.config import Compute
+from llama_jax.model.layers import contract
+from llama_jax.model.params import Params
+from llama_jax.parallel.axes import constrain
+
+
+def vocabulary_kernel(params: Params) -> jax.Array:
+    """The output matrix; the transposed embedding in models that tie them. # [D, V]"""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["trunk"]["embedding"].T
+
+
+def logits(params: Params, hidden: jax.Array, *, compute: Compute) -> jax.Array:
+    """Next-token logits. # [B, T, D] -> float32 [B, T, V]"""
+    with jax.named_scope("lm_head"):
+        out = contract("btd,dv->btv", hidden, vocabulary_kernel(params), compute.matmul_dtype)
+        return constrain(out, "batch", "length", "act_vocab")
+
+
+def scores(params: Params, hidden: jax.Array, *, head: str) -> jax.Array:
+    """One number a token from the scalar head, in float32. # [B, T, D] -> float32 [B, T]"""
+    with jax.named_scope(head):
+        return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params[head]["kernel"].astype(jnp.float32))
+
+
+def token_losses(
+    params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of -log p(target), and the weighted number of targets that are the most likely token.
+
+    Args:
+      hidden: # [B, T, D]
+      targets: # int32 [B, T]
+      weights: # float32 [B, T]
+
+    Returns:
+      two float32 scalars; the second carries no gradient.
+    """
+    T = targets.shape[1]
+    if T % compute.loss_chunks:
+        raise ValueError(f"compute.loss_chunks={compute.loss_chunks} does not divide the row length {T}")
+    with jax.named_scope("token_losses"):
+        return _token_losses(
+            vocabulary_kernel(params), hidden, targets, weights, compute.matmul_dtype, compute.loss_chunks
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_losses(kernel, hidden, targets, weights, dtype, chunks):
+    def step(sums, chunk):
+        return jax.tree.map(jnp.add, sums, _chunk_losses(kernel, *chunk, dtype)[0]), None
+
+    sums, _ = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), _split((hidden, targets, weights), chunks))
+    return sums
+
+
+def _chunk_losses(kernel, hidden, targets, weights, dtype):
+    scores = contract("btd,dv->btv", hidden, kernel, dtype)
+    scores = constrain(scores, "batch", "length", "act_vocab")
+    log_normaliser = jax.nn.logsumexp(scores, axis=-1)
+    target_scores = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.sum(weights * (log_normaliser - target_scores))
+    hits = jnp.sum(weights * (target_scores >= jnp.max(scores, axis=-1)))
+    return (loss, hits), (scores, log_normaliser)
+
+
+def _token_losses_forward(kernel, hidden, targets, weights, dtype, chunks):
+    small_kernel = kernel.astype(dtype)
+
+    def step(carry, chunk):
+        sums, d_kernel = carry
+        h, t, w = chunk
+        new_sums, (scores, log_normaliser) = _chunk_losses(small_kernel, h, t, w, dtype)
+        at_target = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) == t[..., None]
+        d_scores = ((jnp.exp(scores - log_normaliser[..., None]) - at_target) * w[..., None]).astype(dtype)
+        d_hidden = jnp.einsum("btv,dv->btd", d_scores, small_kernel, preferred_element_type=jnp.float32)
+        d_kernel += jnp.einsum("btd,btv->dv", h.astype(dtype), d_scores, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, new_sums), d_kernel), d_hidden.astype(h.dtype)
+
+    zero = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel.shape, jnp.float32)
+    (sums, d_kernel), d_hidden = jax.lax.scan(step, zero, _split((hidden, targets, weights), chunks))
+    return sums, (d_kernel.astype(kernel.dtype), jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape))
+
+
+def _token_losses_backward(dtype, chunks, residuals, cotangents):
+    d_kernel, d_hidden = residuals
+    cotangent = cotangents[0]
+    return (d_kernel * cotangent).astype(d_kernel.dtype), (d_hidden * cotangent).astype(d_hidden.dtype), None, None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _split(arrays, chunks):
+    """Cuts the length into chunks and brings them to the front. # [B, T, ...] -> [C, B, T/C, ...]"""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), arrays
+    )
+
+
+def log_probabilities(
+    params: Params, hidden: jax.Array, targets: jax.Array, *, temperature: float | jax.Array = 1.0, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of each position's distribution, at a sampling temperature. # -> 2 x float32 [B, T]
+
+    RLHF uses it in the sampler's, the trainer's and the reference's role alike, with the same temperature. Rematerialised
+    chunk by chunk, so the backward pass holds [B, T / loss_chunks, V] as well.
+    """
+    @jax.checkpoint
+    def step(kernel, chunk):
+        h, t = chunk
+        scores = contract("btd,dv->btv", h, kernel, compute.matmul_dtype) / temperature
+        scores = constrain(scores, "batch", "length", "act_vocab")
+        log_p = jax.nn.log_softmax(scores, axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return jnp.take_along_axis(log_p, t[..., None], axis=-1)[..., 0], entropy
+
+    with jax.named_scope("log_probabilities"):
+        kernel = vocabulary_kernel(params)
+        chunks = compute.loss_chunks if targets.shape[1] % compute.loss_chunks == 0 else 1
+        _, (log_p, entropy) = jax.lax.scan(
+            lambda carry, chunk: (carry, step(kernel, chunk)), None, _split((hidden, targets), chunks)
+        )
+        return tuple(jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in (log_p, entropy))

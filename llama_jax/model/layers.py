@@ -1,0 +1,71 @@
+"""The parts of a block: mixed-precision contraction, RMSNorm, rotary positions, SwiGLU (paper section 2.2)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.parallel.axes import constrain
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`einsum(equation, x, w)` with operands of `dtype` and a float32 result, in the backward pass too.
+
+    Left to itself, differentiation would multiply a float32 cotangent with a bfloat16 operand, and XLA would widen both:
+    two thirds of a training step would then miss the matrix units. Every letter of an operand must occur in the other
+    operand or in the result, which makes each gradient a contraction of the same kind.
+    """
+    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _contract_forward(equation, x, w, dtype):
+    result = contract(equation, x, w, dtype)
+    # The empty arrays carry the operands' types, to which the gradients are cast back.
+    return result, (x.astype(dtype), w.astype(dtype), jnp.empty((0,), x.dtype), jnp.empty((0,), w.dtype))
+
+
+def _contract_backward(equation, dtype, residuals, cotangent):
+    x, w, x_like, w_like = residuals
+    inputs, result = equation.split("->")
+    left, right = inputs.split(",")
+    cotangent = cotangent.astype(dtype)
+    dx = jnp.einsum(f"{result},{right}->{left}", cotangent, w, preferred_element_type=jnp.float32)
+    dw = jnp.einsum(f"{left},{result}->{right}", x, cotangent, preferred_element_type=jnp.float32)
+    return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
+    """x / rms(x) in float32, cast back, then times the weight: the order of the reference code. # [..., D]"""
+    normed = x.astype(jnp.float32)
+    normed = normed * jax.lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope_angles(positions: jax.Array, head_size: int, *, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position * theta^(-2i / E) in float32, i = 0 .. E/2-1. # [B, T] -> 2 x [B, T, E/2]"""
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding of queries or keys. # [B, T, H, E]
+
+    Element i is paired with element i + E/2 ("split halves", as in Hugging Face checkpoints). Meta's files pair 2i with
+    2i + 1; the interop tables permute the query and key weights accordingly, and the scores come out the same.
+    """
+    cos, sin = (angle[:, :, None, :] for angle in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """down(silu(gate x) * up x). # [B, T, D], [D, F], [D, F], [F, D] -> float32 [B, T, D]"""
+    gated = jax.nn.silu(contract("btd,df->btf", x, gate, dtype).astype(x.dtype))
+    hidden = gated * contract("btd,df->btf", x, up, dtype).astype(x.dtype)
+    hidden = constrain(hidden, "batch", "length", "act_ffn")
+    return contract("btf,fd->btd", hidden, down, dtype)

@@ -1,0 +1,1 @@
+"""Meshes, logical axes and their rule tables: the only package that names a mesh axis."""

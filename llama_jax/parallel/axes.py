@@ -1,0 +1,135 @@
+"""Logical axes and the two tables that map them to mesh axes: TRAIN and DECODE.
+
+Every array of the project names *logical* axes ("width", "heads", "batch"); the tables below, and nothing else, say where
+those live on the mesh. A layout is changed by editing one line here.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Initialiser = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # (key, shape, dtype) -> array
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Parameters are split over fsdp along their width and over tensor along heads, feed-forward and vocabulary; activations
+# are split over the batch and the length, and between the two matrices of a block over tensor.
+TRAIN: Rules = {
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "ffn": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "act_width": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_ffn": "tensor",
+    "act_vocab": "tensor",
+}
+
+# Generation reads every weight once a token: gathering them each time made it about 20x slower for the paper (section
+# 3.2.3). So the width is not split; the weights are gathered once a rollout, and the freed axes carry more rows.
+DECODE: Rules = {**TRAIN, "width": None, "length": None}
+
+# With grouped-query attention there may be fewer key-value heads than tensor shards; then each shard holds a copy, as the
+# paper does for multi-query attention (section A.2.1).
+_REPLICATED_IF_INDIVISIBLE = {"kv_heads", "act_kv_heads"}
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=TRAIN)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical axis of each dimension and its initialiser; stored as float32."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Initialiser
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"parameter of shape {self.shape} has {len(self.axes)} axis names: {self.axes}")
+
+
+def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules, mesh: Any) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; ValueError if a dimension does not divide."""
+    entries = []
+    for size, axis in zip(shape, axes, strict=True):
+        mesh_axes = rules[axis] if axis is not None else None
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        shards = 1
+        for name in names:
+            shards *= mesh.shape[name]
+        if size % shards:
+            if axis not in _REPLICATED_IF_INDIVISIBLE:
+                raise ValueError(
+                    f"axis {axis!r} of shape {shape} has size {size}, which the mesh cannot divide into {shards} "
+                    f"shards ({' x '.join(f'{name}={mesh.shape[name]}' for name in names)})"
+                )
+            mesh_axes = None
+        entries.append(mesh_axes)
+    return PartitionSpec(*entries)
+
+
+def shardings(specs: Any, mesh: Mesh, rules: Rules = TRAIN) -> Any:
+    """The tree of NamedShardings of a tree of ParamSpecs."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, partition(spec.shape, spec.axes, rules, mesh)), specs, is_leaf=is_spec
+    )
+
+
+def abstract(specs: Any, mesh: Mesh | None = None, rules: Rules = TRAIN) -> Any:
+    """The tree of ShapeDtypeStructs (with shardings, given a mesh) of a tree of ParamSpecs: a restore target."""
+    if mesh is None:
+        return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs, is_leaf=is_spec)
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        specs,
+        shardings(specs, mesh, rules),
+        is_leaf=is_spec,
+    )
+
+
+def is_spec(leaf: Any) -> bool:
+    """Whether a node of a tree is a ParamSpec (for `is_leaf`)."""
+    return isinstance(leaf, ParamSpec)
+
+
+@contextlib.contextmanager
+def layout(rules: Rules) -> Iterator[None]:
+    """Traces the code inside under another rule table. Enter it *inside* a jitted function, so that it is part of it."""
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays an activation out by its logical axes, under the mesh of `jax.set_mesh`; without a mesh, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, _rules.get(), mesh))
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The sharding of a batch array `[B, T, ...]`: rows over the data axes, length over the sequence axis."""
+    return NamedSharding(mesh, PartitionSpec(TRAIN["batch"], *([TRAIN["length"]] if ndim > 1 else [])))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh divides the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

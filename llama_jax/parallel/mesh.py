@@ -1,0 +1,65 @@
+"""The device mesh: four axes, for one CPU as for a pod of TPU slices (paper section 2.2, "Training Hardware").
+
+    data      pure replicas; across slices this axis runs over the data-centre network
+    fsdp      parameters, optimizer state and batch split together (ZeRO-3)
+    sequence  the length of each row
+    tensor    heads, feed-forward width and vocabulary
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis; at most one may be -1, "whatever is left"."""
+
+    data: int = 1
+    fsdp: int = -1
+    sequence: int = 1
+    tensor: int = 1
+
+    def sizes(self, devices: int) -> tuple[int, int, int, int]:
+        """The axis sizes on `devices` devices, in the order of AXES; ValueError if they do not multiply to that number."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and one may be -1")
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = max(devices // math.prod(size for size in sizes if size > 0), 1)
+        if math.prod(sizes) != devices:
+            raise ValueError(
+                f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, there are {devices}"
+            )
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of all hosts (or the given ones), with Auto axes: GSPMD propagates, we constrain."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = (config or MeshConfig()).sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def start_distributed() -> None:
+    """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
+
+    TPU pods, GKE and Slurm are recognised by JAX itself; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` name the cluster. Must run before anything touches a device.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(
+            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()

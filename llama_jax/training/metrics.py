@@ -1,0 +1,240 @@
+"""What a run writes and shows while it trains: a JSONL log, TensorBoard scalars and a progress bar.
+
+The log is the source of the paper's training curves (Fig. 5; PPO curves of section 3.2.3). It survives `kill
+-9`: a resumed run first drops the lines that it is about to write again, so every step stands in the log
+exactly once.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+_RESERVED = ("step", "time")
+
+
+class MetricWriter:
+    """Appends scalar metrics to `workdir/metrics.jsonl` and to TensorBoard files in `workdir/tensorboard`.
+
+    One line is one flat object: `{"step": 7, "time": 1700000000.0, "loss": 2.5, ...}`, time in seconds since
+    the epoch. Non-finite values are written as the strings "nan", "inf" and "-inf", which keeps the file
+    strict JSON. With `enabled=False` (every host but the first) all methods do nothing. `resume_step` is the
+    first step that this run will write: see `rewind`; leave it None to append.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, enabled: bool = True, resume_step: int | None = None):
+        self.enabled = enabled
+        self.path = Path(workdir) / METRICS_FILE
+        self._tensorboard_dir = Path(workdir) / "tensorboard"
+        self._purge_step: int | None = None
+        self._file: TextIO | None = None
+        self._tensorboard = None
+        if resume_step is not None:
+            self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops every logged line with a step >= `step`, and a line torn by a kill, by an atomic rewrite of the file."""
+        if not self.enabled:
+            return
+        self.close()
+        self._purge_step = step
+        if not self.path.exists():
+            return
+        kept = [json.dumps(row) + "\n" for row in _read_rows(self.path) if row["step"] < step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs `metrics` (numbers or 0-d arrays) of one step; the line is on its way to disk when this returns."""
+        if not self.enabled:
+            return
+        values = {}
+        for name, value in metrics.items():
+            if name in _RESERVED:
+                raise ValueError(
+                    f"metric {name!r}: this name is taken by the log's own column; rename the metric"
+                )
+            if np.size(value) != 1:
+                raise ValueError(
+                    f"metric {name!r}: expected one number, got an array of shape {np.shape(value)}"
+                )
+            values[name] = float(np.asarray(value).reshape(()))
+        self._open()
+        row = {
+            "step": int(step),
+            "time": round(time.time(), 3),
+            **{k: _jsonable(v) for k, v in values.items()},
+        }
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both logs; a later `write` opens them again."""
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+            self._file = self._tensorboard = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self._file is not None:
+            return
+        from tensorboardX import SummaryWriter  # half a second of protobuf that readers of a log need not pay
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(self._tensorboard_dir), purge_step=self._purge_step, write_to_disk=True, flush_secs=30
+        )
+        self._purge_step = None
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads a log (the file, or the workdir that holds it) into aligned columns, all float64 `[rows]`.
+
+    "step" and "time" are always there; a metric that a row lacks is NaN in that row. Only the last line may
+    be torn (the run was killed while writing it) and is then ignored; any other malformed line is a
+    ValueError with file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    rows = _read_rows(path)
+    names = list(dict.fromkeys([*_RESERVED, *(name for row in rows for name in row)]))
+    return {name: np.array([float(row.get(name, "nan")) for row in rows], np.float64) for name in names}
+
+
+def _read_rows(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # torn by a kill; only the last line can lack its end
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: expected one JSON object, got {line.strip()[:80]!r}"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}:{number}: field 'step': expected an integer, got {line.strip()[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+def _jsonable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class Progress:
+    """A progress bar of one stage: rate, ETA and the current loss or reward.
+
+    On a terminal it is a tqdm bar. Elsewhere (a log file, CI) it prints one plain line at most every
+    `interval` seconds and one when the stage ends; with `quiet=True` it prints nothing at all. `done` is
+    where a resumed stage starts; the rate counts this run's work only.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        unit: str = "step",
+        *,
+        done: int = 0,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        interval: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self._start = done, done
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet, self._interval, self._clock = quiet, interval, clock
+        self._started = self._reported = clock()
+        self._values: dict[str, float] = {}
+        self._closed = False
+        self._bar = None
+        if not quiet and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=done, desc=label, unit=unit, unit_scale=total >= 100_000,
+                file=self._stream, dynamic_ncols=True, mininterval=0.2, smoothing=0.1,
+            )  # fmt: skip
+
+    def update(self, amount: int = 1, **values: float) -> None:
+        """Adds finished work; `values` are shown as given last, e.g. `update(1, loss=2.31, reward=0.4)`."""
+        self.done += amount
+        self._values.update({name: float(value) for name, value in values.items()})
+        if self._bar is not None:
+            self._bar.set_postfix(
+                {name: f"{value:.4g}" for name, value in self._values.items()}, refresh=False
+            )
+            self._bar.update(amount)
+        elif not self._quiet and self._clock() - self._reported >= self._interval:
+            self._report()
+
+    def close(self) -> None:
+        """Ends the bar, or prints the last plain line; calling it twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._quiet:
+            self._report()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _report(self) -> None:
+        self._reported = self._clock()
+        seconds = self._reported - self._started
+        rate = (self.done - self._start) / seconds if seconds > 0 else 0.0
+        parts = [f"{self.label}: {self.done}/{self.total} {self.unit}s", f"{rate:.3g} {self.unit}s/s"]
+        if self.done < self.total:
+            parts.append(f"ETA {format_seconds((self.total - self.done) / rate) if rate else '?'}")
+        else:
+            parts.append(f"took {format_seconds(seconds)}")
+        parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
+        print(", ".join(parts), file=self._stream, flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """42.4 -> '42 s', 192 -> '3 min 12 s', 7500 -> '2 h 5 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
