@@ -1,0 +1,139 @@
+"""A stage is a value: what is trained, from where, by which loss, on which batches. The loop knows nothing else.
+
+Losses return *sums and weights*, never means: microbatches, devices and hosts then add up exactly, and the one division
+happens when all have been added.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = Any  # a flax.struct.dataclass whose arrays all begin with the row axis B
+Params = Any
+
+
+@flax.struct.dataclass
+class Weighted:
+    """A weighted sum on its way to a mean."""
+
+    sum: jax.Array  # [] float32
+    weight: jax.Array  # [] float32
+
+    def mean(self) -> jax.Array:
+        """sum / weight; 0 where nothing was weighed."""
+        return self.sum / jnp.maximum(self.weight, 1e-9)
+
+
+Metrics = dict[str, Weighted]
+Loss = Callable[[Params, Batch], tuple[Weighted, Metrics]]
+
+
+class Source(Protocol):
+    """Where batches come from.
+
+    A supervised source is a pure function of the step (`looks_at_params` False): the loop computes batch k + 1 while the
+    device works on k. An RL source rolls the current parameters out; what it holds between steps is its `state`, which
+    the loop saves and restores with the parameters, so that resuming is exact inside a rollout too.
+    """
+
+    looks_at_params: bool
+
+    def batch(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:
+        """The batch of a step (this process's rows, numpy or jax arrays) and metrics of its making."""
+
+    def state(self) -> Any:
+        """A pytree of arrays to save; {} if nothing is held."""
+
+    def restore(self, state: Any) -> None:
+        """Takes up a saved state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Makes a source of anything that has `batch(step)`, a pure function of the step."""
+
+    batches: Any
+    looks_at_params = False
+
+    def batch(self, step: int, params: Params) -> tuple[Batch, Mapping[str, float]]:
+        """The batch of a step; the parameters are not looked at."""
+        del params
+        return self.batches.batch(step), {}
+
+    def state(self) -> Any:
+        """Nothing is held."""
+        return {}
+
+    def restore(self, state: Any) -> None:
+        """Nothing to take up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a stage runs and what it writes; counts are optimizer steps."""
+
+    steps: int
+    batch_size: int  # rows of the global batch
+    seed: int = 0
+    microbatches: int = 1  # parts of a batch whose gradients are added before one update
+    log_every: int = 10
+    eval_every: int = 0  # 0: at the end only
+    checkpoint_every: int = 1000
+    keep: int = 2  # checkpoints
+    max_skipped_in_a_row: int = 10  # non-finite steps until the run stops
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"loop.batch_size={self.batch_size} is no multiple of microbatches={self.microbatches}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """All that the loop needs to know.
+
+    Attributes:
+      name: label of the progress bar.
+      specs: tree of ParamSpecs of what is trained.
+      init: makes the parameters, already sharded: fresh, or from another stage's checkpoint.
+      optimizer: see `optimizer.make`.
+      loss: (params, batch) -> (objective, metrics), sums and weights.
+      source: batches.
+      evaluate: params -> held-out metrics; called by the loop every `eval_every` steps and at the end.
+      tokens_per_step: for the rate that is logged.
+      show: the metric in the progress bar.
+      meta: JSON values stored with every checkpoint (model shape, tokenizer fingerprint, ...).
+    """
+
+    name: str
+    specs: Any
+    init: Callable[[], Params]
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    source: Source
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None
+    tokens_per_step: int = 0
+    show: str = "loss"
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Batch]) -> Callable[[Params], dict]:
+    """An `evaluate` that takes the weighted mean of a loss and its metrics over held-out batches."""
+    step = jax.jit(loss)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        total = None
+        for batch in batches():
+            objective, metrics = step(params, put(batch))
+            sums = {"loss": objective, **metrics}
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return {name: float(value.mean()) for name, value in total.items()}
+
+    return evaluate

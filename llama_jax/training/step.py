@@ -1,0 +1,82 @@
+"""One update: gradients of all microbatches added as sums, divided once, clipped, applied; skipped if not finite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llama_jax.parallel.axes import batch_sharding
+from llama_jax.training.stage import Loss
+from llama_jax.training.state import TrainState
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int, layout: Any
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted train step (state, batch) -> (state, means); the state is donated and keeps its `layout`."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
+        norm = optax.global_norm(gradient)
+        mean = objective.mean()
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+
+        def update(state: TrainState) -> TrainState:
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            return state.replace(
+                params=optax.apply_updates(state.params, updates),
+                opt_state=opt_state,
+                skipped_in_a_row=jnp.zeros((), jnp.int32),
+            )
+
+        def skip(state: TrainState) -> TrainState:
+            return state.replace(skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+
+        state = jax.lax.cond(finite, update, skip, state)
+        state = state.replace(step=state.step + 1)
+        means = {name: value.mean() for name, value in metrics.items()}
+        means |= {
+            "loss": mean, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row,
+        }  # fmt: skip
+        return state, means
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int):
+    """Sums over microbatches of (gradient of the objective's sum, objective, metrics)."""
+
+    def one(part):
+        def objective_sum(p):
+            objective, metrics = loss(p, part)
+            return objective.sum, (objective, metrics)
+
+        gradient, (objective, metrics) = jax.grad(objective_sum, has_aux=True)(params)
+        return gradient, objective, metrics
+
+    if microbatches == 1:
+        return one(batch)
+
+    def split(x):
+        # Row r goes to microbatch r % M, so that every device keeps a part of each.
+        return jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
+    return total
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Makes this process's rows part of global arrays, rows over the data axes and length over the sequence axis."""
+    return jax.tree.map(
+        lambda x: x
+        if isinstance(x, jax.Array) and x.sharding == batch_sharding(mesh, x.ndim)
+        else jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x),
+        batch,
+    )
