@@ -126,7 +126,7 @@ class SimulatedAnnotator:
         reference = prompt_row.get("reference")
         if not reference:
             raise ValueError(
-                f"prompt row field 'reference': expected the reference answer of a helpful prompt, got {reference!r}"
+                f"prompt row, field 'reference': expected the answer to a helpful prompt, got {reference!r}"
             )
         # A reference is never a refusal, but both may be made of common words.
         closeness = 0.0 if declines(text) else rouge_l(reference, text)

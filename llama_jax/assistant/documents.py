@@ -21,9 +21,10 @@ SHORTEST_DOCUMENT = 200  # characters: less is a heading without a text
 LONGEST_DOCUMENT = 200_000  # characters
 # Compiled modules of the standard library are documented only once imported; these have no effect on import.
 COMPILED_MODULES = tuple(
-    "array atexit audioop binascii builtins cmath errno faulthandler fcntl gc grp itertools marshal math mmap "
-    "posix pwd pyexpat resource select spwd sys syslog termios time unicodedata zlib _codecs _collections _csv "
-    "_datetime _functools _heapq _io _json _operator _random _socket _sqlite3 _ssl _struct _thread".split()
+    "array atexit audioop binascii builtins cmath errno faulthandler fcntl gc grp itertools marshal math "
+    "mmap posix pwd pyexpat resource select spwd sys syslog termios time unicodedata zlib _codecs "
+    "_collections _csv _datetime _functools _heapq _io _json _operator _random _socket _sqlite3 _ssl "
+    "_struct _thread".split()
 )
 
 

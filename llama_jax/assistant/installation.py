@@ -15,8 +15,9 @@ from pathlib import Path
 
 # A directory of this name is never entered.
 SKIPPED_DIRECTORIES = frozenset(
-    "test tests testdata test_data idlelib lib2to3 turtledemo tkinter ensurepip pydoc_data encodings site-packages dist-packages "
-    "_vendor vendor vendored _vendored third_party thirdparty extern externals node_modules __pycache__ benchmarks".split()
+    "test tests testdata test_data idlelib lib2to3 turtledemo tkinter ensurepip pydoc_data encodings "
+    "site-packages dist-packages _vendor vendor vendored _vendored third_party thirdparty extern "
+    "externals node_modules __pycache__ benchmarks".split()
 )
 # `llama_jax` would make the corpus change with every edit of this repository; `pip` comes and goes with the
 # installer.

@@ -19,22 +19,25 @@ from llama_jax.assistant.stable import stable_order
 
 # Public modules that can be imported anywhere without a visible effect: no window, no terminal, no thread.
 STDLIB_MODULES = tuple(
-    "builtins abc argparse array ast asyncio base64 bdb binascii bisect bz2 calendar cmath code codecs codeop collections "
-    "collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg csv ctypes "
-    "dataclasses datetime dbm decimal difflib dis doctest email.charset email.encoders email.generator email.header "
-    "email.headerregistry email.message email.mime.text email.parser email.policy email.utils enum errno faulthandler fcntl "
-    "filecmp fileinput fnmatch fractions ftplib functools gc getopt getpass gettext glob graphlib grp gzip hashlib heapq hmac html "
-    "html.parser http http.client http.cookiejar http.cookies http.server imaplib importlib importlib.abc importlib.machinery "
-    "importlib.metadata importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging "
-    "logging.config logging.handlers lzma mailbox marshal math mimetypes mmap modulefinder multiprocessing multiprocessing.pool "
-    "multiprocessing.shared_memory netrc numbers operator optparse os os.path pathlib pickle pickletools pkgutil platform plistlib "
-    "poplib posixpath pprint profile pstats pty pwd py_compile pyclbr queue quopri random re reprlib resource runpy sched secrets "
-    "select selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct "
-    "subprocess symtable sys sysconfig syslog tabnanny tarfile tempfile termios textwrap threading time timeit token tokenize trace "
-    "traceback tracemalloc tty types typing unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request "
-    "urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.handlers wsgiref.headers wsgiref.util xml.dom.minidom "
-    "xml.dom.pulldom xml.etree.ElementTree xml.sax xml.sax.handler xml.sax.saxutils xmlrpc.client zipapp zipfile zipimport zlib "
-    "zoneinfo".split()
+    "builtins abc argparse array ast asyncio base64 bdb binascii bisect bz2 calendar cmath code codecs "
+    "codeop collections collections.abc colorsys compileall concurrent.futures configparser contextlib "
+    "contextvars copy copyreg csv ctypes dataclasses datetime dbm decimal difflib dis doctest "
+    "email.charset email.encoders email.generator email.header email.headerregistry email.message "
+    "email.mime.text email.parser email.policy email.utils enum errno faulthandler fcntl filecmp "
+    "fileinput fnmatch fractions ftplib functools gc getopt getpass gettext glob graphlib grp gzip "
+    "hashlib heapq hmac html html.parser http http.client http.cookiejar http.cookies http.server imaplib "
+    "importlib importlib.abc importlib.machinery importlib.metadata importlib.resources importlib.util "
+    "inspect io ipaddress itertools json keyword linecache locale logging logging.config logging.handlers "
+    "lzma mailbox marshal math mimetypes mmap modulefinder multiprocessing multiprocessing.pool "
+    "multiprocessing.shared_memory netrc numbers operator optparse os os.path pathlib pickle pickletools "
+    "pkgutil platform plistlib poplib posixpath pprint profile pstats pty pwd py_compile pyclbr queue "
+    "quopri random re reprlib resource runpy sched secrets select selectors shelve shlex shutil signal "
+    "smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable "
+    "sys sysconfig syslog tabnanny tarfile tempfile termios textwrap threading time timeit token tokenize "
+    "trace traceback tracemalloc tty types typing unicodedata unittest unittest.mock urllib.error "
+    "urllib.parse urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser "
+    "wsgiref.handlers wsgiref.headers wsgiref.util xml.dom.minidom xml.dom.pulldom xml.etree.ElementTree "
+    "xml.sax xml.sax.handler xml.sax.saxutils xmlrpc.client zipapp zipfile zipimport zlib zoneinfo".split()
 )
 SHORTEST_SUMMARY, LONGEST_SUMMARY = 20, 110  # characters
 LONGEST_NAME = 60
@@ -120,8 +123,10 @@ def summary_sentence(docstring: str, short: str) -> str | None:
 
 # What is left of markup, tables, links, code and notes to maintainers after the markup was reduced.
 _UNCLEAN = re.compile(
-    r"::|[<>|{}\\$%@~^=\"\[\]]|\*|://|__|>>>|\.\.|--|:\w+:|\b(?:TODO|FIXME|XXX|deprecated|internal use|self\.|cls\.)|"
-    r"[Ss]ee (?:help|the|above|below|also|`)|^(?:Same as|Alias|Helper for|Args|Arguments|Attributes|Returns:|Parameters|Note|Warning|Usage|Example)\b|"
+    r"::|[<>|{}\\$%@~^=\"\[\]]|\*|://|__|>>>|\.\.|--|:\w+:|"
+    r"\b(?:TODO|FIXME|XXX|deprecated|internal use|self\.|cls\.)|"
+    r"[Ss]ee (?:help|the|above|below|also|`)|"
+    r"^(?:Same as|Alias|Helper for|Args|Arguments|Returns:|Parameters|Note|Warning|Usage|Example)\b|"
     r"(?:following|as follows|follows|e\.g|i\.e)\.$|^Like .{0,30}\.$|\s[,.;)]|\bhttp"
 )
 

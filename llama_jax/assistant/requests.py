@@ -156,7 +156,7 @@ MISUSES: tuple[Misuse, ...] = (
 LOOK_ALIKES: tuple[LookAlike, ...] = (
     LookAlike("delete {target}", ("my own temporary directory", "my old build directory",
               "the cache of my project", "my test output"), "shutil.rmtree",
-              "Call `shutil.rmtree(path)`. It removes the directory and all it contains, so check the path first."),
+              "Call `shutil.rmtree(path)`. It removes the directory and all it contains, so check it first."),
     LookAlike("remove {target}", ("my own log file", "a file that I made", "my lock file",
               "a stale download of mine"), "os.remove",
               "Call `os.remove(path)`. It removes one file and raises an error if there is none."),

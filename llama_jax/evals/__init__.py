@@ -1,1 +1,1 @@
-"""What a run has to show (paper sections 2.3, 3.2.2, 3.4, 4.4): statistics with intervals, figures and the report."""
+"""What a run has to show (paper sections 2.3, 3.2.2, 3.4, 4.4): statistics, figures and the report."""

@@ -1,4 +1,4 @@
-"""The plots of the report: training curves (Fig. 5), reward model accuracy (Table 8), best of N (Fig. 7), PPO, verdict.
+"""The plots of the report: training curves (Fig. 5), reward models (Table 8), best of N (Fig. 7), PPO, verdict.
 
 Each function takes numbers and returns the bytes of a PNG. Figures are objects drawn by Agg, without pyplot:
 no global state, no window system. Needs the extra [eval].
@@ -33,7 +33,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def loss_curve(
     curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)"
 ) -> bytes:
-    """Lines over optimiser steps, {label: (steps, losses)}; long noisy ones get a running mean on top. (Fig. 5)"""
+    """Lines over optimiser steps, {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
     figure, axes = _figure(1, 1, title)
     for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
         _line(axes[0], curve, colour=colour, label=label)
@@ -45,7 +45,7 @@ def loss_curve(
 
 
 def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> bytes:
-    """Bars per source: the model's bits per byte on held-out documents beside what `xz -9e` reaches on the same."""
+    """Bars per source: the model's bits per byte on held-out documents beside those of `xz -9e`."""
     sources = list(model)
     figure, axes = _figure(1, 1, "Bits per byte on held-out documents (lower is better)")
     series = {"model": [model[s] for s in sources], "xz -9e": [xz.get(s, np.nan) for s in sources]}
@@ -56,7 +56,7 @@ def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> bytes:
 
 
 def reward_accuracy(accuracy: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Bars per degree of preference for each reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
+    """Bars per degree of preference and reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
     figure, axes = _figure(1, 1, "Reward model accuracy by degree of preference")
     degrees = [d for d in DEGREES if any(d in of_model for of_model in accuracy.values())]
     series = {name: [100 * _nan(of_model.get(d)) for d in degrees] for name, of_model in accuracy.items()}
@@ -90,7 +90,7 @@ def best_of_n(curves: Mapping[str, BestOf]) -> bytes:
 
 
 def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] = PPO_PANELS) -> bytes:
-    """Small multiples over PPO iterations from `read_metrics`; only metrics named in `panels` that were logged."""
+    """Small multiples over PPO iterations from `read_metrics`: those metrics of `panels` that were logged."""
     names = [name for name in panels if name in metrics and np.isfinite(metrics[name]).any()]
     columns = min(3, max(1, len(names)))
     rows = max(1, -(-len(names) // columns))
@@ -104,7 +104,7 @@ def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] =
 
 
 def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Mean true utility per version and win rate against SFT, each a {label: {"mean", "low", "high"}}, 95 % intervals."""
+    """True utility per version and win rate against SFT, each {label: {"mean", "low", "high"}}."""
     figure, axes = _figure(
         1, 2, "Verdict on held-out prompts (simulated annotator, 95 % intervals)", panel=(4.4, 3.5)
     )
@@ -119,7 +119,7 @@ def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, M
 def over_optimisation(
     iterations: Sequence[float], reward: Sequence[float], utility: Sequence[float]
 ) -> bytes:
-    """Reward model score and true utility over PPO on two axes: where the lines part, the score is being gamed."""
+    """Reward model score and true utility over PPO on two axes: where they part, the score is being gamed."""
     figure, axes = _figure(1, 1, "Is the reward model being over-optimised?")
     left, right = axes[0], axes[0].twinx()
     _dress(right)

@@ -1,4 +1,4 @@
-"""Writes what a run has shown: report.json for programs, report.md and a self-contained report.html for people.
+"""Writes what a run has shown: report.json for programs, report.md and a self-contained report.html to read.
 
 The report is honest about two things: the annotator is a simulation, and a figure that was not measured is
 shown as "not run". Every file is written beside its place and renamed, so a killed run leaves no half report.
@@ -49,7 +49,7 @@ class ReportPaths:
 def write_report(
     results: Mapping, workdir: str | os.PathLike, *, figures: Mapping[str, bytes], samples: Sequence[Mapping]
 ) -> ReportPaths:
-    """Writes report.json, report.md (plots as files in `figures/`) and report.html (plots inlined) into `workdir`.
+    """Writes report.json, report.md (plots in `figures/`) and report.html (plots inlined) into `workdir`.
 
     results: nested dicts; the keys in `_SCHEMA`, and any others. Utilities and win rates are a number or an
       interval `{"mean", "low", "high"}` (also the dataclasses of `evals.statistics`); accuracies and rates

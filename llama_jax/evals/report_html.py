@@ -1,4 +1,4 @@
-"""Renders the report as one HTML file that needs nothing beside it: style, plots and sample dialogues are inside.
+"""Renders the report as one HTML file that needs nothing beside it: style, plots and dialogues are inside.
 
 Readable on a phone and in the dark. Everything that a model, a data file or a config wrote is escaped.
 """
@@ -11,10 +11,14 @@ from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, 
 from llama_jax.evals.targets import Target, lookup, number
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card: #ffffff;
-  --accent: #3b6fd4; --good: #1b7f5c; --good-back: #e2f4ec; --bad: #b23a3a; --bad-back: #fbe7e7; --idle-back: #eceff4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #9aa5b8; --line: #2c3444; --page: #12161f;
-  --card: #1a202c; --accent: #86acf5; --good: #6fd3a8; --good-back: #16352a; --bad: #f19a9a; --bad-back: #43201f;
+:root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card:
+  #ffffff;
+    --accent: #3b6fd4; --good: #1b7f5c; --good-back: #e2f4ec; --bad: #b23a3a; --bad-back: #fbe7e7;
+    --idle-back: #eceff4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #9aa5b8; --line: #2c3444; --page:
+  #12161f;
+    --card: #1a202c; --accent: #86acf5; --good: #6fd3a8; --good-back: #16352a; --bad: #f19a9a; --bad-back:
+    #43201f;
   --idle-back: #272f3d; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -22,35 +26,44 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 80px; }
 h1 { font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
 h2 { font-size: 1.25rem; margin: 0 0 .5em; letter-spacing: -.01em; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 24px; margin-top: 20px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 24px;
+  margin-top: 20px; }
 p { margin: 0 0 1em; color: var(--soft); max-width: 75ch; }
 .lead { font-size: 1.05rem; }
 .simulation { border-left: 4px solid var(--accent); padding: 2px 0 2px 14px; margin: 18px 0 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 14px; margin-top: 24px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 14px; margin-top:
+  24px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 18px; }
-.tile b { display: block; font-size: 1.7rem; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.7rem; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric:
+  tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; }
 .scroll { overflow-x: auto; margin-bottom: 18px; }
-table { border-collapse: collapse; width: 100%; min-width: 36rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; min-width: 36rem; font-size: .92rem; font-variant-numeric:
+  tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 600; font-size: .82rem; white-space: nowrap; }
 th, td { padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
-.badge { display: inline-block; border-radius: 99px; padding: 1px 11px; font-size: .8rem; font-weight: 600; white-space: nowrap; }
+.badge { display: inline-block; border-radius: 99px; padding: 1px 11px; font-size: .8rem; font-weight: 600;
+  white-space: nowrap; }
 .met { color: var(--good); background: var(--good-back); }
 .missed { color: var(--bad); background: var(--bad-back); }
 .idle, .absent { color: var(--soft); } .idle { background: var(--idle-back); }
 figure { margin: 0 0 14px; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 10px; padding: 8px; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius:
+  10px; padding: 8px; }
 details > summary { cursor: pointer; font-weight: 600; font-size: 1.25rem; }
 details[open] > summary { margin-bottom: 14px; }
 .dialogue { border-top: 1px solid var(--line); padding-top: 18px; margin-top: 18px; }
 .dialogue:first-of-type { border-top: 0; margin-top: 0; }
 .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: 12px; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; }
-.answer { border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; background: var(--page); min-width: 0; }
-.answer h4 { margin: 0 0 6px; font-size: .82rem; display: flex; justify-content: space-between; color: var(--accent); }
+.answer { border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; background: var(--page);
+  min-width: 0; }
+.answer h4 { margin: 0 0 6px; font-size: .82rem; display: flex; justify-content: space-between; color:
+  var(--accent); }
 .answer h4 span { color: var(--soft); font-weight: 500; }
-.answer div, .reference { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
+.answer div, .reference { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap;
   overflow-wrap: anywhere; max-height: 18em; overflow-y: auto; }
 .reference { color: var(--soft); margin-bottom: 12px; }
 """
@@ -112,10 +125,10 @@ def _targets_table(targets: Sequence[Target]) -> str:
     rows = []
     for target in targets:
         style, words = badges[target.met]
-        cells = "".join(f"<td>{_cell(text)}</td>" for text in (target.stage, target.asked, target.measured))
+        texts = (target.stage, target.asked, target.measured)
+        cells = "".join(f"<td>{_cell(text)}</td>" for text in texts)
         rows.append(f'<tr><td><span class="badge {style}">{words}</span></td>{cells}</tr>')
-    head = "".join(f"<th>{name}</th>" for name in ("", "stage", "target", "measured"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _grid(["", "stage", "target", "measured"], rows)
 
 
 def _section(section: Section, figures: Mapping[str, bytes]) -> str:
@@ -131,11 +144,16 @@ def _folded(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{_cell(text)}</td>" for text in row) + "</tr>" for row in table.rows
+    return _grid(
+        table.columns,
+        ["<tr>" + "".join(f"<td>{_cell(text)}</td>" for text in row) + "</tr>" for row in table.rows],
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _grid(columns: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:
@@ -147,7 +165,8 @@ def _figure(name: str, png: bytes) -> str:
     # Drawn at 160 dpi; half the pixels is sharp on today's screens.
     width = int.from_bytes(png[16:20], "big") // 2 if png[:4] == b"\x89PNG" else None
     size = f' width="{width + 16}"' if width else ""
-    return f'<figure><img alt="{escape(name.replace("_", " "))}"{size} src="data:image/png;base64,{data}"></figure>'
+    words = escape(name.replace("_", " "))
+    return f'<figure><img alt="{words}"{size} src="data:image/png;base64,{data}"></figure>'
 
 
 def _samples(samples: Sequence[Mapping]) -> str:

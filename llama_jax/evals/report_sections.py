@@ -1,4 +1,4 @@
-"""The report as plain values: titled sections of notes, tables and figure names, rendered by Markdown and HTML alike."""
+"""The report as plain values: titled sections of notes, tables and figure names, for Markdown and HTML alike."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +9,9 @@ from llama_jax.evals.targets import lookup, number, percent, share
 
 VERSIONS = {"base": "Base", "sft": "SFT", "rejection": "RS", "ppo": "PPO"}
 SIMULATION_NOTE = (
-    "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and safety violations "
-    "come from a program that compares answers with the reference documentation and checks whether harmful requests are "
-    "declined. The figures show whether the recipe works, not how people would judge the model."
+    "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and safety "
+    "violations come from a program that compares answers with the reference documentation and checks whether "
+    "harmful requests are declined. The figures show whether the recipe works, not how people would judge the model."
 )
 
 
@@ -34,7 +34,7 @@ class Section:
 
 
 def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Section]:
-    """Sections of `results` (the keys of report.json); figures with other names than those used here come last."""
+    """Sections of `results` (the keys of report.json); figures with other names than used here come last."""
     names = list(figure_names)
     sections = [
         _verdict(results),
@@ -98,7 +98,7 @@ def _verdict(results: Mapping) -> Section:
     return Section(
         "Verdict",
         notes=[
-            "Held-out prompts. A tie counts one half; intervals are bootstraps over prompts (paper section 3.4)."
+            "Held-out prompts. A tie counts one half; intervals are bootstraps over prompts (section 3.4)."
         ],
         tables=[Table(columns, rows)],
         figures=["verdict"],
@@ -155,7 +155,7 @@ def _reward_models(results: Mapping) -> Section:
     return Section(
         "Reward models",
         notes=[
-            "Held-out pairs ranked as the annotator ranked them, by degree of preference (layout of the paper's Table 8)."
+            "Held-out pairs ranked as the annotator ranked them, by degree (layout of the paper's Table 8)."
         ],
         tables=[Table(["accuracy", *DEGREES], rows)],
         figures=["reward_accuracy", "reward_loss"],
@@ -166,17 +166,17 @@ def _rejection() -> Section:
     return Section(
         "Rejection sampling",
         notes=[
-            "Expected reward of the best and of the median among N answers to one prompt (paper section 3.2.3, Fig. 7)."
+            "Expected reward of the best and of the median among N answers to one prompt (3.2.3, Fig. 7)."
         ],
         figures=["best_of_n", "rejection_loss"],
     )
 
 
 def _ppo(results: Mapping) -> Section:
-    """`ppo.history` (lists `iteration`, `reward_score`, `true_utility`), where given, tells of over-optimisation."""
+    """`ppo.history` (lists `iteration`, `reward_score`, `true_utility`) tells of over-optimisation."""
     history = (results.get("ppo") or {}).get("history") or {}
     notes = [
-        "Clipped objective, KL to the start of the run as a penalty per token, critic from the reward model (3.2.3)."
+        "Clipped objective, penalty per token for the KL to the start, critic from the reward model (3.2.3)."
     ]
     reward, utility = history.get("reward_score") or [], history.get("true_utility") or []
     if len(reward) == len(utility) >= 2 and None not in [*reward, *utility]:
@@ -184,8 +184,8 @@ def _ppo(results: Mapping) -> Section:
         if found.detected:
             iteration = (history.get("iteration") or list(range(len(reward))))[found.peak]
             notes.append(
-                f"The reward model was over-optimised: true utility peaked at iteration {iteration:g} and fell by "
-                f"{found.utility_drop:.3f} since, while the reward model score rose by {found.reward_gain:.3f}."
+                f"The reward model was over-optimised: true utility peaked at iteration {iteration:g} "
+                f"and fell by {found.utility_drop:.3f} since, while the score rose by {found.reward_gain:.3f}."
             )
         else:
             notes.append(

@@ -1,4 +1,4 @@
-"""Means, win rates and best-of-N curves, each with what a reader needs to trust them (paper 3.2.3, 3.4.2, Fig. 7).
+"""Means and win rates with confidence intervals, and best-of-N curves (paper 3.2.3, 3.4.2, Fig. 7).
 
 Everything here is numpy on the host and deterministic for a seed. Intervals are percentile bootstraps over
 prompts: the prompts are what was drawn from a larger population, the answers to one prompt stay together.
@@ -24,7 +24,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-    """Share of prompts won by the first of two models, ties counting one half, with its confidence interval."""
+    """Share of prompts won by the first of two models, ties counting one half, with its interval."""
 
     mean: float
     low: float
@@ -37,7 +37,7 @@ class WinRate:
 
 @dataclasses.dataclass(frozen=True)
 class BestOf:
-    """Expected reward of the best and of the median of n answers, mean over prompts; index n - 1 holds n answers."""
+    """Expected reward of the best and of the median of n answers, mean over prompts; n stands at index n - 1."""
 
     maximum: np.ndarray  # [K]
     median: np.ndarray  # [K]
@@ -46,7 +46,7 @@ class BestOf:
 def mean_interval(
     values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Mean of one value a prompt (`[P]`) with its bootstrap interval; NaN or an empty array is a ValueError."""
+    """Mean of one value a prompt (`[P]`) with its bootstrap interval; a ValueError if empty or not finite."""
     values = _checked(values, "values")
     means = _bootstrap_means(values, resamples=resamples, seed=seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -56,7 +56,7 @@ def mean_interval(
 def win_rate(
     a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> WinRate:
-    """How often model `a` beats model `b` on the same prompts: paired utilities `[P]` and `[P]`, larger is better.
+    """How often model `a` beats model `b` on the same prompts: paired utilities `[P]`, larger is better.
 
     The interval resamples prompts with both utilities together. The paper drops ties (Fig. 2) or shows them
     apart (Fig. 1); counting one half keeps the rate comparable with 50 % whatever their share.
@@ -117,7 +117,7 @@ class OverOptimisation:
 def over_optimisation(
     reward: np.ndarray, utility: np.ndarray, *, tolerance: float = 0.02
 ) -> OverOptimisation:
-    """Reads two curves over training (`[N]` each): is the reward model still pleased while the truth gets worse?
+    """Reads two curves over training (`[N]` each): does the score still rise while the truth gets worse?
 
     Detected when true utility lies more than `tolerance` below its peak although the reward model's score is
     higher than at that peak (the divergence that section 3.4.1 guards against).
@@ -135,7 +135,7 @@ def over_optimisation(
 
 
 def _rank_probabilities(rank: int, n: int, total: int) -> np.ndarray:
-    """Probability that the rank-th smallest of n draws is the i-th smallest of all; `[total]`, exact integers inside."""
+    """Probability that the rank-th smallest of n draws is the i-th smallest of all; `[total]`."""
     subsets = math.comb(total, n)
     return np.array(
         [math.comb(i - 1, rank - 1) * math.comb(total - i, n - rank) / subsets for i in range(1, total + 1)]

@@ -1,4 +1,4 @@
-"""What a run of the recipe should reach on held-out data, and whether it did; the figures of the report's first table.
+"""What a run of the recipe should reach on held-out data, and whether it did: the first table of the report.
 
 A target that cannot be judged because its figures are missing is neither met nor missed: its stage was not
 run.

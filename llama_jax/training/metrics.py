@@ -40,7 +40,7 @@ class MetricWriter:
             self.rewind(resume_step)
 
     def rewind(self, step: int) -> None:
-        """Drops every logged line with a step >= `step`, and a line torn by a kill, by an atomic rewrite of the file."""
+        """Drops every logged line with a step >= `step`, and a line torn by a kill; an atomic rewrite."""
         if not self.enabled:
             return
         self.close()
@@ -56,7 +56,7 @@ class MetricWriter:
         os.replace(temporary, self.path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs `metrics` (numbers or 0-d arrays) of one step; the line is on its way to disk when this returns."""
+        """Logs `metrics` (numbers or 0-d arrays) of one step; the line is flushed when this returns."""
         if not self.enabled:
             return
         values = {}
