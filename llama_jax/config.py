@@ -25,6 +25,8 @@ def parse(cls: type[Config], values: Mapping[str, Any], *, where: str = "config"
     Raises:
       ConfigError: for an unknown key (naming the nearest field), a missing field or a value of another type.
     """
+    if hasattr(values, "to_dict"):  # a ConfigDict is no Mapping
+        values = values.to_dict()
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:

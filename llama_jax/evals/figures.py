@@ -1,4 +1,4 @@
-"""The plots of the report: training curves (Fig. 5), reward models (Table 8), best of N (Fig. 7), PPO, verdict.
+"""The plots of the report: training curves (Fig. 5), reward models (Table 8), best of N (Fig. 7), PPO.
 
 Each function takes numbers and returns the bytes of a PNG. Figures are objects drawn by Agg, without pyplot:
 no global state, no window system. Needs the extra [eval].
@@ -142,6 +142,7 @@ def _figure(rows: int, columns: int, title: str, *, panel: tuple[float, float] =
         figsize=(panel[0] * columns, panel[1] * rows + 0.4), layout="constrained", facecolor="white"
     )
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(title, color=INK, fontsize=12, fontweight="bold", x=0.01, horizontalalignment="left")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
@@ -161,7 +162,7 @@ def _dress(ax) -> None:
 def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
     x, y = (np.asarray(values, np.float64) for values in curve)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    if len(y) < 60:
+    if len(y) < 100:
         ax.plot(
             x, y, color=colour, linewidth=1.8, label=label, marker="o" if len(y) < 25 else None, markersize=3
         )
@@ -169,7 +170,7 @@ def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
     window = max(5, len(y) // 50)
     smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
     ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
-    ax.plot(x[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
+    ax.plot(x[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.8, label=label)
     # The first steps of training tower over the rest; the curve is about the rest.
     low, high = y.min(), np.quantile(y, 0.99)
     if high > low:

@@ -1,4 +1,4 @@
-"""The report as plain values: titled sections of notes, tables and figure names, for Markdown and HTML alike."""
+"""The report as plain values: titled sections of notes, tables and figures, for Markdown and HTML alike."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +9,10 @@ from llama_jax.evals.targets import lookup, number, percent, share
 
 VERSIONS = {"base": "Base", "sft": "SFT", "rejection": "RS", "ppo": "PPO"}
 SIMULATION_NOTE = (
-    "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and safety "
-    "violations come from a program that compares answers with the reference documentation and checks whether "
-    "harmful requests are declined. The figures show whether the recipe works, not how people would judge the model."
+    "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and "
+    "safety violations come from a program that compares answers with the reference documentation and checks "
+    "whether harmful requests are declined. The figures show whether the recipe works, not how people would "
+    "judge the model."
 )
 
 
@@ -185,7 +186,7 @@ def _ppo(results: Mapping) -> Section:
             iteration = (history.get("iteration") or list(range(len(reward))))[found.peak]
             notes.append(
                 f"The reward model was over-optimised: true utility peaked at iteration {iteration:g} "
-                f"and fell by {found.utility_drop:.3f} since, while the score rose by {found.reward_gain:.3f}."
+                f"and fell by {found.utility_drop:.3f} since; the score rose by {found.reward_gain:.3f}."
             )
         else:
             notes.append(

@@ -37,7 +37,7 @@ class WinRate:
 
 @dataclasses.dataclass(frozen=True)
 class BestOf:
-    """Expected reward of the best and of the median of n answers, mean over prompts; n stands at index n - 1."""
+    """Expected reward of the best and of the median of n answers, mean over prompts; index n - 1."""
 
     maximum: np.ndarray  # [K]
     median: np.ndarray  # [K]

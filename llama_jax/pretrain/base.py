@@ -1,0 +1,99 @@
+"""What every stage's config and start have in common: a model of some size, from scratch or from another stage."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.config import ConfigError, describe
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.model import params as table
+from llama_jax.model.config import Compute, ModelConfig, size
+from llama_jax.model.params import Params, Specs
+from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.mesh import MeshConfig
+from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.stage import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The fields of every stage's config.
+
+    stage: which stage this is (the key of `train.STAGES`).
+    model: a name of `model.config.SIZES`.
+    tokenizer: path of the SentencePiece model.
+    start: workdir of the stage whose parameters this one starts from, or None to draw them.
+    """
+
+    stage: str
+    model: str
+    tokenizer: str
+    start: str | None = None
+    compute: Compute
+    mesh: MeshConfig
+    optim: OptimConfig
+    loop: LoopConfig
+
+    def __post_init__(self):
+        size(self.model)
+
+
+def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
+    """The model's shape and the tokenizer; ConfigError if their vocabularies differ, or from that of `start`."""
+    model, tokenizer = size(config.model), Tokenizer(config.tokenizer)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model {config.model} expects "
+            f"{model.vocab_size}"
+        )
+    if config.start is not None:
+        check_start(config.start, model, tokenizer)
+    return model, tokenizer
+
+
+def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError if another stage's checkpoint is of another model or tokenizer."""
+    saved = read_meta(workdir)
+    if saved["model"] != describe(model):
+        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {describe(model)}")
+    if saved["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{workdir} was trained with tokenizer {saved['tokenizer'][:12]}, {tokenizer.path} is "
+            f"{tokenizer.fingerprint[:12]}"
+        )
+
+
+def meta(config: StageConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is stored with each checkpoint of a stage."""
+    return {"stage": config.stage, "model": describe(model), "tokenizer": tokenizer.fingerprint}
+
+
+def fresh(specs: Specs, mesh: Mesh, *, seed: int) -> Params:
+    """Draws the parameters of a table, each device its own shards."""
+    draw = jax.jit(lambda key: table.init(specs, key), out_shardings=shardings(specs, mesh))
+    return draw(jax.random.key(seed))
+
+
+def starting_params(specs: Specs, mesh: Mesh, *, start: str | None, seed: int) -> Callable[[], Params]:
+    """How a stage's parameters begin: drawn, or another stage's trunk, with its head where it has the one we need."""
+
+    def init() -> Params:
+        if start is None:
+            return fresh(specs, mesh, seed=seed)
+        saved = {name.split("'")[3] for name in read_meta(start)["fingerprints"] if name.startswith("['params']")}
+        found = {name: part for name, part in specs.items() if name in saved}
+        missing = {name: part for name, part in specs.items() if name not in saved}
+        params = restore_params(start, found, mesh)
+        return {**params, **(fresh(missing, mesh, seed=seed) if missing else {})}
+
+    return init
+
+
+def process_slice() -> dict[str, int]:
+    """Which slice of each global batch this process reads."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}

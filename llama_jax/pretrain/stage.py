@@ -1,0 +1,114 @@
+"""Pretraining on a mixture of token blocks (paper section 2.2, Fig. 5); held out: bits per byte by source."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.config import ConfigError
+from llama_jax.corpus_build.manifest import check_manifest
+from llama_jax.data.blocks import block_record
+from llama_jax.data.loader import BlockSource, block_batch
+from llama_jax.data.sources import read_jsonl
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.model import params as table
+from llama_jax.model.params import Params
+from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.loss import language_model_loss
+from llama_jax.training import optimizer
+from llama_jax.training.stage import Loss, Stage, Supervised
+from llama_jax.training.step import put_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainData:
+    """The corpus (a directory of llama_jax.corpus) and the shares of its sources; empty shares: as it was planned."""
+
+    corpus: str
+    weights: dict[str, float]
+    separate_documents: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StageConfig):
+    """See configs/pretrain.py."""
+
+    data: PretrainData
+
+
+def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
+    """The pretraining stage."""
+    del workdir
+    model, tokenizer = load_tokenizer(config)
+    manifest = check_manifest(config.data.corpus, tokenizer)
+    length = manifest["block_length"]
+    if length > model.max_length:
+        raise ConfigError(f"{config.data.corpus}: blocks of {length} tokens, model {model.name} takes {model.max_length}")
+    weights = config.data.weights or {name: source["share"] for name, source in manifest["sources"].items()}
+    corpus = Path(config.data.corpus)
+    source = BlockSource(
+        {name: [corpus / "blocks" / f"{name}.array_record"] for name in weights}, weights,
+        config.loop.batch_size, config.loop.seed,
+        separate_documents=config.data.separate_documents, **process_slice(),
+    )  # fmt: skip
+    specs = table.table(model, head="lm_head")
+    loss = language_model_loss(model, config.compute)
+    held_out = {
+        name: [str(row["text"]) for _, row in read_jsonl(corpus / "held_out" / f"{name}.jsonl")] for name in weights
+    }
+    return Stage(
+        name="pretrain",
+        specs=specs,
+        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
+        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
+        loss=loss,
+        source=Supervised(source),
+        evaluate=bits_per_byte(
+            loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
+        ),
+        tokens_per_step=config.loop.batch_size * length,
+        meta=meta(config, model, tokenizer),
+    )
+
+
+def bits_per_byte(
+    loss: Loss, texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, *, length: int, batch_size: int, mesh: Mesh
+):
+    """An `evaluate` that gives `bits_per_byte/<source>`: -log2 p of the source's documents over their UTF-8 bytes.
+
+    Every token of a document and its EOS is predicted once. A document longer than a row is read in rows of `length` that
+    share no context, which can only make the figure worse.
+    """
+    records = {name: [r for text in texts[name] for r in _rows(text, tokenizer, length)] for name in texts}
+    size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
+
+    @functools.cache
+    def step():
+        return jax.jit(loss)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        result = {}
+        local = batch_size // jax.process_count()
+        for name, rows in records.items():
+            nats = 0.0
+            for start in range(0, len(rows), batch_size):
+                mine = rows[start : start + batch_size][jax.process_index() * local :][:local]
+                batch = block_batch(mine, length, row_count=local)
+                nats += float(step()(params, put_batch(batch, mesh))[0].sum)
+            result[f"bits_per_byte/{name}"] = nats / math.log(2) / size[name]
+        return result
+
+    return evaluate
+
+
+def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[bytes]:
+    ids = np.asarray(tokenizer.encode(text, bos=True, eos=True))
+    return [
+        block_record(ids[start : start + length + 1], length, tokenizer.vocab_size)
+        for start in range(0, len(ids) - 1, length)
+    ]

@@ -1,0 +1,1 @@
+"""Reward models (paper section 3.2.2)."""

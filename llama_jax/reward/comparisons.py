@@ -1,0 +1,99 @@
+"""Preference rows to batches: both responses of a pair in one forward pass (paper section 3.2.1)."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+from llama_jax.data.dialog import encode_dialog
+from llama_jax.data.sources import read_comparisons
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.reward.ranking import MARGINS
+
+log = logging.getLogger(__name__)
+DEGREES = ("significantly", "better", "slightly", "negligibly")
+
+# Safety labels of (chosen, rejected) by the paper's three bins.
+_SAFE = {"chosen_safe": (1.0, 0.0), "both_safe": (1.0, 1.0), "both_unsafe": (0.0, 0.0)}
+
+
+@flax.struct.dataclass
+class ComparisonBatch:
+    """Pairs; index 0 of the second axis is the chosen response."""
+
+    tokens: Any  # [B, 2, T] int32: the whole dialog
+    segment_ids: Any  # [B, 2, T] int32: 1 where real
+    margin: Any  # [B] float32
+    weight: Any  # [B] float32: 0 for filling
+    degree: Any  # [B] int32: index in DEGREES, -1 unknown
+    safe: Any  # [B, 2] float32: the response's safety label
+    safe_known: Any  # [B] float32: 1 where there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One encoded pair."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+    degree: int
+    safety_bin: str | None
+    weight: float = 1.0
+
+
+def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
+    """Reads and encodes a preference file. Pairs longer than `length` are dropped whole, never cut, and counted."""
+    comparisons, overlong = [], 0
+    rows = read_comparisons(path)
+    for number, row in enumerate(rows, start=1):
+        dialogs = [
+            encode_dialog(
+                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, where=f"{path}:{number}"
+            ).ids
+            for side in ("chosen", "rejected")
+        ]
+        if max(map(len, dialogs)) > length:
+            overlong += 1
+            continue
+        rating = row.get("rating")
+        comparisons.append(
+            Comparison(
+                chosen=dialogs[0], rejected=dialogs[1],
+                margin=MARGINS[margin][rating] if rating else 0.0,
+                degree=DEGREES.index(rating) if rating else -1,
+                safety_bin=row.get("safety_bin"),
+            )
+        )  # fmt: skip
+    if overlong:
+        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, overlong, len(rows), length)
+    if not comparisons:
+        raise ValueError(f"{path}: no comparison fits into {length} tokens")
+    return comparisons
+
+
+def collate(comparisons: Sequence[Comparison], *, length: int) -> ComparisonBatch:
+    """Pairs to arrays, padded on the right."""
+    tokens = np.zeros((len(comparisons), 2, length), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for i, pair in enumerate(comparisons):
+        for side, ids in enumerate((pair.chosen, pair.rejected)):
+            tokens[i, side, : len(ids)] = ids
+            segment_ids[i, side, : len(ids)] = 1
+    return ComparisonBatch(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        margin=np.array([pair.margin for pair in comparisons], np.float32),
+        weight=np.array([pair.weight for pair in comparisons], np.float32),
+        degree=np.array([pair.degree for pair in comparisons], np.int32),
+        safe=np.array([_SAFE.get(pair.safety_bin, (0.0, 0.0)) for pair in comparisons], np.float32),
+        safe_known=np.array([pair.safety_bin is not None for pair in comparisons], np.float32),
+    )
+
+
+def blank(pair: Comparison) -> Comparison:
+    """A filling pair of weight 0."""
+    return dataclasses.replace(pair, weight=0.0, safety_bin=None)

@@ -1,0 +1,51 @@
+"""Frozen scorers and the combined reward R_c (paper section 3.2.3): gate, logit, whitening. Small pure functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.model import heads
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.params import Params
+from llama_jax.model.transformer import hidden_states
+from llama_jax.reward.ranking import last_token_scores
+
+SAFETY_THRESHOLD = 0.15  # section 3.2.3: precision 0.89, recall 0.55 for unsafe responses
+
+
+def scorer(config: ModelConfig, compute: Compute) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """(params, tokens [N, T], segment_ids [N, T]) -> the reward model's logit at the last real token, float32 [N]."""
+
+    def score(params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        real = segment_ids > 0
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        hidden = hidden_states(params, tokens, segment_ids, positions, config=config, compute=compute)
+        return last_token_scores(heads.scores(params, hidden, head="reward_head"), segment_ids)
+
+    return score
+
+
+def combined_reward(
+    helpfulness: jax.Array, safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD
+) -> jax.Array:
+    """R_c: the safety score on safety prompts and wherever it is below the threshold, else the helpfulness score.
+
+    Both are sigmoid outputs in (0, 1). # float32 [B], float32 [B], bool [B] -> float32 [B]
+    """
+    return jnp.where(is_safety | (safety < threshold), safety, helpfulness)
+
+
+def logit(p: jax.Array) -> jax.Array:
+    """The inverse of the sigmoid; finite at 0 and 1. # [B] -> [B]"""
+    p = jnp.clip(p, 1e-6, 1 - 1e-6)
+    return jnp.log(p) - jnp.log1p(-p)
+
+
+def whiten(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """(x - mean) / std over the whole (global) batch, or over the masked part of it. # float32 [...]"""
+    mask = jnp.ones_like(x) if mask is None else mask.astype(x.dtype)
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    mean = jnp.sum(x * mask) / count
+    variance = jnp.sum(jnp.square(x - mean) * mask) / count
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-8) * mask

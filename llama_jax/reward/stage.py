@@ -1,0 +1,125 @@
+"""Training of a reward model, helpfulness or safety (paper section 3.2.2): the chat model with a scalar head."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.data.loader import IndexedBatches
+from llama_jax.model import params as table
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.params import Params
+from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
+from llama_jax.reward.ranking import ranking_loss, safety_loss
+from llama_jax.reward.score import scorer
+from llama_jax.training import optimizer
+from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Supervised, Weighted, evaluation
+from llama_jax.training.step import put_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardData:
+    """Preference files. `train` maps each to its share of the pairs drawn (0: all of it, once an epoch)."""
+
+    train: dict[str, float]
+    held_out: tuple[str, ...]
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig(StageConfig):
+    """See configs/reward.py."""
+
+    data: RewardData
+    name: Literal["helpfulness", "safety"]
+    margin: Literal["none", "small", "large"] = "small"
+    safety_weight: float = 0.0  # of the auxiliary loss (A.3.4)
+    epochs: float = 1.0
+
+
+def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float) -> Loss:
+    """(params, ComparisonBatch) -> ranking loss (+ auxiliary loss) per pair; accuracy overall and by degree."""
+    score = scorer(config, compute)
+
+    def loss(params: Params, batch: ComparisonBatch) -> tuple[Weighted, Metrics]:
+        B, _, T = batch.tokens.shape
+        flat = score(params, batch.tokens.reshape(2 * B, T), batch.segment_ids.reshape(2 * B, T))
+        scores = flat.reshape(B, 2)
+        losses = ranking_loss(scores[:, 0], scores[:, 1], batch.margin)
+        pairs = jnp.sum(batch.weight)
+        correct = (scores[:, 0] > scores[:, 1]) * batch.weight
+        metrics = {"accuracy/all": Weighted(jnp.sum(correct), pairs)}
+        for index, degree in enumerate(DEGREES):
+            chosen = (batch.degree == index) * batch.weight
+            metrics[f"accuracy/{degree}"] = Weighted(jnp.sum(correct * chosen), jnp.sum(chosen))
+        total = jnp.sum(losses * batch.weight)
+        if safety_weight:
+            known = batch.safe_known * batch.weight
+            auxiliary = jnp.mean(safety_loss(scores, batch.safe), axis=1) * known
+            total += safety_weight * jnp.sum(auxiliary)
+            unsafe = (1 - batch.safe) * known[:, None]
+            metrics["unsafe_recall"] = Weighted(jnp.sum((scores < 0) * unsafe), jnp.sum(unsafe))
+        metrics["score"] = Weighted(jnp.sum(scores * batch.weight[:, None]), 2 * pairs)
+        return Weighted(total, pairs), metrics
+
+    return loss
+
+
+def mix(files: dict[str, list[Comparison]], shares: dict[str, float]) -> list[Comparison]:
+    """One epoch of pairs: files with share 0 whole; of another as many (from its start) as give it its share.
+
+    The paper's mixes (section 3.2.2): helpfulness = all helpfulness data and an equal amount of the rest; safety = 90 %
+    safety data and 10 % helpfulness data.
+    """
+    whole = [pair for name, pairs in files.items() if not shares[name] for pair in pairs]
+    rest = sum(shares.values())
+    if rest >= 1:
+        raise ValueError(f"data.train: shares {shares} leave nothing for the files that are taken whole")
+    for name, pairs in files.items():
+        if shares[name]:
+            whole_size = sum(len(files[other]) for other in files if not shares[other])
+            whole += pairs[: round(whole_size * shares[name] / (1 - rest))]
+    return whole
+
+
+def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
+    """The stage of one reward model, and its loop with the number of steps of its epochs."""
+    del workdir
+    model, tokenizer = load_tokenizer(config)
+    length = config.data.length
+    encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
+    train = mix({path: encode(path) for path in config.data.train}, config.data.train)
+    held_out = [pair for path in config.data.held_out for pair in encode(path)]
+    batches = functools.partial(
+        IndexedBatches, collate=functools.partial(collate, length=length), batch_size=config.loop.batch_size,
+        blank=blank, **process_slice(),
+    )  # fmt: skip
+    loop = config.loop
+    if config.epochs > 0:
+        loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
+    specs = table.table(model, head="reward_head")
+    loss = reward_loss(model, config.compute, safety_weight=config.safety_weight)
+    evaluate = None
+    if held_out:
+        source = batches(held_out, seed=0)
+        evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
+    stage = Stage(
+        name=f"reward model ({config.name})",
+        specs=specs,
+        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
+        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(specs)),
+        loss=loss,
+        source=Supervised(batches(train, seed=config.loop.seed)),
+        evaluate=evaluate,
+        tokens_per_step=2 * loop.batch_size * length,
+        show="accuracy/all",
+        meta=meta(config, model, tokenizer),
+    )
+    return stage, loop
+
+

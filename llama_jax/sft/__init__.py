@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on dialogs (paper section 3.1)."""

@@ -1,0 +1,97 @@
+"""Supervised fine-tuning (paper section 3.1): the chat format, loss on answers only, packed rows, a few epochs."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Literal
+
+from jax.sharding import Mesh
+
+from llama_jax.config import ConfigError
+from llama_jax.data.dialog import EncodedDialog, encode_dialog
+from llama_jax.data.loader import row_source
+from llama_jax.data.packing import Packed, pack_dialogs
+from llama_jax.data.sources import read_dialogs
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.model import params as table
+from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.loss import language_model_loss
+from llama_jax.training import optimizer
+from llama_jax.training.stage import LoopConfig, Stage, Supervised, evaluation
+from llama_jax.training.step import put_batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SftData:
+    """Dialogs as JSONL: what is trained on, what is held out (may be empty), and the length of a row."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    length: int
+    train_on: Literal["all", "last"] = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig(StageConfig):
+    """See configs/sft.py. `epochs` > 0 sets the number of steps from the data; 0 leaves `loop.steps`."""
+
+    data: SftData
+    epochs: float = 0.0
+
+
+def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all") -> Packed:
+    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log."""
+    examples: list[EncodedDialog] = []
+    for path in paths:
+        for number, row in enumerate(read_dialogs(path), start=1):
+            examples.append(encode_dialog(row["messages"], tokenizer, train_on=train_on, where=f"{path}:{number}"))
+    packed = pack_dialogs(examples, length, overlong="report")
+    if packed.overlong:
+        log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)
+    if not packed.rows:
+        raise ConfigError(f"{', '.join(paths)}: no dialog fits into {length} tokens")
+    return packed
+
+
+def fine_tuning_stage(
+    config: StageConfig, data: SftData, mesh: Mesh, *, name: str, epochs: float
+) -> tuple[Stage, LoopConfig]:
+    """A stage that fine-tunes a language model on dialogs, and its loop with the number of steps of `epochs`."""
+    model, tokenizer = load_tokenizer(config)
+    if data.length > model.max_length:
+        raise ConfigError(f"data.length={data.length}, model {model.name} takes {model.max_length}")
+    packed = packed_dialogs(data.train, tokenizer, length=data.length, train_on=data.train_on)
+    batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice())
+    loop = config.loop
+    if epochs > 0:
+        loop = dataclasses.replace(loop, steps=max(math.ceil(epochs * len(packed.rows) / loop.batch_size), 1))
+    specs = table.table(model, head="lm_head")
+    loss = language_model_loss(model, config.compute)
+    evaluate = None
+    if data.held_out:
+        held_out = packed_dialogs(data.held_out, tokenizer, length=data.length, train_on=data.train_on)
+        source = row_source(held_out.rows, config.loop.batch_size, seed=0, **process_slice())
+        evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
+    stage = Stage(
+        name=name,
+        specs=specs,
+        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
+        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(specs)),
+        loss=loss,
+        source=Supervised(batches),
+        evaluate=evaluate,
+        tokens_per_step=config.loop.batch_size * data.length,
+        meta=meta(config, model, tokenizer),
+    )
+    return stage, loop
+
+
+def make_stage(config: SftConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
+    """The SFT stage and its loop."""
+    del workdir
+    return fine_tuning_stage(config, config.data, mesh, name="sft", epochs=config.epochs)
+
+

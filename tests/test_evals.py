@@ -1,0 +1,212 @@
+"""Statistics against brute force and by hand; figures are PNGs; the report tells met, missed and not run apart."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from llama_jax.evals import statistics
+from llama_jax.evals.report import write_report
+from llama_jax.evals.targets import check_targets, lookup, number, percent, share
+
+PNG = b"\x89PNG"
+
+
+def test_mean_interval_is_deterministic_and_near_the_normal_one():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    interval = statistics.mean_interval(values)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert interval == statistics.mean_interval(values)
+    assert interval.mean == pytest.approx(values.mean()) and interval.n == 400
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_bootstrap_in_chunks_has_all_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "_CHUNK", 70)
+    assert statistics._bootstrap_means(np.arange(10.0), resamples=100, seed=0).shape == (100,)
+
+
+def test_win_rate_counts_ties_as_one_half():
+    rate = statistics.win_rate(np.array([1, 0, 1, 1.0]), np.array([0, 1, 1, 0.0]))
+    assert (rate.wins, rate.ties, rate.losses, rate.n) == (2, 1, 1, 4)
+    assert rate.mean == 0.625 and rate.low <= 0.625 <= rate.high
+    same = statistics.win_rate(np.ones(5), np.ones(5))
+    assert (same.mean, same.low, same.high) == (0.5, 0.5, 0.5)
+
+
+def test_win_rate_is_antisymmetric():
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    forth, back = statistics.win_rate(a, b), statistics.win_rate(b, a)
+    assert forth.mean == pytest.approx(1 - back.mean) and forth.low == pytest.approx(1 - back.high)
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match="a: expected finite numbers, got 1"):
+        statistics.win_rate(np.array([np.nan, 1.0]), np.ones(2))
+    with pytest.raises(ValueError, match="got 2 and 3 values"):
+        statistics.win_rate(np.ones(2), np.ones(3))
+    with pytest.raises(ValueError, match=r"values: .* shape \(0,\)"):
+        statistics.mean_interval(np.array([]))
+    with pytest.raises(ValueError, match=r"rewards: .* shape \(3,\)"):
+        statistics.expected_max_of_n(np.ones(3))
+
+
+def test_expected_max_and_median_of_n_equal_brute_force():
+    rewards = np.random.default_rng(0).normal(size=(3, 6))
+    rewards[0, :2] = 0.5  # equal rewards are no special case
+    best = statistics.expected_max_of_n(rewards)
+    for n in range(1, 7):
+        subsets = [rewards[:, list(chosen)] for chosen in itertools.combinations(range(6), n)]
+        assert best.maximum[n - 1] == pytest.approx(np.mean([s.max(axis=1) for s in subsets]), abs=1e-12)
+        assert best.median[n - 1] == pytest.approx(np.mean([np.median(s, axis=1) for s in subsets]), abs=1e-12)
+
+
+def test_expected_max_of_n_by_hand():
+    best = statistics.expected_max_of_n(np.array([[0.0, 1.0, 3.0]]))
+    np.testing.assert_allclose(best.maximum, [4 / 3, (1 + 3 + 3) / 3, 3])
+    np.testing.assert_allclose(best.median, [4 / 3, (0.5 + 1.5 + 2) / 3, 1])
+
+
+def test_expected_max_of_many_answers_stays_finite():
+    best = statistics.expected_max_of_n(np.random.default_rng(0).normal(size=(2, 100)))
+    assert np.isfinite(best.median).all() and (np.diff(best.maximum) > 0).all()
+
+
+def test_over_optimisation_needs_falling_truth_and_rising_score():
+    found = statistics.over_optimisation([0, 1, 2], [0.2, 0.6, 0.4])
+    assert found.detected and found.peak == 1 and found.utility_drop == pytest.approx(0.2)
+    assert not statistics.over_optimisation([0, 1, 2], [0.2, 0.4, 0.6]).detected
+    assert not statistics.over_optimisation([0, 1, 0.5], [0.2, 0.6, 0.4]).detected
+
+
+def good_results() -> dict:
+    utility = statistics.Interval(mean=0.5, low=0.45, high=0.55, n=100)
+    accuracy = {"all": 0.75, "significantly": 0.9, "better": 0.8, "slightly": 0.65, "negligibly": 0.5}
+    stage = {
+        "true_utility": utility,
+        "safety_violations": np.float64(0.01),
+        "win_rate": statistics.WinRate(mean=0.65, low=0.58, high=0.72, wins=60, ties=10, losses=30, n=100),
+    }
+    return {
+        "size": "tiny",
+        "seconds": {"pretrain": 300.0, "total": 840.0},
+        "pretrain": {"bits_per_byte": {"reference": 1.5}, "xz_bits_per_byte": {"reference": 2.0}},
+        "base": {"true_utility": {"mean": 0.2, "low": 0.15, "high": 0.25}},
+        "sft": {"true_utility": utility, "safety_violations": 0.02, "stop_rate": 1.0},
+        "reward": {"helpfulness": {"accuracy": accuracy}, "safety": {"accuracy": accuracy}},
+        "rejection": stage,
+        "ppo": {
+            **stage,
+            "history": {"iteration": [0, 5, 9], "reward_score": [0.1, 0.2, 0.3], "true_utility": [0.4, 0.6, 0.5]},
+        },
+    }
+
+
+def report_of(results, tmp_path, **options):
+    paths = write_report(results, tmp_path, **{"figures": {}, "samples": [], **options})
+    return json.loads(paths.json.read_text()), paths.markdown.read_text(), paths.html.read_text()
+
+
+def test_all_targets_of_a_good_run_are_met(tmp_path):
+    document, markdown, html = report_of(good_results(), tmp_path)
+    assert len(document["targets"]) == 11 and all(t["met"] is True for t in document["targets"])
+    assert document["ppo"]["win_rate"]["low"] == 0.58 and document["sft"]["true_utility"]["mean"] == 0.5
+    assert document["annotator"] == "simulation"
+    for text in (markdown, html):
+        assert "annotator of this run is a simulation" in text and "65.0 % (58.0 % to 72.0 %)" in text
+        assert "true utility peaked at iteration 5" in text  # over-optimisation is told, not hidden
+    assert "missed" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stage"),
+    [
+        ("pretrain.bits_per_byte.reference", 2.1, "pretrain"),
+        ("sft.true_utility.low", 0.2, "sft"),
+        ("reward.safety.accuracy.significantly", 0.84, "reward (safety)"),
+        ("reward.helpfulness.accuracy.all", 0.69, "reward (helpfulness)"),
+        ("rejection.win_rate.low", 0.5, "rejection"),
+        ("ppo.win_rate.mean", 0.59, "ppo"),
+        ("ppo.safety_violations", 0.03, "ppo"),
+        ("seconds.total", 1201.0, "recipe"),
+    ],
+)
+def test_each_target_can_be_missed(tmp_path, path, value, stage):
+    results, _, _ = report_of(good_results(), tmp_path)
+    *parents, key = path.split(".")
+    place = results
+    for parent in parents:
+        place = place[parent]
+    place[key] = value
+    assert [t.stage for t in check_targets(results) if t.met is False] == [stage]
+
+
+def test_missing_values_are_not_run(tmp_path):
+    document, markdown, html = report_of({}, tmp_path)
+    assert all(t["met"] is None for t in document["targets"])
+    assert document["reward"]["safety"]["accuracy"]["negligibly"] is None
+    assert document["ppo"]["win_rate"] == {"mean": None, "low": None, "high": None}
+    assert markdown.count("not run") > 20 and html.count("not run") > 20
+    half = {"ppo": None, "sft": {"true_utility": float("nan")}, "pretrain": {"bits_per_byte": {"reference": 1.0}}}
+    document, markdown, _ = report_of(half, tmp_path)
+    assert document["sft"]["true_utility"] is None and "reference 1.000 vs not run" in markdown
+
+
+def test_report_escapes_what_models_wrote_and_inlines_plots(tmp_path):
+    sample = {
+        "prompt": [{"role": "system", "content": "<b>Be brief</b>"}, {"role": "user", "content": "What is `a|b`?"}],
+        "reference": "either",
+        "is_safety": True,
+        "answers": {"ppo": "<script>alert(1)</script>", "base": "# no heading\n\n| x |"},
+        "utility": {"ppo": 0.75},
+    }
+    figures = {"verdict": PNG + b"0" * 30, "my_own": PNG + b"1" * 30}
+    _, markdown, html = report_of(good_results(), tmp_path, samples=[sample], figures=figures)
+    assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;Be brief" in html
+    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+    assert html.index(">Base<") < html.index("<h4>PPO<span>utility 0.750")
+    assert "    # no heading" in markdown and "![verdict](figures/verdict.png)" in markdown
+    assert "More figures" in markdown and (tmp_path / "figures" / "my_own.png").read_bytes() == figures["my_own"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_lookup_and_formats():
+    results = {"a": {"b": 1.5, "interval": {"mean": 0.5, "low": 0.1}, "bad": float("nan"), "text": "x", "yes": True}}
+    names = ("a.b", "a.interval", "a.interval.low", "a.bad", "a.text", "a.yes", "a.none.b", "a.b.c")
+    assert [lookup(results, name) for name in names] == [1.5, 0.5, 0.1, None, None, None, None, None]
+    assert (percent(None), percent(0.857), number(7), number(0.12345)) == ("not run", "85.7 %", "7", "0.123")
+    assert (share(3), share(0.03), share(None)) == ("3", "3.0 %", "not run")
+
+
+def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import figures
+
+    steps = np.arange(120)
+    accuracy = {"helpfulness": {"all": 0.8, "significantly": 0.9}, "safety": {"all": None}}
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    log = {"step": steps, "reward": np.sqrt(steps), "kl": np.where(steps % 2, np.nan, 0.1), "other": steps}
+    draw = [
+        lambda: figures.loss_curve({"train": (steps, 5 / (1 + steps)), "held-out": ([0, 60], [5.0, 1.0])}),
+        lambda: figures.bits_per_byte({"reference": 1.4, "source_code": 1.2}, {"reference": 1.9}),
+        lambda: figures.reward_accuracy(accuracy),
+        lambda: figures.best_of_n({"SFT": statistics.expected_max_of_n(np.random.default_rng(0).random((4, 8)))}),
+        lambda: figures.ppo_curves(log),
+        lambda: figures.ppo_curves({"step": steps}),
+        lambda: figures.verdict({"SFT": interval, "PPO": {"mean": 0.6}}, {"PPO": interval}),
+        lambda: figures.over_optimisation([0, 1], [0.1, 0.5], [0.4, 0.3]),
+    ]
+    for function in draw:
+        assert function().startswith(PNG)
+    assert draw[1]() == draw[1]()
+
+
+def test_figures_without_matplotlib_name_the_extra(monkeypatch):
+    from llama_jax.evals import figures
+
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match=r"\[eval\]"):
+        figures.bits_per_byte({"a": 1.0}, {"a": 2.0})
