@@ -27,13 +27,13 @@ class StageConfig:
     stage: which stage this is (the key of `train.STAGES`).
     model: a name of `model.config.SIZES`.
     tokenizer: path of the SentencePiece model.
-    start: workdir of the stage whose parameters this one starts from, or None to draw them.
+    start: workdir of the stage whose parameters this one starts from; empty: they are drawn.
     """
 
     stage: str
     model: str
     tokenizer: str
-    start: str | None = None
+    start: str = ""
     compute: Compute
     mesh: MeshConfig
     optim: OptimConfig
@@ -51,7 +51,7 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
             f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model {config.model} expects "
             f"{model.vocab_size}"
         )
-    if config.start is not None:
+    if config.start:
         check_start(config.start, model, tokenizer)
     return model, tokenizer
 
@@ -79,11 +79,11 @@ def fresh(specs: Specs, mesh: Mesh, *, seed: int) -> Params:
     return draw(jax.random.key(seed))
 
 
-def starting_params(specs: Specs, mesh: Mesh, *, start: str | None, seed: int) -> Callable[[], Params]:
+def starting_params(specs: Specs, mesh: Mesh, *, start: str, seed: int) -> Callable[[], Params]:
     """How a stage's parameters begin: drawn, or another stage's trunk, with its head where it has the one we need."""
 
     def init() -> Params:
-        if start is None:
+        if not start:
             return fresh(specs, mesh, seed=seed)
         saved = {name.split("'")[3] for name in read_meta(start)["fingerprints"] if name.startswith("['params']")}
         found = {name: part for name, part in specs.items() if name in saved}

@@ -1,0 +1,27 @@
+"""PPO (paper section 3.2.3): `python -m llama_jax.train --config=configs/ppo.py:7b --workdir=...`.
+
+Give `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`, `--config.data.prompts`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """512 prompts an iteration in mini-batches of 64, one gradient step each, 200 to 400 iterations at constant 1e-6."""
+    tiny = size == "tiny"
+    ppo = {
+        "rollout_size": 64 if tiny else 512,
+        "new_tokens": 48 if tiny else 1024,
+        "beta": 0.05 if tiny else 0.005 if size in ("34b", "70b") else 0.01,
+        "clip": 0.2,
+        # not in the paper; as in common open implementations
+        "value_clip": 0.2, "value_weight": 0.1, "gamma": 1.0, "lam": 0.95, "temperature": 1.0,
+        "safety_threshold": 0.15,
+        "missing_eos_penalty": 1.0,
+    }  # fmt: skip
+    data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024}
+    optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
+    loop = common.loop(40 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
+    return common.stage("ppo", size, data=data, ppo=ppo, helpfulness="", safety="", optim=optim, loop=loop)

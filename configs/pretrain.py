@@ -1,0 +1,23 @@
+"""Pretraining (paper section 2.2): `python -m llama_jax.train --config=configs/pretrain.py:7b --workdir=...`.
+
+Give `--config.data.corpus` and `--config.tokenizer` of a corpus made by `llama_jax.corpus`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """Table 1: peak 3e-4 (7B, 13B) or 1.5e-4 (34B, 70B), 2000 steps of warm-up, 4M tokens a batch, 2T tokens."""
+    data = {"corpus": "corpus", "weights": {}, "separate_documents": False}
+    if size == "tiny":
+        steps, rows = 700, 8
+        optim = common.adamw(3e-3, warmup=40)
+        loop = common.loop(steps, rows, checkpoint_every=200)
+    else:
+        rows = 2048 if size.startswith("llama1") else 1024  # 4 * 2^20 tokens
+        trillions = {"llama1-7b": 1.0, "llama1-13b": 1.0, "llama1-33b": 1.4, "llama1-65b": 1.4}.get(size, 2.0)
+        optim = common.adamw(1.5e-4 if size in ("34b", "70b", "llama1-33b", "llama1-65b") else 3e-4, warmup=2000)
+        loop = common.loop(round(trillions * 1e12 / (4 * 2**20)), rows, eval_every=1000)
+    return common.stage("pretrain", size, data=data, optim=optim, loop=loop)

@@ -1,0 +1,32 @@
+"""Rejection sampling (paper section 3.2.3): `python -m llama_jax.train --config=configs/rejection.py:7b --workdir=...`.
+
+Give `--config.policy`, `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`,
+`--config.rejection.prompts`, and in `--config.data.train` the SFT dialogs to mix in.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT."""
+    tiny = size == "tiny"
+    length = 256 if tiny else 4096
+    data = {"train": (), "held_out": (), "length": length, "train_on": "last"}
+    rejection = {
+        "prompts": "prompts.jsonl",
+        "prompt_length": 96 if tiny else 1024,
+        "max_prompts": 256 if tiny else 100_000,
+        "answers": 8 if tiny else 20,
+        "new_tokens": 48 if tiny else 1024,
+        "temperature": 1.0 if tiny else 1.2,  # Fig. 8: best for 10 to 100 samples of the RLHF model
+        "sampling_batch": 128 if tiny else 256,
+        "safety_threshold": 0.15,
+    }
+    optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
+    loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
+    return common.stage(
+        "rejection", size, data=data, rejection=rejection, policy="", helpfulness="", safety="", epochs=2.0,
+        optim=optim, loop=loop,
+    )  # fmt: skip

@@ -1,0 +1,28 @@
+"""Reward models (paper section 3.2.2): `python -m llama_jax.train --config=configs/reward.py:7b --workdir=...`.
+
+`configs/reward.py:7b,safety` is the safety model. Give `--config.start` (a chat model's workdir), `--config.tokenizer` and
+`--config.data.train` (preference files and the share of each in the mix; 0 is "all of it").
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(argument: str = "tiny") -> ConfigDict:
+    """One epoch of 512 pairs a batch, peak 5e-6 (70B) or 1e-5, cosine to 10 %, warm-up 3 % of the steps, at least 5."""
+    size, _, name = argument.partition(",")
+    name = name or "helpfulness"
+    length = {"tiny": 160}.get(size, 2048 if size.startswith("llama1") else 4096)
+    data = ConfigDict({"train": {}, "held_out": (), "length": length})
+    if size == "tiny":
+        optim, loop = common.adamw(5e-4, warmup=5), common.loop(100, 16, checkpoint_every=100)
+    else:
+        # 2.9M comparisons (Table 6) in batches of 512 pairs are 5,700 steps.
+        optim = common.adamw(5e-6 if size == "70b" else 1e-5, warmup=171)
+        loop = common.loop(5700, 512, checkpoint_every=500)
+    # The paper prints no weight of the auxiliary loss (A.3.4); it belongs to the safety model.
+    return common.stage(
+        "reward", size, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0, epochs=1.0,
+        optim=optim, loop=loop,
+    )  # fmt: skip

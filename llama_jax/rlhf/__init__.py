@@ -1,0 +1,1 @@
+"""Rejection sampling and PPO (paper section 3.2.3)."""

@@ -1,0 +1,47 @@
+"""Token rewards and generalised advantage estimation. The paper is silent on the critic; gamma = lambda = 1 gives its
+sequence-level objective R - beta KL exactly."""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_rewards(score: jax.Array, kl: jax.Array, mask: jax.Array, *, beta: float) -> jax.Array:
+    """-beta * (log pi - log pi_0) at every response token, plus the score at the last one (EOS, if it was drawn).
+
+    Args:
+      score: # float32 [B]
+      kl: log pi - log pi_0 of the drawn token. # float32 [B, N]
+      mask: the response's tokens, a prefix of each row. # bool [B, N]
+
+    Returns:
+      float32 [B, N], 0 outside the mask
+    """
+    last = jnp.sum(mask, axis=1) - 1
+    at_last = jnp.arange(mask.shape[1]) == last[:, None]
+    return jnp.where(mask, -beta * kl, 0.0) + jnp.where(at_last, score[:, None], 0.0)
+
+
+def generalised_advantages(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """GAE backwards over each response: delta_t + gamma lambda A_{t+1}; the value after the last token is 0.
+
+    Args:
+      rewards, values: # float32 [B, N]
+      mask: # bool [B, N]
+
+    Returns:
+      advantages (not whitened) and returns = advantages + values, both float32 [B, N], 0 outside the mask.
+    """
+    values = jnp.where(mask, values, 0.0)
+
+    def step(carry, inputs):
+        advantage, next_value = carry
+        reward, value, inside = inputs
+        delta = reward + gamma * next_value - value
+        advantage = jnp.where(inside, delta + gamma * lam * advantage, 0.0)
+        return (advantage, value), advantage
+
+    zero = jnp.zeros(rewards.shape[0], jnp.float32)
+    _, advantages = jax.lax.scan(step, (zero, zero), (rewards.T, values.T, mask.T), reverse=True)
+    return advantages.T, jnp.where(mask, advantages.T + values, 0.0)

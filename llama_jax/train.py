@@ -1,0 +1,67 @@
+"""Runs one stage: `python -m llama_jax.train --config=configs/sft.py:7b --workdir=... [--config.optim.lr=1e-5]`."""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from llama_jax.config import ConfigError, describe, parse
+from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.training.loop import claim, finished, train
+
+# stage -> (module with `make_stage`, its config class)
+STAGES = {
+    "pretrain": ("llama_jax.pretrain.stage", "PretrainConfig"),
+    "sft": ("llama_jax.sft.stage", "SftConfig"),
+    "reward": ("llama_jax.reward.stage", "RewardConfig"),
+    "rejection": ("llama_jax.rlhf.rejection", "RejectionConfig"),
+    "ppo": ("llama_jax.rlhf.ppo", "PpoConfig"),
+}
+
+
+def parse_stage(values: Mapping[str, Any]) -> Any:
+    """The frozen config of whichever stage `values["stage"]` names."""
+    name = values["stage"] if "stage" in values else None
+    if name not in STAGES:
+        raise ConfigError(f"config.stage: expected one of {', '.join(STAGES)}, got {name!r}")
+    module, class_name = STAGES[name]
+    return parse(getattr(importlib.import_module(module), class_name), values)
+
+
+def run(values: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    """Runs a stage, or goes on with it, or does nothing if it is finished; returns its summary."""
+    workdir = Path(workdir)
+    config = parse_stage(values)
+    claim(workdir, describe(config))
+    if (summary := finished(workdir)) is not None:
+        return summary
+    mesh = make_mesh(config.mesh)
+    made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
+    stage, loop = made if isinstance(made, tuple) else (made, config.loop)
+    return train(stage, loop, mesh=mesh, workdir=workdir)
+
+
+def main(argv: list[str]) -> None:
+    """Flags to config to call; a wrong config or input is one line, not a traceback."""
+    del argv
+    keep_heap()
+    start_distributed()
+    try:
+        summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    held_out = ", ".join(f"{name} {value:.4g}" for name, value in summary["held_out"].items())
+    print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s; {held_out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "configs/<stage>.py:<size>")
+    flags.DEFINE_string("workdir", None, "directory of checkpoints and logs")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
