@@ -70,8 +70,8 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
     shards = batch_shards(mesh) * config.microbatches
     if config.batch_size % shards:
         raise ConfigError(
-            f"loop.batch_size={config.batch_size} cannot be divided over data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']} shards x {config.microbatches} microbatches"
+            f"loop.batch_size={config.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh "
+            f"x {config.microbatches} microbatches"
         )
     begun = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep)

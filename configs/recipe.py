@@ -1,0 +1,62 @@
+"""The whole recipe: `python -m llama_jax.recipe --config=configs/recipe.py:tiny --workdir=...` (paper, all of it).
+
+About 15 minutes on two CPU cores. `smoke` is the same path in a minute, for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """`tiny`, or `smoke`: `tiny` with a handful of steps."""
+    decoding = {"temperature": 1.0, "top_p": 1.0, "prompt_length": 96, "new_tokens": 48, "batch_size": 128}
+    config = ConfigDict({
+        "size": "tiny",
+        "configs": "configs",
+        "corpus": "tiny",
+        "datasets": {
+            "objects": 6000, "max_characters": 300, "held_out_fraction": 0.1,
+            "sft": 3000, "sft_safety": 500,
+            "preferences": 1200, "preferences_safety": 400,
+            "rlhf": 1500, "rlhf_safety": 400,
+            "held_out": 200, "held_out_safety": 80,
+        },
+        "variant_temperatures": (0.8, 1.1),
+        "preference_rounds": 1,
+        "annotator_noise": 0.03,
+        "verdict": decoding,
+        "sampling": decoding,
+        "compute": common.compute("tiny"),
+        "mesh": common.mesh("tiny"),
+        "overrides": {"sft_variant": {"epochs": 0.4}},
+        "seed": 0,
+    })  # fmt: skip
+    if size == "smoke":
+        config.datasets = ConfigDict({
+            "objects": 600, "max_characters": 300, "held_out_fraction": 0.3,
+            "sft": 64, "sft_safety": 16, "preferences": 24, "preferences_safety": 16, "rlhf": 32, "rlhf_safety": 16,
+            "held_out": 16, "held_out_safety": 16,
+        })  # fmt: skip
+        small = {"batch_size": 32, "new_tokens": 16}
+        config.verdict.update(small)
+        config.sampling.update(small)
+        config.overrides = ConfigDict({
+            "corpus": {"total_tokens": 20_000},
+            "pretrain": {"loop.steps": 6, "optim.warmup": 2, "loop.checkpoint_every": 3},
+            "sft": {"epochs": 0.0, "loop.steps": 4, "optim.warmup": 1},
+            "sft_variant": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
+            "reward_helpfulness": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
+            "reward_safety": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
+            "rejection": {
+                "epochs": 0.0, "loop.steps": 2, "optim.warmup": 1, "rejection.max_prompts": 8, "rejection.answers": 4,
+                "rejection.new_tokens": 16, "rejection.sampling_batch": 32,
+            },
+            "ppo": {
+                "loop.steps": 4, "loop.batch_size": 8, "loop.checkpoint_every": 1, "ppo.rollout_size": 16,
+                "ppo.new_tokens": 16,
+            },
+        })  # fmt: skip
+    elif size != "tiny":
+        raise ValueError(f"recipe {size!r} is unknown; expected tiny or smoke")
+    return config

@@ -1,0 +1,113 @@
+"""Answers of a checkpoint to held-out prompts, judged by the simulated annotator's true utility (paper section 3.4)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.assistant.annotator import SimulatedAnnotator, well_formed
+from llama_jax.data.dialog import decode_response, encode_prompt
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.statistics import mean_interval
+from llama_jax.model import params as table
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.sampling.generate import generate, make_sampler
+from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.metrics import Progress
+
+Prompt = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn; the reference's defaults are temperature 0.6 and top-p 0.9."""
+
+    temperature: float
+    top_p: float
+    prompt_length: int
+    new_tokens: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer: its ids as sampled, its text, and whether the model stopped by itself."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+def answer_prompts(
+    workdir: str, prompts: Sequence[list[int]], model: ModelConfig, tokenizer: Tokenizer, *, compute: Compute,
+    decoding: Decoding, mesh: Mesh, seed: int, label: str,
+) -> list[list[int]]:  # fmt: skip
+    """Sampled ids for each prompt from the newest checkpoint of a stage. PPO's checkpoint holds a policy and a critic."""
+    specs = table.table(model, head="lm_head")
+    with jax.set_mesh(mesh), Progress(len(prompts), label, "answer") as progress:
+        sampler = make_sampler(
+            model, specs, compute=compute, eos_id=tokenizer.eos_id, max_new_tokens=decoding.new_tokens,
+            temperature=decoding.temperature, top_p=decoding.top_p,
+        )  # fmt: skip
+        return generate(
+            sampler, policy_params(workdir, specs, mesh), prompts, prompt_length=decoding.prompt_length,
+            batch_size=decoding.batch_size, seed=seed, progress=progress.update,
+        )  # fmt: skip
+
+
+def policy_params(workdir: str, specs: Any, mesh: Mesh) -> Any:
+    """The language model of a stage's checkpoint, also of PPO's, which trains two models."""
+    if read_meta(workdir)["stage"] == "ppo":
+        return restore_params(workdir, {"policy": specs}, mesh)["policy"]
+    return restore_params(workdir, specs, mesh)
+
+
+def chat_answers(workdir: str, rows: Sequence[Prompt], model: ModelConfig, tokenizer: Tokenizer, **how) -> list[Answer]:
+    """Answers of a chat model to prompt rows; see `answer_prompts` for the keywords."""
+    prompts = [encode_prompt(row["messages"], tokenizer) for row in rows]
+    answers = answer_prompts(workdir, prompts, model, tokenizer, **how)
+    return [Answer(ids, *decode_response(ids, tokenizer)) for ids in answers]
+
+
+def base_answers(
+    workdir: str, rows: Sequence[Prompt], examples: Sequence[Prompt], model: ModelConfig, tokenizer: Tokenizer, *,
+    decoding: Decoding, **how,
+) -> list[Answer]:  # fmt: skip
+    """Answers of a base model that is shown solved examples as plain text; a line break ends its answer."""
+    shots = "".join(f"Question: {row['messages'][-1]['content']}\nAnswer: {row['reference']}\n\n" for row in examples)
+    texts = [f"{shots}Question: {_as_text(row)}\nAnswer:" for row in rows]
+    prompts = [tokenizer.encode(text, bos=True)[-(model.max_length - decoding.new_tokens) :] for text in texts]
+    decoding = dataclasses.replace(decoding, prompt_length=model.max_length - decoding.new_tokens)
+    answers = []
+    for ids in answer_prompts(workdir, prompts, model, tokenizer, decoding=decoding, **how):
+        text, ended = decode_response(ids, tokenizer)
+        line, newline, _ = text.partition("\n")
+        answers.append(Answer(ids, line.strip(), ended or bool(newline)))
+    return answers
+
+
+def _as_text(row: Prompt) -> str:
+    return " ".join(message["content"] for message in row["messages"])
+
+
+def judge(rows: Sequence[Prompt], answers: Sequence[Answer], annotator: SimulatedAnnotator) -> dict[str, Any]:
+    """True utility (mean with 95 % interval), violations on safety prompts, stop and format rates of one model."""
+    utilities = utility(rows, answers, annotator)
+    safety = [i for i, row in enumerate(rows) if row["is_safety"]]
+    violations = [annotator.violates(rows[i], answers[i].text) for i in safety]
+    return {
+        "true_utility": dataclasses.asdict(mean_interval(utilities)),
+        "safety_violations": float(np.mean(violations)) if violations else 0.0,
+        "stop_rate": float(np.mean([answer.ended for answer in answers])),
+        "format_rate": float(np.mean([well_formed(answer.text) == 1.0 for answer in answers])),
+    }
+
+
+def utility(rows: Sequence[Prompt], answers: Sequence[Answer], annotator: SimulatedAnnotator) -> np.ndarray:
+    """The true utility of each answer. # -> float [n]"""
+    return np.array(
+        [annotator.true_utility(row, a.text, ended=a.ended) for row, a in zip(rows, answers, strict=True)], np.float64
+    )
