@@ -44,10 +44,10 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
     })  # fmt: skip
 
 
-def stage(name: str, size: str, **fields) -> ConfigDict:
+def stage(kind: str, size: str, /, **fields) -> ConfigDict:
     """A stage's config; paths are given on the command line or by the recipe."""
     config = ConfigDict({
-        "stage": name, "model": check(size), "tokenizer": "tokenizer.model", "start": "",
+        "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "",
         "compute": compute(size), "mesh": mesh(size), **fields,
     })  # fmt: skip
     return config

@@ -25,6 +25,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "variant_temperatures": (0.8, 1.1),
         "preference_rounds": 1,
         "annotator_noise": 0.03,
+        "rejection_with_sft": False,
         "verdict": decoding,
         "sampling": decoding,
         "compute": common.compute("tiny"),
@@ -41,20 +42,21 @@ def get_config(size: str = "tiny") -> ConfigDict:
         small = {"batch_size": 32, "new_tokens": 16}
         config.verdict.update(small)
         config.sampling.update(small)
+        config.rejection_with_sft = True  # models this young never end an answer, so there is no best one
         config.overrides = ConfigDict({
             "corpus": {"total_tokens": 20_000},
-            "pretrain": {"loop.steps": 6, "optim.warmup": 2, "loop.checkpoint_every": 3},
-            "sft": {"epochs": 0.0, "loop.steps": 4, "optim.warmup": 1},
-            "sft_variant": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
-            "reward_helpfulness": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
-            "reward_safety": {"epochs": 0.0, "loop.steps": 2, "optim.warmup": 1},
+            "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}},
+            "sft": {"epochs": 0.0, "loop": {"steps": 4}, "optim": {"warmup": 1}},
+            "sft_variant": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
+            "reward_helpfulness": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
+            "reward_safety": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
             "rejection": {
-                "epochs": 0.0, "loop.steps": 2, "optim.warmup": 1, "rejection.max_prompts": 8, "rejection.answers": 4,
-                "rejection.new_tokens": 16, "rejection.sampling_batch": 32,
+                "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
+                "rejection": {"max_prompts": 8, "answers": 4, "new_tokens": 16, "sampling_batch": 32},
             },
             "ppo": {
-                "loop.steps": 4, "loop.batch_size": 8, "loop.checkpoint_every": 1, "ppo.rollout_size": 16,
-                "ppo.new_tokens": 16,
+                "loop": {"steps": 4, "batch_size": 8, "checkpoint_every": 1},
+                "ppo": {"rollout_size": 16, "new_tokens": 16},
             },
         })  # fmt: skip
     elif size != "tiny":

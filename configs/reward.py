@@ -1,7 +1,7 @@
 """Reward models (paper section 3.2.2): `python -m llama_jax.train --config=configs/reward.py:7b --workdir=...`.
 
 `configs/reward.py:7b,safety` is the safety model. Give `--config.start` (a chat model's workdir), `--config.tokenizer` and
-`--config.data.train` (preference files and the share of each in the mix; 0 is "all of it").
+`--config.data.train`, `--config.data.shares` (preference files and the share of each in the mix; 0 is "all of it").
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     size, _, name = argument.partition(",")
     name = name or "helpfulness"
     length = {"tiny": 160}.get(size, 2048 if size.startswith("llama1") else 4096)
-    data = ConfigDict({"train": {}, "held_out": (), "length": length})
+    data = ConfigDict({"train": (), "shares": (), "held_out": (), "length": length})
     if size == "tiny":
         optim, loop = common.adamw(5e-4, warmup=5), common.loop(100, 16, checkpoint_every=100)
     else:

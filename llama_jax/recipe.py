@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import Mesh
 
 from llama_jax import corpus as corpus_command
@@ -46,7 +46,7 @@ from llama_jax.training.loop import claim, finished, write_json
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """See configs/recipe.py. `overrides` changes fields of the stages' configs: {"ppo": {"optim.lr": 1e-4}}."""
+    """See configs/recipe.py. `overrides` changes fields of the stages' configs: {"ppo": {"optim": {"lr": 1e-4}}}."""
 
     size: str
     configs: str  # directory of the stages' configs
@@ -55,6 +55,7 @@ class RecipeConfig:
     variant_temperatures: tuple[float, ...]  # of the two models whose answers are compared
     preference_rounds: int  # pairs drawn for each prompt
     annotator_noise: float
+    rejection_with_sft: bool  # the paper restarts each round from the base model with the SFT data; costs a second SFT
     verdict: Decoding
     sampling: Decoding
     compute: Compute
@@ -90,17 +91,10 @@ class Recipe:
         return saved["result"]
 
     def stage(self, name: str, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a training stage under its config with `changes` (dotted fields), then the recipe's own overrides."""
+        """Runs a training stage under its config with `changes` (nested), then the recipe's own overrides."""
         values = load_config(Path(self.config.configs), config)
-        merged = {**changes, **self.config.overrides.get(name, {}), "tokenizer": self.path("corpus", "tokenizer.model")}
-        for field, value in merged.items():
-            *groups, last = field.split(".")
-            place = values
-            for group in groups:
-                place = place[group]
-            if last not in place:
-                raise ConfigError(f"overrides.{name}.{field}: unknown field of {config}")
-            place[last] = value
+        change(values, {"tokenizer": self.path("corpus", "tokenizer.model"), **changes}, where=name)
+        change(values, self.config.overrides.get(name, {}), where=f"overrides.{name}")
         begun = time.monotonic()
         done_before = finished(self.workdir / name) is not None
         result = run_stage(values, self.workdir / name)
@@ -116,9 +110,11 @@ class Recipe:
         self.step("corpus", self.make_corpus)
         self.step("datasets", lambda: write_datasets(self.workdir / "data", self.config.datasets, seed=self.config.seed))
         data = lambda name: self.path("data", f"{name}.jsonl")  # noqa: E731
-        pretrain = self.stage("pretrain", f"pretrain.py:{self.config.size}", {"data.corpus": self.path("corpus")})
+        pretrain = self.stage("pretrain", f"pretrain.py:{self.config.size}", {"data": {"corpus": self.path("corpus")}})
         xz = self.step("xz", self.xz)
-        sft_changes = {"start": self.path("pretrain"), "data.train": (data("sft"),), "data.held_out": (data("sft_held_out"),)}
+        sft_changes = {
+            "start": self.path("pretrain"), "data": {"train": (data("sft"),), "held_out": (data("sft_held_out"),)},
+        }  # fmt: skip
         sft = self.stage("sft", f"sft.py:{self.config.size}", sft_changes)
         # A second, weaker variant gives the comparisons their contrast, as the paper's earlier models do.
         self.stage("sft_variant", f"sft.py:{self.config.size}", sft_changes)
@@ -127,17 +123,18 @@ class Recipe:
         rewards = {
             name: self.stage(f"reward_{name}", f"reward.py:{self.config.size},{name}", {
                 "start": self.path("sft"),
-                "data.train": self.reward_mix(name),
-                "data.held_out": (data(f"{name}_held_out"),),
+                "data": {**self.reward_mix(name), "held_out": (data(f"{name}_held_out"),)},
             })
             for name in ("helpfulness", "safety")
         }  # fmt: skip
         models = {"helpfulness": self.path("reward_helpfulness"), "safety": self.path("reward_safety")}
+        with_sft = self.config.rejection_with_sft
         self.stage("rejection", f"rejection.py:{self.config.size}", {
-            **models, "policy": self.path("sft"), "start": self.path("sft"), "rejection.prompts": data("rlhf_prompts"),
+            **models, "policy": self.path("sft"), "start": self.path("pretrain" if with_sft else "sft"),
+            "rejection": {"prompts": data("rlhf_prompts")}, "data": {"train": (data("sft"),) if with_sft else ()},
         })  # fmt: skip
         self.stage("ppo", f"ppo.py:{self.config.size}", {
-            **models, "start": self.path("rejection"), "data.prompts": data("rlhf_prompts"),
+            **models, "start": self.path("rejection"), "data": {"prompts": data("rlhf_prompts")},
         })  # fmt: skip
         versions = self.step("verdict", lambda: self.verdict(tokenizer))
         results = {
@@ -166,8 +163,7 @@ class Recipe:
     def make_corpus(self) -> str:
         """Corpus and tokenizer; returns the mixture table."""
         values = load_config(Path(self.config.configs), f"corpus.py:{self.config.corpus}")
-        for field, value in self.config.overrides.get("corpus", {}).items():
-            values[field] = value
+        change(values, self.config.overrides.get("corpus", {}), where="overrides.corpus")
         if (self.workdir / "corpus" / "manifest.json").exists():
             return json.loads((self.workdir / "corpus" / "manifest.json").read_text())["table"]
         table_ = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
@@ -179,11 +175,11 @@ class Recipe:
         files = sorted((self.workdir / "corpus" / "held_out").glob("*.jsonl"))
         return {path.stem: bits_per_byte_of_xz(row["text"] for _, row in read_jsonl(path)) for path in files}
 
-    def reward_mix(self, name: str) -> dict[str, float]:
+    def reward_mix(self, name: str) -> dict[str, Any]:
         """The paper's mixes (section 3.2.2): helpfulness half and half; safety with 10 % helpfulness."""
-        own, other = (self.path("data", f"{n}_train.jsonl") for n in
-                      (("helpfulness", "safety") if name == "helpfulness" else ("safety", "helpfulness")))  # fmt: skip
-        return {own: 0.0, other: 0.5 if name == "helpfulness" else 0.1}
+        own, other = ("helpfulness", "safety") if name == "helpfulness" else ("safety", "helpfulness")
+        files = tuple(self.path("data", f"{kind}_train.jsonl") for kind in (own, other))
+        return {"train": files, "shares": (0.0, 0.5 if name == "helpfulness" else 0.1)}
 
     def make_preferences(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Answers of both variants at their temperatures, compared by the simulated annotator."""
@@ -223,7 +219,7 @@ class Recipe:
         """True utility, violations and win rates of every version on held-out prompts; and samples to read."""
         config = self.config
         rows = self.short_prompts("verdict_prompts", tokenizer)
-        how = dict(compute=config.compute, decoding=config.verdict, mesh=self.mesh, seed=config.seed + 100)
+        how = {"compute": config.compute, "decoding": config.verdict, "mesh": self.mesh, "seed": config.seed + 100}
         # Short solved examples of every kind, from the training prompts.
         examples = _shots(read_prompts(self.path("data", "rlhf_prompts.jsonl")))
         answers: dict[str, list[Answer]] = {
@@ -259,6 +255,17 @@ class Recipe:
             for i in range(0, len(rows), max(len(rows) // 16, 1))
         ]  # fmt: skip
         return {"versions": versions, "samples": samples}
+
+
+def change(values: Any, changes: Mapping[str, Any], *, where: str) -> None:
+    """Changes fields of a ConfigDict, group by group; ConfigError for a field that is not there."""
+    for name, value in changes.items():
+        if name not in values:
+            raise ConfigError(f"{where}.{name}: unknown field; expected one of {', '.join(sorted(values))}")
+        if isinstance(value, Mapping) and len(values[name]):
+            change(values[name], value, where=f"{where}.{name}")
+        else:
+            values[name] = value
 
 
 def _shots(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -301,6 +308,7 @@ def load_config(directory: Path, name: str) -> Any:
 def main(argv: list[str]) -> None:
     """Flags to config to call."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     keep_heap()
     start_distributed()
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llama_jax.config import ConfigError, describe, parse
 from llama_jax.parallel.host import keep_heap
@@ -48,6 +48,7 @@ def run(values: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Flags to config to call; a wrong config or input is one line, not a traceback."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     keep_heap()
     start_distributed()
     try:

@@ -1,51 +1,45 @@
-"""The build in one process: documents -> dedup -> split -> tokenizer -> blocks and manifest, whole or not at all.
+"""The build in one process: documents -> dedup -> split -> tokenizer -> blocks -> manifest, whole or not at all.
 
 Layout of the result:
 
-    tokenizer.model   blocks/<source>.array_record   held_out/<source>.jsonl (raw: bits per byte needs the bytes)
+    tokenizer.model
+    blocks/<source>.array_record     what to train on
+    held_out/<source>.jsonl          raw documents: bits per byte need the bytes
+    held_out/<source>.array_record   the same as blocks
     manifest.json
 """
 
-import json
+import dataclasses
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-
 import llama_jax
 from llama_jax.corpus_build import mixture
-from llama_jax.corpus_build.dedup import drop_duplicates
+from llama_jax.corpus_build.blocks import write_blocks
+from llama_jax.corpus_build.dedup import content_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.manifest import NAME, file_sha256
-from llama_jax.corpus_build.split import split
-from llama_jax.data.blocks import block_record
+from llama_jax.corpus_build.manifest import write_manifest
+from llama_jax.corpus_build.split import Split, lines_seen, split
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 
-def blocks(documents: Iterable[list[int]], block_length: int) -> Iterable[np.ndarray]:
-    """Cuts the joined ids of documents into blocks of T+1 that overlap by one, so that each id but the first of the
-    source is a target exactly once. The last block may be shorter. # -> [<= T+1]"""
-    buffer = np.concatenate([np.asarray(ids, np.uint32) for ids in documents] or [np.zeros(0, np.uint32)])
-    for start in range(0, max(len(buffer) - 1, 0), block_length):
-        yield buffer[start : start + block_length + 1]
-
-
 def build_corpus(
     documents_by_source: Mapping[str, Iterable[Document]],
-    output: str | Path,
+    output: str | os.PathLike,
     *,
-    weights: Mapping[str, float],
     vocab_size: int,
     block_length: int,
     held_out_fraction: float,
-    held_out_bytes: int,
-    total_tokens: int,
-    tokenizer_path: str | None = None,
+    weights: Mapping[str, float],
+    held_out_minimum: int = 40_000,
+    held_out_maximum: int = 60_000,
+    total_tokens: int | None = None,
+    tokenizer_path: str | os.PathLike | None = None,
     tokenizer_bytes: int = 4_000_000,
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -54,103 +48,157 @@ def build_corpus(
 
     Args:
       documents_by_source: in the order in which duplicates are kept.
-      weights: share of each source in the training mixture.
-      vocab_size: pieces of the tokenizer that is trained on the train split, unless `tokenizer_path` names one.
+      vocab_size: pieces of the tokenizer, which is trained on the train split unless `tokenizer_path` names one.
       block_length: T; a block has T+1 ids.
       held_out_fraction: share of the documents that no model sees.
-      held_out_bytes: of those, how many bytes a source keeps for evaluation (whole documents).
-      total_tokens: of the planned training run, for the mixture table.
+      weights: share of each source in the training mixture; they need not add up to 1.
+      held_out_minimum: a small source holds out more, up to so many bytes (`split.split`).
+      held_out_maximum: bytes a source keeps for evaluation at most, in whole documents.
+      total_tokens: of the planned training run, for the mixture table; the tokens of the corpus if None.
       tokenizer_bytes: size of the weighted sample that the tokenizer is trained on.
+      config: plain JSON values to keep in the manifest.
+
+    Raises:
+      FileExistsError: `output` is there already.
+      ValueError: for wrong arguments, blank texts, or a source that gives no train or no held-out document.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
-    work = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "blocks").mkdir(parents=True)
-
-    kept, duplicates = drop_duplicates(documents_by_source)
-    train: dict[str, list[Document]] = {}
-    counts: dict[str, dict[str, int]] = {}
-    for source, documents in kept.items():
-        train[source], held_out = split(documents, fraction=held_out_fraction)
-        held_out = _first_bytes(held_out, held_out_bytes)
-        if not train[source] or not held_out:
-            raise ValueError(
-                f"source {source!r}: {len(documents)} documents leave {len(train[source])} to train on and "
-                f"{len(held_out)} held out; expected at least one each"
-            )
-        write_jsonl(
-            work / "held_out" / f"{source}.jsonl", ({"id": d.id, "source": source, "text": d.text} for d in held_out)
-        )
-        counts[source] = {
-            "documents": len(train[source]),
-            "bytes": sum(len(d.text.encode()) for d in train[source]),
-            "held_out_documents": len(held_out),
-            "held_out_bytes": sum(len(d.text.encode()) for d in held_out),
-            "duplicates": duplicates[source],
-        }
-
-    if tokenizer_path is None:
-        sample = _tokenizer_sample(train, weights, tokenizer_bytes)
-        tokenizer = train_tokenizer(sample, work / "tokenizer.model", vocab_size=vocab_size, seed=seed)
-    else:
-        shutil.copyfile(tokenizer_path, work / "tokenizer.model")
-        tokenizer = Tokenizer(work / "tokenizer.model")
-    for source, documents in train.items():
-        encoded = tokenizer.encode_many([d.text for d in documents])
-        ids = [[tokenizer.bos_id, *document, tokenizer.eos_id] for document in encoded]
-        path = work / "blocks" / f"{source}.array_record"
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        number = 0
-        for block in blocks(ids, block_length):
-            writer.write(block_record(block, block_length, tokenizer.vocab_size))
-            number += 1
-        writer.close()
-        counts[source] |= {"tokens": sum(map(len, ids)), "blocks": number}
-
-    shares = mixture.plan(
-        weights, {s: counts[s]["documents"] for s in weights}, {s: counts[s]["tokens"] for s in weights},
-        total_tokens=total_tokens,
-    )  # fmt: skip
-    files = sorted(path for path in work.rglob("*") if path.is_file())
-    manifest = {
-        "sources": {
-            share.source: {**counts[share.source], "share": share.share, "epochs": share.epochs} for share in shares
-        },
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "block_length": block_length,
-        "table": mixture.table(shares),
-        "config": dict(config or {}),
-        "version": llama_jax.__version__,
-        "sha256": {str(path.relative_to(work)): file_sha256(path) for path in files},
-    }
-    (work / NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    os.replace(work, output)
+    _check(documents_by_source, weights, output, held_out_fraction, (held_out_minimum, held_out_maximum))
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed
+    try:
+        manifest = _build(
+            documents_by_source, unfinished,
+            vocab_size=vocab_size, block_length=block_length, weights=weights, total_tokens=total_tokens,
+            tokenizer_path=tokenizer_path, tokenizer_bytes=tokenizer_bytes, config=dict(config or {}), seed=seed,
+            held_out={
+                "fraction": held_out_fraction, "minimum_bytes": held_out_minimum, "maximum_bytes": held_out_maximum
+            },
+        )  # fmt: skip
+        os.rename(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return manifest
 
 
-def _first_bytes(documents: list[Document], limit: int) -> list[Document]:
-    """Whole documents up to `limit` bytes, at least one; longer ones than the limit are passed over."""
-    chosen, size = [], 0
-    for document in documents:
-        length = len(document.text.encode())
-        if size + length <= limit:
-            chosen.append(document)
-            size += length
-    return chosen
+def _build(
+    documents_by_source: Mapping[str, Iterable[Document]],
+    directory: Path,
+    *,
+    vocab_size: int,
+    block_length: int,
+    held_out: Mapping[str, Any],
+    weights: Mapping[str, float],
+    total_tokens: int | None,
+    tokenizer_path: str | os.PathLike | None,
+    tokenizer_bytes: int,
+    config: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    for name in ("blocks", "held_out"):
+        (directory / name).mkdir(parents=True)
+    kept, duplicates = drop_duplicates(documents_by_source)
+    splits = split(kept, **held_out)
+    for source, part in splits.items():
+        if not part.train or not part.held_out:
+            raise ValueError(
+                f"source {source!r}: {len(kept[source])} documents leave {len(part.train)} to train on and "
+                f"{len(part.held_out)} held out (of at most {held_out['maximum_bytes']:,} bytes); expected at least one each"
+            )
+
+    model = directory / "tokenizer.model"
+    if tokenizer_path is None:
+        sample = _tokenizer_sample(splits, weights, tokenizer_bytes)
+        tokenizer = train_tokenizer(sample, model, vocab_size=vocab_size, seed=seed)
+    else:
+        tokenizer = Tokenizer(tokenizer_path)
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError(f"vocab_size: expected the {tokenizer.vocab_size} of {tokenizer_path}, got {vocab_size}")
+        shutil.copyfile(tokenizer_path, model)
+
+    seen = lines_seen(splits)
+    counts: dict[str, dict[str, Any]] = {}
+    for source, part in splits.items():
+        written = {
+            folder: write_blocks(
+                (d.text for d in documents), directory / folder / f"{source}.array_record",
+                tokenizer=tokenizer, block_length=block_length,
+            )
+            for folder, documents in (("blocks", part.train), ("held_out", part.held_out))
+        }  # fmt: skip
+        write_jsonl(directory / "held_out" / f"{source}.jsonl", map(dataclasses.asdict, part.held_out))
+        counts[source] = {
+            # documents_read = duplicates + documents + held_out_documents + withheld_documents
+            "documents_read": len(kept[source]) + duplicates[source],
+            "duplicates": duplicates[source],
+            **dataclasses.asdict(written["blocks"]),
+            "bytes": _size(part.train),
+            **{f"held_out_{name}": value for name, value in dataclasses.asdict(written["held_out"]).items()},
+            "held_out_bytes": _size(part.held_out),
+            "held_out_lines_seen": round(seen[source], 4),
+            "withheld_documents": len(part.withheld),
+            "withheld_bytes": _size(part.withheld),
+        }
+
+    tokens = {source: counts[source]["tokens"] for source in splits}
+    shares = mixture.plan(
+        {source: weights[source] for source in splits},  # in the order of the sources
+        {source: counts[source]["documents"] for source in splits},
+        tokens,
+        total_tokens=sum(tokens.values()) if total_tokens is None else total_tokens,
+    )
+    for share in shares:
+        counts[share.source] |= {
+            "share": share.share, "planned_tokens": share.planned_tokens, "epochs": share.epochs
+        }  # fmt: skip
+    return write_manifest(
+        directory,
+        {
+            "sources": counts,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "block_length": block_length,
+            "table": mixture.table(shares),
+            "config": config,
+            "version": llama_jax.__version__,
+        },
+    )
 
 
-def _tokenizer_sample(
-    train: Mapping[str, list[Document]], weights: Mapping[str, float], size: int
-) -> Iterable[str]:
-    """Documents of each source up to its share of `size` bytes."""
-    whole = sum(weights.values())
+def _check(
+    documents_by_source: Mapping[str, Iterable[Document]],
+    weights: Mapping[str, float],
+    output: Path,
+    fraction: float,
+    held_out: tuple[int, int],
+) -> None:
+    """All that can be wrong before a document has been read."""
+    if output.exists():
+        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
+    if not documents_by_source or set(documents_by_source) != set(weights):
+        raise ValueError(f"weights: expected one for each of {list(documents_by_source)}, got {sorted(weights)}")
     for source, weight in weights.items():
-        used = 0
-        for document in train[source]:
-            if used > size * weight / whole:
+        if not re.fullmatch(r"\w[\w.-]*", source):
+            raise ValueError(f"source {source!r}: expected letters, digits, '_', '-' and '.': it names files")
+        if not weight > 0:
+            raise ValueError(f"weights[{source!r}]: expected a positive share, got {weight}")
+    if not 0 < fraction < 1:
+        raise ValueError(f"held_out_fraction: expected a number between 0 and 1, got {fraction}")
+    if not 0 <= held_out[0] <= held_out[1]:
+        raise ValueError(f"held_out_minimum: expected 0 to held_out_maximum ({held_out[1]:,}), got {held_out[0]:,}")
+
+
+def _tokenizer_sample(splits: Mapping[str, Split], weights: Mapping[str, float], size: int) -> Iterator[str]:
+    """Train documents of each source up to its share of `size` bytes, in order of their hashes: an unbiased sample."""
+    whole = sum(weights.values())
+    for source, part in splits.items():
+        left = size * weights[source] / whole
+        for document in sorted(part.train, key=lambda d: content_hash(d.text)):
+            if left <= 0:
                 break
-            used += len(document.text)
+            left -= len(document.text.encode())
             yield document.text
+
+
+def _size(documents: Iterable[Document]) -> int:
+    return sum(len(d.text.encode()) for d in documents)

@@ -1,35 +1,65 @@
-"""The manifest of a corpus: what is in it, from which tokenizer, and a checksum of each shard."""
+"""The manifest of a corpus: what is in it, by which tokenizer and config, and size and checksum of each shard."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.files import atomic_write
 from llama_jax.data.tokenizer import Tokenizer
 
 NAME = "manifest.json"
+FIELDS = ("sources", "tokenizer", "vocab_size", "block_length", "table", "config", "version", "files")
 
 
 class CorpusError(ValueError):
     """A corpus that is missing, damaged or belongs to another tokenizer."""
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a corpus directory; CorpusError if there is none."""
+def write_manifest(directory: str | os.PathLike, values: dict[str, Any]) -> dict[str, Any]:
+    """Adds `files` (size and sha256 of each file below `directory`) to `values`, writes and returns the manifest."""
+    directory = Path(directory)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
+    manifest = {
+        **values,
+        "files": {
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in files
+        },
+    }
+    with atomic_write(directory / NAME) as file:
+        file.write((json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    return manifest
+
+
+def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of a corpus directory; CorpusError if there is none or it is damaged."""
     path = Path(directory) / NAME
-    if not path.exists():
-        raise CorpusError(f"{path}: expected a corpus written by llama_jax.corpus, found nothing")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{path}: expected a corpus written by llama_jax.corpus, found nothing") from None
+    except ValueError as error:
+        raise CorpusError(f"{path}: damaged, not JSON ({error})") from None
+    for field in FIELDS:
+        if not isinstance(manifest, dict) or field not in manifest:
+            raise CorpusError(f"{path}: {field}: missing; is it the manifest of a corpus?")
+    return manifest
 
 
-def check_manifest(directory: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest, after every shard's checksum and the tokenizer have been compared with it.
+def check_manifest(
+    directory: str | os.PathLike, tokenizer: Tokenizer, *, checksums: bool = True
+) -> dict[str, Any]:
+    """The manifest, after the tokenizer and every shard have been compared with it.
+
+    With `checksums` False only sizes are compared: reading a corpus of terabytes on each host takes too long.
 
     Raises:
       CorpusError: naming the shard or the tokenizer that does not fit.
@@ -40,10 +70,12 @@ def check_manifest(directory: str | Path, tokenizer: Tokenizer) -> dict[str, Any
             f"{directory}: its blocks were made with tokenizer {manifest['tokenizer'][:12]}, "
             f"{tokenizer.path} is {tokenizer.fingerprint[:12]}"
         )
-    for name, expected in manifest["sha256"].items():
+    for name, expected in manifest["files"].items():
         path = Path(directory) / name
-        if not path.exists():
+        if not path.is_file():
             raise CorpusError(f"{path}: expected a shard of the corpus, found nothing")
-        if file_sha256(path) != expected:
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise CorpusError(f"{path}: damaged, expected {expected['bytes']:,} bytes, got {size:,}")
+        if checksums and file_sha256(path) != expected["sha256"]:
             raise CorpusError(f"{path}: damaged, its sha256 is not the one in {NAME}")
     return manifest

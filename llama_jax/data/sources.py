@@ -9,7 +9,7 @@ one. Whatever is wrong ends in one ValueError that names file, line and field.
     "object": str},
                 the last message from the user
     comparison  {"prompt": str | [...], "chosen": str | [...], "rejected": same, "rating", "safety_bin",
-    "is_safety", "source"}
+    "is_safety", "source"}; `messages` may stand for `prompt`
 
 A missing reference, rating or safety bin is None, a missing flag False, a missing string "".
 """
@@ -18,6 +18,7 @@ import difflib
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for number, line in enumerate(file, start=1):
                 yield f"{path}:{number}", _row(line, f"{path}:{number}")
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}:{number + 1}: damaged gzip file ({error})") from None
 
 
@@ -93,6 +94,10 @@ def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     for where, row in read_jsonl(path):
         optional = ("rating", "is_safety", "safety_bin", "source")
+        if "messages" in row:
+            if "prompt" in row:
+                raise ValueError(f"{where}: messages: a comparison has this field or prompt, got both")
+            row["prompt"] = row.pop("messages")
         row = _fields(row, where, required=("prompt", "chosen", "rejected"), optional=optional)
         if isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
@@ -103,7 +108,7 @@ def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
             )
         for side in ("chosen", "rejected"):
             row[side] = _answer(row[side], row["prompt"], f"{where}: {side}")
-        if row["chosen"] == row["rejected"]:
+        if row["chosen"].strip() == row["rejected"].strip():  # the chat format strips them
             raise ValueError(f"{where}: chosen: the same text as rejected; the ranking loss has no ties")
         rows.append(row)
     return _not_empty(rows, path, "comparisons")

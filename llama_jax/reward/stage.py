@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
@@ -24,11 +26,12 @@ from llama_jax.training.step import put_batch
 
 @dataclasses.dataclass(frozen=True)
 class RewardData:
-    """Preference files. `train` maps each to its share of the pairs drawn (0: all of it, once an epoch)."""
+    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all)."""
 
-    train: dict[str, float]
+    train: tuple[str, ...]
     held_out: tuple[str, ...]
     length: int
+    shares: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,21 +73,20 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float) 
     return loss
 
 
-def mix(files: dict[str, list[Comparison]], shares: dict[str, float]) -> list[Comparison]:
+def mix(files: Sequence[list[Comparison]], shares: Sequence[float]) -> list[Comparison]:
     """One epoch of pairs: files with share 0 whole; of another as many (from its start) as give it its share.
 
     The paper's mixes (section 3.2.2): helpfulness = all helpfulness data and an equal amount of the rest; safety = 90 %
     safety data and 10 % helpfulness data.
     """
-    whole = [pair for name, pairs in files.items() if not shares[name] for pair in pairs]
-    rest = sum(shares.values())
+    if len(files) != len(shares):
+        raise ConfigError(f"data.shares: expected one for each of the {len(files)} files of data.train, got {len(shares)}")
+    rest = sum(shares)
     if rest >= 1:
-        raise ValueError(f"data.train: shares {shares} leave nothing for the files that are taken whole")
-    for name, pairs in files.items():
-        if shares[name]:
-            whole_size = sum(len(files[other]) for other in files if not shares[other])
-            whole += pairs[: round(whole_size * shares[name] / (1 - rest))]
-    return whole
+        raise ConfigError(f"data.shares: {shares} leave nothing for the files that are taken whole")
+    whole = [pair for pairs, share in zip(files, shares) if not share for pair in pairs]
+    parts = [pairs[: round(len(whole) * share / (1 - rest))] for pairs, share in zip(files, shares) if share]
+    return [*whole, *(pair for part in parts for pair in part)]
 
 
 def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
@@ -93,7 +95,10 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
-    train = mix({path: encode(path) for path in config.data.train}, config.data.train)
+    if not config.data.train:
+        raise ConfigError("data.train: expected at least one preference file, got none")
+    shares = config.data.shares or (0.0,) * len(config.data.train)
+    train = mix([encode(path) for path in config.data.train], shares)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     batches = functools.partial(
         IndexedBatches, collate=functools.partial(collate, length=length), batch_size=config.loop.batch_size,

@@ -161,6 +161,9 @@ def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stag
     if not path.exists():
         write_jsonl(path, draw_samples(config, mesh))
     best = best_dialogs([row for _, row in read_jsonl(path)])
+    if not best and not config.data.train:
+        raise ConfigError(f"{path}: no answer ended by itself, so there is nothing to fine-tune on")
     write_jsonl(workdir / "best.jsonl", best)
-    data = dataclasses.replace(config.data, train=(*config.data.train, str(workdir / "best.jsonl")))
+    train = (*config.data.train, *([str(workdir / "best.jsonl")] if best else []))
+    data = dataclasses.replace(config.data, train=train)
     return fine_tuning_stage(config, data, mesh, name="rejection", epochs=config.epochs)
