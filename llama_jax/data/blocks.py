@@ -14,7 +14,7 @@ _HEADER_BYTES = 2 * _HEADER.itemsize
 
 
 def block_record(ids: Sequence[int] | np.ndarray, block_length: int, vocab_size: int) -> bytes:
-    """Record of 1 to `block_length` + 1 ids, all below `vocab_size`; two bytes an id when the vocabulary allows it."""
+    """Record of 1 to `block_length` + 1 ids, all below `vocab_size`; two bytes an id where that does."""
     ids = np.asarray(ids, np.int64)
     if not 1 <= len(ids) <= block_length + 1:
         raise ValueError(f"block: expected 1 to {block_length + 1} ids, got {len(ids)}")
@@ -30,9 +30,7 @@ def block_ids(record: bytes) -> np.ndarray:
     """The valid ids of a record, an array [n] of uint16 or uint32."""
     item_size, valid = np.frombuffer(record, _HEADER, count=2) if len(record) >= _HEADER_BYTES else (0, 0)
     if item_size not in (2, 4) or (len(record) - _HEADER_BYTES) // item_size < max(valid, 2):
-        raise ValueError(
-            f"block: not a record of tokens ({len(record)} bytes); is the file damaged or of another kind?"
-        )
+        raise ValueError(f"block: not a record of tokens ({len(record)} bytes); is the file damaged or of another kind?")
     return np.frombuffer(record, f"<u{item_size}", count=valid, offset=_HEADER_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""Chat format to ids and loss mask: the encoding of Llama 2-Chat (sections 3.1 and 3.3; reference `chat_completion`).
+"""Chat format to ids and loss mask: the encoding of Llama 2-Chat (sections 3.1 and 3.3).
 
 A finished pair of turns is the one string `[INST] {user} [/INST] {answer} ` between BOS and EOS; the open
 last turn is `[INST] {user} [/INST]` after BOS. A system message stands inside the first user turn. Pairs are
@@ -25,14 +25,14 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class EncodedDialog:
-    """Ids of a finished dialog and, for each, whether it is a target of the loss. Both lists have the same length."""
+    """Ids of a finished dialog and, for each, whether it is a target of the loss."""
 
     ids: list[int]
     supervised: list[bool]
 
 
 def check_messages(messages: Any, where: str = "messages") -> None:
-    """Refuses what is no dialog: ValueError that begins with `where` (say "file:line") and names message and field.
+    """Refuses what is no dialog: ValueError beginning with `where` (say "file:line"), naming the field.
 
     A dialog is an optional system message, then user and assistant in turn, beginning with user, at least
     one.
@@ -57,9 +57,7 @@ def check_messages(messages: Any, where: str = "messages") -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     offset = len(messages) - len(turns)
     if not turns:
-        raise ValueError(
-            f"{where}: messages: a system message alone is no dialog, expected a user message after it"
-        )
+        raise ValueError(f"{where}: messages: a system message alone is no dialog, expected a user message after it")
     for i, turn in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if turn["role"] != expected:
@@ -69,7 +67,7 @@ def check_messages(messages: Any, where: str = "messages") -> None:
 
 
 def find_tag(text: str) -> str | None:
-    """The first chat tag inside `text`, or None. Sampled answers that hold one must not enter a later dialog."""
+    """The first chat tag inside `text`, or None. A sampled answer with one cannot enter a dialog."""
     return next((tag for tag in TAGS if tag in text), None)
 
 
@@ -85,9 +83,7 @@ def encode_dialog(
         raise ValueError(f"train_on: expected 'all' or 'last', got {train_on!r}")
     check_messages(messages, where)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}"
-        )
+        raise ValueError(f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}")
     ids, supervised = [], []
     turns = _merge_system(messages)
     for i in range(0, len(turns), 2):
@@ -102,9 +98,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: s
     """Ids to answer: finished pairs, then BOS and the open user turn. The messages must end with the user."""
     check_messages(messages, where)
     if messages[-1]["role"] != "user":
-        raise ValueError(
-            f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}"
-        )
+        raise ValueError(f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}")
     turns = _merge_system(messages)
     ids = []
     for i in range(0, len(turns) - 1, 2):
@@ -122,7 +116,7 @@ def decode_response(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool
 
 
 def _merge_system(messages: Sequence[Message]) -> list[str]:
-    """Contents of the turns, system text inside the first user turn; stripped after the merge, as the reference does."""
+    """Contents of the turns, system text inside the first; stripped after the merge, as the reference does."""
     if messages[0]["role"] == "system":
         first = B_SYS + messages[0]["content"] + E_SYS + messages[1]["content"]
         contents = [first, *(message["content"] for message in messages[2:])]

@@ -23,7 +23,7 @@ from llama_jax.data.tokenizer import BOS_ID
 
 @flax.struct.dataclass
 class TokenBatch:
-    """Token rows. Padding is id 0 in segment 0; weights 0 mark targets that are not trained on or do not exist."""
+    """Token rows. Padding is id 0 in segment 0; weight 0 marks a target that is missing or not trained on."""
 
     tokens: Any  # [B, T] int32
     targets: Any  # [B, T] int32, the next token inside the segment
@@ -102,9 +102,7 @@ class IndexedBatches:
                     f"eval_batches: {self.num_examples} examples do not fill batches of {self.batch_size}; "
                     "pass `blank` to fill the last one with rows of weight 0"
                 )
-            yield self.collate(
-                [self.examples[i] if i < self.num_examples else self.blank(self.examples[0]) for i in rows]
-            )
+            yield self.collate([self.examples[i] if i < self.num_examples else self.blank(self.examples[0]) for i in rows])
 
 
 def row_source(
@@ -144,9 +142,7 @@ class BlockSource:
     def __post_init__(self):
         _check_batch(self.batch_size, self.process_index, self.process_count)
         if set(self.files) != set(self.weights):
-            raise ValueError(
-                f"weights: expected one for each of {sorted(self.files)}, got {sorted(self.weights)}"
-            )
+            raise ValueError(f"weights: expected one for each of {sorted(self.files)}, got {sorted(self.weights)}")
         if not self.files or any(not weight > 0 for weight in self.weights.values()):
             raise ValueError(f"weights: expected at least one source, each above 0, got {dict(self.weights)}")
         lengths = {name: block_length_of(self._records[name][0]) for name in self.files}
@@ -179,19 +175,15 @@ class BlockSource:
     def batch(self, step: int) -> TokenBatch:
         """This process's slice [B / process_count, T] of global batch `step`."""
         rows = _slice(step, self.batch_size, self.process_index, self.process_count)
-        return block_batch(
-            [self._stream[i] for i in rows], self.block_length, separate_documents=self.separate_documents
-        )
+        return block_batch([self._stream[i] for i in rows], self.block_length, separate_documents=self.separate_documents)
 
     def eval_batches(self) -> Iterator[TokenBatch]:
-        """Every block of every source once, source by source in name order; the last batch is filled with padding."""
+        """Every block of every source once, in name order; the last batch is filled with padding."""
         order = [(records, i) for records in self._records.values() for i in range(len(records))]
         for step in range(math.ceil(len(order) / self.batch_size)):
             rows = _slice(step, self.batch_size, self.process_index, self.process_count)
             blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
-            yield block_batch(
-                blocks, self.block_length, separate_documents=self.separate_documents, row_count=len(rows)
-            )
+            yield block_batch(blocks, self.block_length, separate_documents=self.separate_documents, row_count=len(rows))
 
 
 def block_batch(
@@ -201,7 +193,7 @@ def block_batch(
     separate_documents: bool = False,
     row_count: int | None = None,
 ) -> TokenBatch:
-    """Records of T+1 tokens to a batch [B, T]; short records are padded, and missing rows up to `row_count`."""
+    """Records of T+1 tokens to a batch [B, T]; short records and rows up to `row_count` are padded."""
     ids = np.zeros((row_count or len(records), block_length + 1), np.int32)
     lengths = np.zeros((len(ids), 1), np.int64)
     for i, record in enumerate(records):
@@ -236,9 +228,7 @@ def _check_batch(batch_size: int, process_index: int, process_count: int) -> Non
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index: expected 0..{process_count - 1}, got {process_index}")
     if batch_size % process_count:
-        raise ValueError(
-            f"batch_size: expected a multiple of the {process_count} processes, got {batch_size}"
-        )
+        raise ValueError(f"batch_size: expected a multiple of the {process_count} processes, got {batch_size}")
 
 
 def _slice(step: int, batch_size: int, process_index: int, process_count: int) -> range:
@@ -253,9 +243,7 @@ def _slice(step: int, batch_size: int, process_index: int, process_count: int) -
 def _open_records(name: str, paths: Sequence[str | os.PathLike]) -> grain.sources.ArrayRecordDataSource:
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(
-                f"source {name}: {os.fspath(path)}: expected an ArrayRecord file, found nothing"
-            )
+            raise FileNotFoundError(f"source {name}: {os.fspath(path)}: expected an ArrayRecord file, found nothing")
     if not paths:
         raise ValueError(f"source {name}: expected at least one ArrayRecord file, got none")
     try:

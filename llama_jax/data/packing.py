@@ -1,4 +1,4 @@
-"""Several dialogs in one row, none split and none lost (paper section 3.1: prompts and answers fill the sequences).
+"""Several dialogs in one row, none split and none lost (paper section 3.1).
 
 Unlike plain concatenation, each dialog is a segment: its own positions, its own attention, and no target
 that reaches into the next one, so the loss of a packed row is the sum of the losses of its dialogs.
@@ -31,7 +31,7 @@ class Packed:
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of the examples of each row. ValueError for a length outside 1..row_length.
+    """Best-fit decreasing: the examples of each row. ValueError for a length outside 1..row_length.
 
     The longest example goes first, into the row where it leaves the least room. Deterministic: ties by index.
     """
@@ -57,9 +57,7 @@ def packed_row(examples: Sequence[EncodedDialog], row_length: int) -> TokenBatch
     """One row [T] of examples, in the order given. ValueError when they do not fit."""
     total = sum(len(example.ids) for example in examples)
     if total > row_length:
-        raise ValueError(
-            f"row: expected at most {row_length} tokens, got {total} in {len(examples)} examples"
-        )
+        raise ValueError(f"row: expected at most {row_length} tokens, got {total} in {len(examples)} examples")
     tokens, targets, segment_ids, positions = np.zeros((4, row_length), np.int32)
     weights = np.zeros(row_length, np.float32)
     start = 0
@@ -72,15 +70,13 @@ def packed_row(examples: Sequence[EncodedDialog], row_length: int) -> TokenBatch
         segment_ids[start:end] = segment
         positions[start:end] = np.arange(len(example.ids))
         start = end
-    return TokenBatch(
-        tokens=tokens, targets=targets, weights=weights, segment_ids=segment_ids, positions=positions
-    )
+    return TokenBatch(tokens=tokens, targets=targets, weights=weights, segment_ids=segment_ids, positions=positions)
 
 
 def pack_dialogs(
     examples: Sequence[EncodedDialog], row_length: int, *, overlong: Literal["error", "report"] = "error"
 ) -> Packed:
-    """Rows of all examples. One that is longer than a row is an error, or left out and reported, as asked; never cut.
+    """Rows of all examples. One longer than a row is an error, or left out and reported; never cut.
 
     ValueError also for an example in which nothing is supervised.
     """
@@ -88,9 +84,7 @@ def pack_dialogs(
         raise ValueError(f"overlong: expected 'error' or 'report', got {overlong!r}")
     for i, example in enumerate(examples):
         if len(example.ids) != len(example.supervised):
-            raise ValueError(
-                f"example {i}: {len(example.ids)} ids but {len(example.supervised)} supervised flags"
-            )
+            raise ValueError(f"example {i}: {len(example.ids)} ids but {len(example.supervised)} supervised flags")
         if not any(example.supervised[1:]):
             raise ValueError(f"example {i}: no supervised token, it would train nothing")
     too_long = [i for i, example in enumerate(examples) if len(example.ids) > row_length]

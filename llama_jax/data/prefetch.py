@@ -1,4 +1,4 @@
-"""Batches computed ahead of the training loop, so that the host prepares step k + 1 while the device runs step k."""
+"""Batches computed ahead: the host prepares step k + 1 while the device runs step k."""
 
 import contextlib
 import queue
@@ -14,17 +14,13 @@ class Prefetcher:
     thread.
     """
 
-    def __init__(
-        self, batch: Callable[[int], Any], first_step: int, *, stop_step: int | None = None, depth: int = 2
-    ):
+    def __init__(self, batch: Callable[[int], Any], first_step: int, *, stop_step: int | None = None, depth: int = 2):
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._next = first_step
         self._stop_step = stop_step
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._work, args=(batch, first_step, stop_step), name="prefetch", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(batch, first_step, stop_step), name="prefetch", daemon=True)
         self._thread.start()
 
     def get(self, step: int) -> Any:

@@ -44,9 +44,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     """Pairs ("file:line", row) of a JSONL file. An empty line is malformed JSON."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}"
-        )
+        raise FileNotFoundError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
@@ -64,9 +62,7 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
         check_messages(row["messages"], where)
         last = len(row["messages"]) - 1
         if row["messages"][last]["role"] != "assistant":
-            raise ValueError(
-                f"{where}: messages[{last}].role: expected 'assistant' at the end of a dialog, got 'user'"
-            )
+            raise ValueError(f"{where}: messages[{last}].role: expected 'assistant' at the end of a dialog, got 'user'")
         if not row["messages"][last]["content"].strip():
             raise ValueError(f"{where}: messages[{last}].content: the answer is empty, nothing to train on")
         rows.append(row)
@@ -82,15 +78,13 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
         check_messages(row["messages"], where)
         if row["messages"][-1]["role"] != "user":
             last = len(row["messages"]) - 1
-            raise ValueError(
-                f"{where}: messages[{last}].role: expected 'user' at the end of a prompt, got 'assistant'"
-            )
+            raise ValueError(f"{where}: messages[{last}].role: expected 'user' at the end of a prompt, got 'assistant'")
         rows.append(row)
     return _not_empty(rows, path, "prompts")
 
 
 def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All comparisons of a file, normalised: `prompt` a list of messages, `chosen` and `rejected` the answers' texts."""
+    """All comparisons of a file: `prompt` becomes a list of messages, `chosen` and `rejected` texts."""
     rows = []
     for where, row in read_jsonl(path):
         optional = ("rating", "is_safety", "safety_bin", "source")
@@ -103,9 +97,7 @@ def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         check_messages(row["prompt"], f"{where}: prompt")
         if row["prompt"][-1]["role"] != "user":
-            raise ValueError(
-                f"{where}: prompt: expected to end with the user, got {row['prompt'][-1]['role']!r}"
-            )
+            raise ValueError(f"{where}: prompt: expected to end with the user, got {row['prompt'][-1]['role']!r}")
         for side in ("chosen", "rejected"):
             row[side] = _answer(row[side], row["prompt"], f"{where}: {side}")
         if row["chosen"].strip() == row["rejected"].strip():  # the chat format strips them
@@ -119,11 +111,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> i
     count = 0
     with atomic_write(path) as file:
         # No name and no time in the gzip header: the same rows give the same bytes.
-        gz = (
-            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
-            if str(path).endswith(".gz")
-            else None
-        )
+        gz = gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else None
         for row in rows:
             (gz or file).write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
             count += 1
@@ -171,9 +159,7 @@ def _answer(value: Any, prompt: list[dict[str, str]], where: str) -> str:
     if isinstance(value, list):
         messages = value if value[: len(prompt)] == prompt else [*prompt, *value]
         if len(messages) != len(prompt) + 1:
-            raise ValueError(
-                f"{where}: expected one message after the prompt, got {len(messages) - len(prompt)}"
-            )
+            raise ValueError(f"{where}: expected one message after the prompt, got {len(messages) - len(prompt)}")
     elif isinstance(value, str):
         messages = [*prompt, {"role": "assistant", "content": value}]
     else:

@@ -1,4 +1,4 @@
-"""SentencePiece BPE as in the Llama papers (section 2.2, "Tokenizer"): single digits, byte fallback, no normalisation.
+"""SentencePiece BPE as in the paper (section 2.2): single digits, byte fallback, no normalisation.
 
 Round trip: `decode(encode(text)) == text` for every text without U+2581 (the sign by which SentencePiece
 stands for a space, so it comes back as one). The dummy leading space that encoding adds is taken off again
@@ -47,13 +47,13 @@ PAPER_SETTINGS = {
     "eos_id": EOS_ID,
     "pad_id": -1,
     "shuffle_input_sentence": True,
-    "num_threads": 4,  # fixed, not the machine's: it is written into the model file and so into its fingerprint
+    "num_threads": 4,  # fixed, not the machine's: the model file and so its fingerprint hold it
     "minloglevel": 2,
 }
 
 
 class Tokenizer:
-    """A trained model file. Never reads control strings out of text: `encode("<s>")` gives ordinary pieces."""
+    """A trained model file. Text is never control: `encode("<s>")` gives ordinary pieces."""
 
     bos_id = BOS_ID
     eos_id = EOS_ID
@@ -65,21 +65,15 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise FileNotFoundError(
-                f"tokenizer {self.path}: expected a SentencePiece model file, {error.strerror}"
-            ) from None
+            raise FileNotFoundError(f"tokenizer {self.path}: expected a SentencePiece model file, {error.strerror}") from None
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
-            raise ValueError(
-                f"tokenizer {self.path}: not a SentencePiece model ({len(model):,} bytes); is the file damaged?"
-            ) from None
+            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model ({len(model):,} bytes); damaged?") from None
         found = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
         if found != (UNK_ID, BOS_ID, EOS_ID):
-            raise ValueError(
-                f"tokenizer {self.path}: expected unk, bos, eos ids {(UNK_ID, BOS_ID, EOS_ID)}, got {found}"
-            )
+            raise ValueError(f"tokenizer {self.path}: expected unk, bos, eos ids {(UNK_ID, BOS_ID, EOS_ID)}, got {found}")
         self.vocab_size = self._model.get_piece_size()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
@@ -146,9 +140,7 @@ def _checked(text: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"encode: lone surrogate at character {error.start} cannot be written as UTF-8"
-            ) from None
+            raise ValueError(f"encode: lone surrogate at character {error.start} cannot be written as UTF-8") from None
     return text
 
 
@@ -163,13 +155,10 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 def _explain(message: str, vocab_size: int) -> str:
     if largest := re.search(r"size too high .* value <= (\d+)", message):
-        return (
-            f"vocab_size: {vocab_size} pieces are too many for this text, it gives at most {largest.group(1)}"
-        )
+        return f"vocab_size: {vocab_size} pieces are too many for this text, it gives at most {largest.group(1)}"
     if needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
-            f"vocab_size: {vocab_size} pieces are too few, the characters and bytes of this text "
-            f"alone need {needed.group(1)}"
+            f"vocab_size: {vocab_size} pieces are too few, the characters and bytes of this text alone need {needed.group(1)}"
         )
     if "sentences_.empty()" in message:
         return "tokenizer training: no text (every document is empty)"

@@ -1,7 +1,6 @@
 """Pretraining on a mixture of token blocks (paper section 2.2, Fig. 5); held out: bits per byte by source."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.corpus_build.manifest import check_manifest
 from llama_jax.data.blocks import block_record
-from llama_jax.data.loader import BlockSource, block_batch
+from llama_jax.data.loader import BlockSource, TokenBatch, block_batch, row_source
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
@@ -81,34 +80,34 @@ def bits_per_byte(
 ):
     """An `evaluate` that gives `bits_per_byte/<source>`: -log2 p of the source's documents over their UTF-8 bytes.
 
-    Every token of a document and its EOS is predicted once. A document longer than a row is read in rows of `length` that
-    share no context, which can only make the figure worse.
+    Every token of a document and its EOS is predicted once. Documents longer than a row are read in rows that overlap by
+    half, of which the second half counts: each prediction sees at least length / 2 tokens of what came before.
     """
-    records = {name: [r for text in texts[name] for r in _rows(text, tokenizer, length)] for name in texts}
+    rows = {name: [row for text in texts[name] for row in _rows(text, tokenizer, length)] for name in texts}
     size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
-
-    @functools.cache
-    def step():
-        return jax.jit(loss)
+    step = jax.jit(loss)
 
     def evaluate(params: Params) -> dict[str, float]:
         result = {}
-        local = batch_size // jax.process_count()
-        for name, rows in records.items():
-            nats = 0.0
-            for start in range(0, len(rows), batch_size):
-                mine = rows[start : start + batch_size][jax.process_index() * local :][:local]
-                batch = block_batch(mine, length, row_count=local)
-                nats += float(step()(params, put_batch(batch, mesh))[0].sum)
+        for name in rows:
+            source = row_source(rows[name], batch_size, seed=0, **process_slice())
+            nats = sum(float(step(params, put_batch(batch, mesh))[0].sum) for batch in source.eval_batches())
             result[f"bits_per_byte/{name}"] = nats / math.log(2) / size[name]
         return result
 
     return evaluate
 
 
-def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[bytes]:
+def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
+    """The overlapping rows [T] of a document."""
     ids = np.asarray(tokenizer.encode(text, bos=True, eos=True))
-    return [
-        block_record(ids[start : start + length + 1], length, tokenizer.vocab_size)
-        for start in range(0, len(ids) - 1, length)
-    ]
+    stride = length // 2
+    rows = []
+    for start in range(0, max(len(ids) - 1 - stride, 1), stride):
+        block = ids[start : start + length + 1]
+        batch = block_batch([block_record(block, length, tokenizer.vocab_size)], length)
+        row = TokenBatch(**{field.name: getattr(batch, field.name)[0] for field in dataclasses.fields(TokenBatch)})
+        if start:
+            row.weights[:stride] = 0.0  # counted in the row before
+        rows.append(row)
+    return rows
