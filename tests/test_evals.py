@@ -203,6 +203,20 @@ def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
     assert draw[1]() == draw[1]()
 
 
+def test_limits_hold_every_curve_of_a_figure():
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import figures
+
+    steps = np.arange(400.0)
+    high, low = (steps, np.linspace(0.9, 0.6, 400)), (steps, np.linspace(0.2, 0.1, 400))
+    figure, axes = figures._figure(1, 1, "two models")
+    for curve in (high, low):  # the second one must not push the first out of sight
+        figures._line(axes[0], curve, colour=figures.BLUE)
+    figures._limit(axes[0], [high, low])
+    bottom, top = axes[0].get_ylim()
+    assert bottom < 0.1 and top > 0.9
+
+
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     from llama_jax.evals import figures
 

@@ -5,7 +5,7 @@ no global state, no window system. Needs the extra [eval].
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ PPO_PANELS = {
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]
+_LONG = 100  # points from which a curve is smoothed
 
 
 def loss_curve(
@@ -37,6 +38,7 @@ def loss_curve(
     figure, axes = _figure(1, 1, title)
     for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
         _line(axes[0], curve, colour=colour, label=label)
+    _limit(axes[0], curves.values())
     axes[0].set_xlabel("step")
     axes[0].set_ylabel(ylabel)
     if len(curves) > 1:
@@ -97,6 +99,7 @@ def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] =
     figure, axes = _figure(rows, columns, "PPO", panel=(3.5, 2.3))
     for ax, name in zip(axes, names):
         _line(ax, (metrics["step"], metrics[name]), colour=BLUE)
+        _limit(ax, [(metrics["step"], metrics[name])])
         ax.set_title(panels[name], fontsize=10)
     for ax in axes[len(names) :]:
         ax.set_visible(False)
@@ -162,7 +165,10 @@ def _dress(ax) -> None:
 def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
     x, y = (np.asarray(values, np.float64) for values in curve)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    if len(y) < 100:
+    if len(y) == 0:
+        return
+    ax.xaxis.get_major_locator().set_params(integer=True)  # steps and iterations are counted
+    if len(y) < _LONG:
         ax.plot(
             x, y, color=colour, linewidth=1.8, label=label, marker="o" if len(y) < 25 else None, markersize=3
         )
@@ -171,8 +177,16 @@ def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
     smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
     ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
     ax.plot(x[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.8, label=label)
-    # The first steps of training tower over the rest; the curve is about the rest.
-    low, high = y.min(), np.quantile(y, 0.99)
+
+
+def _limit(ax, curves: Iterable[Curve]) -> None:
+    """Limits that hold every curve; the first steps of a long one tower over the rest, which it is about."""
+    finite = [y[np.isfinite(y)] for y in (np.asarray(values, np.float64) for _, values in curves)]
+    finite = [y for y in finite if len(y)]
+    if not any(len(y) >= _LONG for y in finite):
+        return
+    low = min(y.min() for y in finite)
+    high = max(np.quantile(y, 0.99) if len(y) >= _LONG else y.max() for y in finite)
     if high > low:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 

@@ -34,8 +34,8 @@ p { margin: 0 0 1em; color: var(--soft); max-width: 75ch; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 14px; margin-top:
   24px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 18px; }
-.tile b { display: block; font-size: 1.7rem; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric:
-  tabular-nums; }
+.tile b { display: block; white-space: nowrap; font-size: 1.5rem; line-height: 1.25; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; }
 .scroll { overflow-x: auto; margin-bottom: 18px; }
 table { border-collapse: collapse; width: 100%; min-width: 36rem; font-size: .92rem; font-variant-numeric:

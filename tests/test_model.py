@@ -1,0 +1,198 @@
+"""The model against an independent implementation, and its invariants: cached = uncached, packed = unpacked, counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model import heads, params
+from llama_jax.model.cache import empty_cache
+from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
+from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate
+from llama_jax.model.transformer import extend, hidden_states
+
+MODEL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=96, layers=3, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
+)
+
+
+def random_params(config: ModelConfig, head="lm_head", seed=0):
+    tree = params.init(params.table(config, head=head), jax.random.key(seed))
+    # Larger than the initialiser's, so that a wrong detail moves the logits visibly; norms away from 1.
+    noise = jax.random.key(seed + 1)
+    return jax.tree.map(lambda x: 5 * x + 0.1 * jax.random.normal(noise, x.shape) * (x.ndim < 3), tree)
+
+
+def full(tokens):
+    B, T = tokens.shape
+    return jnp.ones((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
+
+
+def logits_of(tree, tokens, config=MODEL, compute=FLOAT32):
+    return heads.logits(tree, hidden_states(tree, tokens, *full(tokens), config=config, compute=compute), compute=compute)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("7b", 6_738_415_616),
+        ("13b", 13_015_864_320),
+        ("34b", 33_743_970_304),
+        ("70b", 68_976_648_192),
+        ("llama1-7b", 6_738_415_616),
+        ("llama1-13b", 13_015_864_320),
+        ("llama1-33b", 32_528_943_616),
+        ("llama1-65b", 65_285_660_672),
+    ],
+)
+def test_parameter_counts_of_the_paper(name, count):
+    assert params.count(params.table(SIZES[name], head="lm_head")) == count
+
+
+@pytest.mark.parametrize("heads_", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_transformers(heads_, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(MODEL, heads=heads_[0], kv_heads=heads_[1], tie_embeddings=tied, vocab_size=97)
+    tree = random_params(config)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=heads_[0],
+            num_key_value_heads=heads_[1], head_dim=8, rms_norm_eps=1e-5, rope_theta=10_000.0, tie_word_embeddings=tied,
+            max_position_embeddings=32,
+        )
+    ).eval()  # fmt: skip
+    layers, state = tree["trunk"]["layers"], {}
+    state["model.embed_tokens.weight"] = tree["trunk"]["embedding"]
+    state["model.norm.weight"] = tree["trunk"]["final_norm"]
+    state["lm_head.weight"] = tree["trunk"]["embedding"] if tied else tree["lm_head"]["kernel"].T
+    for i in range(3):
+        prefix = f"model.layers.{i}."
+        state[prefix + "input_layernorm.weight"] = layers["attention_norm"][i]
+        state[prefix + "post_attention_layernorm.weight"] = layers["ffn_norm"][i]
+        for ours, name in (("query", "q"), ("key", "k"), ("value", "v")):
+            state[prefix + f"self_attn.{name}_proj.weight"] = layers[ours][i].reshape(32, -1).T
+        state[prefix + "self_attn.o_proj.weight"] = layers["output"][i].reshape(-1, 32).T
+        for name in ("gate", "up", "down"):
+            state[prefix + f"mlp.{name}_proj.weight"] = layers[name][i].T
+    theirs.load_state_dict({name: torch.tensor(np.array(x)) for name, x in state.items()})
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 17))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(tree, jnp.asarray(tokens), config), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cached_decoding_equals_the_uncached_forward_with_left_padding():
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(3), (2, 12), 0, 96)
+    expected = logits_of(tree, tokens)
+    # The first row is padded by 3 on the left; its tokens come in chunks of 8 and then one by one.
+    padded = jnp.stack([jnp.pad(tokens[0, :9], (3, 0)), tokens[1]])
+    valid = jnp.arange(12)[None] >= jnp.array([[3], [0]])
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    cache, found = empty_cache(MODEL, batch=2, slots=12, dtype=jnp.float32), []
+    for start, end in ((0, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
+        cut = slice(start, end)
+        hidden, cache = extend(
+            tree, padded[:, cut], valid[:, cut], positions[:, cut], cache, config=MODEL, compute=FLOAT32
+        )
+        found.append(heads.logits(tree, hidden, compute=FLOAT32))
+    found = jnp.concatenate(found, axis=1)
+    np.testing.assert_allclose(found[1], expected[1], atol=2e-5)
+    np.testing.assert_allclose(found[0, 3:], logits_of(tree, tokens[:1, :9])[0], atol=2e-5)
+
+
+def test_packed_segments_equal_separate_rows_and_padding_changes_nothing():
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(4), (1, 12), 1, 96)
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    packed = hidden_states(tree, tokens, segments, positions, config=MODEL, compute=FLOAT32)[0]
+    for start, end in ((0, 5), (5, 9)):
+        part = tokens[:, start:end]
+        alone = hidden_states(tree, part, *full(part), config=MODEL, compute=FLOAT32)[0]
+        np.testing.assert_allclose(packed[start:end], alone, atol=1e-5)
+    assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize("compute", [
+    Compute("float32", "float32", remat="full"),
+    Compute("float32", "float32", remat="dots"),
+    Compute("float32", "float32", unroll=True, loss_chunks=4),
+])  # fmt: skip
+def test_ways_of_computing_agree(compute):
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(5), (2, 16), 0, 96)
+    weights = jax.random.uniform(jax.random.key(6), (2, 16))
+
+    def loss(p, how):
+        hidden = hidden_states(p, tokens, *full(tokens), config=MODEL, compute=how)
+        return heads.token_losses(p, hidden, jnp.roll(tokens, -1, 1), weights, compute=how)[0]
+
+    expected, expected_gradient = jax.value_and_grad(loss)(tree, FLOAT32)
+    found, gradient = jax.value_and_grad(loss)(tree, compute)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, expected_gradient)
+
+
+def test_token_losses_and_their_gradient_equal_the_plain_formula():
+    tree = random_params(MODEL)
+    hidden = jax.random.normal(jax.random.key(0), (2, 8, 32))
+    targets = jax.random.randint(jax.random.key(1), (2, 8), 0, 96)
+    weights = jnp.array([[1.0, 0, 0.5, 1, 1, 0, 1, 2]] * 2)
+
+    def plain(kernel, h):
+        log_p = jax.nn.log_softmax(h @ kernel)
+        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0])
+
+    def ours(kernel, h):
+        p = {**tree, "lm_head": {"kernel": kernel}}
+        how = dataclasses.replace(FLOAT32, loss_chunks=2)
+        return 3 * heads.token_losses(p, h, targets, weights, compute=how)[0]
+
+    kernel = tree["lm_head"]["kernel"]
+    expected, expected_gradient = jax.value_and_grad(plain, (0, 1))(kernel, hidden)
+    found, gradient = jax.value_and_grad(ours, (0, 1))(kernel, hidden)
+    np.testing.assert_allclose(found, 3 * expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-4, atol=1e-4), gradient, expected_gradient)
+
+
+def test_log_probabilities_and_entropy_by_hand():
+    tree = {"lm_head": {"kernel": jnp.eye(3)}}
+    hidden = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
+    log_p, entropy = heads.log_probabilities(tree, hidden, jnp.array([[1]]), compute=FLOAT32)
+    np.testing.assert_allclose(log_p, [[np.log(0.25)]], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [[1.5 * np.log(2)]], rtol=1e-6)
+    sharp, _ = heads.log_probabilities(tree, hidden, jnp.array([[0]]), temperature=0.5, compute=FLOAT32)
+    np.testing.assert_allclose(sharp, [[np.log(0.25 / 0.375)]], rtol=1e-6)  # squares: 1/4, 1/16, 1/16
+
+
+def test_contract_has_the_gradients_of_einsum_in_the_operands_type():
+    x, w = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.einsum("btd,df->btf", x, w))), (0, 1))(x, w)
+    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(contract("btd,df->btf", x, w, jnp.float32))), (0, 1))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+    # In bfloat16 every product of the backward pass has two bfloat16 operands: none is widened to float32.
+    text = str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(contract("btd,df->btf", x, w, jnp.bfloat16))))(w))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("f32[" in line.split("=")[0] for line in products)
+
+
+def test_rms_norm_and_rotation_by_hand():
+    x = jnp.array([3.0, 4.0])
+    np.testing.assert_allclose(rms_norm(x, jnp.array([1.0, 2.0]), eps=0.0), [3 / 12.5**0.5, 8 / 12.5**0.5], rtol=1e-6)
+    angles = rope_angles(jnp.array([[1]]), 2, theta=10_000.0)  # one pair, frequency 1: a rotation by 1 radian
+    turned = rotate(jnp.array([[[[1.0, 0.0]]]]), angles)
+    np.testing.assert_allclose(turned[0, 0, 0], [np.cos(1), np.sin(1)], rtol=1e-6)
+
+
+def test_tables_that_share_a_leaf_draw_it_alike():
+    policy = params.init(params.table(MODEL, head="lm_head"), jax.random.key(0))
+    reward = params.init(params.table(MODEL, head="reward_head"), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, policy["trunk"], reward["trunk"])
+    assert reward["reward_head"]["kernel"].shape == (32,)
+
+
+def test_flops_of_the_7b_are_six_per_weight_plus_attention():
+    flops = params.flops_per_token(SIZES["7b"], length=4096)
+    assert flops == 6 * (6_738_415_616 - 32_000 * 4096) + 6 * 32 * 4096 * 4096
