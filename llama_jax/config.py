@@ -7,6 +7,7 @@ nothing looks at a ConfigDict again. `describe` and `differences` serve resuming
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -86,6 +87,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """`flags_parser` of a command's `app.run`: a flag that names no field of its config is one line, not a traceback."""
+    from absl import app  # commands only
+
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # from a config file or a ConfigDict
+        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+        sys.exit(f"error: --config: {' '.join(text.split())}")
 
 
 def describe(config: Any) -> dict[str, Any]:

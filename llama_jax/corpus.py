@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 
 from llama_jax.assistant.documents import SOURCES, installation_documents
-from llama_jax.config import ConfigError, describe, differences, parse
+from llama_jax.config import ConfigError, describe, differences, parse, parse_flags
 from llama_jax.corpus_build.build import build_corpus
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/corpus.py:<name>")
     flags.DEFINE_string("output", None, "directory to be made")
     flags.mark_flags_as_required(["config", "output"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from llama_jax import corpus as corpus_command
 from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError, describe, parse, parse_flags
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.data.dialog import encode_prompt, find_tag
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
@@ -325,4 +325,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/recipe.py:<size>")
     flags.DEFINE_string("workdir", None, "directory of everything that the recipe makes")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

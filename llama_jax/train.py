@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError, describe, parse, parse_flags
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.training.loop import claim, finished, train
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/<stage>.py:<size>")
     flags.DEFINE_string("workdir", None, "directory of checkpoints and logs")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

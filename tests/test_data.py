@@ -44,7 +44,7 @@ class TestTokenizer:
     def test_every_text_comes_back(self, tokenizer, text):
         assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
-    @pytest.mark.parametrize("text", ["", " ", "   a\tb\n\n\nc  d ", "\r\n\t", "👩‍💻 café 中文", "a\0b", "def f():\n        return 1\n"])
+    @pytest.mark.parametrize("text", ["", " ", "   a\tb\n\n\nc  d ", "\r\n\t", "👩‍💻 café 中文", "a\0b", "f():\n        a\n"])
     def test_white_space_and_rare_characters_come_back(self, tokenizer, text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -173,7 +173,7 @@ class TestDialog:
         [
             ("hi", "messages: expected a list, got str"),
             ([], "messages: expected at least one"),
-            ([SYSTEM], "a system message alone"),
+            ([SYSTEM], "messages: a system message alone"),
             ([assistant("a")], r"messages\[0\].role: expected 'user'"),
             ([user("a"), user("b")], r"messages\[1\].role: expected 'assistant' .* got 'user'"),
             ([user("a"), SYSTEM], r"messages\[1\].role: expected 'assistant' .* got 'system'"),
@@ -201,10 +201,10 @@ class TestDialog:
             path = "pairs.model"
 
             def encode(self, text, *, bos=False, eos=False):
-                return [hash(text[i : i + 2]) for i in range(0, len(text), 2)]
+                return [text[i : i + 2] for i in range(0, len(text), 2)]
 
         with pytest.raises(ValueError, match=r"pairs.model: a piece reaches from '\[/INST\]' into the answer 'yes'"):
-            encode_dialog([user("odd"), assistant("yes")], Pairs())
+            encode_dialog([user("four"), assistant("yes")], Pairs())
 
     @needs_golden
     def test_golden_dialog_has_the_same_frame(self, tokenizer):

@@ -44,7 +44,10 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
             words = x.astype(jnp.uint32)
         else:
             words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-        index = jax.lax.iota(jnp.uint32, max(x.size, 1)).reshape(x.shape)
+        # The row-major index, built elementwise from the indices of each dimension: every device makes its own part.
+        index = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            index = index * jnp.uint32(x.shape[axis] % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
 
     return [checksum(leaf) for leaf in leaves]
@@ -92,12 +95,13 @@ class Checkpoints:
     def restore(self, target: TrainState, source_target: Any) -> tuple[TrainState, Any, dict[str, Any]] | None:
         """The newest step that passes its fingerprints, laid out as `target` asks, or None if there is none at all.
 
-        Damaged steps are reported and removed, so that the run can write them again.
+        Damaged steps are reported, and removed once an older whole one is found, so that the run can write them again.
 
         Raises:
-          CheckpointError: if there are checkpoints but none that is whole.
+          CheckpointError: if there are checkpoints but none that is whole; nothing is removed then.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
+        damaged, reason = [], ""
         for step in steps:
             try:
                 items = _items(target, source_target)
@@ -105,10 +109,15 @@ class Checkpoints:
                 restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
                 found = {name: restored[name] for name in items}
                 check_fingerprints(found, restored["meta"]["fingerprints"], f"checkpoint {step}")
+                if restored["meta"]["step"] != step:
+                    raise CheckpointError(f"checkpoint {step}: meta says step {restored['meta']['step']}")
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                log.warning("checkpoint %d of %s is damaged: %s", step, self.manager.directory, _first_line(error))
-                self.manager.delete(step)
+                reason = _first_line(error)
+                log.warning("checkpoint %d of %s is damaged: %s", step, self.manager.directory, reason)
+                damaged.append(step)
                 continue
+            for newer in damaged:
+                self.manager.delete(newer)
             optimizer = found["optimizer"]
             state = TrainState(
                 step=optimizer["step"], params=found["params"], opt_state=optimizer["state"],
@@ -116,7 +125,7 @@ class Checkpoints:
             )  # fmt: skip
             return state, found.get("source", {}), restored["meta"]
         if steps:
-            raise CheckpointError(f"{self.manager.directory}: none of the checkpoints {steps} is whole")
+            raise CheckpointError(f"{self.manager.directory}: none of the checkpoints {steps} is whole: {reason}")
         return None
 
 
@@ -145,7 +154,10 @@ def read_meta(workdir: str | Path) -> dict[str, Any]:
     files = list((newest_step(workdir) / "meta").glob("metadata"))
     if not files:
         raise CheckpointError(f"{newest_step(workdir)}: expected meta/metadata, found nothing")
-    return json.loads(files[0].read_text())
+    try:
+        return json.loads(files[0].read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{files[0]}: expected JSON: {error}") from None
 
 
 def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
@@ -172,7 +184,7 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
                     partial_restore=True,
                 ),
             )
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {_first_line(error)}") from None
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
     check_fingerprints({"params": params}, expected, str(path))
     return params

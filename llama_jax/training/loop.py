@@ -5,6 +5,7 @@ In order of precedence a run (1) is already finished and not run again, (2) resu
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -35,10 +36,13 @@ class Preempted(SystemExit):
 
 
 def claim(workdir: Path, described: Mapping[str, Any]) -> None:
-    """Writes the run's config into its workdir, or refuses to go on under another one, naming the fields that differ."""
+    """Writes the run's config into its workdir, or refuses to go on under another one, naming the fields that differ.
+
+    A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
+    """
     path = workdir / "config.json"
     described = json.loads(json.dumps(described))
-    if path.exists():
+    if path.exists() and any(other != path for other in workdir.iterdir()):
         changed = differences(json.loads(path.read_text()), described)
         if changed:
             raise ConfigError(
@@ -75,7 +79,8 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         )
     begun = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep)
-    with jax.set_mesh(mesh), _Terminate() as terminate:
+    # Closing waits for a save that is under way, also when an error ends the run.
+    with jax.set_mesh(mesh), _Terminate() as terminate, contextlib.closing(checkpoints):
         target = abstract_state(stage.specs, stage.optimizer, mesh)
         restored = checkpoints.restore(target, stage.source.state())
         if restored is not None:
@@ -112,13 +117,12 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
                     recorder.flush()
                     save(done)
                 if terminate.requested:
-                    checkpoints.close()
                     raise Preempted(0)
             recorder.flush()
             held_out = dict(stage.evaluate(state.params)) if stage.evaluate else {}
             if held_out:
                 writer.write(config.steps - 1, {f"held_out/{k}": v for k, v in held_out.items()})
-        checkpoints.close()
+        checkpoints.wait()  # a stage is done only when its checkpoint is on disk
         summary = {
             "seconds": seconds_before + time.monotonic() - begun,
             "steps": config.steps,

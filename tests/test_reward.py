@@ -1,0 +1,118 @@
+"""Reward models: the paper's formulas by hand, scoring by mask, and a model that learns to rank."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model import params
+from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.reward.comparisons import Comparison, blank, collate
+from llama_jax.reward.ranking import MARGINS, last_token_scores, ranking_loss, safety_loss
+from llama_jax.reward.score import combined_reward, logit, scorer, whiten
+from llama_jax.reward.stage import mix, reward_loss
+
+MODEL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
+)
+TREE = params.init(params.table(MODEL, head="reward_head"), jax.random.key(0))
+
+
+def test_ranking_loss_by_hand():
+    loss = ranking_loss(jnp.array([2.0, 1.0]), jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(loss, [np.log1p(np.exp(-1.0)), np.log(2)], rtol=1e-6)
+    with pytest.raises(ValueError, match="must have one shape"):
+        ranking_loss(jnp.zeros((2, 1)), jnp.zeros((2, 1)), jnp.zeros(2))
+
+
+def test_margins_of_table_27():
+    assert list(MARGINS["large"].values()) == [3, 2, 1, 0]
+    assert list(MARGINS["small"].values()) == [1, 2 / 3, 1 / 3, 0]
+
+
+def test_safety_loss_by_hand():
+    found = safety_loss(jnp.array([0.0, 2.0, 2.0]), jnp.array([1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(found, [np.log(2), np.log1p(np.exp(-2)), np.log1p(np.exp(2))], rtol=1e-6)
+
+
+def test_the_gate_of_the_paper():
+    helpful, safe = jnp.array([0.9, 0.9, 0.9, 0.9]), jnp.array([0.8, 0.14, 0.15, 0.8])
+    is_safety = jnp.array([False, False, False, True])
+    np.testing.assert_allclose(combined_reward(helpful, safe, is_safety), [0.9, 0.14, 0.9, 0.8])
+
+
+def test_logit_undoes_the_sigmoid_and_whitening_is_over_the_mask():
+    x = jnp.array([-3.0, 0.0, 2.5])
+    np.testing.assert_allclose(logit(jax.nn.sigmoid(x)), x, atol=1e-4)
+    assert np.isfinite(logit(jnp.array([0.0, 1.0]))).all()
+    np.testing.assert_allclose(whiten(jnp.array([1.0, 3.0])), [-1, 1], rtol=1e-5)
+    masked = whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False]))
+    np.testing.assert_allclose(masked, [-1, 1, 0], rtol=1e-5)
+
+
+def test_the_score_stands_at_the_last_real_token():
+    scores = jnp.array([[1.0, 2.0, 3.0, 4.0]] * 3)
+    segments = jnp.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]])
+    assert last_token_scores(scores, segments).tolist() == [2, 3, 4]
+
+
+def test_scores_do_not_depend_on_padding_or_its_side():
+    score = jax.jit(scorer(MODEL, FLOAT32))
+    ids = [1, 5, 9, 13, 2]
+    right = np.zeros((1, 12), np.int32)
+    left, long = right.copy(), np.zeros((1, 20), np.int32)
+    right[0, :5], left[0, -5:], long[0, 3:8] = ids, ids, ids
+    found = [float(score(TREE, row, (row > 0).astype(np.int32))[0]) for row in (right, left, long)]
+    np.testing.assert_allclose(found, found[0], atol=1e-5)
+
+
+def pairs(number, *, seed=0):
+    """The chosen response holds token 7, the rejected one another."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(number):
+        a, b = rng.choice(np.arange(8, 24), 2).tolist()
+        made.append(Comparison([1, a, 7, 2], [1, a, b, 2], margin=0.0, degree=i % 4, safety_bin="chosen_safe"))
+    return made
+
+
+def test_the_loss_counts_pairs_and_degrees_and_ignores_filling():
+    loss = reward_loss(MODEL, FLOAT32, safety_weight=1.0)
+    four = pairs(4)
+    objective, metrics = loss(TREE, collate(four, length=8))
+    filled, filled_metrics = loss(TREE, collate([*four, blank(four[0]), blank(four[1])], length=8))
+    np.testing.assert_allclose(filled.sum, objective.sum, rtol=1e-5)
+    assert filled.weight == objective.weight == 4
+    assert [float(metrics[f"accuracy/{d}"].weight) for d in ("significantly", "negligibly")] == [1, 1]
+    assert metrics["unsafe_recall"].weight == filled_metrics["unsafe_recall"].weight == 4
+
+
+def test_a_reward_model_learns_to_rank():
+    loss = reward_loss(MODEL, FLOAT32, safety_weight=0.0)
+    tree, batch = TREE, collate(pairs(64), length=8)
+
+    @jax.jit
+    def step(tree):
+        gradient = jax.grad(lambda p: loss(p, batch)[0].mean())(tree)
+        return jax.tree.map(lambda p, g: p - 0.3 * g, tree, gradient)
+
+    for _ in range(60):
+        tree = step(tree)
+    _, metrics = loss(tree, collate(pairs(64, seed=1), length=8))
+    assert metrics["accuracy/all"].mean() > 0.85
+
+
+def test_the_mixes_of_the_paper():
+    own, other = pairs(90), pairs(200)
+    assert len(mix([own, other], [0.0, 0.1])) == 100
+    assert len(mix([own, other], [0.0, 0.5])) == 180
+    with pytest.raises(ValueError, match="leave nothing"):
+        mix([own, other], [0.5, 0.5])
+
+
+def test_labels_of_the_safety_bins():
+    rows = [dataclasses.replace(pairs(1)[0], safety_bin=name) for name in ("chosen_safe", "both_safe", "both_unsafe", None)]
+    batch = collate(rows, length=8)
+    assert batch.safe.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0]] and batch.safe_known.tolist() == [1, 1, 1, 0]

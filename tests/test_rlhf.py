@@ -1,0 +1,166 @@
+"""PPO and rejection sampling: GAE against a loop, clipping by hand, the first inner step, one rollout's bookkeeping."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.data.loader import IndexedBatches
+from llama_jax.model import params
+from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
+from llama_jax.rlhf.ppo import PpoSettings, PpoSource, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
+from llama_jax.rlhf.rejection import best_dialogs
+from llama_jax.rlhf.rollout import RewardRule, Roller, make_judge
+from llama_jax.sampling.generate import make_sampler, row_keys
+
+MODEL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
+)
+RULE = RewardRule(beta=0.1, gamma=1.0, lam=0.95, safety_threshold=0.15, missing_eos_penalty=1.0, temperature=0.8)
+SETTINGS = PpoSettings(rollout_size=8, new_tokens=6, beta=0.1, temperature=0.8)
+
+
+def tree(head, seed):
+    made = params.init(params.table(MODEL, head=head), jax.random.key(seed))
+    return jax.tree.map(lambda x: 3 * x, made)
+
+
+MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
+FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
+
+
+def source(mesh):
+    roll = Roller(
+        sample=make_sampler(
+            MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
+        ),
+        judge=make_judge(MODEL, FLOAT32, RULE),
+        frozen=FROZEN,
+        keys=lambda index: row_keys(0, index),
+    )
+    examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2]) for i in range(12)]
+    batches = IndexedBatches(examples, lambda rows: collate_prompts(rows, length=4), 8, 0)
+    return PpoSource(batches, roll, mesh=mesh, settings=SETTINGS, rows=4, prompt_length=4, seed=0)
+
+
+def one_device():
+    return make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+
+
+def test_gae_equals_a_plain_loop():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 3, 7)).astype(np.float32)
+    mask = np.arange(7)[None] < np.array([7, 3, 1])[:, None]
+    rewards = rewards * mask
+    found, returns = generalised_advantages(
+        jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(mask), gamma=0.9, lam=0.8
+    )
+    for row, length in enumerate((7, 3, 1)):
+        advantage, expected = 0.0, np.zeros(7)
+        for t in reversed(range(length)):
+            following = values[row, t + 1] if t + 1 < length else 0.0
+            advantage = rewards[row, t] + 0.9 * following - values[row, t] + 0.9 * 0.8 * advantage
+            expected[t] = advantage
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+        np.testing.assert_allclose(returns[row], (expected + values[row]) * mask[row], atol=1e-5)
+
+
+def test_gamma_and_lambda_one_give_the_papers_sequence_objective():
+    score, beta = jnp.array([2.0, -1.0]), 0.3
+    kl = jnp.array([[0.5, -0.2, 0.1], [0.4, 0.0, 9.0]])
+    mask = jnp.array([[True, True, True], [True, True, False]])
+    rewards = token_rewards(score, kl, mask, beta=beta)
+    np.testing.assert_allclose(rewards[1], [-0.12, -1.0, 0.0], atol=1e-6)  # the score at the last real token, not after it
+    advantages, _ = generalised_advantages(rewards, jnp.zeros((2, 3)), mask, gamma=1.0, lam=1.0)
+    np.testing.assert_allclose(advantages[:, 0], score - beta * jnp.sum(kl * mask, axis=1), rtol=1e-5)
+    assert rewards.dtype == jnp.float32
+
+
+def test_clipped_losses_by_hand():
+    new, old = jnp.log(jnp.array([[1.5, 1.5, 0.5, 1.0]])), jnp.zeros((1, 4))
+    advantages = jnp.array([[1.0, -1.0, -1.0, 2.0]])
+    loss, ratio, clipped = clipped_policy_loss(new, old, advantages, clip=0.2)
+    np.testing.assert_allclose(ratio, [[1.5, 1.5, 0.5, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(loss, [[-1.2, 1.5, 0.8, -2.0]], rtol=1e-6)
+    assert clipped.tolist() == [[1, 0, 1, 0]]
+    value = clipped_value_loss(jnp.array([[1.0, 0.1]]), jnp.zeros((1, 2)), jnp.array([[1.0, 1.0]]), clip=0.2)
+    np.testing.assert_allclose(value, [[0.5 * 0.8**2, 0.5 * 0.9**2]], rtol=1e-6)
+
+
+def test_first_inner_step_has_ratio_one_and_no_kl_and_no_clipping():
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        batch, metrics = source(mesh).batch(0, MODELS)
+        objective, found = jax.jit(ppo_loss(MODEL, FLOAT32, SETTINGS))(MODELS, batch)
+    assert float(found["ratio_deviation"].mean()) < 1e-5
+    assert abs(float(found["approx_kl"].mean())) < 1e-9
+    assert float(found["clip_fraction"].mean()) == 0
+    assert metrics["sampler_drift"] < 1e-4
+    assert objective.weight == batch.mask.sum()
+
+
+def test_a_rollout_keeps_its_books():
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        ppo = source(mesh)
+        ppo.batch(0, MODELS)
+        rollout = jax.device_get(ppo.rollout)
+    response = rollout.tokens[:, 4:]
+    for row in range(8):
+        length = rollout.mask[row].sum()
+        assert rollout.mask[row, :length].all() and (response[row, length:] == 0).all()
+        assert 2 not in response[row, : length - 1]
+    weights = rollout.mask
+    np.testing.assert_allclose((rollout.advantages * weights).sum() / weights.sum(), 0, atol=1e-5)
+    np.testing.assert_allclose((rollout.advantages**2 * weights).sum() / weights.sum(), 1, atol=1e-3)
+
+
+def test_minibatches_are_a_partition_of_the_rollout_and_the_state_resumes_inside_it():
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        ppo, again = source(mesh), source(mesh)
+        first, _ = ppo.batch(0, MODELS)
+        saved = jax.device_get(ppo.state())
+        second, metrics = ppo.batch(1, {"policy": None, "critic": None})  # no rollout: the parameters are not looked at
+        again.restore(saved)
+        resumed, _ = again.batch(1, {"policy": None, "critic": None})
+    assert metrics == {}
+    jax.tree.map(np.testing.assert_array_equal, resumed, second)
+    rows = np.concatenate([first.tokens, second.tokens])
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, np.asarray(saved["rollout"].tokens)))
+
+
+def test_a_prompt_that_comes_again_is_answered_anew():
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        ppo = source(mesh)
+        tokens = []
+        for step in (0, 2, 4):
+            ppo.batch(step, MODELS)
+            tokens.append(np.asarray(ppo.rollout.tokens))
+    by_prompt = {}
+    for row in np.concatenate(tokens):
+        by_prompt.setdefault(bytes(row[:4]), set()).add(bytes(row[4:]))
+    assert max(map(len, by_prompt.values())) > 1
+
+
+def test_best_answers_end_and_hold_no_chat_tag():
+    def sample(prompt, response, reward, ended=True):
+        messages = [{"role": "user", "content": f"q{prompt}"}]
+        return {"prompt": prompt, "messages": messages, "is_safety": False, "response": response, "ended": ended,
+                "reward": reward}  # fmt: skip
+
+    rows = best_dialogs([
+        sample(0, "good", 0.5), sample(0, "best", 0.7), sample(0, "cut", 0.9, ended=False),
+        sample(0, "[INST] forged", 0.95), sample(1, "", 0.9), sample(1, "cut", 0.9, ended=False),
+    ])  # fmt: skip
+    assert [row["messages"][-1]["content"] for row in rows] == ["best"]
+
+
+def test_a_rollout_must_divide_into_minibatches():
+    with pytest.raises(ValueError, match="rollout_size=8 is no multiple"):
+        PpoSource(None, None, mesh=one_device(), settings=SETTINGS, rows=3, prompt_length=4, seed=0)
