@@ -91,13 +91,18 @@ def _name(hint: Any) -> str:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """`flags_parser` of a command's `app.run`: a flag that names no field of its config is one line, not a traceback."""
-    from absl import app  # commands only
+    from absl import flags  # commands only
 
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # from a config file or a ConfigDict
-        text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-        sys.exit(f"error: --config: {' '.join(text.split())}")
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = error
+        while reason.args and isinstance(reason.args[0], Exception):  # ml_collections wraps the error that says it
+            reason = reason.args[0]
+        text = reason.args[0] if reason.args and isinstance(reason.args[0], str) else str(reason)
+        lines = text.strip().splitlines() or [type(error).__name__]
+        # What a config file raises comes as a flags.Error whose text is a traceback; its last line says what is wrong.
+        sys.exit(f"error: {lines[-1] if 'Traceback' in text else ' '.join(lines)}")
 
 
 def describe(config: Any) -> dict[str, Any]:

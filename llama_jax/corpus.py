@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llama_jax.assistant.documents import SOURCES, installation_documents
 from llama_jax.config import ConfigError, describe, differences, parse, parse_flags
@@ -113,6 +113,7 @@ def run(config: CorpusConfig, output: str | Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Flags to config to call; a wrong config or input is one line, not a traceback."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     try:
         print(run(parse(CorpusConfig, flags.FLAGS.config), flags.FLAGS.output)["table"])
     except (ConfigError, ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

@@ -1,0 +1,18 @@
+"""Every test runs on 8 virtual CPU devices; tests that shard make their mesh themselves, the others use one device."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from llama_jax.model.config import SIZES, ModelConfig
+
+jax.config.update("jax_num_cpu_devices", 8)  # before anything touches a device
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    """Two layers with grouped queries, much smaller than the preset: compiles in a second."""
+    return dataclasses.replace(
+        SIZES["tiny"], vocab_size=96, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, max_length=32
+    )
