@@ -17,7 +17,8 @@ def get_config(name: str = "default") -> ConfigDict:
                 "package_docs": _installation(0.35, 3_000_000),
                 "source_code": _installation(0.15, 2_000_000),
             },
-            vocab_size=4096, block_length=256, total_tokens=1_800_000, tokenizer_bytes=4_000_000,
+            vocab_size=4096, block_length=256, tokenizer_bytes=4_000_000,
+            total_tokens=2_048_000,  # 1000 steps of 8 rows, as in configs/pretrain.py
         )  # fmt: skip
     if name == "default":
         return _config(

@@ -76,6 +76,9 @@ def documents(name: str, source: SourceConfig, *, seed: int) -> Iterable[Documen
             raise ConfigError(f"{where}: text: expected a string that is not blank, got {text!r}")
         if not isinstance(metadata, dict):
             raise ConfigError(f"{where}: metadata: expected an object, got {metadata!r}")
+        module = metadata.get("module")  # documents of one module stay on one side of the split
+        if not isinstance(module, str | None):
+            raise ConfigError(f"{where}: metadata.module: expected a string, got {module!r}")
         left -= len(text.encode(errors="replace"))
         if left < 0:
             return

@@ -1,286 +1,343 @@
-"""The corpus: every token accounted for, no text on both sides, and a directory that is whole or not there."""
+"""Documents to token blocks (paper section 2.1): duplicates, split, blocks, manifest. (The command: test_corpus_command.py.)"""
 
+import dataclasses
 import itertools
 import json
 import lzma
 import random
+import shutil
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from llama_jax.corpus_build import manifest as manifests
-from llama_jax.corpus_build import mixture
-from llama_jax.corpus_build.blocks import document_ids, token_blocks, write_blocks
+from llama_jax.corpus_build.blocks import token_blocks, write_blocks
 from llama_jax.corpus_build.build import build_corpus
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.corpus_build.dedup import drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import CorpusError, check_manifest, read_manifest
+from llama_jax.corpus_build.mixture import plan, table
 from llama_jax.corpus_build.split import is_held_out, lines_seen, split
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.sources import read_jsonl
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = "the model reads a corpus of plain text and learns which token comes next when no one tells it so".split()
-
-
-def documents(source: str, count: int, *, words: int = 60, seed: int = 0, **fields) -> list[Document]:
-    draw = random.Random(f"{source} {seed}")
-    texts = ["\n".join(" ".join(draw.choices(WORDS, k=12)) for _ in range(words // 12)) for _ in range(count)]
-    return [Document(id=f"{source}/{i}", text=text, source=source, **fields) for i, text in enumerate(texts)]
+WORDS = "the model reads one line of text after another and counts 42 tokens in every naïve loop it finds".split()
 
 
-def one(text: str, *, source: str = "s", name: str = "d", **metadata) -> Document:
-    return Document(id=name, text=text, source=source, metadata=metadata)
+def text(i: int, length: int = 60) -> str:
+    return f"number {i}: " + " ".join(random.Random(i).choices(WORDS, k=length)) + "\n\treturn None\n"
 
 
-class TestDuplicates:
-    def test_the_first_copy_in_source_order_stays(self):
-        kept, dropped = drop_duplicates(
-            {
-                "facts": [one("a b", name="1"), one("a  b\n", name="2"), one("c", name="3")],
-                "web": iter([one("a\tb", name="4"), one("A b", name="5"), one("ab", name="6")]),
-            }
-        )
-        assert {source: [d.id for d in docs] for source, docs in kept.items()} == {"facts": ["1", "3"], "web": ["5", "6"]}
-        assert dropped == {"facts": 1, "web": 1}
-
-    @pytest.mark.parametrize(("text", "message"), [(" \n", "white space only"), ("a\ud800", "lone surrogate")])
-    def test_unusable_texts_are_named(self, text, message):
-        with pytest.raises(ValueError, match=rf"source 'web': document 'd': .*{message}"):
-            drop_duplicates({"web": [one(text)]})
+def docs(source: str, numbers, **metadata) -> list[Document]:
+    return [Document(f"{source}/{i}", text(i), source, metadata=metadata) for i in numbers]
 
 
-class TestSplit:
-    def test_a_text_is_always_on_one_side_and_larger_fractions_hold_the_smaller(self):
-        texts = [d.text for d in documents("s", 2000)]
-        small, large = ({t for t in texts if is_held_out(t, fraction)} for fraction in (0.05, 0.2))
-        assert small < large and len(small) == pytest.approx(100, abs=35) and len(large) == pytest.approx(400, abs=70)
-        assert all(is_held_out(" \n".join(t.split()), 0.05) for t in small), "copies fall alike"
-
-    def test_every_document_is_in_one_list(self):
-        given = {"a": documents("a", 200), "b": documents("b", 30)}
-        parts = split(given, fraction=0.1, minimum_bytes=2000, maximum_bytes=3000)
-        for source, part in parts.items():
-            assert sorted(d.id for d in part.train + part.held_out + part.withheld) == sorted(d.id for d in given[source])
-            assert sum(len(d.text) for d in part.held_out) <= 3000
-            assert all(not is_held_out(d.text, 0.1) for d in part.train)
-        # 30 documents at 10 % are too few for a stable figure, so more are held out, up to a fifth of the bytes.
-        assert 3 < len(parts["b"].held_out) <= 7
-
-    def test_one_module_is_never_on_both_sides(self):
-        given = {
-            source: [d for i in range(40) for d in documents(source, 1, seed=i, metadata={"module": f"m{i}"})]
-            for source in ("docs", "code")
-        }
-        parts = split(given, fraction=0.2).values()
-        unseen = {d.metadata["module"] for part in parts for d in part.held_out}
-        assert unseen and not unseen & {d.metadata["module"] for part in parts for d in part.train}
-        assert any(part.withheld for part in parts)
-
-    def test_documents_without_a_module_do_not_hold_each_other_out(self):
-        (part,) = split({"a": documents("a", 100)}, fraction=0.1).values()
-        assert part.train and part.held_out and not part.withheld
-
-    def test_lines_seen_measures_the_leak_that_is_left(self):
-        line, other = "x" * 50, "y" * 50
-        texts = {False: [], True: []}
-        for i in itertools.count():
-            if all(texts.values()):
-                break
-            text = f"{i}\n{line}\n{other if i % 2 else line}"
-            texts[is_held_out(text, 0.3)].append(text)
-        parts = split({"a": [one(t, name=t) for side in texts.values() for t in side[:1]]}, fraction=0.3)
-        held, seen = texts[True][0], texts[False][0]
-        long = [x for x in held.split("\n") if len(x) >= 40]
-        assert lines_seen(parts) == {"a": sum(x in seen for x in long) / 2}
+def corpus_documents() -> dict[str, list[Document]]:
+    # The two sources share twenty texts, and `notes` repeats five of its own.
+    return {"books": docs("books", range(80)), "notes": docs("notes", [*range(60, 110), *range(100, 105)])}
 
 
-class TestBlocks:
-    @settings(max_examples=100, deadline=None)
-    @given(lengths=st.lists(st.integers(2, 40), max_size=12), block_length=st.integers(1, 17))
-    def test_every_transition_is_a_target_once(self, lengths, block_length):
-        ids = iter(range(1000))
-        docs = [[next(ids) for _ in range(n)] for n in lengths]
-        stream = sum(docs, [])
-        blocks = list(token_blocks(docs, block_length))
-        assert [pair for block in blocks for pair in itertools.pairwise(block)] == list(itertools.pairwise(stream))
-        assert all(len(block) == block_length + 1 for block in blocks[:-1]) and all(len(block) > 1 for block in blocks)
-
-    def test_by_hand(self):
-        assert list(token_blocks([[1, 5, 2], [1, 6, 7, 2]], 3)) == [[1, 5, 2, 1], [1, 6, 7, 2]]
-        assert list(token_blocks([[1, 5, 2], [1, 2]], 3)) == [[1, 5, 2, 1], [1, 2]]
-        assert list(token_blocks([], 3)) == []
-        with pytest.raises(ValueError, match="block_length: expected at least 1, got 0"):
-            list(token_blocks([[1, 2]], 0))
-
-
-class TestMixture:
-    def test_plan_by_hand(self):
-        facts, web = mixture.plan({"facts": 1, "web": 3}, {"facts": 2, "web": 9}, {"facts": 50, "web": 600}, total_tokens=400)
-        assert (facts.share, facts.planned_tokens, facts.epochs) == (0.25, 100, 2.0)
-        assert (web.share, web.planned_tokens, web.epochs) == (0.75, 300, 0.5)
-        lines = mixture.table([facts, web]).split("\n")
-        assert lines[1].split() == ["facts", "2", "50", "25.0%", "100", "2.00"] and len({len(x) for x in lines}) == 1
-
-
-class TestCompressor:
-    def test_it_is_xz_9e_of_one_file(self):
-        texts = ["same text " * 200, "é"]
-        expected = len(lzma.compress("".join(texts).encode(), format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME))
-        assert bits_per_byte_of_xz(iter(texts)) == 8 * expected / 2002
-        with pytest.raises(ValueError, match="at least one byte"):
-            bits_per_byte_of_xz([""])
-
-
-SETTINGS = {
-    "vocab_size": 320, "block_length": 32, "held_out_fraction": 0.2, "weights": {"facts": 3, "web": 1},
-    "held_out_minimum": 0, "held_out_maximum": 10**9,
-}  # fmt: skip
-
-
-def sources() -> dict[str, list[Document]]:
-    facts = documents("facts", 30)
-    copy = Document(id="web/copy", text=facts[0].text.replace("\n", "  "), source="web")
-    return {"facts": facts, "web": [copy, *documents("web", 50, url="file:x", metadata={"module": None, "n": 1})]}
+def build(output, documents=None, **changes):
+    settings = {
+        "vocab_size": 400, "block_length": 32, "held_out_fraction": 0.1, "weights": {"books": 1.0, "notes": 3.0},
+        "held_out_minimum": 0, "held_out_maximum": 10**6,
+    }  # fmt: skip
+    return build_corpus(corpus_documents() if documents is None else documents, output, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    output = tmp_path_factory.mktemp("corpora") / "corpus"
-    return output, build_corpus(sources(), output, **SETTINGS)
+def built(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("corpus") / "built"
+    build(output, config={"name": "test"}, total_tokens=40_000)
+    return output
 
 
-class TestBuild:
-    def test_documents_and_tokens_are_all_accounted_for(self, corpus):
-        output, manifest = corpus
-        tokenizer = Tokenizer(output / "tokenizer.model")
-        assert manifest["sources"]["web"]["duplicates"] == 1
-        for source, row in manifest["sources"].items():
-            counted = row["duplicates"] + row["documents"] + row["held_out_documents"] + row["withheld_documents"]
-            assert counted == row["documents_read"] == len(sources()[source])
-            kept = [d for d in drop_duplicates(sources())[0][source] if not is_held_out(d.text, 0.2)]
-            assert row["tokens"] == sum(map(len, document_ids([d.text for d in kept], tokenizer))) == row["targets"] + 1
-
-    def test_the_loader_gives_the_training_text_back(self, corpus):
-        output, manifest = corpus
-        tokenizer = Tokenizer(output / "tokenizer.model")
-        source = BlockSource({"web": [output / "blocks" / "web.array_record"]}, {"web": 1}, 1, 0)
-        stream = [tokenizer.bos_id]
-        for batch in source.eval_batches():
-            stream += batch.targets[batch.weights > 0].tolist()
-        assert len(stream) == manifest["sources"]["web"]["tokens"]
-        texts, rest = [], stream
-        while rest:
-            assert rest[0] == tokenizer.bos_id
-            end = rest.index(tokenizer.eos_id)
-            texts, rest = [*texts, tokenizer.decode(rest[:end])], rest[end + 1 :]
-        train = [d.text for d in drop_duplicates(sources())[0]["web"] if not is_held_out(d.text, 0.2)]
-        assert texts == train
-
-    def test_held_out_documents_are_kept_raw_and_in_no_block(self, corpus):
-        output, manifest = corpus
-        for source, row in manifest["sources"].items():
-            rows = [row for _, row in read_jsonl(output / "held_out" / f"{source}.jsonl")]
-            assert len(rows) == row["held_out_documents"] and all(is_held_out(r["text"], 0.2) for r in rows)
-            assert sum(len(r["text"].encode()) for r in rows) == row["held_out_bytes"]
-            given = {d.id: d for d in sources()[source]}
-            assert all(Document(**r) == given[r["id"]] for r in rows)
-
-    def test_the_same_input_gives_the_same_bytes(self, corpus, tmp_path):
-        output, manifest = corpus
-        assert build_corpus(sources(), tmp_path / "again", **SETTINGS) == manifest == read_manifest(output)
-        assert [p.name for p in tmp_path.iterdir()] == ["again"], "the unfinished directory is gone"
-
-    def test_a_given_tokenizer_is_used_and_checked(self, corpus, tmp_path):
-        path = corpus[0] / "tokenizer.model"
-        manifest = build_corpus({"web": documents("web", 40, seed=1)}, tmp_path / "c",
-                                **{**SETTINGS, "weights": {"web": 1}}, tokenizer_path=path)  # fmt: skip
-        assert manifest["tokenizer"] == Tokenizer(path).fingerprint
-        with pytest.raises(ValueError, match="vocab_size: expected the 320 of .*tokenizer.model, got 300"):
-            build_corpus(sources(), tmp_path / "d", **{**SETTINGS, "vocab_size": 300}, tokenizer_path=path)
-        assert not (tmp_path / "d").exists()
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"weights": {"facts": 1}}, r"weights: expected one for each of \['facts', 'web'\], got \['facts'\]"),
-            ({"weights": {"facts": 1, "web": 0}}, r"weights\['web'\]: expected a positive share, got 0"),
-            ({"held_out_fraction": 1.0}, "held_out_fraction: expected a number between 0 and 1, got 1.0"),
-            ({"vocab_size": 30_000}, "vocab_size: 30000 pieces are too many"),
-            ({"block_length": 0}, "block_length: expected at least 1"),
-            ({"held_out_fraction": 1e-9}, "source 'facts': 30 documents leave 30 to train on and 0 held out"),
-        ],
-    )
-    def test_errors_leave_nothing_behind(self, tmp_path, values, message):
-        with pytest.raises(ValueError, match=message):
-            build_corpus(sources(), tmp_path / "corpus", **{**SETTINGS, **values})
-        assert not list(tmp_path.iterdir())
-
-    def test_a_source_that_breaks_off_leaves_nothing_behind(self, tmp_path):
-        def broken():
-            yield from documents("web", 20)
-            raise OSError("gone")
-
-        with pytest.raises(OSError, match="gone"):
-            build_corpus({**sources(), "web": broken()}, tmp_path / "corpus", **SETTINGS)
-        assert not list(tmp_path.iterdir())
-
-    def test_a_corpus_is_never_changed_in_place(self, corpus):
-        with pytest.raises(FileExistsError, match="never changed in place"):
-            build_corpus(sources(), corpus[0], **SETTINGS)
-
-    def test_a_build_that_was_killed_does_not_disturb_the_next(self, tmp_path, corpus):
-        (tmp_path / ".corpus.unfinished" / "blocks").mkdir(parents=True)
-        (tmp_path / ".corpus.unfinished" / "blocks" / "old.array_record").write_bytes(b"half")
-        assert build_corpus(sources(), tmp_path / "corpus", **SETTINGS) == corpus[1]
+@pytest.fixture(scope="module")
+def tokenizer(built) -> Tokenizer:
+    return Tokenizer(built / "tokenizer.model")
 
 
-class TestManifest:
-    @pytest.fixture
-    def small(self, tmp_path, corpus):
-        tokenizer = Tokenizer(corpus[0] / "tokenizer.model")
-        (tmp_path / "blocks").mkdir()
-        write_blocks(["some text", "more"], tmp_path / "blocks" / "s.array_record", tokenizer=tokenizer, block_length=8)
-        values = dict.fromkeys(manifests.FIELDS, 1) | {"tokenizer": tokenizer.fingerprint}
-        manifests.write_manifest(tmp_path, values)
-        return tmp_path, tokenizer
+# Duplicates
 
-    def test_a_whole_corpus_passes(self, corpus):
-        output, manifest = corpus
-        assert check_manifest(output, Tokenizer(output / "tokenizer.model")) == manifest
-        assert {"tokenizer.model", "blocks/web.array_record", "held_out/web.jsonl"} <= set(manifest["files"])
 
-    def test_another_tokenizer_is_refused(self, small, tmp_path_factory):
-        other = tmp_path_factory.mktemp("other") / "corpus"
-        build_corpus({"web": documents("web", 60, seed=9)}, other, **{**SETTINGS, "weights": {"web": 1}})
-        with pytest.raises(CorpusError, match="its blocks were made with tokenizer"):
-            check_manifest(small[0], Tokenizer(other / "tokenizer.model"))
+def test_the_first_copy_in_the_order_of_the_sources_stays():
+    documents = {
+        "b": [Document("b1", "one  two\n", "b"), Document("b2", "three", "b"), Document("b3", "three\r\n", "b")],
+        "a": [Document("a1", "\tone\n two", "a"), Document("a2", "One two", "a")],
+    }
+    kept, dropped = drop_duplicates(documents)
+    assert {source: [d.id for d in of_source] for source, of_source in kept.items()} == {"b": ["b1", "b2"], "a": ["a2"]}
+    assert dropped == {"b": 1, "a": 1} and list(kept) == ["b", "a"]
+    kept, dropped = drop_duplicates(dict(reversed(documents.items())))
+    assert [d.id for d in kept["b"]] == ["b2"] and dropped == {"a": 0, "b": 2}
 
-    def test_damage_is_named(self, small):
-        directory, tokenizer = small
-        shard = directory / "blocks" / "s.array_record"
-        whole = shard.read_bytes()
-        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(CorpusError, match="s.array_record: damaged, its sha256"):
-            check_manifest(directory, tokenizer)
-        check_manifest(directory, tokenizer, checksums=False)  # sizes alone are equal
-        shard.write_bytes(whole[:-1])
-        with pytest.raises(CorpusError, match=r"s.array_record: damaged, expected [\d,]+ bytes, got [\d,]+$"):
-            check_manifest(directory, tokenizer, checksums=False)
-        shard.unlink()
-        with pytest.raises(CorpusError, match="s.array_record: expected a shard of the corpus, found nothing"):
-            check_manifest(directory, tokenizer)
 
-    def test_a_damaged_or_missing_manifest_is_named(self, small, tmp_path):
-        directory, tokenizer = small
-        path = directory / manifests.NAME
-        values = json.loads(path.read_text())
-        del values["block_length"]
-        for data, message in [(b"{", "damaged, not JSON"), (json.dumps(values).encode(), "block_length: missing")]:
-            path.write_bytes(data)
-            with pytest.raises(CorpusError, match=f"manifest.json: {message}"):
-                check_manifest(directory, tokenizer)
+@pytest.mark.parametrize(("bad", "message"), [(" \n", "expected a text, got white space only"), ("a\ud800", "lone surrogate")])
+def test_a_document_without_text_is_named(bad, message):
+    with pytest.raises(ValueError, match=f"source 's': document 'x': .*{message}"):
+        drop_duplicates({"s": [Document("x", bad, "s")]})
+
+
+# Split
+
+
+def test_the_side_of_a_text_depends_on_nothing_but_the_text():
+    documents = docs("s", range(1000))
+    whole = split({"s": documents}, fraction=0.1)["s"]
+    assert 70 < len(whole.held_out) < 130 and not whole.withheld
+    assert whole.train == [d for d in documents if not is_held_out(d.text, 0.1)]
+    few = split({"other": [], "s": documents[500:][::-1]}, fraction=0.1)["s"]
+    assert {d.id for d in few.held_out} == {d.id for d in whole.held_out} & {d.id for d in documents[500:]}
+    assert {d.id for d in whole.held_out} < {d.id for d in split({"s": documents}, fraction=0.2)["s"].held_out}
+    assert is_held_out(text(3), 0.1) == is_held_out(text(3).replace(" ", "\n  "), 0.1)  # copies stay together
+
+
+def test_no_group_stands_on_both_sides():
+    modules = [f"m{i}" for i in range(40)]
+    documents = {
+        source: [Document(f"{m}{k}", f"{source} {k} of {m}", source, metadata={"module": m}) for m in modules for k in range(3)]
+        for source in ("docs", "code")
+    }
+    parts = split(documents, fraction=0.05)
+    held_out = {d.metadata["module"] for part in parts.values() for d in part.held_out}
+    assert held_out and not held_out & {d.metadata["module"] for part in parts.values() for d in part.train}
+    for source, part in parts.items():
+        everything = [*part.train, *part.held_out, *part.withheld]
+        assert sorted(d.id for d in everything) == sorted(d.id for d in documents[source])
+        assert {d.metadata["module"] for d in part.withheld} <= held_out
+
+
+def test_a_small_source_holds_out_more_and_a_large_one_evaluates_less():
+    documents = docs("s", range(300))
+    size = {d.id: len(d.text.encode()) for d in documents}
+    whole = sum(size.values())
+    more = split({"s": documents}, fraction=0.01, minimum_bytes=whole // 10)["s"]
+    assert whole // 10 <= sum(size[d.id] for d in more.held_out) < whole // 10 + max(size.values())
+    most = split({"s": documents}, fraction=0.01, minimum_bytes=whole)["s"]
+    assert sum(size[d.id] for d in most.held_out) < 0.2 * whole + max(size.values())
+    less = split({"s": documents}, fraction=0.3, maximum_bytes=2000)["s"]
+    assert 1500 < sum(size[d.id] for d in less.held_out) <= 2000
+    hidden = {d.id for d in less.held_out + less.withheld}
+    assert hidden == {d.id for d in documents if is_held_out(d.text, 0.3)} and not hidden & {d.id for d in less.train}
+
+
+def test_lines_seen_measures_what_leaks():
+    shared, own = "this line of more than forty characters stands twice", "and this one, as long, in a single document only"
+    documents = [Document(str(i), f"{own} {i}\n  {shared}\nshort", "s") for i in range(200)]
+    assert lines_seen(split({"s": documents}, fraction=0.1)) == {"s": 0.5}
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 7, 1000])
+def test_every_transition_is_a_target_exactly_once(block_length):
+    rng = np.random.default_rng(0)
+    ids = iter(range(10**6))
+    documents = [list(itertools.islice(ids, n)) for n in rng.integers(1, 20, size=30)]
+    joined = [i for document in documents for i in document]
+    blocks = list(token_blocks(documents, block_length))
+    assert [pair for block in blocks for pair in itertools.pairwise(block)] == list(itertools.pairwise(joined))
+    assert all(len(block) == block_length + 1 for block in blocks[:-1]) and 2 <= len(blocks[-1]) <= block_length + 1
+
+
+def test_blocks_of_nothing():
+    assert list(token_blocks([], 4)) == list(token_blocks([[1]], 4)) == []
+    assert list(token_blocks([[1], [2]], 4)) == [[1, 2]]
+    with pytest.raises(ValueError, match="block_length: expected at least 1, got 0"):
+        list(token_blocks([[1, 2]], 0))
+
+
+def targets_of(path: Path) -> list[tuple[int, int]]:
+    """(token, target) pairs of a shard with weight 1, as the loader gives them."""
+    pairs = []
+    for batch in BlockSource({"x": [path]}, {"x": 1.0}, 4, 0).eval_batches():
+        real = batch.weights > 0
+        pairs += zip(batch.tokens[real].tolist(), batch.targets[real].tolist(), strict=True)
+    return pairs
+
+
+def test_written_blocks_give_the_loader_every_target_once(tokenizer, tmp_path):
+    texts = [text(i) for i in range(8)]
+    counts = write_blocks(texts, tmp_path / "x.array_record", tokenizer=tokenizer, block_length=32)
+    joined = [i for t in texts for i in tokenizer.encode(t, bos=True, eos=True)]
+    assert targets_of(tmp_path / "x.array_record") == list(itertools.pairwise(joined))
+    assert dataclasses.asdict(counts) == {
+        "documents": 8, "tokens": len(joined), "targets": len(joined) - 1, "blocks": -(-(len(joined) - 1) // 32)
+    }  # fmt: skip
+
+
+# The whole build
+
+
+def test_nothing_is_lost_and_nothing_leaks(built, tokenizer):
+    sources = read_manifest(built)["sources"]
+    assert list(sources) == ["books", "notes"]
+    assert [(s["documents_read"], s["duplicates"]) for s in sources.values()] == [(80, 0), (55, 25)]
+    train_text = {}
+    for name, numbers in (("books", range(80)), ("notes", range(80, 110))):
+        counts = sources[name]
+        assert counts["documents_read"] == sum(
+            counts[k] for k in ("duplicates", "documents", "held_out_documents", "withheld_documents")
+        )
+        train = [text(i) for i in numbers if not is_held_out(text(i), 0.1)]
+        train_text[name] = train
+        for folder, texts, prefix in (
+            ("blocks", train, ""),
+            ("held_out", [row["text"] for _, row in read_jsonl(built / "held_out" / f"{name}.jsonl")], "held_out_"),
+        ):
+            ids = [i for t in texts for i in tokenizer.encode(t, bos=True, eos=True)]
+            assert targets_of(built / folder / f"{name}.array_record") == list(itertools.pairwise(ids))
+            assert counts[f"{prefix}tokens"] == len(ids) and counts[f"{prefix}documents"] == len(texts)
+            assert counts[f"{prefix}bytes"] == sum(len(t.encode()) for t in texts)
+        assert sorted([*train, *texts]) == sorted(text(i) for i in numbers)  # texts: the held-out ones
+        assert all(is_held_out(t, 0.1) for t in texts)
+    assert counts["held_out_lines_seen"] == 0
+
+
+def test_the_manifest_says_what_the_corpus_is(built, tokenizer):
+    manifest = check_manifest(built, tokenizer)
+    assert manifest["tokenizer"] == tokenizer.fingerprint and manifest["config"] == {"name": "test"}
+    assert (manifest["vocab_size"], manifest["block_length"]) == (400, 32) == (tokenizer.vocab_size, 32)
+    on_disk = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert set(manifest["files"]) == on_disk and len(on_disk) == 7
+    assert [s["share"] for s in manifest["sources"].values()] == [0.25, 0.75]
+    assert [s["planned_tokens"] for s in manifest["sources"].values()] == [10_000, 30_000]
+    for source in manifest["sources"].values():
+        assert source["epochs"] == pytest.approx(source["planned_tokens"] / source["tokens"])
+
+
+def test_two_builds_are_the_same_bytes(built, tmp_path):
+    again = build(tmp_path / "again", config={"name": "test"}, total_tokens=40_000)
+    assert again["tokenizer"] == read_manifest(built)["tokenizer"] and again["sources"] == read_manifest(built)["sources"]
+    for path in built.rglob("*.jsonl"):
+        assert (tmp_path / "again" / path.relative_to(built)).read_bytes() == path.read_bytes()
+    for path in built.rglob("*.array_record"):
+        assert targets_of(tmp_path / "again" / path.relative_to(built)) == targets_of(path)
+
+
+def test_a_given_tokenizer_is_used(built, tokenizer, tmp_path):
+    books = {"books": docs("books", range(80))}
+    manifest = build(tmp_path / "given", books, weights={"books": 1.0}, tokenizer_path=tokenizer.path)
+    assert manifest["tokenizer"] == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="vocab_size: expected the 400 of .*tokenizer.model, got 500"):
+        build(tmp_path / "wrong", tokenizer_path=tokenizer.path, vocab_size=500)
+    assert [p.name for p in tmp_path.iterdir()] == ["given"]
+
+
+class Interrupted(BaseException):
+    """As a Ctrl-C: no Exception."""
+
+
+def interrupted_documents():
+    yield from docs("books", range(80))
+    raise Interrupted
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        build(tmp_path / "out", {"books": interrupted_documents(), "notes": []})
+    with pytest.raises(ValueError, match="9999 pieces are too many"):
+        build(tmp_path / "out", vocab_size=9999)
+
+    def no_space(*args, **kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("llama_jax.corpus_build.build.write_manifest", no_space)
+        build(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    # What a killed build left behind is in nobody's way.
+    (tmp_path / ".out.unfinished" / "blocks").mkdir(parents=True)
+    build(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"books": 1.0}}, r"weights: expected one for each of \['books', 'notes'\], got \['books'\]"),
+        ({"weights": {"books": 1.0, "notes": 0.0}}, r"weights\['notes'\]: expected a positive share, got 0.0"),
+        ({"weights": {"books": 1.0, "notes": float("nan")}}, r"weights\['notes'\]: expected a positive share, got nan"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction: expected a number between 0 and 1, got 0.0"),
+        ({"held_out_minimum": 5, "held_out_maximum": 4}, r"held_out_minimum: expected 0 to held_out_maximum \(4\), got 5"),
+        ({"documents": {}, "weights": {}}, "weights: expected one for each of"),
+        ({"documents": {"../x": []}, "weights": {"../x": 1.0}}, r"source '../x': expected letters"),
+        ({"documents": {"books": [], "notes": []}}, "source 'books': 0 documents leave 0 to train on and 0 held out"),
+        ({"held_out_maximum": 10}, r"'books': 80 documents leave \d+ to train on and 0 held out \(of at most 10 bytes\)"),
+    ],
+)
+def test_a_corpus_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "out", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_is_never_changed_in_place(built):
+    before = {p: p.stat().st_mtime_ns for p in built.rglob("*")}
+    with pytest.raises(FileExistsError, match="exists; a corpus is never changed in place"):
+        build(built)
+    assert {p: p.stat().st_mtime_ns for p in built.rglob("*")} == before
+
+
+# Manifest
+
+
+def test_the_manifest_refuses_damage_and_other_tokenizers(built, tokenizer, tmp_path):
+    other = train_tokenizer([text(i) for i in range(9)], tmp_path / "other.model", vocab_size=320)
+    with pytest.raises(CorpusError, match=f"made with tokenizer {tokenizer.fingerprint[:12]}, .*other.model is"):
+        check_manifest(built, other)
+
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    shard = copy / "blocks" / "books.array_record"
+    whole = bytearray(shard.read_bytes())
+    flipped = whole.copy()
+    flipped[len(flipped) // 2] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(CorpusError, match="blocks/books.array_record: damaged, its sha256"):
+        check_manifest(copy, tokenizer)
+    check_manifest(copy, tokenizer, checksums=False)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(CorpusError, match="books.array_record: damaged, expected .* bytes, got"):
+        check_manifest(copy, tokenizer, checksums=False)
+    shard.unlink()
+    with pytest.raises(CorpusError, match="books.array_record: expected a shard of the corpus, found nothing"):
+        check_manifest(copy, tokenizer)
+
+    manifest = copy / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({k: v for k, v in fields.items() if k != "files"}))
+    with pytest.raises(CorpusError, match="manifest.json: files: missing"):
+        read_manifest(copy)
+    manifest.write_text("{")
+    with pytest.raises(CorpusError, match="manifest.json: damaged, not JSON"):
+        read_manifest(copy)
+    for nothing in (tmp_path / "none", manifest):
         with pytest.raises(CorpusError, match="expected a corpus written by llama_jax.corpus, found nothing"):
-            read_manifest(tmp_path / "nowhere")
+            read_manifest(nothing)
+
+
+def test_the_mixture_table_by_hand():
+    shares = plan({"a": 1, "b": 3}, {"a": 10, "b": 20}, {"a": 500, "b": 3000}, total_tokens=4000)
+    assert [(s.share, s.planned_tokens, s.epochs) for s in shares] == [(0.25, 1000, 2.0), (0.75, 3000, 1.0)]
+    assert [line.split() for line in table(shares).split("\n")] == [
+        ["source", "documents", "tokens", "share", "planned", "epochs"],
+        ["a", "10", "500", "25.0%", "1,000", "2.00"],
+        ["b", "20", "3,000", "75.0%", "3,000", "1.00"],
+    ]
+
+
+def test_xz_is_the_xz_of_the_command_line():
+    texts = [text(i) for i in range(40)]
+    data = "".join(texts).encode()
+    bits = bits_per_byte_of_xz(iter(texts))
+    assert 0.5 < bits < 4 and bits == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    if shutil.which("xz"):
+        packed = subprocess.run(["xz", "-9e", "-c"], input=data, stdout=subprocess.PIPE, check=True).stdout
+        assert bits == pytest.approx(8 * len(packed) / len(data), rel=0.01)  # headers differ by some bytes
+    with pytest.raises(ValueError, match="texts: expected at least one byte"):
+        bits_per_byte_of_xz([""])

@@ -1,311 +1,344 @@
-"""Text to ids and back, the chat format, JSONL sources: what enters training is exactly what the paper describes."""
+"""Text to ids: tokenizer (paper section 2.2) and chat format (3.1, 3.3). See test_jsonl.py and test_batches.py for the rest."""
 
-import gzip
-import hashlib
-import json
+import copy
+import os
 import pickle
-import pydoc_data.topics
-import re
+import random
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+import sentencepiece
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
-from llama_jax.data.dialog import TAGS, check_messages, decode_response, encode_dialog, encode_prompt
-from llama_jax.data.sources import read_comparisons, read_dialogs, read_jsonl, read_prompts, write_jsonl
-from llama_jax.data.tokenizer import BOS_ID, EOS_ID, FIRST_BYTE_ID, Tokenizer, train_tokenizer
+from llama_jax.data import dialog, sources
+from llama_jax.data.dialog import encode_dialog, encode_prompt
+from llama_jax.data.tokenizer import FIRST_BYTE_ID, Tokenizer, train_tokenizer
 
-GOLDEN = Path(__file__).parents[1].parent / "shared" / "data" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden ids of ../shared/data are not on this machine")
-
-TEXTS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)][:40]
-# Whatever UTF-8 can write, but not the sign that stands for a space inside SentencePiece.
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
+GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden"
+# The released model is not ours to ship; whoever has the file can compare all ids.
+RELEASED = os.environ.get("LLAMA2_TOKENIZER", "")
+PIECES = 480
+WORDS = "the model reads a line of text and counts 2024 tokens, [INST] what is a loop? [/INST] <<SYS>> be kind <</SYS>>".split()
+TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) + "\n    return x[0]\n" for i in range(60)]
+TEXTS += ["def f(x):\n\tif x:\n\t\treturn  None\n", "naïve café, déjà vu"] * 5
+AWKWARD = [
+    "", " ", "   ", "\n", "\n\n \t\r\n", "  leading", "trailing  ", "a  b   c", "\x00", "\x7f\x1b[0m", "0123 45.6e-7",
+    "<s>", "</s>", "<unk>", "<0x41>", "<pad>", "[INST] x [/INST]", "def f():\n\treturn {'a': 1}\n",
+    "日本語のテキスト", "Ελληνικά", "עברית", "ไทยแลนด์", "한국어", "𓀀", "\U0010ffff", "ﬁ ½ Å", "\u2047",
+    "🙂", "🇺🇳👩\u200d👧", "e\u0301 \u00e9", "\u200b\u00a0\u3000\ufeff",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=1024)
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=PIECES)
 
 
-def golden(name: str) -> list[dict]:
-    return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines() if line]
+@pytest.fixture(scope="module")
+def raw(tokenizer) -> sentencepiece.SentencePieceProcessor:
+    """The library itself, past our class."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
 
 
-class TestTokenizer:
-    def test_special_and_byte_ids_are_those_of_llama(self, tokenizer):
-        assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 1024)
-        assert [tokenizer.piece(FIRST_BYTE_ID + byte) for byte in (0, 10, 255)] == ["<0x00>", "<0x0A>", "<0xFF>"]
-        assert tokenizer.encode("x", bos=True, eos=True) == [1, *tokenizer.encode("x"), 2]
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
 
-    @settings(max_examples=200, deadline=None)
-    @given(text=ANY_TEXT)
-    def test_every_text_comes_back(self, tokenizer, text):
-        assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
-    @pytest.mark.parametrize("text", ["", " ", "   a\tb\n\n\nc  d ", "\r\n\t", "👩‍💻 café 中文", "a\0b", "f():\n        a\n"])
-    def test_white_space_and_rare_characters_come_back(self, tokenizer, text):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
-    def test_the_space_sign_comes_back_as_a_space(self, tokenizer):
-        assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
 
-    def test_every_digit_is_a_token(self, tokenizer):
-        assert not [i for i in range(1024) if re.search(r"\d.*\d", tokenizer.piece(i)) and i >= FIRST_BYTE_ID + 256]
-        assert len(tokenizer.encode("2048")) == 1 + 4  # the dummy space stands alone
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
 
-    @pytest.mark.parametrize("control", ["<s>", "</s>", "<unk>", "<0x0A>"])
-    def test_control_strings_are_text(self, tokenizer, control):
-        ids = tokenizer.encode(control)
-        assert min(ids) >= FIRST_BYTE_ID and 13 not in ids and tokenizer.decode(ids) == control
 
-    def test_decode_skips_controls_and_padding(self, tokenizer):
-        assert tokenizer.decode([1, *tokenizer.encode("one two"), 2, 0, 0]) == "one two"
-        with pytest.raises(ValueError, match=r"expected ids in 0\.\.1023, got 1024"):
-            tokenizer.decode([1024])
+# Tokenizer
 
-    def test_many_texts_at_once_are_single_texts(self, tokenizer):
-        assert tokenizer.encode_many(TEXTS[:5], threads=2) == [tokenizer.encode(text) for text in TEXTS[:5]]
 
-    def test_training_is_deterministic_and_leaves_one_file(self, tokenizer, tmp_path):
-        for name in ("a", "b"):
-            train_tokenizer(iter(TEXTS), tmp_path / name, vocab_size=1024, max_lines=500, seed=3)
-        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-        assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
-        again = train_tokenizer(TEXTS, tmp_path / "c", vocab_size=1024)
-        assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256((tmp_path / "c").read_bytes()).hexdigest()
+def test_the_model_file_holds_the_papers_settings(tokenizer):
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    spec = model.trainer_spec
+    assert spec.model_type == spec.BPE and spec.vocab_size == len(model.pieces) == tokenizer.vocab_size == PIECES
+    assert spec.split_digits and spec.byte_fallback and spec.allow_whitespace_only_pieces and spec.split_by_whitespace
+    assert spec.character_coverage == pytest.approx(0.99995) and spec.max_sentencepiece_length == 16
+    assert (spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id) == (0, 1, 2, -1)
+    assert model.normalizer_spec.name == "identity"
+    assert model.normalizer_spec.add_dummy_prefix and not model.normalizer_spec.remove_extra_whitespaces
+    kinds = [piece.type for piece in model.pieces]
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+    assert kinds[:3] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
+    assert kinds[3:259] == [kind.BYTE] * 256 and set(kinds[259:]) == {kind.NORMAL}
+    assert [tokenizer.piece(FIRST_BYTE_ID + byte) for byte in (0, 255)] == ["<0x00>", "<0xFF>"]
 
-    def test_pickle_carries_the_path(self, tokenizer):
-        assert pickle.loads(pickle.dumps(tokenizer)).encode("a b") == tokenizer.encode("a b")
 
-    @pytest.mark.parametrize(
-        ("texts", "vocab_size", "message"),
-        [
-            (["hello world"], 4000, r"4000 pieces are too many for this text, it gives at most \d+$"),
-            (["hello world"], 100, r"100 pieces are too few, .* need \d+$"),
-            ([], 1000, "no text"),
-            (["", "\n"], 1000, "no text"),
-            (["a\ud800"], 1000, "lone surrogate at character 1"),
-        ],
+def test_no_piece_holds_two_digits(tokenizer):
+    for piece in map(tokenizer.piece, range(259, PIECES)):
+        assert piece.isdigit() or not any(c.isdigit() for c in piece)
+        assert len(piece) == 1 or not piece.isdigit()
+    pieces = [tokenizer.piece(i).strip("\u2581") for i in tokenizer.encode("2024 tokens")]
+    assert [p for p in pieces if p][:4] == ["2", "0", "2", "4"]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_texts_come_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)  # what looks like a control string is plain text, nothing is unknown
+
+
+# U+2581 is SentencePiece's sign for a space, and comes back as one. Half surrogates are no text.
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60))
+@example("\n ")
+def test_every_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
+
+
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.sampled_from([" ", "  ", "\n", "\t", "the", "def", "日本", "🙂", "7", "<s>", "\u00a0", "é"]), max_size=12))
+def test_every_mixture_of_spaces_scripts_and_code_comes_back(tokenizer, parts):
+    text = "".join(parts)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bos_and_eos_on_request_and_skipped_by_decoding(tokenizer, raw):
+    plain = tokenizer.encode("the loop")
+    assert plain == raw.encode("the loop")
+    assert tokenizer.encode("the loop", bos=True, eos=True) == [1, *plain, 2]
+    assert tokenizer.decode([1, *plain, 2, 0, 0]) == tokenizer.decode(np.array(plain)) == "the loop"
+    assert tokenizer.encode_many(["the loop", "", "x"]) == [plain, [], raw.encode("x")]
+
+
+def test_unseen_characters_fall_back_to_bytes(tokenizer):
+    space, *rest = tokenizer.encode("🙂")
+    assert tokenizer.piece(space) == "\u2581"
+    assert rest == [FIRST_BYTE_ID + byte for byte in "🙂".encode()]
+
+
+def test_two_trainings_give_the_same_file(tokenizer, tmp_path):
+    again = train_tokenizer(iter(TEXTS), tmp_path / "again.model", vocab_size=PIECES)
+    assert again.path.read_bytes() == tokenizer.path.read_bytes()
+    assert again.fingerprint == tokenizer.fingerprint and len(again.fingerprint) == 64
+    other = train_tokenizer(TEXTS, tmp_path / "other.model", vocab_size=PIECES - 20)
+    assert other.fingerprint != tokenizer.fingerprint
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.model", "other.model"]
+
+
+def test_lines_longer_than_sentencepiece_takes_are_cut_not_dropped(tmp_path):
+    long = "\u00e6pple " * 3000  # one line of 21,000 bytes, without which there is no æ
+    trained = train_tokenizer([*TEXTS, long], tmp_path / "long.model", vocab_size=PIECES)
+    assert FIRST_BYTE_ID + "\u00e6".encode()[0] not in trained.encode("\u00e6pple")
+
+
+def test_a_tokenizer_survives_pickling(tokenizer):
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("the text") == tokenizer.encode("the text")
+
+
+def test_wrong_use_of_the_tokenizer_is_one_clear_error(tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.model: expected a SentencePiece model file"):
+        Tokenizer(tmp_path / "nowhere.model")
+    (tmp_path / "broken.model").write_bytes(tokenizer.path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"broken.model: not a SentencePiece model \(700 bytes\)"):
+        Tokenizer(tmp_path / "broken.model")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "t5"), vocab_size=50, bos_id=-1, minloglevel=2
     )
-    def test_training_errors_are_one_clear_line_and_write_nothing(self, tmp_path, texts, vocab_size, message):
-        with pytest.raises(ValueError, match=message) as error:
-            train_tokenizer(texts, tmp_path / "m.model", vocab_size=vocab_size)
-        assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-    def test_missing_and_damaged_files_are_named(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="none.model: expected a SentencePiece model"):
-            Tokenizer(tmp_path / "none.model")
-        (tmp_path / "bad.model").write_bytes(b"no model at all")
-        with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
-            Tokenizer(tmp_path / "bad.model")
-
-    @needs_golden
-    def test_golden_texts_keep_the_facts_that_no_vocabulary_changes(self, tokenizer):
-        """Decoded text and newline bytes, as the released tokenizer gives them; its other ids need its own pieces."""
-        for row in golden("llama2_token_ids.jsonl"):
-            ids = tokenizer.encode(row["text"])
-            assert tokenizer.decode(ids) == row["decoded"]
-            assert ids.count(13) == row["ids"].count(13) == row["text"].count("\n")
+    with pytest.raises(ValueError, match=r"expected unk, bos, eos ids \(0, 1, 2\), got \(0, -1, 2\)"):
+        Tokenizer(tmp_path / "t5.model")
+    with pytest.raises(ValueError, match=f"decode: expected ids in 0..{PIECES - 1}, got {PIECES}"):
+        tokenizer.decode([5, PIECES])
+    with pytest.raises(ValueError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(TypeError, match="expected str, got bytes"):
+        tokenizer.encode(b"a")
 
 
-SYSTEM = {"role": "system", "content": " Be brief. "}
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        ([], 300, "no text"),
+        (["", "\n"], 300, "no text"),
+        (["too little text"], 5000, "5000 pieces are too many for this text, it gives at most"),
+        (TEXTS, 200, "200 pieces are too few"),
+    ],
+)
+def test_a_size_that_does_not_fit_the_text_is_refused(tmp_path, texts, size, message):
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(texts, tmp_path / "tokenizer.model", vocab_size=size)
+    assert not list(tmp_path.iterdir())
 
 
-def user(content):
-    return {"role": "user", "content": content}
+# Ids of the released tokenizer
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+@pytest.fixture(scope="module")
+def golden() -> list[dict]:
+    if not GOLDEN.is_dir():
+        pytest.skip("the ids of the released tokenizer are not beside this checkout (../shared/data/golden)")
+    return [row for _, row in sources.read_jsonl(GOLDEN / "llama2_token_ids.jsonl")]
 
 
-class TestDialog:
-    def test_each_pair_is_one_string_between_bos_and_eos(self, tokenizer):
-        dialog = encode_dialog([SYSTEM, user(" Hi. "), assistant("\nHello. "), user("Who?"), assistant("Me.")], tokenizer)
-        first = "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hi. [/INST] Hello. "  # stripped after the merge only
-        second = "[INST] Who? [/INST] Me. "
-        assert dialog.ids == [1, *tokenizer.encode(first), 2, 1, *tokenizer.encode(second), 2]
-
-    @pytest.mark.parametrize(("train_on", "trained"), [("all", ["One. ", "Two. "]), ("last", ["Two. "])])
-    def test_answers_and_their_eos_are_supervised_and_nothing_else(self, tokenizer, train_on, trained):
-        messages = [user("a"), assistant("One."), user("b"), assistant("Two.")]
-        dialog = encode_dialog(messages, tokenizer, train_on=train_on)
-        kept = [i for i, supervised in zip(dialog.ids, dialog.supervised, strict=True) if supervised]
-        assert kept.count(EOS_ID) == len(trained) and BOS_ID not in kept
-        answers, rest = [], kept
-        while rest:
-            end = rest.index(EOS_ID)
-            answers, rest = [*answers, tokenizer.decode(rest[:end])], rest[end + 1 :]
-        assert answers == trained
-
-    @settings(max_examples=100, deadline=None)
-    @given(texts=st.lists(ANY_TEXT.filter(lambda text: not any(tag in text for tag in TAGS)), min_size=4, max_size=4))
-    def test_a_prompt_begins_its_dialog_and_the_answer_the_rest(self, tokenizer, texts):
-        messages = [user(texts[0]), assistant(texts[1]), user(texts[2])]
-        prompt = encode_prompt(messages, tokenizer)
-        dialog = encode_dialog([*messages, assistant(texts[3])], tokenizer, train_on="last")
-        assert dialog.ids[: len(prompt)] == prompt
-        assert dialog.supervised == [False] * len(prompt) + [True] * (len(dialog.ids) - len(prompt))
-        assert (prompt.count(BOS_ID), prompt.count(EOS_ID), dialog.ids.count(EOS_ID)) == (2, 1, 2)
-        assert decode_response(dialog.ids[len(prompt) :], tokenizer) == (texts[3].strip(), True)
-
-    def test_the_open_turn_has_no_eos_and_no_closing_space(self, tokenizer):
-        assert encode_prompt([user("Hi")], tokenizer) == tokenizer.encode("[INST] Hi [/INST]", bos=True)
-
-    def test_response_without_eos_has_not_ended(self, tokenizer):
-        ids = tokenizer.encode(" an answer")
-        assert decode_response(ids, tokenizer) == ("an answer", False)
-        assert decode_response([*ids, 2, *ids], tokenizer) == ("an answer", True)
-        assert decode_response([], tokenizer) == ("", False)
-
-    @pytest.mark.parametrize("tag", TAGS)
-    @pytest.mark.parametrize("position", [0, 1, 2])
-    def test_tags_in_any_message_are_refused(self, tokenizer, tag, position):
-        messages = [dict(SYSTEM), user("u"), assistant("a")]
-        messages[position]["content"] += f"x{tag}y"
-        with pytest.raises(ValueError, match=rf"rows:7: messages\[{position}\].content: holds the chat tag"):
-            encode_dialog(messages, tokenizer, where="rows:7")
-
-    @pytest.mark.parametrize(
-        ("messages", "message"),
-        [
-            ("hi", "messages: expected a list, got str"),
-            ([], "messages: expected at least one"),
-            ([SYSTEM], "messages: a system message alone"),
-            ([assistant("a")], r"messages\[0\].role: expected 'user'"),
-            ([user("a"), user("b")], r"messages\[1\].role: expected 'assistant' .* got 'user'"),
-            ([user("a"), SYSTEM], r"messages\[1\].role: expected 'assistant' .* got 'system'"),
-            ([SYSTEM, assistant("a")], r"messages\[1\].role: expected 'user'"),
-            ([{"role": "bot", "content": "a"}], r"messages\[0\].role: expected one of system, user, assistant, got 'bot'"),
-            ([{"role": "user"}], r"messages\[0\].content: missing"),
-            ([{"role": "user", "content": 3}], r"messages\[0\].content: expected a string, got int"),
-            (["hi"], r"messages\[0\]: expected an object, got str"),
-        ],
-    )
-    def test_what_is_no_dialog_is_refused_with_its_place(self, messages, message):
-        with pytest.raises(ValueError, match=rf"^f.jsonl:3: {message}"):
-            check_messages(messages, "f.jsonl:3")
-
-    def test_ends_are_checked(self, tokenizer):
-        with pytest.raises(ValueError, match="expected the last one from the assistant"):
-            encode_dialog([user("a")], tokenizer)
-        with pytest.raises(ValueError, match="expected the last one from the user"):
-            encode_prompt([user("a"), assistant("b")], tokenizer)
-        with pytest.raises(ValueError, match="train_on: expected 'all' or 'last', got 'some'"):
-            encode_dialog([user("a"), assistant("b")], tokenizer, train_on="some")
-
-    def test_a_tokenizer_that_merges_over_the_border_is_refused(self):
-        class Pairs:  # two characters a token, whatever they are
-            path = "pairs.model"
-
-            def encode(self, text, *, bos=False, eos=False):
-                return [text[i : i + 2] for i in range(0, len(text), 2)]
-
-        with pytest.raises(ValueError, match=r"pairs.model: a piece reaches from '\[/INST\]' into the answer 'yes'"):
-            encode_dialog([user("four"), assistant("yes")], Pairs())
-
-    @needs_golden
-    def test_golden_dialog_has_the_same_frame(self, tokenizer):
-        """One BOS, one EOS, and the closing space as a token of its own before EOS (29871 in the released vocabulary)."""
-        (row,) = golden("llama2_chat_token_ids.jsonl")
-        ids = encode_dialog(row["data"]["messages"], tokenizer).ids
-        for frame in (ids, row["tokens"]):
-            assert (frame[0], frame[-1], frame.count(1), frame.count(2)) == (1, 2, 1, 1)
-        assert (tokenizer.piece(ids[-2]), row["tokens"][-2]) == ("\u2581", 29871)
+def test_the_golden_texts_come_back_as_from_the_released_tokenizer(tokenizer, golden):
+    assert len(golden) == 155
+    assert [tokenizer.decode(tokenizer.encode(row["text"])) for row in golden] == [row["decoded"] for row in golden]
 
 
-DIALOG = {"messages": [user("u"), assistant("a")], "source": "x", "is_safety": False}
-PROMPT = {"messages": [user("u")], "reference": None, "is_safety": True, "source": "x", "kind": "k", "object": "o"}
-COMPARISON = {"prompt": "u", "chosen": "a", "rejected": "b", "rating": "slightly", "safety_bin": "both_safe"}
+def test_digits_are_split_where_the_released_tokenizer_splits_them(tokenizer, golden):
+    digits = "1234567890"
+    theirs = dict(zip(next(row["ids"] for row in golden if row["text"] == digits)[1:], digits, strict=True))
+    ours = dict(zip(tokenizer.encode(digits)[1:], digits, strict=True))
+    assert len(theirs) == len(ours) == 10
+    for row in golden:
+        expected = "".join(theirs.get(i, "") for i in row["ids"])
+        assert "".join(ours.get(i, "") for i in tokenizer.encode(row["text"])) == expected
 
 
-class TestSources:
-    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-    def test_what_is_written_is_read(self, tmp_path, name):
-        rows = [{"text": "é\n\u2028"}, {"n": 1}]
-        assert write_jsonl(tmp_path / name, rows) == 2
-        assert list(read_jsonl(tmp_path / name)) == [(f"{tmp_path / name}:{i}", row) for i, row in enumerate(rows, 1)]
+def test_bytes_have_the_ids_of_the_released_tokenizer(tokenizer, golden):
+    """Line ends and NUL are bytes in both; so are the characters that neither has learnt."""
+    rows = [row for row in golden if len(row["ids"]) > 1 and all(3 <= i < 259 for i in row["ids"][1:])]
+    assert len(rows) >= 3
+    for row in rows:
+        assert tokenizer.encode(row["text"])[1:] == row["ids"][1:]
+    for character in "\n\x00":
+        code = FIRST_BYTE_ID + ord(character)
+        assert any(code in row["ids"] for row in golden)
+        for row in golden:
+            assert tokenizer.encode(row["text"]).count(code) == row["ids"].count(code) == row["text"].count(character)
 
-    def test_a_failed_write_leaves_the_old_file(self, tmp_path):
-        def rows():
-            yield {"a": 1}
-            raise KeyError
 
-        write_jsonl(tmp_path / "rows.jsonl", [{"old": 1}])
-        with pytest.raises(KeyError):
-            write_jsonl(tmp_path / "rows.jsonl", rows())
-        assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-        assert (tmp_path / "rows.jsonl").read_text() == '{"old": 1}\n'
+def test_a_dialog_has_the_frame_of_the_golden_one(tokenizer, golden):
+    (row,) = (row for _, row in sources.read_jsonl(GOLDEN / "llama2_chat_token_ids.jsonl"))
+    ids = encode_dialog(row["data"]["messages"], tokenizer).ids
+    space = next(r["ids"][0] for r in golden if r["text"] == "1234567890")
+    # BOS, text, the lone space that closes the answer, EOS.
+    assert (row["tokens"][0], *row["tokens"][-2:]) == (1, space, 2)
+    assert (ids[0], tokenizer.piece(ids[-2]), ids[-1]) == (1, "\u2581", 2)
+    assert Counter(ids)[1] == Counter(row["tokens"])[1] == Counter(ids)[2] == Counter(row["tokens"])[2] == 1
 
-    def test_gzip_bytes_depend_on_the_rows_alone(self, tmp_path):
-        for name in ("a.jsonl.gz", "b.jsonl.gz"):
-            write_jsonl(tmp_path / name, [DIALOG])
-        assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
 
-    def test_good_rows_come_with_every_field(self, tmp_path):
-        path = tmp_path / "rows.jsonl"
-        write_jsonl(path, [{**DIALOG, "extra": 1}, {"messages": DIALOG["messages"]}])
-        assert read_dialogs(path) == [{**DIALOG, "extra": 1}, {**DIALOG, "source": ""}]
-        write_jsonl(path, [PROMPT, {"messages": [user("u")]}])
-        assert read_prompts(path)[0] == PROMPT and read_prompts(path)[1]["reference"] is None
-        write_jsonl(path, [{"prompt": "u", "chosen": "a", "rejected": "b"}])
-        (row,) = read_comparisons(path)
-        assert row["prompt"] == [user("u")] and (row["rating"], row["safety_bin"], row["is_safety"]) == (None, None, False)
+@pytest.mark.skipif(not RELEASED, reason="LLAMA2_TOKENIZER does not name the released tokenizer.model")
+def test_all_ids_are_those_of_the_released_tokenizer(golden):
+    released = Tokenizer(RELEASED)
+    assert [released.encode(row["text"]) for row in golden] == [row["ids"] for row in golden]
+    (row,) = (row for _, row in sources.read_jsonl(GOLDEN / "llama2_chat_token_ids.jsonl"))
+    # The golden row has no dummy space after BOS, which the reference code does have.
+    assert encode_dialog(row["data"]["messages"], released).ids[2:] == row["tokens"][2:]
 
-    @pytest.mark.parametrize("chosen", ["a", [assistant("a")], [user("u"), assistant("a")]])
-    @pytest.mark.parametrize("prompt", [{"prompt": "u"}, {"prompt": [user("u")]}, {"messages": [user("u")]}])
-    def test_the_spellings_of_a_comparison_are_one(self, tmp_path, chosen, prompt):
-        write_jsonl(tmp_path / "rows.jsonl", [{**prompt, "chosen": chosen, "rejected": "b"}])
-        (row,) = read_comparisons(tmp_path / "rows.jsonl")
-        assert (row["prompt"], row["chosen"], row["rejected"]) == ([user("u")], "a", "b") and "messages" not in row
 
-    @pytest.mark.parametrize(
-        ("read", "row", "message"),
-        [
-            (read_dialogs, {"source": "x"}, "messages: missing"),
-            (read_dialogs, [1], "expected a JSON object, got list"),
-            (read_dialogs, {**DIALOG, "is_safety": "no"}, "is_safety: expected bool, got str"),
-            (read_dialogs, {**DIALOG, "is_saftey": True}, "is_saftey: unknown field, did you mean 'is_safety'"),
-            (read_dialogs, {"messages": [user("u")]}, r"messages\[0\].role: expected 'assistant' at the end"),
-            (read_dialogs, {"messages": [user("u"), assistant("  ")]}, r"messages\[1\].content: the answer is empty"),
-            (read_dialogs, {"messages": [user("u"), user("u")]}, r"messages\[1\].role: expected 'assistant'"),
-            (read_prompts, DIALOG, r"messages\[1\].role: expected 'user' at the end"),
-            (read_prompts, {**PROMPT, "reference": 3}, "reference: expected str, got int"),
-            (read_comparisons, {**COMPARISON, "rating": "much"}, "rating: expected one of significantly, .* got 'much'"),
-            (read_comparisons, {**COMPARISON, "safety_bin": "x"}, "safety_bin: expected one of chosen_safe, .* got 'x'"),
-            (read_comparisons, {"prompt": "u", "chosen": "a"}, "rejected: missing"),
-            (read_comparisons, {**COMPARISON, "chosen": 1}, "chosen: expected a string or a list"),
-            (read_comparisons, {**COMPARISON, "rejected": "a "}, "chosen: the same text as rejected"),
-            (read_comparisons, {**COMPARISON, "prompt": [assistant("a")]}, r"prompt: messages\[0\].role: expected 'user'"),
-            (read_comparisons, {**COMPARISON, "messages": [user("u")]}, "messages: .* got both"),
-            (read_comparisons, {**COMPARISON, "chosen": [user("v"), assistant("a")]}, "chosen: expected one message"),
-        ],
-    )
-    def test_errors_name_file_line_and_field(self, tmp_path, read, row, message):
-        good = {read_dialogs: DIALOG, read_prompts: PROMPT, read_comparisons: COMPARISON}[read]
-        path = tmp_path / "rows.jsonl"
-        path.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
-        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:2: {message}"):
-            read(path)
+# Chat format
 
-    @pytest.mark.parametrize(
-        ("data", "message"), [(b'{"a": 1}\n{"a": \n', "2: malformed JSON, column"), (b'{"a": 1}\n\xff\n', "2: not UTF-8")]
-    )
-    def test_malformed_lines_are_named(self, tmp_path, data, message):
-        (tmp_path / "rows.jsonl").write_bytes(data)
-        with pytest.raises(ValueError, match=rf"rows.jsonl:{message}"):
-            list(read_jsonl(tmp_path / "rows.jsonl"))
+DIALOG = [
+    system("be kind"), user(" what is  a loop? "), assistant("\na line of text\n"), user("the model?"), assistant("naïve 🙂"),
+    user("x[0]"), assistant("2024"),
+]  # fmt: skip
+PAIRS = [
+    ("[INST] <<SYS>>\nbe kind\n<</SYS>>\n\n what is  a loop? [/INST]", " a line of text "),
+    ("[INST] the model? [/INST]", " naïve 🙂 "),
+    ("[INST] x[0] [/INST]", " 2024 "),
+]
 
-    def test_empty_missing_and_damaged_files_are_named(self, tmp_path):
-        (tmp_path / "rows.jsonl").touch()
-        with pytest.raises(ValueError, match="rows.jsonl: no dialogs: the file is empty"):
-            read_dialogs(tmp_path / "rows.jsonl")
-        with pytest.raises(FileNotFoundError, match="none.jsonl: expected a JSONL file, found nothing"):
-            read_prompts(tmp_path / "none.jsonl")
-        whole = gzip.compress(b'{"a": 1}\n' * 5000)
-        for damaged in (b"no gzip", whole[: len(whole) // 2]):
-            (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"rows.jsonl.gz:\d+: damaged gzip file"):
-                list(read_jsonl(tmp_path / "rows.jsonl.gz"))
+
+def test_a_dialog_is_what_the_raw_processor_gives_turn_by_turn(tokenizer, raw):
+    expected, supervised = [], []
+    for prompt, answer in PAIRS:
+        pair = [1, *raw.encode(prompt + answer), 2]
+        expected += pair
+        supervised += [i > len(raw.encode(prompt)) for i in range(len(pair))]
+    encoded = encode_dialog(DIALOG, tokenizer)
+    assert encoded.ids == expected and encoded.supervised == supervised
+
+
+def test_one_bos_and_one_supervised_eos_a_turn_and_no_supervised_prompt(tokenizer):
+    encoded = encode_dialog(DIALOG, tokenizer)
+    assert Counter(encoded.ids)[1] == Counter(encoded.ids)[2] == 3
+    trained = [i for i, on in zip(encoded.ids, encoded.supervised, strict=True) if on]
+    assert Counter(trained)[2] == 3 and 1 not in trained
+    assert tokenizer.decode(trained) == "a line of text  naïve 🙂  2024 "
+
+
+def test_train_on_last_supervises_the_last_answer_only(tokenizer):
+    encoded, everything = encode_dialog(DIALOG, tokenizer, train_on="last"), encode_dialog(DIALOG, tokenizer)
+    assert encoded.ids == everything.ids
+    last = len(encoded.ids) - encoded.ids[::-1].index(1) - 1  # BOS of the last pair
+    assert encoded.supervised == [False] * last + everything.supervised[last:]
+    with pytest.raises(ValueError, match="train_on: expected 'all' or 'last', got 'first'"):
+        encode_dialog(DIALOG, tokenizer, train_on="first")
+
+
+@pytest.mark.parametrize("length", [2, 4, 6])
+def test_a_prompt_is_a_prefix_of_the_dialog(tokenizer, raw, length):
+    prompt, ids = encode_prompt(DIALOG[:length], tokenizer), encode_dialog(DIALOG, tokenizer).ids
+    assert ids[: len(prompt)] == prompt
+    assert encode_dialog(DIALOG, tokenizer).supervised[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+    assert prompt[-len(raw.encode(PAIRS[length // 2 - 1][0])) - 1 :] == [1, *raw.encode(PAIRS[length // 2 - 1][0])]
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=2, max_size=2))
+def test_any_question_and_answer_have_a_border(tokenizer, contents):
+    messages = [user(contents[0]), assistant(contents[1])]
+    encoded, prompt = encode_dialog(messages, tokenizer), encode_prompt(messages[:1], tokenizer)
+    assert encoded.ids[: len(prompt)] == prompt
+    assert encoded.supervised == [False] * len(prompt) + [True] * (len(encoded.ids) - len(prompt))
+
+
+@pytest.mark.parametrize("tag", dialog.TAGS)
+@pytest.mark.parametrize("role", [0, 1, 2])
+def test_a_message_cannot_forge_a_turn(tokenizer, tag, role):
+    messages = copy.deepcopy(DIALOG[:3])
+    messages[role]["content"] += f"{tag} now"
+    with pytest.raises(ValueError, match=rf"f:7: messages\[{role}\].content: holds the chat tag") as error:
+        encode_dialog(messages, tokenizer, where="f:7")
+    assert repr(tag) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", r"messages: expected a list, got str"),
+        ([], r"messages: expected at least one"),
+        (["hi"], r"messages\[0\]: expected an object, got str"),
+        ([{"role": "user"}], r"messages\[0\].content: missing"),
+        ([{"role": "user", "content": None}], r"messages\[0\].content: expected a string, got NoneType"),
+        ([{"role": "human", "content": ""}], r"messages\[0\].role: expected one of system, user, assistant, got 'human'"),
+        ([system("a")], r"messages: a system message alone is no dialog"),
+        ([assistant("a")], r"messages\[0\].role: expected 'user' \(roles alternate\), got 'assistant'"),
+        ([user("a"), user("b")], r"messages\[1\].role: expected 'assistant'"),
+        ([system("a"), user("b"), system("c")], r"messages\[2\].role: expected 'assistant' .*, got 'system'"),
+    ],
+)
+def test_what_is_no_dialog_is_refused_by_field(tokenizer, messages, message):
+    for encode in (encode_dialog, encode_prompt):
+        with pytest.raises(ValueError, match="rows.jsonl:3: " + message):
+            encode(messages, tokenizer, where="rows.jsonl:3")
+
+
+def test_dialogs_end_with_an_answer_and_prompts_with_a_question(tokenizer):
+    with pytest.raises(ValueError, match="expected the last one from the assistant, got 'user'"):
+        encode_dialog(DIALOG[:2], tokenizer)
+    with pytest.raises(ValueError, match="expected the last one from the user, got 'assistant'"):
+        encode_prompt(DIALOG[:3], tokenizer)
+
+
+def test_a_tokenizer_without_a_border_before_the_answer_is_refused(tmp_path):
+    """Trained without the paper's split at spaces, `] a` can be one piece."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["[INST] a [/INST] a b"] * 50), model_prefix=str(tmp_path / "wide"), vocab_size=290,
+        model_type="bpe", split_by_whitespace=False, split_by_unicode_script=False, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a piece reaches from .* into the answer 'a b'"):
+        encode_dialog([user("a"), assistant("a b")], Tokenizer(tmp_path / "wide.model"))
+
+
+def test_a_response_ends_at_its_first_eos(tokenizer):
+    ids = tokenizer.encode(" a loop ")
+    assert dialog.decode_response([*ids, 2, *ids, 2], tokenizer) == ("a loop", True)
+    assert dialog.decode_response(np.array(ids), tokenizer) == ("a loop", False)
+    assert dialog.decode_response([2], tokenizer) == ("", True)

@@ -196,3 +196,15 @@ def test_tables_that_share_a_leaf_draw_it_alike():
 def test_flops_of_the_7b_are_six_per_weight_plus_attention():
     flops = params.flops_per_token(SIZES["7b"], length=4096)
     assert flops == 6 * (6_738_415_616 - 32_000 * 4096) + 6 * 32 * 4096 * 4096
+
+
+def test_the_flax_module_gives_the_functions_numbers():
+    from llama_jax.model.flax_module import Llama
+
+    tokens = jax.random.randint(jax.random.key(5), (2, 8), 0, 96)
+    module = Llama(MODEL, FLOAT32)
+    variables = module.init(jax.random.key(0), tokens)
+    table_shapes = jax.tree.map(lambda spec: spec.shape, params.table(MODEL, head="lm_head"), is_leaf=lambda x: hasattr(x, "axes"))
+    assert jax.tree.map(jnp.shape, variables["params"]) == table_shapes
+    tree = random_params(MODEL)
+    np.testing.assert_array_equal(module.apply({"params": tree}, tokens), logits_of(tree, tokens))

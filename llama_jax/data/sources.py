@@ -122,14 +122,24 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> i
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        if b"\\u" in line:  # an escape can hold half a character, which no UTF-8 and so no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: an escape \\ud800 to \\udfff without its other half is no character") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: malformed JSON, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # NaN, a number of 5,000 digits, 5,000 brackets
+        raise ValueError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compu
             keys, values, index = cache
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
-        heads = attend(query, key, value, mask, dtype=compute.matmul_dtype)
+        # With a cache, attention reads far more than it computes: converting the cache would cost more than it saves.
+        dtype = compute.matmul_dtype if cache is None else compute.activation_dtype
+        heads = attend(query, key, value, mask, dtype=dtype)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):

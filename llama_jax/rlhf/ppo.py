@@ -123,6 +123,22 @@ def clipped_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Ar
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))
 
 
+def check_first_step(step: int, metrics: Mapping[str, float], *, minibatches: int, tolerance: float) -> None:
+    """On an iteration's first mini-batch the policy is the one that was rolled out: ratio 1, KL 0, nothing clipped.
+
+    Anything else means that rollout and update do not compute the same log-probabilities. The tolerance is for rounding:
+    the two are different compiled programs.
+    """
+    if step % minibatches:
+        return
+    if metrics["ratio_deviation"] > tolerance or abs(metrics["approx_kl"]) > tolerance**2 or metrics["clip_fraction"] > 0:
+        raise RuntimeError(
+            f"ppo: step {step} begins an iteration, but its ratio is off 1 by {metrics['ratio_deviation']:.2e}, "
+            f"approx_kl {metrics['approx_kl']:.2e}, clip_fraction {metrics['clip_fraction']:.2e}; expected at most "
+            f"{tolerance:.0e}, {tolerance**2:.0e} and 0"
+        )
+
+
 class PpoSource:
     """Rolls out when an iteration begins and hands out its mini-batches; a checkpoint holds the rollout between them."""
 
@@ -235,6 +251,11 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         source=source,
         tokens_per_step=config.loop.batch_size * (length + settings.new_tokens),
         show="reward",
+        check=functools.partial(
+            check_first_step, minibatches=source.minibatches,
+            # bfloat16 keeps 8 bits: a product rounded the other way moves a log-probability by a few thousandths.
+            tolerance=1e-4 if config.compute.matmul == "float32" else 0.1,
+        ),
         meta=meta(config, model, tokenizer),
     )
 

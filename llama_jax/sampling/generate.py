@@ -78,7 +78,7 @@ def make_sampler(
         with layout(DECODE):
             B, P = tokens.shape
             fast = decode_layout(params, specs, compute=compute)
-            cache = empty_cache(config, batch=B, slots=P + N, dtype=compute.matmul_dtype)
+            cache = empty_cache(config, batch=B, slots=P + N, dtype=compute.activation_dtype)
             positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
             lengths = jnp.sum(valid, axis=1)
             hidden, cache = extend(fast, tokens, valid, positions, cache, config=config, compute=compute)

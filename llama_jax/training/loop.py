@@ -185,6 +185,8 @@ class _Recorder:
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(means)).items()} | dict(source_metrics)
         self.times.append(time.monotonic())
+        if self.stage.check is not None and not values["skipped_in_a_row"]:
+            self.stage.check(step, values)
         self.last |= values
         shown = {self.stage.show: self.last[self.stage.show]} if self.stage.show in self.last else {}
         self.progress.update(1, **shown)

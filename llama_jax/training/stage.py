@@ -109,6 +109,7 @@ class Stage:
       evaluate: params -> held-out metrics; called by the loop every `eval_every` steps and at the end.
       tokens_per_step: for the rate that is logged.
       show: the metric in the progress bar.
+      check: (step, metrics) of each step; raises if they break an invariant of the stage.
       meta: JSON values stored with every checkpoint (model shape, tokenizer fingerprint, ...).
     """
 
@@ -121,6 +122,7 @@ class Stage:
     evaluate: Callable[[Params], Mapping[str, float]] | None = None
     tokens_per_step: int = 0
     show: str = "loss"
+    check: Callable[[int, Mapping[str, float]], None] | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -1,0 +1,120 @@
+"""`python -m llama_jax.corpus` on a JSONL file (paper section 2.1): what it builds and what it refuses."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.corpus import get_config
+from llama_jax import corpus
+from llama_jax.config import ConfigError, parse
+from llama_jax.corpus_build.manifest import CorpusError, read_manifest
+from llama_jax.data.sources import write_jsonl
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def text(i: int) -> str:
+    return f"number {i}: the model reads line {i * i} of a text and counts {'every naïve loop in it, ' * (1 + i % 5)}and 42 tokens of no meaning\n"
+
+
+def config_of(path: Path, **changes) -> corpus.CorpusConfig:
+    config = get_config("jsonl")
+    config.sources.web.reader = str(path)
+    config.update({"vocab_size": 360, "block_length": 32, "held_out_fraction": 0.1, "total_tokens": 10_000, **changes})
+    return parse(corpus.CorpusConfig, config)
+
+
+@pytest.fixture
+def web(tmp_path) -> Path:
+    path = tmp_path / "web.jsonl.gz"
+    write_jsonl(path, ({"id": i, "text": text(i), "url": f"u{i}"} if i % 2 else {"text": text(i)} for i in range(90)))
+    return path
+
+
+def test_the_command_builds_a_corpus_of_a_jsonl_file(web, tmp_path):
+    command = [
+        sys.executable, "-m", "llama_jax.corpus", "--config=configs/corpus.py:jsonl", f"--config.sources.web.reader={web}",
+        "--config.vocab_size=360", "--config.block_length=32", "--config.held_out_fraction=0.1", "--config.total_tokens=10000",
+        f"--output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert [line.split()[0] for line in first.stdout.splitlines()] == ["source", "web"]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["sources"]["web"]["documents_read"] == 90 and manifest["sources"]["web"]["planned_tokens"] == 10_000
+    # What is there is checked, not built again; another config or a damaged shard ends in one line.
+    assert corpus.run(config_of(web), tmp_path / "out") == manifest
+    second = subprocess.run(
+        [*command, "--config.held_out_fraction=0.2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert second.returncode == 1 and not second.stdout
+    expected = f"error: {tmp_path / 'out'}: was built with another config: held_out_fraction: 0.1 -> 0.2"
+    assert second.stderr.strip().splitlines()[-1] == expected and "Traceback" not in second.stderr
+    (tmp_path / "out" / "blocks" / "web.array_record").write_bytes(b"")
+    with pytest.raises(CorpusError, match="web.array_record: damaged"):
+        corpus.run(config_of(web), tmp_path / "out")
+
+
+def test_documents_of_a_file_keep_their_fields_up_to_the_budget(web):
+    source = corpus.SourceConfig(reader=str(web), weight=1.0, byte_budget=10**9)
+    documents = list(corpus.documents("web", source, seed=0))
+    assert [d.text for d in documents] == [text(i) for i in range(90)]
+    assert (documents[1].id, documents[1].url, documents[1].source) == ("1", "u1", "web")
+    assert documents[0].id == f"{web}:1"
+    budget = sum(len(text(i).encode()) for i in range(5))
+    for bytes_, count in ((budget, 5), (budget - 1, 4)):
+        assert len(list(corpus.documents("web", dataclasses.replace(source, byte_budget=bytes_), seed=0))) == count
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "malformed JSON"),
+        ('{"txt": "a"}', "text: expected a string that is not blank, got None"),
+        ('{"text": " "}', "text: expected a string that is not blank, got ' '"),
+        ('{"text": ["a"]}', "text: expected a string that is not blank"),
+        ('{"text": "a\\ud800"}', "an escape"),
+        ('{"text": "a", "metadata": []}', r"metadata: expected an object, got \[\]"),
+        ('{"text": "a", "metadata": {"module": ["m"]}}', r"metadata.module: expected a string, got \['m'\]"),
+    ],
+)
+def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, message):
+    path = tmp_path / "web.jsonl"
+    path.write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"^{path}:2: {message}"):
+        corpus.run(config_of(path), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": ("web", "wiki")}, r"order: expected each of \['web'\] once, got \['web', 'wiki'\]"),
+        ({"sources": {"web": {"weight": 0.0}}}, "sources.web.weight: expected a positive share, got 0.0"),
+        ({"sources": {"web": {"weight": "1"}}}, "sources.web.weight: expected a float, got '1'"),
+        ({"sources": {"web": {"byte_budget": 0}}}, "sources.web.byte_budget: expected bytes above 0, got 0"),
+        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or a JSONL file, got 'none.jsonl'"),
+        ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
+        ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
+        ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: expected a number between 0 and 1, got 1.0"),
+        ({"block_length": "long"}, "block_length: expected a int, got 'long'"),
+    ],
+)
+def test_a_wrong_corpus_config_is_refused(web, changes, message):
+    values = get_config("jsonl").to_dict()
+    values["sources"]["web"]["reader"] = str(web)
+    values["sources"]["web"].update(changes.get("sources", {}).get("web", {}))
+    with pytest.raises(ConfigError, match=message):
+        parse(corpus.CorpusConfig, {**values, **{k: v for k, v in changes.items() if k != "sources"}})
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "web.jsonl").touch()
+    with pytest.raises(ValueError, match="source 'web': 0 documents"):
+        corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
+    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default or jsonl"):
+        get_config("big")
