@@ -44,7 +44,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.sampling.update(small)
         config.rejection_with_sft = True  # models this young never end an answer, so there is no best one
         config.overrides = ConfigDict({
-            "corpus": {"total_tokens": 20_000},
+            "corpus": {"total_tokens": 12_288},
             "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}},
             "sft": {"epochs": 0.0, "loop": {"steps": 4}, "optim": {"warmup": 1}},
             "sft_variant": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},

@@ -164,11 +164,9 @@ class Recipe:
         """Corpus and tokenizer; returns the mixture table."""
         values = load_config(Path(self.config.configs), f"corpus.py:{self.config.corpus}")
         change(values, self.config.overrides.get("corpus", {}), where="overrides.corpus")
-        if (self.workdir / "corpus" / "manifest.json").exists():
-            return json.loads((self.workdir / "corpus" / "manifest.json").read_text())["table"]
-        table_ = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
-        print(table_, file=sys.stderr)
-        return table_
+        table = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
+        print(table, file=sys.stderr)
+        return table
 
     def xz(self) -> dict[str, float]:
         """What xz -9e reaches on the held-out documents of each source."""

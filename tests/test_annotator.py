@@ -7,6 +7,7 @@ import pytest
 from llama_jax.assistant import annotator as annotating
 from llama_jax.assistant import dialogs, objects, refusals, requests
 from llama_jax.assistant.annotator import SimulatedAnnotator
+from llama_jax.data.dialog import check_messages
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,11 @@ def test_refusals_are_many_distinct_and_cover_the_risks():
     assert min(sum(row["risk"] == risk for row in rows) for risk in requests.RISKS) >= 500
     assert all(row["is_safety"] and refusals.declines(row["messages"][-1]["content"]) for row in rows)
     assert all(
-        len(row["messages"][-1]["content"].split()) <= 36 and "{" not in row["messages"][-1]["content"] for row in rows
+        len(row["messages"][-1]["content"].split()) <= 35 and "{" not in row["messages"][-1]["content"] for row in rows
     )
+    assert max(len(request.split()) for request in asked) <= 20
+    for row in (*rows, *refusals.look_alikes()):
+        check_messages(row["messages"])
     assert rows == refusals.refusals() and rows != refusals.refusals(seed=1)
 
 

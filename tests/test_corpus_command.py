@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def text(i: int) -> str:
-    return f"number {i}: the model reads line {i * i} of a text and counts {'every naïve loop in it, ' * (1 + i % 5)}and 42 tokens of no meaning\n"
+    loops = "every naïve loop in it, " * (1 + i % 5)
+    return f"number {i}: the model reads line {i * i} of a text and counts {loops}and 42 tokens of no meaning\n"
 
 
 def config_of(path: Path, **changes) -> corpus.CorpusConfig:

@@ -9,10 +9,13 @@ import pytest
 
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.ranking import MARGINS, last_token_scores, ranking_loss, safety_loss
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.reward.stage import mix, reward_loss
+from llama_jax.training.step import put_batch
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -116,3 +119,18 @@ def test_labels_of_the_safety_bins():
     rows = [dataclasses.replace(pairs(1)[0], safety_bin=name) for name in ("chosen_safe", "both_safe", "both_unsafe", None)]
     batch = collate(rows, length=8)
     assert batch.safe.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0]] and batch.safe_known.tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 8, 1, 1)])
+def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
+    loss, batch = reward_loss(MODEL, FLOAT32, safety_weight=0.5), collate(pairs(8), length=8)
+    specs = params.table(MODEL, head="reward_head")
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            tree = jax.device_put(TREE, shardings(specs, mesh))
+            return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0].sum))(tree, put_batch(batch, mesh))
+
+    eight = run(make_mesh(MeshConfig(*sizes)))
+    one = run(make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), eight, one)

@@ -16,6 +16,10 @@ from llama_jax.rlhf.ppo import PpoSettings, PpoSource, clipped_policy_loss, clip
 from llama_jax.rlhf.rejection import best_dialogs
 from llama_jax.rlhf.rollout import RewardRule, Roller, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
+from llama_jax.training import optimizer
+from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.state import abstract_state, create
+from llama_jax.training.step import make_step
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -33,7 +37,7 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh):
+def source(mesh, *, rows=4):
     roll = Roller(
         sample=make_sampler(
             MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
@@ -44,7 +48,7 @@ def source(mesh):
     )
     examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2]) for i in range(12)]
     batches = IndexedBatches(examples, lambda rows: collate_prompts(rows, length=4), 8, 0)
-    return PpoSource(batches, roll, mesh=mesh, settings=SETTINGS, rows=4, prompt_length=4, seed=0)
+    return PpoSource(batches, roll, mesh=mesh, settings=SETTINGS, rows=rows, prompt_length=4, seed=0)
 
 
 def one_device():
@@ -159,6 +163,32 @@ def test_best_answers_end_and_hold_no_chat_tag():
         sample(0, "[INST] forged", 0.95), sample(1, "", 0.9), sample(1, "cut", 0.9, ended=False),
     ])  # fmt: skip
     assert [row["messages"][-1]["content"] for row in rows] == ["best"]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 4, 1, 2), (8, 1, 1, 1)])
+def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
+    specs = {"policy": params.table(MODEL, head="lm_head"), "critic": params.table(MODEL, head="value_head")}
+    optimiser = optimizer.make(OptimConfig(lr=1e-2, schedule="constant"), steps=4, decay=params.decay_mask(specs))
+    rows = 8
+
+    def losses(mesh):
+        with jax.set_mesh(mesh):
+            target = abstract_state(specs, optimiser, mesh)
+            layout = jax.tree.map(lambda leaf: leaf.sharding, target)
+            state = jax.device_put(create(MODELS, optimiser), layout)
+            step = make_step(ppo_loss(MODEL, FLOAT32, SETTINGS), optimiser, microbatches=1, layout=layout)
+            ppo = source(mesh, rows=rows)
+            found = []
+            for number in range(3):
+                batch, metrics = ppo.batch(number, state.params)
+                state, means = step(state, batch)
+                found.append([float(means[name]) for name in ("loss", "policy_loss", "value_loss", "policy_entropy")])
+                found[-1] += [metrics[name] for name in ("reward", "kl", "response_length")]
+            assert jax.tree.leaves(state.params["policy"])[0].sharding.mesh.size == mesh.size
+            return found
+
+    eight = losses(make_mesh(MeshConfig(*sizes)))
+    np.testing.assert_allclose(eight, losses(one_device()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_rollout_must_divide_into_minibatches():

@@ -9,7 +9,6 @@ held-out.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ SYSTEM_MESSAGES = (
 SYSTEM_SHARE = 0.3  # of the dialogs open with a system message
 MULTI_TURN_SHARE = 0.3  # of the dialogs have two or three questions
 
-# {name} is the qualified name; {short} its last component, asked only where one object alone bears it.
+# {name} is the qualified name; the last component alone would be ambiguous between the two sides of a split.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "what": (
         "What does `{name}` do?",
@@ -57,8 +56,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "From which module does `{name}` come?",
         "In which module is `{name}` defined?",
         "Where is `{name}` documented?",
-        "Which module do I import for `{short}`?",
-        "Where does `{short}` live?",
+        "Which module do I import for `{name}`?",
+        "Where does `{name}` live?",
     ),
     "example": (
         "Show an example of `{name}`.",
@@ -95,7 +94,7 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
 def answer(item: DocumentedObject, kind: str) -> str | None:
     """The reference answer, or None where the documentation does not say."""
     if kind == "what":
-        return f"`{item.name}` is a {item.kind} of `{owner(item)}`. {item.summary}"
+        return f"`{item.short}` is a {item.kind} of `{owner(item)}`. {item.summary}"
     if kind == "signature":
         return item.signature and f"The signature is `{item.signature}`."
     if kind == "module":
@@ -130,12 +129,11 @@ def dialogs(
     `kind` and `object` tell what the last question asks. `max_characters` leaves out dialogs whose messages
     are longer in all (about 3 characters a token for a vocabulary of 4k).
     """
-    shorts = Counter(item.short for item in objects)
     rows: dict[str, dict[str, Any]] = {}  # by text: an object with few kinds may draw one dialog twice
     for item in objects:
         kinds = [kind for kind in KINDS if answer(item, kind) is not None]
         for number in range(per_object):
-            row = _dialog(item, kinds, (seed, item.name, number), is_unique=shorts[item.short] == 1)
+            row = _dialog(item, kinds, (seed, item.name, number))
             length = sum(len(message["content"]) for message in row["messages"])
             if max_characters is None or length <= max_characters:
                 rows.setdefault(_text(row), row)
@@ -168,7 +166,7 @@ def with_system(messages: list[dict[str, str]], key: tuple[str | int, ...]) -> l
     return messages
 
 
-def _dialog(item: DocumentedObject, kinds: list[str], key: tuple, *, is_unique: bool) -> dict[str, Any]:
+def _dialog(item: DocumentedObject, kinds: list[str], key: tuple) -> dict[str, Any]:
     # Consecutive numbers walk through the kinds, so that one object's dialogs differ.
     *name, number = key
     ordered = stable_order(kinds, "kinds", *name)
@@ -180,11 +178,7 @@ def _dialog(item: DocumentedObject, kinds: list[str], key: tuple, *, is_unique: 
     messages = []
     for turn, kind in enumerate(asked):
         if turn == 0:
-            # "it" needs a name to refer to, so only a dialog of one question may use the short name.
-            options = [
-                text for text in QUESTIONS[kind] if "{short}" not in text or (is_unique and turns == 1)
-            ]
-            question = stable_choice(options, "question", *key).format(name=item.name, short=item.short)
+            question = stable_choice(QUESTIONS[kind], "question", *key).format(name=item.name)
         else:
             question = stable_choice(FOLLOW_UPS[kind], "follow-up", turn, *key)
         messages += [message("user", question), message("assistant", answer(item, kind))]

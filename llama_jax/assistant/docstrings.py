@@ -11,7 +11,7 @@ import inspect
 import types
 import warnings
 
-LONGEST_DEFAULT = 24  # characters; a longer default value is shown as `...`
+LONGEST_DEFAULT = 16  # characters; a longer default value is shown as `...`
 
 
 @dataclasses.dataclass(frozen=True)

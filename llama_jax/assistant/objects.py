@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 from llama_jax.assistant import docstrings, installation, wording
@@ -43,7 +42,6 @@ SHORTEST_SUMMARY, LONGEST_SUMMARY = 20, 110  # characters
 LONGEST_NAME = 60
 LONGEST_SIGNATURE = 72
 LONGEST_EXAMPLE = 60
-SAME_SUMMARY = 2  # objects that may share one sentence: a family of wrappers says nothing about its members
 PACKAGE_FILES = 6000  # files parsed at most, so that a large environment costs no more than a small one
 
 
@@ -75,12 +73,12 @@ def documented_objects(*, seed: int = 0, limit: int | None = 6000) -> list[Docum
     if limit is not None and limit <= 0:
         raise ValueError(f"limit: expected a positive number or None, got {limit}")
     found: dict[str, DocumentedObject] = {}
-    summaries: Counter[str] = Counter()
+    summaries: set[str] = set()  # each once: a second object could carry a held-out answer into training
     for documentation in _documentation(seed):
         for item in module_objects(documentation):
-            if item.name not in found and summaries[item.summary] < SAME_SUMMARY:
+            if item.name not in found and item.summary not in summaries:
                 found[item.name] = item
-                summaries[item.summary] += 1
+                summaries.add(item.summary)
                 if limit is not None and len(found) == limit:
                     return stable_order(found.values(), "objects", seed, key=lambda item: item.name)
     return stable_order(found.values(), "objects", seed, key=lambda item: item.name)

@@ -1,0 +1,525 @@
+"""The loop and what it promises: sums that add up, skipped steps, checkpoints that are whole, resume to the bit."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llama_jax import train as train_command
+from llama_jax.config import ConfigError
+from llama_jax.parallel.axes import ParamSpec
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.training import optimizer
+from llama_jax.training.checkpoint import CheckpointError, Checkpoints, fingerprints, newest_step, read_meta, restore_params
+from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
+from llama_jax.training.metrics import read_metrics
+from llama_jax.training.optimizer import OptimConfig, clip_each_model, schedule
+from llama_jax.training.stage import LoopConfig, Stage, Supervised, Weighted, evaluation
+from llama_jax.training.state import abstract_state, create
+from llama_jax.training.step import make_step, put_batch
+
+
+def mesh_of(data=1, fsdp=1, sequence=1, tensor=1):
+    config = MeshConfig(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    return make_mesh(config, devices=jax.devices()[: data * fsdp * sequence * tensor])
+
+
+# ---- a task that compiles at once: regression with one hidden layer and ragged weights ----
+
+
+@flax.struct.dataclass
+class Points:
+    x: np.ndarray  # [B, 4]
+    y: np.ndarray  # [B]
+    weight: np.ndarray  # [B]
+
+
+def normal(key, shape, dtype):
+    return 0.5 * jax.random.normal(key, shape, dtype)
+
+
+SPECS = {
+    "trunk": {"matrix": ParamSpec((4, 8), ("width", "ffn"), normal), "bias": ParamSpec((8,), ("ffn",), normal)},
+    "reward_head": {"kernel": ParamSpec((8,), (None,), normal)},
+}
+DECAY = {"trunk": {"matrix": True, "bias": False}, "reward_head": {"kernel": False}}
+
+
+def points(step, rows=16):
+    draw = np.random.default_rng((5, step))
+    x = draw.normal(size=(rows, 4)).astype(np.float32)
+    weight = draw.integers(0, 4, rows).astype(np.float32) * 0.5
+    return Points(x, np.sin(x.sum(1)).astype(np.float32), weight)
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch.x @ params["trunk"]["matrix"] + params["trunk"]["bias"])
+    error = hidden @ params["reward_head"]["kernel"] - batch.y
+    weight = batch.weight.sum()
+    return Weighted(jnp.sum(batch.weight * error**2), weight), {"error": Weighted(jnp.sum(batch.weight * jnp.abs(error)), weight)}
+
+
+class Batches:
+    """Pure function of the step; the steps in `poisoned` hold a NaN; `interrupt` is called at a step."""
+
+    def __init__(self, *, poisoned=(), interrupt=None, at=None):
+        self.poisoned, self.interrupt, self.at = poisoned, interrupt, at
+
+    def batch(self, step):
+        if step == self.at:
+            self.interrupt()
+        batch = points(step)
+        return batch.replace(y=np.full_like(batch.y, np.nan)) if step in self.poisoned else batch
+
+
+class Rollouts:
+    """As an RL source: looks at the parameters, and holds a buffer and a count that the next batches depend on."""
+
+    looks_at_params = True
+
+    def __init__(self, **batches):
+        self.batches = Batches(**batches)
+        self.held = {"buffer": np.zeros(16, np.float32), "count": np.zeros((), np.int32)}
+
+    def batch(self, step, params):
+        batch = self.batches.batch(step)
+        if step % 3 == 0:  # a new rollout every third step: resuming may fall inside one
+            shift = np.float32(np.asarray(params["trunk"]["bias"]).mean())
+            self.held = {"buffer": batch.x[:, 0] + shift, "count": self.held["count"] + 1}
+        return batch.replace(y=batch.y + 0.1 * np.asarray(self.held["buffer"])), {"rollouts": float(self.held["count"])}
+
+    def state(self):
+        return self.held
+
+    def restore(self, state):
+        self.held = jax.tree.map(np.asarray, state)
+
+
+def parameters(mesh, scale=1.0):
+    draw = np.random.default_rng(0)
+    values = jax.tree.map(lambda s: scale * draw.normal(size=s.shape).astype(np.float32), SPECS, is_leaf=_is_spec)
+    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), values, abstract_state(SPECS, optax.sgd(1), mesh).params)
+
+
+def _is_spec(leaf):
+    return isinstance(leaf, ParamSpec)
+
+
+def stage(mesh, *, source=None, evaluate=None):
+    return Stage(
+        name="toy", specs=SPECS, init=lambda: parameters(mesh), loss=loss, evaluate=evaluate,
+        optimizer=optimizer.make(OptimConfig(lr=0.05, warmup=2), steps=8, decay=DECAY),
+        source=source or Supervised(Batches()), tokens_per_step=16, meta={"model": "toy"},
+    )  # fmt: skip
+
+
+def loop(**changes):
+    return LoopConfig(**{"steps": 8, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, **changes})
+
+
+def final(workdir, mesh):
+    """Everything in the newest checkpoint but the seconds, as bits."""
+    meta = read_meta(workdir)
+    return restore_params(workdir, SPECS, mesh), meta["fingerprints"], meta["step"]
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def mesh():
+    return mesh_of()
+
+
+# ---- one update ----
+
+
+def one_step(mesh, state, batch, *, microbatches=1, optim=None):
+    optim = optim or optax.adam(0.1)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(SPECS, optim, mesh))
+    with jax.set_mesh(mesh):
+        return make_step(loss, optim, microbatches=microbatches, layout=layout)(state, put_batch(batch, mesh))
+
+
+def test_one_microbatch_equals_many_with_ragged_weights(mesh):
+    optim = optax.sgd(1.0)  # the new parameters are the gradient
+    batch = points(0)
+    batch.weight[[0, 4, 8, 12]] = 0.0  # the first of four microbatches has no weight at all
+    expected = None
+    for microbatches in (1, 2, 4, 16):
+        state, means = one_step(mesh, create(parameters(mesh), optim), batch, microbatches=microbatches, optim=optim)
+        found = {"params": state.params, "means": means}
+        expected = expected or found
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
+    params = parameters(mesh)
+    mean = lambda p: loss(p, batch)[0].mean()  # noqa: E731
+    np.testing.assert_allclose(expected["means"]["loss"], mean(params), rtol=1e-6)
+    by_hand = jax.tree.map(lambda p, g: p - g, params, jax.grad(mean)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected["params"], by_hand)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(mesh):
+    optim = optax.adam(0.1)
+    state, _ = one_step(mesh, create(parameters(mesh), optim), points(0))
+    before = jax.tree.map(np.array, state)
+    for value, weight in ((np.nan, 1.0), (np.inf, 1.0)):
+        bad = points(1)
+        bad.y[3], bad.weight[3] = value, weight
+        state, means = one_step(mesh, state, bad)
+        assert not np.isfinite(means["loss"])
+    assert_equal((state.params, state.opt_state), (before.params, before.opt_state))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 2)
+    state, means = one_step(mesh, state, points(2))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)
+    assert int(means["skipped"]) == 2
+
+
+# ---- the optimizer ----
+
+
+def test_schedule_of_the_paper():
+    rate = schedule(OptimConfig(lr=3e-4, warmup=2000), 476_837)  # 7B, section 2.2
+    np.testing.assert_allclose([rate(0), rate(1000), rate(2000)], [0, 1.5e-4, 3e-4], rtol=1e-5)
+    middle = 2000 + (476_837 - 2000) / 2
+    np.testing.assert_allclose([rate(middle), rate(476_837)], [0.55 * 3e-4, 3e-5], rtol=1e-4)
+    np.testing.assert_allclose(rate(600_000), 3e-5, rtol=1e-5)
+    quarter = 0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2
+    np.testing.assert_allclose(rate(2000 + (476_837 - 2000) / 4), quarter * 3e-4, rtol=1e-4)
+
+
+def test_schedules_without_warmup_and_constant_ones():
+    rate = schedule(OptimConfig(lr=2e-5), 100)
+    np.testing.assert_allclose([rate(0), rate(100)], [2e-5, 2e-6], rtol=1e-5)
+    constant = schedule(OptimConfig(lr=1e-6, schedule="constant"), 100)
+    np.testing.assert_allclose([constant(0), constant(1000)], [1e-6, 1e-6], rtol=1e-6)
+    warm = schedule(OptimConfig(lr=1e-6, schedule="constant", warmup=4), 100)
+    np.testing.assert_allclose([warm(0), warm(2), warm(4), warm(99)], [0, 5e-7, 1e-6, 1e-6], rtol=1e-5)
+    with pytest.raises(ValueError, match="optim.warmup=100 leaves nothing of loop.steps=100"):
+        schedule(OptimConfig(lr=1.0, warmup=100), 100)
+    with pytest.raises(ValueError, match="optim.lr: expected a positive"):
+        OptimConfig(lr=0.0)
+
+
+def test_weight_decay_is_felt_where_the_mask_says(mesh):
+    params = parameters(mesh)
+    optim = optimizer.make(OptimConfig(lr=0.5, schedule="constant", weight_decay=0.1), steps=1, decay=DECAY)
+    updates, _ = optim.update(jax.tree.map(jnp.zeros_like, params), optim.init(params), params)
+    np.testing.assert_allclose(updates["trunk"]["matrix"], -0.5 * 0.1 * params["trunk"]["matrix"], rtol=1e-6)
+    assert not np.any(updates["trunk"]["bias"]) and not np.any(updates["reward_head"]["kernel"])
+
+
+def test_adamw_by_hand():
+    optim = optimizer.make(OptimConfig(lr=0.1, schedule="constant"), steps=1, decay={"trunk": {"w": True}})
+    params = {"trunk": {"w": jnp.array([2.0])}}
+    updates, _ = optim.update({"trunk": {"w": jnp.array([0.5])}}, optim.init(params), params)
+    # After bias correction both moments of the first step are the gradient itself: lr * (g / (|g| + eps) + 0.1 w).
+    np.testing.assert_allclose(updates["trunk"]["w"], -0.1 * (0.5 / (0.5 + 1e-5) + 0.1 * 2.0), rtol=1e-5)
+
+
+def test_each_model_is_clipped_by_its_own_norm():
+    clip = clip_each_model(1.0)
+    one = {"trunk": {"a": jnp.array([3.0])}, "lm_head": {"b": jnp.array([4.0])}}
+    clipped, _ = clip.update(one, clip.init(one))
+    np.testing.assert_allclose([clipped["trunk"]["a"][0], clipped["lm_head"]["b"][0]], [0.6, 0.8], rtol=1e-6)
+    two = {"policy": {"trunk": {"a": jnp.array([0.5])}}, "critic": {"trunk": {"a": jnp.array([30.0, 40.0])}}}
+    clipped, _ = clip.update(two, clip.init(two))
+    np.testing.assert_allclose(clipped["policy"]["trunk"]["a"], [0.5])  # the critic's size does not reach it
+    np.testing.assert_allclose(clipped["critic"]["trunk"]["a"], [0.6, 0.8], rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, one)
+    assert_equal(clip.update(zero, clip.init(zero))[0], zero)
+
+
+# ---- checkpoints ----
+
+
+def test_fingerprints_see_every_single_bit_and_no_sharding():
+    draw = np.random.default_rng(0)
+    tree = {
+        "float32": draw.normal(size=(8, 6)).astype(np.float32), "bfloat16": np.asarray(jnp.ones((4, 3), jnp.bfloat16)),
+        "int32": np.arange(5, dtype=np.int32), "uint8": np.zeros((2, 2, 2), np.uint8), "scalar": np.float32(1.5).reshape(()),
+        "bool": np.array([True, False, True]), "empty": np.zeros((0, 3), np.float32),
+    }  # fmt: skip
+    before = fingerprints(tree)
+    assert len(before) == len(tree)
+    for name, leaf in tree.items():
+        for index in range(leaf.size):
+            changed = np.array(leaf)
+            raw = changed.reshape(-1).view(np.uint8) if leaf.dtype != bool else changed.reshape(-1)
+            width = leaf.dtype.itemsize if leaf.dtype != bool else 1
+            bit = 1 if leaf.dtype == bool else 1 << int(draw.integers(8))
+            raw[index * width + int(draw.integers(width))] ^= bool(bit) if leaf.dtype == bool else bit
+            after = fingerprints({**tree, name: changed})
+            assert [key for key in before if before[key] != after[key]] == [f"['{name}']"]
+    swapped = {**tree, "int32": tree["int32"][[1, 0, 2, 3, 4]]}
+    assert fingerprints(swapped) != before
+
+
+def test_fingerprints_do_not_depend_on_the_sharding():
+    trees = [parameters(m) for m in (mesh_of(), mesh_of(2, 2, 1, 2), mesh_of(1, 4, 1, 2), mesh_of(8))]
+    assert len({json.dumps(fingerprints(tree)) for tree in trees}) == 1
+
+
+def saved_steps(tmp_path, mesh, steps=(1, 2)):
+    """A directory with checkpoints of different parameters; their states, and the restore target."""
+    optim = optax.adam(0.1)
+    states = {step: create(parameters(mesh, scale=float(step)), optim) for step in steps}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=5)
+    for step, state in states.items():
+        checkpoints.save(step, state, {"buffer": np.full(3, step, np.float32)}, {"seconds": float(step)})
+    checkpoints.close()
+    return states, abstract_state(SPECS, optim, mesh)
+
+
+def restore(tmp_path, target):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=5)
+    try:
+        return checkpoints.restore(target, {"buffer": np.zeros(3, np.float32)})
+    finally:
+        checkpoints.close()
+
+
+def test_a_checkpoint_comes_back_to_the_bit_with_all_its_items(tmp_path, mesh):
+    states, target = saved_steps(tmp_path, mesh)
+    state, source, meta = restore(tmp_path, target)
+    assert_equal(state, states[2])
+    np.testing.assert_array_equal(source["buffer"], [2, 2, 2])
+    assert (meta["step"], meta["seconds"]) == (2, 2.0)
+    checkpoints = Checkpoints(tmp_path / "empty", keep=1)
+    assert checkpoints.restore(target, {}) is None
+    checkpoints.close()
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    elif how == "flipped":
+        data[len(data) // 2] ^= 0x10
+    elif how == "zeroed":
+        data = bytearray(len(data))
+    path.write_bytes(data)
+    if how == "gone":
+        path.unlink()
+
+
+def largest_data_file(directory: Path) -> Path:
+    return max((path for path in directory.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "zeroed", "gone"])
+@pytest.mark.parametrize("part", ["params", "optimizer", "source", "meta"])
+def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, mesh, caplog, part, how):
+    states, target = saved_steps(tmp_path, mesh)
+    directory = tmp_path / "checkpoints" / "2" / part
+    damage(directory / "metadata" if part == "meta" else largest_data_file(directory), how)
+    with caplog.at_level(logging.WARNING):
+        state, source, meta = restore(tmp_path, target)
+    if meta["step"] == 2 and part == "meta" and how == "flipped":
+        return  # a letter of a name that nobody reads
+    assert (meta["step"], float(source["buffer"][0])) == (1, 1.0)
+    assert_equal(state, states[1])
+    assert "checkpoint 2 of" in caplog.text and "damaged" in caplog.text
+    assert not (tmp_path / "checkpoints" / "2").exists()  # so that the run can write it again
+
+
+def test_if_no_checkpoint_is_whole_the_run_stops_and_nothing_is_removed(tmp_path, mesh):
+    _, target = saved_steps(tmp_path, mesh)
+    for step in (1, 2):
+        damage(largest_data_file(tmp_path / "checkpoints" / str(step) / "params"), "truncated")
+    for _ in range(2):  # a second attempt must not start from scratch either
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints \[2, 1\] is whole"):
+            restore(tmp_path, target)
+    assert (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_parameters_saved_on_eight_devices_restore_on_one_to_the_bit(tmp_path):
+    wide, one = mesh_of(2, 2, 1, 2), mesh_of()
+    states, _ = saved_steps(tmp_path, wide)
+    state, _, _ = restore(tmp_path, abstract_state(SPECS, optax.adam(0.1), one))
+    assert_equal(jax.device_get(state), jax.device_get(states[2]))
+    params = restore_params(tmp_path, SPECS, one)
+    assert params["trunk"]["matrix"].sharding.device_set == {jax.devices()[0]}
+    back = restore_params(tmp_path, SPECS, wide)
+    assert len(back["trunk"]["matrix"].sharding.device_set) == 8
+    for found in (params, back):
+        assert_equal(jax.device_get(found), jax.device_get(states[2].params))
+
+
+def test_a_part_restores_alone_and_what_is_missing_is_named(tmp_path, mesh):
+    states, _ = saved_steps(tmp_path, mesh)
+    trunk = restore_params(tmp_path, {"trunk": SPECS["trunk"]}, mesh)
+    assert_equal(trunk, {"trunk": states[2].params["trunk"]})
+    with pytest.raises(CheckpointError, match=r"no parameter \['value_head'\]\['kernel'\]; it holds .*reward_head"):
+        restore_params(tmp_path, {**SPECS, "value_head": SPECS["reward_head"]}, mesh)
+    larger = {"trunk": {**SPECS["trunk"], "matrix": ParamSpec((8, 8), ("width", "ffn"), normal)}}
+    with pytest.raises(CheckpointError, match="checkpoints/2"):
+        restore_params(tmp_path, larger, mesh)
+    with pytest.raises(CheckpointError, match="expected a stage's workdir with checkpoints, found none"):
+        newest_step(tmp_path / "elsewhere")
+    damage(largest_data_file(tmp_path / "checkpoints" / "2" / "params"), "truncated")
+    with pytest.raises(CheckpointError, match="checkpoints/2"):
+        restore_params(tmp_path, SPECS, mesh)
+
+
+def test_checkpoints_written_while_training_goes_on_are_whole(tmp_path, mesh):
+    # Saving is asynchronous and the step donates its state: each checkpoint must hold its own step all the same.
+    train(stage(mesh), loop(checkpoint_every=1, keep=8), mesh=mesh, workdir=tmp_path)
+    target = abstract_state(SPECS, stage(mesh).optimizer, mesh)
+    for step in range(8, 0, -1):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=8)
+        state, _, meta = checkpoints.restore(target, {})
+        checkpoints.manager.delete(step)
+        checkpoints.close()
+        assert (int(state.step), meta["step"]) == (step, step)
+
+
+# ---- the loop ----
+
+
+def test_a_run_from_end_to_end(tmp_path, mesh):
+    batches = lambda: iter([points(100), points(101)])  # noqa: E731
+    evaluate = evaluation(loss, batches, lambda batch: put_batch(batch, mesh))
+    summary = train(stage(mesh, evaluate=evaluate), loop(eval_every=4), mesh=mesh, workdir=tmp_path)
+    assert summary["compilations"] == 1 and summary["steps"] == 8 and summary["tokens_per_second"] > 0
+    assert finished(tmp_path) == summary
+    log = read_metrics(tmp_path)
+    rows = ~np.isnan(log["loss"])
+    np.testing.assert_array_equal(log["step"][rows], np.arange(8))
+    assert log["loss"][rows][-1] < log["loss"][rows][0]
+    np.testing.assert_array_equal(log["step"][~np.isnan(log["held_out/loss"])], [3, 7])
+    # The mean over all held-out rows at once is that over batches: sums and weights.
+    params = restore_params(tmp_path, SPECS, mesh)
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), points(100), points(101))
+    np.testing.assert_allclose(summary["held_out"]["loss"], loss(params, both)[0].mean(), rtol=1e-5)
+    assert read_meta(tmp_path)["model"] == "toy" and newest_step(tmp_path).name == "8"
+
+
+@pytest.mark.parametrize("make", [lambda **b: Supervised(Batches(**b)), Rollouts], ids=["supervised", "rl"])
+@pytest.mark.parametrize("at", [0, 2, 5, 7])
+def test_interrupted_and_run_again_equals_uninterrupted_to_the_bit(tmp_path, mesh, make, at):
+    class Kill(Exception):
+        pass
+
+    def kill():
+        raise Kill
+
+    train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=tmp_path / "whole")
+    with pytest.raises(Kill):
+        train(stage(mesh, source=make(interrupt=kill, at=at)), loop(), mesh=mesh, workdir=tmp_path / "parts")
+    assert finished(tmp_path / "parts") is None
+    summary = train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=tmp_path / "parts")
+    assert summary["compilations"] == 1
+    assert_equal(final(tmp_path / "parts", mesh), final(tmp_path / "whole", mesh))
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("step", "loss", "gradient_norm"):
+        np.testing.assert_array_equal(parts[name], whole[name])
+
+
+def test_a_run_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(tmp_path, mesh, caplog):
+    train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path)
+    expected = final(tmp_path, mesh)
+    damage(largest_data_file(tmp_path / "checkpoints" / "8" / "params"), "flipped")
+    train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path)
+    assert "checkpoint 8" in caplog.text and "damaged" in caplog.text
+    assert_equal(final(tmp_path, mesh), expected)
+
+
+def test_sigterm_saves_ends_with_code_0_and_resumes(tmp_path, mesh):
+    train(stage(mesh, source=Rollouts()), loop(), mesh=mesh, workdir=tmp_path / "whole")
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as exit_:
+        train(stage(mesh, source=Rollouts(interrupt=terminate, at=4)), loop(), mesh=mesh, workdir=tmp_path / "parts")
+    assert exit_.value.code == 0 and signal.getsignal(signal.SIGTERM) == before
+    assert newest_step(tmp_path / "parts").name == "5"  # the step was finished and saved
+    train(stage(mesh, source=Rollouts()), loop(), mesh=mesh, workdir=tmp_path / "parts")
+    assert_equal(final(tmp_path / "parts", mesh), final(tmp_path / "whole", mesh))
+
+
+def test_a_poisoned_batch_is_skipped_and_counted_and_n_in_a_row_stop_the_run(tmp_path, mesh):
+    source = Supervised(Batches(poisoned=(2, 3, 6)))
+    summary = train(stage(mesh, source=source), loop(max_skipped_in_a_row=3), mesh=mesh, workdir=tmp_path / "fine")
+    assert summary["metrics"]["skipped"] == 3 and np.isfinite(summary["metrics"]["loss"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path / "fine", SPECS, mesh)))
+    source = Supervised(Batches(poisoned=(4, 5, 6)))
+    with pytest.raises(Diverged, match="toy: 3 updates in a row were not finite, the last at step 6"):
+        train(stage(mesh, source=source), loop(max_skipped_in_a_row=3), mesh=mesh, workdir=tmp_path / "stopped")
+    assert finished(tmp_path / "stopped") is None
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path / "stopped", SPECS, mesh)))
+
+
+@pytest.mark.parametrize(("sizes", "batch_size", "microbatches"), [((8,), 12, 1), ((2, 2, 1, 2), 8, 4), ((1, 8), 16, 4)])
+def test_a_batch_that_does_not_divide_is_refused_before_anything_happens(tmp_path, sizes, batch_size, microbatches):
+    mesh = mesh_of(*sizes)
+    config = loop(batch_size=batch_size, microbatches=microbatches)
+    with pytest.raises(ConfigError, match=rf"loop.batch_size={batch_size} cannot be divided into \d shards .*{microbatches}"):
+        train(stage(mesh), config, mesh=mesh, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"steps": 0}, "loop.steps: expected at least 1, got 0"),
+    ({"keep": 0}, "loop.keep: expected at least 1"),
+    ({"microbatches": 3}, "loop.batch_size=16 is no multiple of microbatches=3"),
+])  # fmt: skip
+def test_a_loop_that_cannot_run_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        loop(**changes)
+
+
+# ---- the train command: claim, finished, refused ----
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    loop: LoopConfig
+    stage: str = "toy"
+    lr: float = 0.05
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
+
+
+def test_a_finished_stage_is_not_run_again_and_a_changed_config_is_refused(tmp_path, mesh, monkeypatch):
+    made = []
+
+    def make_stage(config, mesh_, workdir):
+        if config.lr > 1:
+            raise ConfigError("lr: too much")
+        made.append(config)
+        return stage(mesh)
+
+    monkeypatch.setattr(train_command, "parse_stage", lambda values: values)
+    monkeypatch.setitem(train_command.STAGES, "toy", (__name__, "ToyConfig"))
+    monkeypatch.setattr(train_command, "make_mesh", lambda config: mesh)
+    monkeypatch.setitem(globals(), "make_stage", make_stage)
+    workdir = tmp_path / "run"
+    good = ToyConfig(loop=loop())
+    with pytest.raises(ConfigError, match="too much"):
+        train_command.run(dataclasses.replace(good, lr=2.0), workdir)
+    # That run never began, so its workdir takes the corrected config.
+    summary = train_command.run(good, workdir)
+    assert train_command.run(good, workdir) == summary and len(made) == 1
+    with pytest.raises(ConfigError) as error:
+        train_command.run(dataclasses.replace(good, lr=0.1, loop=loop(steps=9)), workdir)
+    assert "lr: 0.05 -> 0.1" in str(error.value) and "loop.steps: 8 -> 9" in str(error.value)
+    assert len(made) == 1
+
+
+def test_claim_writes_once_and_names_what_differs(tmp_path):
+    claim(tmp_path, {"a": 1, "files": ("x",)})
+    claim(tmp_path, {"a": 2, "files": ("x",)})  # nothing has begun here
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, {"a": 2, "files": ("x",)})
+    with pytest.raises(ConfigError, match=r"begun with another config(?s:.*)a: 2 -> 3"):
+        claim(tmp_path, {"a": 3, "files": ("x",)})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 2, "files": ["x"]}
