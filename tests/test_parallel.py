@@ -1,5 +1,6 @@
 """Meshes, rule tables and what must not depend on them: any factorisation of the devices trains like one device."""
 
+import functools
 import subprocess
 import sys
 
@@ -157,6 +158,12 @@ def token_batch(step):
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions)
 
 
+@functools.cache
+def drawn(config):
+    """Parameters as fresh() draws them, on one device; drawn once, since that compiles longest of all."""
+    return jax.device_get(fresh(table.table(config, head="lm_head"), mesh_of(), seed=0))
+
+
 def run(config, mesh, *, microbatches=1):
     """Losses of the first steps and the last state."""
     specs = table.table(config, head="lm_head")
@@ -164,7 +171,7 @@ def run(config, mesh, *, microbatches=1):
         optimizer.OptimConfig(lr=1e-2, schedule="constant"), steps=STEPS, decay=table.decay_mask(specs)
     )
     with jax.set_mesh(mesh):
-        state = born_sharded(lambda: fresh(specs, mesh, seed=0), specs, optim, mesh)
+        state = born_sharded(lambda: jax.device_put(drawn(config), shardings(specs, mesh)), specs, optim, mesh)
         target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optim, mesh))
         step = make_step(language_model_loss(config, FLOAT32), optim, microbatches=microbatches, layout=target)
         losses = []
@@ -211,9 +218,11 @@ def _lies(x, sharding):
 
 def test_fresh_parameters_do_not_depend_on_the_mesh(tiny):
     specs = table.table(tiny, head="reward_head")
+    specs = {"trunk": {"embedding": specs["trunk"]["embedding"]}, "reward_head": specs["reward_head"]}
     one, eight = fresh(specs, mesh_of(), seed=7), fresh(specs, mesh_of(2, 2, 1, 2), seed=7)
     jax.tree.map(np.testing.assert_array_equal, one, eight)
-    assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, fresh(specs, mesh_of(), seed=8)))
+    other = fresh(specs, mesh_of(), seed=8)
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(np.mean(a == b), 0.01), one, other)
 
 
 def test_abstract_is_a_restore_target(tiny):

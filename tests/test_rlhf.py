@@ -175,7 +175,8 @@ def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
         with jax.set_mesh(mesh):
             target = abstract_state(specs, optimiser, mesh)
             layout = jax.tree.map(lambda leaf: leaf.sharding, target)
-            state = jax.device_put(create(MODELS, optimiser), layout)
+            # A copy: the step donates its state, and device_put may share memory with what it was given.
+            state = jax.device_put(create(jax.tree.map(jnp.copy, MODELS), optimiser), layout)
             step = make_step(ppo_loss(MODEL, FLOAT32, SETTINGS), optimiser, microbatches=1, layout=layout)
             ppo = source(mesh, rows=rows)
             found = []

@@ -65,7 +65,8 @@ def loss(params, batch):
     hidden = jnp.tanh(batch.x @ params["trunk"]["matrix"] + params["trunk"]["bias"])
     error = hidden @ params["reward_head"]["kernel"] - batch.y
     weight = batch.weight.sum()
-    return Weighted(jnp.sum(batch.weight * error**2), weight), {"error": Weighted(jnp.sum(batch.weight * jnp.abs(error)), weight)}
+    absolute = Weighted(jnp.sum(batch.weight * jnp.abs(error)), weight)
+    return Weighted(jnp.sum(batch.weight * error**2), weight), {"error": absolute}
 
 
 class Batches:
@@ -92,7 +93,7 @@ class Rollouts:
 
     def batch(self, step, params):
         batch = self.batches.batch(step)
-        if step % 3 == 0:  # a new rollout every third step: resuming may fall inside one
+        if step % 4 == 0:  # the checkpoints after 3 and 6 steps fall inside a rollout
             shift = np.float32(np.asarray(params["trunk"]["bias"]).mean())
             self.held = {"buffer": batch.x[:, 0] + shift, "count": self.held["count"] + 1}
         return batch.replace(y=batch.y + 0.1 * np.asarray(self.held["buffer"])), {"rollouts": float(self.held["count"])}
@@ -273,7 +274,10 @@ def test_fingerprints_do_not_depend_on_the_sharding():
 def saved_steps(tmp_path, mesh, steps=(1, 2)):
     """A directory with checkpoints of different parameters; their states, and the restore target."""
     optim = optax.adam(0.1)
-    states = {step: create(parameters(mesh, scale=float(step)), optim) for step in steps}
+    states = {}
+    for step in steps:
+        state = create(parameters(mesh, scale=float(step)), optim)
+        states[step] = state.replace(opt_state=jax.tree.map(lambda x, n=step: x + n, state.opt_state))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=5)
     for step, state in states.items():
         checkpoints.save(step, state, {"buffer": np.full(3, step, np.float32)}, {"seconds": float(step)})
@@ -374,10 +378,10 @@ def test_a_part_restores_alone_and_what_is_missing_is_named(tmp_path, mesh):
 
 def test_checkpoints_written_while_training_goes_on_are_whole(tmp_path, mesh):
     # Saving is asynchronous and the step donates its state: each checkpoint must hold its own step all the same.
-    train(stage(mesh), loop(checkpoint_every=1, keep=8), mesh=mesh, workdir=tmp_path)
+    train(stage(mesh), loop(steps=5, checkpoint_every=1, keep=5), mesh=mesh, workdir=tmp_path)
     target = abstract_state(SPECS, stage(mesh).optimizer, mesh)
-    for step in range(8, 0, -1):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=8)
+    for step in range(5, 0, -1):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=5)
         state, _, meta = checkpoints.restore(target, {})
         checkpoints.manager.delete(step)
         checkpoints.close()
@@ -405,25 +409,37 @@ def test_a_run_from_end_to_end(tmp_path, mesh):
     assert read_meta(tmp_path)["model"] == "toy" and newest_step(tmp_path).name == "8"
 
 
-@pytest.mark.parametrize("make", [lambda **b: Supervised(Batches(**b)), Rollouts], ids=["supervised", "rl"])
-@pytest.mark.parametrize("at", [0, 2, 5, 7])
-def test_interrupted_and_run_again_equals_uninterrupted_to_the_bit(tmp_path, mesh, make, at):
+SOURCES = {"supervised": lambda **batches: Supervised(Batches(**batches)), "rl": Rollouts}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdirs of uninterrupted runs."""
+    mesh, directory = mesh_of(), tmp_path_factory.mktemp("whole")
+    for name, make in SOURCES.items():
+        train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=directory / name)
+    return directory
+
+
+@pytest.mark.parametrize(("name", "at"), [("supervised", 2), ("supervised", 7), ("rl", 5), ("rl", 7)])
+def test_interrupted_and_run_again_equals_uninterrupted_to_the_bit(tmp_path, mesh, whole, name, at):
+    make = SOURCES[name]
+
     class Kill(Exception):
         pass
 
     def kill():
         raise Kill
 
-    train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=tmp_path / "whole")
     with pytest.raises(Kill):
         train(stage(mesh, source=make(interrupt=kill, at=at)), loop(), mesh=mesh, workdir=tmp_path / "parts")
     assert finished(tmp_path / "parts") is None
     summary = train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=tmp_path / "parts")
     assert summary["compilations"] == 1
-    assert_equal(final(tmp_path / "parts", mesh), final(tmp_path / "whole", mesh))
-    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
-    for name in ("step", "loss", "gradient_norm"):
-        np.testing.assert_array_equal(parts[name], whole[name])
+    assert_equal(final(tmp_path / "parts", mesh), final(whole / name, mesh))
+    expected, found = read_metrics(whole / name), read_metrics(tmp_path / "parts")
+    for column in ("step", "loss", "gradient_norm"):
+        np.testing.assert_array_equal(found[column], expected[column])
 
 
 def test_a_run_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(tmp_path, mesh, caplog):
@@ -435,8 +451,7 @@ def test_a_run_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(tmp_pa
     assert_equal(final(tmp_path, mesh), expected)
 
 
-def test_sigterm_saves_ends_with_code_0_and_resumes(tmp_path, mesh):
-    train(stage(mesh, source=Rollouts()), loop(), mesh=mesh, workdir=tmp_path / "whole")
+def test_sigterm_saves_ends_with_code_0_and_resumes(tmp_path, mesh, whole):
     terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as exit_:
@@ -444,7 +459,7 @@ def test_sigterm_saves_ends_with_code_0_and_resumes(tmp_path, mesh):
     assert exit_.value.code == 0 and signal.getsignal(signal.SIGTERM) == before
     assert newest_step(tmp_path / "parts").name == "5"  # the step was finished and saved
     train(stage(mesh, source=Rollouts()), loop(), mesh=mesh, workdir=tmp_path / "parts")
-    assert_equal(final(tmp_path / "parts", mesh), final(tmp_path / "whole", mesh))
+    assert_equal(final(tmp_path / "parts", mesh), final(whole / "rl", mesh))
 
 
 def test_a_poisoned_batch_is_skipped_and_counted_and_n_in_a_row_stop_the_run(tmp_path, mesh):

@@ -64,5 +64,5 @@ def clip_each_model(limit: float) -> optax.GradientTransformation:
 
 
 def _clip(tree: Any, limit: float) -> Any:
-    scale = jnp.minimum(1.0, limit / jnp.maximum(optax.global_norm(tree), 1e-9))
+    scale = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(tree), 1e-9))
     return jax.tree.map(lambda x: x * scale, tree)

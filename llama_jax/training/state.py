@@ -25,9 +25,12 @@ class TrainState:
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
+
+    def zero() -> jax.Array:  # each its own buffer: the state is donated, and no buffer can be donated twice
+        return jnp.zeros((), jnp.int32)
+
     return TrainState(
-        step=zero, params=params, opt_state=optimizer.init(params), skipped=zero, skipped_in_a_row=zero
+        step=zero(), params=params, opt_state=optimizer.init(params), skipped=zero(), skipped_in_a_row=zero()
     )
 
 

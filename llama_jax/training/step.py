@@ -21,7 +21,7 @@ def make_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         mean = objective.mean()
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
 
