@@ -14,7 +14,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     ppo = {
         "rollout_size": 64 if tiny else 512,
         "new_tokens": 48 if tiny else 1024,
-        "beta": 0.05 if tiny else 0.005 if size in ("34b", "70b") else 0.01,
+        "beta": 0.1 if tiny else 0.005 if size in ("34b", "70b") else 0.01,
         "clip": 0.2,
         # not in the paper; as in common open implementations
         "value_clip": 0.2, "value_weight": 0.1, "gamma": 1.0, "lam": 0.95, "temperature": 1.0,
@@ -23,5 +23,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     }  # fmt: skip
     data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024}
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
-    loop = common.loop(40 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
+    loop = common.loop(36 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
     return common.stage("ppo", size, data=data, ppo=ppo, helpfulness="", safety="", optim=optim, loop=loop)

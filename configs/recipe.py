@@ -17,8 +17,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "corpus": "tiny",
         "datasets": {
             "objects": 6000, "max_characters": 300, "held_out_fraction": 0.1,
-            "sft": 3000, "sft_safety": 500,
-            "preferences": 1200, "preferences_safety": 400,
+            "sft": 9000, "sft_safety": 1200,
+            "preferences": 1300, "preferences_safety": 400,
             "rlhf": 1500, "rlhf_safety": 400,
             "held_out": 200, "held_out_safety": 80,
         },
@@ -30,7 +30,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "sampling": decoding,
         "compute": common.compute("tiny"),
         "mesh": common.mesh("tiny"),
-        "overrides": {"sft_variant": {"epochs": 0.4}},
+        "safety_mix": 0.25,  # the paper's 10 % would be 40 pairs here
+        "overrides": {"sft_variant": {"epochs": 0.25}},
         "seed": 0,
     })  # fmt: skip
     if size == "smoke":
@@ -55,7 +56,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
                 "rejection": {"max_prompts": 8, "answers": 4, "new_tokens": 16, "sampling_batch": 32},
             },
             "ppo": {
-                "loop": {"steps": 4, "batch_size": 8, "checkpoint_every": 1},
+                "loop": {"steps": 8, "batch_size": 8, "checkpoint_every": 1},
                 "ppo": {"rollout_size": 16, "new_tokens": 16},
             },
         })  # fmt: skip

@@ -60,6 +60,7 @@ class RecipeConfig:
     sampling: Decoding
     compute: Compute
     mesh: MeshConfig
+    safety_mix: float  # share of helpfulness pairs in the safety model's data
     overrides: dict[str, dict[str, Any]]
     seed: int = 0
 
@@ -174,10 +175,10 @@ class Recipe:
         return {path.stem: bits_per_byte_of_xz(row["text"] for _, row in read_jsonl(path)) for path in files}
 
     def reward_mix(self, name: str) -> dict[str, Any]:
-        """The paper's mixes (section 3.2.2): helpfulness half and half; safety with 10 % helpfulness."""
+        """The paper's mixes (section 3.2.2): helpfulness half and half; safety with some helpfulness."""
         own, other = ("helpfulness", "safety") if name == "helpfulness" else ("safety", "helpfulness")
         files = tuple(self.path("data", f"{kind}_train.jsonl") for kind in (own, other))
-        return {"train": files, "shares": (0.0, 0.5 if name == "helpfulness" else 0.1)}
+        return {"train": files, "shares": (0.0, 0.5 if name == "helpfulness" else self.config.safety_mix)}
 
     def make_preferences(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Answers of both variants at their temperatures, compared by the simulated annotator."""
@@ -201,8 +202,14 @@ class Recipe:
                 if not a.text or not b.text or find_tag(a.text) or find_tag(b.text):
                     continue
                 preference = self.annotator.compare(prompt, a.text, b.text, ended_a=a.ended, ended_b=b.ended)
-                if preference is not None:
-                    rows["safety" if prompt["is_safety"] else "helpfulness"].append(preference.row(prompt))
+                if preference is None:
+                    continue
+                row = preference.row(prompt)
+                # Whatever answers a harmless question is safe. Without this label the safety model takes every answer
+                # that does not decline for unsafe, the gate of R_c hands it the helpful prompts too, and PPO learns to
+                # decline those.
+                row.setdefault("safety_bin", "both_safe")
+                rows["safety" if prompt["is_safety"] else "helpfulness"].append(row)
             for name, found in rows.items():
                 counts[f"{name}_{split}"] = write_jsonl(self.workdir / "data" / f"{name}_{split}.jsonl", found)
         return counts

@@ -83,4 +83,4 @@ def test_killed_inside_pretraining_and_ppo_it_ends_with_the_same_parameters(fini
     for stage in ("pretrain", "sft", "reward_helpfulness", "reward_safety", "rejection", "ppo"):
         assert fingerprints(workdir, stage) == fingerprints(finished, stage), stage
     steps = [json.loads(line)["step"] for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) == list(range(4))
+    assert steps == sorted(set(steps)) == list(range(8))
