@@ -5,16 +5,15 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from llama_jax.config import ConfigError, parse
+from llama_jax.config import ConfigError, parse, parse_flags
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals.verdict import policy_params
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
-from llama_jax.training.checkpoint import read_meta
+from llama_jax.training.checkpoint import read_meta, restore_model
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     room = model.max_length - values.max_tokens
     with jax.set_mesh(mesh):
-        params = policy_params(values.workdir, specs, mesh)
+        params = restore_model(values.workdir, specs, mesh)
         start = [{"role": "system", "content": values.system}] if values.system else []
         messages, number = list(start), 0
         while question := _ask():
@@ -77,4 +76,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_tokens", 64, "longest answer")
     flags.DEFINE_integer("seed", 1, "of the sampling")
     flags.mark_flags_as_required(["workdir", "tokenizer"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -41,7 +41,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.train import run as run_stage
 from llama_jax.training.checkpoint import restore_params
-from llama_jax.training.loop import claim, finished, write_json
+from llama_jax.training.loop import Diverged, claim, finished, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,12 +315,12 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     keep_heap()
-    start_distributed()
     try:
+        start_distributed()
         config = parse(RecipeConfig, flags.FLAGS.config)
         claim(Path(flags.FLAGS.workdir), describe(config))
         Recipe(config, Path(flags.FLAGS.workdir)).run()
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, ValueError, FileNotFoundError, Diverged) as error:
         sys.exit(f"error: {error}")
 
 

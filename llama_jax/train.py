@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from llama_jax.config import ConfigError, describe, parse, parse_flags
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
-from llama_jax.training.loop import claim, finished, train
+from llama_jax.training.loop import Diverged, claim, finished, train
 
 # stage -> (module with `make_stage`, its config class)
 STAGES = {
@@ -50,10 +50,10 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     keep_heap()
-    start_distributed()
     try:
+        start_distributed()
         summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, ValueError, FileNotFoundError, Diverged) as error:
         sys.exit(f"error: {error}")
     held_out = ", ".join(f"{name} {value:.4g}" for name, value in summary["held_out"].items())
     print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s; {held_out}", file=sys.stderr)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.data.files import atomic_write
 from llama_jax.evals.report_html import render_html
 from llama_jax.evals.report_sections import (
     SIMULATION_NOTE,
@@ -75,11 +76,11 @@ def write_report(
     workdir = Path(workdir)
     paths = ReportPaths(workdir / "report.md", workdir / "report.html", workdir / "report.json")
     for name, png in figures.items():
-        _write_atomic(workdir / "figures" / f"{name}.png", png)
+        _write(workdir / "figures" / f"{name}.png", png)
     document = {**results, "annotator": "simulation", "targets": [dataclasses.asdict(t) for t in targets]}
-    _write_atomic(paths.json, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
-    _write_atomic(paths.markdown, render_markdown(title, targets, sections, samples).encode())
-    _write_atomic(paths.html, render_html(title, targets, sections, samples, figures=figures).encode())
+    _write(paths.json, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    _write(paths.markdown, render_markdown(title, targets, sections, samples).encode())
+    _write(paths.html, render_html(title, targets, sections, samples, figures=figures).encode())
     return paths
 
 
@@ -152,11 +153,6 @@ def _with_defaults(results: Mapping, schema: Mapping) -> dict:
     return merged
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+def _write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,7 +15,7 @@ from llama_jax.evals.statistics import mean_interval
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.sampling.generate import generate, make_sampler
-from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.checkpoint import restore_model
 from llama_jax.training.metrics import Progress
 
 Prompt = dict[str, Any]
@@ -45,7 +45,7 @@ def answer_prompts(
     workdir: str, prompts: Sequence[list[int]], model: ModelConfig, tokenizer: Tokenizer, *, compute: Compute,
     decoding: Decoding, mesh: Mesh, seed: int, label: str,
 ) -> list[list[int]]:  # fmt: skip
-    """Sampled ids for each prompt from the newest checkpoint of a stage. PPO's checkpoint holds a policy and a critic."""
+    """Sampled ids for each prompt from the newest checkpoint of a stage."""
     specs = table.table(model, head="lm_head")
     with jax.set_mesh(mesh), Progress(len(prompts), label, "answer") as progress:
         sampler = make_sampler(
@@ -53,16 +53,9 @@ def answer_prompts(
             temperature=decoding.temperature, top_p=decoding.top_p,
         )  # fmt: skip
         return generate(
-            sampler, policy_params(workdir, specs, mesh), prompts, prompt_length=decoding.prompt_length,
+            sampler, restore_model(workdir, specs, mesh), prompts, prompt_length=decoding.prompt_length,
             batch_size=decoding.batch_size, seed=seed, progress=progress.update,
         )  # fmt: skip
-
-
-def policy_params(workdir: str, specs: Any, mesh: Mesh) -> Any:
-    """The language model of a stage's checkpoint, also of PPO's, which trains two models."""
-    if read_meta(workdir)["stage"] == "ppo":
-        return restore_params(workdir, {"policy": specs}, mesh)["policy"]
-    return restore_params(workdir, specs, mesh)
 
 
 def chat_answers(workdir: str, rows: Sequence[Prompt], model: ModelConfig, tokenizer: Tokenizer, **how) -> list[Answer]:

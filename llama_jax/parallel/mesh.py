@@ -50,12 +50,15 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
 def start_distributed() -> None:
     """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
 
-    TPU pods, GKE and Slurm are recognised by JAX itself; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    TPU pods and GKE are recognised by JAX itself; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID` name the cluster. Must run before anything touches a device.
     """
     if jax.distributed.is_initialized():
         return
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in os.environ]
+        if missing:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, expected {' and '.join(missing)} in the environment too")
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]),

@@ -15,7 +15,7 @@ from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.checkpoint import POLICY, read_meta, restore_model, saved_parts
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig
 
@@ -87,10 +87,11 @@ def starting_params(specs: Specs, mesh: Mesh, *, start: str, seed: int) -> Calla
     def init() -> Params:
         if not start:
             return fresh(specs, mesh, seed=seed)
-        saved = {name.split("'")[3] for name in read_meta(start)["fingerprints"] if name.startswith("['params']")}
+        parts = saved_parts(start)
+        saved = parts.get(POLICY, parts.keys())
         found = {name: part for name, part in specs.items() if name in saved}
         missing = {name: part for name, part in specs.items() if name not in saved}
-        params = restore_params(start, found, mesh)
+        params = restore_model(start, found, mesh)
         return {**params, **(fresh(missing, mesh, seed=seed) if missing else {})}
 
     return init

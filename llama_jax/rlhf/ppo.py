@@ -31,7 +31,7 @@ from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer, me
 from llama_jax.rlhf.rollout import PromptBatch, RewardRule, Roller, Rollout, empty_rollout, make_judge, response_states
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer
-from llama_jax.training.checkpoint import restore_params
+from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 from llama_jax.training.step import put_batch
 
@@ -211,7 +211,7 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     def init() -> dict[str, Any]:
         start = restore_params(config.helpfulness, reward, mesh)
         return {
-            "policy": restore_params(config.start, policy, mesh),
+            "policy": restore_model(config.start, policy, mesh),
             "critic": {"trunk": start["trunk"], "value_head": start["reward_head"]},
         }
 
@@ -226,7 +226,7 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         ),
         judge=make_judge(model, config.compute, rule),
         frozen={
-            "reference": restore_params(config.start, policy, mesh),
+            "reference": restore_model(config.start, policy, mesh),
             "helpfulness": restore_params(config.helpfulness, reward, mesh),
             "safety": restore_params(config.safety, reward, mesh),
         },

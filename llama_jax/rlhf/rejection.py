@@ -26,7 +26,7 @@ from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.ppo import encode_prompts
 from llama_jax.sampling.generate import generate, make_sampler
 from llama_jax.sft.stage import SftData, fine_tuning_stage
-from llama_jax.training.checkpoint import restore_params
+from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -127,7 +127,7 @@ def draw_samples(config: RejectionConfig, mesh: Mesh) -> list[dict[str, Any]]:
         )  # fmt: skip
         with Progress(len(repeated), "rejection: sampling", "answer", quiet=jax.process_index() > 0) as progress:
             responses = generate(
-                sampler, restore_params(config.policy, lm, mesh), [ids for _, _, ids in repeated],
+                sampler, restore_model(config.policy, lm, mesh), [ids for _, _, ids in repeated],
                 prompt_length=settings.prompt_length, batch_size=settings.sampling_batch, seed=config.loop.seed,
                 progress=progress.update,
             )  # fmt: skip

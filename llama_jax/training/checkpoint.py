@@ -20,6 +20,8 @@ from llama_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+POLICY = "policy"  # the model that other stages start from, where a stage trains several
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another shape."""
@@ -188,3 +190,20 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
             raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
     check_fingerprints({"params": params}, expected, str(path))
     return params
+
+
+def restore_model(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
+    """Parameters of one model from a stage's checkpoint; of a stage that trains several (PPO), those of its policy."""
+    if POLICY in saved_parts(workdir):
+        return restore_params(workdir, {POLICY: specs}, mesh)[POLICY]
+    return restore_params(workdir, specs, mesh)
+
+
+def saved_parts(workdir: str | Path) -> dict[str, set[str]]:
+    """The two upper levels of a stage's saved parameters: {"trunk": ..., "lm_head": ...} or {"policy": {"trunk", ...}}."""
+    parts: dict[str, set[str]] = {}
+    for name in read_meta(workdir)["fingerprints"]:
+        item, upper, lower, *_ = [*name.removeprefix("['").removesuffix("']").split("']['"), "", ""]
+        if item == "params":
+            parts.setdefault(upper, set()).add(lower)
+    return parts

@@ -86,21 +86,22 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         if restored is not None:
             state, source_state, meta = restored
             stage.source.restore(source_state)
-            first, seconds_before = int(meta["step"]), float(meta["seconds"])
+            first, seconds_before, logged = int(meta["step"]), float(meta["seconds"]), meta["logged"]
             del source_state, restored
         else:
             state = born_sharded(stage.init, stage.specs, stage.optimizer, mesh)
-            first, seconds_before = 0, 0.0
+            first, seconds_before, logged = 0, 0.0, {"metrics": {}, "tokens_per_second": 0.0}
         layout = jax.tree.map(lambda leaf: leaf.sharding, target)
         step_function = make_step(stage.loss, stage.optimizer, microbatches=config.microbatches, layout=layout)
         is_first_process = jax.process_index() == 0
         writer = MetricWriter(workdir, enabled=is_first_process, resume_step=first)
         progress = Progress(config.steps, stage.name, done=first, quiet=not is_first_process)
         feed = _Feed(stage.source, mesh, config.steps)
-        recorder = _Recorder(writer, progress, config, stage)
+        recorder = _Recorder(writer, progress, config, stage, logged)
 
         def save(step: int) -> None:
-            meta = {**stage.meta, "seconds": seconds_before + time.monotonic() - begun}
+            seconds = seconds_before + time.monotonic() - begun
+            meta = {**stage.meta, "seconds": seconds, "logged": recorder.logged()}
             checkpoints.save(step, state, stage.source.state(), meta)
 
         with writer, progress, feed:
@@ -126,9 +127,8 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         summary = {
             "seconds": seconds_before + time.monotonic() - begun,
             "steps": config.steps,
-            "metrics": recorder.last,
+            **recorder.logged(),
             "held_out": held_out,
-            "tokens_per_second": recorder.tokens_per_second(),
             "compilations": step_function._cache_size(),
         }
         if is_first_process:
@@ -168,10 +168,13 @@ class _Feed:
 class _Recorder:
     """Reads metrics one step late, logs them, and stops a run that diverges."""
 
-    def __init__(self, writer: MetricWriter, progress: Progress, config: LoopConfig, stage: Stage):
+    def __init__(
+        self, writer: MetricWriter, progress: Progress, config: LoopConfig, stage: Stage, logged: Mapping[str, Any]
+    ):
         self.writer, self.progress, self.config, self.stage = writer, progress, config, stage
         self.pending: tuple | None = None
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float] = dict(logged["metrics"])
+        self.rate_before: float = logged["tokens_per_second"]
         self.times: list[float] = []
 
     def push(self, step: int, means: Mapping[str, jax.Array], source_metrics: Mapping[str, float]) -> None:
@@ -200,11 +203,15 @@ class _Recorder:
                 f"step {step}; the newest checkpoint is from before them or holds their unchanged parameters"
             )
 
+    def logged(self) -> dict[str, Any]:
+        """What the summary tells; a checkpoint holds it too, for a run that is killed after its last step."""
+        return {"metrics": self.last, "tokens_per_second": self.tokens_per_second()}
+
     def tokens_per_second(self) -> float:
-        """The rate of this process's steps, the first two (compilation) left out."""
+        """The rate of this process's steps, the first two (compilation) left out; before there are any, that of the last."""
         times = self.times[1:]
         if len(times) < 2:
-            return 0.0
+            return self.rate_before
         return self.stage.tokens_per_step * (len(times) - 1) / max(times[-1] - times[0], 1e-9)
 
 
