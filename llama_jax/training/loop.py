@@ -7,6 +7,7 @@ In order of precedence a run (1) is already finished and not run again, (2) resu
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -190,7 +191,7 @@ class _Recorder:
         self.times.append(time.monotonic())
         if self.stage.check is not None and not values["skipped_in_a_row"]:
             self.stage.check(step, values)
-        self.last |= values
+        self.last |= {name: value for name, value in values.items() if math.isfinite(value)}
         shown = {self.stage.show: self.last[self.stage.show]} if self.stage.show in self.last else {}
         self.progress.update(1, **shown)
         due = step % self.config.log_every == 0 or step == self.config.steps - 1 or source_metrics

@@ -25,8 +25,8 @@ class Weighted:
     weight: jax.Array  # [] float32
 
     def mean(self) -> jax.Array:
-        """sum / weight; 0 where nothing was weighed."""
-        return self.sum / jnp.maximum(self.weight, 1e-9)
+        """sum / weight; NaN where nothing was weighed: no measurement is not a measurement of 0."""
+        return jnp.where(self.weight > 0, self.sum / jnp.maximum(self.weight, 1e-9), jnp.nan)
 
 
 Metrics = dict[str, Weighted]
@@ -136,6 +136,6 @@ def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Ba
             objective, metrics = step(params, put(batch))
             sums = {"loss": objective, **metrics}
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return {name: float(value.mean()) for name, value in total.items()}
+        return {name: float(value.mean()) for name, value in total.items() if value.weight > 0}
 
     return evaluate

@@ -22,7 +22,7 @@ def make_step(
         gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
         norm = optax.tree.norm(gradient)
-        mean = objective.mean()
+        mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
 
         def update(state: TrainState) -> TrainState:
