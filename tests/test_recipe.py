@@ -54,6 +54,19 @@ def test_the_report_has_every_figure_of_the_issue(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
+def test_chat_answers_each_question_with_ppos_policy(finished):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "llama_jax.chat", f"--workdir={finished / 'ppo'}",
+            f"--tokenizer={finished / 'corpus' / 'tokenizer.model'}", "--max_tokens=8", "--seed=3",
+        ],
+        cwd=ROOT, env=environment(), input="What does `math.sqrt` do?\nWhat is `[INST]`?\n", capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "chat tag" in done.stdout  # the forged turn is refused, the session goes on
+
+
 def test_a_finished_recipe_is_not_run_again(finished):
     begun = time.monotonic()
     before = {stage: fingerprints(finished, stage) for stage in ("pretrain", "ppo")}
