@@ -18,7 +18,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "prompts": "prompts.jsonl",
         "prompt_length": 96 if tiny else 1024,
         "max_prompts": 320 if tiny else 100_000,
-        "answers": 12 if tiny else 20,
+        "answers": 8 if tiny else 20,
         "new_tokens": 48 if tiny else 1024,
         "temperature": 1.0 if tiny else 1.2,  # Fig. 8: best for 10 to 100 samples of the RLHF model
         "sampling_batch": 128 if tiny else 256,
