@@ -10,10 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import attend, decoding_mask, training_mask
+from llama_jax.model.attention import attend, causal_attention, decoding_mask
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import constrain
 
@@ -29,11 +29,12 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
     trunk = params["trunk"]
-    mask = training_mask(segment_ids)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    if compute.unroll:
+        angles = materialise(angles)
 
     def block(x, layer):
-        x, _ = _block(x, layer, mask, angles, cache=None, config=config, compute=compute)
+        x, _ = _block(x, layer, segment_ids, angles, cache=None, config=config, compute=compute)
         return x, None
 
     policy = _REMAT[compute.remat]
@@ -73,8 +74,9 @@ def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
         return constrain(x, "batch", "length", "act_width")
 
 
-def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compute):
-    """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
+def _block(x, layer, visible, angles, *, cache, config: ModelConfig, compute: Compute):
+    """One block. `visible` is the segment ids; with a cache (keys, values, index) of this layer, whose new keys and values are
+    returned too, it is the mask of what each token sees."""
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
@@ -84,13 +86,14 @@ def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compu
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None)
         value = constrain(value, "batch", "length", "act_kv_heads", None)
-        if cache is not None:
+        if cache is None:
+            heads = causal_attention(query, key, value, visible, compute.matmul_dtype)
+        else:
             keys, values, index = cache
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
-        # With a cache, attention reads far more than it computes: converting the cache would cost more than it saves.
-        dtype = compute.matmul_dtype if cache is None else compute.activation_dtype
-        heads = attend(query, key, value, mask, dtype=dtype)
+            # With a cache, attention reads far more than it computes: converting the cache would cost more than it saves.
+            heads = attend(query, key, value, visible, dtype=compute.activation_dtype)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):
