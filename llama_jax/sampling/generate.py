@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.model import heads
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.decode import extend, logits, prefill, prepare
 from llama_jax.model.params import Params, Specs
-from llama_jax.model.transformer import extend
-from llama_jax.parallel.axes import DECODE, is_spec, layout, partition
+from llama_jax.parallel.axes import DECODE, layout
 from llama_jax.sampling.choose import draw
 
 
@@ -43,23 +42,16 @@ def pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray,
     return tokens, valid
 
 
+def align_left(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Left-padded rows with their padding moved behind. # int32 [B, P], [B] -> [B, P]"""
+    P = tokens.shape[1]
+    source = (jnp.arange(P) + P - lengths[:, None]) % P
+    return jnp.take_along_axis(tokens, source, axis=1)
+
+
 def row_keys(seed: int, indices: Sequence[int]) -> jax.Array:
     """One key for each row, from its index in the whole job: batching does not change what is drawn. # [B]"""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices, jnp.uint32))
-
-
-def decode_layout(params: Params, specs: Specs, *, compute: Compute) -> Params:
-    """The parameters as generation reads them: in the matmul type, gathered over fsdp, still split over tensor."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def place(spec, x):
-        if x.ndim > 1:
-            x = x.astype(compute.matmul_dtype)
-        if mesh.empty or mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, partition(spec.shape, spec.axes, DECODE, mesh))
-
-    return jax.tree.map(place, specs, {name: params[name] for name in specs}, is_leaf=is_spec)
 
 
 def make_sampler(
@@ -77,43 +69,44 @@ def make_sampler(
     def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array) -> Samples:
         with layout(DECODE):
             B, P = tokens.shape
-            fast = decode_layout(params, specs, compute=compute)
-            cache = empty_cache(config, batch=B, slots=P + N, dtype=compute.activation_dtype)
-            positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-            lengths = jnp.sum(valid, axis=1)
-            hidden, cache = extend(fast, tokens, valid, positions, cache, config=config, compute=compute)
-            last = heads.logits(fast, hidden[:, -1:], compute=compute)[:, 0]
+            weights = prepare(params, specs, compute=compute)
+            cache = empty_cache(config, batch=B, slots=P + N - 1, dtype=compute.activation_dtype)
+            lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+            hidden, cache = prefill(weights, align_left(tokens, lengths), lengths, cache, config=config, compute=compute)
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-            def choose(logits, n, ended):
+            def choose(hidden, n):
                 step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n)
-                token, log_p = draw(logits, step_keys, temperature=temperature, top_p=top_p)
-                return jnp.where(ended, 0, token), jnp.where(ended, 0.0, log_p)
+                return draw(logits(weights, hidden, compute=compute), step_keys, temperature=temperature, top_p=top_p)
 
-            def unfinished(carry):
-                return (carry[0] < N) & ~jnp.all(carry[1])
-
-            def step(carry):
-                n, ended, logits, cache, out = carry
-                token, log_p = choose(logits, n, ended)
-                out = Samples(
-                    tokens=out.tokens.at[:, n].set(token),
-                    log_probs=out.log_probs.at[:, n].set(log_p),
+            def put(out, n, token, log_p):
+                ended = out.ended
+                return Samples(
+                    tokens=out.tokens.at[:, n].set(jnp.where(ended, 0, token)),
+                    log_probs=out.log_probs.at[:, n].set(jnp.where(ended, 0.0, log_p)),
                     mask=out.mask.at[:, n].set(~ended),
                     ended=ended | (token == eos_id),
                 )
-                hidden, cache = extend(
-                    fast, token[:, None], ~ended[:, None], (lengths + n)[:, None], cache, config=config, compute=compute
-                )
-                return n + 1, out.ended, heads.logits(fast, hidden, compute=compute)[:, 0], cache, out
 
-            empty = Samples(
+            def unfinished(carry):
+                n, out, _ = carry
+                return (n < N) & ~jnp.all(out.ended)
+
+            def step(carry):
+                n, out, cache = carry
+                token = jax.lax.dynamic_index_in_dim(out.tokens, n - 1, axis=1)
+                counts = jnp.where(out.ended, 0, 1)
+                hidden, cache = extend(weights, token, counts, cache, config=config, compute=compute)
+                return n + 1, put(out, n, *choose(hidden[:, 0], n)), cache
+
+            out = Samples(
                 tokens=jnp.zeros((B, N), jnp.int32),
                 log_probs=jnp.zeros((B, N), jnp.float32),
                 mask=jnp.zeros((B, N), bool),
                 ended=jnp.zeros((B,), bool),
             )
-            start = (jnp.zeros((), jnp.int32), empty.ended, last, cache, empty)
-            return jax.lax.while_loop(unfinished, step, start)[-1]
+            out = put(out, 0, *choose(last, 0))
+            return jax.lax.while_loop(unfinished, step, (jnp.ones((), jnp.int32), out, cache))[1]
 
     return sample
 
