@@ -21,13 +21,6 @@ def training_mask(segment_ids: jax.Array) -> jax.Array:
     return causal & same & (segment_ids > 0)[:, None, :]
 
 
-def decoding_mask(valid: jax.Array, index: jax.Array, length: int) -> jax.Array:
-    """`length` new tokens in the slots from `index` see every valid slot up to their own. # [B, S] -> bool [B, T, S]"""
-    slots = jnp.arange(valid.shape[1])
-    queries = index + jnp.arange(length)
-    return valid[:, None, :] & (slots[None, :] <= queries[:, None])[None]
-
-
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v, where query heads g*r .. g*r+r-1 share key-value head g.
 

@@ -24,9 +24,8 @@ def attend_cached(
     """
     B, T, H, E = query.shape
     K, S = keys.shape[1], keys.shape[-1]
-    grouped = query.reshape(B, T, K, H // K, E).astype(dtype)
-    # Queries of one key head are the rows of one matrix product.
-    rows = jnp.einsum("btkre->bkrte", grouped).reshape(B, K, H // K * T, E)
+    # The queries that share a key head are the rows of one matrix product.
+    rows = jnp.einsum("btkre->bkrte", query.reshape(B, T, K, H // K, E)).reshape(B, K, H // K * T, E).astype(dtype)
     scores = jnp.einsum("bkme,bkes->bkms", rows, keys.astype(dtype), preferred_element_type=jnp.float32) * E**-0.5
     visible = jnp.tile(jnp.arange(S) <= positions[..., None], (1, H // K, 1))  # [B, R T, S]
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, _MASKED), axis=-1).astype(dtype)
