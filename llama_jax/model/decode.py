@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
-from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 
@@ -91,7 +91,7 @@ def _layers(weights, tokens, positions, cache, write, *, config: ModelConfig, co
 
     `write(slots, new, axis)` puts new keys or values into the slots of a layer; it gives the slots and what attention reads.
     """
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
     with jax.named_scope("embedding"):
         x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.activation_dtype)
         x = constrain(x, "batch", "length", "act_width")

@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import attend, training_mask
+from llama_jax.model.attention import causal_attention
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import constrain
 
@@ -28,11 +28,12 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
     trunk = params["trunk"]
-    mask = training_mask(segment_ids)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    if compute.unroll:
+        angles = materialise(angles)
 
     def block(x, layer):
-        return _block(x, layer, mask, angles, config=config, compute=compute), None
+        return _block(x, layer, segment_ids, angles, config=config, compute=compute), None
 
     policy = _REMAT[compute.remat]
     if policy is not None:
@@ -48,7 +49,7 @@ def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
         return constrain(x, "batch", "length", "act_width")
 
 
-def _block(x, layer, mask, angles, *, config: ModelConfig, compute: Compute):
+def _block(x, layer, segment_ids, angles, *, config: ModelConfig, compute: Compute):
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
@@ -58,7 +59,7 @@ def _block(x, layer, mask, angles, *, config: ModelConfig, compute: Compute):
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None)
         value = constrain(value, "batch", "length", "act_kv_heads", None)
-        heads = attend(query, key, value, mask, dtype=compute.matmul_dtype)
+        heads = causal_attention(query, key, value, segment_ids, compute.matmul_dtype)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):
