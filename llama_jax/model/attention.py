@@ -1,7 +1,7 @@
 """Attention: grouped queries, causal within a segment, softmax in float32 (paper section 2.2, A.2.1).
 
-`causal_attention` serves training on packed rows; `attend` is the plain form with any mask, for decoding and as the former's
-definition in tests.
+`causal_attention` serves training on packed rows; `attend` is the plain form with any mask, its definition in tests.
+`decode_attention.py` has generation's.
 """
 
 import functools
@@ -128,13 +128,6 @@ def training_mask(segment_ids: jax.Array) -> jax.Array:
     causal = jnp.tril(jnp.ones((length, length), bool))
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return causal & same & (segment_ids > 0)[:, None, :]
-
-
-def decoding_mask(valid: jax.Array, index: jax.Array, length: int) -> jax.Array:
-    """`length` new tokens in the slots from `index` see every valid slot up to their own. # [B, S] -> bool [B, T, S]"""
-    slots = jnp.arange(valid.shape[1])
-    queries = index + jnp.arange(length)
-    return valid[:, None, :] & (slots[None, :] <= queries[:, None])[None]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
