@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-SIZES = ("7b", "13b", "34b", "70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b", "tiny")
+SIZES = ("7b", "13b", "34b", "70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b", "smollm2-135m", "tiny")
 
 
 def check(size: str) -> str:
@@ -17,6 +17,10 @@ def compute(size: str) -> ConfigDict:
     if size == "tiny":
         return ConfigDict(
             {"matmul": "bfloat16", "activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
+        )
+    if size == "smollm2-135m":  # thirty layers in one scan: unrolled they would compile for minutes
+        return ConfigDict(
+            {"matmul": "bfloat16", "activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
         )
     return ConfigDict(
         {"matmul": "bfloat16", "activations": "bfloat16", "remat": "full", "loss_chunks": 1, "unroll": False}
