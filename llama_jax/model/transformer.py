@@ -10,12 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import attend, decoding_mask, training_mask
+from llama_jax.model.attention import attend, decoding_mask, row_attention, uses_ring
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.ring import ring_order
 
 _REMAT = {
     "none": None,
@@ -29,11 +30,14 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
     trunk = params["trunk"]
-    mask = training_mask(segment_ids)
+    ring = uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
+    if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
+        tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
 
     def block(x, layer):
-        x, _ = _block(x, layer, mask, angles, cache=None, config=config, compute=compute)
+        x, _ = _block(x, layer, attention, angles, cache=None, config=config, compute=compute)
         return x, None
 
     policy = _REMAT[compute.remat]
@@ -41,6 +45,7 @@ def hidden_states(
         block = jax.checkpoint(block, policy=policy)
     unroll = config.layers if compute.unroll else 1
     x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), trunk["layers"], unroll=unroll)
+    x = ring_order(x, back=True) if ring else x
     return rms_norm(x, trunk["final_norm"], eps=config.norm_eps)
 
 
@@ -55,11 +60,13 @@ def extend(
     trunk = params["trunk"]
     valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.index))
     mask = decoding_mask(valid, cache.index, tokens.shape[1])
+    # Attention to a cache reads far more than it computes: converting the cache would cost more than it saves.
+    attention = functools.partial(attend, mask=mask, dtype=compute.activation_dtype)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
 
     def block(x, layer_and_cache):
         layer, keys, values = layer_and_cache
-        return _block(x, layer, mask, angles, cache=(keys, values, cache.index), config=config, compute=compute)
+        return _block(x, layer, attention, angles, cache=(keys, values, cache.index), config=config, compute=compute)
 
     x = _embed(trunk, tokens, compute)
     x, (keys, values) = jax.lax.scan(block, x, (trunk["layers"], cache.keys, cache.values))
@@ -73,7 +80,7 @@ def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
         return constrain(x, "batch", "length", "act_width")
 
 
-def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compute):
+def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: Compute):
     """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
@@ -88,9 +95,7 @@ def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compu
             keys, values, index = cache
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
-        # With a cache, attention reads far more than it computes: converting the cache would cost more than it saves.
-        dtype = compute.matmul_dtype if cache is None else compute.activation_dtype
-        heads = attend(query, key, value, mask, dtype=dtype)
+        heads = attention(query, key, value)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):

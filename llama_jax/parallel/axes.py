@@ -7,6 +7,7 @@ those live on the mesh. A layout is changed by editing one line here.
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -115,6 +116,19 @@ def layout(rules: Rules) -> Iterator[None]:
         yield
     finally:
         _rules.reset(token)
+
+
+def current_rules() -> Rules:
+    """The rule table in force where it is called: TRAIN, or that of the `layout` around it."""
+    return _rules.get()
+
+
+def shards_of(axis: str) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` divides a logical axis; 1 without a mesh."""
+    mesh, names = jax.sharding.get_abstract_mesh(), current_rules()[axis]
+    if mesh.empty or names is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

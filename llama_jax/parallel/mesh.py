@@ -47,6 +47,15 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def platform() -> str:
+    """What the program being traced is compiled for: the platform of the mesh of `jax.set_mesh`, else JAX's default.
+
+    They differ when a program is compiled ahead of time for a pod that is described but not there.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def start_distributed() -> None:
     """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
 
