@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model import blockwise, splash
 from llama_jax.model.config import Compute
@@ -72,25 +73,34 @@ def implementation(compute: Compute, *, length: int, head_size: int) -> str:
 def row_attention(
     segment_ids: jax.Array, *, head_size: int, compute: Compute
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Attention within the segments of these rows, as a function (query, key, value) -> float32 [B, T, H, E]. # int32 [B, T]
+    """Attention within the segments of these rows, as a function (query, key, value) -> [B, T, H, E]. # int32 [B, T]
 
     What all layers share, such as the mask, is computed here, once.
     """
     chosen = implementation(compute, length=segment_ids.shape[1], head_size=head_size)
     if chosen == "full":
         mask = training_mask(segment_ids)
-        return lambda query, key, value: attend(query, key, value, mask, dtype=compute.matmul_dtype)
+
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            query, key, value = _operands(query, key, value, compute.matmul_dtype)
+            return checkpoint_name(attend(query, key, value, mask, dtype=compute.matmul_dtype), "attention")
+
+        return attention
     if chosen == "blockwise":
         kernel = blockwise.kernel(compute.matmul_dtype)
     else:
         kernel = splash.kernel(compute.matmul_dtype, interpret=platform() != "tpu")
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        # What travels between devices does so as operands of the matrix products, at half the bytes in bfloat16.
-        query, key, value = (x.astype(compute.matmul_dtype) for x in (query * head_size**-0.5, key, value))
+        query, key, value = _operands(query * head_size**-0.5, key, value, compute.matmul_dtype)
         return sharded_attention(query, key, value, segment_ids, kernel=kernel, method=compute.sequence)
 
     return attention
+
+
+def _operands(query, key, value, dtype):
+    """Cast as the products will want them: what is saved or travels between devices then has half the bytes in bfloat16."""
+    return (checkpoint_name(x.astype(dtype), name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
 
 
 def uses_ring(compute: Compute, *, length: int, head_size: int) -> bool:

@@ -62,7 +62,7 @@ def _backward(query, key, value, query_segments, key_segments, out, normaliser, 
     k, v = (_cut(x.astype(dtype), 2, block) for x in (key, value))
     q_ids, k_ids = _cut(query_segments, 1, block, -1), _cut(key_segments, 1, block, -2)
     norm = _cut(normaliser.reshape(grouped), 3, block)
-    inner = _cut(jnp.sum(out * d_out.astype(jnp.float32), axis=-1).reshape(grouped), 3, block)
+    inner = _cut(jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).reshape(grouped), 3, block)
 
     def columns(dq, j):
         def add(i, state):

@@ -8,20 +8,31 @@
 import functools
 
 import jax
-import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model.attention import attend, decoding_mask, row_attention, uses_ring
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
-from llama_jax.model.params import Params
+from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.ring import ring_order
+from llama_jax.parallel.vocabulary import look_up
 
+# What the backward pass of a block finds saved, by the names given below and in attention.py; the block's input always is.
+# Products are saved after their cast: the contraction itself gives float32, at twice the bytes.
+_PROJECTIONS = ("query", "key", "value", "gate", "up", "attention_out")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS, "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention"],
+        names_which_can_be_offloaded=list(_PROJECTIONS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -37,16 +48,20 @@ def hidden_states(
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
 
     def block(x, layer):
+        layer = {name: constrain(weight, *axes[name]) for name, weight in layer.items()}
         x, _ = _block(x, layer, attention, angles, cache=None, config=config, compute=compute)
         return x, None
 
+    # Gradients take the layout of what they are gradients of: stated for each layer, they are reduced and scattered there,
+    # rather than reduced whole on every device and cut when they are stacked.
+    axes = {name: spec.axes[1:] for name, spec in table(config, head="lm_head")["trunk"]["layers"].items()}
     policy = _REMAT[compute.remat]
     if policy is not None:
         block = jax.checkpoint(block, policy=policy)
     unroll = config.layers if compute.unroll else 1
     x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), trunk["layers"], unroll=unroll)
-    x = ring_order(x, back=True) if ring else x
-    return rms_norm(x, trunk["final_norm"], eps=config.norm_eps)
+    x = constrain(rms_norm(x, trunk["final_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+    return ring_order(x, back=True) if ring else x
 
 
 def extend(
@@ -76,15 +91,14 @@ def extend(
 
 def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("embedding"):
-        x = jnp.take(trunk["embedding"], tokens, axis=0).astype(compute.activation_dtype)
-        return constrain(x, "batch", "length", "act_width")
+        return look_up(trunk["embedding"], tokens, compute.activation_dtype)
 
 
 def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: Compute):
     """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
+        normed = constrain(rms_norm(x, layer["attention_norm"], eps=config.norm_eps), "batch", "length", "act_width")
         query = rotate(project(normed, layer["query"]), angles)
         key = rotate(project(normed, layer["key"]), angles)
         value = project(normed, layer["value"])
@@ -95,11 +109,17 @@ def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: 
             keys, values, index = cache
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
-        heads = attention(query, key, value)
-        x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
+        heads = constrain(attention(query, key, value), "batch", "length", "act_heads", None)
+        out = contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
+        x = _add(x, checkpoint_name(out, "attention_out"))
     with jax.named_scope("feed_forward"):
-        normed = rms_norm(x, layer["ffn_norm"], eps=config.norm_eps)
-        x = x + swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
+        normed = constrain(rms_norm(x, layer["ffn_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+        x = _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
     return x, None if cache is None else (key, value)
+
+
+def _add(x, update):
+    """Adds a product to the residual stream. Its two layouts, one after the other, are what becomes one reduce-scatter."""
+    for length in ("length", "residual"):
+        update = constrain(update, "batch", length, "act_width")
+    return constrain(x + update, "batch", "residual", "act_width")

@@ -54,7 +54,7 @@ def sharded_attention(
       segment_ids: # int32 [B, T]
 
     Returns:
-      float32 [B, T, H, E]
+      [B, T, H, E] in the type of the query; added up in float32
     """
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # head-major, as kernels want it
     mesh = jax.sharding.get_abstract_mesh()
@@ -119,7 +119,7 @@ def _ring_forward(kernel, axis, n, q, k, v, ids):
         halves = tuple(zip(_halves(out, 2), _halves(normaliser, 2), strict=True))
         low, high = _around(step, halves, (k, v, ids), axis, n)
         out, normaliser = (jnp.concatenate(pair, axis=2) for pair in zip(low, high, strict=True))
-    out, normaliser = (checkpoint_name(x, "attention") for x in (out, normaliser))
+    out, normaliser = (checkpoint_name(x, "attention") for x in (out.astype(q.dtype), normaliser))
     return out, (q, k, v, ids, out, normaliser)
 
 
