@@ -39,7 +39,8 @@ def _forward(query, key, value, query_segments, key_segments, *, causal, dtype, 
         return out.astype(jnp.float32), normaliser
 
     operands = (x.astype(dtype) for x in (query, key, value))
-    return jax.vmap(row)(*operands, query_segments, key_segments)
+    with jax.named_scope(_scope(causal)):
+        return jax.vmap(row)(*operands, query_segments, key_segments)
 
 
 def _backward(query, key, value, query_segments, key_segments, out, normaliser, d_out, *, causal, dtype, interpret):
@@ -55,7 +56,13 @@ def _backward(query, key, value, query_segments, key_segments, out, normaliser, 
         return tuple(g.astype(jnp.float32) for g in gradients[3:6])
 
     operands = (x.astype(dtype) for x in (query, key, value))
-    return jax.vmap(row)(*operands, query_segments, key_segments, out, normaliser, d_out.astype(dtype))
+    with jax.named_scope(_scope(causal)):
+        return jax.vmap(row)(*operands, query_segments, key_segments, out, normaliser, d_out.astype(dtype))
+
+
+def _scope(causal: bool) -> str:
+    """A name for profiles, and for planning: from it follows how many of its tiles the kernel visits."""
+    return "causal_tiles" if causal else "all_tiles"
 
 
 def _make(heads, queries, keys, *, causal, interpret):
@@ -64,7 +71,7 @@ def _make(heads, queries, keys, *, causal, interpret):
 
     shape = (queries, keys)
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * heads)
-    q, kv = _tile(queries), _tile(keys)
+    q, kv = tile(queries), tile(keys)
     sizes = splash.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=math.gcd(kv, 512),
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=math.gcd(kv, 512), block_q_dq=q, block_kv_dq=kv,
@@ -75,6 +82,6 @@ def _make(heads, queries, keys, *, causal, interpret):
     return made, splash
 
 
-def _tile(length: int) -> int:
+def tile(length: int) -> int:
     """The largest tile up to BLOCK of whole lanes that divides the length."""
     return next(tile for tile in range(min(BLOCK, length), 0, -128) if length % tile == 0)

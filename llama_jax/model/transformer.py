@@ -8,20 +8,20 @@
 import functools
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model.attention import attend, decoding_mask, row_attention, uses_ring
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.ring import ring_order
 from llama_jax.parallel.vocabulary import look_up
 
 # What the backward pass of a block finds saved, by the names given below and in attention.py; the block's input always is.
-# Products are saved after their cast: the contraction itself gives float32, at twice the bytes.
-_PROJECTIONS = ("query", "key", "value", "gate", "up", "attention_out")
+# Products are saved after their cast: the contraction itself gives float32, at twice the bytes. Those that write into the
+# residual stream are not: what reads them is saved anyway, or costs one small product.
+_PROJECTIONS = ("query", "key", "value", "gate", "up")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -98,7 +98,7 @@ def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: 
     """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
-        normed = constrain(rms_norm(x, layer["attention_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+        normed = _normed(x, layer["attention_norm"], config)
         query = rotate(project(normed, layer["query"]), angles)
         key = rotate(project(normed, layer["key"]), angles)
         value = project(normed, layer["value"])
@@ -110,12 +110,16 @@ def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: 
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
         heads = constrain(attention(query, key, value), "batch", "length", "act_heads", None)
-        out = contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
-        x = _add(x, checkpoint_name(out, "attention_out"))
+        x = _add(x, contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype))
     with jax.named_scope("feed_forward"):
-        normed = constrain(rms_norm(x, layer["ffn_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+        normed = _normed(x, layer["ffn_norm"], config)
         x = _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
     return x, None if cache is None else (key, value)
+
+
+def _normed(x, weight, config: ModelConfig):
+    """The input of a half-block's products, whole on every device that shares a piece of the residual stream."""
+    return materialise(constrain(rms_norm(x, weight, eps=config.norm_eps), "batch", "length", "act_width"))
 
 
 def _add(x, update):

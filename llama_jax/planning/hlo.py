@@ -71,10 +71,10 @@ class Collective:
     """Communication of one kind between the devices of a group, as one instruction orders it."""
 
     kind: str  # of COLLECTIVES
-    bytes: int  # of the result on one device (of the operand, for reduce-scatter): the full, not the divided array
+    bytes: int  # of the whole, not the divided array on one device: the result, for reduce-scatter the operand
     group: tuple[int, ...]  # the devices of the first group, by their index in the mesh
     count: int  # executions a step
-    overlapped: bool  # started and finished by separate instructions, or fused with arithmetic
+    overlapped: bool  # arithmetic can run beside it
     op_name: str
     dtype: str
 
@@ -160,15 +160,12 @@ class Module:
         return self.computations[instruction.computation].get(instruction.operands[index])
 
     def collectives(self) -> list[Collective]:
-        """All communication of a step, in program order. Zero-sized groups (nobody to talk to) are left out."""
-        found = []
-        wrapped = {  # computations that an asynchronous start, or a fusion with arithmetic, contains
-            called
-            for instructions in self.computations.values()
-            for instruction in instructions.values()
-            if instruction.opcode.startswith("async") or "async_collective" in instruction.attributes.split(", metadata")[0]
-            for called in _called(instruction)
-        }
+        """All communication of a step, in program order; groups of one device, who has nobody to talk to, are left out.
+
+        The TPU compiler spreads an asynchronous collective over several fusions (begin, steps beside arithmetic, end), all
+        with the channel of one collective: it counts once.
+        """
+        channels: dict[str, Collective] = {}
         for instruction, count in self:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -179,11 +176,47 @@ class Module:
             arrays = instruction.arrays
             if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
                 arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # (operands, results, ...)
-            size = sum(array.bytes for array in arrays) * (len(group) if kind == "reduce-scatter" else 1)
-            overlapped = instruction.opcode.endswith("-start") or instruction.computation in wrapped
+            if instruction.computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as the TPU compiler writes one; its result here is that of the all-reduce
+            elif kind == "reduce-scatter":
+                arrays = tuple(
+                    array for i in range(len(instruction.operands)) for array in self.operand(instruction, i).arrays
+                )
             dtype = max(arrays, key=lambda array: array.bytes).dtype
-            found.append(Collective(kind, size, group, count, overlapped, instruction.op_name, dtype))
-        return found
+            overlapped = instruction.opcode.endswith("-start") or self._beside_arithmetic(instruction)
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = channel.group(1) if channel else instruction.name
+            if key in channels:
+                known = channels[key]
+                count, overlapped = max(count, known.count), overlapped or known.overlapped
+            channels[key] = Collective(
+                kind, sum(array.bytes for array in arrays), group, count, overlapped, instruction.op_name, dtype
+            )
+        return list(channels.values())
+
+    def _beside_arithmetic(self, instruction: Instruction) -> bool:
+        """Whether a collective is part of a fusion with a matrix product, or waited for by another instruction."""
+        if instruction.computation not in self.fused:
+            return instruction.computation in self._asynchronous
+        body = self.computations[instruction.computation].values()
+        return any(
+            i.opcode in ("convolution", "dot") or (i.opcode == "fusion" and self._multiplies(i)) for i in body
+        ) and not instruction.computation.startswith("all-reduce-scatter")
+
+    def _multiplies(self, fusion: Instruction) -> bool:
+        return any(
+            i.opcode in ("convolution", "dot") for name in _called(fusion) for i in self.computations.get(name, {}).values()
+        )
+
+    @functools.cached_property
+    def _asynchronous(self) -> set[str]:
+        return {
+            called
+            for instructions in self.computations.values()
+            for instruction in instructions.values()
+            if instruction.opcode.startswith("async")
+            for called in _called(instruction)
+        }
 
 
 def mesh_axes(collective: Collective, shape: dict[str, int]) -> tuple[str, ...]:
