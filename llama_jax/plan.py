@@ -1,4 +1,6 @@
-"""What a run needs on a TPU slice, without a TPU: `python -m llama_jax.plan --config=configs/pretrain.py:70b --topology=v5p:8x8x8`.
+"""What a run needs on a TPU slice, found without a TPU.
+
+    python -m llama_jax.plan --config=configs/pretrain.py:70b --topology=v5p:8x8x8 [--search] [--json] [--dump_hlo=DIR]
 
 Compiles the stage's real train step with the real TPU compiler and prints memory, arithmetic, communication and time per
 chip, and what 2T tokens take. Needs libtpu (`pip install 'llama_jax[tpu]'`) and about a minute and 2 GB a program.
@@ -11,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from llama_jax.config import ConfigError, parse_flags
-from llama_jax.data.files import whole_file
+from llama_jax import command
+from llama_jax.config import ConfigError
+from llama_jax.files import atomic_write
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.topology import Topology, describe
 from llama_jax.planning import calibration, report
@@ -35,9 +38,8 @@ def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: s
     )  # fmt: skip
     if dump_hlo and text is not None:
         path = Path(dump_hlo) / f"{made.name.replace(' ', '_')}-{config.model}-{topology.name.replace(' ', '')}.hlo"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(text)
+        with atomic_write(path) as file:
+            file.write(text.encode())
         print(f"compiled text: {path}", file=sys.stderr)
     return result
 
@@ -75,7 +77,8 @@ def run(values: Mapping[str, Any], settings: Any) -> None:
     if settings.search:
         best = search(config, topology, compilations=settings.search_compilations)
         if not best:
-            raise ConfigError(f"none of {settings.search_compilations} settings fits on {topology.name}; try more, or more chips")
+            tried = settings.search_compilations
+            raise ConfigError(f"none of up to {tried} settings fits on {topology.name}; allow more, or take more chips")
         results = [result for _, result in best]
     else:
         results = [plan(config, topology, program=settings.program, dump_hlo=settings.dump_hlo)]
@@ -98,19 +101,14 @@ def _overrides(config: Any) -> str:
     return f"{mesh} --config.compute.remat={config.compute.remat} --config.loop.microbatches={config.loop.microbatches}"
 
 
-def main(argv: list[str]) -> None:
-    """Flags to config to call; what is wrong is one line."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if flags.FLAGS.calibrate:
-            print(calibration.as_text(calibration.measure(plan)))
-        elif flags.FLAGS.config is None or flags.FLAGS.topology is None:
-            raise ConfigError("expected --config and --topology, or --calibrate")
-        else:
-            run(flags.FLAGS.config, flags.FLAGS)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    """Flags to config to call."""
+    if flags.FLAGS.calibrate:
+        print(calibration.as_text(calibration.measure(plan)))
+    elif flags.FLAGS.config is None or flags.FLAGS.topology is None:
+        raise ConfigError("expected --config and --topology, or --calibrate")
+    else:
+        run(flags.FLAGS.config, flags.FLAGS)
 
 
 if __name__ == "__main__":
@@ -128,4 +126,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("price", 0.0, "US dollars a chip hour, to print the run's price", lower_bound=0)
     flags.DEFINE_float("carbon", 0.0, "watts a chip, to print the run's tCO2eq as in Table 2", lower_bound=0)
     flags.DEFINE_bool("calibrate", False, "estimate what others have published, and print the error")
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main)

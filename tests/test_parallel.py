@@ -175,7 +175,8 @@ def lowered(config, mesh, *, microbatches=1):
     )
     target = abstract_state(specs, optim, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, target)
-    return specs, optim, make_step(language_model_loss(config, FLOAT32), optim, microbatches=microbatches, layout=layout), target
+    step = make_step(language_model_loss(config, FLOAT32), optim, microbatches=microbatches, layout=layout)
+    return specs, optim, step, target
 
 
 def adam(state):

@@ -2,17 +2,16 @@
 
     h = x + attention(norm(x));  x' = h + swiglu(norm(h))
 
-`hidden_states` serves training on packed rows, `extend` serves generation with a cache. Both run the same block.
+This is training's path, on packed rows; `decode.py` runs the same block over a cache.
 """
 
 import functools
 
 import jax
 
-from llama_jax.model.attention import attend, decoding_mask, row_attention, uses_ring
-from llama_jax.model.cache import KVCache
+from llama_jax.model.attention import row_attention, uses_ring
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.ring import ring_order
@@ -46,11 +45,12 @@ def hidden_states(
         tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
     attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    if compute.unroll:
+        angles = materialise(angles)
 
     def block(x, layer):
         layer = {name: constrain(weight, *axes[name]) for name, weight in layer.items()}
-        x, _ = _block(x, layer, attention, angles, cache=None, config=config, compute=compute)
-        return x, None
+        return _block(x, layer, attention, angles, config=config, compute=compute), None
 
     # Gradients take the layout of what they are gradients of: stated for each layer, they are reduced and scattered there,
     # rather than reduced whole on every device and cut when they are stacked.
@@ -64,38 +64,12 @@ def hidden_states(
     return ring_order(x, back=True) if ring else x
 
 
-def extend(
-    params: Params, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KVCache, *, config: ModelConfig,
-    compute: Compute,
-) -> tuple[jax.Array, KVCache]:  # fmt: skip
-    """Appends T tokens to every row of the cache. # int32 [B, T], bool [B, T], int32 [B, T] -> [B, T, D]
-
-    Left padding (valid False) occupies slots that nothing will see.
-    """
-    trunk = params["trunk"]
-    valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.index))
-    mask = decoding_mask(valid, cache.index, tokens.shape[1])
-    # Attention to a cache reads far more than it computes: converting the cache would cost more than it saves.
-    attention = functools.partial(attend, mask=mask, dtype=compute.activation_dtype)
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
-
-    def block(x, layer_and_cache):
-        layer, keys, values = layer_and_cache
-        return _block(x, layer, attention, angles, cache=(keys, values, cache.index), config=config, compute=compute)
-
-    x = _embed(trunk, tokens, compute)
-    x, (keys, values) = jax.lax.scan(block, x, (trunk["layers"], cache.keys, cache.values))
-    cache = KVCache(keys=keys, values=values, valid=valid, index=cache.index + tokens.shape[1])
-    return rms_norm(x, trunk["final_norm"], eps=config.norm_eps), cache
-
-
 def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("embedding"):
         return look_up(trunk["embedding"], tokens, compute.activation_dtype)
 
 
-def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: Compute):
-    """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
+def _block(x, layer, attention, angles, *, config: ModelConfig, compute: Compute):
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
         normed = _normed(x, layer["attention_norm"], config)
@@ -105,21 +79,16 @@ def _block(x, layer, attention, angles, *, cache, config: ModelConfig, compute: 
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None)
         value = constrain(value, "batch", "length", "act_kv_heads", None)
-        if cache is not None:
-            keys, values, index = cache
-            key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
-            value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
         heads = constrain(attention(query, key, value), "batch", "length", "act_heads", None)
         x = _add(x, contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype))
     with jax.named_scope("feed_forward"):
         normed = _normed(x, layer["ffn_norm"], config)
-        x = _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
-    return x, None if cache is None else (key, value)
+        return _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
 
 
 def _normed(x, weight, config: ModelConfig):
     """The input of a half-block's products, whole on every device that shares a piece of the residual stream."""
-    return materialise(constrain(rms_norm(x, weight, eps=config.norm_eps), "batch", "length", "act_width"))
+    return compute_once(constrain(rms_norm(x, weight, eps=config.norm_eps), "batch", "length", "act_width"))
 
 
 def _add(x, update):
