@@ -12,7 +12,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """Table 1: peak 3e-4 (7B, 13B) or 1.5e-4 (34B, 70B), 2000 steps of warm-up, 4M tokens a batch, 2T tokens."""
     data = {"corpus": "corpus", "weights": {}, "separate_documents": False}
     if size == "tiny":
-        steps, rows = 1000, 8
+        steps, rows = 1300, 8
         optim = common.adamw(3e-3, warmup=40)
         loop = common.loop(steps, rows, checkpoint_every=200)
     else:

@@ -1,16 +1,16 @@
 """Builds a training corpus: `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=...`."""
 
 import dataclasses
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
+from llama_jax import command
 from llama_jax.assistant.documents import SOURCES, installation_documents
-from llama_jax.config import ConfigError, describe, differences, parse, parse_flags
-from llama_jax.corpus_build.build import build_corpus
+from llama_jax.config import ConfigError, describe, differences, parse
+from llama_jax.corpus_build.build import Deduplication, build_corpus
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
 from llama_jax.data.sources import read_jsonl
@@ -26,6 +26,7 @@ class SourceConfig:
     reader: str  # "installation" or a JSONL file (.gz too)
     weight: float  # share in the mixture; need not add up to 1
     byte_budget: int  # text read at most
+    whole: bool = False  # programs: their documents lose no paragraphs, they stay or go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class CorpusConfig:
     held_out_minimum: int  # bytes a source
     held_out_maximum: int
     tokenizer_bytes: int  # of text to train the tokenizer on
+    deduplication: Deduplication = Deduplication()  # beside exact copies
     tokenizer: str | None = None  # a model file to use instead of training one
     seed: int = 0
 
@@ -108,25 +110,18 @@ def run(config: CorpusConfig, output: str | Path) -> dict[str, Any]:
         total_tokens=config.total_tokens,
         tokenizer_path=config.tokenizer,
         tokenizer_bytes=config.tokenizer_bytes,
+        deduplication=config.deduplication,
+        whole={name for name, source in config.sources.items() if source.whole},
         config=describe(config),
         seed=config.seed,
     )
 
 
-def main(argv: list[str]) -> None:
-    """Flags to config to call; a wrong config or input is one line, not a traceback."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
-    try:
-        print(run(parse(CorpusConfig, flags.FLAGS.config), flags.FLAGS.output)["table"])
-    except (ConfigError, ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    """Flags to config to call."""
+    print(run(parse(CorpusConfig, flags.FLAGS.config), flags.FLAGS.output)["table"])
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "configs/corpus.py:<name>")
-    flags.DEFINE_string("output", None, "directory to be made")
-    flags.mark_flags_as_required(["config", "output"])
-    app.run(main, flags_parser=parse_flags)
+    command.define("configs/corpus.py:<name>", output="directory to be made")
+    command.launch(main)

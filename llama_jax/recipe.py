@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
 
+from llama_jax import command
 from llama_jax import corpus as corpus_command
 from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
-from llama_jax.config import ConfigError, describe, parse, parse_flags
+from llama_jax.config import ConfigError, describe, parse
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.data.dialog import encode_prompt, find_tag
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
@@ -34,6 +35,7 @@ from llama_jax.evals import summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.statistics import win_rate
 from llama_jax.evals.verdict import Answer, Decoding
+from llama_jax.files import write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.parallel.host import keep_heap
@@ -41,7 +43,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.train import run as run_stage
 from llama_jax.training.checkpoint import restore_params
-from llama_jax.training.loop import Diverged, claim, finished, write_json
+from llama_jax.training.loop import Diverged, claim, finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,24 +312,15 @@ def load_config(directory: Path, name: str) -> Any:
     return module.get_config(argument)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Flags to config to call."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
     keep_heap()
-    try:
-        start_distributed()
-        config = parse(RecipeConfig, flags.FLAGS.config)
-        claim(Path(flags.FLAGS.workdir), describe(config))
-        Recipe(config, Path(flags.FLAGS.workdir)).run()
-    except (ConfigError, ValueError, FileNotFoundError, Diverged) as error:
-        sys.exit(f"error: {error}")
+    start_distributed()
+    config = parse(RecipeConfig, flags.FLAGS.config)
+    claim(Path(flags.FLAGS.workdir), describe(config))
+    Recipe(config, Path(flags.FLAGS.workdir)).run()
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "configs/recipe.py:<size>")
-    flags.DEFINE_string("workdir", None, "directory of everything that the recipe makes")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    command.define("configs/recipe.py:<size>", workdir="directory of everything that the recipe makes")
+    command.launch(main, expected=(Diverged,))

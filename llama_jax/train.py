@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from llama_jax.config import ConfigError, describe, parse, parse_flags
+from llama_jax import command
+from llama_jax.config import ConfigError, describe, parse
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.training.loop import Diverged, claim, finished, train
@@ -45,24 +46,15 @@ def run(values: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     return train(stage, loop, mesh=mesh, workdir=workdir)
 
 
-def main(argv: list[str]) -> None:
-    """Flags to config to call; a wrong config or input is one line, not a traceback."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
+    """Flags to config to call."""
     keep_heap()
-    try:
-        start_distributed()
-        summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
-    except (ConfigError, ValueError, FileNotFoundError, Diverged) as error:
-        sys.exit(f"error: {error}")
+    start_distributed()
+    summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
     held_out = ", ".join(f"{name} {value:.4g}" for name, value in summary["held_out"].items())
     print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s; {held_out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "configs/<stage>.py:<size>")
-    flags.DEFINE_string("workdir", None, "directory of checkpoints and logs")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    command.define("configs/<stage>.py:<size>", workdir="directory of checkpoints and logs")
+    command.launch(main, expected=(Diverged,))

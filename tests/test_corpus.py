@@ -1,5 +1,6 @@
-"""The corpus command: a config is checked before a document is read, and a corpus is built once."""
+"""`python -m llama_jax.corpus` (paper section 2.1): what it builds, once, and what it refuses before a document is read."""
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -7,88 +8,146 @@ from pathlib import Path
 
 import pytest
 
+from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import ConfigError, parse
-from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.manifest import check_manifest
+from llama_jax.corpus_build.manifest import CorpusError, check_manifest, read_manifest
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
-WORDS = "the model reads a list of values and returns each key once when it is called with two arguments".split()
+REPOSITORY = Path(__file__).parents[1]
 
 
-def make_documents(source: str, count: int) -> list[Document]:
-    draw = random.Random(source)
-    return [
-        Document(f"{source}/{i}", f"{source} {i}: " + " ".join(draw.choices(WORDS, k=30)) + "\n", source)
-        for i in range(count)
-    ]
+WORDS = "the model reads every naïve loop of a line and counts 42 tokens in it or returns no key when two lists meet".split()
+
+
+def text(i: int) -> str:
+    return f"number {i}: " + " ".join(random.Random(i).choices(WORDS, k=30 + i % 20)) + "\n"
+
+
+def config_of(path: Path, **changes) -> corpus.CorpusConfig:
+    config = get_config("jsonl")
+    config.sources.web.reader = str(path)
+    config.update({"vocab_size": 360, "block_length": 32, "held_out_fraction": 0.1, "total_tokens": 10_000, **changes})
+    return parse(corpus.CorpusConfig, config)
 
 
 @pytest.fixture
-def values(tmp_path) -> dict:
-    write_jsonl(tmp_path / "a.jsonl", ({"id": d.id, "text": d.text} for d in make_documents("a", 40)))
-    write_jsonl(tmp_path / "b.jsonl.gz", ({"text": d.text} for d in make_documents("b", 25)))
-    return {
+def web(tmp_path) -> Path:
+    path = tmp_path / "web.jsonl.gz"
+    write_jsonl(path, ({"id": i, "text": text(i), "url": f"u{i}"} if i % 2 else {"text": text(i)} for i in range(90)))
+    return path
+
+
+def test_the_command_builds_a_corpus_of_a_jsonl_file(web, tmp_path):
+    command = [
+        sys.executable, "-m", "llama_jax.corpus", "--config=configs/corpus.py:jsonl", f"--config.sources.web.reader={web}",
+        "--config.vocab_size=360", "--config.block_length=32", "--config.held_out_fraction=0.1", "--config.total_tokens=10000",
+        f"--output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert [line.split()[0] for line in first.stdout.splitlines() if line] == ["source", "web", "source", "web"]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["sources"]["web"]["documents_read"] == 90 and manifest["sources"]["web"]["planned_tokens"] == 10_000
+    # What is there is checked, not built again; another config or a damaged shard ends in one line.
+    assert corpus.run(config_of(web), tmp_path / "out") == manifest
+    second = subprocess.run(
+        [*command, "--config.held_out_fraction=0.2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert second.returncode == 1 and not second.stdout
+    expected = f"error: {tmp_path / 'out'}: was built with another config: held_out_fraction: 0.1 -> 0.2"
+    assert second.stderr.strip().splitlines()[-1] == expected and "Traceback" not in second.stderr
+    (tmp_path / "out" / "blocks" / "web.array_record").write_bytes(b"")
+    with pytest.raises(CorpusError, match="web.array_record: damaged"):
+        corpus.run(config_of(web), tmp_path / "out")
+
+
+def test_documents_of_a_file_keep_their_fields_up_to_the_budget(web):
+    source = corpus.SourceConfig(reader=str(web), weight=1.0, byte_budget=10**9)
+    documents = list(corpus.documents("web", source, seed=0))
+    assert [d.text for d in documents] == [text(i) for i in range(90)]
+    assert (documents[1].id, documents[1].url, documents[1].source) == ("1", "u1", "web")
+    assert documents[0].id == f"{web}:1"
+    budget = sum(len(text(i).encode()) for i in range(5))
+    for bytes_, count in ((budget, 5), (budget - 1, 4)):
+        assert len(list(corpus.documents("web", dataclasses.replace(source, byte_budget=bytes_), seed=0))) == count
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "malformed JSON"),
+        ('{"txt": "a"}', "text: expected a string that is not blank, got None"),
+        ('{"text": " "}', "text: expected a string that is not blank, got ' '"),
+        ('{"text": ["a"]}', "text: expected a string that is not blank"),
+        ('{"text": "a\\ud800"}', "an escape"),
+        ('{"text": "a", "metadata": []}', r"metadata: expected an object, got \[\]"),
+        ('{"text": "a", "metadata": {"module": ["m"]}}', r"metadata.module: expected a string, got \['m'\]"),
+    ],
+)
+def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, message):
+    path = tmp_path / "web.jsonl"
+    path.write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"^{path}:2: {message}"):
+        corpus.run(config_of(path), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": ("web", "wiki")}, r"order: expected each of \['web'\] once, got \['web', 'wiki'\]"),
+        ({"sources": {}, "order": ()}, "sources: expected at least one"),
+        ({"sources": {"web": {"weight": 0.0}}}, "sources.web.weight: expected a positive share, got 0.0"),
+        ({"sources": {"web": {"weight": "1"}}}, "sources.web.weight: expected a float, got '1'"),
+        ({"sources": {"web": {"byte_budget": 0}}}, "sources.web.byte_budget: expected bytes above 0, got 0"),
+        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or a JSONL file, got 'none.jsonl'"),
+        ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
+        ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
+        ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
+        ({"deduplication": {"leak_ngram": 0}}, "config.deduplication: leak_ngram: expected at least 1, or None, got 0"),
+        ({"deduplication": {"near": {"threshold": 2.0}}}, "deduplication.near: threshold: expected a number between 0 and 1"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: expected a number between 0 and 1, got 1.0"),
+        ({"block_length": "long"}, "block_length: expected a int, got 'long'"),
+    ],
+)
+def test_a_wrong_corpus_config_is_refused(web, changes, message):
+    values = get_config("jsonl").to_dict()
+    values["sources"]["web"]["reader"] = str(web)
+    if "web" in changes.get("sources", {}):
+        values["sources"]["web"].update(changes["sources"]["web"])
+        changes = {k: v for k, v in changes.items() if k != "sources"}
+    with pytest.raises(ConfigError, match=message):
+        parse(corpus.CorpusConfig, {**values, **changes})
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "web.jsonl").touch()
+    with pytest.raises(ValueError, match="source 'web': 0 documents"):
+        corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
+    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default or jsonl"):
+        get_config("big")
+
+
+def test_two_sources_in_their_order_built_once(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ({"text": text(i)} for i in range(40)))
+    write_jsonl(tmp_path / "b.jsonl.gz", ({"text": text(i)} for i in range(30, 70)))
+    values = get_config("jsonl").to_dict() | {
         "sources": {
             "a": {"reader": str(tmp_path / "a.jsonl"), "weight": 3.0, "byte_budget": 10**6},
-            "b": {"reader": str(tmp_path / "b.jsonl.gz"), "weight": 1.0, "byte_budget": 1000},
+            "b": {"reader": str(tmp_path / "b.jsonl.gz"), "weight": 1.0, "byte_budget": 10**6},
         },
         "order": ("b", "a"), "vocab_size": 330, "block_length": 16, "total_tokens": 5000, "held_out_fraction": 0.1,
-        "held_out_minimum": 100, "held_out_maximum": 2000, "tokenizer_bytes": 100_000,
     }  # fmt: skip
-
-
-def test_it_builds_once_and_refuses_another_config(values, tmp_path):
-    config = parse(corpus.CorpusConfig, values)
-    manifest = corpus.run(config, tmp_path / "c")
+    manifest = corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "c")
     assert list(manifest["sources"]) == ["b", "a"] and manifest["sources"]["a"]["planned_tokens"] == 3750
-    read = manifest["sources"]["b"]["documents_read"]
-    texts = [len(d.text) for d in make_documents("b", 25)]
-    assert sum(texts[:read]) <= 1000 < sum(texts[: read + 1])
+    assert [s["duplicates"] for s in manifest["sources"].values()] == [0, 10]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
-    assert corpus.run(config, tmp_path / "c") == manifest
+    assert corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "c") == manifest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
     with pytest.raises(ConfigError, match="built with another config: block_length: 16 -> 8"):
         corpus.run(parse(corpus.CorpusConfig, {**values, "block_length": 8}), tmp_path / "c")
-
-
-@pytest.mark.parametrize(
-    "change, problem",
-    [
-        ({"order": ("a",)}, r"order: expected each of \['a', 'b'\] once"),
-        ({"held_out_fractoin": 0.1}, "did you mean 'held_out_fraction'"),
-        ({"sources": {}, "order": ()}, "sources: expected at least one"),
-    ],
-)
-def test_a_wrong_config_is_refused(values, change, problem):
-    with pytest.raises(ConfigError, match=problem):
-        parse(corpus.CorpusConfig, {**values, **change})
-
-
-@pytest.mark.parametrize(
-    "source, problem",
-    [
-        ({"reader": "nowhere.jsonl"}, r"sources.a.reader: expected 'installation' or a JSONL file, got 'nowhere"),
-        ({"reader": "installation"}, "sources.a: an installation has the sources reference, stdlib_docs"),
-        ({"weight": 0.0}, "sources.a.weight: expected a positive share"),
-        ({"byte_budget": 0}, "sources.a.byte_budget"),
-    ],
-)
-def test_a_wrong_source_is_refused(values, source, problem):
-    values["sources"]["a"] |= source
-    with pytest.raises(ConfigError, match=problem):
-        parse(corpus.CorpusConfig, values)
-
-
-@pytest.mark.parametrize("line, problem", [("{", "malformed JSON"), ('{"text": 3}', "text: expected a string")])
-def test_a_malformed_row_names_file_and_line_and_leaves_nothing(values, tmp_path, line, problem):
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"a\.jsonl:41: {problem}"):
-        corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "c")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.gz"]
 
 
 def test_the_command_on_this_installation(tmp_path):
@@ -98,13 +157,13 @@ def test_the_command_on_this_installation(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "llama_jax.corpus", "--config=configs/corpus.py:tiny", f"--output={tmp_path / 'c'}"]
         + [f"--config.{name}={value}" for name, value in {**small, **budgets}.items()],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = check_manifest(tmp_path / "c", Tokenizer(tmp_path / "c" / "tokenizer.model"))
     assert done.stdout.strip() == manifest["table"]
     assert tuple(manifest["sources"]) == names
-    assert manifest["config"]["vocab_size"] == 400
+    assert manifest["config"]["vocab_size"] == 400 and manifest["config"]["deduplication"]["leak_ngram"] == 8
     for name, counts in manifest["sources"].items():
         rows = [row for _, row in read_jsonl(tmp_path / "c" / "held_out" / f"{name}.jsonl")]
         assert len(rows) == counts["held_out_documents"] and {row["source"] for row in rows} == {name}

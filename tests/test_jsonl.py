@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from llama_jax.data import sources
-from llama_jax.data.files import atomic_write
+from llama_jax.files import atomic_write
 
 
 def user(text: str) -> dict:

@@ -1,4 +1,4 @@
-"""The build in one process: documents -> dedup -> split -> tokenizer -> blocks -> manifest, whole or not at all.
+"""The build in one process: documents -> duplicates -> split -> leaks -> tokenizer -> blocks -> manifest, whole or not at all.
 
 Layout of the result:
 
@@ -13,7 +13,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,26 @@ from llama_jax.corpus_build.blocks import write_blocks
 from llama_jax.corpus_build.dedup import content_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import write_manifest
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
+from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.split import Split, lines_seen, split
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Deduplication:
+    """What is taken out beside exact copies; None for none of it."""
+
+    near: NearDuplicates | None = None  # whole documents, before the split
+    leak_ngram: int | None = None  # words: train paragraphs that share such a run with a held-out document are cut
+    repeated_paragraph: int | None = None  # characters: of copies so long, the first stays; train documents only
+
+    def __post_init__(self):
+        for name in ("leak_ngram", "repeated_paragraph"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, or None, got {value}")
 
 
 def build_corpus(
@@ -41,6 +58,8 @@ def build_corpus(
     total_tokens: int | None = None,
     tokenizer_path: str | os.PathLike | None = None,
     tokenizer_bytes: int = 4_000_000,
+    deduplication: Deduplication = Deduplication(),
+    whole: Set[str] = frozenset(),
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -56,6 +75,8 @@ def build_corpus(
       held_out_maximum: bytes a source keeps for evaluation at most, in whole documents.
       total_tokens: of the planned training run, for the mixture table; the tokens of the corpus if None.
       tokenizer_bytes: size of the weighted sample that the tokenizer is trained on.
+      deduplication: near duplicates, leaks of held-out documents into training, repeated paragraphs.
+      whole: sources whose documents may not lose paragraphs (programs).
       config: plain JSON values to keep in the manifest.
 
     Raises:
@@ -70,7 +91,8 @@ def build_corpus(
         manifest = _build(
             documents_by_source, unfinished,
             vocab_size=vocab_size, block_length=block_length, weights=weights, total_tokens=total_tokens,
-            tokenizer_path=tokenizer_path, tokenizer_bytes=tokenizer_bytes, config=dict(config or {}), seed=seed,
+            tokenizer_path=tokenizer_path, tokenizer_bytes=tokenizer_bytes,
+            deduplication=deduplication, whole=whole, config=dict(config or {}), seed=seed,
             held_out={
                 "fraction": held_out_fraction, "minimum_bytes": held_out_minimum, "maximum_bytes": held_out_maximum
             },
@@ -92,17 +114,22 @@ def _build(
     total_tokens: int | None,
     tokenizer_path: str | os.PathLike | None,
     tokenizer_bytes: int,
+    deduplication: Deduplication,
+    whole: Set[str],
     config: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     for name in ("blocks", "held_out"):
         (directory / name).mkdir(parents=True)
     kept, duplicates = drop_duplicates(documents_by_source)
-    splits = split(kept, **held_out)
+    near = {source: {} for source in kept}
+    if deduplication.near:
+        kept, near = drop_near_duplicates(kept, deduplication.near)
+    splits, cuts = _clean_train(split(kept, **held_out), deduplication, whole)
     for source, part in splits.items():
         if not part.train or not part.held_out:
             raise ValueError(
-                f"source {source!r}: {len(kept[source])} documents leave {len(part.train)} to train on and "
+                f"source {source!r}: {len(kept[source])} documents without duplicates leave {len(part.train)} to train on and "
                 f"{len(part.held_out)} held out (of at most {held_out['maximum_bytes']:,} bytes); expected at least one each"
             )
 
@@ -128,9 +155,11 @@ def _build(
         }  # fmt: skip
         write_jsonl(directory / "held_out" / f"{source}.jsonl", map(dataclasses.asdict, part.held_out))
         counts[source] = {
-            # documents_read = duplicates + documents + held_out_documents + withheld_documents
-            "documents_read": len(kept[source]) + duplicates[source],
+            # The sum of: duplicates, near_duplicates, leaks, repeats, documents, held_out_documents, withheld_documents.
+            "documents_read": len(kept[source]) + len(near[source]) + duplicates[source],
             "duplicates": duplicates[source],
+            "near_duplicates": len(near[source]),
+            **{f"{kind}{what}": n for kind, cut in cuts[source].items() for what, n in cut.items()},
             **dataclasses.asdict(written["blocks"]),
             "bytes": _size(part.train),
             **{f"held_out_{name}": value for name, value in dataclasses.asdict(written["held_out"]).items()},
@@ -158,11 +187,47 @@ def _build(
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "block_length": block_length,
-            "table": mixture.table(shares),
+            "table": f"{cleaning_table(counts)}\n\n{mixture.table(shares)}",
             "config": config,
             "version": llama_jax.__version__,
         },
     )
+
+
+def cleaning_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What became of the documents of each source, and what the held-out ones have in common with those to train on."""
+    lines = [
+        f"{'source':<16}{'read':>8}{'exact':>8}{'near':>8}{'leak':>8}{'repeat':>8}{'cut kB':>8}{'withheld':>9}{'train':>8}"
+        f"{'held out':>9}{'lines seen':>11}"
+    ]
+    for source, row in counts.items():
+        lines.append(
+            f"{source:<16}{row['documents_read']:>8,}{row['duplicates']:>8,}{row['near_duplicates']:>8,}{row['leaks']:>8,}"
+            f"{row['repeats']:>8,}{(row['leaks_bytes'] + row['repeats_bytes']) / 1000:>8,.0f}{row['withheld_documents']:>9,}"
+            f"{row['documents']:>8,}{row['held_out_documents']:>9,}{row['held_out_lines_seen']:>11.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _clean_train(
+    splits: dict[str, Split], deduplication: Deduplication, whole: Set[str]
+) -> tuple[dict[str, Split], dict[str, dict[str, dict[str, int]]]]:
+    """The splits, train documents without what leaks or repeats, and what that took of each source."""
+    train = {source: part.train for source, part in splits.items()}
+    leaks = repeats = {source: Cut() for source in splits}
+    if deduplication.leak_ngram:
+        held_out = [d.text for part in splits.values() for d in part.held_out]
+        train, leaks = drop_leaks(train, held_out, ngram=deduplication.leak_ngram, whole=whole)
+    if deduplication.repeated_paragraph:
+        train, repeats = drop_repeats(train, shortest=deduplication.repeated_paragraph, whole=whole)
+    cuts = {
+        source: {
+            kind: {"": cut.documents, "_paragraphs": cut.paragraphs, "_bytes": cut.bytes}
+            for kind, cut in (("leaks", leaks[source]), ("repeats", repeats[source]))
+        }
+        for source in splits
+    }
+    return {s: dataclasses.replace(part, train=train[s]) for s, part in splits.items()}, cuts
 
 
 def _check(

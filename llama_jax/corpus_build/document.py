@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,3 +20,17 @@ class Document:
     source: str
     url: str = ""
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """A document that a step left out, and why."""
+
+    document: Document
+    step: str
+    rule: str  # the one that failed first
+    detail: str = ""  # the value that broke it
+
+
+# A step of cleaning: a pure function, so that a loop, a process pool and Beam can carry it alike.
+Step = Callable[[Document], Document | Removed]

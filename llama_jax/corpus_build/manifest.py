@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.files import atomic_write
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import atomic_write
 
 NAME = "manifest.json"
 FIELDS = ("sources", "tokenizer", "vocab_size", "block_length", "table", "config", "version", "files")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.dialog import check_messages
-from llama_jax.data.files import atomic_write
+from llama_jax.files import atomic_write
 
 RATINGS = ("significantly", "better", "slightly", "negligibly")  # degrees of preference, section 3.2.1
 SAFETY_BINS = ("chosen_safe", "both_safe", "both_unsafe")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_jax.data.files import atomic_write
+from llama_jax.files import atomic_write
 
 # Ids that every Llama tokenizer shares; the 256 byte pieces follow at 3..258. There is no pad piece (its id
 # is -1 in the model file): padding is id 0 with weight 0.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.data.files import atomic_write
 from llama_jax.evals.report_html import render_html
 from llama_jax.evals.report_sections import (
     SIMULATION_NOTE,
@@ -24,6 +23,7 @@ from llama_jax.evals.report_sections import (
     prompt_text,
 )
 from llama_jax.evals.targets import Target, check_targets, number
+from llama_jax.files import atomic_write
 
 # Keys that report.json always has; null where the stage was not run.
 _ACCURACY = dict.fromkeys(("all", "significantly", "better", "slightly", "negligibly"))

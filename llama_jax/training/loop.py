@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, differences
+from llama_jax.files import write_json
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.metrics import MetricWriter, Progress
@@ -51,17 +51,6 @@ def claim(workdir: Path, described: Mapping[str, Any]) -> None:
             )
         return
     write_json(path, described)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:

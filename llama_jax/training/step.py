@@ -25,19 +25,14 @@ def make_step(
         mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
 
-        def update(state: TrainState) -> TrainState:
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-            return state.replace(
-                params=optax.apply_updates(state.params, updates),
-                opt_state=opt_state,
-                skipped_in_a_row=jnp.zeros((), jnp.int32),
-            )
-
-        def skip(state: TrainState) -> TrainState:
-            return state.replace(skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
-
-        state = jax.lax.cond(finite, update, skip, state)
-        state = state.replace(step=state.step + 1)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updated = (optax.apply_updates(state.params, updates), opt_state)
+        # A choice leaf by leaf fuses with the update; a branch (`lax.cond`) would copy the whole state.
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state))
+        state = TrainState(
+            step=state.step + 1, params=kept[0], opt_state=kept[1],
+            skipped=state.skipped + ~finite, skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )  # fmt: skip
         means = {name: value.mean() for name, value in metrics.items()}
         means |= {
             "loss": mean, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row,

@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -21,3 +22,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

@@ -1,0 +1,142 @@
+"""Contamination of evaluation sets, as the paper analyses it (appendix A.6; fact sheet 2.6).
+
+A token of a sample is contaminated at minimum match L if it lies in a span of L tokens or more that also stands in the
+training data. A span begins with 10 equal tokens; after them up to 4 positions may differ (the skip-gram budget), and the
+last token is equal. Token ids are compared, not text.
+
+The paper searched suffix arrays of the corpus. Here the samples are what is indexed: their 10-grams fit in memory, and the
+training data stream past them once, so the work is linear and any number of workers share it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SEED = 10  # tokens without any mismatch that a span begins with
+BUDGET = 4  # positions of a span that may differ
+LENGTHS = (10, 20, 30, 40, 50)  # values of L
+_MULTIPLIER = np.uint64(6364136223846793005)
+_OFFSET = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """One line of the paper's Table 51."""
+
+    name: str
+    contamination: float  # mean share of contaminated tokens
+    samples: int
+    mean: float  # X, of the metric
+    expected: float  # mu_n
+    z: float  # (X - mu_n) / sigma_n; nan for a subset without samples, or a metric without variance
+
+
+class Index:
+    """The evaluation samples by their 10-grams, and the longest match of each of their tokens so far.
+
+    `longest[i]` is an int32 array over the tokens of sample i: the length of the longest span that covers the token.
+    """
+
+    def __init__(self, samples: Sequence[Sequence[int]]):
+        self.samples = [np.asarray(sample, np.int64) for sample in samples]
+        self.longest = [np.zeros(len(sample), np.int32) for sample in self.samples]
+        grams = [_grams(sample) for sample in self.samples]
+        keys = np.concatenate([np.zeros(0, np.uint64), *grams])
+        places = [(i, at) for i, gram in enumerate(grams) for at in range(len(gram))]
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        self._places = np.array(places, np.int64).reshape(-1, 2)[order]
+
+    def add(self, document: Sequence[int]) -> int:
+        """Matches one training document; returns how many of its tokens lie in a span that stands in a sample."""
+        document = np.asarray(document, np.int64)
+        grams = _grams(document)
+        if not len(grams) or not len(self._keys):
+            return 0
+        low = np.searchsorted(self._keys, grams, "left")
+        covered = np.zeros(len(document), bool)
+        for at in np.flatnonzero(self._keys[np.minimum(low, len(self._keys) - 1)] == grams):
+            for sample, start in self._places[low[at] : np.searchsorted(self._keys, grams[at], "right")]:
+                length = self._extend(self.samples[sample], int(start), document, int(at))
+                if length:
+                    span = self.longest[sample][start : start + length]
+                    np.maximum(span, length, out=span)
+                    covered[at : at + length] = True
+        return int(covered.sum())
+
+    @staticmethod
+    def _extend(sample: np.ndarray, start: int, document: np.ndarray, at: int) -> int:
+        """Length of the span from this seed; 0 where an earlier seed of the same run of equal tokens gives a longer one."""
+        if start and at and sample[start - 1] == document[at - 1]:
+            return 0
+        n = min(len(sample) - start, len(document) - at)
+        equal = sample[start : start + n] == document[at : at + n]
+        if not equal[:SEED].all():
+            return 0  # two 10-grams with one hash
+        wrong = np.flatnonzero(~equal)
+        end = int(wrong[BUDGET]) if len(wrong) > BUDGET else n
+        return int(np.flatnonzero(equal[:end])[-1]) + 1
+
+    def merge(self, other: "Index") -> None:
+        """Takes over what another index of the same samples has found in other documents."""
+        for mine, theirs in zip(self.longest, other.longest, strict=True):
+            np.maximum(mine, theirs, out=mine)
+
+    def contamination(self, length: int) -> np.ndarray:
+        """Share of contaminated tokens of each sample [samples] at minimum match `length`."""
+        return np.array([(longest >= length).mean() if len(longest) else 0.0 for longest in self.longest])
+
+
+def subsets(contamination: np.ndarray, scores: np.ndarray) -> list[Subset]:
+    """The four overlapping subsets of the samples, with the Z statistic of each.
+
+    Args:
+      contamination: share of contaminated tokens of each sample, [samples].
+      scores: the metric of each sample, [samples]: 0 or 1 for accuracy.
+    """
+    parts = {
+        "clean": contamination < 0.2,
+        "not clean": contamination >= 0.2,
+        "not dirty": contamination < 0.8,
+        "dirty": contamination >= 0.8,
+    }
+    mean, deviation = float(scores.mean()), float(scores.std())
+    rows = []
+    for name, chosen in parts.items():
+        n = int(chosen.sum())
+        found = float(scores[chosen].mean()) if n else math.nan
+        # Mean and deviation of the mean of n samples drawn from all: sqrt(p (1 - p) / n) for accuracy, which gives the
+        # paper's own Z values back.
+        z = (found - mean) / (deviation / math.sqrt(n)) if n and deviation else math.nan
+        rows.append(Subset(name, float(contamination[chosen].mean()) if n else 0.0, n, found, mean, z))
+    return rows
+
+
+def is_affected(rows: Sequence[Subset]) -> bool:
+    """The paper's verdict: |Z| > 2 for all four, negative without contamination and positive with it."""
+    signs = {"clean": -1, "not clean": 1, "not dirty": -1, "dirty": 1}
+    return all(row.z * signs[row.name] > 2 for row in rows)
+
+
+def analyse(index: Index, scores: np.ndarray, lengths: Sequence[int] = LENGTHS) -> tuple[int, list[Subset], bool]:
+    """The largest L that shows an effect, its subsets and True; where none does, the largest L that has any contamination."""
+    tables: Mapping[int, list[Subset]] = {length: subsets(index.contamination(length), scores) for length in lengths}
+    for length in sorted(lengths, reverse=True):
+        if is_affected(tables[length]):
+            return length, tables[length], True
+    touched = [length for length in lengths if index.contamination(length).any()] or [min(lengths)]
+    return max(touched), tables[max(touched)], False
+
+
+def _grams(ids: np.ndarray) -> np.ndarray:
+    """Hashes of the runs of SEED tokens [len(ids) - SEED + 1]."""
+    count = len(ids) - SEED + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * _OFFSET
+    hashes = np.zeros(count, np.uint64)
+    for k in range(SEED):
+        hashes = hashes * _MULTIPLIER + mixed[k : k + count]
+    return hashes

@@ -1,0 +1,127 @@
+"""Personal information (paper section 2.1: sites known to hold much of it about private people are left out).
+
+Three means: sites by block list, documents dense in addresses and numbers of people, and masks. What is found is counted by
+kind. Patterns find what has a form; names have none, so a block list stays the most important of the three.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+# Domains with the reason. A start, by what the sites are for; pass a file for more (`read_block_list`).
+BLOCKED_DOMAINS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("facebook.com", "instagram.com", "linkedin.com", "vk.com", "ok.ru", "myspace.com", "xing.com", "snapchat.com"),
+        "profiles of private people",
+    ),
+    **dict.fromkeys(
+        (
+            "whitepages.com", "spokeo.com", "beenverified.com", "intelius.com", "truepeoplesearch.com", "radaris.com",
+            "fastpeoplesearch.com", "peekyou.com", "mylife.com", "pipl.com", "zabasearch.com", "peoplefinders.com",
+            "411.com", "192.com", "anywho.com", "truthfinder.com", "instantcheckmate.com", "usphonebook.com",
+        ),
+        "people search",
+    ),
+    **dict.fromkeys(("mugshots.com", "arrests.org", "busted.news", "jailbase.com"), "arrest records"),
+    **dict.fromkeys(("ancestry.com", "myheritage.com", "geni.com", "findagrave.com", "legacy.com"), "family records"),
+    **dict.fromkeys(("match.com", "okcupid.com", "tinder.com", "pof.com", "badoo.com"), "dating profiles"),
+    **dict.fromkeys(("pastebin.com", "doxbin.com", "justpaste.it"), "leaked personal data"),
+    **dict.fromkeys(("rocketreach.co", "zoominfo.com", "contactout.com", "lusha.com", "signalhire.com"), "contact data"),
+}  # fmt: skip
+
+
+def read_block_list(lines: list[str], name: str = "block list") -> dict[str, str]:
+    """Domains and reasons from lines `domain<TAB>reason`; # begins a comment."""
+    blocked = {}
+    for number, line in enumerate(lines, start=1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        domain, tab, reason = line.partition("\t")
+        if not tab or not reason.strip() or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", domain.strip()):
+            raise ValueError(f"{name}:{number}: expected a domain, a tab and a reason, got {line!r}")
+        blocked[domain.strip().lower()] = reason.strip()
+    return blocked
+
+
+def blocked_reason(url: str, blocked: Mapping[str, str] = BLOCKED_DOMAINS) -> str | None:
+    """Why the site of `url` is on the list; the entry example.com holds for www.example.com too. None if it is not."""
+    host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").rstrip(".").lower()
+    parts = host.split(".")
+    for i in range(len(parts) - 1):
+        if reason := blocked.get(".".join(parts[i:])):
+            return reason
+    return None
+
+
+def find(text: str) -> dict[str, list[tuple[int, int]]]:
+    """Spans (start, end) of what looks like personal information, by kind; kinds without any are left out."""
+    found = {}
+    for kind, (hint, pattern, check) in _KINDS.items():
+        if hint(text):
+            spans = [m.span() for m in pattern.finditer(text) if check is None or check(m.group())]
+            if spans:
+                found[kind] = spans
+    return found
+
+
+def density(found: Mapping[str, list[tuple[int, int]]], text: str) -> float:
+    """Findings per 1,000 characters."""
+    return 1000 * sum(map(len, found.values())) / max(len(text), 1)
+
+
+def mask(text: str, found: Mapping[str, list[tuple[int, int]]]) -> str:
+    """The text with every finding replaced by its kind in brackets; of findings that overlap, the first."""
+    spans = sorted((start, end, kind) for kind, of_kind in found.items() for start, end in of_kind)
+    parts, at = [], 0
+    for start, end, kind in spans:
+        if start >= at:
+            parts += [text[at:start], f"[{kind}]"]
+            at = end
+    return "".join([*parts, text[at:]])
+
+
+def _luhn(number: str) -> bool:
+    digits = [int(c) for c in number if c.isdigit()]
+    odd, even = digits[-1::-2], [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
+    return 13 <= len(digits) <= 19 and (sum(odd) + sum(even)) % 10 == 0 and len(set(digits)) > 1
+
+
+def _iban(number: str) -> bool:
+    plain = re.sub(r"\s", "", number)
+    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+
+
+def _public_address(address: str) -> bool:
+    parts = [int(part) for part in address.split(".")]
+    private = parts[0] in (0, 10, 127, 255) or parts[:2] == [192, 168] or (parts[0] == 172 and 16 <= parts[1] < 32)
+    return max(parts) < 256 and not private and min(parts[0], 224) < 224
+
+
+def _phone(number: str) -> bool:
+    return 9 <= sum(c.isdigit() for c in number) <= 15
+
+
+_DIGIT = re.compile(r"\d").search
+_STREET = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|square|sq|terrace|way)"
+# A cheap look before the pattern, the pattern, a check of what it found.
+_KINDS: dict[str, tuple[Callable[[str], object], re.Pattern[str], Callable[[str], bool] | None]] = {
+    "email": (lambda t: "@" in t, re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,24}\b"), None),
+    "iban": (_DIGIT, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
+    "credit card": (_DIGIT, re.compile(r"\b[3-6]\d{3}[ -]?(?:\d{4}[ -]?){2}\d{1,7}\b|\b3\d{3}[ -]?\d{6}[ -]?\d{5}\b"), _luhn),
+    "identity number": (_DIGIT, re.compile(r"\b(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}\b"), None),
+    "phone": (
+        _DIGIT,
+        # International with +, or grouped as in North America; digits without any grouping are too often something else.
+        re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
+                   r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4})(?![\w.-]*\d)"),
+        _phone,
+    ),
+    "ip address": (_DIGIT, re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)"), _public_address),
+    "address": (
+        _DIGIT,
+        re.compile(rf"\b\d{{1,5}} (?:[NSEW]\.? )?(?:[A-Z][a-z]+ ){{1,3}}{_STREET}\b(?:[.,]? (?:apt|suite|unit) ?#?\w+)?",
+                   re.IGNORECASE),
+        lambda found: any(c.isupper() for c in found.split(maxsplit=1)[1]),
+    ),
+}  # fmt: skip

@@ -1,0 +1,288 @@
+"""Documents from files: JSONL, Parquet, TFRecord, ArrayRecord, WARC and WET, plain text, TFDS; compressed or not.
+
+A reader is named by a path or a pattern (`web/*.jsonl.zst`), local or of any file system that fsspec knows
+(`gs://bucket/...`), and its format follows from the name; `tfds://name:version?split=train` is a TFDS data set. A row that
+cannot be read comes as `BadRow`, for the caller to count: one torn line must not end a run over a billion.
+"""
+
+import bz2
+import dataclasses
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qs, urlsplit
+
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.extras import extra
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row, or the rest of a file, that could not be read."""
+
+    where: str  # file:line or file:record
+    problem: str
+
+
+Rows = Iterator[tuple[str, "dict[str, Any] | BadRow"]]
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What reading a damaged or foreign file raises.
+_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, struct.error)
+TFDS = "tfds://"
+
+
+def expand(pattern: str) -> list[str]:
+    """The files of a path or a pattern, sorted; a directory stands for every file of a known format below it.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if pattern.startswith(TFDS):
+        return [pattern]
+    if "://" in pattern:
+        system, path = extra("fsspec").core.url_to_fs(pattern)
+        found = system.find(path) if system.isdir(path) else system.glob(path)
+        scheme = pattern.partition("://")[0]
+        names = [f"{scheme}://{name.removeprefix(f'{scheme}://')}" for name in found]
+    elif Path(pattern).is_dir():
+        names = [str(path) for path in Path(pattern).rglob("*") if path.is_file()]
+    else:
+        names = glob.glob(pattern, recursive=True) or [pattern] * Path(pattern).is_file()
+    many = len(names) != 1 or names[0] != pattern
+    names = sorted(name for name in names if not many or format_of(name))
+    if not names:
+        raise FileNotFoundError(f"{pattern}: expected files to read ({', '.join(sorted(_FORMATS))}), found nothing")
+    return names
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file name speaks of, compression apart: `a/b.jsonl.gz` is "jsonl"."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and (suffixes[-1] in _OPENERS or suffixes[-1] == ".zst"):
+        suffixes.pop()
+    return suffixes[-1][1:] if suffixes and suffixes[-1][1:] in _FORMATS else None
+
+
+def read_file(path: str, source: str) -> Iterator[Document | BadRow]:
+    """The documents of one file, each with an id that names its file and place unless the row brings one."""
+    if path.startswith(TFDS):
+        rows = _tfds(path)
+    else:
+        kind = format_of(path)
+        if kind is None:
+            raise ValueError(f"{path}: expected a file of a known format ({', '.join(sorted(_FORMATS))})")
+        rows = _FORMATS[kind](path)
+    where = f"{path}:0"
+    try:
+        for where, row in rows:
+            yield row if isinstance(row, BadRow) else _document(row, where, source)
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        yield BadRow(where, f"the file cannot be read beyond this ({type(error).__name__}: {error})")
+
+
+def _document(row: dict[str, Any], where: str, source: str) -> Document | BadRow:
+    text, metadata = row.get("text"), row.get("metadata") or {}
+    if not isinstance(text, str) or not text.strip():
+        shown = text if text is None or isinstance(text, str) and len(text) < 40 else type(text).__name__
+        return BadRow(where, f"text: expected a string that is not blank, got {shown!r}")
+    if not isinstance(metadata, dict):
+        return BadRow(where, f"metadata: expected an object, got {metadata!r}")
+    module = metadata.get("module")  # documents of one module stay on one side of the split
+    if not isinstance(module, str | None):
+        return BadRow(where, f"metadata.module: expected a string, got {module!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return BadRow(where, f"text: an escape \\ud800 to \\udfff without its other half (character {error.start})")
+    key = row.get("id")
+    return Document(where if key is None else str(key), text, source, url=str(row.get("url") or ""), metadata=metadata)
+
+
+def open_binary(path: str) -> BinaryIO:
+    """The bytes of a file behind its compression (.gz, .bz2, .xz, .zst)."""
+    raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
+    suffix = Path(path).suffix.lower()
+    if suffix == ".zst":
+        return io.BufferedReader(extra("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return _OPENERS[suffix](raw, "rb") if suffix in _OPENERS else raw
+
+
+def _jsonl(path: str) -> Rows:
+    with open_binary(path) as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                yield where, BadRow(where, f"not UTF-8 (byte {error.start})")
+            except (ValueError, RecursionError) as error:
+                yield where, BadRow(where, f"malformed JSON: {error}")
+            else:
+                problem = None if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
+                yield where, BadRow(where, problem) if problem else row
+
+
+def _text(path: str) -> Rows:
+    with open_binary(path) as file:
+        data = file.read()
+    try:
+        yield f"{path}:1", {"id": path, "text": data.decode()}
+    except UnicodeDecodeError as error:
+        yield f"{path}:1", BadRow(f"{path}:1", f"not UTF-8 (byte {error.start})")
+
+
+def _parquet(path: str) -> Rows:
+    parquet = extra("pyarrow.parquet")
+    with open_binary(path) as file:
+        table = parquet.ParquetFile(file)
+        columns = [name for name in ("id", "text", "url", "metadata") if name in table.schema_arrow.names]
+        number = 0
+        for batch in table.iter_batches(batch_size=1000, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+
+
+def _tfrecord(path: str) -> Rows:
+    with open_binary(path) as file:
+        for number in itertools.count(1):
+            head = file.read(12)  # length and its checksum
+            if not head:
+                return
+            size = struct.unpack("<Q", head[:8])[0]
+            if size > 2**31:
+                raise ValueError(f"a record of {size:,} bytes")
+            record = file.read(size + 4)  # and the checksum of the record
+            if len(record) < size + 4:
+                raise EOFError(f"record {number} of {size:,} bytes is torn")
+            yield f"{path}:{number}", _record(record[:size], f"{path}:{number}")
+
+
+def _array_record(path: str) -> Rows:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path)
+    try:
+        for number in range(reader.num_records()):
+            (record,) = reader.read([number])
+            yield f"{path}:{number + 1}", _record(record, f"{path}:{number + 1}")
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    finally:
+        reader.close()
+
+
+def _record(record: bytes, where: str) -> dict[str, Any] | BadRow:
+    """A record as a row: a JSON object, or a tf.train.Example with a feature `text`."""
+    try:
+        if record[:1] == b"{":
+            return json.loads(record)
+        return _example(record)
+    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        return BadRow(where, f"expected a JSON object or a tf.train.Example: {error}")
+
+
+def _example(record: bytes) -> dict[str, str]:
+    """Byte features of a tf.train.Example, by its wire format: TensorFlow itself is not needed."""
+    row = {}
+    for features in _fields(record, 1):
+        for entry in _fields(features, 1):
+            name, value = next(_fields(entry, 1)).decode(), next(_fields(entry, 2), b"")
+            for bytes_list in _fields(value, 1):
+                for item in _fields(bytes_list, 1):
+                    row.setdefault(name, item.decode())
+    return row
+
+
+def _fields(message: bytes, number: int) -> Iterator[bytes]:
+    """The length-delimited fields `number` of a protocol buffer."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 2:
+            size = varint()
+            if at + size > len(message):
+                raise ValueError("a torn protocol buffer")
+            if key >> 3 == number:
+                yield message[at : at + size]
+            at += size
+        elif key & 7 == 0:
+            varint()
+        elif key & 7 in (1, 5):
+            at += 8 if key & 7 == 1 else 4
+        else:
+            raise ValueError("not a protocol buffer")
+
+
+def _warc(path: str) -> Rows:
+    """Responses of a WARC file as HTML (the step `extract` makes text of them), conversions of a WET file as text."""
+    archive, strings = extra("warcio.archiveiterator"), extra("resiliparse.parse.encoding")
+    raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
+    with raw as file:  # warcio undoes the compression, which is by record
+        for number, record in enumerate(archive.ArchiveIterator(file), start=1):
+            if record.rec_type not in ("response", "conversion"):
+                continue
+            if record.rec_type == "response":
+                kind = (record.http_headers.get_header("Content-Type") or "") if record.http_headers else ""
+                if "html" not in kind.lower():
+                    continue
+            body = record.content_stream().read()
+            text = body.decode("utf-8", "replace") if record.rec_type == "conversion" else strings.bytes_to_str(
+                body, strings.detect_encoding(body)
+            )  # fmt: skip
+            headers = record.rec_headers
+            metadata = {"date": headers.get_header("WARC-Date") or ""}
+            row = {"text": text, "url": headers.get_header("WARC-Target-URI") or "", "metadata": metadata}
+            yield f"{path}:{number}", {**row, "id": headers.get_header("WARC-Record-ID")}
+
+
+def _tfds(name: str) -> Rows:
+    """`tfds://name:version?split=train&text=field&dir=data_dir`, read without TensorFlow (`tfds.data_source`)."""
+    import tensorflow_datasets as tfds
+
+    parts = urlsplit(name.replace(TFDS, "tfds:///", 1))
+    options = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+    field = options.get("text", "text")
+    examples = tfds.data_source(parts.path[1:], split=options.get("split", "train"), data_dir=options.get("dir"))
+    for number, example in enumerate(examples, start=1):
+        value = example.get(field)
+        yield f"{name}:{number}", {"text": value.decode() if isinstance(value, bytes) else value}
+
+
+_FORMATS = {
+    "jsonl": _jsonl,
+    "json": _jsonl,
+    "ndjson": _jsonl,
+    "txt": _text,
+    "md": _text,
+    "rst": _text,
+    "parquet": _parquet,
+    "tfrecord": _tfrecord,
+    "tfrecords": _tfrecord,
+    "array_record": _array_record,
+    "arrayrecord": _array_record,
+    "warc": _warc,
+    "wet": _warc,
+}

@@ -1,0 +1,50 @@
+"""Word n-grams of a text as 64-bit hashes: what near duplicates and leaks are found by.
+
+A word is a run of letters, digits and underscores, in lower case; punctuation and layout do not count. The hashes are the
+same on every machine and in every process.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+
+_WORD = re.compile(r"\w+")
+_MULTIPLIER = np.uint64(6364136223846793005)  # Knuth's MMIX: odd, so no information is lost
+_LARGEST_CACHE = 1_000_000  # words: about 150 MB
+
+
+class _WordHashes(dict):
+    """Hash of a word, computed once for each word of the corpus; the frequent ones are nearly all of a text."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _LARGEST_CACHE:
+            self.clear()
+        value = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        self[word] = value
+        return value
+
+
+_HASHES = _WordHashes()
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """The words of a text in order, as uint64 [W]."""
+    words = _WORD.findall(text.lower())
+    return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
+
+
+def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """Hashes of all runs of `n` words [W - n + 1], in order; a text of fewer words is one run, one of none has none."""
+    if not len(words):
+        return words
+    n = min(n, len(words))
+    hashes = np.zeros(len(words) - n + 1, np.uint64)
+    for k in range(n):
+        hashes = hashes * _MULTIPLIER + words[k : k + len(hashes)]
+    return hashes
+
+
+def shingles(text: str, n: int) -> np.ndarray:
+    """The set of word n-grams of a text: sorted and without repeats."""
+    return np.unique(ngram_hashes(word_hashes(text), n))

@@ -1,0 +1,144 @@
+"""The cleaning of one document as a chain of named steps, each a pure function (paper section 2.1).
+
+A source names the steps it goes through, in their order: web pages all of them, books and documentation few. What a step
+learns stays in the document's metadata (`language`, `private`); what it leaves out comes back as `Removed`, with the reason.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from llama_jax.corpus_build import language, privacy, quality, text
+from llama_jax.corpus_build.document import Document, Removed, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanConfig:
+    """Settings of the steps; the limits are the published ones."""
+
+    extractor: str = "resiliparse"  # of `extract`: resiliparse, or trafilatura (slower, more precise)
+    gopher: quality.GopherLimits = quality.GopherLimits()
+    c4: quality.C4Limits = quality.C4Limits()
+    languages: tuple[str, ...] = ("en",)  # ISO 639 codes, and "unknown" for what is below the threshold
+    language_threshold: float = language.THRESHOLD
+    block_list: str | None = None  # a file of domains and reasons instead of the built-in list
+    private_density: float = 1.0  # findings per 1,000 characters from which on a document is left out
+    private_least: int = 3  # findings that a document is allowed whatever its length
+    mask: bool = False  # replace the findings in what stays
+
+    def __post_init__(self):
+        if self.extractor not in ("resiliparse", "trafilatura"):
+            raise ValueError(f"extractor: expected resiliparse or trafilatura, got {self.extractor!r}")
+        if not 0 < self.language_threshold <= 1:
+            raise ValueError(f"language_threshold: expected a number between 0 and 1, got {self.language_threshold}")
+        if self.block_list is not None and not Path(self.block_list).is_file():
+            raise ValueError(f"block_list: expected a file of domains and reasons, found nothing at {self.block_list!r}")
+
+
+def make_steps(names: Sequence[str], config: CleanConfig) -> list[Step]:
+    """The steps of a source. ValueError for a name that is none."""
+    for name in names:
+        if name not in STEPS:
+            raise ValueError(f"step {name!r} is unknown; expected some of {', '.join(STEPS)}")
+    return [STEPS[name](config) for name in names]
+
+
+def clean(document: Document, steps: Sequence[Step]) -> Document | Removed:
+    """The document after all steps, or what the first step that left it out said."""
+    for step in steps:
+        result = step(document)
+        if isinstance(result, Removed):
+            return result
+        document = result
+    return document
+
+
+def _with(document: Document, text_: str, **metadata) -> Document:
+    if text_ == document.text and not metadata:
+        return document
+    return dataclasses.replace(document, text=text_, metadata={**document.metadata, **metadata})
+
+
+def _extract(config: CleanConfig) -> Step:
+    def extract(document: Document) -> Document | Removed:
+        found = text.extract_text(document.text, extractor=config.extractor)
+        return _with(document, found) if found.strip() else Removed(document, "extract", "no_text")
+
+    return extract
+
+
+def _normalise(config: CleanConfig) -> Step:
+    del config
+
+    def normalise(document: Document) -> Document | Removed:
+        result = text.normalise(text.fix_mojibake(document.text))
+        return _with(document, result) if result.strip() else Removed(document, "normalise", "no_text")
+
+    return normalise
+
+
+def _rules(name: str, rule: Callable[[str], quality.Failure | None]) -> Step:
+    def check(document: Document) -> Document | Removed:
+        failure = rule(document.text)
+        return Removed(document, name, failure[0], f"{failure[1]:.4g}") if failure else document
+
+    return check
+
+
+def _gopher(config: CleanConfig) -> Step:
+    return _rules("gopher", lambda text_: quality.gopher_quality(text_, config.gopher))
+
+
+def _repetition(config: CleanConfig) -> Step:
+    return _rules("repetition", lambda text_: quality.gopher_repetition(text_, config.gopher))
+
+
+def _c4(config: CleanConfig) -> Step:
+    def c4(document: Document) -> Document | Removed:
+        kept, failure = quality.c4_lines(document.text, config.c4)
+        return Removed(document, "c4", failure[0], f"{failure[1]:.4g}") if failure else _with(document, kept)
+
+    return c4
+
+
+def _language(config: CleanConfig) -> Step:
+    def identify(document: Document) -> Document | Removed:
+        found, probability = language.identify(document.text, threshold=config.language_threshold)
+        document = _with(document, document.text, language=found)
+        return document if found in config.languages else Removed(document, "language", found, f"{probability:.2f}")
+
+    return identify
+
+
+def _privacy(config: CleanConfig) -> Step:
+    blocked: Mapping[str, str] = privacy.BLOCKED_DOMAINS
+    if config.block_list is not None:
+        blocked = privacy.read_block_list(Path(config.block_list).read_text().splitlines(), config.block_list)
+
+    def private(document: Document) -> Document | Removed:
+        if document.url and (reason := privacy.blocked_reason(document.url, blocked)):
+            return Removed(document, "privacy", "blocked_site", reason)
+        found = privacy.find(document.text)
+        if not found:
+            return document
+        counts = {kind: len(spans) for kind, spans in found.items()}
+        document = _with(document, document.text, private=counts)
+        density = privacy.density(found, document.text)
+        if density >= config.private_density and sum(counts.values()) > config.private_least:
+            return Removed(document, "privacy", "dense", f"{density:.2f} per 1,000 characters")
+        return _with(document, privacy.mask(document.text, found)) if config.mask else document
+
+    return private
+
+
+# In the order in which a web page goes through them: what is cheap and removes much comes first.
+STEPS: Mapping[str, Callable[[CleanConfig], Step]] = {
+    "extract": _extract,
+    "normalise": _normalise,
+    "language": _language,
+    "gopher": _gopher,
+    "repetition": _repetition,
+    "c4": _c4,
+    "privacy": _privacy,
+}
+WEB = ("normalise", "language", "gopher", "repetition", "c4", "privacy")

@@ -1,0 +1,54 @@
+"""How toxic the corpus is: scores of lines, averaged to documents, as in the paper's Fig. 13 (section 4.1).
+
+The paper takes HateBERT fine-tuned on ToxiGen; `TransformersClassifier` runs such a checkpoint. The default needs no download:
+a linear model over words that the package alt-profanity-check ships, trained on 200,000 comments labelled as clean or
+offensive. Nothing is filtered by these scores, here as in the paper.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llama_jax.corpus_build.extras import extra
+
+# Lines to probabilities [lines] between 0 and 1 of being toxic.
+Classifier = Callable[[Sequence[str]], np.ndarray]
+
+
+def word_classifier(lines: Sequence[str]) -> np.ndarray:
+    """The default classifier; about 2 MB/s."""
+    return np.asarray(_predict()(list(lines)), np.float64)
+
+
+class TransformersClassifier:
+    """A sequence classification checkpoint, such as one of HateBERT on ToxiGen, from a local directory or the hub."""
+
+    def __init__(self, checkpoint: str, *, toxic_label: int = 1, batch_size: int = 64, length: int = 128):
+        self._pipeline = extra("transformers").pipeline("text-classification", model=checkpoint, top_k=None)
+        self._label = self._pipeline.model.config.id2label[toxic_label]
+        self._options = {"batch_size": batch_size, "truncation": True, "max_length": length}
+
+    def __call__(self, lines: Sequence[str]) -> np.ndarray:
+        rows = self._pipeline(list(lines), **self._options)
+        return np.array([next(s["score"] for s in row if s["label"] == self._label) for row in rows], np.float64)
+
+
+def document_scores(texts: Sequence[str], classifier: Classifier = word_classifier) -> np.ndarray:
+    """Mean score of the lines of each text [texts], blank lines apart; 0 for a text without any."""
+    lines = [[line for line in text.split("\n") if line.strip()] for text in texts]
+    flat = [line for of_text in lines for line in of_text]
+    scores = classifier(flat) if flat else np.zeros(0)
+    ends = np.cumsum([len(of_text) for of_text in lines])
+    return np.array([part.mean() if len(part) else 0.0 for part in np.split(scores, ends[:-1])])
+
+
+def in_sample(text: str, share: float) -> bool:
+    """Whether a text is in the sample that is scored (the paper's is 10 %); by hash, so the same in every run."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"toxicity").digest()) < share * 2**64
+
+
+@functools.cache
+def _predict():
+    return extra("profanity_check").predict_prob

@@ -1,0 +1,179 @@
+"""Duplicates of the corpus: near duplicates by MinHash, repeated paragraphs, leaks of held-out text into training."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.near_duplicates import (
+    NearDuplicates,
+    band_keys,
+    clusters,
+    components,
+    drop_near_duplicates,
+    links,
+    signatures,
+)
+from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats, split_paragraphs
+from llama_jax.corpus_build.shingles import ngram_hashes, shingles, word_hashes
+
+VOCABULARY = [f"w{i}" for i in range(5000)]
+
+
+def words(seed: int, count: int) -> list[str]:
+    return random.Random(seed).choices(VOCABULARY, k=count)
+
+
+def changed(text: list[str], share: float, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [draw.choice(VOCABULARY) if draw.random() < share else word for word in text]
+
+
+def jaccard(a: str, b: str, n: int = 5) -> float:
+    x, y = ({tuple(t.split()[i : i + n]) for i in range(len(t.split()) - n + 1)} for t in (a, b))
+    return len(x & y) / len(x | y)
+
+
+# Shingles
+
+
+def test_shingles_are_the_set_of_word_ngrams():
+    text = "One two, three two\n one TWO (three)"
+    assert len(word_hashes(text)) == 7 and len(np.unique(word_hashes(text))) == 3
+    assert len(ngram_hashes(word_hashes(text), 3)) == 5
+    assert len(shingles(text, 3)) == 4  # "one two three" stands twice
+    assert shingles(text, 3).tolist() == sorted(shingles(text, 3).tolist())
+    assert set(shingles("one two three", 3)) < set(shingles(text, 3))
+    assert not set(shingles("two one three", 3)) & set(shingles(text, 3))
+    assert len(shingles("", 3)) == 0 and len(shingles("one two", 3)) == 1
+    # The same in every process: a constant, not Python's salted hash.
+    assert int(word_hashes("one")[0]) == 0xC915768BAADDF234
+
+
+def test_equal_places_estimate_the_jaccard_similarity():
+    settings = NearDuplicates(permutations=1024, bands=1)
+    base = words(0, 400)
+    for share in (0.02, 0.05, 0.1):
+        a, b = " ".join(base), " ".join(changed(base, share, seed=1))
+        estimate = float(np.equal(*signatures([a, b], settings)).mean())
+        assert estimate == pytest.approx(jaccard(a, b), abs=0.06)  # four sigmas
+
+
+# Near duplicates
+
+
+def test_recall_and_precision_on_planted_near_duplicates():
+    """200 originals, each with a copy whose similarity is known exactly; the threshold is 0.7."""
+    settings = NearDuplicates(threshold=0.7)
+    texts, truth = [], []
+    for i in range(200):
+        base = words(i, 300)
+        # From near-identical to clearly different; similarity of word 5-grams falls five times as fast as words change.
+        texts += [" ".join(base), " ".join(changed(base, (i % 10) * 0.008, seed=i))]
+        truth.append(jaccard(*texts[-2:]))
+    first = clusters(texts, settings)
+    found = [first[2 * i] == first[2 * i + 1] for i in range(200)]
+    assert all(first[2 * i] == 2 * i for i in range(200)), "two originals have nothing in common"
+    clear = [f for f, t in zip(found, truth) if t >= 0.8]
+    wrong = [f for f, t in zip(found, truth) if t < 0.6]
+    assert len(clear) > 50 and np.mean(clear) >= 0.98  # recall
+    assert len(wrong) > 30 and np.mean(wrong) <= 0.02  # precision
+    assert min(t for f, t in zip(found, truth) if f) > 0.5
+
+
+def test_links_and_components_by_hand():
+    signature = np.array([[1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 1, 9], [2, 2, 9, 9], [1, 1, 9, 9]])
+    assert links([0, 1, 2, 3, 4], signature, 0.75) == [(0, 2)]
+    assert links([0, 1, 2, 3, 4], signature, 0.5) == [(0, 2), (1, 3), (0, 4)]
+    assert components(6, [(4, 5), (0, 2), (2, 5)]) == [0, 1, 0, 3, 0, 0]
+    assert components(2, []) == [0, 1]
+
+
+def test_bands_cover_the_signature():
+    settings = NearDuplicates(permutations=8, bands=3)
+    keys = band_keys(np.arange(8, dtype=np.uint32), settings)
+    assert len(set(keys)) == 3 and settings.rows == 2
+    other = band_keys(np.array([0, 1, 9, 3, 9, 9, 6, 7], np.uint32), settings)
+    assert [a == b for a, b in zip(keys, other, strict=True)] == [True, False, False]
+    # Equal places in different bands must not meet.
+    assert len(set(band_keys(np.zeros(8, np.uint32), settings))) == 3
+
+
+def test_of_a_cluster_the_best_stays_whatever_the_order_of_reading():
+    base = words(1, 300)
+    a, b, c = (" ".join(changed(base, 0.004, seed=i)) for i in range(3))
+    documents = {
+        "wiki": [Document("w", b, "wiki"), Document("other", " ".join(words(2, 300)), "wiki")],
+        "web": [Document("long", c + " and more words", "web"), Document("short", a, "web"), Document("z", "tiny", "web")],
+    }
+    kept, dropped = drop_near_duplicates(documents, NearDuplicates())
+    assert {s: [d.id for d in of] for s, of in kept.items()} == {"wiki": ["w", "other"], "web": ["z"]}
+    assert dropped == {"wiki": {}, "web": {"long": "wiki:w", "short": "wiki:w"}}
+    kept, dropped = drop_near_duplicates({"web": documents["web"][::-1]}, NearDuplicates())
+    assert [d.id for d in kept["web"]] == ["z", "long"] and dropped == {"web": {"short": "web:long"}}
+
+
+def test_no_near_duplicates_among_nothing():
+    assert drop_near_duplicates({"a": []}, NearDuplicates()) == ({"a": []}, {"a": {}})
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"bands": 129}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        NearDuplicates(**wrong)
+
+
+# Paragraphs
+
+LONG = "a paragraph that is long enough to count as one of its own"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "a\n\nb", "a\n \n\t\n\nb\n\nc\n", "\n\na", "a\n\n"])
+def test_paragraphs_joined_are_the_text(text):
+    assert "".join(split_paragraphs(text)) == text
+    assert [p.strip() for p in split_paragraphs("a\n \nb\nc\n\n\nd")] == ["a", "b\nc", "d"]
+
+
+def test_a_repeated_paragraph_stands_once_where_it_came_first():
+    documents = {
+        "books": [Document(i, f"{LONG}\n\none\n\n{LONG} {i}\n", "books") for i in "12"],
+        "web": [Document("3", f"x\n\n  {LONG}\n2\n\nof its own\n", "web"), Document("4", f"{LONG}\n\nx", "web")],
+        "code": [Document("5", f"{LONG}\n\nx", "code")],
+    }
+    kept, cuts = drop_repeats(documents, shortest=40, least=5, whole={"code"})
+    texts = {d.id: d.text for of_source in kept.values() for d in of_source}
+    # White space does not make a difference, "one" is too short to count, "x" alone is too little, code stays whole.
+    assert texts == {
+        "1": documents["books"][0].text, "2": f"one\n\n{LONG} 2\n", "3": "x\n\nof its own\n", "5": f"{LONG}\n\nx"
+    }  # fmt: skip
+    assert cuts == {
+        "books": Cut(1, len(LONG) + 2, 0), "web": Cut(2, len(LONG) + 6 + len(LONG) + 3, 1), "code": Cut()
+    }  # fmt: skip
+    before = sum(len(d.text) for of in documents.values() for d in of)
+    assert before == sum(map(len, texts.values())) + sum(cut.bytes for cut in cuts.values())
+
+
+def test_what_shares_a_run_of_words_with_a_held_out_text_is_cut():
+    secret = " ".join(words(0, 40))
+    run, short = " ".join(secret.split()[10:18]).upper(), " ".join(secret.split()[10:17])
+    own = " ".join(words(1, 30))
+    documents = {
+        "web": [Document("1", f"{own}\n\nsee: {run}!\n\nend of it\n", "web"), Document("2", f"{own} {short} {own}\n", "web")],
+        "code": [Document("3", f"{own} {own} {own} {run}", "code"), Document("4", f"{own}\n\n{secret}", "code")],
+    }
+    kept, cuts = drop_leaks(documents, [secret, "other"], ngram=8, least=50, whole={"code"})
+    assert [d.text for d in kept["web"]] == [f"{own}\n\nend of it\n", documents["web"][1].text]
+    assert [d.id for d in kept["code"]] == ["3"]  # 1 of 91 runs; half of the other's
+    assert cuts["web"].paragraphs == 1 and cuts["code"] == Cut(0, len(documents["code"][1].text), 1)
+    assert drop_leaks(documents, [], ngram=8)[0] == documents
+
+
+def test_nothing_left_of_a_leak():
+    secret = [" ".join(words(i, 60)) for i in range(5)]
+    own = [" ".join(words(9 + i, 60)) for i in range(20)]
+    train = [Document(str(i), f"{own[i]}\n\n{secret[i % 5]}\n\n{secret[(i + 1) % 5]}", "s") for i in range(20)]
+    kept, _ = drop_leaks({"s": train}, secret, ngram=8)
+    runs = {run for text in secret for run in itertools.pairwise(text.split())}
+    assert len(kept["s"]) == 20 and not any(runs & set(itertools.pairwise(d.text.split())) for d in kept["s"])
