@@ -91,12 +91,11 @@ class Engine:
             )
 
         mesh = jax.sharding.get_mesh()
-        spread = not mesh.empty and mesh.size > 1
-        if spread and settings.slots % batch_shards(mesh):
+        if not mesh.empty and settings.slots % batch_shards(mesh):
             raise ValueError(f"engine: {settings.slots} slots do not divide over {batch_shards(mesh)} shards of the batch")
         # Without fixed layouts of its state, a program would be compiled again for what another one returned.
-        own = device.shardings(jax.eval_shape(empty), mesh) if spread else None
-        pair = (own, None) if spread else None
+        own = None if mesh.empty else device.shardings(jax.eval_shape(empty), mesh)
+        pair = None if mesh.empty else (own, None)
 
         def program(function, out, **options):
             return jax.jit(function, out_shardings=out, **options)
