@@ -36,10 +36,13 @@ from llama_jax.training.metrics import Progress
 HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"
 
 
-def make_engine(model: Model, settings: EngineConfig) -> Engine:
-    """An engine over a loaded language model, compiled; call it, and use it, inside `jax.set_mesh(model.mesh)`."""
+def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> Engine:
+    """An engine over a loaded language model, compiled; call it, and use it, inside `jax.set_mesh(model.mesh)`.
+
+    `int8` rounds the weights to 8 bits, which halves bfloat16's memory; the cache has a setting of its own.
+    """
     specs = table(model.config, head="lm_head")
-    weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute))(model.params)
+    weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute, int8=int8))(model.params)
     return Engine(model.config, weights, settings, compute=model.compute).warm_up()
 
 
@@ -214,7 +217,8 @@ def main() -> None:
     length = min(values.max_length or model.config.max_length, model.config.max_length)
     with jax.set_mesh(model.mesh):
         if piped:
-            engine = make_engine(model, EngineConfig(slots=values.slots, max_length=length))
+            settings = EngineConfig(slots=values.slots, max_length=length, int8_cache=values.int8_cache)
+            engine = make_engine(model, settings, int8=values.int8_weights)
             out, done = sys.stdout, 0
             if values.answers != "-":
                 done = resume(Path(values.answers))
@@ -229,9 +233,10 @@ def main() -> None:
             return
         terminal = sys.stdin.isatty()
         settings = EngineConfig(
-            slots=batch_shards(model.mesh), max_length=length, chunks=((32, 1), (256, 1)), steps=4 if terminal else 16
-        )
-        engine = make_engine(model, settings)
+            slots=batch_shards(model.mesh), max_length=length, chunks=((32, 1), (256, 1)), steps=4 if terminal else 16,
+            int8_cache=values.int8_cache,
+        )  # fmt: skip
+        engine = make_engine(model, settings, int8=values.int8_weights)
         dialog = Dialog(
             engine, model.tokenizer, system=values.system, max_tokens=min(values.max_tokens, length - 1), choice=choice,
             seed=values.seed,
@@ -274,6 +279,8 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 0.9, "nucleus")
     flags.DEFINE_integer("max_tokens", 256, "longest answer")
     flags.DEFINE_integer("max_length", 0, "tokens of a dialog; 0: the model's context")
+    flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
+    flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("seed", 1, "of the sampling")
     flags.DEFINE_integer("slots", 8, "requests answered together")
     flags.DEFINE_string("requests", "", "JSONL file of requests; -: standard input")

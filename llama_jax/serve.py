@@ -311,7 +311,10 @@ def main() -> None:
         raise ValueError(f"{values.checkpoint}: missing tokenizer: --tokenizer names one")
     length = min(values.max_length or model.config.max_length, model.config.max_length)
     with jax.set_mesh(model.mesh):
-        engine = make_engine(model, EngineConfig(slots=values.slots, max_length=length, steps=values.steps))
+        settings = EngineConfig(
+            slots=values.slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache
+        )
+        engine = make_engine(model, settings, int8=values.int8_weights)
     worker = Worker(engine, model.mesh, queue=values.queue)
     server = Server(
         worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,
@@ -331,6 +334,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429")
     flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context")
     flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say")
+    flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
+    flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host")
     flags.mark_flags_as_required(["checkpoint"])
     command.launch(main)

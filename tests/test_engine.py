@@ -100,6 +100,25 @@ def test_a_known_beginning_is_taken_over(weights, expected):
     assert engine.compilations == compiled
 
 
+def test_eight_bits_change_little(weights):
+    """Weights and cache in int8: the log-probabilities of forced tokens stay close, and the state is that much smaller."""
+    small = prepare(TREE, SPECS, compute=FLOAT32, int8=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(small))
+    assert size < 0.4 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    settings = dataclasses.replace(SETTINGS, int8_cache=True)
+    plain = Engine(MODEL, weights, SETTINGS, compute=FLOAT32)
+    rounded = Engine(MODEL, small, settings, compute=FLOAT32)
+    log_probs = []
+    for engine in (plain, rounded):
+        # The first token after each prompt: one that is forced by the key, where the two agree on it.
+        requests = engine.run(submit(engine, max_tokens=1))
+        log_probs.append({(i, request.tokens[0]): request.log_probs[0] for i, request in enumerate(requests)})
+    same = log_probs[0].keys() & log_probs[1].keys()
+    assert len(same) >= 10
+    differences = np.array([abs(log_probs[0][key] - log_probs[1][key]) for key in same])
+    assert 0 < differences.max() < 0.2
+
+
 def test_tokens_stream_as_they_are_drawn_and_a_callback_may_cancel(engine, expected):
     seen = []
 

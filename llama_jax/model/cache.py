@@ -1,35 +1,73 @@
 """The key-value cache of generation."""
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from llama_jax.model.config import ModelConfig
+from llama_jax.model.int8 import quantise
+from llama_jax.parallel.axes import constrain
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's keys and values of S slots a row, stored as the two contractions of attention read them.
+
+    On a CPU that makes attention eight times as fast as a common layout would.
+    """
+
+    keys: jax.Array  # [B, K, E, S]
+    values: jax.Array  # [B, K, S, E]
+    key_scales: jax.Array | None = None  # [B, K, S] float32, where keys and values are int8
+    value_scales: jax.Array | None = None
+
+    def store(self, key: jax.Array, value: jax.Array, put: Callable[[jax.Array, jax.Array, int], jax.Array]) -> "LayerCache":
+        """With new keys and values in it. # [B, T, K, E] x 2
+
+        `put(slots, new, axis)` writes the tokens of `new`, its axis 1, along `axis` of the slots.
+        """
+        if self.key_scales is None:
+            new = self.replace(
+                keys=put(self.keys, key.astype(self.keys.dtype), 3), values=put(self.values, value.astype(self.values.dtype), 2)
+            )
+        else:
+            k, v = quantise(key, -1), quantise(value, -1)
+            new = LayerCache(
+                keys=put(self.keys, k.values, 3), values=put(self.values, v.values, 2),
+                key_scales=put(self.key_scales, k.scales[..., 0], 2), value_scales=put(self.value_scales, v.scales[..., 0], 2),
+            )  # fmt: skip
+        return jax.tree.map(lambda x: constrain(x, "cache_rows", "act_kv_heads", *[None] * (x.ndim - 2)), new)
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of S slots a row. The token at position t stands in slot t, whatever the other rows hold.
+    """The cache of all layers, one array each, so that a step writes into it where it lies.
 
-    One array a layer, so that a step writes into it where it lies. Keys and values are stored as the two contractions of
-    attention read them, which on a CPU makes those eight times as fast as a common layout.
+    The token at position t stands in slot t, whatever the other rows hold.
     """
 
-    keys: tuple[jax.Array, ...]  # L x [B, K, E, S]
-    values: tuple[jax.Array, ...]  # L x [B, K, S, E]
+    layers: tuple[LayerCache, ...]  # L
     lengths: jax.Array  # [B] int32: the slots in use
 
     @property
     def slots(self) -> int:
         """S: how many tokens a row can hold."""
-        return self.keys[0].shape[-1]
+        return self.layers[0].keys.shape[-1]
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """A cache without content."""
-    B, K, E = batch, config.kv_heads, config.head_size
+    """A cache without content; with dtype int8, keys and values have scales."""
+    B, K, E, S = batch, config.kv_heads, config.head_size, slots
+
+    def scales():
+        return jnp.zeros((B, K, S), jnp.float32) if dtype == jnp.int8 else None
+
     return KVCache(
-        keys=tuple(jnp.zeros((B, K, E, slots), dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros((B, K, slots, E), dtype) for _ in range(config.layers)),
+        layers=tuple(
+            LayerCache(jnp.zeros((B, K, E, S), dtype), jnp.zeros((B, K, S, E), dtype), scales(), scales())
+            for _ in range(config.layers)
+        ),
         lengths=jnp.zeros((B,), jnp.int32),
     )

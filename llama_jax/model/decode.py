@@ -14,7 +14,8 @@ from llama_jax.model.attention import causal_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
-from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.int8 import Int8, product, quantise
+from llama_jax.model.layers import materialise, rms_norm, rope_angles, rotate
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 from llama_jax.parallel.vocabulary import look_up
@@ -22,24 +23,37 @@ from llama_jax.parallel.vocabulary import look_up
 Prepared = dict[str, Any]  # {"embedding", "layers": L x {...}, "final_norm", and "lm_head" unless it is the embedding}
 
 
-def prepare(params: Params, specs: Specs, *, compute: Compute) -> Prepared:
-    """The parameters as generation reads them: in the matmul type, gathered over fsdp, split over tensor, layer by layer."""
+# Of which axes each matrix's outputs are sums; those share a scale in 8 bits.
+_SUMMED = {
+    "query": (0,), "key": (0,), "value": (0,), "output": (0, 1), "gate": (0,), "up": (0,), "down": (0,), "kernel": (0,),
+    "embedding": (1,),
+}  # fmt: skip
+
+
+def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = False) -> Prepared:
+    """The parameters as generation reads them: in the matmul type, gathered over fsdp, split over tensor, layer by layer.
+
+    With `int8`, matrices are rounded to 8 bits (`model.int8`).
+    """
     mesh = jax.sharding.get_abstract_mesh()
 
     def place(spec, x):
         # A stack of vectors holds the weights of norms; they stay as they are.
-        if len([axis for axis in spec.axes if axis != "layers"]) > 1:
+        if len([axis for axis in spec.axes if axis != "layers"]) > 1 and not int8:
             x = x.astype(compute.matmul_dtype)
         if mesh.empty or mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, partition(spec.shape, spec.axes, DECODE, mesh))
 
+    def pack(name, x):
+        return quantise(x, _SUMMED[name]) if int8 and name in _SUMMED else x
+
     placed = jax.tree.map(place, specs, {name: params[name] for name in specs}, is_leaf=is_spec)
     trunk = placed["trunk"]
     layers = len(trunk["layers"]["query"])
-    cut = tuple({name: stack[layer] for name, stack in trunk["layers"].items()} for layer in range(layers))
-    prepared = {"embedding": trunk["embedding"], "layers": cut, "final_norm": trunk["final_norm"]}
-    return {**prepared, "lm_head": placed["lm_head"]["kernel"]} if "lm_head" in placed else prepared
+    cut = tuple({name: pack(name, stack[layer]) for name, stack in trunk["layers"].items()} for layer in range(layers))
+    prepared = {"embedding": pack("embedding", trunk["embedding"]), "layers": cut, "final_norm": trunk["final_norm"]}
+    return {**prepared, "lm_head": pack("kernel", placed["lm_head"]["kernel"])} if "lm_head" in placed else prepared
 
 
 def prefill(
@@ -50,11 +64,12 @@ def prefill(
     steps = jnp.arange(T)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
 
-    def attend(query, key, value, keys, values):
+    def attend(query, key, value, layer):
         # What lies behind a row's length is written over later, and never seen.
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, jnp.einsum("btke->bket", key), 0, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(values, jnp.einsum("btke->bkte", value), 0, axis=2)
-        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), keys, values
+        layer = layer.store(
+            key, value, lambda slots, new, axis: jax.lax.dynamic_update_slice_in_dim(slots, jnp.moveaxis(new, 1, axis), 0, axis)
+        )
+        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), layer
 
     x, cache = _layers(
         weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute
@@ -83,21 +98,19 @@ def extend(
     targets = jnp.where(steps < counts[:, None], positions, cache.slots)
     limit = jnp.max(lengths + counts)
 
-    def attend(query, key, value, keys, values):
+    def put(slots, new, axis):
         if rows is None:  # each row into its own: no device needs to look at another's rows
-            keys = jax.vmap(lambda slots, new, at: slots.at[:, :, at].set(new, mode="drop"))(
-                keys, jnp.einsum("btke->bket", key), targets
-            )
-            values = jax.vmap(lambda slots, new, at: slots.at[:, at].set(new, mode="drop"))(
-                values, jnp.einsum("btke->bkte", value), targets
-            )
-            seen = keys, values
-        else:
-            keys = keys.at[rows[:, None], :, :, targets].set(key, mode="drop")
-            values = values.at[rows[:, None], :, targets].set(value, mode="drop")
-            seen = keys[rows], values[rows]
+            at = (slice(None),) * (axis - 1)
+            return jax.vmap(
+                lambda slots, new, targets: slots.at[(*at, targets)].set(jnp.moveaxis(new, 0, axis - 1), mode="drop")
+            )(slots, new, targets)
+        return slots.at[(rows[:, None], *[slice(None)] * (axis - 1), targets)].set(new, mode="drop")
+
+    def attend(query, key, value, layer):
+        layer = layer.store(key, value, put)
+        seen = layer if rows is None else jax.tree.map(lambda x: x[rows], layer)
         # Attention reads far more than it computes: converting the cache would cost more than it saves.
-        return attend_cached(query, *seen, positions, limit, dtype=compute.activation_dtype), keys, values
+        return attend_cached(query, seen, positions, limit, dtype=compute.activation_dtype), layer
 
     x, cache = _layers(weights, tokens, positions, cache, attend, config=config, compute=compute)
     if rows is None:
@@ -109,45 +122,49 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
     """Next-token logits. # [B, D] -> float32 [B, V]"""
     with jax.named_scope("lm_head"):
         if "lm_head" in weights:
-            out = contract("bd,dv->bv", hidden, weights["lm_head"], compute.matmul_dtype)
+            out = product("bd,dv->bv", hidden, weights["lm_head"], compute.matmul_dtype)
         else:
-            out = contract("bd,vd->bv", hidden, weights["embedding"], compute.matmul_dtype)
+            out = product("bd,vd->bv", hidden, weights["embedding"], compute.matmul_dtype)
         return constrain(out, "batch", "act_vocab")
 
 
 def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
-    """All blocks and the final norm. `attend(query, key, value, keys, values)` gives the heads' results and the layer's slots
-    with the new keys and values in them."""
+    """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
+    new keys and values in it."""
     angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
     with jax.named_scope("embedding"):
-        x = look_up(weights["embedding"], tokens, compute.activation_dtype)
-    keys, values = [], []
-    for layer, *slots in zip(weights["layers"], cache.keys, cache.values):
-        x, layer_keys, layer_values = _block(x, layer, angles, slots, attend, config=config, compute=compute)
-        keys.append(layer_keys)
-        values.append(layer_values)
+        embedding = weights["embedding"]
+        if isinstance(embedding, Int8):
+            x = look_up(embedding.values, tokens, jnp.float32) * look_up(embedding.scales, tokens, jnp.float32)
+            x = x.astype(compute.activation_dtype)
+        else:
+            x = look_up(embedding, tokens, compute.activation_dtype)
+    layers = []
+    for matrices, layer in zip(weights["layers"], cache.layers):
+        x, layer = _block(x, matrices, angles, layer, attend, config=config, compute=compute)
+        layers.append(layer)
     x = rms_norm(x, weights["final_norm"], eps=config.norm_eps)
-    return x, cache.replace(keys=tuple(keys), values=tuple(values))
+    return x, cache.replace(layers=tuple(layers))
 
 
-def _block(x, layer, angles, slots, attend, *, config: ModelConfig, compute: Compute):
-    keys, values = slots
-    project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
+def _block(x, matrices, angles, layer, attend, *, config: ModelConfig, compute: Compute):
+    multiply = functools.partial(product, dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
-        query = rotate(project(normed, layer["query"]), angles)
-        key = rotate(project(normed, layer["key"]), angles)
-        value = project(normed, layer["value"])
+        normed = rms_norm(x, matrices["attention_norm"], eps=config.norm_eps)
+        query = rotate(multiply("btd,dhe->bthe", normed, matrices["query"]), angles)
+        key = rotate(multiply("btd,dhe->bthe", normed, matrices["key"]), angles)
+        value = multiply("btd,dhe->bthe", normed, matrices["value"])
         query = constrain(query, "batch", "length", "act_heads", None)
-        key = constrain(key, "batch", "length", "act_kv_heads", None).astype(keys.dtype)
-        value = constrain(value, "batch", "length", "act_kv_heads", None).astype(values.dtype)
-        heads, keys, values = attend(query, key, value, keys, values)
-        keys = constrain(keys, "cache_rows", "act_kv_heads", None, None)
-        values = constrain(values, "cache_rows", "act_kv_heads", None, None)
-        x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
+        key = constrain(key, "batch", "length", "act_kv_heads", None).astype(x.dtype)
+        value = constrain(value, "batch", "length", "act_kv_heads", None).astype(x.dtype)
+        heads, layer = attend(query, key, value, layer)
+        x = x + multiply("bthe,hed->btd", heads, matrices["output"]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):
-        normed = rms_norm(x, layer["ffn_norm"], eps=config.norm_eps)
-        x = x + swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype)
+        normed = rms_norm(x, matrices["ffn_norm"], eps=config.norm_eps)
+        gated = jax.nn.silu(multiply("btd,df->btf", normed, matrices["gate"]).astype(x.dtype))
+        hidden = gated * multiply("btd,df->btf", normed, matrices["up"]).astype(x.dtype)
+        hidden = constrain(hidden, "batch", "length", "act_ffn")
+        x = x + multiply("btf,fd->btd", hidden, matrices["down"]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
-    return x, keys, values
+    return x, layer

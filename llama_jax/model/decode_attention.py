@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.cache import LayerCache
+
 # Large enough to vanish in float32's softmax; finite, so that a row that sees nothing gives no NaN.
 _MASKED = -1e30
 
@@ -18,14 +20,13 @@ def round_up(slots: int) -> int:
 
 
 def attend_cached(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, limit: jax.Array, *, dtype: jnp.dtype
+    query: jax.Array, cache: LayerCache, positions: jax.Array, limit: jax.Array, *, dtype: jnp.dtype
 ) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v, where the query at position p sees slots 0..p and H / K query heads share a key head.
 
     Args:
       query: # [B, T, H, E]
-      keys: S is at most 256 or a multiple of 128. # [B, K, E, S]
-      values: # [B, K, S, E]
+      cache: its keys and values; S is at most 256 or a multiple of 128.
       positions: # int32 [B, T]
       limit: no position reaches it; slots behind it need not be read. # int32 []
       dtype: operand type of the two contractions.
@@ -34,30 +35,32 @@ def attend_cached(
       float32 [B, T, H, E]
     """
     B, T, H, E = query.shape
-    K, S = keys.shape[1], keys.shape[-1]
+    K, S = cache.values.shape[1:3]
     # The queries that share a key head are the M rows of one matrix product.
     rows = jnp.einsum("btkre->bkrte", query.reshape(B, T, K, H // K, E)).reshape(B, K, H // K * T, E).astype(dtype)
     positions = jnp.tile(positions, (1, H // K))[:, None, :, None]  # [B, 1, M, 1]
 
-    def block(start, keys, values):
-        """Scores and values of the slots from `start`."""
-        scores = jnp.einsum("bkme,bkes->bkms", rows, keys.astype(dtype), preferred_element_type=jnp.float32) * E**-0.5
-        return jnp.where(start + jnp.arange(keys.shape[-1]) <= positions, scores, _MASKED), values.astype(dtype)
+    def score(start, part):
+        """Scores of the slots that `part` holds, which begin at `start`. # [B, K, M, slots]"""
+        scores = jnp.einsum("bkme,bkes->bkms", rows, part.keys.astype(dtype), preferred_element_type=jnp.float32)
+        scores = scores * E**-0.5 if part.key_scales is None else scores * (part.key_scales * E**-0.5)[:, :, None]
+        return jnp.where(start + jnp.arange(scores.shape[-1]) <= positions, scores, _MASKED)
 
-    def weigh(weights, values):
-        return jnp.einsum("bkms,bkse->bkme", weights.astype(dtype), values, preferred_element_type=jnp.float32)
+    def weigh(weights, part):
+        if part.value_scales is not None:
+            weights = weights * part.value_scales[:, :, None]
+        return jnp.einsum(
+            "bkms,bkse->bkme", weights.astype(dtype), part.values.astype(dtype), preferred_element_type=jnp.float32
+        )
 
     if S <= _WHOLE:
-        scores, values = block(0, keys, values)
-        out = weigh(jax.nn.softmax(scores, axis=-1), values)
+        out = weigh(jax.nn.softmax(score(0, cache), axis=-1), cache)
     else:
 
         def step(i, carry):  # softmax on line: sums are kept relative to the largest score so far
             top, mass, out = carry
-            at = i * BLOCK
-            scores, part = block(
-                at, jax.lax.dynamic_slice_in_dim(keys, at, BLOCK, 3), jax.lax.dynamic_slice_in_dim(values, at, BLOCK, 2)
-            )
+            part = _slots(cache, i * BLOCK)
+            scores = score(i * BLOCK, part)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             return new_top, mass * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + weigh(weights, part)
@@ -67,3 +70,12 @@ def attend_cached(
         _, mass, out = jax.lax.fori_loop(0, (limit + BLOCK - 1) // BLOCK, step, start)
         out = out / jnp.maximum(mass, 1e-30)
     return jnp.einsum("bkrte->btkre", out.reshape(B, K, H // K, T, E)).reshape(B, T, H, E)
+
+
+def _slots(cache: LayerCache, start: jax.Array) -> LayerCache:
+    """The block of slots from `start`."""
+
+    def cut(x, axis):
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
+
+    return LayerCache(cut(cache.keys, 3), cut(cache.values, 2), cut(cache.key_scales, 2), cut(cache.value_scales, 2))

