@@ -81,7 +81,7 @@ def test_documents_of_a_file_keep_their_fields_up_to_the_budget(web):
         ('{"txt": "a"}', "text: expected a string that is not blank, got None"),
         ('{"text": " "}', "text: expected a string that is not blank, got ' '"),
         ('{"text": ["a"]}', "text: expected a string that is not blank"),
-        ('{"text": "a\\ud800"}', "an escape"),
+        ('{"text": "a\\ud800"}', "text: an escape"),
         ('{"text": "a", "metadata": []}', r"metadata: expected an object, got \[\]"),
         ('{"text": "a", "metadata": {"module": ["m"]}}', r"metadata.module: expected a string, got \['m'\]"),
     ],
@@ -102,7 +102,7 @@ def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, m
         ({"sources": {"web": {"weight": 0.0}}}, "sources.web.weight: expected a positive share, got 0.0"),
         ({"sources": {"web": {"weight": "1"}}}, "sources.web.weight: expected a float, got '1'"),
         ({"sources": {"web": {"byte_budget": 0}}}, "sources.web.byte_budget: expected bytes above 0, got 0"),
-        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or a JSONL file, got 'none.jsonl'"),
+        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or files; none.jsonl: expected"),
         ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
         ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
         ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
@@ -126,7 +126,7 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "web.jsonl").touch()
     with pytest.raises(ValueError, match="source 'web': 0 documents"):
         corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
-    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default or jsonl"):
+    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default, jsonl or web"):
         get_config("big")
 
 

@@ -91,7 +91,8 @@ def read_file(path: str, source: str) -> Iterator[Document | BadRow]:
 
 
 def _document(row: dict[str, Any], where: str, source: str) -> Document | BadRow:
-    text, metadata = row.get("text"), row.get("metadata") or {}
+    text, metadata = row.get("text"), row.get("metadata", {})
+    metadata = {} if metadata is None else metadata  # as Parquet has it
     if not isinstance(text, str) or not text.strip():
         shown = text if text is None or isinstance(text, str) and len(text) < 40 else type(text).__name__
         return BadRow(where, f"text: expected a string that is not blank, got {shown!r}")
