@@ -31,6 +31,7 @@ class Profile:
     lengths: Counter = dataclasses.field(default_factory=Counter)  # bin of log10 bytes -> documents
     sites: Counter = dataclasses.field(default_factory=Counter)
     private: Counter = dataclasses.field(default_factory=Counter)  # kind -> findings
+    removed_languages: Counter = dataclasses.field(default_factory=Counter)  # by the language step
     bad_rows: list = dataclasses.field(default_factory=list)  # "where: problem"
     analysed: int = 0  # documents that the following count
     languages: Counter = dataclasses.field(default_factory=Counter)
@@ -52,6 +53,8 @@ class Profile:
         """Counts a document that a step left out, and keeps a sample of them, drawn by hash."""
         rule, document = (removed.step, removed.rule), removed.document
         self.removed[rule] += 1
+        if removed.step == "language":
+            self.removed_languages[document.metadata["language"]] += 1
         self.removed_bytes[rule] += len(document.text.encode(errors="replace"))
         self.private.update(document.metadata.get("private", {}))
         excerpt = document.text[:_EXCERPT].encode(errors="replace").decode()

@@ -166,17 +166,23 @@ def _lengths(profiles: Mapping[str, Profile]) -> str:
 
 
 def _languages(whole: Profile) -> str:
-    total = sum(whole.languages.values())
-    if not total:
+    total, removed = sum(whole.languages.values()), sum(whole.removed_languages.values())
+    if not total and not removed:
         return ""
+    both = whole.languages + whole.removed_languages
     rows = [
-        (name, count, [f"{count:,}", f"{100 * count / total:.2f}", _paper(PAPER_LANGUAGES.get(name))])
-        for name, count in whole.languages.most_common(28)
-    ]
+        (
+            name, count,
+            [f"{whole.removed_languages[name]:,}", f"{whole.languages[name]:,}",
+             f"{100 * whole.languages[name] / max(total, 1):.2f}", _paper(PAPER_LANGUAGES.get(name))],
+        )
+        for name, count in both.most_common(28)
+    ]  # fmt: skip
     return html.section(
         "Languages (Table 10)",
-        f"fastText's verdict on {total:,} documents to train on; unknown is below probability 0.5, and code is part of that.",
-        html.bars(["language", "documents", "%", "paper %"], rows),
+        f"fastText's verdict on {total:,} documents to train on, and on {removed:,} that the language step removed; unknown is "
+        "below its probability, and code is part of that.",
+        html.bars(["language", "removed", "to train on", "%", "paper %"], rows),
     )
 
 

@@ -32,7 +32,8 @@ p { margin: 0 0 1em; color: var(--soft); max-width: 80ch; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 600; font-size: .8rem; white-space: nowrap; }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, td.text { text-align: left; }
+td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
 td.bar { width: 38%; min-width: 120px; }
 td.bar div { height: 12px; border-radius: 3px; background: var(--bar); min-width: 1px; }
 tr:last-child td { border-bottom: 0; }

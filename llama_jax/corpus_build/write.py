@@ -180,7 +180,7 @@ def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
     return {
         "documents_read": filtered + part.unique + part.counts["duplicates"] + part.counts["near_duplicates"],
         "bad_rows": len(profile.bad_rows),
-        "bad_rows_named": profile.bad_rows[:_BAD_ROWS_NAMED],
+        "bad_rows_named": sorted(profile.bad_rows)[:_BAD_ROWS_NAMED],
         "filtered": filtered,
         "filtered_by": {f"{step}: {rule}": n for (step, rule), n in sorted(profile.removed.items())},
         **part.counts,
