@@ -138,7 +138,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def test_the_documents_of_a_shard_come_back(corpus):
     tokenizer = Tokenizer(corpus / "tokenizer.model")
-    shards = sorted((corpus / "blocks").iterdir())
+    shards = sorted((corpus / "blocks").glob("*.array_record"))
     texts = [tokenizer.decode(ids.tolist()) for shard in shards for ids in command.corpus_documents(shard)]
     assert len(shards) == 3 and len(texts) == json.loads((corpus / "manifest.json").read_text())["sources"]["web"]["documents"]
     assert all(len(text.split()) == 120 for text in texts)
@@ -146,7 +146,7 @@ def test_the_documents_of_a_shard_come_back(corpus):
 
 def test_the_command_finds_planted_samples(corpus, tmp_path):
     tokenizer = Tokenizer(corpus / "tokenizer.model")
-    documents = [ids for shard in (corpus / "blocks").iterdir() for ids in command.corpus_documents(shard)]
+    documents = [ids for shard in (corpus / "blocks").glob("*.array_record") for ids in command.corpus_documents(shard)]
     texts = [tokenizer.decode(ids.tolist()) for ids in documents]
     draw = random.Random(1)
     rows = [{"text": texts[i], "score": 1} for i in range(40)]

@@ -46,8 +46,9 @@ def config(tmp_path) -> corpus.CorpusConfig:
             "code": {"reader": str(tmp_path / "code.jsonl"), "weight": 1.0, "whole": True, **source},
             "web": {"reader": str(tmp_path / "web-*"), "weight": 2.0, **source},
         },
-        "order": ("docs", "code", "web"), "vocab_size": 360, "block_length": 32, "held_out_fraction": 0.1, "total_tokens": 10_000,
-        "held_out_minimum": 3000, "held_out_maximum": 8000, "shards": 2, "max_bad_rows": 1, "analyses": ("demographics",),
+        "order": ("docs", "code", "web"), "vocab_size": 360, "block_length": 32, "total_tokens": 10_000,
+        "held_out_fraction": 0.1, "held_out_minimum": 3000, "held_out_maximum": 8000, "shards": 2, "max_bad_rows": 1,
+        "analyses": ("demographics",),
     }  # fmt: skip
     return parse(corpus.CorpusConfig, values)
 

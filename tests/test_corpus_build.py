@@ -232,20 +232,47 @@ def test_the_manifest_says_what_the_corpus_is(built, tokenizer):
     assert manifest["tokenizer"] == tokenizer.fingerprint and manifest["config"] == {"name": "test"}
     assert (manifest["vocab_size"], manifest["block_length"]) == (400, 32) == (tokenizer.vocab_size, 32)
     on_disk = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert set(manifest["files"]) == on_disk and len(on_disk) == 8
+    assert set(manifest["files"]) == on_disk and len(on_disk) == 10
     assert [s["share"] for s in manifest["sources"].values()] == [0.25, 0.75]
     assert [s["planned_tokens"] for s in manifest["sources"].values()] == [10_000, 30_000]
     for source in manifest["sources"].values():
         assert source["epochs"] == pytest.approx(source["planned_tokens"] / source["tokens"])
 
 
+def test_tfds_reads_the_blocks(built, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    build(tmp_path / "sharded", shards=3)
+    for directory in (built, tmp_path / "sharded"):
+        sources = read_manifest(directory)["sources"]
+        builder = tfds.builder_from_directory(str(directory / "blocks"))
+        for name, counts in sources.items():
+            examples = builder.as_data_source(name)
+            assert len(examples) == counts["blocks"] == sum(counts["shards"].values())
+            rows = [np.asarray(example["tokens"])[: example["length"]].tolist() for example in examples]
+            assert sum(len(row) - 1 for row in rows) == counts["targets"]
+            files = [directory / shard for shard in counts["shards"]]
+            blocks = BlockSource({name: files}, {name: 1.0}, 1, 0).eval_batches()
+            assert [row[:-1] for row in rows] == [b.tokens[0, : int(b.weights.sum())].tolist() for b in blocks]
+
+
+def test_shards_hold_every_document_once_and_their_number_changes_no_decision(built, tokenizer, tmp_path):
+    many = build(tmp_path / "many", shards=40, tokenizer_path=str(tokenizer.path))["sources"]
+    for name, counts in read_manifest(built)["sources"].items():
+        assert len(many[name]["shards"]) == 40 and 0 in many[name]["shards"].values()  # some hold nothing
+        assert many[name]["targets"] == counts["tokens"] - sum(blocks > 0 for blocks in many[name]["shards"].values())
+        assert {k: counts[k] for k in ("documents", "tokens", "bytes", "held_out_tokens")} == {
+            k: many[name][k] for k in ("documents", "tokens", "bytes", "held_out_tokens")
+        }
+        files = [tmp_path / "many" / shard for shard in many[name]["shards"]]
+        source = BlockSource({name: files}, {name: 1.0}, 4, 0)
+        assert source.num_blocks == {name: many[name]["blocks"]} and source.batch(0).tokens.shape == (4, 32)
+
+
 def test_two_builds_are_the_same_bytes(built, tmp_path):
-    again = build(tmp_path / "again", config={"name": "test"}, total_tokens=40_000)
-    assert again["tokenizer"] == read_manifest(built)["tokenizer"] and again["sources"] == read_manifest(built)["sources"]
-    for path in built.rglob("*.jsonl"):
+    documents = {name: of_source[::-1] for name, of_source in corpus_documents().items()}  # the order of reading is nothing
+    build(tmp_path / "again", documents, config={"name": "test"}, total_tokens=40_000)
+    for path in built.rglob("*.*"):
         assert (tmp_path / "again" / path.relative_to(built)).read_bytes() == path.read_bytes()
-    for path in built.rglob("*.array_record"):
-        assert targets_of(tmp_path / "again" / path.relative_to(built)) == targets_of(path)
 
 
 def test_a_given_tokenizer_is_used(built, tokenizer, tmp_path):

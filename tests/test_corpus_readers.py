@@ -51,10 +51,8 @@ def test_jsonl_behind_every_compression(tmp_path, suffix, pack):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "x.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "x.parquet")
     check(tmp_path / "x.parquet")
 
 

@@ -58,7 +58,7 @@ def choose(
     """
     candidates = sorted(candidates, key=lambda c: (c.position, c.key))
     least = min(minimum_bytes, LARGEST_SHARE * whole)
-    small = sum(c.size for c in candidates if c.position < fraction) < least
+    small = sum(c.size for c in candidates if c.position < fraction and c.size <= maximum_bytes) < least
     held_out, beyond, used = set(), set(), 0
     for document in candidates:
         fits = used + document.size <= maximum_bytes

@@ -1,6 +1,7 @@
 """Refined documents to the files of a corpus: tokenizer, token blocks, held-out texts, report, manifest."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined
 from llama_jax.corpus_build.report import write_report
 from llama_jax.corpus_build.tables import cleaning_table
+from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from llama_jax.corpus_build.build import Settings
@@ -43,7 +46,7 @@ def write_corpus(
         counts[source] = {
             **source_counts(part, profiles[source]),
             **summed(shards.values()),
-            "shards": [f"blocks/{name}" for name in shards],
+            "shards": {f"blocks/{name}": shard.blocks for name, shard in shards.items()},
             **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
         }
     return finish(counts, profiles, directory, tokenizer, settings, config=config)
@@ -72,6 +75,7 @@ def finish(
     for share in shares:
         counts[share.source] |= {"share": share.share, "planned_tokens": share.planned_tokens, "epochs": share.epochs}
     write_report(directory / "report.html", counts, profiles, shares)
+    write_tfds_metadata(directory / "blocks", counts, tokenizer.vocab_size, settings)
     return write_manifest(
         directory,
         {
@@ -84,6 +88,39 @@ def finish(
             "version": llama_jax.__version__,
         },
     )
+
+
+def write_tfds_metadata(
+    directory: Path, counts: Mapping[str, Mapping[str, Any]], vocab_size: int, settings: "Settings"
+) -> None:
+    """What makes `blocks/` a data set of TFDS with a split for each source:
+
+    tfds.builder_from_directory("corpus/blocks").as_data_source("books")
+    """
+    kind = "tensorflow_datasets.core.features"
+    scalar = {"pythonClassName": f"{kind}.scalar.Scalar", "tensor": {"dtype": "int64", "encoding": "none", "shape": {}}}
+    shape = {"dimensions": [str(settings.block_length + 1)]}
+    tokens = {
+        "pythonClassName": f"{kind}.tensor_feature.Tensor",
+        "tensor": {"dtype": item_type(vocab_size).name, "encoding": "bytes", "shape": shape},
+    }
+    features = {
+        "pythonClassName": f"{kind}.features_dict.FeaturesDict",
+        "featuresDict": {"features": {"item_size": scalar, "length": scalar, "tokens": tokens}},
+    }
+    splits = [
+        {
+            "name": source,
+            "numBytes": str(sum((directory.parent / shard).stat().st_size for shard in row["shards"])),
+            "shardLengths": [str(blocks) for blocks in row["shards"].values()],
+            "filepathTemplate": "{SPLIT}.{FILEFORMAT}" if settings.shards == 1 else "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}",
+        }
+        for source, row in counts.items()
+    ]
+    info = {"name": "blocks", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
+    for name, values in (("features.json", features), ("dataset_info.json", info)):
+        with atomic_write(directory / name) as file:
+            file.write((json.dumps(values, indent=1) + "\n").encode())
 
 
 def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:
@@ -131,7 +168,7 @@ def shard_of(document: Document, shards: int) -> int:
 
 
 def shard_name(source: str, shard: int, shards: int) -> str:
-    """File name of a shard of blocks."""
+    """File name of a shard of blocks, as TFDS has them."""
     return f"{source}.array_record" if shards == 1 else f"{source}-{shard:05d}-of-{shards:05d}.array_record"
 
 
@@ -145,13 +182,14 @@ def write_shard(documents: Sequence[Document], path: Path, tokenizer: Tokenizer,
 def write_shards(
     documents: Sequence[Document], directory: Path, source: str, tokenizer: Tokenizer, settings: "Settings"
 ) -> dict[str, BlockCounts]:
-    """The shards of a source; one without documents is not written."""
-    parts: dict[int, list[Document]] = {}
+    """All shards of a source, also those without documents: TFDS asks for every one."""
+    parts: list[list[Document]] = [[] for _ in range(settings.shards)]
     for document in documents:
-        parts.setdefault(shard_of(document, settings.shards), []).append(document)
-    names = {shard: shard_name(source, shard, settings.shards) for shard in sorted(parts)}
+        parts[shard_of(document, settings.shards)].append(document)
+    names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
     return {
-        name: write_shard(parts[shard], directory / name, tokenizer, settings.block_length) for shard, name in names.items()
+        name: write_shard(part, directory / name, tokenizer, settings.block_length)
+        for name, part in zip(names, parts, strict=True)
     }
 
 
