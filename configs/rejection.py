@@ -17,14 +17,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
     rejection = {
         "prompts": "prompts.jsonl",
         "prompt_length": 96 if tiny else 1024,
-        "max_prompts": 320 if tiny else 100_000,
+        "max_prompts": 2300 if tiny else 100_000,
         "answers": 8 if tiny else 20,
         "new_tokens": 48 if tiny else 1024,
         "temperature": 1.0 if tiny else 1.2,  # Fig. 8: best for 10 to 100 samples of the RLHF model
         "sampling_batch": 128 if tiny else 256,
         "safety_threshold": 0.15,
     }
-    optim = common.adamw(2e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
+    optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
     return common.stage(
         "rejection", size, data=data, rejection=rejection, policy="", helpfulness="", safety="", epochs=2.0,

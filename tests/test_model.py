@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model import heads, params
+from llama_jax.model import decode, heads, params
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate
-from llama_jax.model.transformer import extend, hidden_states
+from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import is_spec
 
 MODEL = dataclasses.replace(
@@ -86,23 +86,22 @@ def test_logits_equal_transformers(heads_, tied):
     np.testing.assert_allclose(logits_of(tree, jnp.asarray(tokens), config), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_cached_decoding_equals_the_uncached_forward_with_left_padding():
+def test_cached_decoding_equals_the_uncached_forward_in_rows_of_different_length():
     tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(3), (2, 12), 0, 96)
-    expected = logits_of(tree, tokens)
-    # The first row is padded by 3 on the left; its tokens come in chunks of 8 and then one by one.
-    padded = jnp.stack([jnp.pad(tokens[0, :9], (3, 0)), tokens[1]])
-    valid = jnp.arange(12)[None] >= jnp.array([[3], [0]])
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    cache, found = empty_cache(MODEL, batch=2, slots=12, dtype=jnp.float32), []
-    for start, end in ((0, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
-        cut = slice(start, end)
-        hidden, cache = extend(
-            tree, padded[:, cut], valid[:, cut], positions[:, cut], cache, config=MODEL, compute=FLOAT32
-        )
-        found.append(heads.logits(tree, hidden, compute=FLOAT32))
-    found = jnp.concatenate(found, axis=1)
-    np.testing.assert_allclose(found[1], expected[1], atol=2e-5)
-    np.testing.assert_allclose(found[0, 3:], logits_of(tree, tokens[:1, :9])[0], atol=2e-5)
+    weights = decode.prepare(tree, params.table(MODEL, head="lm_head"), compute=FLOAT32)
+    # The first row is three tokens shorter from the start: it gets 5 of the first 8, then both get 1, 2 and 1 more.
+    cache = empty_cache(MODEL, batch=2, slots=12, dtype=jnp.float32)
+    hidden, cache = decode.prefill(weights, tokens[:, :8], jnp.array([5, 8]), cache, config=MODEL, compute=FLOAT32)
+    found = [[hidden[0, :5]], [hidden[1]]]
+    for count in (1, 2, 1):
+        new = jnp.stack([jnp.pad(row[start : start + count], (0, 2 - count)) for row, start in zip(tokens, cache.lengths)])
+        hidden, cache = decode.extend(weights, new, jnp.full((2,), count), cache, config=MODEL, compute=FLOAT32)
+        for row in range(2):
+            found[row].append(hidden[row, :count])
+    assert cache.lengths.tolist() == [9, 12]
+    for row, length in enumerate((9, 12)):
+        logits = decode.logits(weights, jnp.concatenate(found[row]), compute=FLOAT32)
+        np.testing.assert_allclose(logits, logits_of(tree, tokens[row : row + 1, :length])[0], atol=1e-4)
 
 
 def test_packed_segments_equal_separate_rows_and_padding_changes_nothing():

@@ -10,7 +10,7 @@ import pytest
 from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.transformer import hidden_states
-from llama_jax.sampling.choose import draw, top_p_filter
+from llama_jax.sampling.choose import Choice, draw, min_p_filter, penalise, top_k_filter, top_p_filter
 from llama_jax.sampling.generate import generate, make_sampler, pad_left, row_keys
 
 MODEL = dataclasses.replace(
@@ -21,27 +21,87 @@ TREE = jax.tree.map(lambda x: 4 * x, params.init(SPECS, jax.random.key(0)))
 EOS = 2
 
 
-def sampler(temperature=1.0, new=8, top_p=1.0):
+def sampler(temperature=1.0, new=8, stop_ids=()):
     return make_sampler(
-        MODEL, SPECS, compute=FLOAT32, eos_id=EOS, max_new_tokens=new, temperature=temperature, top_p=top_p
+        MODEL, SPECS, compute=FLOAT32, eos_id=EOS, max_new_tokens=new, temperature=temperature, stop_ids=stop_ids
     )
 
 
+def kept(logits):
+    return (np.asarray(logits) > -1e20).tolist()
+
+
 def test_top_p_keeps_the_token_that_crosses_the_border():
-    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    kept = np.asarray(top_p_filter(logits, 0.6)[0]) > -1e20
-    assert kept.tolist() == [True, True, False, False]
-    assert (np.asarray(top_p_filter(logits, 0.0)[0]) > -1e20).tolist() == [True, False, False, False]
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.3, 0.5, 0.05, 0.15])), (4, 4))
+    assert kept(top_p_filter(logits, jnp.array([0.6, 0.0, 0.85, 1.0]))) == [
+        [True, True, False, False], [False, True, False, False], [True, True, False, True], [True] * 4,
+    ]  # fmt: skip
+
+
+def test_top_k_min_p_and_repetition_penalty_by_hand():
+    logits = jnp.broadcast_to(jnp.array([0.5, -2.0, 3.0, 1.0]), (3, 4))
+    assert kept(top_k_filter(logits, jnp.array([1, 2, 0]))) == [
+        [False, False, True, False], [False, False, True, True], [True] * 4,
+    ]  # fmt: skip
+    # exp(1 - 3) = 0.135, exp(0.5 - 3) = 0.082
+    assert kept(min_p_filter(logits, jnp.array([0.0, 0.1, 0.5]))) == [
+        [True] * 4, [False, False, True, True], [False, False, True, False],
+    ]  # fmt: skip
+    seen = jnp.array([[True, True, False, False]] * 3)
+    lowered = penalise(logits, seen, jnp.array([1.0, 2.0, 4.0]))
+    np.testing.assert_allclose(lowered[:, :2], [[0.5, -2.0], [0.25, -4.0], [0.125, -8.0]])
+    np.testing.assert_array_equal(lowered[:, 2:], logits[:, 2:])
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
+def test_filters_without_a_sort_equal_those_with_one(spread):
+    logits = spread * np.random.default_rng(0).normal(size=(64, 501)).astype(np.float32)
+    ranked = -np.sort(-logits.astype(np.float64), axis=1)
+    k = np.arange(1, 65) * 7
+    np.testing.assert_array_equal(
+        top_k_filter(jnp.asarray(logits), jnp.asarray(k)) > -1e20, logits >= ranked[np.arange(64), k - 1][:, None]
+    )
+    p = np.linspace(0.01, 0.99, 64).astype(np.float32)
+    mass = np.exp(ranked - ranked[:, :1])
+    mass /= mass.sum(axis=1, keepdims=True)
+    before = np.cumsum(mass, axis=1) - mass
+    border = np.min(np.where(before <= p[:, None], ranked, np.inf), axis=1)
+    np.testing.assert_array_equal(top_p_filter(jnp.asarray(logits), jnp.asarray(p)) > -1e20, logits >= border[:, None])
 
 
 def test_draws_follow_the_distribution_at_a_temperature():
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.6, 0.3, 0.1])), (20_000, 3))
-    tokens, log_p = draw(logits, jax.random.split(jax.random.key(0), 20_000), temperature=0.5)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    tokens, log_p = draw(logits, keys, Choice(temperature=0.5))
     expected = np.array([0.36, 0.09, 0.01]) / 0.46
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / 20_000, expected, atol=0.01)
     np.testing.assert_allclose(log_p, np.log(expected)[np.asarray(tokens)], rtol=1e-5)
-    greedy, _ = draw(logits[:2], jax.random.split(jax.random.key(0), 2), temperature=0)
-    assert greedy.tolist() == [0, 0]
+    np.testing.assert_array_equal(tokens, jax.vmap(jax.random.categorical)(keys, logits / 0.5))
+
+
+def test_every_row_has_settings_of_its_own():
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.1, 0.6, 0.3])), (2000, 3))
+    keys = jax.random.split(jax.random.key(1), 2000)
+    third = jnp.arange(2000) % 3  # greedy, the two likeliest, everything but the likeliest seen
+    choice = Choice(
+        temperature=jnp.where(third == 0, 0.0, 1.0), top_k=jnp.where(third == 1, 2, 0),
+        repetition_penalty=jnp.where(third == 2, 1e4, 1.0),
+    )  # fmt: skip
+    seen = jnp.broadcast_to(jnp.array([True, False, True]), (2000, 3))
+    tokens, log_p = jax.jit(draw)(logits, keys, choice, seen=seen)
+    drawn = [set(np.asarray(tokens[third == i]).tolist()) for i in range(3)]
+    assert drawn == [{1}, {1, 2}, {1}]
+    np.testing.assert_allclose(log_p[third == 0], np.log(0.6), rtol=1e-6)
+    np.testing.assert_allclose(np.unique(log_p[third == 1]), np.log([1 / 3, 2 / 3]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1),
+    ("min_p", 2.0), ("repetition_penalty", 0.0),
+])  # fmt: skip
+def test_impossible_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, got {value}"):
+        dataclasses.replace(Choice(), **{field: value}).check()
 
 
 def test_log_probs_of_the_sampler_are_those_of_the_trainer():
@@ -80,6 +140,67 @@ def test_responses_end_with_eos_and_nothing_follows_it():
         assert (response == EOS).sum() == samples.ended[row]
         assert not samples.ended[row] or response[-1] == EOS
         assert not samples.tokens[row][~samples.mask[row]].any()
+
+
+def test_other_stops_end_a_response_too():
+    tokens, valid = pad_left([[1, 4]] * 64, 4)
+    keys = row_keys(1, range(64))
+    plain = jax.device_get(sampler(new=12)(TREE, tokens, valid, keys))
+    stopped = jax.device_get(sampler(new=12, stop_ids=(5, 9))(TREE, tokens, valid, keys))
+    for row in range(64):
+        response = plain.tokens[row][plain.mask[row]].tolist()
+        stop = next((i for i, token in enumerate(response) if token in (EOS, 5, 9)), len(response))
+        assert stopped.tokens[row][stopped.mask[row]].tolist() == response[: stop + 1]
+        assert stopped.ended[row] == (stop < len(response))
+
+
+def test_a_row_does_not_depend_on_its_neighbours_bitwise():
+    run, prompt, key = sampler(new=10), [1, 5, 7, 11, 3], row_keys(0, [3])[0]
+    found = []
+    for row, seed in ((0, 1), (2, 5), (7, 9)):
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(3, 24, size=rng.integers(1, 9)).tolist() for _ in range(8)]
+        prompts[row] = prompt
+        tokens, valid = pad_left(prompts, 8)
+        samples = jax.device_get(run(TREE, tokens, valid, row_keys(seed, range(8)).at[row].set(key)))
+        found.append((samples.tokens[row].tolist(), samples.log_probs[row].tobytes()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_padding_changes_nothing_but_rounding():
+    found = []
+    for padding in (0, 11):
+        tokens, valid = pad_left([[1, 5, 7, 11, 3], [1, 4]], 5 + padding)
+        found.append(jax.device_get(sampler(new=10)(TREE, tokens, valid, row_keys(0, [0, 1]))))
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_allclose(found[0].log_probs, found[1].log_probs, atol=2e-5)
+
+
+def test_rows_with_their_own_settings_equal_those_run_alone():
+    prompts = [[1, 5, 7], [1, 9], [1, 5, 3, 3], [1, 4]]
+    rows = [
+        Choice(temperature=0.0), Choice(temperature=1.5, top_k=4), Choice(top_p=0.7),
+        Choice(repetition_penalty=1.5, min_p=0.1),
+    ]  # fmt: skip
+    tokens, valid = pad_left(prompts, 4)
+    run = sampler(new=10)
+
+    def stack(*values):
+        return jnp.asarray(values)
+
+    together = run(TREE, tokens, valid, row_keys(5, range(4)), jax.tree.map(stack, *rows))
+    for row, choice in enumerate(rows):
+        alone = run(TREE, tokens, valid, row_keys(5, range(4)), jax.tree.map(stack, *[choice] * 4))
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[row])
+        np.testing.assert_array_equal(together.log_probs[row], alone.log_probs[row])
+
+
+def test_the_repetition_penalty_sees_prompt_and_response():
+    tokens, valid = pad_left([[1, 5, 7]], 3)
+    penalty = Choice(temperature=jnp.zeros(1), repetition_penalty=jnp.full(1, 1e6))
+    samples = sampler(new=10)(TREE, tokens, valid, row_keys(0, [0]), penalty)
+    whole = [1, 5, 7, *samples.tokens[0][samples.mask[0]].tolist()]
+    assert len(whole) > 5 and len(set(whole)) == len(whole)
 
 
 def test_batching_does_not_change_what_is_drawn():

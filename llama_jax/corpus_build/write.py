@@ -26,6 +26,18 @@ if TYPE_CHECKING:
     from llama_jax.corpus_build.build import Settings
 
 _BAD_ROWS_NAMED = 20  # in the manifest
+_TFDS_FEATURES = """{
+ "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+ "featuresDict": {"features": {
+  "item_size": {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
+   "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+  "length": {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
+   "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+  "tokens": {"pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor",
+   "tensor": {"shape": {"dimensions": ["%d"]}, "dtype": "%s", "encoding": "bytes"}}
+ }}
+}
+"""
 
 
 def write_corpus(
@@ -97,17 +109,7 @@ def write_tfds_metadata(
 
     tfds.builder_from_directory("corpus/blocks").as_data_source("books")
     """
-    kind = "tensorflow_datasets.core.features"
-    scalar = {"pythonClassName": f"{kind}.scalar.Scalar", "tensor": {"dtype": "int64", "encoding": "none", "shape": {}}}
-    shape = {"dimensions": [str(settings.block_length + 1)]}
-    tokens = {
-        "pythonClassName": f"{kind}.tensor_feature.Tensor",
-        "tensor": {"dtype": item_type(vocab_size).name, "encoding": "bytes", "shape": shape},
-    }
-    features = {
-        "pythonClassName": f"{kind}.features_dict.FeaturesDict",
-        "featuresDict": {"features": {"item_size": scalar, "length": scalar, "tokens": tokens}},
-    }
+    features = _TFDS_FEATURES % (settings.block_length + 1, item_type(vocab_size).name)
     splits = [
         {
             "name": source,
@@ -118,9 +120,9 @@ def write_tfds_metadata(
         for source, row in counts.items()
     ]
     info = {"name": "blocks", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
-    for name, values in (("features.json", features), ("dataset_info.json", info)):
+    for name, text in (("features.json", features), ("dataset_info.json", json.dumps(info, indent=1) + "\n")):
         with atomic_write(directory / name) as file:
-            file.write((json.dumps(values, indent=1) + "\n").encode())
+            file.write(text.encode())
 
 
 def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:

@@ -1,4 +1,4 @@
-"""Every size of the paper (Table 1) and of Llama 1, and the `tiny` one of the demo; and how a model is computed."""
+"""Every size of the paper (Table 1) and of Llama 1, SmolLM2 and the demo's `tiny`; and how a model is computed."""
 
 import dataclasses
 from typing import Literal
@@ -37,14 +37,20 @@ class Compute:
     matmul: operand type of every contraction; products are accumulated in float32.
     activations: type of the residual stream and of everything element-wise outside the float32 islands (norms, softmax,
       losses). TPUs want bfloat16; CPUs are faster on float32 even between bfloat16 matrix products.
-    remat: what the backward pass recomputes: nothing, every block, or all but the results of matrix products.
+    attention: how training computes attention: `full` holds all scores of a row; `blockwise` (XLA) and `splash` (Pallas, TPU)
+      hold blocks of them. `auto` takes splash on a TPU, blockwise for long or divided rows, full otherwise.
+    sequence: what devices that divide a row exchange: keys and values around a `ring`, or heads for length, `all_to_all`.
+    remat: what the backward pass recomputes: nothing (`none`), every block (`full`), all but the results of matrix products
+      (`dots`), all but those of attention (`attention`); `offload` is `dots` with the products kept in the host's memory.
     loss_chunks: into how many parts the tokens are cut for the vocabulary projection of the loss, which bounds its memory
       to [B, T / loss_chunks, V].
     """
 
     matmul: Literal["float32", "bfloat16"] = "bfloat16"
     activations: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    attention: Literal["auto", "full", "blockwise", "splash"] = "auto"
+    sequence: Literal["ring", "all_to_all"] = "ring"
     loss_chunks: int = 1
     unroll: bool = False
 
@@ -91,6 +97,9 @@ SIZES: dict[str, ModelConfig] = {
         _llama("llama1-13b", 40, 5120, 40, 40, ffn_size(5120), 2048, 1e-6),
         _llama("llama1-33b", 60, 6656, 52, 52, ffn_size(6656), 2048, 1e-6),
         _llama("llama1-65b", 80, 8192, 64, 64, ffn_size(8192), 2048, 1e-6),
+        # SmolLM2 135M, a real model of this architecture that a laptop can train; its embeddings are tied.
+        ModelConfig(name="smollm2-135m", vocab_size=49_152, layers=30, width=576, heads=9, kv_heads=3, head_size=64,
+                    ffn=1536, max_length=8192, rope_theta=100_000.0, tie_embeddings=True),
         # The demo's size: minutes on two CPU cores, and grouped-query attention as in the 70B.
         ModelConfig(name="tiny", vocab_size=4096, layers=6, width=256, heads=4, kv_heads=2, head_size=64, ffn=704,
                     max_length=256),

@@ -2,25 +2,36 @@
 
     h = x + attention(norm(x));  x' = h + swiglu(norm(h))
 
-`hidden_states` serves training on packed rows, `extend` serves generation with a cache. Both run the same block.
+This is training's path, on packed rows; `decode.py` runs the same block over a cache.
 """
 
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from llama_jax.model.attention import attend, decoding_mask, training_mask
-from llama_jax.model.cache import KVCache
+from llama_jax.model.attention import row_attention, uses_ring
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate, swiglu
-from llama_jax.model.params import Params
+from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.ring import ring_order
+from llama_jax.parallel.vocabulary import look_up
 
+# What the backward pass of a block finds saved, by the names given below and in attention.py; the block's input always is.
+# Products are saved after their cast: the contraction itself gives float32, at twice the bytes. Those that write into the
+# residual stream are not: what reads them is saved anyway, or costs one small product.
+_PROJECTIONS = ("query", "key", "value", "gate", "up")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS, "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention"],
+        names_which_can_be_offloaded=list(_PROJECTIONS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -29,72 +40,59 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
     trunk = params["trunk"]
-    mask = training_mask(segment_ids)
+    ring = uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
+    if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
+        tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    if compute.unroll:
+        angles = materialise(angles)
 
     def block(x, layer):
-        x, _ = _block(x, layer, mask, angles, cache=None, config=config, compute=compute)
-        return x, None
+        layer = {name: constrain(weight, *axes[name]) for name, weight in layer.items()}
+        return _block(x, layer, attention, angles, config=config, compute=compute), None
 
+    # Gradients take the layout of what they are gradients of: stated for each layer, they are reduced and scattered there,
+    # rather than reduced whole on every device and cut when they are stacked.
+    axes = {name: spec.axes[1:] for name, spec in table(config, head="lm_head")["trunk"]["layers"].items()}
     policy = _REMAT[compute.remat]
     if policy is not None:
         block = jax.checkpoint(block, policy=policy)
     unroll = config.layers if compute.unroll else 1
     x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), trunk["layers"], unroll=unroll)
-    return rms_norm(x, trunk["final_norm"], eps=config.norm_eps)
-
-
-def extend(
-    params: Params, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KVCache, *, config: ModelConfig,
-    compute: Compute,
-) -> tuple[jax.Array, KVCache]:  # fmt: skip
-    """Appends T tokens to every row of the cache. # int32 [B, T], bool [B, T], int32 [B, T] -> [B, T, D]
-
-    Left padding (valid False) occupies slots that nothing will see.
-    """
-    trunk = params["trunk"]
-    valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.index))
-    mask = decoding_mask(valid, cache.index, tokens.shape[1])
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
-
-    def block(x, layer_and_cache):
-        layer, keys, values = layer_and_cache
-        return _block(x, layer, mask, angles, cache=(keys, values, cache.index), config=config, compute=compute)
-
-    x = _embed(trunk, tokens, compute)
-    x, (keys, values) = jax.lax.scan(block, x, (trunk["layers"], cache.keys, cache.values))
-    cache = KVCache(keys=keys, values=values, valid=valid, index=cache.index + tokens.shape[1])
-    return rms_norm(x, trunk["final_norm"], eps=config.norm_eps), cache
+    x = constrain(rms_norm(x, trunk["final_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+    return ring_order(x, back=True) if ring else x
 
 
 def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("embedding"):
-        x = jnp.take(trunk["embedding"], tokens, axis=0).astype(compute.activation_dtype)
-        return constrain(x, "batch", "length", "act_width")
+        return look_up(trunk["embedding"], tokens, compute.activation_dtype)
 
 
-def _block(x, layer, mask, angles, *, cache, config: ModelConfig, compute: Compute):
-    """One block; with a cache (keys, values, index) of this layer, also returns the new keys and values."""
+def _block(x, layer, attention, angles, *, config: ModelConfig, compute: Compute):
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
+        normed = _normed(x, layer["attention_norm"], config)
         query = rotate(project(normed, layer["query"]), angles)
         key = rotate(project(normed, layer["key"]), angles)
         value = project(normed, layer["value"])
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None)
         value = constrain(value, "batch", "length", "act_kv_heads", None)
-        if cache is not None:
-            keys, values, index = cache
-            key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, index, 0, 0))
-            value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, index, 0, 0))
-        # With a cache, attention reads far more than it computes: converting the cache would cost more than it saves.
-        dtype = compute.matmul_dtype if cache is None else compute.activation_dtype
-        heads = attend(query, key, value, mask, dtype=dtype)
-        x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
+        heads = constrain(attention(query, key, value), "batch", "length", "act_heads", None)
+        x = _add(x, contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype))
     with jax.named_scope("feed_forward"):
-        normed = rms_norm(x, layer["ffn_norm"], eps=config.norm_eps)
-        x = x + swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
-    return x, None if cache is None else (key, value)
+        normed = _normed(x, layer["ffn_norm"], config)
+        return _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
+
+
+def _normed(x, weight, config: ModelConfig):
+    """The input of a half-block's products, whole on every device that shares a piece of the residual stream."""
+    return compute_once(constrain(rms_norm(x, weight, eps=config.norm_eps), "batch", "length", "act_width"))
+
+
+def _add(x, update):
+    """Adds a product to the residual stream. Its two layouts, one after the other, are what becomes one reduce-scatter."""
+    for length in ("length", "residual"):
+        update = constrain(update, "batch", length, "act_width")
+    return constrain(x + update, "batch", "residual", "act_width")

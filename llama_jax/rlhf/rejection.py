@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from llama_jax.sft.stage import SftData, fine_tuning_stage
 from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +113,20 @@ def best_dialogs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
+    """A random choice of at most `limit` prompts: files are often sorted by kind, so the first ones would not do."""
+    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:limit]]
+
+
 def draw_samples(config: RejectionConfig, mesh: Mesh) -> list[dict[str, Any]]:
     """K scored answers to every prompt, in prompt order."""
     model, tokenizer = load_tokenizer(config)
     for path in (config.policy, config.helpfulness, config.safety):
         check_start(path, model, tokenizer)
     settings = config.rejection
-    prompts = encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length)[: settings.max_prompts]
+    prompts = choose_prompts(
+        encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length), settings.max_prompts, config.loop.seed
+    )
     repeated = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(settings.answers)]
     lm, reward = table.table(model, head="lm_head"), table.table(model, head="reward_head")
     with jax.set_mesh(mesh):

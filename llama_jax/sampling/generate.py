@@ -1,7 +1,8 @@
 """Batched generation with a KV cache, one compiled program per batch shape (paper section 3.2.3, "FSDP ... generation").
 
-Prompts are left-padded, so that all rows decode in step. Weights are cast and laid out for decoding once a call, not once
-a token: with the training layout, generation made the paper's PPO about 20x slower.
+Weights are cast and laid out for decoding once a call, not once a token: with the training layout, generation made the
+paper's PPO about 20x slower. Prompts come left-padded, as RLHF keeps them, so that all responses begin in one column; inside,
+every row's first token stands in slot 0 of the cache.
 """
 
 import functools
@@ -12,23 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.model import heads
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.decode import extend, logits, prefill, prepare
 from llama_jax.model.params import Params, Specs
-from llama_jax.model.transformer import extend
-from llama_jax.parallel.axes import DECODE, is_spec, layout, partition
-from llama_jax.sampling.choose import draw
+from llama_jax.parallel.axes import DECODE, layout
+from llama_jax.sampling.choose import Choice, draw
 
 
 @flax.struct.dataclass
 class Samples:
-    """Generated rows. A row's response is its tokens up to and including the first EOS, or all of them."""
+    """Generated rows. A row's response is its tokens up to and including the first EOS (or other stop), or all of them."""
 
     tokens: jax.Array  # [B, N] int32; 0 after the end
     log_probs: jax.Array  # [B, N] float32, of the distribution drawn from; 0 after the end
     mask: jax.Array  # [B, N] bool: belongs to the response
-    ended: jax.Array  # [B] bool: EOS was drawn
+    ended: jax.Array  # [B] bool: EOS (or another stop) was drawn
 
 
 def pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,77 +43,81 @@ def pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray,
     return tokens, valid
 
 
+def align_left(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Left-padded rows with their padding moved behind. # int32 [B, P], [B] -> [B, P]"""
+    P = tokens.shape[1]
+    source = (jnp.arange(P) + P - lengths[:, None]) % P
+    return jnp.take_along_axis(tokens, source, axis=1)
+
+
+def mark_seen(seen: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """Adds tokens, where valid, to the rows' sets of seen ones. # bool [B, V], int32 [B, T], bool [B, T] -> [B, V]"""
+    V = seen.shape[1]
+    return jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(seen, jnp.where(valid, tokens, V))
+
+
 def row_keys(seed: int, indices: Sequence[int]) -> jax.Array:
     """One key for each row, from its index in the whole job: batching does not change what is drawn. # [B]"""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices, jnp.uint32))
 
 
-def decode_layout(params: Params, specs: Specs, *, compute: Compute) -> Params:
-    """The parameters as generation reads them: in the matmul type, gathered over fsdp, still split over tensor."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def place(spec, x):
-        if x.ndim > 1:
-            x = x.astype(compute.matmul_dtype)
-        if mesh.empty or mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, partition(spec.shape, spec.axes, DECODE, mesh))
-
-    return jax.tree.map(place, specs, {name: params[name] for name in specs}, is_leaf=is_spec)
-
-
 def make_sampler(
     config: ModelConfig, specs: Specs, *, compute: Compute, eos_id: int, max_new_tokens: int, temperature: float,
-    top_p: float = 1.0,
-) -> Callable[[Params, jax.Array, jax.Array, jax.Array], Samples]:  # fmt: skip
-    """A jitted (params, tokens [B, P], valid [B, P], keys [B]) -> Samples.
+    top_p: float = 1.0, stop_ids: Sequence[int] = (),
+) -> Callable[..., Samples]:  # fmt: skip
+    """A jitted (params, tokens [B, P], valid [B, P], keys [B], choice=None) -> Samples.
 
-    The loop ends as soon as every row has drawn EOS. Each position's draw uses the row's key folded with the position, so
-    a longer `max_new_tokens` continues the same draws.
+    `choice` gives rows settings of their own in place of `temperature` and `top_p`. A row ends with EOS or one of
+    `stop_ids`; the loop ends as soon as every row has. Each position's draw uses the row's key folded with the position, so
+    a longer `max_new_tokens` continues the same draws. What a row draws depends on nothing but its prompt, key and settings:
+    bitwise for one batch shape, up to the rounding of the matrix products between shapes.
     """
-    N = max_new_tokens
+    N, uniform, stops = max_new_tokens, Choice(temperature=temperature, top_p=top_p), jnp.array([eos_id, *stop_ids])
 
     @jax.jit
-    def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array) -> Samples:
+    def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array, choice: Choice | None = None) -> Samples:
         with layout(DECODE):
             B, P = tokens.shape
-            fast = decode_layout(params, specs, compute=compute)
-            cache = empty_cache(config, batch=B, slots=P + N, dtype=compute.activation_dtype)
-            positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-            lengths = jnp.sum(valid, axis=1)
-            hidden, cache = extend(fast, tokens, valid, positions, cache, config=config, compute=compute)
-            last = heads.logits(fast, hidden[:, -1:], compute=compute)[:, 0]
+            weights = prepare(params, specs, compute=compute)
+            cache = empty_cache(config, batch=B, slots=P + N - 1, dtype=compute.activation_dtype)
+            lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+            hidden, cache = prefill(weights, align_left(tokens, lengths), lengths, cache, config=config, compute=compute)
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-            def choose(logits, n, ended):
+            def choose(out, n, hidden, seen):
                 step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n)
-                token, log_p = draw(logits, step_keys, temperature=temperature, top_p=top_p)
-                return jnp.where(ended, 0, token), jnp.where(ended, 0.0, log_p)
+                token, log_p = draw(logits(weights, hidden, compute=compute), step_keys, choice or uniform, seen=seen)
+                ended = out.ended
+                return Samples(
+                    tokens=out.tokens.at[:, n].set(jnp.where(ended, 0, token)),
+                    log_probs=out.log_probs.at[:, n].set(jnp.where(ended, 0.0, log_p)),
+                    mask=out.mask.at[:, n].set(~ended),
+                    ended=ended | jnp.any(token[:, None] == stops, axis=1),
+                )
 
             def unfinished(carry):
-                return (carry[0] < N) & ~jnp.all(carry[1])
+                n, out, _, _ = carry
+                return (n < N) & ~jnp.all(out.ended)
 
             def step(carry):
-                n, ended, logits, cache, out = carry
-                token, log_p = choose(logits, n, ended)
-                out = Samples(
-                    tokens=out.tokens.at[:, n].set(token),
-                    log_probs=out.log_probs.at[:, n].set(log_p),
-                    mask=out.mask.at[:, n].set(~ended),
-                    ended=ended | (token == eos_id),
-                )
+                n, out, cache, seen = carry
+                token = jax.lax.dynamic_index_in_dim(out.tokens, n - 1, axis=1)
                 hidden, cache = extend(
-                    fast, token[:, None], ~ended[:, None], (lengths + n)[:, None], cache, config=config, compute=compute
+                    weights, token, jnp.where(out.ended, 0, 1), cache, config=config, compute=compute
                 )
-                return n + 1, out.ended, heads.logits(fast, hidden, compute=compute)[:, 0], cache, out
+                seen = None if seen is None else mark_seen(seen, token, jnp.ones_like(token, bool))
+                return n + 1, choose(out, n, hidden[:, 0], seen), cache, seen
 
-            empty = Samples(
+            out = Samples(
                 tokens=jnp.zeros((B, N), jnp.int32),
                 log_probs=jnp.zeros((B, N), jnp.float32),
                 mask=jnp.zeros((B, N), bool),
                 ended=jnp.zeros((B,), bool),
             )
-            start = (jnp.zeros((), jnp.int32), empty.ended, last, cache, empty)
-            return jax.lax.while_loop(unfinished, step, start)[-1]
+            # Only rows with settings of their own can have a repetition penalty.
+            seen = None if choice is None else mark_seen(jnp.zeros((B, config.vocab_size), bool), tokens, valid)
+            start = (jnp.ones((), jnp.int32), choose(out, 0, last, seen), cache, seen)
+            return jax.lax.while_loop(unfinished, step, start)[1]
 
     return sample
 

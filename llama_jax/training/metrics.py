@@ -79,7 +79,8 @@ class MetricWriter:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if math.isfinite(value):  # TensorBoard draws no others; a degree without pairs has no accuracy
+                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes both logs; a later `write` opens them again."""

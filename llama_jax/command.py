@@ -1,0 +1,42 @@
+"""How every command begins and ends: its flags, quiet logs, and wrong input as one line instead of a traceback."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from llama_jax.config import ConfigError, parse_flags
+
+
+def define(config: str, **directories: str) -> None:
+    """Defines the required flags --config (a config file; `config` shows its form) and one for each directory."""
+    from absl import flags  # importing a command defines and changes nothing
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, config)
+    for name, description in directories.items():
+        flags.DEFINE_string(name, None, description)
+    flags.mark_flags_as_required(["config", *directories])
+
+
+def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:
+    """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1."""
+    from absl import app, logging
+
+    def run(argv: list[str]) -> None:
+        del argv
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except (ConfigError, FileNotFoundError, FileExistsError, ModuleNotFoundError, *expected) as error:
+            sys.exit(f"error: {error}")
+        except ValueError as error:
+            if not _raised_by_us(error):
+                raise  # a bug, or a library's complaint: where it happened is what helps
+            sys.exit(f"error: {error}")
+
+    app.run(run, flags_parser=parse_flags)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").split(".")[0] in ("llama_jax", "__main__")
