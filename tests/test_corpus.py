@@ -1,6 +1,7 @@
 """`python -m llama_jax.corpus` (paper section 2.1): what it builds, once, and what it refuses before a document is read."""
 
 import dataclasses
+import json
 import random
 import subprocess
 import sys
@@ -127,6 +128,33 @@ def test_an_empty_file_is_refused(tmp_path):
         corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
     with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default, jsonl or web"):
         get_config("big")
+
+
+def test_a_dry_run_prints_the_mixture_and_writes_nothing(web, tmp_path):
+    config = config_of(web, max_epochs=2.0, total_tokens=5000)
+    printed = corpus.dry_run(config)
+    size = sum(len(text(i).encode()) for i in range(90)) * 0.9  # what is held out does not count
+    row = next(line for line in printed.splitlines() if line.startswith("web "))
+    _, count, megabytes, tokens, share, planned, epochs = row.split()
+    assert (count, share, planned) == ("81", "100.0%", "5,000")
+    assert int(tokens.replace(",", "")) == pytest.approx(size / 4, rel=0.01)  # four bytes a token are assumed
+    assert float(epochs) == pytest.approx(5000 / (size / 4), rel=0.02) and float(megabytes) == 0.0
+    assert "90 documents" in printed and "100.0% pass the filters" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl.gz"]
+    with pytest.raises(ValueError, match="max_epochs: 1,000,000 tokens of training ask for"):
+        corpus.dry_run(config_of(web, max_epochs=2.0, total_tokens=1_000_000))
+
+
+def test_bad_rows_are_counted_named_and_fatal_beyond_the_limit(tmp_path):
+    path = tmp_path / "web.jsonl"
+    rows = [f'{{"text": {json.dumps(text(i))}}}' for i in range(90)]
+    path.write_text("\n".join([*rows[:40], "{", *rows[40:], "[]"]) + "\n")
+    counts = corpus.run(config_of(path, max_bad_rows=2), tmp_path / "out")["sources"]["web"]
+    assert counts["bad_rows"] == 2 and counts["documents_read"] == 90
+    assert [row.split(": ")[0] for row in counts["bad_rows_named"]] == [f"{path}:41", f"{path}:92"]
+    with pytest.raises(ValueError, match=rf"^{path}:92: expected a JSON object.*bad row 2 of source 'web'; max_bad_rows is 1"):
+        corpus.run(config_of(path, max_bad_rows=1), tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_two_sources_in_their_order_built_once(tmp_path):
