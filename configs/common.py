@@ -15,21 +15,46 @@ def check(size: str) -> str:
 def compute(size: str) -> ConfigDict:
     """bfloat16 with recomputation on a pod; float32 activations between bfloat16 products on a CPU."""
     if size == "tiny":
-        return ConfigDict(
-            {"matmul": "bfloat16", "activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
-        )
-    if size == "smollm2-135m":  # thirty layers in one scan: unrolled they would compile for minutes
-        return ConfigDict(
-            {"matmul": "bfloat16", "activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
-        )
-    return ConfigDict(
-        {"matmul": "bfloat16", "activations": "bfloat16", "remat": "full", "loss_chunks": 1, "unroll": False}
-    )
+        how = {"activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
+    elif size == "smollm2-135m":  # thirty layers in one scan: unrolled they would compile for minutes
+        how = {"activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
+    else:
+        how = {"activations": "bfloat16", "remat": "full", "loss_chunks": 8, "unroll": False}
+    return ConfigDict({"matmul": "bfloat16", "attention": "auto", "sequence": "ring", **how})
 
 
 def mesh(size: str) -> ConfigDict:
-    """Everything over fsdp; the 34B and 70B also over 8-way tensor parallelism."""
-    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 8 if size in ("34b", "70b") else 1})
+    """Everything over fsdp: at these batch sizes gathering weights costs less than exchanging activations."""
+    check(size)
+    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
+
+
+# Settings of pretraining by size and slice, each compiled for it by a test: (remat, microbatches, changes of the mesh).
+# `python -m llama_jax.plan --config=configs/pretrain.py:<size> --topology=<slice> --search` finds others.
+PODS: dict[tuple[str, str], tuple[str, int, dict]] = {
+    ("7b", "v5p-128"): ("dots", 4, {}),
+    ("7b", "v5e-256"): ("full", 4, {}),
+    ("13b", "v5p-256"): ("dots", 2, {}),
+    ("34b", "v5p-512"): ("dots", 2, {}),
+    ("70b", "v5p-512"): ("attention", 1, {}),
+    ("70b", "v6e-256"): ("full", 4, {}),
+    ("70b", "tpu7x-128"): ("attention", 2, {}),
+}
+
+
+def pod(config: ConfigDict, argument: str) -> ConfigDict:
+    """A stage's config with the settings of PODS for `tpu=<slice>`; without an argument, as it is."""
+    if not argument:
+        return config
+    name, _, tpu = argument.partition("=")
+    settings = PODS.get((config.model, tpu))
+    if name != "tpu" or settings is None:
+        known = ", ".join(f"tpu={tpu}" for model, tpu in PODS if model == config.model) or "nothing"
+        raise ValueError(f"{argument!r} is unknown for {config.model}; expected {known}")
+    remat, microbatches, changes = settings
+    config.compute.remat, config.loop.microbatches = remat, microbatches
+    config.mesh.update(changes)
+    return config
 
 
 def adamw(lr: float, *, schedule: str = "cosine", warmup: int = 0, final: float = 0.1) -> ConfigDict:

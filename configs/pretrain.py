@@ -1,5 +1,7 @@
 """Pretraining (paper section 2.2): `python -m llama_jax.train --config=configs/pretrain.py:7b --workdir=...`.
 
+`configs/pretrain.py:70b,tpu=v5p-512` adds settings for that slice (configs/common.py: PODS).
+
 Give `--config.data.corpus` and `--config.tokenizer` of a corpus made by `llama_jax.corpus`.
 """
 
@@ -8,8 +10,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """Table 1: peak 3e-4 (7B, 13B) or 1.5e-4 (34B, 70B), 2000 steps of warm-up, 4M tokens a batch, 2T tokens."""
+    size, _, pod = argument.partition(",")
     data = {"corpus": "corpus", "weights": {}, "separate_documents": False}
     if size == "tiny":
         steps, rows = 1300, 8
@@ -20,4 +23,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
         trillions = {"llama1-7b": 1.0, "llama1-13b": 1.0, "llama1-33b": 1.4, "llama1-65b": 1.4}.get(size, 2.0)
         optim = common.adamw(1.5e-4 if size in ("34b", "70b", "llama1-33b", "llama1-65b") else 3e-4, warmup=2000)
         loop = common.loop(round(trillions * 1e12 / (4 * 2**20)), rows, eval_every=1000)
-    return common.stage("pretrain", size, data=data, optim=optim, loop=loop)
+    return common.pod(common.stage("pretrain", size, data=data, optim=optim, loop=loop), pod)

@@ -102,13 +102,13 @@ def _stream(
         writer: Any = meta.Writer(directory, source.config, source.head, kind, shards=shards)
     else:
         writer = huggingface.Writer(directory, source.config, source.head, kind, shard_bytes=shard_bytes)
-    with Progress(len(source.tensors), "check", "weight", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "check", "array", quiet=quiet) as progress:
         for tensor in source.tensors:
             x = source.fetch(tensor)
             check_finite(x, tensor.name, source.path)
             cast(x, kind, tensor.name, source.path)
             progress.update()
-    with Progress(len(source.tensors), "convert", "weight", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "convert", "array", quiet=quiet) as progress:
         for tensor, target in zip(source.tensors, writer.tensors, strict=True):
             writer.add(target, cast(source.read(tensor), kind, tensor.name, source.path))
             progress.update()
@@ -117,7 +117,7 @@ def _stream(
 
 def _write_checkpoint(source: Source, directory: Path, kind: np.dtype, fingerprint: str, *, quiet: bool) -> None:
     """The arrays are checked as they are loaded, before the first is written."""
-    with Progress(len(source.tensors), "load", "weight", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "load", "array", quiet=quiet) as progress:
         params = load_params(source, make_mesh(), dtype=kind, progress=progress.update)
     origin = {"format": source.format, "path": str(source.path)}
     ours.write(directory, params, source.config, tokenizer=fingerprint, origin=origin)

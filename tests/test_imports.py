@@ -1,7 +1,7 @@
 """Holds the direction of imports (design, section 3) against the code: read from the files, not run.
 
 Levels, each importing those below it only: 0 config, files and parallel; 1 model, data, training; 2 sampling, interop,
-corpus_build, assistant; 3 the stages in the paper's order; 4 commands.
+corpus_build, assistant; 3 the stages in the paper's order; 4 planning; 5 commands.
 """
 
 import ast
@@ -22,6 +22,7 @@ LOW = (*BASE, "parallel")
 SIBLINGS = ("model", "data", "training")
 SERVICES = ("sampling", "interop", "corpus_build", "assistant")
 STAGES = ("pretrain", "sft", "reward", "rlhf", "safety", "evals")
+TOOLS = ("planning",)  # they look at the stages from outside
 # One module of plain data that another package of its level may read.
 EXCEPTIONS = {("assistant", "llama_jax.corpus_build.document")}
 
@@ -38,8 +39,10 @@ def allowed(part: str) -> set[str]:
         return {part, *LOW, *SIBLINGS}
     if part in STAGES:
         return {*LOW, *SIBLINGS, *SERVICES, *STAGES[: STAGES.index(part) + 1]}
+    if part in TOOLS:
+        return {part, *LOW, *SIBLINGS, *SERVICES, *STAGES}
     # A command: it may use everything, other commands too (the recipe runs the trainer).
-    return {*LOW, *SIBLINGS, *SERVICES, *STAGES, *(path.stem for path in PACKAGE.glob("*.py"))}
+    return {*LOW, *SIBLINGS, *SERVICES, *STAGES, *TOOLS, *(path.stem for path in PACKAGE.glob("*.py"))}
 
 
 def part_of(path: Path) -> str:

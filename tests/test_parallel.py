@@ -1,5 +1,7 @@
 """Meshes, rule tables and what must not depend on them: any factorisation of the devices trains like one device."""
 
+import collections
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel import axes
 from llama_jax.parallel.axes import DECODE, TRAIN, ParamSpec, abstract, constrain, layout, partition, shardings
 from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh, start_distributed
+from llama_jax.planning.hlo import Module, mesh_axes
 from llama_jax.pretrain.base import fresh
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
@@ -164,48 +167,81 @@ def drawn(config):
     return jax.device_get(fresh(table.table(config, head="lm_head"), mesh_of(), seed=0))
 
 
-def run(config, mesh, *, microbatches=1):
-    """Losses of the first steps and the last state."""
+def lowered(config, mesh, *, microbatches=1):
+    """(specs, optimizer, jitted step, abstract state) of a language model's training."""
     specs = table.table(config, head="lm_head")
     optim = optimizer.make(
         optimizer.OptimConfig(lr=1e-2, schedule="constant"), steps=STEPS, decay=table.decay_mask(specs)
     )
+    target = abstract_state(specs, optim, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, target)
+    step = make_step(language_model_loss(config, FLOAT32), optim, microbatches=microbatches, layout=layout)
+    return specs, optim, step, target
+
+
+def adam(state):
+    (found,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    return found
+
+
+def run(config, mesh, *, microbatches=1):
+    """Losses of the first steps, the gradient of the first (as Adam's first moment keeps it) and the last state."""
     with jax.set_mesh(mesh):
+        specs, optim, step, _ = lowered(config, mesh, microbatches=microbatches)
         state = born_sharded(lambda: jax.device_put(drawn(config), shardings(specs, mesh)), specs, optim, mesh)
-        target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optim, mesh))
-        step = make_step(language_model_loss(config, FLOAT32), optim, microbatches=microbatches, layout=target)
         losses = []
-        for _ in range(STEPS):
+        for number in range(STEPS):
             state, means = step(state, put_batch(token_batch(0), mesh))
             losses.append([float(means[name]) for name in ("loss", "accuracy", "gradient_norm")])
+            if number == 0:
+                gradient = jax.device_get(adam(state).mu)
     assert step._cache_size() == 1
-    return np.array(losses), state
+    return np.array(losses), gradient, state
 
 
 @pytest.fixture(scope="module")
-def one_device(tiny):
-    return run(tiny, mesh_of())
+def eight_heads(tiny):
+    """Query heads for every factorisation; still only two key-value heads."""
+    return dataclasses.replace(tiny, heads=8, head_size=4)
+
+
+@pytest.fixture(scope="module")
+def one_device(eight_heads):
+    return run(eight_heads, mesh_of())
 
 
 def test_training_on_one_device_learns(one_device):
-    losses, _ = one_device
+    losses = one_device[0]
     assert abs(losses[0, 0] - np.log(96)) < 0.2 and losses[-1, 0] < losses[0, 0] - 0.02
 
 
-@pytest.mark.parametrize(("sizes", "microbatches"), [
-    ((2, 2, 1, 2), 2), ((1, 4, 1, 2), 1), ((8, 1, 1, 1), 2), ((1, 8, 1, 1), 1), ((1, 1, 1, 2), 1), ((2, 1, 2, 2), 1),
+FACTORISATIONS = [
+    (data, fsdp, sequence, 8 // (data * fsdp * sequence))
+    for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) for sequence in (1, 2, 4, 8) if 8 % (data * fsdp * sequence) == 0
+]  # fmt: skip
+FAST = {(2, 2, 1, 2): 2, (1, 2, 2, 2): 1, (8, 1, 1, 1): 2}  # -> microbatches
+
+
+def test_these_are_all_factorisations():
+    assert len(set(FACTORISATIONS)) == 20 and set(FAST) < set(FACTORISATIONS)  # 6 choose 3 ways to share 2 * 2 * 2
+
+
+@pytest.mark.parametrize("sizes", [
+    pytest.param(sizes, marks=() if sizes in FAST else pytest.mark.slow) for sizes in FACTORISATIONS
 ], ids=str)  # fmt: skip
-def test_sharded_training_equals_one_device(tiny, one_device, sizes, microbatches):
+def test_sharded_training_equals_one_device(eight_heads, one_device, sizes):
     mesh = mesh_of(*sizes)
-    losses, state = run(tiny, mesh, microbatches=microbatches)
-    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5, atol=1e-5)
+    losses, gradient, state = run(eight_heads, mesh, microbatches=FAST.get(sizes, 1))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(losses, one_device[0])
+    # The moment is a tenth of the clipped gradient, whose largest entries are around 0.1.
+    jax.tree.map(functools.partial(close, atol=1e-7), gradient, one_device[1])
+    jax.tree.map(close, jax.device_get(state.params), jax.device_get(one_device[2].params))
     # Every leaf of the parameters and of both moments lies where the table says, after a step too.
-    specs = table.table(tiny, head="lm_head")
-    wanted = shardings(specs, mesh)
-    (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
-    for tree in (state.params, adam.mu, adam.nu):
-        jax.tree.map(lambda x, s: _lies(x, s), tree, wanted)
-    for x in (state.step, state.skipped, adam.count):
+    specs = table.table(eight_heads, head="lm_head")
+    for tree in (state.params, adam(state).mu, adam(state).nu):
+        jax.tree.map(_lies, tree, shardings(specs, mesh))
+    for x in (state.step, state.skipped, adam(state).count):
         assert x.sharding.is_fully_replicated
     # ... and the table splits what it should: no device holds more than its share of a matrix.
     gate = state.params["trunk"]["layers"]["gate"]
@@ -232,3 +268,58 @@ def test_abstract_is_a_restore_target(tiny):
     assert plain["lm_head"]["kernel"].shape == placed["lm_head"]["kernel"].shape == (32, 96)
     assert placed["lm_head"]["kernel"].sharding == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     assert plain["lm_head"]["kernel"].sharding is None
+
+
+# ---- what the devices say to each other ----
+
+# Bytes of one matrix each; the program is float32.
+L, MATRICES, HEAD, WIDTH = 2, 4 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64), 4 * 32 * 96, 4 * 32
+
+
+def traffic(sizes):
+    """{(collective, axes): bytes a step} that the rule tables mean, on 16 rows of 16 tokens. Sizes are of whole results.
+
+    fsdp: every matrix is gathered for the forward and for the backward pass (the head for both at once), and its gradient is
+      reduced. Ids are gathered for the embedding, and its rows exchanged, forward and backward.
+    data, sequence: gradients are reduced, nothing else but the ring: keys, values and ids of a block forward; those, and the
+      two gradients, backward; and the order of the row: ids, segments and positions there, states back, and their gradient.
+    tensor: a product that ends a half-block is reduced, its input was gathered from the devices that share the residual
+      stream; backward the same the other way around, for each of the matrices that read the input.
+    """
+    data, fsdp, sequence, tensor = sizes
+    rows, length = 16 // (data * fsdp), 16 // sequence
+    matrices, head = MATRICES // tensor, HEAD // tensor
+    state = rows * length * WIDTH  # the residual stream of a device, before tensor divides it
+    gradients = L * (matrices + 2 * WIDTH) + head + WIDTH
+    moved = collections.Counter()
+    if fsdp > 1:
+        moved["all-gather", "fsdp"] = 2 * L * matrices + head + fsdp * rows * length * 4
+        moved["all-to-all", "fsdp"] = 2 * state // tensor
+        moved["all-reduce", "fsdp"] = gradients
+    # One all-reduce takes both where neither divides the matrices; the embedding's gradient is complete over fsdp.
+    for axis, size in (("data", data), ("sequence", sequence)):
+        if size > 1:
+            moved["all-reduce", axis] = gradients // fsdp + HEAD // tensor // fsdp
+    if tensor > 1:
+        moved["reduce-scatter", "tensor"] = state  # rows of the embedding
+        moved["all-gather", "tensor"] = L * 4 * state + 2 * state
+        moved["all-reduce", "tensor"] = L * (1 + 1 + 3 + 2) * state + state
+    return moved
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (1, 4, 1, 2)], ids=str)
+def test_the_collectives_of_a_train_step_are_those_of_the_rules(tiny, sizes):
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        _, _, step, state = lowered(tiny, mesh)
+        ids, weights = (jax.ShapeDtypeStruct((16, 16), dtype, sharding=axes.batch_sharding(mesh, 2))
+                        for dtype in (jnp.int32, jnp.float32))  # fmt: skip
+        text = step.lower(state, TokenBatch(ids, ids, weights, ids, ids)).compile().as_text()
+    found = collections.Counter()
+    for collective in Module(text).collectives():
+        found[collective.kind, "+".join(mesh_axes(collective, dict(mesh.shape)))] += collective.bytes * collective.count
+    print(found)
+    # Beside those: sums of losses and norms, a number a device; and per-token numbers of a loss over a divided vocabulary.
+    small = 2048 if sizes[3] > 1 else 256
+    for key in {*found, *traffic(sizes)}:
+        assert 0 <= found[key] - traffic(sizes)[key] <= small, (key, found, traffic(sizes))

@@ -1,18 +1,29 @@
 """Attention: grouped queries, causal within a segment, softmax in float32 (paper section 2.2, A.2.1).
 
-`causal_attention` serves training on packed rows; `attend` is the plain form with any mask, its definition in tests.
-`decode_attention.py` has generation's.
+Training asks `row_attention` for the function that suits the rows, the backend and the mesh: `causal_attention`, blocks in XLA
+(blockwise.py) or Pallas splash attention (splash.py), on one device, over heads or in a ring (parallel/ring.py).
+`attend` is the plain form with any mask, its definition in tests; `decode_attention.py` has generation's.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.model import blockwise, splash
+from llama_jax.model.config import Compute
 from llama_jax.model.layers import contract
+from llama_jax.parallel.axes import shards_of
+from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.ring import sharded_attention
 
 # Large enough to vanish in float32's softmax; finite, so that a row of padding (which sees nothing) gives no NaN.
 _MASKED = -1e30
+
+# From this length on, `auto` holds blocks of scores instead of all of them.
+_LONG = 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -148,3 +159,53 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, 
     scores = contract("btkge,bske->bkgts", grouped, key, dtype) * E**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
     return contract("bkgts,bske->btkge", weights, value, dtype).reshape(B, T, H, E)
+
+
+def implementation(compute: Compute, *, length: int, head_size: int) -> str:
+    """What `compute.attention` means for rows of this length under the mesh in force: full, blockwise or splash."""
+    if compute.attention != "auto":
+        return compute.attention
+    shards = shards_of("length")
+    # On a ring the kernel sees half-pieces.
+    if platform() == "tpu" and splash.supports(length // (2 * shards if shards > 1 else 1), head_size):
+        return "splash"
+    return "blockwise" if shards > 1 or length >= _LONG else "full"
+
+
+def row_attention(
+    segment_ids: jax.Array, *, head_size: int, compute: Compute
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Attention within the segments of these rows, as a function (query, key, value) -> [B, T, H, E]. # int32 [B, T]
+
+    """
+    chosen = implementation(compute, length=segment_ids.shape[1], head_size=head_size)
+    if chosen == "full":
+
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            query, key, value = _named(query, key, value)
+            return checkpoint_name(causal_attention(query, key, value, segment_ids, compute.matmul_dtype), "attention")
+
+        return attention
+    if chosen == "blockwise":
+        kernel = blockwise.kernel(compute.matmul_dtype)
+    else:
+        kernel = splash.kernel(compute.matmul_dtype, interpret=platform() != "tpu")
+
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        # Cast before they are saved or travel: half the bytes in bfloat16.
+        scaled = (query * head_size**-0.5, key, value)
+        query, key, value = _named(*(x.astype(compute.matmul_dtype) for x in scaled))
+        return sharded_attention(query, key, value, segment_ids, kernel=kernel, method=compute.sequence)
+
+    return attention
+
+
+def _named(query, key, value):
+    """The names that remat policies know them by."""
+    return (checkpoint_name(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+
+
+def uses_ring(compute: Compute, *, length: int, head_size: int) -> bool:
+    """Whether rows must be in `ring_order`."""
+    chosen = implementation(compute, length=length, head_size=head_size)
+    return chosen != "full" and compute.sequence == "ring" and shards_of("length") > 1

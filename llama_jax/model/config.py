@@ -37,14 +37,20 @@ class Compute:
     matmul: operand type of every contraction; products are accumulated in float32.
     activations: type of the residual stream and of everything element-wise outside the float32 islands (norms, softmax,
       losses). TPUs want bfloat16; CPUs are faster on float32 even between bfloat16 matrix products.
-    remat: what the backward pass recomputes: nothing, every block, or all but the results of matrix products.
+    attention: how training computes attention: `full` holds all scores of a row; `blockwise` (XLA) and `splash` (Pallas, TPU)
+      hold blocks of them. `auto` takes splash on a TPU, blockwise for long or divided rows, full otherwise.
+    sequence: what devices that divide a row exchange: keys and values around a `ring`, or heads for length, `all_to_all`.
+    remat: what the backward pass recomputes: nothing (`none`), every block (`full`), all but the results of matrix products
+      (`dots`), all but those of attention (`attention`); `offload` is `dots` with the products kept in the host's memory.
     loss_chunks: into how many parts the tokens are cut for the vocabulary projection of the loss, which bounds its memory
       to [B, T / loss_chunks, V].
     """
 
     matmul: Literal["float32", "bfloat16"] = "bfloat16"
     activations: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    attention: Literal["auto", "full", "blockwise", "splash"] = "auto"
+    sequence: Literal["ring", "all_to_all"] = "ring"
     loss_chunks: int = 1
     unroll: bool = False
 

@@ -17,6 +17,7 @@ from llama_jax.model.decode_attention import attend_cached
 from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
+from llama_jax.parallel.vocabulary import look_up
 
 Prepared = dict[str, Any]  # {"embedding", "layers": L x {...}, "final_norm", and "lm_head" unless it is the embedding}
 
@@ -97,8 +98,7 @@ def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, c
     with the new keys and values in them."""
     angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
     with jax.named_scope("embedding"):
-        x = jnp.take(weights["embedding"], tokens, axis=0).astype(compute.activation_dtype)
-        x = constrain(x, "batch", "length", "act_width")
+        x = look_up(weights["embedding"], tokens, compute.activation_dtype)
     keys, values = [], []
     for layer, *slots in zip(weights["layers"], cache.keys, cache.values):
         x, layer_keys, layer_values = _block(x, layer, angles, slots, attend, config=config, compute=compute)

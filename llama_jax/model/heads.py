@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llama_jax.model.config import Compute
 from llama_jax.model.layers import contract
 from llama_jax.model.params import Params
-from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.axes import constrain, shards_of
 
 
 def vocabulary_kernel(params: Params) -> jax.Array:
@@ -47,9 +47,9 @@ def token_losses(
     Returns:
       two float32 scalars; the second carries no gradient.
     """
-    T = targets.shape[1]
+    T = targets.shape[1] // shards_of("length")
     if T % compute.loss_chunks:
-        raise ValueError(f"compute.loss_chunks={compute.loss_chunks} does not divide the row length {T}")
+        raise ValueError(f"compute.loss_chunks={compute.loss_chunks} does not divide the row length {T} of a device")
     with jax.named_scope("token_losses"):
         return _token_losses(
             vocabulary_kernel(params), hidden, targets, weights, compute.matmul_dtype, compute.loss_chunks
@@ -69,7 +69,10 @@ def _chunk_losses(kernel, hidden, targets, weights, dtype):
     scores = contract("btd,dv->btv", hidden, kernel, dtype)
     scores = constrain(scores, "batch", "length", "act_vocab")
     log_normaliser = jax.nn.logsumexp(scores, axis=-1)
-    target_scores = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    if shards_of("act_vocab") == 1:
+        target_scores = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    else:  # a sum over the vocabulary needs no device to hold all of it
+        target_scores = jnp.sum(jnp.where(_at(targets, scores), scores, 0), axis=-1)
     loss = jnp.sum(weights * (log_normaliser - target_scores))
     hits = jnp.sum(weights * (target_scores >= jnp.max(scores, axis=-1)))
     return (loss, hits), (scores, log_normaliser)
@@ -82,15 +85,14 @@ def _token_losses_forward(kernel, hidden, targets, weights, dtype, chunks):
         sums, d_kernel = carry
         h, t, w = chunk
         new_sums, (scores, log_normaliser) = _chunk_losses(small_kernel, h, t, w, dtype)
-        at_target = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) == t[..., None]
-        d_scores = ((jnp.exp(scores - log_normaliser[..., None]) - at_target) * w[..., None]).astype(dtype)
+        d_scores = ((jnp.exp(scores - log_normaliser[..., None]) - _at(t, scores)) * w[..., None]).astype(dtype)
         d_hidden = jnp.einsum("btv,dv->btd", d_scores, small_kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("btd,btv->dv", h.astype(dtype), d_scores, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, new_sums), d_kernel), d_hidden.astype(h.dtype)
 
     zero = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel.shape, jnp.float32)
     (sums, d_kernel), d_hidden = jax.lax.scan(step, zero, _split((hidden, targets, weights), chunks))
-    return sums, (d_kernel.astype(kernel.dtype), jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape))
+    return sums, (d_kernel.astype(kernel.dtype), _join(d_hidden))
 
 
 def _token_losses_backward(dtype, chunks, residuals, cotangents):
@@ -102,11 +104,31 @@ def _token_losses_backward(dtype, chunks, residuals, cotangents):
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
+def _at(targets, scores):
+    """True at the target of each token. # [B, T], [B, T, V] -> bool [B, T, V]"""
+    return jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) == targets[..., None]
+
+
 def _split(arrays, chunks):
-    """Cuts the length into chunks and brings them to the front. # [B, T, ...] -> [C, B, T/C, ...]"""
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), arrays
-    )
+    """Cuts the length into chunks and brings them to the front. # [B, T, ...] -> [C, B, T/C, ...]
+
+    Where devices divide the length, each chunk takes a part of every device's piece.
+    """
+    pieces = shards_of("length")
+
+    def cut(x):
+        B, T = x.shape[:2]
+        x = x.reshape(B, pieces, chunks, T // chunks // pieces, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(chunks, B, T // chunks, *x.shape[4:])
+
+    return jax.tree.map(cut, arrays)
+
+
+def _join(x):
+    """Undoes `_split`. # [C, B, T/C, ...] -> [B, T, ...]"""
+    pieces, (C, B, t) = shards_of("length"), x.shape[:3]
+    x = x.reshape(C, B, pieces, t // pieces, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 2).reshape(B, C * t, *x.shape[4:])
 
 
 def log_probabilities(
@@ -128,8 +150,8 @@ def log_probabilities(
 
     with jax.named_scope("log_probabilities"):
         kernel = vocabulary_kernel(params)
-        chunks = compute.loss_chunks if targets.shape[1] % compute.loss_chunks == 0 else 1
+        chunks = compute.loss_chunks if targets.shape[1] // shards_of("length") % compute.loss_chunks == 0 else 1
         _, (log_p, entropy) = jax.lax.scan(
             lambda carry, chunk: (carry, step(kernel, chunk)), None, _split((hidden, targets), chunks)
         )
-        return tuple(jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in (log_p, entropy))
+        return _join(log_p), _join(entropy)

@@ -8,18 +8,30 @@ This is training's path, on packed rows; `decode.py` runs the same block over a 
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from llama_jax.model.attention import causal_attention
+from llama_jax.model.attention import row_attention, uses_ring
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.layers import contract, materialise, rms_norm, rope_angles, rotate, swiglu
-from llama_jax.model.params import Params
+from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.ring import ring_order
+from llama_jax.parallel.vocabulary import look_up
 
+# What the backward pass of a block finds saved, by the names given below and in attention.py; the block's input always is.
+# Products are saved after their cast: the contraction itself gives float32, at twice the bytes. Those that write into the
+# residual stream are not: what reads them is saved anyway, or costs one small product.
+_PROJECTIONS = ("query", "key", "value", "gate", "up")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS, "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention"],
+        names_which_can_be_offloaded=list(_PROJECTIONS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -28,42 +40,59 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
     trunk = params["trunk"]
+    ring = uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
+    if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
+        tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
     angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
     if compute.unroll:
         angles = materialise(angles)
 
     def block(x, layer):
-        return _block(x, layer, segment_ids, angles, config=config, compute=compute), None
+        layer = {name: constrain(weight, *axes[name]) for name, weight in layer.items()}
+        return _block(x, layer, attention, angles, config=config, compute=compute), None
 
+    # Gradients take the layout of what they are gradients of: stated for each layer, they are reduced and scattered there,
+    # rather than reduced whole on every device and cut when they are stacked.
+    axes = {name: spec.axes[1:] for name, spec in table(config, head="lm_head")["trunk"]["layers"].items()}
     policy = _REMAT[compute.remat]
     if policy is not None:
         block = jax.checkpoint(block, policy=policy)
     unroll = config.layers if compute.unroll else 1
     x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), trunk["layers"], unroll=unroll)
-    return rms_norm(x, trunk["final_norm"], eps=config.norm_eps)
+    x = constrain(rms_norm(x, trunk["final_norm"], eps=config.norm_eps), "batch", "length", "act_width")
+    return ring_order(x, back=True) if ring else x
 
 
 def _embed(trunk: Params, tokens: jax.Array, compute: Compute) -> jax.Array:
     with jax.named_scope("embedding"):
-        x = jnp.take(trunk["embedding"], tokens, axis=0).astype(compute.activation_dtype)
-        return constrain(x, "batch", "length", "act_width")
+        return look_up(trunk["embedding"], tokens, compute.activation_dtype)
 
 
-def _block(x, layer, segment_ids, angles, *, config: ModelConfig, compute: Compute):
+def _block(x, layer, attention, angles, *, config: ModelConfig, compute: Compute):
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
+        normed = _normed(x, layer["attention_norm"], config)
         query = rotate(project(normed, layer["query"]), angles)
         key = rotate(project(normed, layer["key"]), angles)
         value = project(normed, layer["value"])
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None)
         value = constrain(value, "batch", "length", "act_kv_heads", None)
-        heads = causal_attention(query, key, value, segment_ids, compute.matmul_dtype)
-        x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
+        heads = constrain(attention(query, key, value), "batch", "length", "act_heads", None)
+        x = _add(x, contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype))
     with jax.named_scope("feed_forward"):
-        normed = rms_norm(x, layer["ffn_norm"], eps=config.norm_eps)
-        x = x + swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype)
-        x = constrain(x, "batch", "length", "act_width")
-    return x
+        normed = _normed(x, layer["ffn_norm"], config)
+        return _add(x, swiglu(normed, layer["gate"], layer["up"], layer["down"], dtype=compute.matmul_dtype).astype(x.dtype))
+
+
+def _normed(x, weight, config: ModelConfig):
+    """The input of a half-block's products, whole on every device that shares a piece of the residual stream."""
+    return compute_once(constrain(rms_norm(x, weight, eps=config.norm_eps), "batch", "length", "act_width"))
+
+
+def _add(x, update):
+    """Adds a product to the residual stream. Its two layouts, one after the other, are what becomes one reduce-scatter."""
+    for length in ("length", "residual"):
+        update = constrain(update, "batch", length, "act_width")
+    return constrain(x + update, "batch", "residual", "act_width")

@@ -7,6 +7,7 @@ those live on the mesh. A layout is changed by editing one line here.
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ TRAIN: Rules = {
     # activations
     "batch": ("data", "fsdp"),
     "length": "sequence",
+    "residual": ("sequence", "tensor"),  # the length of what lies between blocks: norms and sums, never whole on a device
     "act_width": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -40,11 +42,12 @@ TRAIN: Rules = {
 
 # Generation reads every weight once a token: gathering them each time made it about 20x slower for the paper (section
 # 3.2.3). So the width is not split; the weights are gathered once a rollout, and the freed axes carry more rows.
-DECODE: Rules = {**TRAIN, "width": None, "length": None}
+DECODE: Rules = {**TRAIN, "width": None, "length": None, "residual": None}
 
-# With grouped-query attention there may be fewer key-value heads than tensor shards; then each shard holds a copy, as the
-# paper does for multi-query attention (section A.2.1).
-_REPLICATED_IF_INDIVISIBLE = {"kv_heads", "act_kv_heads"}
+# What does not divide some of these by all of their mesh axes leaves the last ones out. With grouped-query attention there
+# may be fewer key-value heads than tensor shards; then each shard holds a copy, as the paper does for multi-query attention
+# (section A.2.1). A short row is divided between blocks as it is within them.
+_REPLICATED_IF_INDIVISIBLE = {"kv_heads", "act_kv_heads", "residual"}
 
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=TRAIN)
 
@@ -69,17 +72,16 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], rules: Rules
     for size, axis in zip(shape, axes, strict=True):
         mesh_axes = rules[axis] if axis is not None else None
         names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-        shards = 1
-        for name in names:
-            shards *= mesh.shape[name]
+        kept = names
+        while size % math.prod(mesh.shape[name] for name in kept) and axis in _REPLICATED_IF_INDIVISIBLE:
+            kept = kept[:-1]
+        shards = math.prod(mesh.shape[name] for name in kept)
         if size % shards:
-            if axis not in _REPLICATED_IF_INDIVISIBLE:
-                raise ValueError(
-                    f"axis {axis!r} of shape {shape} has size {size}, which the mesh cannot divide into {shards} "
-                    f"shards ({' x '.join(f'{name}={mesh.shape[name]}' for name in names)})"
-                )
-            mesh_axes = None
-        entries.append(mesh_axes)
+            raise ValueError(
+                f"axis {axis!r} of shape {shape} has size {size}, which the mesh cannot divide into {shards} "
+                f"shards ({' x '.join(f'{name}={mesh.shape[name]}' for name in names)})"
+            )
+        entries.append(mesh_axes if kept == names else kept or None)
     return PartitionSpec(*entries)
 
 
@@ -115,6 +117,19 @@ def layout(rules: Rules) -> Iterator[None]:
         yield
     finally:
         _rules.reset(token)
+
+
+def current_rules() -> Rules:
+    """The rule table in force where it is called: TRAIN, or that of the `layout` around it."""
+    return _rules.get()
+
+
+def shards_of(axis: str) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` divides a logical axis; 1 without a mesh."""
+    mesh, names = jax.sharding.get_abstract_mesh(), current_rules()[axis]
+    if mesh.empty or names is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

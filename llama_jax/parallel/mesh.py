@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -41,10 +42,32 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of all hosts (or the given ones), with Auto axes: GSPMD propagates, we constrain."""
+    """The mesh over all devices of all hosts (or the given ones), with Auto axes: GSPMD propagates, we constrain.
+
+    Devices are ordered so that neighbours on an axis are neighbours on the wires of a TPU. Over several slices, `data` alone
+    crosses from one to the other.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (config or MeshConfig()).sizes(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(f"mesh data={sizes[0]} is no multiple of the {slices} slices: only data may cross slices")
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+        order = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        # An axis may need a part of one dimension of the torus, for example fsdp=128 x tensor=4 on 8x8x8.
+        order = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform() -> str:
+    """What the program being traced is compiled for: the platform of the mesh of `jax.set_mesh`, else JAX's default.
+
+    They differ when a program is compiled ahead of time for a pod that is described but not there.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def start_distributed() -> None:

@@ -12,6 +12,17 @@ from llama_jax.parallel.axes import batch_sharding
 from llama_jax.training.stage import Loss
 from llama_jax.training.state import TrainState
 
+# Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+    }
+}
+
 
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int, layout: Any
@@ -19,7 +30,7 @@ def make_step(
     """The jitted train step (state, batch) -> (state, means); the state is donated and keeps its `layout`."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches)
+        gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches, layout.params)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
         norm = optax.tree.norm(gradient)
         mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
@@ -39,11 +50,14 @@ def make_step(
         }  # fmt: skip
         return state, means
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    platform = jax.tree.leaves(layout)[0].mesh.devices.flat[0].platform
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(layout, None), compiler_options=COMPILER_OPTIONS.get(platform)
+    )
 
 
-def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int):
-    """Sums over microbatches of (gradient of the objective's sum, objective, metrics)."""
+def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: Any):
+    """Sums over microbatches of (gradient of the objective's sum, objective, metrics); gradients lie as `layout` says."""
 
     def one(part):
         def objective_sum(p):
@@ -51,7 +65,7 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int):
             return objective.sum, (objective, metrics)
 
         gradient, (objective, metrics) = jax.grad(objective_sum, has_aux=True)(params)
-        return gradient, objective, metrics
+        return jax.lax.with_sharding_constraint(gradient, layout), objective, metrics
 
     if microbatches == 1:
         return one(batch)

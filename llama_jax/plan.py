@@ -1,0 +1,129 @@
+"""What a run needs on a TPU slice, found without a TPU.
+
+    python -m llama_jax.plan --config=configs/pretrain.py:70b --topology=v5p:8x8x8 [--search] [--json] [--dump_hlo=DIR]
+
+Compiles the stage's real train step with the real TPU compiler and prints memory, arithmetic, communication and time per
+chip, and what 2T tokens take. Needs libtpu (`pip install 'llama_jax[tpu]'`) and about a minute and 2 GB a program.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from llama_jax import command
+from llama_jax.config import ConfigError
+from llama_jax.files import atomic_write
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.topology import Topology, describe
+from llama_jax.planning import calibration, report
+from llama_jax.planning.estimate import Plan, make_plan
+from llama_jax.planning.programs import rollout_program, train_program
+from llama_jax.planning.search import candidates
+from llama_jax.train import parse_stage
+
+
+def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: str | None = None) -> Plan:
+    """The plan of a stage's config (`program="rollout"`: of PPO's generation) on a topology."""
+    mesh = make_mesh(config.mesh, devices=topology.devices)
+    made = train_program(config, mesh) if program == "train" else rollout_program(config, mesh)
+    result, text = make_plan(
+        made, topology, mesh, model=config.model, remat=config.compute.remat,
+        microbatches=config.loop.microbatches if program == "train" else 1,
+        batch_size=config.loop.batch_size if program == "train" else config.ppo.rollout_size,
+    )  # fmt: skip
+    if dump_hlo and text is not None:
+        path = Path(dump_hlo) / f"{made.name.replace(' ', '_')}-{config.model}-{topology.name.replace(' ', '')}.hlo"
+        with atomic_write(path) as file:
+            file.write(text.encode())
+        print(f"compiled text: {path}", file=sys.stderr)
+    return result
+
+
+def search(config: Any, topology: Topology, *, compilations: int, keep: int = 5) -> list[tuple[Any, Plan]]:
+    """Compiles up to so many candidates and returns the best that fit, the fastest first."""
+    found: list[tuple[Any, Plan]] = []
+    tried = 0
+    too_big: list[Any] = []
+    for candidate in candidates(config, devices=len(topology.devices), slices=topology.slices):
+        if tried == compilations:
+            break
+        if any(_surely_bigger(candidate, known) for known in too_big):
+            continue
+        tried += 1
+        result = plan(candidate, topology)
+        print(f"[{tried}/{compilations}] {report.one_line(result)}", file=sys.stderr, flush=True)
+        if result.fits and result.step_seconds is not None:
+            found.append((candidate, result))
+        else:
+            too_big.append(candidate)
+    return sorted(found, key=lambda pair: pair[1].step_seconds)[:keep]
+
+
+def _surely_bigger(candidate: Any, known: Any) -> bool:
+    """The same mesh and remat with no fewer rows at a time than one that does not fit."""
+    same = candidate.mesh == known.mesh and candidate.compute.remat == known.compute.remat
+    return same and candidate.loop.microbatches <= known.loop.microbatches
+
+
+def run(values: Mapping[str, Any], settings: Any) -> None:
+    """The command, from its flags."""
+    config = parse_stage(values)
+    topology = describe(settings.topology, slices=settings.slices)
+    if settings.search:
+        best = search(config, topology, compilations=settings.search_compilations)
+        if not best:
+            tried = settings.search_compilations
+            raise ConfigError(f"none of up to {tried} settings fits on {topology.name}; allow more, or take more chips")
+        results = [result for _, result in best]
+    else:
+        results = [plan(config, topology, program=settings.program, dump_hlo=settings.dump_hlo)]
+    runs = [result.run(settings.tokens, price=settings.price, watts=settings.carbon) for result in results]
+    if settings.json:
+        found = [report.as_json(result, length) for result, length in zip(results, runs, strict=True)]
+        print(json.dumps({"best": found} if settings.search else found[0], indent=1))
+        return
+    print(report.as_text(results[0], runs[0]))
+    if settings.search:
+        print("\nthe best of the search")
+        for (candidate, _), result in zip(best, results, strict=True):
+            print(f"  {report.one_line(result)}")
+            print(f"    {_overrides(candidate)}")
+    print(f"\n{report.assumptions()}\n\n{calibration.as_text()}")
+
+
+def _overrides(config: Any) -> str:
+    mesh = " ".join(f"--config.mesh.{name}={size}" for name, size in dataclasses.asdict(config.mesh).items())
+    return f"{mesh} --config.compute.remat={config.compute.remat} --config.loop.microbatches={config.loop.microbatches}"
+
+
+def main() -> None:
+    """Flags to config to call."""
+    if flags.FLAGS.calibrate:
+        print(calibration.as_text(calibration.measure(plan)))
+    elif flags.FLAGS.config is None or flags.FLAGS.topology is None:
+        raise ConfigError("expected --config and --topology, or --calibrate")
+    else:
+        run(flags.FLAGS.config, flags.FLAGS)
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "configs/<stage>.py:<size>")
+    flags.DEFINE_string("topology", None, "a slice: v5p:8x8x8 or v5p-1024")
+    flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data-centre network", lower_bound=1)
+    flags.DEFINE_enum("program", "train", ["train", "rollout"], "the train step, or the generation of a PPO config")
+    flags.DEFINE_bool("json", False, "print JSON")
+    flags.DEFINE_bool("search", False, "try meshes, remat policies and microbatches, and print the best few")
+    flags.DEFINE_integer("search_compilations", 12, "programs that a search compiles at most", lower_bound=1)
+    flags.DEFINE_string("dump_hlo", None, "directory for the compiled text")
+    flags.DEFINE_float("tokens", 2e12, "tokens of the whole run (the paper: 2T)", lower_bound=0)
+    flags.DEFINE_float("price", 0.0, "US dollars a chip hour, to print the run's price", lower_bound=0)
+    flags.DEFINE_float("carbon", 0.0, "watts a chip, to print the run's tCO2eq as in Table 2", lower_bound=0)
+    flags.DEFINE_bool("calibrate", False, "estimate what others have published, and print the error")
+    command.launch(main)

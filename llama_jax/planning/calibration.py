@@ -1,0 +1,62 @@
+"""How far the estimate is from what others have measured: our train step, estimated, beside MaxText's, published.
+
+Published for Llama 2 70B, 4096 tokens a sequence, weights divided over all chips (github.com/AI-Hypercomputer/maxtext).
+The two programs are not the same, so the error holds both: that of the estimate, and how much faster or slower our step is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llama_jax.model.config import Compute
+from llama_jax.parallel.mesh import MeshConfig
+from llama_jax.parallel.topology import describe
+from llama_jax.planning.estimate import Plan
+from llama_jax.pretrain.stage import PretrainConfig, PretrainData
+from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.stage import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A published rate, the settings of our step that comes nearest, and what it was estimated at."""
+
+    topology: str
+    remat: str
+    rows_per_chip: int
+    published: float  # tokens a second and chip
+    estimated: float | None = None  # by `python -m llama_jax.plan --calibrate` with jax 0.10.2 and libtpu 0.0.42
+
+
+REFERENCES = (
+    Reference("v5p-128", "attention", 2, 692.0),
+    Reference("v6e-256", "full", 2, 905.0),
+)
+
+
+def measure(plan: Callable[[Any, Any], Plan], references: Sequence[Reference] = REFERENCES) -> list[Reference]:
+    """Compiles the step of each reference with `plan(config, topology)`; minutes each."""
+    found = []
+    for reference in references:
+        topology = describe(reference.topology)
+        config = PretrainConfig(
+            stage="pretrain", model="70b", tokenizer="", data=PretrainData(corpus="", weights={}), mesh=MeshConfig(),
+            compute=Compute(remat=reference.remat, loss_chunks=8), optim=OptimConfig(lr=1.5e-4, warmup=2000),
+            loop=LoopConfig(steps=500_000, batch_size=reference.rows_per_chip * topology.chips),
+        )  # fmt: skip
+        result = plan(config, topology)
+        found.append(dataclasses.replace(reference, estimated=result.tokens_per_second_per_chip))
+    return found
+
+
+def as_text(references: Sequence[Reference] = REFERENCES) -> str:
+    """A line for each reference: estimated, published, error."""
+    lines = ["calibration: Llama 2 70B, our step as estimated beside MaxText's as published (--calibrate compiles it again)"]
+    for reference in references:
+        head = f"  {reference.topology:8} {reference.rows_per_chip} sequences a chip: "
+        if reference.estimated is None:
+            lines.append(f"{head}does not fit; published {reference.published:.0f} tokens/s/chip")
+            continue
+        error = reference.estimated / reference.published - 1
+        lines.append(f"{head}{reference.estimated:.0f}, published {reference.published:.0f} tokens/s/chip: {error:+.0%}")
+    return "\n".join(lines)

@@ -1,0 +1,431 @@
+"""Planning: compiled programs as data, counted arithmetic, topologies, and (with libtpu) the real TPU compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from configs import common, pretrain
+from llama_jax.config import ConfigError
+from llama_jax.model.config import FLOAT32, SIZES, Compute
+from llama_jax.model.params import count, flops_per_token, table
+from llama_jax.parallel import topology
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.planning import calibration, report
+from llama_jax.planning.estimate import Plan, Traffic
+from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
+from llama_jax.planning.hlo import Module, mesh_axes
+from llama_jax.planning.programs import rollout_program, train_program
+from llama_jax.planning.search import candidates
+from llama_jax.train import parse_stage
+
+ROOT = Path(__file__).parents[1]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
+
+# As the TPU compiler writes it: a loop of 5 with a gather begun beside a product, a kernel whose metadata spans lines, a
+# reduce-scatter as a fusion, and the three ways to name groups.
+# ruff: noqa: E501
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "step.py"
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition (state: (s32[], f32[8,16])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(5)
+  %state.1 = (s32[]{:T(128)}, f32[8,16]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%begin (p0: bf16[4,16]) -> (bf16[4,16], bf16[8,16]) {
+  %p0 = bf16[4,16]{1,0} parameter(0)
+  %gather.0 = bf16[8,16]{1,0} all-gather(%p0), channel_id=7, replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}, dimensions={0}
+  ROOT %started = (bf16[4,16]{1,0}, bf16[8,16]{1,0}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p1: bf16[4,16], p2: f32[8,16]) -> f32[8,16] {
+  %p1 = bf16[4,16]{1,0} parameter(0)
+  %p2 = f32[8,16]{1,0} parameter(1)
+  %gather.1 = bf16[8,16]{1,0} all-gather(%p1), channel_id=7, replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}, dimensions={0}
+  ROOT %product = f32[8,16]{1,0} convolution(%p2, %gather.1), dim_labels=bf_io->bf
+}
+
+%all-reduce-scatter (p3: f32[8,16]) -> f32[4,16] {
+  %p3 = f32[8,16]{1,0} parameter(0)
+  %reduced = f32[8,16]{1,0} all-reduce(%p3), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[4,16]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={4,16}
+}
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %state.2 = (s32[]{:T(128)}, f32[8,16]{1,0}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%state.2), index=0
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%state.2), index=1
+  %weights = bf16[4,16]{1,0} constant({...})
+  %start = (bf16[4,16]{1,0}, bf16[8,16]{1,0}) fusion(%weights), kind=kCustom, calls=%begin
+  %y = f32[8,16]{1,0:T(8,128)} fusion(%weights, %x), kind=kOutput, calls=%beside, metadata={op_name="jit(step)/jvp()/product"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %scattered = f32[4,16]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
+  %kernel = f32[8,16]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof":"{\\"block\\": 8}"
+}}, metadata={op_name="jit(step)/causal_tiles/kernel"}
+  %sent = f32[8,16]{1,0} collective-permute(%kernel), channel_id=9, source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
+  ROOT %next = (s32[]{:T(128)}, f32[8,16]{1,0}) tuple(%i.2, %sent)
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %begin.1 = s32[] constant(0)
+  %packed = (s32[], f32[8,16]{1,0}) tuple(%begin.1, %p)
+  %loop = (s32[], f32[8,16]{1,0}) while(%packed), condition=%condition, body=%body
+  %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+  %total = f32[8,16]{1,0} all-reduce(%result), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %alone = f32[8,16]{1,0} all-reduce(%total), channel_id=2, replica_groups=[4,1]<=[4], to_apply=%add
+}
+"""
+
+
+def test_a_program_is_read_with_the_executions_of_its_loops():
+    module = Module(PROGRAM)
+    assert module.counts["body"] == 5 and module.counts["main"] == 1 and module.counts["beside"] == 5
+    assert sum(i.cycles * count for i, count in module if i.computation not in module.fused) == 5000
+    (kernel,) = [i for i, _ in module if "tpu_custom_call" in i.attributes]
+    assert kernel.op_name == "jit(step)/causal_tiles/kernel" and kernel.operands == ("y",)
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Module("nothing")
+
+
+def test_collectives_are_counted_once_with_their_devices_and_overlap():
+    shape = {"data": 2, "fsdp": 2}
+    found = [
+        (c.kind, mesh_axes(c, shape), c.bytes, c.count, c.overlapped) for c in Module(PROGRAM).collectives()
+    ]
+    assert sorted(found) == [
+        ("all-gather", ("data",), 8 * 16 * 2, 5, True),  # begun in one fusion and going on in the next: one, of channel 7
+        ("all-reduce", ("data", "fsdp"), 8 * 16 * 4, 1, False),
+        ("collective-permute", ("data",), 8 * 16 * 4, 5, False),
+        ("reduce-scatter", ("fsdp",), 8 * 16 * 4, 5, False),
+    ]
+
+
+def test_collectives_of_a_real_program(tiny):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    def loop(x):
+        def body(x, _):
+            whole = jax.lax.with_sharding_constraint(jnp.sin(x), NamedSharding(mesh, PartitionSpec()))
+            return jax.lax.with_sharding_constraint(whole * whole.sum(), NamedSharding(mesh, PartitionSpec("fsdp"))), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    found = Module(jax.jit(loop).lower(x).compile().as_text()).collectives()
+    gathers = [c for c in found if c.kind == "all-gather"]
+    assert [(mesh_axes(c, dict(mesh.shape)), c.bytes, c.count) for c in gathers] == [(("fsdp",), 8 * 32 * 4, 3)]
+
+
+def test_memory_traffic_counts_slices_not_stacks():
+    text = """HloModule m
+
+%cut (p0: f32[100,64], p1: s32[]) -> f32[64] {
+  %p0 = f32[100,64]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%row)
+}
+
+ENTRY %main (stack: f32[100,64], i: s32[]) -> f32[64] {
+  %stack = f32[100,64]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %one = f32[64]{0:S(1)} fusion(%stack, %i), kind=kLoop, calls=%cut
+}
+"""
+    # The row is read; the result stays in scratch memory.
+    assert hbm_bytes(Module(text)) == 64 * 4
+
+
+def test_traced_flops_by_hand():
+    a, b = jnp.zeros((4, 8)), jnp.zeros((8, 16))
+
+    def loop(a, b):
+        return jax.lax.scan(lambda c, _: (c + a @ b, None), jnp.zeros((4, 16)), None, length=3)[0]
+
+    assert traced_flops(jax.jit(loop).trace(a, b).jaxpr) == 3 * 2 * 4 * 8 * 16
+    batched = jax.jit(lambda x, y: jnp.einsum("bij,bkj->bik", x, y)).trace(jnp.zeros((2, 3, 5)), jnp.zeros((2, 7, 5)))
+    assert traced_flops(batched.jaxpr) == 2 * 2 * 3 * 7 * 5
+    mesh = make_mesh(MeshConfig())
+    island = jax.shard_map(lambda a: a @ a.T, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
+    assert traced_flops(jax.jit(island).trace(jnp.zeros((16, 32))).jaxpr) == 8 * 2 * 2 * 32 * 2
+
+
+def config_of(size, rows, *, remat="none", stage="pretrain", **mesh):
+    values = pretrain.get_config("7b")
+    values.loop.batch_size = rows
+    values.compute.remat = remat
+    values.mesh.update(mesh)
+    config = parse_stage(values)
+    compute = dataclasses.replace(FLOAT32, remat=remat)
+    return dataclasses.replace(config, model=size, compute=compute)
+
+
+def test_the_train_step_executes_what_the_model_needs_and_what_remat_repeats():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    executed, model = {}, None
+    for remat in ("none", "full"):
+        program = train_program(config_of("tiny", 4, remat=remat), mesh)
+        with jax.set_mesh(mesh):
+            executed[remat] = traced_flops(program.trace().jaxpr)
+        model = program.model_flops
+    assert model == 4 * 256 * flops_per_token(SIZES["tiny"], length=256)
+    # Attention by blocks of a quarter of the queries does 5/8 of all pairs; the model is counted with half of them.
+    assert 1.0 < executed["none"] / model < 1.05
+    # A second forward pass of the blocks, not of the vocabulary projection.
+    assert 1.2 < executed["full"] / executed["none"] < 4 / 3
+
+
+def test_state_of_a_program_is_what_a_device_holds():
+    mesh = make_mesh(MeshConfig())
+    program = train_program(config_of("tiny", 8), mesh)
+    specs = table(SIZES["tiny"], head="lm_head")
+    norms = (2 * 6 + 1) * 256
+    matrices = count(specs) - norms
+    assert device_bytes(program.state["parameters"]) == 4 * (matrices // 8 + norms)
+    assert device_bytes(program.state["optimizer"]) == 2 * 4 * (matrices // 8 + norms) + 2 * 4  # and two counters
+    assert device_bytes(program.state["batch"]) == 5 * 4 * 256
+
+
+# ---- topologies ----
+
+
+@pytest.mark.parametrize(("name", "chip", "shape"), [
+    ("v5p:8x8x8", "v5p", (8, 8, 8)), ("v5p-1024", "v5p", (8, 8, 8)), ("v5p-128", "v5p", (4, 4, 4)),
+    ("v4-32", "v4", (2, 2, 4)), ("v5e-256", "v5e", (16, 16)), ("v6e:4x8", "v6e", (4, 8)), ("tpu7x-64", "tpu7x", (4, 4, 4)),
+])  # fmt: skip
+def test_names_of_slices(name, chip, shape):
+    found, found_shape = topology.parse(name)
+    assert (found.name, found_shape) == (chip, shape)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("v3-8", "chip one of v4, v5e, v5p, v6e, tpu7x"),
+    ("v5p", "expected <chip>:<shape> or <chip>-<number>"),
+    ("v5p-100", "no such slice; expected one of v5p-8, v5p-16"),
+    ("v5e:4x4x4", "a v5e slice has 2 dimensions, as in 4x4"),
+    ("v5p:4x0x4", "3 dimensions"),
+])  # fmt: skip
+def test_names_that_are_none(name, words):
+    with pytest.raises(ValueError, match=words):
+        topology.parse(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    coords: tuple[int, ...]
+    slice_index: int = 0
+
+
+def test_links_that_a_group_spans():
+    def width(name, places):
+        chip, shape = topology.parse(name)
+        return topology.ring_width(topology.Topology(chip, shape, 1, ()), places)
+
+    cube = [Place((x, y, z)) for x in range(4) for y in range(4) for z in range(4)]
+    assert width("v5p:4x4x4", cube) == (6, 4)
+    assert width("v5p:4x4x4", cube[:4]) == (2, 4)  # one closed dimension
+    assert width("v5p:4x4x4", cube[:2]) == (1, 2)  # a part of it is a line
+    assert width("v5e:4x4", [Place((x, 0)) for x in range(4)]) == (1, 4)  # not a full pod: open
+    assert width("v5e:16x16", [Place((x, 0)) for x in range(16)]) == (2, 16)
+    assert width("v5p:4x4x4", [Place((0, 0, 0)), Place((0, 0, 0), slice_index=1)]) == (0, 0)
+
+
+def test_over_slices_only_data_crosses():
+    class Fake:
+        platform, device_kind, process_index = "cpu", "cpu", 0
+
+        def __init__(self, number):
+            self.id, self.slice_index = number, number // 4
+
+    devices = [Fake(number) for number in range(8)]
+    with pytest.raises(ValueError, match="data=1 is no multiple of the 2 slices"):
+        make_mesh(MeshConfig(), devices=devices)
+
+
+# ---- the plan ----
+
+
+def plan_of(**changes):
+    facts = dict.fromkeys((field.name for field in dataclasses.fields(Plan)), 0) | {
+        "program": "pretrain step", "model": "7b", "topology": "v5p:4x4x4", "chips": 64, "mesh": {"data": 1, "fsdp": 64},
+        "remat": "dots", "fits": True, "memory": {"parameters": 2**30}, "hbm_bytes_per_chip": 2**34,
+        "hbm_capacity_bytes": 2**35, "traffic": (), "model_flops_per_step": 64e12, "step_seconds": 2.0,
+        "tokens_per_second_per_chip": 3000.0, "mfu": 0.5, "tokens_per_step": 2**20,
+    }  # fmt: skip
+    return Plan(**(facts | changes))
+
+
+def test_days_price_and_carbon_of_a_run():
+    run = plan_of().run(2e12, price=4.2, watts=400)
+    hours = 2e12 / 3000 / 3600
+    np.testing.assert_allclose(
+        [run["chip_hours"], run["days"], run["dollars"], run["tco2eq"]],
+        [hours, hours / 64 / 24, 4.2 * hours, hours * 400 / 1e6 * 1.1 * 0.385],
+    )
+    # The paper's Table 2: 184,320 hours at 400 W are 31.22 t.
+    table_2 = plan_of(tokens_per_second_per_chip=2e12 / 184_320 / 3600).run(2e12, watts=400)
+    assert round(table_2["tco2eq"], 2) == 31.22
+    assert set(plan_of().run(2e12)) == {"tokens", "days", "chip_hours"}
+
+
+def test_reports_hold_the_named_keys_and_say_what_does_not_fit():
+    gather = Traffic("fsdp", "all-gather", "bf16", 64, 10**9, 0.1, True)
+    traffic = (gather, Traffic("fsdp", "all-reduce", "f32", 1, 5, 0.1, False))
+    plan = plan_of(traffic=traffic)
+    found = json.loads(json.dumps(report.as_json(plan, plan.run(1e12))))
+    assert {"fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "model_flops_per_step", "step_seconds",
+            "tokens_per_second_per_chip", "mfu", "collective_bytes", "mesh", "remat"} <= set(found)  # fmt: skip
+    assert found["collective_bytes"] == {"fsdp": 10**9 + 5}
+    assert "fits, 16.00 spare" in report.as_text(plan, plan.run(1e12)) and "beside arithmetic" in report.as_text(plan, {})
+    unknown = dict.fromkeys(("traffic", "step_seconds", "tokens_per_second_per_chip", "mfu"))
+    tight = plan_of(fits=False, hbm_bytes_per_chip=2**36, **unknown)
+    assert "does not fit, 32.00 too much" in report.as_text(tight, tight.run(2e12)) and tight.run(2e12) == {}
+
+
+def test_candidates_of_a_search_can_all_be_run():
+    config = parse_stage(pretrain.get_config("70b"))
+    found = list(candidates(config, devices=512, slices=2))
+    assert len(found) > 50
+    for candidate in found:
+        sizes = candidate.mesh.sizes(512)
+        assert sizes[0] == 2 and 1024 % (sizes[0] * sizes[1] * candidate.loop.microbatches) == 0
+    # Weights divided over all chips come first, and the least recomputation.
+    assert found[0].mesh == MeshConfig(data=2, fsdp=256) and found[0].compute.remat == "dots"
+
+
+@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
+def test_recommended_settings_parse_and_divide_the_batch(size, tpu):
+    config = parse_stage(pretrain.get_config(f"{size},tpu={tpu}"))
+    chip, shape = topology.parse(tpu)
+    devices = chip.devices * int(np.prod(shape))
+    data, fsdp, _, _ = config.mesh.sizes(devices)
+    assert config.loop.batch_size % (data * fsdp * config.loop.microbatches) == 0
+    assert config.compute.remat == common.PODS[size, tpu][0]
+
+
+def test_a_slice_without_settings_is_named():
+    with pytest.raises(ValueError, match="'tpu=v4-8' is unknown for 70b; expected tpu=v5p-512"):
+        pretrain.get_config("70b,tpu=v4-8")
+
+
+def test_the_calibration_stands_beside_its_error():
+    lines = calibration.as_text((calibration.Reference("v5p-128", "full", 2, 700.0, 770.0),
+                                 calibration.Reference("v6e-256", "full", 2, 900.0))).splitlines()  # fmt: skip
+    assert lines[1].endswith("770, published 700 tokens/s/chip: +10%") and "does not fit" in lines[2]
+    assert all(reference.estimated for reference in calibration.REFERENCES)
+
+
+def test_a_rollout_is_planned_for_ppo_only():
+    with pytest.raises(ConfigError, match="a rollout is planned for ppo, got 'pretrain'"):
+        rollout_program(parse_stage(pretrain.get_config("7b")), make_mesh())
+
+
+# ---- with the TPU compiler ----
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_libtpu
+def test_gathers_stay_gathers_only_on_a_pod_described_with_its_wires():
+    from jax.experimental import topologies
+
+    def collectives(devices, order):
+        mesh = Mesh(order(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+                for shape in ((64 * 2048, 4096), (4096, 4096)))  # fmt: skip
+        text = jax.jit(lambda x, w: x @ w).lower(x, w).compile().as_text()
+        return {c.kind for c in Module(text).collectives()}
+
+    found = topology.describe("v5p:4x4x4")
+    ordered = make_mesh(devices=found.devices).devices.flatten()
+    assert collectives(found.devices, lambda _: ordered) == {"all-gather"}
+    assert "all-reduce" in collectives(found.devices, np.array)
+    open_ends = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
+    ordered = make_mesh(devices=open_ends.devices).devices.flatten()
+    assert "all-reduce" in collectives(open_ends.devices, lambda _: ordered)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
+    arguments = ("--config=configs/pretrain.py:7b", "--config.loop.batch_size=8", "--topology=v5p-16", "--json")
+    found = json.loads(command(*arguments, f"--dump_hlo={tmp_path}"))
+    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert found["model_flops_per_step"] == 8 * 4096 * flops_per_token(SIZES["7b"], length=4096)
+    assert found["hbm_capacity_bytes"] == pytest.approx(95.74 * 2**30, rel=1e-3)
+    assert 0.2 < found["mfu"] < 0.9 and found["step_seconds"] >= found["roofline_seconds"]
+    assert sum(found["memory"].values()) == found["hbm_bytes_per_chip"]
+    # fsdp gathers every matrix for the forward and again for the backward pass, in bfloat16.
+    matrices = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008))
+    gathered = sum(t["bytes"] for t in found["traffic"] if t["kind"] == "all-gather" and t["dtype"] == "bf16")
+    assert 2 * matrices <= gathered <= 2.1 * matrices
+    (text,) = tmp_path.iterdir()
+    assert kernels(Module(text.read_text()))
+    tight = json.loads(command("--config=configs/pretrain.py:7b", "--config.loop.batch_size=64", "--topology=v5e-8", "--json"))
+    assert not tight["fits"] and tight["hbm_bytes_per_chip"] > tight["hbm_capacity_bytes"] and tight["mfu"] is None
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
+def test_recommended_settings_fit_and_gather_only_weights(size, tpu):
+    found = json.loads(command(f"--config=configs/pretrain.py:{size},tpu={tpu}", f"--topology={tpu}", "--json"))
+    assert found["fits"]
+    assert set(found["collective_bytes"]) == {"fsdp"}
+    gathers = [t for t in found["traffic"] if t["kind"] == "all-gather"]
+    assert any(t["overlapped"] for t in gathers)
+    weights = 2 * count(table(SIZES[size], head="lm_head"))  # bytes, in bfloat16
+    _, microbatches, _ = common.PODS[size, tpu]
+    assert sum(t["bytes"] for t in gathers) <= 2.1 * microbatches * weights
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", ["ring", "all_to_all"])
+def test_long_contexts_are_divided_on_a_pod(sequence):
+    compute = Compute(remat="full", sequence=sequence, loss_chunks=64)
+    config = dataclasses.replace(config_of("7b", 8, sequence=8), compute=compute)
+    long = dataclasses.replace(SIZES["7b"], max_length=131_072, layers=2, name="long")
+    found = topology.describe("v5p:4x4x4")
+    mesh = make_mesh(config.mesh, devices=found.devices)
+    try:
+        SIZES["long"] = long
+        with jax.set_mesh(mesh):
+            program = train_program(dataclasses.replace(config, model="long"), mesh)
+            compiled = program.trace().lower().compile()
+    finally:
+        del SIZES["long"]
+    module = Module(compiled.as_text())
+    kinds = {c.kind for c in module.collectives() if "sequence" in mesh_axes(c, dict(mesh.shape)) and c.bytes > 2**24}
+    assert ("collective-permute" if sequence == "ring" else "all-to-all") in kinds and "all-gather" not in kinds
+    assert kernels(module)  # splash attention, inside the ring's steps too
