@@ -317,10 +317,12 @@ def test_files_stream_through_bounded_memory(to, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_ours_costs_its_arrays_and_little_more(tmp_path):
-    config = dataclasses.replace(MODEL, layers=24, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
+    config = dataclasses.replace(MODEL, layers=72, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
     total = sparse_hf(tmp_path / "in", config)
     found = measured(tmp_path / "in", tmp_path / "out", "llama_jax")
-    assert found["peak"] - found["before"] < 1.6 * total, f"{(found['peak'] - found['before']) / total:.2f} x"
+    # A gigabyte of writes in flight, whatever the size of the model (as long as no leaf of one device is larger).
+    more = found["peak"] - found["before"] - total
+    assert total > 1.8e9 and more < 1.3e9, f"{more / 1e9:.2f} GB"
 
 
 @pytest.mark.slow
