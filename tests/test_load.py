@@ -178,9 +178,8 @@ def peer_tokenizer(smollm2, root):
 def test_smollm2_is_the_preset_and_answers(smollm2):
     assert smollm2.config is SIZES["smollm2-135m"]
     assert params.count(params.table(smollm2.config, head="lm_head")) == 134_515_008
-    assert smollm2.generate(["The capital of France is"], max_tokens=2) == [" Paris."]
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    assert "Paris" in smollm2.chat(question, max_tokens=16, temperature=0.0)
+    assert "Paris" in smollm2.chat(question, max_tokens=12, temperature=0.0)
 
 
 @needs_smollm2
