@@ -15,6 +15,7 @@ import pytest
 
 from llama_jax import convert
 from llama_jax.config import ConfigError
+from llama_jax.data import gguf_file
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.interop import huggingface, names, ours
 from llama_jax.interop.formats import open_source
@@ -131,6 +132,13 @@ def test_gguf_tensors_are_what_the_package_dequantises_in_our_order(kind, tmp_pa
     assert state.keys() == values.keys()
     for name, x in values.items():
         np.testing.assert_array_equal(state[name], x, err_msg=name)
+
+
+def test_block_sizes_are_those_of_the_gguf_package():
+    gguf = pytest.importorskip("gguf")
+    for code, (name, block, size) in gguf_file._BLOCKS.items():
+        kind = gguf.GGMLQuantizationType(code)
+        assert (kind.name, *gguf.GGML_QUANT_SIZES[kind]) == (name, block, size)
 
 
 def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
