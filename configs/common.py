@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-SIZES = ("7b", "13b", "34b", "70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b", "tiny")
+SIZES = ("7b", "13b", "34b", "70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b", "smollm2-135m", "tiny")
 
 
 def check(size: str) -> str:
@@ -16,6 +16,8 @@ def compute(size: str) -> ConfigDict:
     """bfloat16 with recomputation on a pod; float32 activations between bfloat16 products on a CPU."""
     if size == "tiny":
         how = {"activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
+    elif size == "smollm2-135m":  # thirty layers in one scan: unrolled they would compile for minutes
+        how = {"activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
     else:
         how = {"activations": "bfloat16", "remat": "full", "loss_chunks": 8, "unroll": False}
     return ConfigDict({"matmul": "bfloat16", "attention": "auto", "sequence": "ring", **how})

@@ -18,8 +18,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "datasets": {
             "objects": 10_000, "max_characters": 300, "held_out_fraction": 0.1,
             "sft": 14_000, "sft_safety": 2400,
-            "preferences": 1800, "preferences_safety": 700,
-            "rlhf": 1500, "rlhf_safety": 500,
+            "preferences": 3000, "preferences_safety": 700,
+            "rlhf": 1800, "rlhf_safety": 500,
             "held_out": 300, "held_out_safety": 100,
         },
         "variant_temperatures": (0.8, 1.1),

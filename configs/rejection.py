@@ -17,7 +17,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     rejection = {
         "prompts": "prompts.jsonl",
         "prompt_length": 96 if tiny else 1024,
-        "max_prompts": 640 if tiny else 100_000,
+        "max_prompts": 2300 if tiny else 100_000,
         "answers": 8 if tiny else 20,
         "new_tokens": 48 if tiny else 1024,
         "temperature": 1.0 if tiny else 1.2,  # Fig. 8: best for 10 to 100 samples of the RLHF model

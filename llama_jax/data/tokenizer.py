@@ -1,4 +1,6 @@
-"""SentencePiece BPE as in the paper (section 2.2): single digits, byte fallback, no normalisation.
+"""Tokenizers behind one interface: `Tokenizer(path)` opens a SentencePiece model, a `tokenizer.json` or a GGUF's vocabulary.
+
+Ours are SentencePiece BPE as in the paper (section 2.2): single digits, byte fallback, no normalisation.
 
 Round trip: `decode(encode(text)) == text` for every text without U+2581 (the sign by which SentencePiece
 stands for a space, so it comes back as one). The dummy leading space that encoding adds is taken off again
@@ -53,7 +55,104 @@ PAPER_SETTINGS = {
 
 
 class Tokenizer:
-    """A trained model file. Text is never control: `encode("<s>")` gives ordinary pieces."""
+    """Ids of text and text of ids. `Tokenizer(path)` gives the class that reads what lies there.
+
+    A path is a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a `.gguf`, or a directory with one of them.
+
+    Text is never control: `encode("<s>")` gives ordinary pieces, whatever the format.
+
+    Attributes:
+      path, fingerprint: the file, and the SHA-256 of its content.
+      vocab_size: number of pieces.
+      bos_id, eos_id, unk_id, pad_id: ids of the control pieces.
+      adds_bos: whether its models expect BOS before a text.
+      chat_template: Jinja source of the chat format it came with; None: Llama 2's (data/dialog.py).
+    """
+
+    path: Path
+    fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    pad_id: int
+    adds_bos: bool = True
+    chat_template: str | None = None
+
+    def __new__(cls, path: str | os.PathLike, *arguments):
+        """Dispatches on what the file is, as `pathlib.Path` does on the system."""
+        if cls is Tokenizer:
+            cls = _reader_of(find_tokenizer(path))
+        return super().__new__(cls)
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`, with BOS before and EOS after when asked for."""
+        raise NotImplementedError
+
+    def encode_many(self, texts: Sequence[str], *, threads: int = 2) -> list[list[int]]:
+        """`encode` of each text, without BOS or EOS, on several threads (for whole corpora)."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""
+        raise NotImplementedError
+
+    def piece(self, token_id: int) -> str:
+        """The piece behind an id, for reports (U+2581 marks a space)."""
+        raise NotImplementedError
+
+    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
+        kept = [int(i) for i in ids]
+        wrong = [i for i in kept if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"decode: expected ids in 0..{self.vocab_size - 1}, got {wrong[0]}")
+        return kept
+
+    def __reduce__(self):  # so that Beam and process pools can carry it: the file is the state
+        return Tokenizer, (self.path,)
+
+
+def find_tokenizer(path: str | os.PathLike) -> Path:
+    """The tokenizer's file at a path: itself, or the one inside a directory.
+
+    Raises:
+      FileNotFoundError: a directory without one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{path}: missing tokenizer: expected tokenizer.json, tokenizer.model or one .gguf file in it")
+    return files[0]
+
+
+def _reader_of(path: Path) -> type[Tokenizer]:
+    if path.suffix == ".gguf":
+        from llama_jax.data.tokenizer_gguf import is_sentencepiece
+
+        if is_sentencepiece(path):
+            return SentencePieceTokenizer
+    elif path.suffix != ".json":
+        return SentencePieceTokenizer
+    from llama_jax.data.tokenizer_json import JsonTokenizer  # its package is an extra
+
+    return JsonTokenizer
+
+
+def read_content(path: Path, expected: str) -> bytes:
+    """The bytes of a tokenizer's file; FileNotFoundError saying what was expected there."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"tokenizer {path}: expected {expected}, {error.strerror}") from None
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A trained model file: Llama 1's and 2's, ours, or the one rebuilt from a GGUF's vocabulary."""
 
     bos_id = BOS_ID
     eos_id = EOS_ID
@@ -61,11 +160,13 @@ class Tokenizer:
     pad_id = PAD_ID
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        try:
-            model = self.path.read_bytes()
-        except OSError as error:
-            raise FileNotFoundError(f"tokenizer {self.path}: expected a SentencePiece model file, {error.strerror}") from None
+        self.path = find_tokenizer(path)
+        if self.path.suffix == ".gguf":
+            from llama_jax.data.tokenizer_gguf import sentencepiece_model
+
+            model = sentencepiece_model(self.path)
+        else:
+            model = read_content(self.path, "a SentencePiece model file")
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -78,26 +179,23 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after when asked for."""
-        return [BOS_ID] * bos + self._model.encode(_checked(text)) + [EOS_ID] * eos
+        return [BOS_ID] * bos + self._model.encode(checked_text(text)) + [EOS_ID] * eos
 
     def encode_many(self, texts: Sequence[str], *, threads: int = 2) -> list[list[int]]:
         """`encode` of each text, without BOS or EOS, on several threads (for whole corpora)."""
-        return self._model.encode([_checked(text) for text in texts], num_threads=threads)
+        return self._model.encode([checked_text(text) for text in texts], num_threads=threads)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""
-        kept = [int(i) for i in ids]
-        wrong = [i for i in kept if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise ValueError(f"decode: expected ids in 0..{self.vocab_size - 1}, got {wrong[0]}")
-        return self._model.decode([i for i in kept if i > EOS_ID])
+        return self._model.decode([i for i in self._checked_ids(ids) if i > EOS_ID])
 
     def piece(self, token_id: int) -> str:
         """The piece behind an id, for reports (U+2581 marks a space)."""
         return self._model.id_to_piece(int(token_id))
 
-    def __reduce__(self):  # so that Beam and process pools can carry it: the file is the state
-        return Tokenizer, (self.path,)
+    def serialized(self) -> bytes:
+        """The model file's content."""
+        return self._model.serialized_model_proto()
 
 
 def train_tokenizer(
@@ -133,7 +231,8 @@ def train_tokenizer(
     return Tokenizer(model_path)
 
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
+    """The text, if it is one that UTF-8 can write; TypeError or ValueError else."""
     if not isinstance(text, str):
         raise TypeError(f"encode: expected str, got {type(text).__name__}")
     if not text.isascii():
@@ -148,7 +247,7 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Lines that are not empty, longer ones cut at `max_bytes` (on a character border)."""
     longest = max_bytes // 4  # characters: UTF-8 needs at most four bytes for one
     for text in texts:
-        for line in _checked(text).split("\n"):
+        for line in checked_text(text).split("\n"):
             for start in range(0, len(line), longest):
                 yield line[start : start + longest]
 

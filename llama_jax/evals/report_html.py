@@ -157,7 +157,7 @@ def _grid(columns: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return f'<span class="absent">{text}</span>' if text == "not run" else escape(text)
+    return f'<span class="absent">{text}</span>' if text in ("not run", "no pairs") else escape(text)
 
 
 def _figure(name: str, png: bytes) -> str:

@@ -111,7 +111,7 @@ def _pretraining(results: Mapping) -> Section:
     rows = []
     for source in pretrain.get("bits_per_byte") or {}:
         ours, xz = (lookup(pretrain, f"{key}.{source}") for key in ("bits_per_byte", "xz_bits_per_byte"))
-        saved = "not run" if ours is None or not xz else f"{100 * (1 - ours / xz):.0f} % fewer"
+        saved = "not run" if ours is None or not xz else f"{100 * abs(1 - ours / xz):.0f} % {'fewer' if ours < xz else 'more'}"
         rows.append([source.replace("_", " "), number(ours), number(xz), saved])
     return Section(
         "Pretraining",
@@ -146,13 +146,12 @@ def _fine_tuning(results: Mapping) -> Section:
 
 
 def _reward_models(results: Mapping) -> Section:
-    rows = [
-        [
-            f"{model} reward model",
-            *(percent(lookup(results, f"reward.{model}.accuracy.{degree}")) for degree in DEGREES),
-        ]
-        for model in ("helpfulness", "safety")
-    ]
+    rows = []
+    for model in ("helpfulness", "safety"):
+        found = [lookup(results, f"reward.{model}.accuracy.{degree}") for degree in DEGREES]
+        was_run = any(value is not None for value in found)  # then a degree without a figure had no pairs
+        cells = ["no pairs" if value is None and was_run else percent(value) for value in found]
+        rows.append([f"{model} reward model", *cells])
     return Section(
         "Reward models",
         notes=[

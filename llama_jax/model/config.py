@@ -1,4 +1,4 @@
-"""Every size of the paper (Table 1) and of Llama 1, and the `tiny` one of the demo; and how a model is computed."""
+"""Every size of the paper (Table 1) and of Llama 1, SmolLM2 and the demo's `tiny`; and how a model is computed."""
 
 import dataclasses
 from typing import Literal
@@ -97,6 +97,9 @@ SIZES: dict[str, ModelConfig] = {
         _llama("llama1-13b", 40, 5120, 40, 40, ffn_size(5120), 2048, 1e-6),
         _llama("llama1-33b", 60, 6656, 52, 52, ffn_size(6656), 2048, 1e-6),
         _llama("llama1-65b", 80, 8192, 64, 64, ffn_size(8192), 2048, 1e-6),
+        # SmolLM2 135M, a real model of this architecture that a laptop can train; its embeddings are tied.
+        ModelConfig(name="smollm2-135m", vocab_size=49_152, layers=30, width=576, heads=9, kv_heads=3, head_size=64,
+                    ffn=1536, max_length=8192, rope_theta=100_000.0, tie_embeddings=True),
         # The demo's size: minutes on two CPU cores, and grouped-query attention as in the 70B.
         ModelConfig(name="tiny", vocab_size=4096, layers=6, width=256, heads=4, kv_heads=2, head_size=64, ffn=704,
                     max_length=256),

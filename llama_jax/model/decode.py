@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.attention import causal_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
@@ -46,12 +47,18 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Fills an empty cache with rows of T tokens of which the first `lengths` are real. # int32 [B, T], [B] -> [B, T, D]"""
     B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    steps = jnp.arange(T)
+    segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
 
-    def write(slots, new, axis):  # what lies behind a row's length is written over later, and never seen
-        return jax.lax.dynamic_update_slice_in_dim(slots, new, 0, axis), new
+    def attend(query, key, value, keys, values):
+        # What lies behind a row's length is written over later, and never seen.
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, jnp.einsum("btke->bket", key), 0, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(values, jnp.einsum("btke->bkte", value), 0, axis=2)
+        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), keys, values
 
-    x, cache = _layers(weights, tokens, positions, cache, write, config=config, compute=compute)
+    x, cache = _layers(
+        weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute
+    )
     return x, cache.replace(lengths=lengths)
 
 
@@ -59,21 +66,20 @@ def extend(
     weights: Prepared, tokens: jax.Array, counts: jax.Array, cache: KVCache, *, config: ModelConfig, compute: Compute
 ) -> tuple[jax.Array, KVCache]:
     """Appends the first `counts` of T tokens to every row of the cache. # int32 [B, T], [B] -> [B, T, D]"""
-    T = tokens.shape[1]
-    steps = jnp.arange(T)
+    steps = jnp.arange(tokens.shape[1])
     positions = cache.lengths[:, None] + steps
     # Slots outside the cache are dropped, and so are tokens that do not count.
     targets = jnp.where(steps < counts[:, None], positions, cache.slots)
 
-    def write(slots, new, axis):
-        def row(slots, new, targets):
-            at = (slice(None), slice(None), targets) if axis == 3 else (slice(None), targets)
-            return slots.at[at].set(new, mode="drop")
+    def attend(query, key, value, keys, values):
+        put_keys = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new, mode="drop"))
+        put_values = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))
+        keys = put_keys(keys, jnp.einsum("btke->bket", key), targets)
+        values = put_values(values, jnp.einsum("btke->bkte", value), targets)
+        # Attention reads far more than it computes: converting the cache would cost more than it saves.
+        return attend_cached(query, keys, values, positions, dtype=compute.activation_dtype), keys, values
 
-        written = jax.vmap(row)(slots, new, targets)
-        return written, written
-
-    x, cache = _layers(weights, tokens, positions, cache, write, config=config, compute=compute)
+    x, cache = _layers(weights, tokens, positions, cache, attend, config=config, compute=compute)
     return x, cache.replace(lengths=cache.lengths + counts)
 
 
@@ -87,26 +93,23 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
         return constrain(out, "batch", "act_vocab")
 
 
-def _layers(weights, tokens, positions, cache, write, *, config: ModelConfig, compute: Compute):
-    """All blocks and the final norm.
-
-    `write(slots, new, axis)` puts new keys or values into the slots of a layer; it gives the slots and what attention reads.
-    """
+def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
+    """All blocks and the final norm. `attend(query, key, value, keys, values)` gives the heads' results and the layer's slots
+    with the new keys and values in them."""
     angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
     with jax.named_scope("embedding"):
         x = look_up(weights["embedding"], tokens, compute.activation_dtype)
     keys, values = [], []
-    for layer, layer_keys, layer_values in zip(weights["layers"], cache.keys, cache.values):
-        x, layer_keys, layer_values = _block(
-            x, layer, angles, positions, layer_keys, layer_values, write, config=config, compute=compute
-        )
+    for layer, *slots in zip(weights["layers"], cache.keys, cache.values):
+        x, layer_keys, layer_values = _block(x, layer, angles, slots, attend, config=config, compute=compute)
         keys.append(layer_keys)
         values.append(layer_values)
     x = rms_norm(x, weights["final_norm"], eps=config.norm_eps)
     return x, cache.replace(keys=tuple(keys), values=tuple(values))
 
 
-def _block(x, layer, angles, positions, keys, values, write, *, config: ModelConfig, compute: Compute):
+def _block(x, layer, angles, slots, attend, *, config: ModelConfig, compute: Compute):
+    keys, values = slots
     project = functools.partial(contract, "btd,dhe->bthe", dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer["attention_norm"], eps=config.norm_eps)
@@ -116,12 +119,9 @@ def _block(x, layer, angles, positions, keys, values, write, *, config: ModelCon
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None).astype(keys.dtype)
         value = constrain(value, "batch", "length", "act_kv_heads", None).astype(values.dtype)
-        keys, seen_keys = write(keys, jnp.einsum("btke->bket", key), 3)
-        values, seen_values = write(values, jnp.einsum("btke->bkte", value), 2)
+        heads, keys, values = attend(query, key, value, keys, values)
         keys = constrain(keys, "batch", "act_kv_heads", None, None)
         values = constrain(values, "batch", "act_kv_heads", None, None)
-        # Attention reads far more than it computes: converting the cache would cost more than it saves.
-        heads = attend_cached(query, seen_keys, seen_values, positions, dtype=compute.activation_dtype)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):

@@ -4,6 +4,7 @@ Items of a step: `params`, `optimizer` (moments and counters), `source` (what an
 model, tokenizer, seconds, fingerprints). Any stage starts from any other's `params`, on any mesh.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -27,21 +28,23 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another shape."""
 
 
-def fingerprints(tree: Any) -> dict[str, int]:
+def fingerprints(tree: Any, *, dtype: str | None = None) -> dict[str, int]:
     """A 32-bit checksum of every leaf's bits, by path; the same on any sharding, and a changed word always changes it.
+
+    With `dtype`, of the bits that the leaves have in that type.
 
     It is the sum of word * (2 * index + 1) modulo 2^32. An odd factor has an inverse there, so no single word can change
     unseen; and integer addition knows no order, so devices add their own parts.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get(_checksums([leaf for _, leaf in leaves]))
+    values = jax.device_get(_checksums([leaf for _, leaf in leaves], dtype))
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
 
 
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
     def checksum(x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
+        x = jnp.asarray(x, dtype)
         if x.dtype == jnp.bool_:
             words = x.astype(jnp.uint32)
         else:

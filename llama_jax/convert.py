@@ -1,0 +1,151 @@
+"""Converts weights: `python -m llama_jax.convert --input=Llama-2-7b --output=/tmp/7b-hf --to=huggingface`.
+
+`--input` is Meta's directory, Hugging Face's, a `.gguf` or a workdir of ours (what lies there is recognised); `--to` is one of
+`huggingface`, `meta` and `llama_jax`. A converted workdir is a `--config.start` of every stage. Tensors stream through one by
+one, checked before anything is written; the output appears whole or not at all.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from absl import app, flags, logging
+
+from llama_jax.config import ConfigError, parse_flags
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop import huggingface, meta, ours, tokenizer_files
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.load import load_params
+from llama_jax.interop.names import leaves
+from llama_jax.interop.source import Source
+from llama_jax.interop.storage import DTYPES, cast, check_finite, whole_directory
+from llama_jax.model.params import count
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.training.metrics import Progress
+
+Target = Literal["huggingface", "meta", "llama_jax"]
+TARGETS: tuple[Target, ...] = ("huggingface", "meta", "llama_jax")
+NO_TOKENIZER = "none"
+
+
+def run(
+    path: str | os.PathLike, output: str | os.PathLike, *, to: Target, dtype: str | None = None,
+    tokenizer: str | os.PathLike | None = None, shards: int = 1, shard_bytes: int = huggingface.SHARD_BYTES,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Converts one checkpoint into another format and says what it did.
+
+    Args:
+      path: the checkpoint, of any format; see `interop.formats.open_source`.
+      output: the directory to be made.
+      to: its format.
+      dtype: "float32", "bfloat16" or "float16"; None: as it is stored in the input (float32 for quantised ones).
+      tokenizer: a tokenizer that is not beside the weights; "none": the output has none.
+      shards: tensor-parallel shards of Meta's layout.
+      shard_bytes: largest file of Hugging Face's.
+
+    Returns:
+      {"model", "format", "head", "dtype", "parameters", "bytes", "tokenizer"}
+
+    Raises:
+      ValueError, FileNotFoundError, FileExistsError: one sentence; nothing is at `output` then.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = open_source(path)
+    kind = DTYPES[dtype] if dtype else source.dtype
+    words = _tokenizer(source, tokenizer)
+    with whole_directory(output) as directory:
+        fingerprint = ""
+        if words is not None:
+            fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to)).fingerprint
+        if to == "llama_jax":
+            _write_checkpoint(source, directory, kind, fingerprint, quiet=quiet)
+        else:
+            _stream(source, directory, kind, to=to, shards=shards, shard_bytes=shard_bytes, quiet=quiet)
+        if to == "huggingface":
+            ids = {"bos_id": 1, "eos_id": 2, "pad_id": 0} if words is None else {
+                "bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id,
+            }  # fmt: skip
+            config = huggingface.config_json(source.config, source.head, kind, **ids)
+            huggingface.write_json(directory / huggingface.CONFIG, config)
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return {
+        "model": source.config.name, "format": source.format, "head": source.head, "dtype": kind.name,
+        "parameters": count(leaves(source.config, source.head)), "bytes": size,
+        "tokenizer": str(words.path) if words is not None else NO_TOKENIZER,
+    }  # fmt: skip
+
+
+def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | None:
+    if given is not None and str(given) == NO_TOKENIZER:
+        return None
+    if given is None and source.tokenizer is None:
+        raise FileNotFoundError(
+            f"{source.path}: missing tokenizer: expected tokenizer.json or tokenizer.model beside the weights; "
+            "--tokenizer=... names one elsewhere"
+        )
+    words = Tokenizer(given if given is not None else source.tokenizer)
+    tokenizer_files.check_vocabulary(words, source.config)
+    return words
+
+
+def _stream(
+    source: Source, directory: Path, kind: np.dtype, *, to: Target, shards: int, shard_bytes: int, quiet: bool
+) -> None:
+    """Reads every tensor twice: to check it, then to write it."""
+    if to == "meta":
+        writer: Any = meta.Writer(directory, source.config, source.head, kind, shards=shards)
+    else:
+        writer = huggingface.Writer(directory, source.config, source.head, kind, shard_bytes=shard_bytes)
+    with Progress(len(source.tensors), "check", "tensor", quiet=quiet) as progress:
+        for tensor in source.tensors:
+            x = source.fetch(tensor)
+            check_finite(x, tensor.name, source.path)
+            cast(x, kind, tensor.name, source.path)
+            progress.update()
+    with Progress(len(source.tensors), "convert", "tensor", quiet=quiet) as progress:
+        for tensor, target in zip(source.tensors, writer.tensors, strict=True):
+            writer.add(target, cast(source.read(tensor), kind, tensor.name, source.path))
+            progress.update()
+    writer.close()
+
+
+def _write_checkpoint(source: Source, directory: Path, kind: np.dtype, fingerprint: str, *, quiet: bool) -> None:
+    """The arrays are checked as they are loaded, before the first is written."""
+    with Progress(len(source.tensors), "load", "tensor", quiet=quiet) as progress:
+        params = load_params(source, make_mesh(), dtype=kind, progress=progress.update)
+    origin = {"format": source.format, "path": str(source.path)}
+    ours.write(directory, params, source.config, tokenizer=fingerprint, origin=origin)
+
+
+def main(argv: list[str]) -> None:
+    """Flags to call; a wrong input is one line, not a traceback."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    try:
+        done = run(
+            values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards,
+        )  # fmt: skip
+    except (ConfigError, ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{values.output}: {done['model']} ({done['parameters']:,} parameters, {done['head']}) from {done['format']} as "
+        f"{values.to}, {done['dtype']}, {done['bytes'] / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("input", None, "weights of any format, or smollm2-135m")
+    flags.DEFINE_string("output", None, "directory to be made")
+    flags.DEFINE_enum("to", None, TARGETS, "format of the output")
+    flags.DEFINE_enum("dtype", None, sorted(DTYPES), "type of the stored numbers; as in the input unless given")
+    flags.DEFINE_string("tokenizer", None, f"tokenizer that is not beside the weights; {NO_TOKENIZER!r} leaves it out")
+    flags.DEFINE_integer("shards", 1, "tensor-parallel shards (to=meta)", lower_bound=1)
+    flags.mark_flags_as_required(["input", "output", "to"])
+    app.run(main, flags_parser=parse_flags)

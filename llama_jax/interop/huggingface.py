@@ -1,0 +1,231 @@
+"""Hugging Face checkpoints: `config.json` and safetensors, as `transformers` and vLLM read and write them."""
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.interop import names
+from llama_jax.interop.names import Tensor
+from llama_jax.interop.safetensors_file import SafetensorsWriter, read_header, write_file
+from llama_jax.interop.source import Source, check_fields, named, number
+from llama_jax.interop.storage import Stored
+from llama_jax.model.config import ModelConfig
+from llama_jax.model.params import Head
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+SHARD_BYTES = 5 * 10**9  # transformers' own default
+
+_ARCHITECTURES: dict[str, Head] = {"LlamaForCausalLM": "lm_head", "LlamaForSequenceClassification": "reward_head"}
+# What a config may say beside the shape, and what the model here computes.
+_FIXED = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, 0.0, None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+}
+
+
+def read_config(path: Path) -> tuple[ModelConfig, Head]:
+    """The model that a `config.json` describes; ValueError naming the field that is not the Llama architecture."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    check_fields(found, _FIXED, path)
+    architectures = found.get("architectures") or ["LlamaForCausalLM"]
+    if len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
+        raise ValueError(f"{path}: architectures is {architectures}, expected one of {', '.join(_ARCHITECTURES)}")
+    head = _ARCHITECTURES[architectures[0]]
+    labels = found.get("num_labels", len(found.get("id2label", {"0": ""})))
+    if head == "reward_head" and labels != 1:
+        raise ValueError(f"{path}: num_labels is {labels}; a reward model has 1")
+    heads, width = number(found, "num_attention_heads", int, path), number(found, "hidden_size", int, path)
+    config = ModelConfig(
+        name=_name(path),
+        vocab_size=number(found, "vocab_size", int, path),
+        layers=number(found, "num_hidden_layers", int, path),
+        width=width,
+        heads=heads,
+        kv_heads=number(found, "num_key_value_heads", int, path, heads),
+        head_size=number(found, "head_dim", int, path, width // heads),
+        ffn=number(found, "intermediate_size", int, path),
+        max_length=number(found, "max_position_embeddings", int, path, 2048),
+        rope_theta=_rope_theta(found, path),
+        norm_eps=number(found, "rms_norm_eps", float, path, 1e-6),
+        tie_embeddings=bool(found.get("tie_word_embeddings", False)),
+    )
+    return named(config), head
+
+
+def _name(path: Path) -> str:
+    return path.parent.resolve().name or "llama"
+
+
+def _rope_theta(found: dict[str, Any], path: Path) -> float:
+    """The base of the rotary frequencies; a scaling of them is refused."""
+    parameters = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rope_type is {kind!r}; only unscaled rotary positions ('default') are computed here")
+    if (partial := parameters.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor is {partial}; whole heads are rotated here")
+    return float(parameters.get("rope_theta", found.get("rope_theta", 10_000.0)))
+
+
+def open_source(directory: Path) -> Source:
+    """Opens a directory with `config.json` and one or several safetensors files.
+
+    Raises:
+      ValueError: another architecture, or a tensor that is missing, left over, of another shape or cut off.
+    """
+    config, head = read_config(directory / CONFIG)
+    found = _headers(directory)
+    shapes = {name: stored.shape for name, stored in found.items()}
+    if head == "lm_head" and "score.weight" in found and "lm_head.weight" not in found:
+        raise ValueError(
+            f"{directory}: this is a reward model: it has `score.weight` and no `lm_head`, but {CONFIG} says LlamaForCausalLM"
+        )
+    rows = names.tensors(config, head, "huggingface")
+    tied = head == "lm_head" and config.tie_embeddings and "lm_head.weight" in shapes
+    if tied:  # some programs write both copies
+        _check_same(found["lm_head.weight"], found["model.embed_tokens.weight"], directory)
+        del shapes["lm_head.weight"]
+    for name in [name for name in shapes if name.endswith("rotary_emb.inv_freq")]:
+        _check_frequencies(found[name], config, name)
+        del shapes[name]
+    names.check(rows, shapes, directory)
+    tokenizer = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
+    return Source(
+        path=directory, format="huggingface", config=config, head=head, dtype=found[rows[0].name].dtype,
+        tensors=tuple(rows), fetch=lambda tensor: found[tensor.name].read(), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def _headers(directory: Path) -> dict[str, Stored]:
+    if not (directory / INDEX).is_file():
+        if not (directory / WEIGHTS).is_file():
+            if list(directory.glob("pytorch_model*.bin")):
+                raise ValueError(f"{directory}: holds pytorch_model.bin only; expected safetensors")
+            raise FileNotFoundError(f"{directory}: expected {WEIGHTS} or {INDEX} beside {CONFIG}, found neither")
+        return read_header(directory / WEIGHTS)
+    try:
+        places = json.loads((directory / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{directory / INDEX}: expected JSON with a weight_map") from None
+    found: dict[str, Stored] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not (directory / file).is_file():
+            name = next(name for name, place in places.items() if place == file)
+            raise FileNotFoundError(f"{directory / file}: missing; {INDEX} puts tensor {name} there")
+        header = read_header(directory / file)
+        for name, stored in header.items():
+            if places.get(name) != file:
+                raise ValueError(f"{directory / file}: tensor {name} is there, {INDEX} puts it in {places.get(name)}")
+            found[name] = stored
+    for name, file in places.items():
+        if name not in found:
+            raise ValueError(f"{directory / file}: tensor {name} is missing, {INDEX} puts it there")
+    return found
+
+
+def _check_same(a: Stored, b: Stored, where: Path) -> None:
+    if a.shape != b.shape or not np.array_equal(a.read().view(np.uint8), b.read().view(np.uint8)):
+        raise ValueError(
+            f"{where}: tie_word_embeddings is true, but tensor lm_head.weight differs from model.embed_tokens.weight"
+        )
+
+
+def _check_frequencies(stored: Stored, config: ModelConfig, name: str) -> None:
+    """Old files carry the rotary frequencies; ours come from the config and must be the same."""
+    check_frequencies(stored.read().astype(np.float32), config, name, stored.file)
+
+
+def check_frequencies(found: np.ndarray, config: ModelConfig, name: str, where: Path) -> None:
+    """ValueError if rotary frequencies stored in a file are not those of the config. # [E/2]"""
+    expected = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.01):
+        raise ValueError(f"{where}: tensor {name} is not that of rope_theta {config.rope_theta}, head_size {config.head_size}")
+
+
+def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
+    """The `config.json` of a model, for transformers 4 and 5."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    extra = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if head == "reward_head" else {}
+    return {
+        "architectures": [next(name for name, known in _ARCHITECTURES.items() if known == head)],
+        "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "intermediate_size": config.ffn, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.head_size, "hidden_act": "silu",
+        "max_position_embeddings": config.max_length, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": None, "rope_parameters": rope, "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+        "pretraining_tp": 1, "use_cache": True, "torch_dtype": dtype.name, "dtype": dtype.name,
+        "bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, **extra,
+    }  # fmt: skip
+
+
+class Writer:
+    """Streams tensors into numbered safetensors files of at most `shard_bytes`."""
+
+    format = "huggingface"
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, shard_bytes: int = SHARD_BYTES
+    ):
+        self.tensors = names.tensors(config, head, "huggingface")
+        self._directory, self._dtype, self._stack = directory, dtype, contextlib.ExitStack()
+        self._shards = _plan(self.tensors, dtype, shard_bytes)
+        self._names = [WEIGHTS] if len(self._shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))
+        ]  # fmt: skip
+        self._places = {row.name: i for i, shard in enumerate(self._shards) for row in shard}
+        self._open: tuple[int, SafetensorsWriter] | None = None
+
+    def add(self, tensor: Tensor, x: np.ndarray) -> None:
+        """Writes the next tensor of `self.tensors`, in our layout."""
+        shard = self._places[tensor.name]
+        if self._open is None or self._open[0] != shard:
+            self._stack.close()
+            plan = {row.name: row.shape for row in self._shards[shard]}
+            self._open = shard, self._stack.enter_context(write_file(self._directory / self._names[shard], plan, self._dtype))
+        self._open[1].add(tensor.name, tensor.from_ours(x))
+
+    def close(self) -> None:
+        """Ends the files and writes their index."""
+        self._stack.close()
+        if len(self._shards) > 1:
+            total = sum(_bytes(row, self._dtype) for row in self.tensors)
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: self._names[shard] for name, shard in self._places.items()},
+            }
+            write_json(self._directory / INDEX, index)
+
+
+def _bytes(row: Tensor, dtype: np.dtype) -> int:
+    return int(np.prod(row.shape, dtype=np.int64)) * dtype.itemsize
+
+
+def _plan(rows: Iterable[Tensor], dtype: np.dtype, shard_bytes: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = []
+    size = 0
+    for row in rows:
+        if not shards or size + _bytes(row, dtype) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += _bytes(row, dtype)
+    return shards
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a last newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

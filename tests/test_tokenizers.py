@@ -1,0 +1,312 @@
+"""Tokenizers behind one interface: equal ids with the originals, whatever file they come from, and decode(encode(x)) = x."""
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data import tokenizer_gguf
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.sources import read_jsonl
+from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer_json import JsonTokenizer
+from llama_jax.interop import tokenizer_files
+
+tokenizers = pytest.importorskip("tokenizers")
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden"
+RELEASED = os.environ.get("LLAMA2_TOKENIZER", "")
+WORDS = "the model reads a line of text and counts 2024 tokens, [INST] what is a loop? [/INST] <<SYS>> be kind <</SYS>>".split()
+TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) + "\n    return x[0]\n" for i in range(60)]
+TEXTS += ["def f(x):\n\tif x:\n\t\treturn  None\n", "naïve café, déjà vu", "don't we'll I'M it's 1234567"] * 5
+AWKWARD = [
+    "", " ", "   ", "\n", "\n\n \t\r\n", "  leading", "trailing  ", "a  b   c", "\x00", "\x7f\x1b[0m", "0123 45.6e-7",
+    "<s>", "</s>", "<unk>", "<0x41>", "<pad>", "[INST] x [/INST]", "<|im_start|>user\n<|im_end|>", "<|endoftext|>",
+    "def f():\n\treturn {'a': 1}\n", "x = 1   2\n   3", "don't WE'LL", "日本語のテキスト", "Ελληνικά", "עברית",
+    "ไทยแลนด์", "한국어", "𓀀", "\U0010ffff", "ﬁ ½ Å", "\u2047", "🙂",
+    "🇺🇳👩\u200d👧", "e\u0301 \u00e9", "\u200b\u00a0\u3000\ufeff", "١٢٣ Ⅻ x²",
+]  # fmt: skip
+# U+2581 stands for a space in SentencePiece, so it comes back as one; lone surrogates are refused.
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=60)
+PUT_TOGETHER = st.lists(st.sampled_from([*AWKWARD, *WORDS, " ", "\n"]), max_size=8).map("".join)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(root) -> Path:
+    return train_tokenizer(TEXTS, root / "sp/tokenizer.model", vocab_size=460).path
+
+
+def bpe(cut) -> "tokenizers.Tokenizer":
+    """A byte-level BPE of the family of SmolLM2 and Llama 3, trained by the tokenizers package."""
+    original = tokenizers.Tokenizer(tokenizers.models.BPE())
+    original.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(cut)
+    original.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    original.train_from_iterator(TEXTS, trainer)
+    return original
+
+
+def cut_smollm():
+    pre = tokenizers.pre_tokenizers
+    return [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False, use_regex=True)]
+
+
+def cut_llama3():
+    pre = tokenizers.pre_tokenizers
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre.Split(tokenizers.Regex(pattern), behavior="isolated")
+    return [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+CUTS = {"smollm": cut_smollm, "llama-bpe": cut_llama3}
+
+
+@pytest.fixture(scope="module")
+def json_directory(root) -> Path:
+    (root / "json").mkdir()
+    bpe(cut_smollm()).save(str(root / "json/tokenizer.json"))
+    flags = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    eos = {**flags, "content": SPECIAL[2], "special": True}  # files spell a piece out, or give its name
+    config = {"bos_token": SPECIAL[1], "eos_token": eos, "pad_token": SPECIAL[2], "chat_template": TEMPLATE}
+    (root / "json/tokenizer_config.json").write_text(json.dumps(config))
+    return root / "json"
+
+
+def write_gguf_bpe(original, path: Path, pre: str, **fields) -> Path:
+    gguf = pytest.importorskip("gguf")
+    content = json.loads(original.to_str())
+    vocabulary = content["model"]["vocab"]
+    pieces = sorted(vocabulary, key=vocabulary.get)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(pieces)
+    writer.add_token_types([3 if piece in SPECIAL else 1 for piece in pieces])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    for name, value in fields.items():
+        getattr(writer, name)(value)
+    finish(writer)
+    return path
+
+
+def write_gguf_llama(tokenizer: SentencePieceTokenizer, path: Path) -> Path:
+    gguf = pytest.importorskip("gguf")
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.serialized())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.piece.encode() for piece in model.pieces])
+    writer.add_token_scores([piece.score for piece in model.pieces])
+    writer.add_token_types([piece.type for piece in model.pieces])
+    finish(writer)
+    return path
+
+
+def finish(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+# Equal ids with the originals
+
+
+@pytest.fixture(scope="module")
+def copies(sentencepiece_model, root) -> list[Tokenizer]:
+    """One SentencePiece model as itself, as an exported tokenizer.json, and as a GGUF's vocabulary."""
+    original = Tokenizer(sentencepiece_model)
+    (root / "exported").mkdir()
+    tokenizer_files.write(original, root / "exported", to="huggingface")
+    return [original, Tokenizer(root / "exported"), Tokenizer(write_gguf_llama(original, root / "llama.gguf"))]
+
+
+def test_the_copies_of_a_sentencepiece_model_give_its_ids(copies):
+    original, exported, rebuilt = copies
+    assert [type(copy) for copy in copies] == [SentencePieceTokenizer, JsonTokenizer, SentencePieceTokenizer]
+    for copy in copies[1:]:
+        assert (copy.bos_id, copy.eos_id, copy.unk_id, copy.vocab_size) == (1, 2, 0, original.vocab_size)
+        assert copy.adds_bos
+        for text in AWKWARD + TEXTS:
+            ids = original.encode(text)
+            assert copy.encode(text) == ids, repr(text)
+            assert copy.decode(ids) == original.decode(ids) == text, repr(text)
+        assert copy.encode("a", bos=True, eos=True) == original.encode("a", bos=True, eos=True)
+        assert copy.encode_many(TEXTS[:3]) == original.encode_many(TEXTS[:3])
+        assert copy.piece(400) == original.piece(400)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(text=ANY_TEXT | PUT_TOGETHER)
+def test_copies_agree_on_any_text_and_give_it_back(copies, text):
+    ids = copies[0].encode(text)
+    for copy in copies:
+        assert copy.encode(text) == ids and copy.decode(ids) == text
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_a_ggufs_bpe_gives_the_ids_of_the_tokenizer_it_came_from(pre, root):
+    original = bpe(CUTS[pre]())
+    original.encode_special_tokens = True
+    rebuilt = Tokenizer(write_gguf_bpe(original, root / f"{pre}.gguf", pre))
+    assert isinstance(rebuilt, JsonTokenizer) and (rebuilt.bos_id, rebuilt.eos_id, rebuilt.pad_id) == (1, 2, 2)
+    for text in AWKWARD + TEXTS:
+        ids = original.encode(text, add_special_tokens=False).ids
+        assert rebuilt.encode(text) == ids, repr(text)
+        assert rebuilt.decode(ids) == text, repr(text)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(text=ANY_TEXT | PUT_TOGETHER)
+def test_byte_level_bpe_gives_any_text_back(json_directory, text):
+    words = _opened(json_directory)
+    assert words.decode(words.encode(text)) == text
+    assert not set(words.encode(text)) & {0, 1, 2}  # text is never control
+
+
+_cache: dict[Path, Tokenizer] = {}
+
+
+def _opened(path: Path) -> Tokenizer:
+    return _cache.setdefault(path, Tokenizer(path)) if path not in _cache else _cache[path]
+
+
+def test_special_looking_text_is_control_in_rendered_templates_only(json_directory):
+    words, original = Tokenizer(json_directory), tokenizers.Tokenizer.from_file(str(json_directory / "tokenizer.json"))
+    text = "<|im_start|>user\nhi<|im_end|>"
+    rendered = words.encode_rendered(text)
+    assert rendered == original.encode(text).ids and rendered[0] == 1 and rendered[-1] == 2
+    plain = words.encode(text)
+    assert plain != rendered and words.decode(plain) == text and words.decode(rendered) == "user\nhi"
+    # Changing the way to encode one text does not change the next.
+    assert words.encode(text) == plain
+
+
+def test_chat_goes_by_the_tokenizers_template_or_llama_2s(json_directory, sentencepiece_model, copies):
+    messages = [{"role": "user", "content": " what is it? "}, {"role": "assistant", "content": "a loop"}]
+    messages += [{"role": "user", "content": "naïve?"}]
+    words = Tokenizer(json_directory)
+    expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+    assert encode_chat(messages, words) == words.encode_rendered(expected)
+    with pytest.raises(ValueError, match=r"messages.0..content: holds the control piece '<\|im_end\|>'"):
+        encode_chat([{"role": "user", "content": "x<|im_end|>"}], words)
+    with pytest.raises(ValueError, match="expected the last one from the user, got 'assistant'"):
+        encode_chat(messages[:2], words)
+    # The exported template is Llama 2's format, in its ids.
+    for dialog in (messages, [{"role": "system", "content": "be kind"}, *messages], messages[:1]):
+        assert encode_chat(dialog, copies[1]) == encode_prompt(dialog, copies[0]) == encode_chat(dialog, copies[0])
+
+
+def test_transformers_reads_what_we_export(copies, json_directory, root):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(root / "exported")
+    for text in AWKWARD + TEXTS[-5:]:
+        if not any(mark in text for mark in ("<s>", "</s>", "<unk>")):  # which are control in transformers
+            assert theirs.encode(text) == copies[0].encode(text, bos=True), repr(text)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what?"}]
+    ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert list(ids) == encode_prompt(messages, copies[0])
+    (root / "again").mkdir()
+    tokenizer_files.write(Tokenizer(json_directory), root / "again", to="huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(root / "again")
+    assert theirs.encode("don't 12 é") == Tokenizer(json_directory).encode("don't 12 é") and theirs.eos_token_id == 2
+
+
+@pytest.mark.skipif(not RELEASED, reason="LLAMA2_TOKENIZER does not name the released tokenizer.model")
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/data is not here")
+def test_the_released_tokenizer_gives_the_golden_ids_from_every_file(root):
+    original = Tokenizer(RELEASED)
+    (root / "released").mkdir()
+    tokenizer_files.write(original, root / "released", to="huggingface")
+    rows = [row for _, row in read_jsonl(GOLDEN / "llama2_token_ids.jsonl")]
+    for copy in (original, Tokenizer(root / "released"), Tokenizer(write_gguf_llama(original, root / "released.gguf"))):
+        assert copy.vocab_size == 32_000
+        for row in rows:
+            assert copy.encode(row["text"]) == row["ids"], (type(copy), row["text"])
+            assert copy.decode(row["ids"]) == row["decoded"]
+
+
+# The interface
+
+
+def test_a_path_finds_its_tokenizer(sentencepiece_model, json_directory, root, tmp_path):
+    assert type(Tokenizer(sentencepiece_model.parent)) is SentencePieceTokenizer
+    assert Tokenizer(json_directory).fingerprint == Tokenizer(json_directory / "tokenizer.json").fingerprint
+    for path in (sentencepiece_model, json_directory):
+        words = Tokenizer(path)
+        again = pickle.loads(pickle.dumps(words))
+        assert type(again) is type(words) and again.encode("the loop") == words.encode("the loop")
+    with pytest.raises(FileNotFoundError, match="missing tokenizer: expected tokenizer.json, tokenizer.model or one .gguf"):
+        Tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json: expected a tokenizer.json, No such file"):
+        Tokenizer(tmp_path / "nowhere.json")
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="x.json: not a tokenizer.json"):
+        Tokenizer(tmp_path / "x.json")
+
+
+def test_encoding_errors_are_the_same_everywhere(json_directory):
+    words = Tokenizer(json_directory)
+    with pytest.raises(TypeError, match="encode: expected str, got bytes"):
+        words.encode(b"a")
+    with pytest.raises(ValueError, match="lone surrogate at character 1"):
+        words.encode("a\ud800")
+    with pytest.raises(ValueError, match=r"decode: expected ids in 0..\d+, got -1"):
+        words.decode([-1])
+
+
+def test_a_tokenizer_without_declared_pieces_or_with_wrong_ones(json_directory, tmp_path):
+    content = (json_directory / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert Tokenizer(tmp_path).bos_id == 1  # by its usual name
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    with pytest.raises(ValueError, match="its config names '<eos>', which is not in the vocabulary"):
+        Tokenizer(tmp_path)
+
+
+def test_vocabularies_of_ggufs_that_are_not_known_are_refused(root):
+    path = write_gguf_bpe(bpe(cut_smollm()), root / "other.gguf", "deepseek-llm")
+    with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'deepseek-llm', expected one of smollm, gpt-2, llama-bpe"):
+        Tokenizer(path)
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(root / "empty.gguf", "llama")
+    finish(writer)
+    with pytest.raises(ValueError, match="missing tokenizer: the file has no field tokenizer.ggml.model"):
+        Tokenizer(root / "empty.gguf")
+
+
+def test_a_ggufs_bos_is_added_where_it_says_so(root):
+    words = Tokenizer(write_gguf_bpe(bpe(cut_smollm()), root / "bos.gguf", "smollm", add_add_bos_token=True))
+    assert words.adds_bos and words.encode("a")[0] != 1
+    assert not Tokenizer(write_gguf_bpe(bpe(cut_smollm()), root / "none.gguf", "smollm", add_add_bos_token=False)).adds_bos
+
+
+def test_a_rewritten_gguf_is_read_anew(root):
+    path = write_gguf_bpe(bpe(cut_smollm()), root / "changing.gguf", "smollm")
+    assert not tokenizer_gguf.is_sentencepiece(path)
+    write_gguf_bpe(bpe(cut_smollm()), path, "gpt-2", add_chat_template="{{ messages }}")
+    assert Tokenizer(path).chat_template == "{{ messages }}"
