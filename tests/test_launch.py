@@ -110,7 +110,8 @@ def test_a_dry_run_prints_what_would_run():
 def test_flags_reach_the_workers_as_they_were_given(tmp_path):
     flags = ["--config=configs/sft.py:70b", """--config.data.train=("it's a.jsonl",)"""]
     # A worker whose gcloud runs the command here, and whose python writes down its arguments.
-    program(tmp_path / "gcloud", 'for a in "$@"; do case "$a" in --command=*) HOME=$FAKE bash -c "${a#--command=}";; esac; done')
+    here = 'case "$a" in --command=*) HOME=$FAKE bash -c "${a#--command=}";; esac'
+    program(tmp_path / "gcloud", f'for a in "$@"; do {here}; done')
     worker = tmp_path / "llama_jax" / ".venv" / "bin"
     worker.mkdir(parents=True)
     program(worker / "python", 'printf "%s\\n" "$@" > "$FAKE/arguments"')

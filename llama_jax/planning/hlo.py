@@ -185,7 +185,8 @@ class Module:
             dtype = max(arrays, key=lambda array: array.bytes).dtype
             overlapped = instruction.opcode.endswith("-start") or self._beside_arithmetic(instruction)
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = channel.group(1) if channel else instruction.name
+            # Elsewhere channels of different origin may carry the same number.
+            key = channel.group(1) if channel and instruction.computation in self.fused else instruction.name
             if key in channels:
                 known = channels[key]
                 count, overlapped = max(count, known.count), overlapped or known.overlapped
