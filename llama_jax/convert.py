@@ -6,21 +6,21 @@ one, checked before anything is written; the output appears whole or not at all.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
-from llama_jax.config import ConfigError, parse_flags
+from llama_jax import command
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import whole_directory
 from llama_jax.interop import huggingface, meta, ours, tokenizer_files
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
 from llama_jax.interop.names import leaves
 from llama_jax.interop.source import Source
-from llama_jax.interop.storage import DTYPES, cast, check_finite, whole_directory
+from llama_jax.interop.storage import DTYPES, cast, check_finite
 from llama_jax.model.params import count
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.metrics import Progress
@@ -102,13 +102,13 @@ def _stream(
         writer: Any = meta.Writer(directory, source.config, source.head, kind, shards=shards)
     else:
         writer = huggingface.Writer(directory, source.config, source.head, kind, shard_bytes=shard_bytes)
-    with Progress(len(source.tensors), "check", "tensor", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "check", "array", quiet=quiet) as progress:
         for tensor in source.tensors:
             x = source.fetch(tensor)
             check_finite(x, tensor.name, source.path)
             cast(x, kind, tensor.name, source.path)
             progress.update()
-    with Progress(len(source.tensors), "convert", "tensor", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "convert", "array", quiet=quiet) as progress:
         for tensor, target in zip(source.tensors, writer.tensors, strict=True):
             writer.add(target, cast(source.read(tensor), kind, tensor.name, source.path))
             progress.update()
@@ -117,23 +117,16 @@ def _stream(
 
 def _write_checkpoint(source: Source, directory: Path, kind: np.dtype, fingerprint: str, *, quiet: bool) -> None:
     """The arrays are checked as they are loaded, before the first is written."""
-    with Progress(len(source.tensors), "load", "tensor", quiet=quiet) as progress:
+    with Progress(len(source.tensors), "load", "array", quiet=quiet) as progress:
         params = load_params(source, make_mesh(), dtype=kind, progress=progress.update)
     origin = {"format": source.format, "path": str(source.path)}
     ours.write(directory, params, source.config, tokenizer=fingerprint, origin=origin)
 
 
-def main(argv: list[str]) -> None:
-    """Flags to call; a wrong input is one line, not a traceback."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
+    """Flags to call."""
     values = flags.FLAGS
-    try:
-        done = run(
-            values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards,
-        )  # fmt: skip
-    except (ConfigError, ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    done = run(values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards)
     print(
         f"{values.output}: {done['model']} ({done['parameters']:,} parameters, {done['head']}) from {done['format']} as "
         f"{values.to}, {done['dtype']}, {done['bytes'] / 1e9:.2f} GB"
@@ -148,4 +141,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("tokenizer", None, f"tokenizer that is not beside the weights; {NO_TOKENIZER!r} leaves it out")
     flags.DEFINE_integer("shards", 1, "tensor-parallel shards (to=meta)", lower_bound=1)
     flags.mark_flags_as_required(["input", "output", "to"])
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, expected=(OSError,))

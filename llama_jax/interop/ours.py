@@ -26,6 +26,8 @@ from llama_jax.training.checkpoint import (
     saved_parts,
 )
 
+_CHUNK_BYTES = 256 << 20  # of the stored arrays: a reader of one shard need not decode the whole
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 
 
@@ -110,8 +112,15 @@ def write(directory: Path, params: Params, config: ModelConfig, *, tokenizer: st
         "fingerprints": checks, "dtype": dtypes.pop() if len(dtypes) == 1 else "float32", "origin": dict(origin),
     }  # fmt: skip
     json.dumps(meta)  # before anything is written
-    with ocp.CheckpointManager(
-        (directory / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(create=True)
-    ) as manager:
-        manager.save(0, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), params=ocp.args.StandardSave(params)))
-        manager.wait_until_finished()
+    # Orbax would hold a copy of everything that it writes; so it holds a gigabyte, or the largest leaf.
+    largest = max(shard.data.nbytes for leaf in flat.values() for shard in leaf.addressable_shards)
+    arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=-(-max(largest, 1) // 10**9))
+    handler = ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), params=arrays)
+    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            (directory / "checkpoints" / "0").resolve(),
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(meta), params=ocp.args.PyTreeSave(params, save_args=how),
+            ),
+        )  # fmt: skip

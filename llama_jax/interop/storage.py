@@ -1,14 +1,10 @@
-"""Tensors that lie in files: where they lie, how they are read and how whole directories of them appear.
+"""Tensors that lie in files: where they lie, how they are read, checked and cast.
 
 Reading takes a tensor's bytes by offset, never a memory map: mapped pages count as resident memory of the process, and a
 conversion must stay small while gigabytes pass through it.
 """
 
-import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -74,25 +70,3 @@ def cast(x: np.ndarray, dtype: np.dtype, name: str, where: object) -> np.ndarray
             at = np.unravel_index(int(np.argmin(finite)), x.shape)
             raise ValueError(f"{where}: tensor {name} holds {x[at]} at {[int(i) for i in at]}, too large for {dtype.name}")
     return result
-
-
-@contextlib.contextmanager
-def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty directory beside `path` that takes its place when the block ends well, and else disappears."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: exists already; expected a new or an empty directory")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        unfinished.mkdir()
-        yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            path.rmdir()
-        os.replace(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -23,7 +23,7 @@ from llama_jax.files import write_json
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.hosts import stop_agreed
 from llama_jax.training.checkpoint import Checkpoints
-from llama_jax.training.metrics import MetricWriter, Progress
+from llama_jax.training.metrics import Compilations, MetricWriter, Progress
 from llama_jax.training.stage import LoopConfig, Stage
 from llama_jax.training.state import abstract_state, born_sharded
 from llama_jax.training.step import make_step, put_batch
@@ -71,7 +71,7 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
     begun = time.monotonic()
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep)
     # Closing waits for a save that is under way, also when an error ends the run.
-    with jax.set_mesh(mesh), _Terminate() as terminate, contextlib.closing(checkpoints):
+    with jax.set_mesh(mesh), _Terminate() as terminate, Compilations() as compilations, contextlib.closing(checkpoints):
         target = abstract_state(stage.specs, stage.optimizer, mesh)
         restored = checkpoints.restore(target, stage.source.state())
         if restored is not None:
@@ -97,8 +97,9 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
 
         with writer, progress, feed:
             for step in range(first, config.steps):
-                batch, source_metrics = feed.batch(step, state.params)
-                state, means = step_function(state, batch)
+                with compilations.of_step(step - first):
+                    batch, source_metrics = feed.batch(step, state.params)
+                    state, means = step_function(state, batch)
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done = step + 1
@@ -121,7 +122,8 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
             "steps": config.steps,
             **recorder.logged(),
             "held_out": held_out,
-            "compilations": step_function._cache_size(),
+            "compilations": compilations.count,
+            "compilations_after_warm_up": compilations.after_warm_up,
         }
         if is_first_process:
             write_json(workdir / "done.json", summary)
