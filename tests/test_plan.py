@@ -1,6 +1,7 @@
 """Planning: compiled programs as data, counted arithmetic, topologies, and (with libtpu) the real TPU compiler."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -196,6 +197,22 @@ def test_the_train_step_executes_what_the_model_needs_and_what_remat_repeats():
     assert 1.0 < executed["none"] / model < 1.05
     # A second forward pass of the blocks, not of the vocabulary projection.
     assert 1.2 < executed["full"] / executed["none"] < 4 / 3
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rollout"])
+def test_the_other_stages_have_programs_too(stage):
+    module = importlib.import_module(f"configs.{'ppo' if stage == 'rollout' else stage}")
+    config = parse_stage(module.get_config("tiny"))
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    program = (rollout_program if stage == "rollout" else train_program)(config, mesh)
+    with jax.set_mesh(mesh):
+        executed = traced_flops(program.trace().jaxpr)
+    if stage == "rollout":
+        # The prompt (two thirds of the tokens; without their vocabulary projections), and one step of a loop of unknown length.
+        assert program.tokens == config.ppo.rollout_size * config.ppo.new_tokens
+        assert 1 / 2 < executed / program.model_flops < 2 / 3
+    else:
+        assert 0.95 < executed / program.model_flops < 1.1, (executed, program.model_flops)
 
 
 def test_state_of_a_program_is_what_a_device_holds():
