@@ -95,6 +95,8 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %loop = (s32[], f32[8,16]{1,0}) while(%packed), condition=%condition, body=%body
   %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
   %total = f32[8,16]{1,0} all-reduce(%result), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %token = token[] after-all()
+  %far = (f32[8,16]{1,0}, u32[], token[]) send(%total, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %alone = f32[8,16]{1,0} all-reduce(%total), channel_id=2, replica_groups=[4,1]<=[4], to_apply=%add
 }
 """
@@ -117,6 +119,7 @@ def test_collectives_are_counted_once_with_their_devices_and_overlap():
     ]
     assert sorted(found) == [
         ("all-gather", ("data",), 8 * 16 * 2, 5, True),  # begun in one fusion and going on in the next: one, of channel 7
+        ("all-reduce", ("data",), 8 * 16 * 4, 1, True),  # between slices, through the hosts
         ("all-reduce", ("data", "fsdp"), 8 * 16 * 4, 1, False),
         ("collective-permute", ("data",), 8 * 16 * 4, 5, False),
         ("reduce-scatter", ("fsdp",), 8 * 16 * 4, 5, False),
