@@ -207,7 +207,8 @@ def main() -> None:
     found = documents(arguments.data, arguments.megabytes)
     size = sum(len(d.text.encode()) for d in found) / 1e6
     lengths = np.array([len(d.text) for d in found])
-    print(f"{len(found):,} documents, {size:.1f} MB, median {np.median(lengths):,.0f} characters; Python {sys.version.split()[0]}")
+    median = np.median(lengths)
+    print(f"{len(found):,} documents, {size:.1f} MB, median {median:,.0f} characters; Python {sys.version.split()[0]}")
     steps(found, size)
     compare(found, size)
     loader([d.text for d in found])
