@@ -1,7 +1,6 @@
 """Rows in the formats and shapes of the ecosystem: Parquet, Hugging Face data sets, TFDS; TRL's and ShareGPT's rows."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +165,10 @@ def test_a_tfds_name(tmp_path):
 
 
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="pyarrow")
+
+    monkeypatch.setattr(rows.importlib, "import_module", missing)
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(ModuleNotFoundError, match=r"pyarrow: pip install 'llama_jax\[data\]'"):
         list(rows.read_rows(tmp_path / "rows.parquet"))
