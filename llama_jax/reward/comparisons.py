@@ -44,6 +44,7 @@ class Comparison:
     safety_bin: str | None
     weight: float = 1.0
     source: str = ""
+    response_start: int = 1  # index of the first token after the prompt, which both sides share
 
 
 def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
@@ -51,12 +52,14 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
     comparisons, overlong = [], 0
     rows = read_comparisons(path)
     for number, row in enumerate(rows, start=1):
-        dialogs = [
+        encoded = [
             encode_dialog(
-                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, where=f"{path}:{number}"
-            ).ids
+                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, train_on="last",
+                where=f"{path}:{number}",
+            )
             for side in ("chosen", "rejected")
-        ]
+        ]  # fmt: skip
+        dialogs = [dialog.ids for dialog in encoded]
         if max(map(len, dialogs)) > length:
             overlong += 1
             continue
@@ -67,6 +70,7 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
                 margin=margin_of(row, margin),
                 degree=DEGREES.index(rating) if rating else -1,
                 safety_bin=row.get("safety_bin"), source=row.get("source") or "",
+                response_start=encoded[0].supervised.index(True),
             )
         )  # fmt: skip
     if overlong:
