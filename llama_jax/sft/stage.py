@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SftData:
-    """Dialogs as JSONL: what is trained on, what is held out (may be empty), and the length of a row."""
+    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -47,7 +47,12 @@ def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int,
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
-            examples.append(encode_dialog(row["messages"], tokenizer, train_on=train_on, where=f"{path}:{number}"))
+            examples.append(
+                encode_dialog(
+                    row["messages"], tokenizer, train_on=train_on, prompt_messages=row["prompt_messages"],
+                    where=f"{path}:{number}",
+                )
+            )  # fmt: skip
     packed = pack_dialogs(examples, length, overlong="report")
     if packed.overlong:
         log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)
