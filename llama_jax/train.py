@@ -21,6 +21,7 @@ STAGES = {
     "reward": ("llama_jax.reward.stage", "RewardConfig"),
     "rejection": ("llama_jax.rlhf.rejection", "RejectionConfig"),
     "ppo": ("llama_jax.rlhf.ppo", "PpoConfig"),
+    "ghost": ("llama_jax.rlhf.ghost", "GhostConfig"),
 }
 
 
