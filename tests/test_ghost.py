@@ -10,7 +10,15 @@ import pytest
 
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_dialogs, write_jsonl
-from llama_jax.evals.ghost import follow, recall_rows, recall_table
+from llama_jax.evals.ghost import (
+    attention_by_turn,
+    attention_map,
+    bin_maxima,
+    follow,
+    instruction_span,
+    recall_rows,
+    recall_table,
+)
 from llama_jax.model import params
 from llama_jax.model.attention_map import attention_weights, largest_attention
 from llama_jax.model.config import FLOAT32
@@ -344,3 +352,37 @@ def test_attention_weights_are_those_of_the_model(tiny):
     with pytest.raises(ValueError, match=r"layers: expected numbers from 0 to 1, got \[2\]"):
         largest_attention(tree, tokens, segment_ids, config=tiny, compute=FLOAT32, layers=[2])
     assert np.isfinite(largest).all()
+
+
+def test_bins_and_turns_of_the_attention_map_by_hand():
+    weights = np.tril(np.arange(25, dtype=np.float32).reshape(5, 5))
+    np.testing.assert_array_equal(bin_maxima(weights, 2), [[6, 0, 0], [16, 18, 0], [21, 23, 24]])
+    begins = np.array([True, False, False, True, False])
+    # Instruction at tokens 1 and 2 (columns). Turn 1 after it: no token, but for one that begins after token 2.
+    np.testing.assert_allclose(attention_by_turn(weights, begins, (0, 2)), [11.0, (16 + 21) / 2])
+
+
+class Letters:
+    """A tokenizer of one id a character."""
+
+    bos_id, eos_id, path = 1, 2, "letters"
+
+    def encode(self, text, *, bos=False, eos=False):
+        return [1] * bos + [3 + ord(c) % 90 for c in text] + [2] * eos
+
+
+@pytest.mark.parametrize("place", ["user", "system"])
+def test_the_map_of_a_dialog_finds_the_instruction_and_every_turn(tiny, place):
+    model = dataclasses.replace(tiny, max_length=256)
+    tree = params.init(params.table(model, head="lm_head"), jax.random.key(0))
+    messages = in_first_turn([*dialog("a", 3)], "Begin: red.", place=place)
+    start, end = instruction_span(messages, "Begin: red.", Letters())
+    first = "[INST] <<SYS>>\nBegin: red." if place == "system" else "[INST] Begin: red."
+    assert end == 1 + len(first) and end - start in (11, 12)  # with or without the space before it
+    found = attention_map(tree, messages, "Begin: red.", Letters(), config=model, compute=FLOAT32, bin_size=16)
+    length = found.cells.shape[0]
+    assert found.cells.shape == (length, length) and found.by_turn.shape == (3,)
+    assert not np.triu(found.cells, 1).any() and (np.diagonal(found.cells) > 0).all()
+    assert 0 < found.by_turn.min() <= found.by_turn.max() < 1
+    with pytest.raises(ValueError, match="expected to begin with the instruction 'other'"):
+        instruction_span(messages, "other", Letters())

@@ -1,17 +1,24 @@
-"""How well a model keeps an instruction over many turns (paper section 3.3, A.3.5: Table 30), decided by programs.
+"""How well a model keeps an instruction over many turns (paper section 3.3, A.3.5: Table 30, Fig. 10), decided by programs.
 
 The instruction stands in the first turn only, as a user would give it. The model's own answers fill the dialog, so an answer
-that drops the instruction is there for the next ones to follow. A constraint that only asking can show (a hobby, a name) is asked
-for beside the dialog: neither the question nor its answer stays in it.
+that drops the instruction is there for the next ones to follow. What only asking can show (a hobby, a name) is asked for beside
+the dialog: neither the question nor its answer stays in it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from llama_jax.data.dialog import B_INST, B_SYS, encode_dialog
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.statistics import Interval, mean_interval
+from llama_jax.model.attention_map import largest_attention
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.params import Params
 from llama_jax.rlhf.constraints import Constraint, obeyed
 from llama_jax.rlhf.ghost import Context, Messages, in_first_turn
 from llama_jax.rlhf.respond import usable
@@ -63,7 +70,9 @@ def follow(
     return found
 
 
-def _judge(contexts: Sequence[Context], dialogs: Sequence[Messages], drawn: Sequence[tuple[str, bool]], turn: int) -> list[Recall]:
+def _judge(
+    contexts: Sequence[Context], dialogs: Sequence[Messages], drawn: Sequence[tuple[str, bool]], turn: int
+) -> list[Recall]:
     """The answers to the dialogs' own questions."""
     rows = []
     for number, (context, dialog, (text, _)) in enumerate(zip(contexts, dialogs, drawn, strict=True)):
@@ -112,3 +121,81 @@ def _shown(interval: Interval | None) -> str:
     if interval is None:
         return ""
     return f"{100 * interval.mean:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMap:
+    """Fig. 10 of one dialog.
+
+    Attributes:
+      cells: the largest attention weight between the tokens of two bins. # [Q, S] float32
+      bin_size: tokens of a bin; the last one may have fewer.
+      instruction: first and last + 1 token of the instruction.
+      by_turn: for each turn, the mean over its tokens of the largest weight that they give to the instruction. # [turns]
+    """
+
+    cells: np.ndarray
+    bin_size: int
+    instruction: tuple[int, int]
+    by_turn: np.ndarray
+
+
+def attention_map(
+    params: Params, messages: Messages, text: str, tokenizer: Tokenizer, *, config: ModelConfig, compute: Compute,
+    bin_size: int = 8, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
+) -> AttentionMap:  # fmt: skip
+    """The attention map of a finished dialog whose first message holds the instruction `text` (or is it, as system message)."""
+    ids = encode_dialog(messages, tokenizer).ids
+    if len(ids) > config.max_length:
+        raise ValueError(f"messages: expected at most {config.max_length} tokens, got {len(ids)}")
+    tokens = np.array([ids], np.int32)
+    weights = _jitted_largest(config, compute, _tuple(layers), _tuple(heads))(params, tokens, np.ones_like(tokens))[0]
+    start, end = instruction_span(messages, text, tokenizer)
+    return AttentionMap(
+        bin_maxima(np.asarray(weights), bin_size), bin_size, (start, end),
+        attention_by_turn(np.asarray(weights), np.array(ids) == tokenizer.bos_id, (start, end)),
+    )  # fmt: skip
+
+
+def instruction_span(messages: Messages, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    """First and last + 1 token of the instruction in the encoded dialog, from what its text shares with shorter ones."""
+    ids = encode_dialog(messages, tokenizer).ids
+    opening = f"{B_INST} {B_SYS}" if messages[0]["role"] == "system" else f"{B_INST} "
+    if not messages[0]["content"].startswith(text):
+        raise ValueError(f"messages[0].content: expected to begin with the instruction {text!r}")
+    start, end = (
+        _shared(ids, tokenizer.encode(prefix, bos=True)) for prefix in (opening.rstrip(" "), f"{opening}{text.rstrip()}")
+    )
+    return start, end
+
+
+def bin_maxima(weights: np.ndarray, size: int) -> np.ndarray:
+    """The largest weight of each `size` x `size` square, the last ones cut. # [T, S] -> [ceil(T / size), ceil(S / size)]"""
+    T, S = weights.shape
+    return np.maximum.reduceat(np.maximum.reduceat(weights, range(0, T, size), axis=0), range(0, S, size), axis=1)
+
+
+def attention_by_turn(weights: np.ndarray, begins: np.ndarray, instruction: tuple[int, int]) -> np.ndarray:
+    """Mean over a turn's tokens of their largest weight on the instruction. # [T, S], bool [T] -> [turns]
+
+    Args:
+      begins: where a turn begins. In the first one, only tokens after the instruction are counted.
+    """
+    start, end = instruction
+    borders = [*np.flatnonzero(begins), len(weights)]
+    received = weights[:, start:end].max(axis=1)
+    return np.array([received[max(a, end) : b].mean() for a, b in zip(borders[:-1], borders[1:], strict=True)])
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_largest(config: ModelConfig, compute: Compute, layers: tuple[int, ...] | None, heads: tuple[int, ...] | None):
+    return jax.jit(functools.partial(largest_attention, config=config, compute=compute, layers=layers, heads=heads))
+
+
+def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists share from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -242,7 +242,8 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[st
     contexts = make_contexts(dialogs, read_values(path, settings.families), settings, seed=seed)
     fitting = [c for c in contexts if respond.fits(in_every_turn(c.messages, c.instruction))]
     if len(fitting) < len(contexts):
-        log.warning("%d of %d contexts leave no room for an answer and are left out", len(contexts) - len(fitting), len(contexts))
+        left_out = len(contexts) - len(fitting)
+        log.warning("%d of %d contexts leave no room for an answer and are left out", left_out, len(contexts))
     if not fitting:
         raise ConfigError(f"ghost.turns: no context of {settings.turns} turns fits into {model.max_length} tokens")
     answers = sum((len(c.messages) + 1) // 2 if settings.resample else 1 for c in fitting)

@@ -1,4 +1,4 @@
-"""Answers of one checkpoint to many conversations, of any lengths and again and again: what data synthesis needs of sampling."""
+"""Answers of one checkpoint to many conversations of any lengths, again and again: what data synthesis needs of sampling."""
 
 from collections.abc import Callable, Sequence
 

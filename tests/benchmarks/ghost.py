@@ -1,4 +1,4 @@
-"""Ghost Attention at `tiny`: how well an instruction of the first turn is kept at turns 2, 4, 6 and 20, before and after (Table 30).
+"""Ghost Attention at `tiny`: how well an instruction of the first turn is kept at turns 2, 4, 6 and 20 (Table 30).
 
     python tests/benchmarks/ghost.py --start=runs/demo/sft --tokenizer=runs/demo/corpus/tokenizer.model \
         --dialogs=runs/demo/data/sft.jsonl --workdir=/tmp/ghost
@@ -28,6 +28,7 @@ from llama_jax.evals.ghost import follow, recall_rows, recall_table  # noqa: E40
 from llama_jax.files import write_json  # noqa: E402
 from llama_jax.parallel.host import keep_heap  # noqa: E402
 from llama_jax.parallel.mesh import make_mesh  # noqa: E402
+from llama_jax.pretrain.base import load_tokenizer  # noqa: E402
 from llama_jax.recipe import load_config  # noqa: E402
 from llama_jax.rlhf.constraints import Constraint, instruction  # noqa: E402
 from llama_jax.rlhf.ghost import Context, in_first_turn  # noqa: E402
@@ -38,8 +39,8 @@ CONTEXT = 1024
 FAMILIES = ("opening", "closing", "hobby")
 # Everyday words, since a model of this size knows few names; every sixth is held out.
 WORDS = (
-    "red green blue north south east west gold iron wood water fire stone river cloud snow rain moon star sun tree leaf bird fish "
-    "horse bread salt paper glass silk lamp bell door wall road ship copper silver marble winter summer spring autumn coffee "
+    "red green blue north south east west gold iron wood water fire stone river cloud snow rain moon star sun tree leaf bird "
+    "fish horse bread salt paper glass silk lamp bell door wall road ship copper silver marble winter summer spring autumn coffee "
     "pepper butter honey apple lemon cherry orange melon carrot tiger lion eagle wolf bear fox mouse rabbit camel cotton linen "
     "velvet diamond ruby pearl amber mountain valley forest desert island ocean harbor bridge tower castle garden window mirror"
 ).split()
@@ -151,8 +152,6 @@ def main() -> None:
     values = load_config(ROOT / "configs", "ghost.py:tiny")
     values.update({"tokenizer": flags.tokenizer})
     config = parse_stage(values)
-    from llama_jax.pretrain.base import load_tokenizer
-
     model, _ = load_tokenizer(config)
     contexts = held_out_contexts(held_out, unseen, flags.contexts, np.random.default_rng(1))
     mesh, tables, report = make_mesh(config.mesh), {}, {}
