@@ -22,6 +22,7 @@ STAGES = {
     "rejection": ("llama_jax.rlhf.rejection", "RejectionConfig"),
     "ppo": ("llama_jax.rlhf.ppo", "PpoConfig"),
     "ghost": ("llama_jax.rlhf.ghost", "GhostConfig"),
+    "distill": ("llama_jax.safety.distillation", "DistillConfig"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Attention weights of a real model, to be looked at (Fig. 10): the blocks of `transformer.py` with an attention that keeps them.
+"""Attention weights of a real model, to be looked at (Fig. 10): the blocks of `transformer.py`, which here keep them.
 
 For one dialog or a few: what training never holds, [B, H, T, S] a layer, is computed here and reduced layer by layer.
 """

@@ -68,8 +68,23 @@ def score_responses(
     responses: Sequence[Sequence[int]], is_safety: Sequence[bool], *, length: int, batch_size: int, threshold: float,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Sigmoid scores of both reward models and the combined reward R_c of each (prompt, response). # -> float32 [n] each"""
+    scores = {
+        name: sigmoid_scores(config, compute, rewards[name], prompts, responses, length=length, batch_size=batch_size)
+        for name in ("helpfulness", "safety")
+    }
+    combined = combined_reward(
+        jnp.asarray(scores["helpfulness"]), jnp.asarray(scores["safety"]), jnp.asarray(is_safety, bool), threshold=threshold
+    )
+    return {**scores, "reward": np.asarray(combined)}
+
+
+def sigmoid_scores(
+    config: ModelConfig, compute: Compute, reward: Params, prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]], *, length: int, batch_size: int,
+) -> np.ndarray:  # fmt: skip
+    """Scores of one reward model in (0, 1), in batches of one shape. # -> float32 [n]"""
     score = _jitted_scorer(config, compute)
-    found: dict[str, list[np.ndarray]] = {"helpfulness": [], "safety": []}
+    found: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):
         tokens = np.zeros((batch_size, length), np.int32)
         segment_ids = np.zeros_like(tokens)
@@ -80,13 +95,8 @@ def score_responses(
             tokens[row, : len(ids)] = ids
             segment_ids[row, : len(ids)] = 1
         rows = min(batch_size, len(prompts) - start)
-        for name in found:
-            found[name].append(np.asarray(jax.nn.sigmoid(score(rewards[name], tokens, segment_ids)))[:rows])
-    scores = {name: np.concatenate(parts) for name, parts in found.items()}
-    combined = combined_reward(
-        jnp.asarray(scores["helpfulness"]), jnp.asarray(scores["safety"]), jnp.asarray(is_safety, bool), threshold=threshold
-    )
-    return {**scores, "reward": np.asarray(combined)}
+        found.append(np.asarray(jax.nn.sigmoid(score(reward, tokens, segment_ids)))[:rows])
+    return np.concatenate(found)
 
 
 @functools.cache

@@ -35,9 +35,13 @@ class Responder:
                 top_p=top_p,
             )  # fmt: skip
 
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that ends with the user."""
+        return encode_prompt(messages, self.tokenizer)
+
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a conversation leaves room for an answer."""
-        return len(encode_prompt(messages, self.tokenizer)) <= self.room
+        return len(self.encode(messages)) <= self.room
 
     def ids(
         self, prompts: Sequence[Sequence[int]], *, seed: int, progress: Callable[[int], None] | None = None
@@ -67,7 +71,7 @@ class Responder:
         self, conversations: Sequence[Sequence[Message]], *, seed: int, progress: Callable[[int], None] | None = None
     ) -> list[tuple[str, bool]]:
         """(text, whether it ended by itself) for each conversation, in their order."""
-        prompts = [encode_prompt(messages, self.tokenizer) for messages in conversations]
+        prompts = [self.encode(messages) for messages in conversations]
         return [decode_response(ids, self.tokenizer) for ids in self.ids(prompts, seed=seed, progress=progress)]
 
 

@@ -39,10 +39,11 @@ CONTEXT = 1024
 FAMILIES = ("opening", "closing", "hobby")
 # Everyday words, since a model of this size knows few names; every sixth is held out.
 WORDS = (
-    "red green blue north south east west gold iron wood water fire stone river cloud snow rain moon star sun tree leaf bird "
-    "fish horse bread salt paper glass silk lamp bell door wall road ship copper silver marble winter summer spring autumn coffee "
-    "pepper butter honey apple lemon cherry orange melon carrot tiger lion eagle wolf bear fox mouse rabbit camel cotton linen "
-    "velvet diamond ruby pearl amber mountain valley forest desert island ocean harbor bridge tower castle garden window mirror"
+    "red green blue north south east west gold iron wood water fire stone river cloud snow rain moon star sun tree leaf "
+    "bird fish horse bread salt paper glass silk lamp bell door wall road ship copper silver marble winter summer spring "
+    "autumn coffee pepper butter honey apple lemon cherry orange melon carrot tiger lion eagle wolf bear fox mouse rabbit "
+    "camel cotton linen velvet diamond ruby pearl amber mountain valley forest desert island ocean harbor bridge tower "
+    "castle garden window mirror"
 ).split()
 HOBBIES = (
     "chess reading painting sailing cooking hiking dancing fishing singing gardening running swimming cycling drawing writing "
