@@ -75,6 +75,12 @@ def test_a_finished_recipe_is_not_run_again(finished):
     assert {stage: fingerprints(finished, stage) for stage in before} == before
 
 
+def test_nothing_is_compiled_after_the_warm_up(finished):
+    for stage in ("pretrain", "sft", "reward_helpfulness", "reward_safety", "rejection", "ppo"):
+        done = json.loads((finished / stage / "done.json").read_text())
+        assert done["compilations"] > 0 == done["compilations_after_warm_up"], stage
+
+
 def test_another_config_is_refused_with_the_difference(finished):
     done = subprocess.run(
         command(finished, "--config.seed=1"), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300

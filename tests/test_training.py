@@ -399,7 +399,8 @@ def test_a_run_from_end_to_end(tmp_path, mesh):
     batches = lambda: iter([points(100), points(101)])  # noqa: E731
     evaluate = evaluation(loss, batches, lambda batch: put_batch(batch, mesh))
     summary = train(stage(mesh, evaluate=evaluate), loop(eval_every=4), mesh=mesh, workdir=tmp_path)
-    assert summary["compilations"] == 1 and summary["steps"] == 8 and summary["tokens_per_second"] > 0
+    assert summary["compilations_after_warm_up"] == 0 < summary["compilations"]
+    assert summary["steps"] == 8 and summary["tokens_per_second"] > 0
     assert finished(tmp_path) == summary
     log = read_metrics(tmp_path)
     rows = ~np.isnan(log["loss"])
@@ -439,7 +440,7 @@ def test_interrupted_and_run_again_equals_uninterrupted_to_the_bit(tmp_path, mes
         train(stage(mesh, source=make(interrupt=kill, at=at)), loop(), mesh=mesh, workdir=tmp_path / "parts")
     assert finished(tmp_path / "parts") is None
     summary = train(stage(mesh, source=make()), loop(), mesh=mesh, workdir=tmp_path / "parts")
-    assert summary["compilations"] == 1
+    assert summary["compilations_after_warm_up"] == 0
     assert_equal(final(tmp_path / "parts", mesh), final(whole / name, mesh))
     expected, found = read_metrics(whole / name), read_metrics(tmp_path / "parts")
     for column in ("step", "loss", "gradient_norm"):

@@ -5,15 +5,17 @@ The log is the source of the paper's training curves (Fig. 5; PPO curves of sect
 exactly once.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import jax
 import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
@@ -239,3 +241,40 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Compilations:
+    """Counts the programs that XLA compiles while batches are made and steps are taken, on any thread.
+
+    The first two steps of a run are the warm-up: an RL source hands out another mini-batch of its rollout in the second.
+    After them nothing may compile; saving and evaluating are not counted.
+    """
+
+    WARM_UP = 2
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.count = self.after_warm_up = 0
+        self._step: int | None = None
+
+    @contextlib.contextmanager
+    def of_step(self, number: int) -> Iterator[None]:
+        """Counts inside the block, which is the run's step `number` (from 0)."""
+        self._step = number
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        del duration
+        if event == self._EVENT and self._step is not None:
+            self.count += 1
+            self.after_warm_up += self._step >= self.WARM_UP
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
