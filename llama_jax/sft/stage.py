@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SftData:
-    """Dialogs as JSONL: what is trained on, what is held out (may be empty), and the length of a row."""
+    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -52,7 +52,12 @@ def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int,
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
             trained = row.get("train_on", train_on)
-            examples.append(encode_dialog(row["messages"], tokenizer, train_on=trained, where=f"{path}:{number}"))
+            examples.append(
+                encode_dialog(
+                    row["messages"], tokenizer, train_on=trained, prompt_messages=row["prompt_messages"],
+                    where=f"{path}:{number}",
+                )
+            )  # fmt: skip
     packed = pack_dialogs(examples, length, overlong="report")
     if packed.overlong:
         log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)

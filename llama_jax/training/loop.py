@@ -91,8 +91,9 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         recorder = _Recorder(writer, progress, config, stage, logged)
 
         def save(step: int) -> None:
+            measured = stage.measure(state.params) if stage.measure and step == config.steps else {}
             seconds = seconds_before + time.monotonic() - begun
-            meta = {**stage.meta, "seconds": seconds, "logged": recorder.logged()}
+            meta = {**stage.meta, **measured, "seconds": seconds, "logged": recorder.logged()}
             checkpoints.save(step, state, stage.source.state(), meta)
 
         with writer, progress, feed:
