@@ -241,7 +241,7 @@ def test_a_rows_own_train_on_comes_first(tmp_path, monkeypatch):
     from llama_jax.sft import stage
 
     seen = []
-    monkeypatch.setattr(stage, "encode_dialog", lambda messages, tokenizer, *, train_on, where: seen.append(train_on))
+    monkeypatch.setattr(stage, "encode_dialog", lambda messages, tokenizer, *, train_on, **_: seen.append(train_on))
     monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length, overlong: stage.Packed([1], [], 0, 0))
     rows = [{"messages": dialog("a", 1)}, {"messages": dialog("b", 1), "train_on": "last"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
