@@ -67,14 +67,29 @@ def score_responses(
     config: ModelConfig, compute: Compute, rewards: dict[str, Params], prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]], is_safety: Sequence[bool], *, length: int, batch_size: int, threshold: float,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Sigmoid scores of both reward models and the combined reward R_c of each (prompt, response). # -> float32 [n] each
+    """Sigmoid scores of both reward models and the combined reward R_c of each (prompt, response). # -> float32 [n] each"""
+    scores = {
+        name: sigmoid_scores(config, compute, rewards[name], prompts, responses, length=length, batch_size=batch_size)
+        for name in ("helpfulness", "safety")
+    }
+    combined = combined_reward(
+        jnp.asarray(scores["helpfulness"]), jnp.asarray(scores["safety"]), jnp.asarray(is_safety, bool), threshold=threshold
+    )
+    return {**scores, "reward": np.asarray(combined)}
+
+
+def sigmoid_scores(
+    config: ModelConfig, compute: Compute, reward: Params, prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]], *, length: int, batch_size: int,
+) -> np.ndarray:  # fmt: skip
+    """Scores of one reward model, in (0, 1), of each (prompt, response). # -> float32 [n]
 
     Rows of similar length are scored together, in a third, two thirds or all of `length`: most are much shorter than that.
     """
     score = _jitted_scorer(config, compute)
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = {name: np.zeros(len(rows), np.float32) for name in ("helpfulness", "safety")}
+    scores = np.zeros(len(rows), np.float32)
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         width = next(w for w in (-(-length // 3), -(-2 * length // 3), length) if len(rows[part[-1]]) <= w or w == length)
@@ -83,12 +98,8 @@ def score_responses(
         for row, i in enumerate(part):
             tokens[row, : len(rows[i])] = rows[i]
             segment_ids[row, : len(rows[i])] = 1
-        for name in scores:
-            scores[name][part] = np.asarray(jax.nn.sigmoid(score(rewards[name], tokens, segment_ids)))[: len(part)]
-    combined = combined_reward(
-        jnp.asarray(scores["helpfulness"]), jnp.asarray(scores["safety"]), jnp.asarray(is_safety, bool), threshold=threshold
-    )
-    return {**scores, "reward": np.asarray(combined)}
+        scores[part] = np.asarray(jax.nn.sigmoid(score(reward, tokens, segment_ids)))[: len(part)]
+    return scores
 
 
 @functools.cache
