@@ -24,5 +24,5 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     # The paper prints no weight of the auxiliary loss (A.3.4); it belongs to the safety model.
     return common.stage(
         "reward", size, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0, epochs=1.0,
-        optim=optim, loop=loop,
+        score_pairs=256 if size == "tiny" else 4096, optim=optim, loop=loop,
     )  # fmt: skip

@@ -43,7 +43,7 @@ BAD_ROWS = [
     ("comparisons", {"rating": "slight"}, "rating: expected one of significantly, better, slightly, negligibly, got 'slight'"),
     ("comparisons", {"rating": 3}, "rating: expected str, got int"),
     ("comparisons", {"safety_bin": "safe"}, "safety_bin: expected one of chosen_safe, both_safe, both_unsafe, got 'safe'"),
-    ("comparisons", {"messages": [user("q")]}, "messages: a comparison has this field or prompt, got both"),
+    ("comparisons", {"messages": [user("q")]}, "messages: a row has this field or prompt, got both"),
     ("comparisons", {"prompt": 4}, "prompt: messages: expected a list, got int"),
     ("comparisons", {"prompt": [user("q"), assistant("a")]}, "prompt: expected to end with the user"),
     ("comparisons", {"chosen": 4}, "chosen: expected a string or a list of messages, got int"),
@@ -110,7 +110,8 @@ def test_missing_empty_and_damaged_files_are_refused(tmp_path, reader):
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_rows_are_written_whole_and_read_back(tmp_path, ending):
     path = tmp_path / "new" / f"rows.jsonl{ending}"
-    rows = [{"messages": [user("é\u2028🙂"), assistant("a\nb")], "source": "s", "is_safety": True, "other": [1, None]}]
+    rows = [{"messages": [user("é\u2028🙂"), assistant("a\nb")], "source": "s", "is_safety": True, "other": [1, None],
+             "prompt_messages": 0}]  # fmt: skip
     assert sources.write_jsonl(path, rows) == 1
     assert sources.read_dialogs(path) == rows
     first = path.read_bytes()
@@ -133,13 +134,13 @@ def test_readers_fill_in_what_is_missing(tmp_path):
     for reader, row in GOOD.items():
         sources.write_jsonl(tmp_path / f"{reader.__name__}.jsonl", [row])
     (row,) = sources.read_dialogs(tmp_path / "read_dialogs.jsonl")
-    assert row == {"messages": [user("q"), assistant("a")], "source": "", "is_safety": False}
+    assert row == {"messages": [user("q"), assistant("a")], "source": "", "is_safety": False, "prompt_messages": 0}
     (row,) = sources.read_prompts(tmp_path / "read_prompts.jsonl")
     assert row == {"messages": [user("q")], "reference": None, "is_safety": False, "source": "", "kind": "", "object": ""}
     (row,) = sources.read_comparisons(tmp_path / "read_comparisons.jsonl")
     assert row == {
         "prompt": [user("q")], "chosen": "a", "rejected": "b",
-        "rating": None, "is_safety": False, "safety_bin": None, "source": "",
+        "rating": None, "margin": None, "is_safety": False, "safety_bin": None, "source": "", "batch": None,
     }  # fmt: skip
 
 

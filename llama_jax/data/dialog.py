@@ -76,9 +76,13 @@ def encode_dialog(
     tokenizer: Tokenizer,
     *,
     train_on: Literal["all", "last"] = "all",
+    prompt_messages: int = 0,
     where: str = "messages",
 ) -> EncodedDialog:
-    """Encodes a dialog that ends with the assistant; `train_on` "last" supervises only its last answer."""
+    """Encodes a dialog that ends with the assistant; `train_on` "last" supervises only its last answer.
+
+    The first `prompt_messages` messages are a prompt: their answers are not supervised.
+    """
     if train_on not in ("all", "last"):
         raise ValueError(f"train_on: expected 'all' or 'last', got {train_on!r}")
     check_messages(messages, where)
@@ -86,9 +90,10 @@ def encode_dialog(
         raise ValueError(f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}")
     ids, supervised = [], []
     turns = _merge_system(messages)
+    system = len(messages) - len(turns)
     for i in range(0, len(turns), 2):
         pair, answer_start = _encode_pair(turns[i], turns[i + 1], tokenizer)
-        trains = train_on == "all" or i + 2 == len(turns)
+        trains = i + 1 + system >= prompt_messages if train_on == "all" else i + 2 == len(turns)
         ids += pair
         supervised += [False] * answer_start + [trains] * (len(pair) - answer_start)
     return EncodedDialog(ids, supervised)

@@ -1,30 +1,33 @@
-"""Dialogs, prompts and comparisons from JSONL files (paper sections 3.1, 3.2.1 and 3.2.3), read strictly.
+"""Dialogs, prompts and comparisons from data sets (paper sections 3.1, 3.2.1 and 3.2.3), read strictly.
 
-A row is one JSON object a line, UTF-8, gzip where the name ends in `.gz`. The readers return plain dicts
-with every known field filled in; fields they do not know are kept, unless they look like a misspelt known
-one. Whatever is wrong ends in one ValueError that names file, line and field.
+Rows come from JSONL, Parquet, Hugging Face and TFDS (`data.rows`), in the shapes that TRL and its neighbours write. The readers
+return plain dicts in the first shape of each kind with every known field filled in; fields they do not know are kept, unless
+they look like a misspelt known one. Whatever is wrong ends in one ValueError that names file, row and field.
 
-    dialog      {"messages": [...], "source": str, "is_safety": bool}, the last message from the assistant
+    dialog      {"messages": [...], "source": str, "is_safety": bool, "prompt_messages": int}, the last message from the
+                assistant; {"prompt": str | [...], "completion": str | [...]} may stand for `messages`: then answers inside
+                the prompt are not trained on
     prompt      {"messages": [...], "reference": str | null, "is_safety": bool, "source": str, "kind": str,
-    "object": str},
-                the last message from the user
-    comparison  {"prompt": str | [...], "chosen": str | [...], "rejected": same, "rating", "safety_bin",
-    "is_safety", "source"}; `messages` may stand for `prompt`
+                "object": str}, the last message from the user; `prompt` may stand for `messages`
+    comparison  {"prompt": [...], "chosen": str, "rejected": str, "rating", "margin", "is_safety", "safety_bin", "source",
+                "batch"}; `messages` or `conversations` may stand for `prompt`, messages for texts, and without a prompt
+                `chosen` and `rejected` are two whole dialogs that differ in the last answer
 
-A missing reference, rating or safety bin is None, a missing flag False, a missing string "".
+A text that stands for messages is one user message (or one answer). A message is {"role", "content"} or ShareGPT's {"from",
+"value"}, and `conversations` is another name of `messages`. A missing reference, rating, margin, batch or safety bin is None, a
+missing flag False, a missing string "".
 """
 
 import difflib
-import gzip
-import json
+import math
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.data.dialog import check_messages
-from llama_jax.files import atomic_write
+from llama_jax.data.rows import read_jsonl, read_rows, write_jsonl
+
+__all__ = ["RATINGS", "SAFETY_BINS", "read_comparisons", "read_dialogs", "read_jsonl", "read_prompts", "write_jsonl"]
 
 RATINGS = ("significantly", "better", "slightly", "negligibly")  # degrees of preference, section 3.2.1
 SAFETY_BINS = ("chosen_safe", "both_safe", "both_unsafe")
@@ -35,30 +38,27 @@ _OPTIONAL = {  # field -> (type, value when missing, allowed values)
     "reference": (str, None, None),
     "kind": (str, "", None),
     "object": (str, "", None),
+    "prompt_messages": (int, 0, None),
     "rating": (str, None, RATINGS),
+    "margin": (float, None, None),
     "safety_bin": (str, None, SAFETY_BINS),
+    "batch": (int | str, None, None),  # of the weekly collection
 }
-
-
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pairs ("file:line", row) of a JSONL file. An empty line is malformed JSON."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", _row(line, f"{path}:{number}")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}:{number + 1}: damaged gzip file ({error})") from None
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All dialogs of a file, for fine-tuning; each ends with an answer that is not empty."""
+    """All dialogs of a data set, for fine-tuning; each ends with an answer that is not empty.
+
+    `prompt_messages` of a row says how many of its messages are a prompt, whose answers are not trained on (0: none).
+    """
     rows = []
-    for where, row in read_jsonl(path):
-        row = _fields(row, where, required=("messages",), optional=("source", "is_safety"))
+    for where, row in read_rows(path):
+        row = _one_name(row, "messages", ("conversations",), where)
+        if "completion" in row and "messages" not in row:
+            row = _prompt_and_completion(row, where)
+        row = _fields(row, where, required=("messages",), optional=("source", "is_safety", "prompt_messages"))
+        row["messages"] = _messages(row["messages"])
         check_messages(row["messages"], where)
         last = len(row["messages"]) - 1
         if row["messages"][last]["role"] != "assistant":
@@ -70,11 +70,13 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All prompts of a file, for sampling; each ends with an open user turn."""
+    """All prompts of a data set, for sampling; each ends with an open user turn."""
     rows = []
-    for where, row in read_jsonl(path):
+    for where, row in read_rows(path):
         optional = ("reference", "is_safety", "source", "kind", "object")
+        row = _one_name(row, "messages", ("prompt", "conversations"), where)
         row = _fields(row, where, required=("messages",), optional=optional)
+        row["messages"] = _messages(row["messages"], text_from="user")
         check_messages(row["messages"], where)
         if row["messages"][-1]["role"] != "user":
             last = len(row["messages"]) - 1
@@ -84,62 +86,83 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All comparisons of a file: `prompt` becomes a list of messages, `chosen` and `rejected` texts."""
-    rows = []
-    for where, row in read_jsonl(path):
-        optional = ("rating", "is_safety", "safety_bin", "source")
-        if "messages" in row:
-            if "prompt" in row:
-                raise ValueError(f"{where}: messages: a comparison has this field or prompt, got both")
-            row["prompt"] = row.pop("messages")
-        row = _fields(row, where, required=("prompt", "chosen", "rejected"), optional=optional)
-        if isinstance(row["prompt"], str):
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        check_messages(row["prompt"], f"{where}: prompt")
-        if row["prompt"][-1]["role"] != "user":
-            raise ValueError(f"{where}: prompt: expected to end with the user, got {row['prompt'][-1]['role']!r}")
-        for side in ("chosen", "rejected"):
-            row[side] = _answer(row[side], row["prompt"], f"{where}: {side}")
-        if row["chosen"].strip() == row["rejected"].strip():  # the chat format strips them
-            raise ValueError(f"{where}: chosen: the same text as rejected; the ranking loss has no ties")
-        rows.append(row)
-    return _not_empty(rows, path, "comparisons")
+    """All comparisons of a data set: `prompt` becomes a list of messages, `chosen` and `rejected` texts."""
+    return _not_empty([comparison(row, where) for where, row in read_rows(path)], path, "comparisons")
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes rows, gzipped where the name ends in `.gz`, whole or not at all; returns their number."""
-    count = 0
-    with atomic_write(path) as file:
-        # No name and no time in the gzip header: the same rows give the same bytes.
-        gz = gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else None
-        for row in rows:
-            (gz or file).write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
-            count += 1
-        if gz:
-            gz.close()
-    return count
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-        if b"\\u" in line:  # an escape can hold half a character, which no UTF-8 and so no tokenizer takes
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: an escape \\ud800 to \\udfff without its other half is no character") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: malformed JSON, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # NaN, a number of 5,000 digits, 5,000 brackets
-        raise ValueError(f"{where}: malformed JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+def comparison(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One comparison in the shape that `read_comparisons` returns; ValueError beginning with `where` if it is none."""
+    optional = ("rating", "margin", "is_safety", "safety_bin", "source", "batch")
+    row = _one_name(row, "prompt", ("messages", "conversations"), where)
+    if "prompt" not in row:
+        row |= _shared_prompt(row)
+    row = _fields(row, where, required=("prompt", "chosen", "rejected"), optional=optional)
+    if row["margin"] is not None and not (math.isfinite(row["margin"]) and row["margin"] >= 0):
+        raise ValueError(f"{where}: margin: expected a number of at least 0, got {row['margin']}")
+    row["prompt"] = _messages(row["prompt"], text_from="user")
+    check_messages(row["prompt"], f"{where}: prompt")
+    if row["prompt"][-1]["role"] != "user":
+        raise ValueError(f"{where}: prompt: expected to end with the user, got {row['prompt'][-1]['role']!r}")
+    for side in ("chosen", "rejected"):
+        row[side] = _answer(row[side], row["prompt"], f"{where}: {side}")
+    if row["chosen"].strip() == row["rejected"].strip():  # the chat format strips them
+        raise ValueError(f"{where}: chosen: the same text as rejected; the ranking loss has no ties")
     return row
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _one_name(row: Mapping[str, Any], name: str, others: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A copy in which `name` holds what any of the other names held; at most one of them may be there."""
+    found = [key for key in (name, *others) if key in row]
+    if len(found) > 1:
+        raise ValueError(f"{where}: {found[1]}: a row has this field or {found[0]}, got both")
+    row = dict(row)
+    if found:
+        row[name] = row.pop(found[0])
+    return row
+
+
+def _messages(value: Any, *, text_from: str | None = None) -> Any:
+    """A list of role/content messages from any of its shapes; anything else as it is, for `check_messages` to refuse."""
+    if isinstance(value, str) and text_from:
+        return [{"role": text_from, "content": value}]
+    if isinstance(value, Mapping):
+        columns = list(value.values())
+        if columns and all(isinstance(column, list) for column in columns):  # TFDS and old datasets: a list by columns
+            if len({len(column) for column in columns}) != 1:
+                return value
+            value = [dict(zip(value, items)) for items in zip(*columns)]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_message(message) for message in value]
+
+
+def _message(message: Any) -> Any:
+    if isinstance(message, Mapping) and "from" in message and "value" in message and "role" not in message:
+        return {"role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
+    return message
+
+
+def _prompt_and_completion(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """TRL's prompt/completion as messages."""
+    if "prompt" not in row:
+        raise ValueError(f"{where}: prompt: missing beside completion")
+    prompt = _messages(row.pop("prompt"), text_from="user")
+    check_messages(prompt, f"{where}: prompt")
+    completion = _messages(row.pop("completion"), text_from="assistant")
+    if not isinstance(completion, list):
+        raise ValueError(f"{where}: completion: expected a string or a list of messages, got {type(completion).__name__}")
+    return {**row, "messages": [*prompt, *completion], "prompt_messages": len(prompt)}
+
+
+def _shared_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The messages with which two whole dialogs begin alike; {} if the row holds no such dialogs."""
+    chosen, rejected = (_messages(row.get(side)) for side in ("chosen", "rejected"))
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1):
+        return {}
+    shared = [a for a, b in zip(chosen[:-1], rejected[:-1]) if a == b]
+    return {"prompt": shared} if shared == chosen[:-1] == rejected[:-1] else {}
 
 
 def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
@@ -157,15 +180,22 @@ def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple
         value = filled.setdefault(key, default)
         if value is None and default is None:
             continue
-        if not isinstance(value, kind):
-            raise ValueError(f"{where}: {key}: expected {kind.__name__}, got {type(value).__name__}")
+        if kind is float and type(value) is int:
+            value = filled[key] = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where}: {key}: expected {_name(kind)}, got {type(value).__name__}")
         if allowed and value not in allowed:
             raise ValueError(f"{where}: {key}: expected one of {', '.join(allowed)}, got {value!r}")
     return filled
 
 
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace(" | ", " or ")
+
+
 def _answer(value: Any, prompt: list[dict[str, str]], where: str) -> str:
     """Text of an answer given as text, as one assistant message, or as the whole dialog that ends with it."""
+    value = _messages(value)
     if isinstance(value, list):
         messages = value if value[: len(prompt)] == prompt else [*prompt, *value]
         if len(messages) != len(prompt) + 1:

@@ -135,6 +135,48 @@ def over_optimisation(
     return _png(figure)
 
 
+def rating_shares(shares: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Share of each degree of preference by batch, {batch: {rating: share}}. (Fig. 25)"""
+    figure, axes = _figure(1, 1, "Degrees of preference by batch")
+    ratings = list(next(iter(shares.values())))
+    for rating, colour in zip(ratings, _cycle(len(ratings))):
+        values = [100 * of_batch[rating] for of_batch in shares.values()]
+        axes[0].plot(range(len(shares)), values, color=colour, marker="o", markersize=4, label=rating)
+    _batch_axis(axes[0], list(shares))
+    axes[0].set_ylabel("comparisons (%)")
+    return _png(figure)
+
+
+def best_of_batches(scores: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Mean over prompts of the largest and the median score among sampled answers, {batch: {"max", "median"}}. (Fig. 26)"""
+    figure, axes = _figure(1, 1, "Reward among sampled answers by batch")
+    for name, colour in (("max", BLUE), ("median", ORANGE)):
+        values = [of_batch[name] for of_batch in scores.values()]
+        axes[0].plot(range(len(scores)), values, color=colour, marker="o", markersize=4, label=name)
+    _batch_axis(axes[0], list(scores))
+    axes[0].set_ylabel("reward model score")
+    return _png(figure)
+
+
+def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """Mean score by median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
+    figure, axes = _figure(1, 1, "Reward model score by human rating")
+    for (label, points), colour in zip(curves.items(), _cycle(len(curves))):
+        x, mean, std = (np.array([point[key] for point in points]) for key in ("rating", "mean", "std"))
+        axes[0].fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        axes[0].plot(x, mean, color=colour, marker="o", markersize=4, label=label)
+    axes[0].set_xlabel("median rating")
+    axes[0].set_ylabel("reward model score")
+    axes[0].legend()
+    return _png(figure)
+
+
+def _batch_axis(ax, batches: list[str]) -> None:
+    ax.set_xticks(range(len(batches)), labels=batches)
+    ax.set_xlabel("batch")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+
+
 def _figure(rows: int, columns: int, title: str, *, panel: tuple[float, float] = (7.2, 3.8)):
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -21,6 +21,7 @@ from llama_jax.pretrain.base import StageConfig
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import ComparisonBatch
 from llama_jax.reward.stage import reward_loss
+from llama_jax.rlhf.dpo import dpo_loss, empty_batch
 from llama_jax.rlhf.ppo import ppo_loss
 from llama_jax.rlhf.rollout import empty_rollout
 from llama_jax.sampling.generate import make_sampler
@@ -64,6 +65,11 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
         loss = reward_loss(model, compute, safety_weight=config.safety_weight)
         batch = _comparisons(rows, length, mesh)
         flops = _flops(model, sequences, length, "reward_head")
+    elif config.stage == "dpo":  # beside it the frozen reference lies in memory, laid out as the parameters
+        specs, length, sequences = table.table(model, head="lm_head"), config.data.length, 2 * rows
+        loss = dpo_loss(model, compute, config.dpo)
+        batch = _place(jax.eval_shape(lambda: empty_batch(rows, length)), mesh)
+        flops = _flops(model, sequences, length, "lm_head")
     elif config.stage == "ppo":
         specs = {"policy": table.table(model, head="lm_head"), "critic": table.table(model, head="value_head")}
         length, sequences = config.data.prompt_length + config.ppo.new_tokens, rows

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -43,19 +43,23 @@ class Comparison:
     degree: int
     safety_bin: str | None
     weight: float = 1.0
+    source: str = ""
+    response_start: int = 1  # index of the first token after the prompt, which both sides share
 
 
 def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
-    """Reads and encodes a preference file. Pairs longer than `length` are dropped whole, never cut, and counted."""
+    """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted."""
     comparisons, overlong = [], 0
     rows = read_comparisons(path)
     for number, row in enumerate(rows, start=1):
-        dialogs = [
+        encoded = [
             encode_dialog(
-                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, where=f"{path}:{number}"
-            ).ids
+                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, train_on="last",
+                where=f"{path}:{number}",
+            )
             for side in ("chosen", "rejected")
-        ]
+        ]  # fmt: skip
+        dialogs = [dialog.ids for dialog in encoded]
         if max(map(len, dialogs)) > length:
             overlong += 1
             continue
@@ -63,9 +67,10 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
         comparisons.append(
             Comparison(
                 chosen=dialogs[0], rejected=dialogs[1],
-                margin=MARGINS[margin][rating] if rating else 0.0,
+                margin=margin_of(row, margin),
                 degree=DEGREES.index(rating) if rating else -1,
-                safety_bin=row.get("safety_bin"),
+                safety_bin=row.get("safety_bin"), source=row.get("source") or "",
+                response_start=encoded[0].supervised.index(True),
             )
         )  # fmt: skip
     if overlong:
@@ -73,6 +78,13 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
     if not comparisons:
         raise ValueError(f"{path}: no comparison fits into {length} tokens")
     return comparisons
+
+
+def margin_of(row: Mapping[str, Any], margin: str) -> float:
+    """m(r) of a row: by its rating and the table of that name, or its own `margin`; without either, or with "none", 0."""
+    if margin != "none" and row.get("margin") is not None:
+        return row["margin"]
+    return MARGINS[margin][row["rating"]] if row.get("rating") else 0.0
 
 
 def collate(comparisons: Sequence[Comparison], *, length: int) -> ComparisonBatch:

@@ -3,20 +3,25 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
+from llama_jax.data.rows import write_jsonl
+from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
 from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
+from llama_jax.reward.held_out import HeldOutScores, markdown, report, score_statistics
 from llama_jax.reward.ranking import ranking_loss, safety_loss
 from llama_jax.reward.score import scorer
 from llama_jax.training import optimizer
@@ -43,6 +48,7 @@ class RewardConfig(StageConfig):
     margin: Literal["none", "small", "large"] = "small"
     safety_weight: float = 0.0  # of the auxiliary loss (A.3.4)
     epochs: float = 1.0
+    score_pairs: int = 4096  # training pairs whose scores' mean and deviation are stored with the last checkpoint; 0: none
 
 
 def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float) -> Loss:
@@ -89,9 +95,66 @@ def mix(files: Sequence[list[Comparison]], shares: Sequence[float]) -> list[Comp
     return [*whole, *(pair for part in parts for pair in part)]
 
 
+class Measure:
+    """After the last step: statistics of the training scores for the checkpoint, and the report on the held-out pairs.
+
+    The report goes to the workdir: `held_out_scores.jsonl` (a row a pair, in the order of the files), `reward_report.json`
+    and `reward_report.md`.
+    """
+
+    def __init__(
+        self, score: Callable[[Params, Any, Any], jax.Array], batches: Callable[..., IndexedBatches], *,
+        train: Sequence[Comparison], held_out: Sequence[Comparison], pairs: int, mesh: Mesh, workdir: Path, title: str,
+    ):  # fmt: skip
+        def pair_scores(params: Params, batch: ComparisonBatch) -> jax.Array:  # -> [B, 2]
+            B, _, T = batch.tokens.shape
+            flat = score(params, batch.tokens.reshape(2 * B, T), batch.segment_ids.reshape(2 * B, T))
+            return flat.reshape(B, 2)
+
+        # Every process needs all scores, not only those of its rows.
+        self.pair_scores = jax.jit(pair_scores, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        # Evenly out of all files, which stand one after the other.
+        chosen = np.linspace(0, len(train) - 1, min(pairs, len(train))).astype(int) if pairs else []
+        self.train, self.held_out = [train[i] for i in chosen], held_out
+        self.batches, self.mesh, self.workdir, self.title = batches, mesh, workdir, title
+
+    def scores(self, params: Params, pairs: Sequence[Comparison]) -> np.ndarray:
+        """Scores of (chosen, rejected). # -> float32 [n, 2]"""
+        made = self.batches(pairs, seed=0).eval_batches()
+        parts = [np.asarray(self.pair_scores(params, put_batch(batch, self.mesh))) for batch in made]
+        return np.concatenate(parts)[: len(pairs)]
+
+    def __call__(self, params: Params) -> dict[str, Any]:
+        measured = {}
+        if self.train:
+            statistics = score_statistics(self.scores(params, self.train))
+            measured = {"scores": {**dataclasses.asdict(statistics), "pairs": len(self.train)}}
+        if self.held_out:
+            self.write(self.scores(params, self.held_out), measured)
+        return measured
+
+    def write(self, scores: np.ndarray, measured: Mapping[str, Any]) -> None:
+        """The held-out scores and their report. # [n, 2]"""
+        if jax.process_index():
+            return
+        rows = [
+            {"chosen": float(c), "rejected": float(r), "source": pair.source, "safety_bin": pair.safety_bin,
+             "rating": DEGREES[pair.degree] if pair.degree >= 0 else None,
+             "chosen_longer": len(pair.chosen) > len(pair.rejected)}
+            for (c, r), pair in zip(scores, self.held_out, strict=True)
+        ]  # fmt: skip
+        write_jsonl(self.workdir / "held_out_scores.jsonl", rows)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        for name in ("chosen", "rejected", "chosen_longer"):
+            columns[name] = np.array(columns[name])
+        values = report(HeldOutScores(**columns)) | dict(measured)
+        write_json(self.workdir / "reward_report.json", values)
+        with atomic_write(self.workdir / "reward_report.md") as file:
+            file.write(markdown(values, title=self.title).encode())
+
+
 def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """The stage of one reward model, and its loop with the number of steps of its epochs."""
-    del workdir
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
@@ -124,7 +187,9 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
         tokens_per_step=2 * loop.batch_size * length,
         show="accuracy/all",
         meta=meta(config, model, tokenizer),
-    )
+        measure=Measure(
+            scorer(model, config.compute), batches, train=train, held_out=held_out, pairs=config.score_pairs, mesh=mesh,
+            workdir=workdir, title=f"Reward model ({config.name})",
+        ),
+    )  # fmt: skip
     return stage, loop
-
-

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SftData:
-    """Dialogs as JSONL: what is trained on, what is held out (may be empty), and the length of a row."""
+    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -43,11 +43,21 @@ class SftConfig(StageConfig):
 
 
 def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all") -> Packed:
-    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log."""
+    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log.
+
+    A row's own field `train_on` comes before the argument: Ghost Attention's dialogs train their last answer among others that
+    train all of theirs.
+    """
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
-            examples.append(encode_dialog(row["messages"], tokenizer, train_on=train_on, where=f"{path}:{number}"))
+            trained = row.get("train_on", train_on)
+            examples.append(
+                encode_dialog(
+                    row["messages"], tokenizer, train_on=trained, prompt_messages=row["prompt_messages"],
+                    where=f"{path}:{number}",
+                )
+            )  # fmt: skip
     packed = pack_dialogs(examples, length, overlong="report")
     if packed.overlong:
         log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)

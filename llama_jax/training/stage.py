@@ -111,6 +111,7 @@ class Stage:
       show: the metric in the progress bar.
       check: (step, metrics) of each step; raises if they break an invariant of the stage.
       meta: JSON values stored with every checkpoint (model shape, tokenizer fingerprint, ...).
+      measure: params -> JSON values stored with the last checkpoint, as statistics of what was trained.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Stage:
     show: str = "loss"
     check: Callable[[int, Mapping[str, float]], None] | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measure: Callable[[Params], Mapping[str, Any]] | None = None
 
 
 def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Batch]) -> Callable[[Params], dict]:

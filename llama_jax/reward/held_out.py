@@ -1,0 +1,153 @@
+"""What held-out scores say about a reward model: the paper's Tables 7, 8, 28 and 29, Figs. 27 and 29. Pure functions.
+
+A score is the model's logit; its sigmoid is what the paper plots. Accuracy is the share of pairs whose chosen response scores
+strictly higher, each response scored alone (A.3.4).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.sources import RATINGS
+from llama_jax.reward.preference_report import table
+
+# Safety labels of (chosen, rejected) by the paper's three bins (section 3.2.1).
+SAFE = {"chosen_safe": (True, False), "both_safe": (True, True), "both_unsafe": (False, False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutScores:
+    """Logits of held-out pairs, and what is known about each pair."""
+
+    chosen: np.ndarray  # float [n]
+    rejected: np.ndarray  # float [n]
+    source: Sequence[str]
+    rating: Sequence[str | None]
+    safety_bin: Sequence[str | None]
+    chosen_longer: np.ndarray  # bool [n]: more tokens than the rejected response
+
+    def __post_init__(self):
+        lengths = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"held-out scores: expected as many of each, got {lengths}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and deviation of the scores of the training data, by which scores of several models become comparable."""
+
+    mean: float
+    std: float
+
+    def standardise(self, scores: np.ndarray) -> np.ndarray:
+        """Scores with mean 0 and deviation 1 on the training data. # [n] -> [n]"""
+        return (scores - self.mean) / max(self.std, 1e-8)
+
+
+def score_statistics(scores: np.ndarray) -> ScoreStatistics:
+    """Of the scores of both responses of every pair. # [n, 2] -> mean, population deviation"""
+    scores = np.asarray(scores, np.float64)
+    return ScoreStatistics(float(scores.mean()), float(scores.std()))
+
+
+def share(hits: np.ndarray) -> dict[str, float]:
+    """A share with Wilson's 95 % interval, which holds for small samples and near 0 and 1. # bool [n]"""
+    n = len(hits)
+    if n == 0:
+        return {"share": math.nan, "low": math.nan, "high": math.nan, "count": 0}
+    p, z = float(np.mean(hits)), 1.959964
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return {"share": p, "low": max(low, 0.0), "high": min(high, 1.0), "count": n}
+
+
+def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float]]]:
+    """{source: {degree of preference that occurs, "all"}: share} and the same for "all" sources (Tables 7, 8 and 28).
+
+    The row "longer" says how often the longer response is the chosen one: what a model must beat that knows only length.
+    """
+    correct = scores.chosen > scores.rejected
+    source, rating = np.array(scores.source, object), np.array(scores.rating, object)
+    rows = {}
+    names = sorted(set(scores.source))
+    for name in [*names, "all"] if len(names) != 1 else names:
+        inside = np.full(len(correct), True) if name == "all" else source == name
+        rows[name] = {
+            degree: share(correct[inside & (rating == degree)]) for degree in RATINGS if (inside & (rating == degree)).any()
+        } | {"all": share(correct[inside])}
+    longer = np.asarray(scores.chosen_longer, bool)
+    rows["longer"] = {degree: share(longer[rating == degree]) for degree in RATINGS if (rating == degree).any()}
+    rows["longer"]["all"] = share(longer)
+    return rows
+
+
+def safety_table(scores: HeldOutScores) -> dict[str, dict[str, float]]:
+    """Table 29: accuracy by safety bin, and "unsafe_recall": the share of unsafe responses with sigmoid(score) < 0.5."""
+    bins = np.array(scores.safety_bin, object)
+    correct = scores.chosen > scores.rejected
+    rows = {name: share(correct[bins == name]) for name in SAFE if (bins == name).any()}
+    unsafe = [
+        side[[label in SAFE and not SAFE[label][i] for label in scores.safety_bin]]
+        for i, side in enumerate((scores.chosen, scores.rejected))
+    ]
+    found = np.concatenate(unsafe)
+    return {**rows, "unsafe_recall": share(found < 0)} if len(found) else rows
+
+
+def calibration(scores: np.ndarray, ratings: np.ndarray) -> list[dict[str, float]]:
+    """Fig. 29: mean and deviation of sigmoid(score) at each median human rating, in the order of the ratings.
+
+    Args:
+      scores: logits. # float [n]
+      ratings: the median of each response's human ratings; the paper's have 7 points. # float [n]
+    """
+    scores, ratings = np.asarray(scores, np.float64), np.asarray(ratings, np.float64)
+    if scores.shape != ratings.shape or scores.ndim != 1:
+        raise ValueError(f"calibration: expected scores and ratings of one length, got {scores.shape} and {ratings.shape}")
+    levels = [(float(level), sigmoid(scores[ratings == level])) for level in np.unique(ratings)]
+    return [
+        {"rating": level, "mean": float(p.mean()), "std": float(p.std()), "count": len(p)} for level, p in levels
+    ]
+
+
+def histogram(scores: HeldOutScores, *, bins: int = 20) -> dict[str, list[float]]:
+    """Fig. 27: the shares of all responses whose sigmoid falls into each of `bins` equal parts of [0, 1]."""
+    values = sigmoid(np.concatenate([scores.chosen, scores.rejected]))
+    counts, edges = np.histogram(values, bins=bins, range=(0, 1))
+    return {"edges": edges.tolist(), "shares": (counts / max(len(values), 1)).tolist()}
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow. # [n]"""
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(scores, np.float64)))
+
+
+def report(scores: HeldOutScores) -> dict[str, Any]:
+    """All tables as JSON values."""
+    return {"accuracy": accuracy_table(scores), "safety": safety_table(scores), "histogram": histogram(scores)}
+
+
+def markdown(values: Mapping[str, Any], *, title: str) -> str:
+    """The report as Markdown, accuracies in percent with half the width of their 95 % interval."""
+    accuracy = values["accuracy"]
+    degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
+    rows = [[name or "(none)", *(_percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
+            for name, row in accuracy.items()]  # fmt: skip
+    parts = [f"# {title}", "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
+             table(["", *degrees, "pairs"], rows)]  # fmt: skip
+    if values["safety"]:
+        cells = [[name.replace("_", " "), _percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
+        parts += ["## Safety (Table 29)", table(["", "%", "count"], cells)]
+    if "scores" in values:
+        mean, std = values["scores"]["mean"], values["scores"]["std"]
+        parts += [f"Scores of the training data: mean {mean:.4f}, deviation {std:.4f}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(value: Mapping[str, float] | None) -> str:
+    if value is None or not value["count"]:
+        return "-"
+    return f"{100 * value['share']:.1f} ± {50 * (value['high'] - value['low']):.1f}"

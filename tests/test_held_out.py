@@ -1,0 +1,99 @@
+"""The report on a reward model's held-out scores: every table by hand, and the files that the stage leaves in its workdir."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llama_jax.reward.comparisons import margin_of
+from llama_jax.reward.held_out import (
+    HeldOutScores,
+    ScoreStatistics,
+    accuracy_table,
+    calibration,
+    histogram,
+    markdown,
+    report,
+    safety_table,
+    score_statistics,
+    share,
+)
+
+SCORES = HeldOutScores(
+    chosen=np.array([2.0, 0.0, -1.0, 1.0]),
+    rejected=np.array([1.0, 0.0, -2.0, 3.0]),
+    source=["a", "a", "b", "b"],
+    rating=["significantly", "slightly", "slightly", None],
+    safety_bin=["chosen_safe", None, "both_unsafe", "both_safe"],
+    chosen_longer=np.array([True, False, False, True]),
+)
+
+
+def test_accuracy_by_source_and_degree_by_hand():
+    found = accuracy_table(SCORES)
+    shares = {name: {degree: value["share"] for degree, value in row.items()} for name, row in found.items()}
+    assert shares == {
+        "a": {"significantly": 1.0, "slightly": 0.0, "all": 0.5},  # a tie is not right
+        "b": {"slightly": 1.0, "all": 0.5},
+        "all": {"significantly": 1.0, "slightly": 0.5, "all": 0.5},
+        "longer": {"significantly": 1.0, "slightly": 0.0, "all": 0.5},
+    }
+    assert found["all"]["all"]["count"] == 4
+
+
+def test_wilsons_interval():
+    found = share(np.array([True] * 8 + [False] * 2))
+    # Wilson (1927) for 8 of 10, z = 1.96
+    assert (found["share"], found["count"]) == (0.8, 10)
+    np.testing.assert_allclose([found["low"], found["high"]], [0.4902, 0.9433], atol=1e-4)
+    assert share(np.array([True] * 3))["high"] == 1.0
+    assert share(np.array([], bool))["count"] == 0 and math.isnan(share(np.array([], bool))["share"])
+
+
+def test_table_29_by_hand():
+    found = safety_table(SCORES)
+    assert {name: row["share"] for name, row in found.items()} == {
+        "chosen_safe": 1.0, "both_safe": 0.0, "both_unsafe": 1.0,
+        "unsafe_recall": 2 / 3,  # of 1.0 (rejected beside a safe one), -1.0 and -2.0 (both unsafe)
+    }  # fmt: skip
+    assert found["unsafe_recall"]["count"] == 3
+
+
+def test_calibration_by_hand():
+    found = calibration(np.array([0.0, np.log(3), 0.0]), np.array([2, 1, 1]))
+    assert [(p["rating"], p["count"]) for p in found] == [(1.0, 2), (2.0, 1)]
+    np.testing.assert_allclose([found[0]["mean"], found[0]["std"], found[1]["mean"]], [0.625, 0.125, 0.5], rtol=1e-12)
+    with pytest.raises(ValueError, match="one length"):
+        calibration(np.zeros(2), np.zeros(3))
+
+
+def test_the_histogram_is_of_both_responses():
+    found = histogram(SCORES, bins=2)  # four above a half (0 counts as one), two below... and both zeros at the edge
+    assert found["edges"] == [0, 0.5, 1] and found["shares"] == [2 / 8, 6 / 8]
+    assert sum(histogram(SCORES)["shares"]) == pytest.approx(1)
+
+
+def test_score_statistics_standardise():
+    found = score_statistics(np.array([[1.0, 3.0], [5.0, 7.0]]))
+    assert found == ScoreStatistics(4.0, math.sqrt(5.0))
+    standard = found.standardise(np.array([1.0, 3.0, 5.0, 7.0]))
+    np.testing.assert_allclose([standard.mean(), standard.std()], [0, 1], atol=1e-12)
+
+
+def test_the_margin_of_a_row():
+    assert margin_of({"rating": "better", "margin": None}, "large") == 2
+    assert margin_of({"rating": "better", "margin": 0.25}, "small") == 0.25
+    assert margin_of({"rating": "better", "margin": 0.25}, "none") == 0
+    assert margin_of({}, "small") == 0
+
+
+def test_the_markdown_has_every_table_and_no_safety_without_bins():
+    text = markdown(report(SCORES) | {"scores": {"mean": 0.5, "std": 1.0}}, title="Reward model")
+    assert "| a | 100.0 ±" in text and "| unsafe recall | 66.7 ±" in text and "mean 0.5000" in text
+    plain = HeldOutScores(SCORES.chosen, SCORES.rejected, [""] * 4, [None] * 4, [None] * 4, SCORES.chosen_longer)
+    assert "Safety" not in markdown(report(plain), title="x")
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="expected as many of each"):
+        HeldOutScores(np.zeros(2), np.zeros(1), ["", ""], [None] * 2, [None] * 2, np.zeros(2, bool))

@@ -1,0 +1,113 @@
+"""The report on preference data: sums by hand, order of batches, and the command on open sets and files of ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_jax.data.sources import read_comparisons, write_jsonl
+from llama_jax.preferences import run
+from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
+
+ROOT = Path(__file__).parents[1]
+
+
+def words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def row(prompt, chosen, rejected, **more):
+    roles = ("user", "assistant")
+    return {"prompt": [{"role": roles[i % 2], "content": text} for i, text in enumerate(prompt)], "chosen": chosen,
+            "rejected": rejected, **more}  # fmt: skip
+
+
+ROWS = [
+    row(["a b c"], "d e", "f", source="x", batch=2, rating="better", safety_bin="both_safe"),
+    row(["a", "b c", "d e f"], "g h i", "j", source="x", batch=10, rating="slightly"),
+    row(["a"], "b", "c c c", source="y", batch=10, rating="better"),
+    row([""], "b", "c c c"),
+]
+
+
+def test_the_columns_of_table_6_by_hand():
+    found = report(tally(ROWS, words))
+    x = found["sources"]["x"]
+    # 3 words + 1.5; 1 + 2 + 3 words + 2
+    assert x["comparisons"] == 2 and x["tokens_per_example"] == (4.5 + 8) / 2
+    assert x["turns_per_dialog"] == 1.5 and x["tokens_per_prompt"] == (3 + 1 + 3) / 3
+    assert x["tokens_per_response"] == (2 + 1 + 3 + 1) / 4
+    assert x["rating_shares"] == {"significantly": 0, "better": 0.5, "slightly": 0.5, "negligibly": 0}
+    assert x["safety_bin_shares"]["both_safe"] == 1 and found["sources"][""]["rating_shares"] == {}
+    assert list(found["batches"]) == ["2", "10"] and found["batches"]["10"]["comparisons"] == 2
+    assert found["total"]["comparisons"] == 4
+    single = found["sources"]["y"]
+    assert single["tokens_per_example"] == single["tokens_per_prompt"] + single["tokens_per_response"]
+
+
+def test_sums_do_not_depend_on_the_chunks(monkeypatch):
+    whole = report(tally(ROWS, words))
+    monkeypatch.setattr("llama_jax.reward.preference_report._CHUNK", 1)
+    assert report(tally(ROWS, words)) == whole
+
+
+def test_best_of_batches_by_hand():
+    samples = [{"prompt": 0, "reward": r} for r in (0.1, 0.5, 0.3)] + [{"prompt": 1, "reward": 0.7}]
+    found = best_of_batches({"1": samples})["1"]
+    assert found == {"max": pytest.approx(0.6), "median": pytest.approx(0.5), "prompts": 2, "samples": 2.0}
+    with pytest.raises(ValueError, match="batch 2: expected at least one"):
+        best_of_batches({"2": []})
+
+
+def test_the_markdown_holds_every_table():
+    text = markdown(report(tally(ROWS, words)) | {"left_out": {"f.jsonl": {"a tie": 3}}})
+    assert "| x | 2 | 1.5 | 6.2 | 2.3 | 1.8 |" in text and "| 10 | 2 |" in text and "| f.jsonl | a tie | 3 |" in text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    import sentencepiece
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "text.txt").write_text("some words of a question and an answer\n" * 40)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text.txt"), model_prefix=str(directory / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return directory / "tokenizer.model"
+
+
+def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenizer):
+    pytest.importorskip("matplotlib")
+    head = "\n\nHuman: hi\n\nAssistant:"
+    write_jsonl(tmp_path / "hh.jsonl.gz", [{"chosen": f"{head} a", "rejected": f"{head} b"},
+                                           {"chosen": f"{head} a", "rejected": f"{head} a"}])  # fmt: skip
+    write_jsonl(tmp_path / "ours.jsonl", ROWS)
+    write_jsonl(tmp_path / "samples.jsonl", [{"prompt": 0, "reward": 0.5}])
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax.preferences", f"--tokenizer={tokenizer}", f"--output={tmp_path / 'out'}", "--rows",
+         f"--data=anthropic_helpful={tmp_path / 'hh.jsonl.gz'},{tmp_path / 'ours.jsonl'}",
+         f"--samples=1={tmp_path / 'samples.jsonl'}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert values["total"]["comparisons"] == 5 and values["sources"]["anthropic_helpful"]["comparisons"] == 1
+    assert list(values["left_out"].values()) == [{"chosen and rejected are the same": 1}]
+    assert len(read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")) == 5
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "report.md", "report.json", "comparisons.jsonl.gz", "rating_shares.png", "best_of_batches.png",
+    }  # fmt: skip
+    assert "## By batch (Table 26)" in done.stdout
+
+
+def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "ours.jsonl", [ROWS[0], {**ROWS[0], "rating": "good"}])
+    for data, message in (("ours.jsonl", "ours.jsonl:2: rating: expected one of"), ("hh=x.jsonl", "is no layout")):
+        path = str(tmp_path / data) if data == "ours.jsonl" else data
+        with pytest.raises(ValueError, match=message):
+            run([path], tmp_path / "out", tokenizer=tokenizer, rows=True, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["ours.jsonl"]
