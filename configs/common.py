@@ -24,9 +24,8 @@ def compute(size: str) -> ConfigDict:
 
 
 def mesh(size: str) -> ConfigDict:
-    """Everything over fsdp: at these batch sizes gathering weights costs less than exchanging activations."""
-    check(size)
-    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
+    """Everything over fsdp; the 34B and 70B also over 8-way tensor parallelism, which generation needs to hold them."""
+    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 8 if size in ("34b", "70b") else 1})
 
 
 # Settings of pretraining by size and slice, each compiled for it by a test: (remat, microbatches, changes of the mesh).

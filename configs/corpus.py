@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 def get_config(name: str = "default") -> ConfigDict:
     """`tiny`: 8 MB of the documentation on this machine, 10 s. `default`: the paper's vocabulary and context over all of
-    it. `jsonl`: the paper's sizes over your own file, `--config.sources.web.reader=...`, with a `text` in each row."""
+    it. `jsonl`: the paper's sizes over your own file, `--config.sources.web.reader=...`, with a `text` in each row. `web`: the
+    whole pipeline over a crawl and curated sources."""
     if name == "tiny":
         return _config(
             {
@@ -18,6 +19,7 @@ def get_config(name: str = "default") -> ConfigDict:
                 "source_code": _installation(0.15, 2_000_000, whole=True),
             },
             vocab_size=4096, block_length=256, tokenizer_bytes=4_000_000,
+            analyses=("demographics",),
             total_tokens=2_662_400,  # 1300 steps of 8 rows, as in configs/pretrain.py
             leak_ngram=8,  # docstrings are copied with small changes; so few held-out documents can be strict
         )  # fmt: skip
@@ -33,18 +35,40 @@ def get_config(name: str = "default") -> ConfigDict:
         )  # fmt: skip
     if name == "jsonl":
         return _config(
-            {"web": {"reader": "web.jsonl", "weight": 1.0, "byte_budget": 10**15}},
+            {"web": _files("web.jsonl", 1.0)},
             total_tokens=2_000_000_000_000,  # Table 1
             held_out_fraction=0.001, held_out_maximum=10_000_000,
         )  # fmt: skip
-    raise ValueError(f"corpus {name!r} is unknown; expected tiny, default or jsonl")
+    if name == "web":
+        return _config(
+            {
+                "encyclopedia": _files("encyclopedia/*.parquet", 0.05),  # most factual: up-sampled, at most six times
+                "books": _files("books/*.jsonl.zst", 0.05),
+                "code": _files("code/*.jsonl.zst", 0.05, whole=True),
+                "web": _files("crawl/*.warc.gz", 0.85, steps=("extract", *_WEB_STEPS)),
+            },
+            total_tokens=2_000_000_000_000,
+            max_epochs=6.0,
+            held_out_fraction=0.001, held_out_maximum=10_000_000, shards=1024, max_bad_rows=1000,
+            analyses=("language", "demographics", "toxicity"), analysed_share=0.1,  # A.4.3
+            boilerplate={"documents": 10, "share": 0.001, "shortest": 3},
+        )  # fmt: skip
+    raise ValueError(f"corpus {name!r} is unknown; expected tiny, default, jsonl or web")
+
+
+# In the order in which a page goes through them: what is cheap and removes much comes first.
+_WEB_STEPS = ("normalise", "language", "gopher", "repetition", "c4", "privacy")
 
 
 def _installation(weight: float, byte_budget: int, *, whole: bool = False) -> dict:
-    return {"reader": "installation", "weight": weight, "byte_budget": byte_budget, "whole": whole}
+    return {"reader": "installation", "weight": weight, "byte_budget": byte_budget, "whole": whole, "steps": ("normalise",)}
 
 
-def _config(sources: dict, *, leak_ngram: int = 13, **changes) -> ConfigDict:
+def _files(reader: str, weight: float, *, whole: bool = False, steps: tuple = ("normalise",)) -> dict:
+    return {"reader": reader, "weight": weight, "byte_budget": 10**15, "whole": whole, "steps": steps}
+
+
+def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: dict | None = None, **changes) -> ConfigDict:
     return ConfigDict({
         "sources": sources,
         "order": tuple(sources),  # of copies, the one in the first source stays
@@ -54,12 +78,27 @@ def _config(sources: dict, *, leak_ngram: int = 13, **changes) -> ConfigDict:
         "held_out_minimum": 40_000,  # bytes a source: less gives no stable figure
         "held_out_maximum": 60_000,
         "tokenizer_bytes": 100_000_000,
+        "clean": {
+            "extractor": "resiliparse",
+            "languages": ("en",),
+            "language_threshold": 0.5,  # A.4.3
+            "private_density": 1.0,  # findings per 1,000 characters
+            "mask": False,
+        },
         "deduplication": {
+            "boilerplate": boilerplate,
+            "evaluation": (),  # files of samples that must not be in the training text
             "near": {"threshold": 0.7, "ngram": 5, "permutations": 128, "bands": 21, "seed": 0},
             "leak_ngram": leak_ngram,  # words; GPT-3 decontaminates by 13
             "repeated_paragraph": 80,  # characters
         },
         "tokenizer": None,
+        "temperature": None,
+        "max_epochs": None,
+        "shards": 1,
+        "max_bad_rows": 0,
+        "analyses": (),
+        "analysed_share": 1.0,
         "seed": 0,
         **changes,
     })  # fmt: skip

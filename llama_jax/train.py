@@ -1,6 +1,9 @@
 """Runs one stage: `python -m llama_jax.train --config=configs/sft.py:7b --workdir=... [--config.optim.lr=1e-5]`."""
 
+import dataclasses
+import hashlib
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +14,7 @@ from absl import flags
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, parse
 from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import HostsDiffer, file_fact, preflight
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.training.loop import Diverged, claim, finished, train
 
@@ -34,10 +38,24 @@ def parse_stage(values: Mapping[str, Any]) -> Any:
     return parse(getattr(importlib.import_module(module), class_name), values)
 
 
+def shared_facts(config: Any) -> dict[str, str]:
+    """What all hosts of a run must have in common beside code and devices: the config, and the data it names."""
+    data = getattr(config, "data", None)
+    named = {"tokenizer": config.tokenizer}
+    for field in dataclasses.fields(data) if data is not None else ():
+        value = getattr(data, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, str) and Path(path).exists():
+                named[f"data.{field.name} {path}"] = path
+    files = {name: file_fact(path) for name, path in named.items()}
+    return {"config": hashlib.sha256(json.dumps(describe(config), sort_keys=True).encode()).hexdigest()[:16], **files}
+
+
 def run(values: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     """Runs a stage, or goes on with it, or does nothing if it is finished; returns its summary."""
     workdir = Path(workdir)
     config = parse_stage(values)
+    preflight(shared_facts(config))
     claim(workdir, describe(config))
     if (summary := finished(workdir)) is not None:
         return summary
@@ -58,4 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     command.define("configs/<stage>.py:<size>", workdir="directory of checkpoints and logs")
-    command.launch(main, expected=(Diverged,))
+    command.launch(main, expected=(Diverged, HostsDiffer))

@@ -238,11 +238,12 @@ def test_a_block_batch_by_hand():
 def test_block_records_hold_their_ids(vocab_size):
     ids = [0, 1, vocab_size - 1]
     record = block_record(ids, 7, vocab_size)
-    assert block_ids(record).tolist() == ids and len(record) == 8 + 8 * (2 if vocab_size < 65_536 else 4)
+    assert block_ids(record).tolist() == ids and block_ids(record).dtype == (np.uint16 if vocab_size < 65_536 else np.uint32)
+    assert len(record) < 110 + 8 * (2 if vocab_size < 65_536 else 4)
     for wrong, message in (([vocab_size], "ids in"), ([-1], "ids in"), ([], "1 to 8 ids, got 0"), ([0] * 9, "got 9")):
         with pytest.raises(ValueError, match=message):
             block_record(wrong, 7, vocab_size)
-    for damaged in (b"", record[:6], b"x" * 40):
+    for damaged in (b"", record[:6], b"x" * 40, record[:-1], record + b"x"):
         with pytest.raises(ValueError, match="not a record of tokens"):
             block_ids(damaged)
 

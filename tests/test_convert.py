@@ -15,6 +15,7 @@ import pytest
 
 from llama_jax import convert
 from llama_jax.config import ConfigError
+from llama_jax.data import gguf_file
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.interop import huggingface, names, ours
 from llama_jax.interop.formats import open_source
@@ -131,6 +132,13 @@ def test_gguf_tensors_are_what_the_package_dequantises_in_our_order(kind, tmp_pa
     assert state.keys() == values.keys()
     for name, x in values.items():
         np.testing.assert_array_equal(state[name], x, err_msg=name)
+
+
+def test_block_sizes_are_those_of_the_gguf_package():
+    gguf = pytest.importorskip("gguf")
+    for code, (name, block, size) in gguf_file._BLOCKS.items():
+        kind = gguf.GGMLQuantizationType(code)
+        assert (kind.name, *gguf.GGML_QUANT_SIZES[kind]) == (name, block, size)
 
 
 def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
@@ -317,10 +325,12 @@ def test_files_stream_through_bounded_memory(to, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_ours_costs_its_arrays_and_little_more(tmp_path):
-    config = dataclasses.replace(MODEL, layers=24, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
+    config = dataclasses.replace(MODEL, layers=72, width=1024, heads=16, head_size=64, kv_heads=16, ffn=2816, vocab_size=8192)
     total = sparse_hf(tmp_path / "in", config)
     found = measured(tmp_path / "in", tmp_path / "out", "llama_jax")
-    assert found["peak"] - found["before"] < 1.6 * total, f"{(found['peak'] - found['before']) / total:.2f} x"
+    # A gigabyte of writes in flight, whatever the size of the model (as long as no leaf of one device is larger).
+    more = found["peak"] - found["before"] - total
+    assert total > 1.8e9 and more < 1.3e9, f"{more / 1e9:.2f} GB"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`python -m llama_jax.corpus` (paper section 2.1): what it builds, once, and what it refuses before a document is read."""
 
 import dataclasses
+import json
 import random
 import subprocess
 import sys
@@ -78,10 +79,9 @@ def test_documents_of_a_file_keep_their_fields_up_to_the_budget(web):
     ("line", "message"),
     [
         ('{"text": ', "malformed JSON"),
-        ('{"txt": "a"}', "text: expected a string that is not blank, got None"),
-        ('{"text": " "}', "text: expected a string that is not blank, got ' '"),
-        ('{"text": ["a"]}', "text: expected a string that is not blank"),
-        ('{"text": "a\\ud800"}', "an escape"),
+        ('{"txt": "a"}', "text: expected a string, got None"),
+        ('{"text": ["a"]}', "text: expected a string, got list"),
+        ('{"text": "a\\ud800"}', "text: an escape"),
         ('{"text": "a", "metadata": []}', r"metadata: expected an object, got \[\]"),
         ('{"text": "a", "metadata": {"module": ["m"]}}', r"metadata.module: expected a string, got \['m'\]"),
     ],
@@ -102,7 +102,7 @@ def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, m
         ({"sources": {"web": {"weight": 0.0}}}, "sources.web.weight: expected a positive share, got 0.0"),
         ({"sources": {"web": {"weight": "1"}}}, "sources.web.weight: expected a float, got '1'"),
         ({"sources": {"web": {"byte_budget": 0}}}, "sources.web.byte_budget: expected bytes above 0, got 0"),
-        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or a JSONL file, got 'none.jsonl'"),
+        ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or files; none.jsonl: expected"),
         ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
         ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
         ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
@@ -126,8 +126,35 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "web.jsonl").touch()
     with pytest.raises(ValueError, match="source 'web': 0 documents"):
         corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
-    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default or jsonl"):
+    with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default, jsonl or web"):
         get_config("big")
+
+
+def test_a_dry_run_prints_the_mixture_and_writes_nothing(web, tmp_path):
+    config = config_of(web, max_epochs=2.0, total_tokens=5000)
+    printed = corpus.dry_run(config)
+    size = sum(len(text(i).encode()) for i in range(90)) * 0.9  # what is held out does not count
+    row = next(line for line in printed.splitlines() if line.startswith("web "))
+    _, count, megabytes, tokens, share, planned, epochs = row.split()
+    assert (count, share, planned) == ("81", "100.0%", "5,000")
+    assert int(tokens.replace(",", "")) == pytest.approx(size / 4, rel=0.01)  # four bytes a token are assumed
+    assert float(epochs) == pytest.approx(5000 / (size / 4), rel=0.02) and float(megabytes) == 0.0
+    assert "90 documents" in printed and "100.0% pass the filters" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl.gz"]
+    with pytest.raises(ValueError, match="max_epochs: 1,000,000 tokens of training ask for"):
+        corpus.dry_run(config_of(web, max_epochs=2.0, total_tokens=1_000_000))
+
+
+def test_bad_rows_are_counted_named_and_fatal_beyond_the_limit(tmp_path):
+    path = tmp_path / "web.jsonl"
+    rows = [f'{{"text": {json.dumps(text(i))}}}' for i in range(90)]
+    path.write_text("\n".join([*rows[:40], "{", *rows[40:], "[]"]) + "\n")
+    counts = corpus.run(config_of(path, max_bad_rows=2), tmp_path / "out")["sources"]["web"]
+    assert counts["bad_rows"] == 2 and counts["documents_read"] == 90
+    assert [row.split(": ")[0] for row in counts["bad_rows_named"]] == [f"{path}:41", f"{path}:92"]
+    with pytest.raises(ValueError, match=rf"^{path}:92: expected a JSON object.*bad row 2 of source 'web'; max_bad_rows is 1"):
+        corpus.run(config_of(path, max_bad_rows=1), tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_two_sources_in_their_order_built_once(tmp_path):

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from llama_jax.corpus_build.blocks import token_blocks, write_blocks
-from llama_jax.corpus_build.build import Deduplication, build_corpus
+from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
-from llama_jax.corpus_build.dedup import drop_duplicates
+from llama_jax.corpus_build.dedup import content_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import CorpusError, check_manifest, read_manifest
 from llama_jax.corpus_build.mixture import plan, table
 from llama_jax.corpus_build.near_duplicates import NearDuplicates
+from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.corpus_build.split import is_held_out, lines_seen, split
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.sources import read_jsonl
@@ -42,12 +43,12 @@ def corpus_documents() -> dict[str, list[Document]]:
     return {"books": docs("books", range(80)), "notes": docs("notes", [*range(60, 110), *range(100, 105)])}
 
 
-def build(output, documents=None, **changes):
-    settings = {
-        "vocab_size": 400, "block_length": 32, "held_out_fraction": 0.1, "weights": {"books": 1.0, "notes": 3.0},
-        "held_out_minimum": 0, "held_out_maximum": 10**6,
-    }  # fmt: skip
-    return build_corpus(corpus_documents() if documents is None else documents, output, **{**settings, **changes})
+def build(output, documents=None, *, config=None, fraction=0.1, minimum=0, maximum=10**6, **changes):
+    settings = Settings(**{
+        "vocab_size": 400, "block_length": 32, "weights": {"books": 1.0, "notes": 3.0},
+        "held_out": HeldOut(fraction, minimum, maximum), **changes,
+    })  # fmt: skip
+    return build_corpus(corpus_documents() if documents is None else documents, output, settings, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_nothing_is_lost_and_nothing_leaks(built, tokenizer):
         assert counts["documents_read"] == sum(
             counts[k] for k in ("duplicates", "documents", "held_out_documents", "withheld_documents")
         )
-        train = [text(i) for i in numbers if not is_held_out(text(i), 0.1)]
+        train = sorted((text(i) for i in numbers if not is_held_out(text(i), 0.1)), key=content_hash)
         train_text[name] = train
         for folder, texts, prefix in (
             ("blocks", train, ""),
@@ -231,20 +232,47 @@ def test_the_manifest_says_what_the_corpus_is(built, tokenizer):
     assert manifest["tokenizer"] == tokenizer.fingerprint and manifest["config"] == {"name": "test"}
     assert (manifest["vocab_size"], manifest["block_length"]) == (400, 32) == (tokenizer.vocab_size, 32)
     on_disk = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert set(manifest["files"]) == on_disk and len(on_disk) == 7
+    assert set(manifest["files"]) == on_disk and len(on_disk) == 10
     assert [s["share"] for s in manifest["sources"].values()] == [0.25, 0.75]
     assert [s["planned_tokens"] for s in manifest["sources"].values()] == [10_000, 30_000]
     for source in manifest["sources"].values():
         assert source["epochs"] == pytest.approx(source["planned_tokens"] / source["tokens"])
 
 
+def test_tfds_reads_the_blocks(built, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    build(tmp_path / "sharded", shards=3)
+    for directory in (built, tmp_path / "sharded"):
+        sources = read_manifest(directory)["sources"]
+        builder = tfds.builder_from_directory(str(directory / "blocks"))
+        for name, counts in sources.items():
+            examples = builder.as_data_source(name)
+            assert len(examples) == counts["blocks"] == sum(counts["shards"].values())
+            rows = [np.asarray(example["tokens"])[: example["length"]].tolist() for example in examples]
+            assert sum(len(row) - 1 for row in rows) == counts["targets"]
+            files = [directory / shard for shard in counts["shards"]]
+            blocks = BlockSource({name: files}, {name: 1.0}, 1, 0).eval_batches()
+            assert [row[:-1] for row in rows] == [b.tokens[0, : int(b.weights.sum())].tolist() for b in blocks]
+
+
+def test_shards_hold_every_document_once_and_their_number_changes_no_decision(built, tokenizer, tmp_path):
+    many = build(tmp_path / "many", shards=40, tokenizer_path=str(tokenizer.path))["sources"]
+    for name, counts in read_manifest(built)["sources"].items():
+        assert len(many[name]["shards"]) == 40 and 0 in many[name]["shards"].values()  # some hold nothing
+        assert many[name]["targets"] == counts["tokens"] - sum(blocks > 0 for blocks in many[name]["shards"].values())
+        assert {k: counts[k] for k in ("documents", "tokens", "bytes", "held_out_tokens")} == {
+            k: many[name][k] for k in ("documents", "tokens", "bytes", "held_out_tokens")
+        }
+        files = [tmp_path / "many" / shard for shard in many[name]["shards"]]
+        source = BlockSource({name: files}, {name: 1.0}, 4, 0)
+        assert source.num_blocks == {name: many[name]["blocks"]} and source.batch(0).tokens.shape == (4, 32)
+
+
 def test_two_builds_are_the_same_bytes(built, tmp_path):
-    again = build(tmp_path / "again", config={"name": "test"}, total_tokens=40_000)
-    assert again["tokenizer"] == read_manifest(built)["tokenizer"] and again["sources"] == read_manifest(built)["sources"]
-    for path in built.rglob("*.jsonl"):
+    documents = {name: of_source[::-1] for name, of_source in corpus_documents().items()}  # the order of reading is nothing
+    build(tmp_path / "again", documents, config={"name": "test"}, total_tokens=40_000)
+    for path in built.rglob("*.*"):
         assert (tmp_path / "again" / path.relative_to(built)).read_bytes() == path.read_bytes()
-    for path in built.rglob("*.array_record"):
-        assert targets_of(tmp_path / "again" / path.relative_to(built)) == targets_of(path)
 
 
 def test_a_given_tokenizer_is_used(built, tokenizer, tmp_path):
@@ -275,7 +303,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr("llama_jax.corpus_build.build.write_manifest", no_space)
+        patch.setattr("llama_jax.corpus_build.write.write_manifest", no_space)
         build(tmp_path / "out")
     assert not list(tmp_path.iterdir())
     # What a killed build left behind is in nobody's way.
@@ -290,12 +318,12 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ({"weights": {"books": 1.0}}, r"weights: expected one for each of \['books', 'notes'\], got \['books'\]"),
         ({"weights": {"books": 1.0, "notes": 0.0}}, r"weights\['notes'\]: expected a positive share, got 0.0"),
         ({"weights": {"books": 1.0, "notes": float("nan")}}, r"weights\['notes'\]: expected a positive share, got nan"),
-        ({"held_out_fraction": 0.0}, "held_out_fraction: expected a number between 0 and 1, got 0.0"),
-        ({"held_out_minimum": 5, "held_out_maximum": 4}, r"held_out_minimum: expected 0 to held_out_maximum \(4\), got 5"),
-        ({"documents": {}, "weights": {}}, "weights: expected one for each of"),
+        ({"fraction": 0.0}, "held_out_fraction: expected a number between 0 and 1, got 0.0"),
+        ({"minimum": 5, "maximum": 4}, r"held_out_minimum: expected 0 to held_out_maximum \(4\), got 5"),
+        ({"documents": {}, "weights": {}}, "weights: expected at least one source"),
         ({"documents": {"../x": []}, "weights": {"../x": 1.0}}, r"source '../x': expected letters"),
         ({"documents": {"books": [], "notes": []}}, "source 'books': 0 documents .* leave 0 to train on and 0 held out"),
-        ({"held_out_maximum": 10}, r"'books': 80 documents .* leave \d+ to train on and 0 held out \(of at most 10 bytes\)"),
+        ({"maximum": 10}, r"'books': 80 documents .* leave \d+ to train on and 0 held out \(of at most 10 bytes\)"),
     ],
 )
 def test_a_corpus_that_cannot_be_is_refused(tmp_path, changes, message):
@@ -353,9 +381,9 @@ def test_the_mixture_table_by_hand():
     shares = plan({"a": 1, "b": 3}, {"a": 10, "b": 20}, {"a": 500, "b": 3000}, total_tokens=4000)
     assert [(s.share, s.planned_tokens, s.epochs) for s in shares] == [(0.25, 1000, 2.0), (0.75, 3000, 1.0)]
     assert [line.split() for line in table(shares).split("\n")] == [
-        ["source", "documents", "tokens", "share", "planned", "epochs"],
-        ["a", "10", "500", "25.0%", "1,000", "2.00"],
-        ["b", "20", "3,000", "75.0%", "3,000", "1.00"],
+        ["source", "documents", "MB", "tokens", "share", "planned", "epochs"],
+        ["a", "10", "0.0", "500", "25.0%", "1,000", "2.00"],
+        ["b", "20", "0.0", "3,000", "75.0%", "3,000", "1.00"],
     ]
 
 

@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["launch/environment.sh", "launch/demo.sh", "launch/test.sh", ".ci/run"]
+SCRIPTS = [
+    "launch/environment.sh", "launch/demo.sh", "launch/test.sh", "launch/tpu_vm.sh", "launch/gke/jobset.sh", ".ci/run",
+]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -72,3 +75,87 @@ def test_top_level_is_what_the_design_allows():
     top = {name.split("/")[0] for name in names if name}
     packages = {"llama_jax", "configs", "launch", "tests", "notebooks", ".ci"}
     assert top <= packages | {"setup.cfg", "README.md", "pyproject.toml", ".gitignore", "LICENSE"}
+
+
+# ---- pods ----
+
+POD = {"NAME": "run", "ZONE": "us-east5-a", "TYPE": "v5p-512", "PROJECT": "", "SPOT": "", "RESERVED": "", "RUNTIME": ""}
+GKE = {"NAME": "run", "IMAGE": "image", "TYPE": "tpu-v5p-slice", "TOPOLOGY": "4x8x8", "HOSTS": "64", "SPOT": "", "SLICES": "2"}
+
+
+def script(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", ROOT / path, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_has_nothing_to_say():
+    scripts = ["launch/tpu_vm.sh", "launch/gke/jobset.sh"]
+    done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_prints_what_would_run():
+    done = script("launch/tpu_vm.sh", "--dry_run", "create", **(POD | {"TYPE": "v5e-256", "SPOT": "1"}))
+    assert done.stdout.split() == [
+        "gcloud", "compute", "tpus", "queued-resources", "create", "run", "--zone=us-east5-a", "--node-id=run",
+        "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
+    ]  # fmt: skip
+    everything = script("launch/tpu_vm.sh", "--dry_run", "resume", "train", "--workdir=gs://b/r", **POD)
+    verbs = [line.split()[3:5] for line in everything.stdout.splitlines() if line.startswith("gcloud")]
+    assert [verb[1] for verb in verbs] == ["describe", "delete", "create", "scp", "ssh", "ssh"], everything.stdout
+
+
+def test_flags_reach_the_workers_as_they_were_given(tmp_path):
+    flags = ["--config=configs/sft.py:70b", """--config.data.train=("it's a.jsonl",)"""]
+    # A worker whose gcloud runs the command here, and whose python writes down its arguments.
+    here = 'case "$a" in --command=*) HOME=$FAKE bash -c "${a#--command=}";; esac'
+    program(tmp_path / "gcloud", f'for a in "$@"; do {here}; done')
+    worker = tmp_path / "llama_jax" / ".venv" / "bin"
+    worker.mkdir(parents=True)
+    program(worker / "python", 'printf "%s\\n" "$@" > "$FAKE/arguments"')
+    done = script("launch/tpu_vm.sh", "run", "train", *flags,
+                  **POD, PATH=f"{tmp_path}:{os.environ['PATH']}", FAKE=str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for _ in range(100):
+        if (tmp_path / "arguments").exists() and (tmp_path / "arguments").read_text().count("\n") == 4:
+            break
+        time.sleep(0.1)
+    assert (tmp_path / "arguments").read_text().splitlines() == ["-m", "llama_jax.train", *flags]
+
+
+@pytest.mark.parametrize(("path", "arguments", "environment", "message"), [
+    ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"ZONE": ""}, "error: ZONE is not set: where it is, as us-east5-a\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"TYPE": "v9"},
+     "error: TYPE=v9: expected v4-N, v5e-N, v5p-N, v6e-N or tpu7x-N\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"SPOT": "1", "RESERVED": "1"},
+     "error: SPOT and RESERVED are both set; expected one of them\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "many"}, "error: HOSTS=many: expected a number\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"IMAGE": ""},
+     "error: IMAGE is not set: the container image (launch/Dockerfile)\n"),
+])  # fmt: skip
+def test_launch_errors_are_one_line(path, arguments, environment, message):
+    done = script(path, *arguments, **environment)
+    assert done.returncode == 1 and done.stderr == message
+
+
+def test_the_manifest_is_a_jobset():
+    yaml = pytest.importorskip("yaml")
+    flags = ["--config=configs/pretrain.py:70b,tpu=v5p-512", '--config.data.weights={"web": 0.5}']
+    done = script("launch/gke/jobset.sh", "train", *flags, **(GKE | {"SPOT": "1"}))
+    found = yaml.safe_load(done.stdout)
+    assert (found["apiVersion"], found["kind"], found["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
+    assert found["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    (job,) = found["spec"]["replicatedJobs"]
+    assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 64
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true" and pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
+    assert container["args"] == ["-m", "llama_jax.train", *flags]
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    plain = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE).stdout)
+    selector = plain["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelector"]
+    assert set(selector) == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
+    xpk = script("launch/gke/jobset.sh", "--xpk", "train", flags[0], **GKE, CLUSTER="c", TPU="v5p-512").stdout
+    assert "--tpu-type=v5p-512" in xpk and "--num-slices=2" in xpk and "--max-restarts=100" in xpk

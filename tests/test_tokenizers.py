@@ -207,6 +207,7 @@ def test_special_looking_text_is_control_in_rendered_templates_only(json_directo
 
 
 def test_chat_goes_by_the_tokenizers_template_or_llama_2s(json_directory, sentencepiece_model, copies):
+    pytest.importorskip("jinja2")
     messages = [{"role": "user", "content": " what is it? "}, {"role": "assistant", "content": "a loop"}]
     messages += [{"role": "user", "content": "naïve?"}]
     words = Tokenizer(json_directory)

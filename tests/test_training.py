@@ -506,6 +506,7 @@ def test_a_loop_that_cannot_run_is_refused(changes, words):
 class ToyConfig:
     loop: LoopConfig
     stage: str = "toy"
+    tokenizer: str = "tokenizer.model"
     lr: float = 0.05
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
 

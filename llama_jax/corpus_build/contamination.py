@@ -84,6 +84,12 @@ class Index:
         for mine, theirs in zip(self.longest, other.longest, strict=True):
             np.maximum(mine, theirs, out=mine)
 
+    def part(self, start: int, stop: int) -> "Index":
+        """The results of samples start to stop - 1; it takes no further documents."""
+        part = Index([])
+        part.samples, part.longest = self.samples[start:stop], self.longest[start:stop]
+        return part
+
     def contamination(self, length: int) -> np.ndarray:
         """Share of contaminated tokens of each sample [samples] at minimum match `length`."""
         return np.array([(longest >= length).mean() if len(longest) else 0.0 for longest in self.longest])

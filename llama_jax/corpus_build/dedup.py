@@ -1,4 +1,4 @@
-"""Exact duplicates: the first copy in the declared order of sources stays."""
+"""Exact duplicates: of texts that differ in white space alone, one stays, by a declared order of sources."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,10 @@ def content_hash(text: str) -> bytes:
 def drop_duplicates(
     documents_by_source: Mapping[str, Iterable[Document]],
 ) -> tuple[dict[str, list[Document]], dict[str, int]]:
-    """Documents without exact copies, and the number dropped by source. Earlier sources and documents win.
+    """Documents without exact copies, in the order of their hashes, and the number dropped by source.
+
+    Of copies stays that of the earliest source, within it the one with the smallest id: the result does not depend on the
+    order of reading, and it is shuffled.
 
     Raises:
       ValueError: naming source and document, for a text that is blank or cannot be written as UTF-8.
@@ -23,17 +26,25 @@ def drop_duplicates(
     kept: dict[str, list[Document]] = {}
     dropped: dict[str, int] = {}
     for source, documents in documents_by_source.items():
-        kept[source], dropped[source] = [], 0
+        best: dict[bytes, Document] = {}
+        dropped[source] = 0
         for document in documents:
-            if not document.text.strip():
-                raise ValueError(f"source {source!r}: document {document.id!r}: expected a text, got white space only")
-            try:
-                key = content_hash(document.text)
-            except UnicodeEncodeError:
-                raise ValueError(f"source {source!r}: document {document.id!r}: its text holds a lone surrogate") from None
-            if key in seen:
+            key = checked_hash(document)
+            if key in seen or key in best:
                 dropped[source] += 1
-            else:
-                seen.add(key)
-                kept[source].append(document)
+            if key not in seen and (key not in best or document.id < best[key].id):
+                best[key] = document
+        seen.update(best)
+        kept[source] = [best[key] for key in sorted(best)]
     return kept, dropped
+
+
+def checked_hash(document: Document) -> bytes:
+    """`content_hash` of a document; ValueError if it has no text that can be written."""
+    where = f"source {document.source!r}: document {document.id!r}"
+    if not document.text.strip():
+        raise ValueError(f"{where}: expected a text, got white space only")
+    try:
+        return content_hash(document.text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: its text holds a lone surrogate") from None

@@ -1,4 +1,4 @@
-"""Paragraphs: those that repeat others, and those that give a held-out document away.
+"""Paragraphs: those that repeat others, and those that give a held-out document or an evaluation sample away.
 
 A paragraph is what stands between blank lines. Cutting single paragraphs suits prose; a program without one of its parts is
 broken, so documents of such sources are taken or left whole.
@@ -7,7 +7,7 @@ broken, so documents of such sources are taken or left whole.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from llama_jax.corpus_build.shingles import ngram_hashes, word_hashes
 _BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")
 # A document that may not be cut is left out when this share of its n-grams stands in held-out documents.
 LARGEST_LEAK = 0.1
+LEAST = 200  # characters: a document that loses paragraphs and has less left is dropped
 
 
 @dataclasses.dataclass
@@ -27,6 +28,12 @@ class Cut:
     bytes: int = 0  # of paragraphs and of whole documents
     documents: int = 0  # of which too little was left, or that could not be cut
 
+    def add(self, paragraphs: int, before: Document, after: Document | None) -> None:
+        """Counts what was cut from one document; `after` is None if nothing stays."""
+        self.paragraphs += paragraphs
+        self.bytes += len(before.text.encode()) - (len(after.text.encode()) if after else 0)
+        self.documents += after is None
+
 
 def split_paragraphs(text: str) -> list[str]:
     """Paragraphs, each with the blank lines before it: joined they are the text again."""
@@ -34,101 +41,112 @@ def split_paragraphs(text: str) -> list[str]:
     return [parts[0], *(gap + body for gap, body in zip(parts[1::2], parts[2::2], strict=True))]
 
 
-def paragraph_key(paragraph: str) -> bytes:
-    """The same for paragraphs that differ in white space alone."""
-    return hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=16).digest()
+def without_paragraphs(document: Document, numbers: Collection[int], *, least: int = LEAST) -> Document | None:
+    """The document without the paragraphs of these numbers; None if fewer than `least` characters are left."""
+    if not numbers:
+        return document
+    paragraphs = split_paragraphs(document.text)
+    text = "".join(p for i, p in enumerate(paragraphs) if i not in numbers).lstrip("\n")
+    if text and not text.endswith("\n") and document.text.endswith("\n"):
+        text += "\n"
+    return dataclasses.replace(document, text=text) if len(text.strip()) >= least else None
+
+
+# Repeats
+
+
+def paragraph_keys(text: str, shortest: int) -> list[tuple[int, bytes]]:
+    """(number, key) of the paragraphs of at least `shortest` characters; white space does not count."""
+    return [
+        (i, hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=16).digest())
+        for i, paragraph in enumerate(split_paragraphs(text))
+        if len(paragraph.strip()) >= shortest
+    ]
 
 
 def drop_repeats(
-    documents_by_source: Mapping[str, Iterable[Document]], *, shortest: int, least: int = 200, whole: Set[str] = frozenset()
+    documents_by_source: Mapping[str, Iterable[Document]], *, shortest: int, least: int = LEAST, whole: Set[str] = frozenset()
 ) -> tuple[dict[str, list[Document]], dict[str, Cut]]:
     """Documents in which each paragraph of at least `shortest` characters stands once in all: where it came first.
 
-    Documents of the sources `whole` stay as they are. One that loses paragraphs and has fewer than `least` characters left is
-    dropped.
+    Documents of the sources `whole` stay as they are and count for nothing.
     """
     seen: set[bytes] = set()
-
-    def repeats(paragraphs: list[str]) -> list[bool]:
-        found = []
-        for paragraph in paragraphs:
-            long = len(paragraph.strip()) >= shortest
-            key = paragraph_key(paragraph) if long else b""
-            found.append(long and key in seen)
-            if long:
-                seen.add(key)
-        return found
-
     kept: dict[str, list[Document]] = {}
-    cuts = {}
+    cuts = {source: Cut() for source in documents_by_source}
     for source, documents in documents_by_source.items():
-        cuts[source] = Cut()
         if source in whole:
             kept[source] = list(documents)
-        else:
-            kept[source] = _without(documents, repeats, least, cuts[source])
+            continue
+        kept[source] = []
+        for document in documents:
+            repeats = set()
+            for number, key in paragraph_keys(document.text, shortest):
+                if key in seen:
+                    repeats.add(number)
+                seen.add(key)
+            _keep(kept[source], document, repeats, least, cuts[source])
     return kept, cuts
+
+
+# Leaks
+
+
+def secret_ngrams(texts: Iterable[str], ngram: int) -> np.ndarray:
+    """The n-grams of words that no train document may share: sorted hashes."""
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(ngram_hashes(word_hashes(t), ngram) for t in texts)]))
+
+
+def shared(text: str, secret: np.ndarray, ngram: int) -> np.ndarray:
+    """For each n-gram of a text whether it is secret, bool [n-grams]; a text of fewer words has none."""
+    words = word_hashes(text)
+    if len(words) < ngram or not len(secret):
+        return np.zeros(0, bool)
+    grams = ngram_hashes(words, ngram)
+    return secret[np.minimum(np.searchsorted(secret, grams), len(secret) - 1)] == grams
+
+
+def without_leaks(
+    document: Document, secret: np.ndarray, *, ngram: int, least: int = LEAST, whole: bool = False
+) -> tuple[Document | None, int]:
+    """The document without the paragraphs that share an n-gram with `secret`, and their number.
+
+    With `whole` it loses nothing, or goes altogether where more than LARGEST_LEAK of its n-grams are secret.
+    """
+    found = shared(document.text, secret, ngram)
+    if not found.any():
+        return document, 0
+    if whole:
+        return (None if found.mean() > LARGEST_LEAK else document), 0
+    numbers = {i for i, paragraph in enumerate(split_paragraphs(document.text)) if shared(paragraph, secret, ngram).any()}
+    return without_paragraphs(document, numbers, least=least), len(numbers)
 
 
 def drop_leaks(
     documents_by_source: Mapping[str, Iterable[Document]],
-    held_out: Iterable[str],
+    texts: Iterable[str],
     *,
     ngram: int,
-    least: int = 200,
+    least: int = LEAST,
     whole: Set[str] = frozenset(),
 ) -> tuple[dict[str, list[Document]], dict[str, Cut]]:
-    """Train documents without the paragraphs that share a run of `ngram` words with a held-out text.
-
-    Documents of the sources `whole` lose nothing or go altogether, when more than LARGEST_LEAK of their n-grams stand there.
-    """
-    secret = np.unique(np.concatenate([np.zeros(0, np.uint64), *(ngram_hashes(word_hashes(t), ngram) for t in held_out)]))
-
-    def known(text: str) -> np.ndarray:
-        words = word_hashes(text)
-        if len(words) < ngram or not len(secret):
-            return np.zeros(0, bool)
-        grams = ngram_hashes(words, ngram)
-        return secret[np.minimum(np.searchsorted(secret, grams), len(secret) - 1)] == grams
-
-    def leaks(paragraphs: list[str]) -> list[bool]:
-        return [bool(known(paragraph).any()) for paragraph in paragraphs]
-
-    kept: dict[str, list[Document]] = {}
-    cuts = {}
+    """Train documents without what they share with held-out texts; see `without_leaks`."""
+    secret = secret_ngrams(texts, ngram)
+    kept: dict[str, list[Document]] = {source: [] for source in documents_by_source}
+    cuts = {source: Cut() for source in documents_by_source}
     for source, documents in documents_by_source.items():
-        cut = cuts[source] = Cut()
-        if source not in whole:
-            kept[source] = _without(documents, leaks, least, cut)
-            continue
-        kept[source] = []
         for document in documents:
-            found = known(document.text)
-            if len(found) and found.mean() > LARGEST_LEAK:
-                cut.documents += 1
-                cut.bytes += len(document.text.encode())
-            else:
-                kept[source].append(document)
+            result, paragraphs = without_leaks(document, secret, ngram=ngram, least=least, whole=source in whole)
+            if result is not document:
+                cuts[source].add(paragraphs, document, result)
+            if result is not None:
+                kept[source].append(result)
     return kept, cuts
 
 
-def _without(documents: Iterable[Document], unwanted, least: int, cut: Cut) -> list[Document]:
-    """Documents without the paragraphs for which `unwanted(paragraphs)` is True; counts what goes in `cut`."""
-    kept = []
-    for document in documents:
-        paragraphs = split_paragraphs(document.text)
-        drop = unwanted(paragraphs)
-        if not any(drop):
-            kept.append(document)
-            continue
-        text = "".join(p for p, gone in zip(paragraphs, drop, strict=True) if not gone).lstrip("\n")
-        if text and not text.endswith("\n") and document.text.endswith("\n"):
-            text += "\n"
-        cut.paragraphs += sum(drop)
-        if len(text.strip()) < least:
-            text = ""
-            cut.documents += 1
-        else:
-            kept.append(dataclasses.replace(document, text=text))
-        cut.bytes += len(document.text.encode()) - len(text.encode())
-    return kept
+def _keep(kept: list[Document], document: Document, numbers: Sequence[int] | Set[int], least: int, cut: Cut) -> None:
+    result = without_paragraphs(document, numbers, least=least)
+    if numbers:
+        cut.add(len(numbers), document, result)
+    if result is not None:
+        kept.append(result)

@@ -91,10 +91,10 @@ def read_file(path: str, source: str) -> Iterator[Document | BadRow]:
 
 
 def _document(row: dict[str, Any], where: str, source: str) -> Document | BadRow:
-    text, metadata = row.get("text"), row.get("metadata") or {}
-    if not isinstance(text, str) or not text.strip():
-        shown = text if text is None or isinstance(text, str) and len(text) < 40 else type(text).__name__
-        return BadRow(where, f"text: expected a string that is not blank, got {shown!r}")
+    text, metadata = row.get("text"), row.get("metadata", {})
+    metadata = {} if metadata is None else metadata  # as Parquet has it
+    if not isinstance(text, str):
+        return BadRow(where, f"text: expected a string, got {text if text is None else type(text).__name__}")
     if not isinstance(metadata, dict):
         return BadRow(where, f"metadata: expected an object, got {metadata!r}")
     module = metadata.get("module")  # documents of one module stay on one side of the split
@@ -171,15 +171,14 @@ def _tfrecord(path: str) -> Rows:
 def _array_record(path: str) -> Rows:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(path)
     try:
+        reader = ArrayRecordReader(path)
         for number in range(reader.num_records()):
             (record,) = reader.read([number])
             yield f"{path}:{number + 1}", _record(record, f"{path}:{number + 1}")
+        reader.close()
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    finally:
-        reader.close()
 
 
 def _record(record: bytes, where: str) -> dict[str, Any] | BadRow:
@@ -241,7 +240,7 @@ def _warc(path: str) -> Rows:
     archive, strings = extra("warcio.archiveiterator"), extra("resiliparse.parse.encoding")
     raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
     with raw as file:  # warcio undoes the compression, which is by record
-        for number, record in enumerate(archive.ArchiveIterator(file), start=1):
+        for number, record in enumerate(_archive(archive.ArchiveIterator(file)), start=1):
             if record.rec_type not in ("response", "conversion"):
                 continue
             if record.rec_type == "response":
@@ -256,6 +255,14 @@ def _warc(path: str) -> Rows:
             metadata = {"date": headers.get_header("WARC-Date") or ""}
             row = {"text": text, "url": headers.get_header("WARC-Target-URI") or "", "metadata": metadata}
             yield f"{path}:{number}", {**row, "id": headers.get_header("WARC-Record-ID")}
+
+
+def _archive(records: Iterator) -> Iterator:
+    failure = extra("warcio.exceptions").ArchiveLoadFailed
+    try:
+        yield from records
+    except failure as error:
+        raise ValueError(str(error)) from None
 
 
 def _tfds(name: str) -> Rows:

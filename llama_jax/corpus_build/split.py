@@ -5,7 +5,7 @@ paragraphs. So documents of one group (say one module) never stand on both sides
 boilerplate and code copied between modules, is measured by `lines_seen`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from llama_jax.corpus_build.dedup import content_hash
@@ -30,6 +30,44 @@ def is_held_out(text: str, fraction: float) -> bool:
     return _position(text) < fraction
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """What the choice of held-out documents needs to know of one: few bytes, so that those of a large corpus fit."""
+
+    position: float  # of the text's hash between 0 and 1
+    size: int  # bytes
+    key: str  # the document's id
+    group: str | None
+
+
+def candidate(document: Document, group_key: str = "module") -> Candidate:
+    """A document as a candidate; documents with the same metadata[group_key] are never on both sides."""
+    size = len(document.text.encode())
+    return Candidate(_position(document.text), size, document.id, document.metadata.get(group_key))
+
+
+def choose(
+    candidates: Iterable[Candidate], whole: int, *, fraction: float, minimum_bytes: int = 0, maximum_bytes: int = 2**63
+) -> tuple[set[str], set[str]]:
+    """Keys of the documents of one source that are held out, and of those held out beyond what an evaluation reads.
+
+    Args:
+      candidates: documents of the source; those beyond `fraction` may be missing if the others have `minimum_bytes`.
+      whole: bytes of the source.
+      fraction, minimum_bytes, maximum_bytes: see `split`.
+    """
+    candidates = sorted(candidates, key=lambda c: (c.position, c.key))
+    least = min(minimum_bytes, LARGEST_SHARE * whole)
+    small = sum(c.size for c in candidates if c.position < fraction and c.size <= maximum_bytes) < least
+    held_out, beyond, used = set(), set(), 0
+    for document in candidates:
+        fits = used + document.size <= maximum_bytes
+        if document.position < fraction or (small and fits and used < least):
+            (held_out if fits else beyond).add(document.key)
+            used += document.size * fits
+    return held_out, beyond
+
+
 def split(
     documents_by_source: Mapping[str, Iterable[Document]],
     *,
@@ -47,44 +85,40 @@ def split(
       maximum_bytes: what `held_out` has at most, in whole documents.
       group_key: name in a document's metadata; documents with the same value there are never on both sides.
     """
-    held_out: dict[str, list[Document]] = {}
-    beyond: dict[str, list[Document]] = {}
-    rest: dict[str, list[Document]] = {}
-    for source, documents in documents_by_source.items():
-        documents = list(documents)
-        size = {id(d): len(d.text.encode()) for d in documents}
-        least = min(minimum_bytes, LARGEST_SHARE * sum(size.values()))
-        position = {id(d): _position(d.text) for d in documents}
-        held_out[source], beyond[source], left, used = [], [], set(), 0
-        for document in sorted(documents, key=lambda d: position[id(d)]):
-            fits = used + size[id(document)] <= maximum_bytes
-            if position[id(document)] < fraction or (fits and used < least):
-                (held_out if fits else beyond)[source].append(document)
-                used += size[id(document)] * fits
-            else:
-                left.add(id(document))
-        rest[source] = [d for d in documents if id(d) in left]  # in their own order
+    documents = {source: list(of_source) for source, of_source in documents_by_source.items()}
+    chosen = {}
+    unseen = set()
+    for source, of_source in documents.items():
+        candidates = [candidate(d, group_key) for d in of_source]
+        chosen[source] = choose(
+            candidates, sum(c.size for c in candidates),
+            fraction=fraction, minimum_bytes=minimum_bytes, maximum_bytes=maximum_bytes,
+        )  # fmt: skip
+        unseen |= {c.group for c in candidates if c.group is not None and c.key in chosen[source][0] | chosen[source][1]}
+    sides: dict[str, dict[str, list[Document]]] = {s: {"train": [], "held_out": [], "withheld": []} for s in documents}
+    for source, of_source in documents.items():
+        for document in of_source:
+            sides[source][side_of(document, *chosen[source], unseen, group_key)].append(document)
+    return {source: Split(**parts) for source, parts in sides.items()}
 
-    unseen = {d.metadata.get(group_key) for side in (held_out, beyond) for docs in side.values() for d in docs}
-    unseen.discard(None)
-    return {
-        source: Split(
-            train=[d for d in documents if d.metadata.get(group_key) not in unseen],
-            held_out=held_out[source],
-            withheld=beyond[source] + [d for d in documents if d.metadata.get(group_key) in unseen],
-        )
-        for source, documents in rest.items()
-    }
+
+def side_of(
+    document: Document, held_out: Set[str], beyond: Set[str], unseen: Set[str | None], group_key: str = "module"
+) -> str:
+    """One of train, held_out, withheld; `unseen` are the groups of the documents that are not trained on."""
+    if document.id in held_out:
+        return "held_out"
+    return "withheld" if document.id in beyond or document.metadata.get(group_key) in unseen else "train"
 
 
 def lines_seen(splits: Mapping[str, Split]) -> dict[str, float]:
     """By source, the share of long lines of the held-out documents that stand in some train document too."""
-    lines = {source: [x for d in part.held_out for x in _long_lines(d.text)] for source, part in splits.items()}
+    lines = {source: [x for d in part.held_out for x in long_lines(d.text)] for source, part in splits.items()}
     wanted = {line for of_source in lines.values() for line in of_source}
     seen: set[str] = set()
     for part in splits.values():
         for document in part.train:
-            seen.update(wanted.intersection(_long_lines(document.text)))
+            seen.update(wanted.intersection(long_lines(document.text)))
     return {s: sum(line in seen for line in lines[s]) / max(len(lines[s]), 1) for s in splits}
 
 
@@ -93,5 +127,6 @@ def _position(text: str) -> float:
     return int.from_bytes(content_hash(text)[:8], "big") / 2**64
 
 
-def _long_lines(text: str) -> list[str]:
+def long_lines(text: str) -> list[str]:
+    """The lines that are long enough not to be alike by chance."""
     return [line for line in map(str.strip, text.split("\n")) if len(line) >= LONG_LINE]

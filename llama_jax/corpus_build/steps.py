@@ -45,6 +45,8 @@ def make_steps(names: Sequence[str], config: CleanConfig) -> list[Step]:
 
 def clean(document: Document, steps: Sequence[Step]) -> Document | Removed:
     """The document after all steps, or what the first step that left it out said."""
+    if not document.text.strip():
+        return Removed(document, "read", "blank")
     for step in steps:
         result = step(document)
         if isinstance(result, Removed):
@@ -105,7 +107,9 @@ def _language(config: CleanConfig) -> Step:
     def identify(document: Document) -> Document | Removed:
         found, probability = language.identify(document.text, threshold=config.language_threshold)
         document = _with(document, document.text, language=found)
-        return document if found in config.languages else Removed(document, "language", found, f"{probability:.2f}")
+        if found in config.languages:
+            return document
+        return Removed(document, "language", "unknown" if found == language.UNKNOWN else "other", f"{found} {probability:.2f}")
 
     return identify
 

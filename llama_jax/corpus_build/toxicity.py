@@ -41,7 +41,8 @@ def document_scores(texts: Sequence[str], classifier: Classifier = word_classifi
     flat = [line for of_text in lines for line in of_text]
     scores = classifier(flat) if flat else np.zeros(0)
     ends = np.cumsum([len(of_text) for of_text in lines])
-    return np.array([part.mean() if len(part) else 0.0 for part in np.split(scores, ends[:-1])])
+    starts = [0, *ends[:-1]]
+    return np.array([scores[a:b].mean() if b > a else 0.0 for a, b in zip(starts, ends)], np.float64)
 
 
 def in_sample(text: str, share: float) -> bool:

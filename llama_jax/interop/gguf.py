@@ -72,7 +72,7 @@ def open_source(path: Path) -> Source:
     header = read_header(path)
     config, head = read_config(header, path)
     rows = names.tensors(config, head, "gguf")
-    names.check(rows, {name: _file_shape(stored) for name, stored in header.tensors.items()}, path)
+    names.check(rows, {name: stored.shape for name, stored in header.tensors.items()}, path)
     kinds = {header.tensors[row.name].kind_name for row in rows if len(row.ours) > 1}
     dtype = _PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.dtype(np.float32)
 
@@ -82,10 +82,6 @@ def open_source(path: Path) -> Source:
     return Source(
         path=path, format="gguf", config=config, head=head, dtype=dtype, tensors=tuple(rows), fetch=fetch, tokenizer=path
     )
-
-
-def _file_shape(stored: Quantised) -> tuple[int, ...]:
-    return stored.shape
 
 
 def read_tensor(stored: Quantised) -> np.ndarray:

@@ -70,12 +70,12 @@ def open_source(directory: Path) -> Source:
     """
     shards = [read_header(file) for file in _shard_files(directory)]
     for name in shards[0]:
-        for number_, shard in enumerate(shards):
+        for rank, shard in enumerate(shards):
             if name not in shard:
-                raise ValueError(f"{directory}: tensor {name} is missing in shard {number_:02d} of {len(shards)}")
-    for number_, shard in enumerate(shards):
+                raise ValueError(f"{directory}: tensor {name} is missing in shard {rank:02d} of {len(shards)}")
+    for rank, shard in enumerate(shards):
         if extra := sorted(shard.keys() - shards[0].keys()):
-            raise ValueError(f"{directory}: tensor {extra[0]} is in shard {number_:02d} but not in the first")
+            raise ValueError(f"{directory}: tensor {extra[0]} is in shard {rank:02d} but not in the first")
     head: Head = "reward_head" if "score.weight" in shards[0] else "lm_head"
     config = _config(directory, shards)
     rows = names.tensors(config, head, "meta")
@@ -91,10 +91,10 @@ def open_source(directory: Path) -> Source:
             joined[row.name], splits[row.name] = _joined(row, shapes[row.name], len(shards))
     names.check(rows, joined, directory)
     for row in rows:
-        for number_, shard in enumerate(shards):
+        for rank, shard in enumerate(shards):
             if shard[row.name].shape != shapes[row.name] or shard[row.name].dtype != shards[0][row.name].dtype:
                 raise ValueError(
-                    f"{directory}: tensor {row.name} has shape {list(shard[row.name].shape)} in shard {number_:02d} and "
+                    f"{directory}: tensor {row.name} has shape {list(shard[row.name].shape)} in shard {rank:02d} and "
                     f"{list(shapes[row.name])} in the first"
                 )
 

@@ -34,18 +34,26 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise ValueError(f"{path}: not a safetensors file: its header is no JSON") from None
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file: its header is no JSON object")
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry.get("dtype") not in _CODES:
-            raise ValueError(f"{path}: tensor {name} has type {entry.get('dtype')}, expected one of {', '.join(_CODES)}")
-        begin, end = entry["data_offsets"]
-        stored = Stored(path, 8 + length + begin, _CODES[entry["dtype"]], tuple(entry["shape"]))
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            integers = all(isinstance(i, int) and i >= 0 for i in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            integers = False
+        if not integers:
+            raise ValueError(f"{path}: damaged: the header's entry of tensor {name} is {entry!r}")
+        if code not in _CODES:
+            raise ValueError(f"{path}: tensor {name} has type {code}, expected one of {', '.join(_CODES)}")
+        stored = Stored(path, 8 + length + begin, _CODES[code], shape)
         if end - begin != stored.nbytes:
             raise ValueError(
-                f"{path}: tensor {name} of shape {list(stored.shape)} and type {entry['dtype']} needs {stored.nbytes:,} "
+                f"{path}: tensor {name} of shape {list(stored.shape)} and type {code} needs {stored.nbytes:,} "
                 f"bytes, the header gives it {end - begin:,}"
             )
         stored.check_inside(name, size)

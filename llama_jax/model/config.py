@@ -40,7 +40,7 @@ class Compute:
     attention: how training computes attention: `full` holds all scores of a row; `blockwise` (XLA) and `splash` (Pallas, TPU)
       hold blocks of them. `auto` takes splash on a TPU, blockwise for long or divided rows, full otherwise.
     sequence: what devices that divide a row exchange: keys and values around a `ring`, or heads for length, `all_to_all`.
-    remat: what the backward pass recomputes: nothing (`none`), every block (`full`), all but the results of matrix products
+    remat: what the backward pass recomputes: nothing (`none`), every block (`full`), all but the results of most products
       (`dots`), all but those of attention (`attention`); `offload` is `dots` with the products kept in the host's memory.
     loss_chunks: into how many parts the tokens are cut for the vocabulary projection of the loss, which bounds its memory
       to [B, T / loss_chunks, V].

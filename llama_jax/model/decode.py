@@ -63,24 +63,46 @@ def prefill(
 
 
 def extend(
-    weights: Prepared, tokens: jax.Array, counts: jax.Array, cache: KVCache, *, config: ModelConfig, compute: Compute
-) -> tuple[jax.Array, KVCache]:
-    """Appends the first `counts` of T tokens to every row of the cache. # int32 [B, T], [B] -> [B, T, D]"""
+    weights: Prepared, tokens: jax.Array, counts: jax.Array, cache: KVCache, *, config: ModelConfig, compute: Compute,
+    rows: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache]:  # fmt: skip
+    """Appends tokens to the cache.
+
+    Args:
+      tokens: T new ones for each of B rows. # int32 [B, T]
+      counts: how many of them are real. # int32 [B]
+      rows: which rows of the cache they belong to; without it, all in order. Rows outside the cache are dropped. # int32 [B]
+
+    Returns:
+      the final normed states [B, T, D], and the cache.
+    """
     steps = jnp.arange(tokens.shape[1])
-    positions = cache.lengths[:, None] + steps
+    lengths = cache.lengths if rows is None else cache.lengths[rows]
+    positions = lengths[:, None] + steps
     # Slots outside the cache are dropped, and so are tokens that do not count.
     targets = jnp.where(steps < counts[:, None], positions, cache.slots)
+    limit = jnp.max(lengths + counts)
 
     def attend(query, key, value, keys, values):
-        put_keys = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new, mode="drop"))
-        put_values = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))
-        keys = put_keys(keys, jnp.einsum("btke->bket", key), targets)
-        values = put_values(values, jnp.einsum("btke->bkte", value), targets)
+        if rows is None:  # each row into its own: no device needs to look at another's rows
+            keys = jax.vmap(lambda slots, new, at: slots.at[:, :, at].set(new, mode="drop"))(
+                keys, jnp.einsum("btke->bket", key), targets
+            )
+            values = jax.vmap(lambda slots, new, at: slots.at[:, at].set(new, mode="drop"))(
+                values, jnp.einsum("btke->bkte", value), targets
+            )
+            seen = keys, values
+        else:
+            keys = keys.at[rows[:, None], :, :, targets].set(key, mode="drop")
+            values = values.at[rows[:, None], :, targets].set(value, mode="drop")
+            seen = keys[rows], values[rows]
         # Attention reads far more than it computes: converting the cache would cost more than it saves.
-        return attend_cached(query, keys, values, positions, dtype=compute.activation_dtype), keys, values
+        return attend_cached(query, *seen, positions, limit, dtype=compute.activation_dtype), keys, values
 
     x, cache = _layers(weights, tokens, positions, cache, attend, config=config, compute=compute)
-    return x, cache.replace(lengths=cache.lengths + counts)
+    if rows is None:
+        return x, cache.replace(lengths=lengths + counts)
+    return x, cache.replace(lengths=cache.lengths.at[rows].set(lengths + counts, mode="drop"))
 
 
 def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Array:
@@ -120,8 +142,8 @@ def _block(x, layer, angles, slots, attend, *, config: ModelConfig, compute: Com
         key = constrain(key, "batch", "length", "act_kv_heads", None).astype(keys.dtype)
         value = constrain(value, "batch", "length", "act_kv_heads", None).astype(values.dtype)
         heads, keys, values = attend(query, key, value, keys, values)
-        keys = constrain(keys, "batch", "act_kv_heads", None, None)
-        values = constrain(values, "batch", "act_kv_heads", None, None)
+        keys = constrain(keys, "cache_rows", "act_kv_heads", None, None)
+        values = constrain(values, "cache_rows", "act_kv_heads", None, None)
         x = x + contract("bthe,hed->btd", heads, layer["output"], compute.matmul_dtype).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):

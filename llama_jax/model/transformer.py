@@ -19,8 +19,9 @@ from llama_jax.parallel.vocabulary import look_up
 
 # What the backward pass of a block finds saved, by the names given below and in attention.py; the block's input always is.
 # Products are saved after their cast: the contraction itself gives float32, at twice the bytes. Those that write into the
-# residual stream are not: what reads them is saved anyway, or costs one small product.
-_PROJECTIONS = ("query", "key", "value", "gate", "up")
+# residual stream are not: what reads them is saved anyway, or costs one small product. Nor are values: that product is small
+# too, and reads the normed states, which are computed again for the gradients of the weights.
+_PROJECTIONS = ("query", "key", "gate", "up")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

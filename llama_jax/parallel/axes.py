@@ -38,11 +38,15 @@ TRAIN: Rules = {
     "act_kv_heads": "tensor",
     "act_ffn": "tensor",
     "act_vocab": "tensor",
+    "cache_rows": ("data", "fsdp"),
 }
 
 # Generation reads every weight once a token: gathering them each time made it about 20x slower for the paper (section
 # 3.2.3). So the width is not split; the weights are gathered once a rollout, and the freed axes carry more rows.
 DECODE: Rules = {**TRAIN, "width": None, "length": None, "residual": None}
+
+# A few prompts that enter some rows of a running batch are too few to split; the rows of the cache stay where they are.
+ENTER: Rules = {**DECODE, "batch": None}
 
 # What does not divide some of these by all of their mesh axes leaves the last ones out. With grouped-query attention there
 # may be fewer key-value heads than tensor shards; then each shard holds a copy, as the paper does for multi-query attention

@@ -118,6 +118,7 @@ def describe(name: str, *, slices: int = 1) -> Topology:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no cloud what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so several processes may describe some
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -135,7 +136,7 @@ def describe(name: str, *, slices: int = 1) -> Topology:
             platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **settings
         )
     except Exception as error:  # the runtime's own classes
-        raise ValueError(f"topology {name!r}: libtpu does not know it: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"topology {name!r}: libtpu refuses it: {str(error).splitlines()[0]}") from None
     return Topology(chip=chip, shape=shape, slices=slices, devices=tuple(found.devices))
 
 

@@ -55,7 +55,7 @@ def as_text(references: Sequence[Reference] = REFERENCES) -> str:
     for reference in references:
         head = f"  {reference.topology:8} {reference.rows_per_chip} sequences a chip: "
         if reference.estimated is None:
-            lines.append(f"{head}does not fit; published {reference.published:.0f} tokens/s/chip")
+            lines.append(f"{head}not estimated; published {reference.published:.0f} tokens/s/chip")
             continue
         error = reference.estimated / reference.published - 1
         lines.append(f"{head}{reference.estimated:.0f}, published {reference.published:.0f} tokens/s/chip: {error:+.0%}")

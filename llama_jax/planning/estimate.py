@@ -187,13 +187,15 @@ def make_plan(
 
 
 def saved_bytes(module: Module) -> int:
-    """What the forward pass keeps for the backward pass: the buffers that its loop over layers fills, on one device."""
-    return sum(
-        instruction.bytes
-        for instruction, _ in module
-        if instruction.opcode == "custom-call" and '"AllocateBuffer"' in instruction.attributes
-        and "jvp(" in instruction.op_name and "transpose(" not in instruction.op_name
-    )  # fmt: skip
+    """What the forward pass keeps for the backward pass: the buffers that its loops fill, on one device."""
+    total = 0
+    for loop, _ in module:
+        if loop.opcode != "while" or "jvp(" not in loop.op_name or "transpose(" in loop.op_name:
+            continue
+        carried = module.operand(loop, 0)
+        made = (module.operand(carried, i) for i in range(len(carried.operands))) if carried is not None else ()
+        total += sum(i.bytes for i in made if i is not None and '"AllocateBuffer"' in i.attributes)
+    return total
 
 
 def _priced(collective: Collective, topology: Topology, mesh: Mesh) -> Traffic:

@@ -168,6 +168,8 @@ class Module:
         channels: dict[str, Collective] = {}
         for instruction, count in self:
             kind = instruction.opcode.removesuffix("-start")
+            if (crossing := _between_slices(instruction, count)) is not None:
+                channels[instruction.name] = crossing
             if kind not in COLLECTIVES:
                 continue
             group = _group(instruction)
@@ -185,7 +187,8 @@ class Module:
             dtype = max(arrays, key=lambda array: array.bytes).dtype
             overlapped = instruction.opcode.endswith("-start") or self._beside_arithmetic(instruction)
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = channel.group(1) if channel else instruction.name
+            # Elsewhere channels of different origin may carry the same number.
+            key = channel.group(1) if channel and instruction.computation in self.fused else instruction.name
             if key in channels:
                 known = channels[key]
                 count, overlapped = max(count, known.count), overlapped or known.overlapped
@@ -278,6 +281,26 @@ def _called(instruction: Instruction) -> list[str]:
         for several, one in _CALLED.findall(text)
         for name in (several.split(",") if several else [one])
     ]
+
+
+def _between_slices(instruction: Instruction, count: int) -> Collective | None:
+    """What a `send` to the hosts carries over the data-centre network, between devices of one place in several slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{(\d+)(?::(\d+))?', instruction.attributes)
+    if instruction.opcode != "send" or kind is None or target is None:
+        return None
+    slices = sum(_length(part) for part in target.group(1).split(","))
+    devices = int(target.group(3) or target.group(2)) + 1  # of a slice
+    array = instruction.arrays[0]
+    return Collective(
+        kind.group(1).lower().replace("_", "-"), array.bytes, tuple(k * devices for k in range(slices)), count, True,
+        instruction.op_name, array.dtype,
+    )  # fmt: skip
+
+
+def _length(part: str) -> int:
+    first, _, last = part.partition(":")
+    return int(last or first) - int(first) + 1
 
 
 def _group(instruction: Instruction) -> tuple[int, ...]:

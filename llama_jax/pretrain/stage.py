@@ -51,7 +51,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     weights = config.data.weights or {name: source["share"] for name, source in manifest["sources"].items()}
     corpus = Path(config.data.corpus)
     source = BlockSource(
-        {name: [corpus / "blocks" / f"{name}.array_record"] for name in weights}, weights,
+        {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
         separate_documents=config.data.separate_documents, **process_slice(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import extend, logits, prefill, prepare
+from llama_jax.model.decode_attention import round_up
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, layout
 from llama_jax.sampling.choose import Choice, draw
@@ -79,7 +80,7 @@ def make_sampler(
         with layout(DECODE):
             B, P = tokens.shape
             weights = prepare(params, specs, compute=compute)
-            cache = empty_cache(config, batch=B, slots=P + N - 1, dtype=compute.activation_dtype)
+            cache = empty_cache(config, batch=B, slots=round_up(P + N - 1), dtype=compute.activation_dtype)
             lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
             hidden, cache = prefill(weights, align_left(tokens, lengths), lengths, cache, config=config, compute=compute)
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError, differences
 from llama_jax.files import write_json
 from llama_jax.parallel.axes import batch_shards
+from llama_jax.parallel.hosts import stop_agreed
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.metrics import Compilations, MetricWriter, Progress
 from llama_jax.training.stage import LoopConfig, Stage
@@ -106,10 +107,11 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
                 if stage.evaluate and config.eval_every and done % config.eval_every == 0 and done < config.steps:
                     recorder.flush()
                     writer.write(step, {f"held_out/{k}": v for k, v in stage.evaluate(state.params).items()})
-                if terminate.requested or done % config.checkpoint_every == 0 or done == config.steps:
+                stop = terminate.before(done)
+                if stop or done % config.checkpoint_every == 0 or done == config.steps:
                     recorder.flush()
                     save(done)
-                if terminate.requested:
+                if stop:
                     raise Preempted(0)
             recorder.flush()
             held_out = dict(stage.evaluate(state.params)) if stage.evaluate else {}
@@ -209,13 +211,20 @@ class _Recorder:
 
 
 class _Terminate:
-    """Turns SIGTERM into a request that the loop answers between two steps."""
+    """Turns SIGTERM, of any host, into a stop of all hosts between the same two steps."""
 
     def __init__(self):
         self.requested = False
+        # Of several processes JAX's coordination service takes the signal, and they agree on a step.
+        self.alone = jax.process_count() == 1
+        self.handled = self.alone and threading.current_thread() is threading.main_thread()
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before this step; to be asked for every step, by every host."""
+        return self.requested if self.alone else stop_agreed(step)
 
     def __enter__(self) -> "_Terminate":
-        if threading.current_thread() is threading.main_thread():
+        if self.handled:
             self.previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
@@ -223,5 +232,5 @@ class _Terminate:
         self.requested = True
 
     def __exit__(self, *exc_info) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self.handled:
             signal.signal(signal.SIGTERM, self.previous)

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# A stage on TPU slices of a GKE cluster: prints a JobSet manifest made of a few values, or applies it.
+#
+#   NAME=... IMAGE=... TYPE=tpu-v5p-slice TOPOLOGY=4x8x8 HOSTS=64 bash launch/gke/jobset.sh [--apply | --xpk] MODULE [FLAGS]
+#
+#   bash launch/gke/jobset.sh train --config=configs/pretrain.py:70b,tpu=v5p-512 --workdir=gs://bucket/run > run.yaml
+#   --apply   kubectl apply instead of printing
+#   --xpk     prints the xpk command that does the same (CLUSTER, and TPU as v5p-512)
+#
+# Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS and CHIPS (of a host; default 4);
+# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; BURSTABLE memory is not asked for.
+set -euo pipefail
+
+fail() { echo "error: $*" >&2; exit 1; }
+needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
+
+mode=print
+case "${1:-}" in --apply | --xpk) mode="${1#--}"; shift ;; esac
+module="${1:-}"
+[ -n "$module" ] || fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:70b"
+shift
+needed NAME "what to call the run"
+needed IMAGE "the container image (launch/Dockerfile)"
+
+if [ "$mode" = xpk ]; then
+  needed CLUSTER "the cluster's name"
+  needed TPU "the slice's name, as v5p-512"
+  printf '%q ' xpk workload create --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$TPU" --num-slices="${SLICES:-1}" \
+    --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" --command="python -m llama_jax.$module $(printf '%q ' "$@")"
+  echo
+  exit
+fi
+
+needed TYPE "cloud.google.com/gke-tpu-accelerator of the nodes, as tpu-v5p-slice"
+needed TOPOLOGY "cloud.google.com/gke-tpu-topology of the nodes, as 4x8x8"
+needed HOSTS "how many hosts a slice has"
+for number in HOSTS CHIPS SLICES RESTARTS; do
+  [[ "${!number:-1}" =~ ^[0-9]+$ ]] || fail "$number=${!number}: expected a number"
+done
+
+# A YAML string in double quotes.
+quoted() { local text="${1//\\/\\\\}"; printf '"%s"' "${text//\"/\\\"}"; }
+
+arguments() { for argument in "-m" "llama_jax.$module" "$@"; do echo "                - $(quoted "$argument")"; done; }
+
+manifest() {
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  # A host that dies ends all; all begin again, from the newest checkpoint.
+  failurePolicy:
+    maxRestarts: ${RESTARTS:-100}
+  replicatedJobs:
+    - name: slice
+      replicas: ${SLICES:-1}
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          completionMode: Indexed
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              # The time that a save gets between the preemption notice and the end.
+              terminationGracePeriodSeconds: 300
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $TYPE
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+$(if [ -n "${SPOT:-}" ]; then echo '                cloud.google.com/gke-spot: "true"'; fi)
+              tolerations:
+                - key: google.com/tpu
+                  operator: Exists
+                  effect: NoSchedule
+              containers:
+              - name: llama-jax
+                image: $IMAGE
+                command: [python]
+                args:
+$(arguments "$@")
+                ports:
+                - containerPort: 8471
+                - containerPort: 8080
+                resources:
+                  limits:
+                    google.com/tpu: ${CHIPS:-4}
+YAML
+}
+
+if [ "$mode" = apply ]; then
+  command -v kubectl >/dev/null || fail "kubectl is not installed"
+  manifest "$@" | kubectl apply -f -
+else
+  manifest "$@"
+fi

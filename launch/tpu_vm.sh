@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# A stage on a TPU pod slice, by queued resources: create, set up, run on all workers, logs, resume after preemption, delete.
+#
+#   bash launch/tpu_vm.sh [--dry_run] COMMAND [ARGUMENTS]
+#
+#   create                 asks for the slice and waits until it is there
+#   setup                  copies this checkout to all workers and installs it
+#   run MODULE [FLAGS]     starts python -m llama_jax.MODULE FLAGS on all workers, again whenever it fails
+#   logs                   follows the log of WORKER (default 0)
+#   status                 the state of the request
+#   resume MODULE [FLAGS]  stays, and whenever the slice was taken away does all of the above again
+#   stop                   asks the run to save and end
+#   delete                 gives the slice back
+#
+# --dry_run prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256, ...); optional PROJECT,
+# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. Checkpoints belong on a bucket: --workdir=gs://...
+set -euo pipefail
+
+checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+dry_run=""
+if [ "${1:-}" = "--dry_run" ]; then dry_run=1; shift; fi
+
+fail() { echo "error: $*" >&2; exit 1; }
+say() { echo "==> $*" >&2; }
+needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
+
+# do_it COMMAND...: runs it, or prints it so that a shell would run the same.
+do_it() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@"; echo
+  else
+    "$@"
+  fi
+}
+
+runtime() {
+  case "$TYPE" in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5e-* | v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    tpu7x-*) echo v2-alpha-tpu7-ubuntu2404 ;;
+    *) fail "TYPE=$TYPE: expected v4-N, v5e-N, v5p-N, v6e-N or tpu7x-N" ;;
+  esac
+}
+
+# The product name that gcloud wants: v5e slices are ordered as v5litepod.
+accelerator() { echo "${TYPE/#v5e-/v5litepod-}"; }
+
+place() { printf '%s\n' "--zone=$ZONE"; if [ -n "${PROJECT:-}" ]; then printf '%s\n' "--project=$PROJECT"; fi; }
+
+on_workers() {
+  local worker="$1" command="$2" where
+  mapfile -t where < <(place)
+  do_it gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker="$worker" --command="$command"
+}
+
+state() {
+  local where
+  mapfile -t where < <(place)
+  do_it gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)'
+}
+
+create() {
+  local where image options=()
+  mapfile -t where < <(place)
+  [ -z "${SPOT:-}" ] || options+=(--spot)
+  [ -z "${RESERVED:-}" ] || options+=(--reserved)
+  [ "${#options[@]}" -lt 2 ] || fail "SPOT and RESERVED are both set; expected one of them"
+  image="${RUNTIME:-$(runtime)}"  # on a line of its own, where an error ends the script
+  do_it gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
+    --accelerator-type="$(accelerator)" --runtime-version="$image" "${options[@]}"
+  [ -n "$dry_run" ] || wait_until_there
+}
+
+wait_until_there() {
+  local now
+  while now="$(state)" && [ "$now" != ACTIVE ]; do
+    case "$now" in
+      FAILED | SUSPENDED) fail "the request for $NAME is $now; delete it and create it again" ;;
+    esac
+    say "$(date +%H:%M:%S) $NAME is $now"
+    sleep 30
+  done
+  say "$NAME is there"
+}
+
+# What a worker does with the archive. Some TPU images bring a Python older than 3.11. (The workers expand it, not we.)
+# shellcheck disable=SC2016
+install='set -e
+rm -rf ~/llama_jax
+tar -xzf /tmp/llama_jax.tar.gz -C ~
+cd ~/llama_jax
+python="$(command -v python3.12 || command -v python3.11 || true)"
+if [ -z "$python" ]; then
+  sudo apt-get update -qq
+  sudo apt-get install -y -qq python3.11 python3.11-venv
+  python=python3.11
+fi
+"$python" -m venv .venv
+.venv/bin/pip install -q --editable ".[tpu]"'
+
+setup() {
+  local where archive
+  mapfile -t where < <(place)
+  archive="$(mktemp -t llama_jax.XXXXXX.tar.gz)"
+  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ HEAD
+  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all
+  rm -f "$archive"
+  on_workers all "$install"
+}
+
+run() {
+  local module="${1:-}" flags again
+  [ -n "$module" ] || fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b"
+  shift
+  flags="$(printf '%q ' "$@")"
+  # 0 is a finished run, or one that was asked to stop; everything else is tried again from the newest checkpoint.
+  again="until .venv/bin/python -m llama_jax.$module $flags; do echo \"=== ended with \$?, again in 10 s\"; sleep 10; done"
+  on_workers all "cd ~/llama_jax; nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+}
+
+resume() {
+  local now
+  if [ -n "$dry_run" ]; then
+    state
+    delete
+    create
+    setup
+    run "$@"
+    return
+  fi
+  while true; do
+    now="$(state)" || now=GONE
+    case "$now" in
+      ACTIVE | CREATING | PROVISIONING | WAITING_FOR_RESOURCES | ACCEPTED) ;;
+      *)
+        say "$NAME is $now: once more from the start"
+        delete || true
+        create
+        setup
+        run "$@"
+        ;;
+    esac
+    sleep 60
+  done
+}
+
+# shellcheck disable=SC2016
+stop() { on_workers all 'pkill -TERM -P "$(cat ~/llama_jax.pid)"'; }
+
+delete() {
+  local where
+  mapfile -t where < <(place)
+  do_it gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+}
+
+command="${1:-}"
+case "$command" in
+  create | setup | run | logs | status | resume | stop | delete) shift ;;
+  *) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 1 ;;
+esac
+needed NAME "what to call the slice"
+needed ZONE "where it is, as us-east5-a"
+needed TYPE "what it is, as v5p-512"
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+case "$command" in
+  logs) on_workers "${WORKER:-0}" 'tail -n 100 -F ~/llama_jax.log' ;;
+  status) state ;;
+  *) "$command" "$@" ;;
+esac

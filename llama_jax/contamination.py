@@ -1,0 +1,156 @@
+"""How much of evaluation sets stands in a training corpus, and whether it matters (paper appendix A.6, Table 51):
+
+    python -m llama_jax.contamination --corpus=/tmp/corpus --samples='eval/*.jsonl' --output=/tmp/contamination.json
+
+A row of a samples file is {"text": the sample as the model reads it, prompt format included, "score": its metric}; without
+scores the table has no Z. To take contaminated text out of a corpus instead, name the files in its config
+(`deduplication.evaluation`).
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from llama_jax import command
+from llama_jax.corpus_build.contamination import LENGTHS, Index, analyse
+from llama_jax.corpus_build.manifest import check_manifest
+from llama_jax.corpus_build.readers import expand
+from llama_jax.data.blocks import block_ids
+from llama_jax.data.sources import read_jsonl
+from llama_jax.data.tokenizer import BOS_ID, Tokenizer
+from llama_jax.files import atomic_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """One evaluation set: token ids and, where every row has one, scores."""
+
+    name: str
+    ids: list[list[int]]
+    scores: np.ndarray | None  # [samples]
+
+
+def read_samples(path: str, tokenizer: Tokenizer) -> Samples:
+    """The samples of a JSONL file. ValueError that names file, line and field for a row that is none."""
+    texts: list[str] = []
+    scores: list[float] = []
+    for where, row in read_jsonl(path):
+        text, score = row.get("text"), row.get("score")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: text: expected a string that is not blank, got {text!r}")
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)):
+            raise ValueError(f"{where}: score: expected a number, got {score!r}")
+        if (score is None) != (len(scores) < len(texts)) and texts:
+            raise ValueError(f"{where}: score: expected one in every row or in none")
+        texts.append(text)
+        scores += [] if score is None else [float(score)]
+    if not texts:
+        raise ValueError(f"{path}: no samples: the file is empty")
+    return Samples(Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None)
+
+
+def corpus_documents(shard: str | Path) -> Iterator[np.ndarray]:
+    """The documents of a shard of blocks as token ids, without BOS and EOS."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(shard))
+    blocks = [block_ids(record) for record in reader.read_all()]
+    reader.close()
+    # The last id of a block is the first of the next.
+    ids = np.concatenate([*(block[:-1] for block in blocks), blocks[-1][-1:]])
+    for document in np.split(ids, np.flatnonzero(ids == BOS_ID)[1:]):
+        yield document[1:-1]
+
+
+def match(index: Index, shards: Sequence[str], *, workers: int = 1) -> Index:
+    """The index after all documents of the shards have streamed past it."""
+    if workers == 1:
+        return _match_shards(index, shards)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for part in pool.map(_match_shards, [index] * workers, [shards[i::workers] for i in range(workers)]):
+            index.merge(part)
+    return index
+
+
+def _match_shards(index: Index, shards: Iterable[str]) -> Index:
+    for shard in shards:
+        for document in corpus_documents(shard):
+            index.add(document)
+    return index
+
+
+def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
+    """The analysis of every samples file, as plain JSON values."""
+    tokenizer = Tokenizer(Path(corpus) / "tokenizer.model")
+    manifest = check_manifest(corpus, tokenizer, checksums=False)
+    shards = [str(Path(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
+    sets = [read_samples(path, tokenizer) for path in expand(samples)]
+    index = match(Index([ids for part in sets for ids in part.ids]), shards, workers=workers)
+    result, start = {}, 0
+    for part in sets:
+        own = index.part(start, start + len(part.ids))
+        start += len(part.ids)
+        shares = {length: own.contamination(length) for length in LENGTHS}
+        row: dict[str, Any] = {
+            "samples": len(part.ids),
+            "tokens": sum(map(len, part.ids)),
+            "contaminated": {str(length): float(share.mean()) for length, share in shares.items()},
+            "dirty": {str(length): int((share >= 0.8).sum()) for length, share in shares.items()},
+        }
+        if part.scores is not None:
+            length, subsets, affected = analyse(own, part.scores)
+            row |= {"length": length, "affected": affected, "subsets": [_plain(subset) for subset in subsets]}
+        result[part.name] = row
+    return result
+
+
+def _plain(subset) -> dict[str, Any]:
+    values = dataclasses.asdict(subset)
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The analysis as text: mean share of contaminated tokens by L, and Table 51 for sets with scores."""
+    lines = [f"{'samples file':<28}{'samples':>9}" + "".join(f"{f'L={length}':>9}" for length in LENGTHS) + f"{'verdict':>14}"]
+    for name, row in result.items():
+        verdict = "" if "affected" not in row else "affected" if row["affected"] else "not affected"
+        shares = "".join(f"{row['contaminated'][str(length)]:>9.2%}" for length in LENGTHS)
+        lines.append(f"{name:<28}{row['samples']:>9,}{shares}{verdict:>14}")
+    scored = {name: row for name, row in result.items() if "subsets" in row}
+    if scored:
+        lines += ["", f"{'samples file':<28}{'L':>4} {'subset':<10}{'% tokens':>9}{'n':>8}{'X':>9}{'mu':>9}{'Z':>8}"]
+    for name, row in scored.items():
+        for part in row["subsets"]:
+            mean, z = ("-" if part[key] is None else f"{part[key]:.{digits}f}" for key, digits in (("mean", 3), ("z", 2)))
+            lines.append(
+                f"{name:<28}{row['length']:>4} {part['name']:<10}{part['contamination']:>9.1%}{part['samples']:>8,}{mean:>9}"
+                f"{part['expected']:>9.3f}{z:>8}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Flags to call."""
+    values = flags.FLAGS
+    result = run(values.corpus, values.samples, workers=values.workers)
+    if values.output:
+        with atomic_write(values.output) as file:
+            file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    print(table(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("corpus", None, "directory of llama_jax.corpus", required=True)
+    flags.DEFINE_string("samples", None, "JSONL files of evaluation samples: a path or a pattern", required=True)
+    flags.DEFINE_string("output", None, "JSON file to write")
+    flags.DEFINE_integer("workers", 1, "processes", lower_bound=1)
+    command.launch(main)

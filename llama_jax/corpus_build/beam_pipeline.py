@@ -1,0 +1,142 @@
+"""The build on Apache Beam: the same functions, carried by its runners over one machine or many (paper section 2.1).
+
+Two pipelines. The first reads, cleans, compares, splits and leaves sorted shards of documents; the second makes token blocks of
+them. Between them one process trains the tokenizer. The result is that of `build.build_corpus`, byte for byte, whatever the
+runner and the number of its workers. The output directory must be one that all workers see; sources may be any path that
+fsspec opens.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.corpus_build.beam_refine import Refinement
+from llama_jax.corpus_build.build import Settings, check_bad_rows, unfinished
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.extras import extra
+from llama_jax.corpus_build.paragraphs import Cut
+from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.refine import Refined, counts
+from llama_jax.corpus_build.split import long_lines
+from llama_jax.corpus_build.write import (
+    check_split,
+    finish,
+    make_tokenizer,
+    sample_budget,
+    shard_name,
+    source_counts,
+    summed,
+    write_held_out,
+    write_shard,
+)
+from llama_jax.data.tokenizer import Tokenizer
+
+
+def build_with_beam(
+    files: Mapping[str, Sequence[str]],
+    output: str | os.PathLike,
+    settings: Settings,
+    *,
+    options: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """As `build.build_corpus`, from the files of each source (in the order of the sources) and with Beam's `options`."""
+    beam = extra("apache_beam")
+    pipeline_options = extra("apache_beam.options.pipeline_options").PipelineOptions(list(options))
+    with unfinished(output) as directory:
+        work = directory / "work"
+        work.mkdir()
+        with beam.Pipeline(options=pipeline_options) as pipeline:
+            Refinement(beam, list(files), settings, work).expand(pipeline, files)
+        summary = pickle.loads((work / "summary.pickle").read_bytes())
+        profiles = {source: summary["profiles"].get(source, Profile()) for source in files}
+        for source, profile in profiles.items():
+            check_bad_rows(source, sorted(profile.bad_rows), settings.max_bad_rows)
+        refined = {source: _refined(source, summary, work) for source in files}
+        for source, part in refined.items():
+            check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
+
+        tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings)
+        shards = [(source, shard) for source in files for shard in range(settings.shards)]
+        with beam.Pipeline(options=pipeline_options) as pipeline:
+            (
+                pipeline
+                | beam.Create(shards)
+                | beam.Reshuffle()
+                | beam.Map(_write_shard, work, directory / "blocks", str(tokenizer.path), settings)
+            )
+        rows = {}
+        for source, part in refined.items():
+            names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
+            written = [pickle.loads((work / f"{name}.pickle").read_bytes()) for name in names]
+            rows[source] = {
+                **source_counts(part, profiles[source]),
+                "bytes": profiles[source].bytes,
+                "withheld_documents": summary["counts"].get((source, "withheld"), 0),
+                "withheld_bytes": summary["counts"].get((source, "withheld_bytes"), 0),
+                **summed(written),
+                "shards": {f"blocks/{name}": shard.blocks for name, shard in zip(names, written, strict=True)},
+                **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
+            }
+        shutil.rmtree(work)
+        return finish(rows, profiles, directory, tokenizer, settings, config=dict(config or {}))
+
+
+def _read_documents(path: Path) -> list[Document]:
+    with open(path, encoding="utf-8") as file:
+        return [Document(**json.loads(line)) for line in file]
+
+
+def _refined(source: str, summary: Mapping[str, Any], work: Path) -> Refined:
+    """The counts and held-out documents of a source. Its train documents stay on disk."""
+    path = work / "held_out" / source / "held_out.jsonl"
+    held_out = _read_documents(path) if path.exists() else []
+    number = summary["counts"].get
+    lines = [line for document in held_out for line in long_lines(document.text)]
+    cleaned, exact, unique = (number((source, name), 0) for name in ("cleaned", "exact", "unique"))
+    cuts = {
+        kind: Cut(*(number((source, kind, field.name), 0) for field in dataclasses.fields(Cut)))
+        for kind in ("leaks", "evaluation", "repeats")
+    }
+    return Refined(
+        train=[], held_out=held_out, withheld=[], unique=unique,
+        lines_seen=sum(line in summary["seen"] for line in lines) / max(len(lines), 1),
+        counts=counts(cleaned - exact, exact - unique, number((source, "lines"), 0), cuts),
+    )  # fmt: skip
+
+
+class _Samples(Mapping):
+    """For each source the first of its train documents, as many as the tokenizer's sample needs; read when asked for."""
+
+    def __init__(self, work: Path, sources: Iterable[str], settings: Settings):
+        self._work, self._sources, self._settings = work, list(sources), settings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, source: str) -> list[Document]:
+        documents: list[Document] = []
+        left = sample_budget(self._settings, source)
+        for path in sorted((self._work / source).glob("*.jsonl")):  # ranges of the hash, in their order
+            if left <= 0:
+                break
+            documents += _read_documents(path)
+            left -= sum(len(d.text.encode()) for d in documents)
+        return documents
+
+
+def _write_shard(item: tuple[str, int], work: Path, blocks: Path, model: str, settings: Settings) -> None:
+    """Token blocks of one shard of documents, and their counts for the manifest."""
+    source, shard = item
+    name, path = shard_name(source, shard, settings.shards), work / source / f"{shard:05d}.jsonl"
+    documents = _read_documents(path) if path.exists() else []
+    written = write_shard(documents, blocks / name, Tokenizer(model), settings.block_length)
+    (work / f"{name}.pickle").write_bytes(pickle.dumps(written))

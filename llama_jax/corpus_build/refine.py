@@ -1,0 +1,137 @@
+"""What a corpus leaves out by comparing documents with each other, and which of them it holds out.
+
+duplicates -> boilerplate lines -> near duplicates -> split -> leaks -> repeated paragraphs, in this order. Every decision
+depends on texts, ids and the declared order of the sources alone: neither the order of reading nor the number of workers
+changes a result, which is what lets `beam_pipeline` do the same over many machines.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Set
+from pathlib import Path
+
+from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
+from llama_jax.corpus_build.dedup import drop_duplicates
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
+from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
+from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.split import lines_seen, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Deduplication:
+    """What is taken out beside exact copies; None for none of it."""
+
+    boilerplate: Boilerplate | None = None  # lines that stand in many documents of a source
+    near: NearDuplicates | None = None  # whole documents, before the split
+    leak_ngram: int | None = None  # words: train paragraphs that share such a run with a held-out document are cut
+    evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them
+    repeated_paragraph: int | None = None  # characters: of copies so long, the first stays; train documents only
+
+    def __post_init__(self):
+        for name in ("leak_ngram", "repeated_paragraph"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, or None, got {value}")
+        if self.evaluation and self.leak_ngram is None:
+            raise ValueError("leak_ngram: expected a number of words, by which evaluation samples are found")
+        for path in self.evaluation:
+            if "://" not in path and not Path(path).exists():
+                raise ValueError(f"evaluation: expected a file of samples with a text each, found nothing at {path!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How much is held out of each source; see `split.split`."""
+
+    fraction: float
+    minimum_bytes: int
+    maximum_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Refined:
+    """One source after all comparisons."""
+
+    train: list[Document]
+    held_out: list[Document]
+    withheld: list[Document]
+    unique: int  # documents after exact and near duplicates
+    lines_seen: float  # share of long held-out lines that a train document has too
+    counts: dict[str, int]  # what went, by kind
+
+
+def refine(
+    documents_by_source: Mapping[str, Iterable[Document]],
+    held_out: HeldOut,
+    deduplication: Deduplication = Deduplication(),
+    *,
+    whole: Set[str] = frozenset(),
+) -> dict[str, Refined]:
+    """All comparisons, in memory. `whole` are the sources whose documents may not lose paragraphs or lines."""
+    documents, duplicates = drop_duplicates(documents_by_source)
+    lines = dict.fromkeys(documents, 0)
+    if deduplication.boilerplate:
+        for source in documents.keys() - whole:
+            documents[source], lines[source] = drop_boilerplate(documents[source], deduplication.boilerplate)
+    near: dict[str, dict[str, str]] = {source: {} for source in documents}
+    if deduplication.near:
+        documents, near = drop_near_duplicates(documents, deduplication.near)
+
+    splits = split(
+        documents, fraction=held_out.fraction, minimum_bytes=held_out.minimum_bytes, maximum_bytes=held_out.maximum_bytes
+    )
+    train = {source: part.train for source, part in splits.items()}
+    cuts = {kind: {source: Cut() for source in splits} for kind in ("leaks", "evaluation", "repeats")}
+    if ngram := deduplication.leak_ngram:
+        secrets = [d.text for part in splits.values() for d in part.held_out]
+        train, cuts["leaks"] = drop_leaks(train, secrets, ngram=ngram, whole=whole)
+        if deduplication.evaluation:
+            samples = evaluation_texts(deduplication.evaluation)
+            train, cuts["evaluation"] = drop_leaks(train, samples, ngram=ngram, whole=whole)
+    if shortest := deduplication.repeated_paragraph:
+        train, cuts["repeats"] = drop_repeats(train, shortest=shortest, whole=whole)
+
+    splits = {source: dataclasses.replace(part, train=train[source]) for source, part in splits.items()}
+    seen = lines_seen(splits)
+    return {
+        source: Refined(
+            part.train, part.held_out, part.withheld, len(documents[source]), seen[source],
+            counts(duplicates[source], len(near[source]), lines[source], {kind: cuts[kind][source] for kind in cuts}),
+        )
+        for source, part in splits.items()
+    }  # fmt: skip
+
+
+def counts(duplicates: int, near: int, lines: int, cuts: Mapping[str, Cut]) -> dict[str, int]:
+    """What went of a source, by kind, as the manifest has it."""
+    by_cut = {
+        f"{kind}{what}": value
+        for kind, cut in cuts.items()
+        for what, value in (("", cut.documents), ("_paragraphs", cut.paragraphs), ("_bytes", cut.bytes))
+    }
+    return {"duplicates": duplicates, "near_duplicates": near, "boilerplate_lines": lines, **by_cut}
+
+
+def drop_boilerplate(documents: list[Document], settings: Boilerplate) -> tuple[list[Document], int]:
+    """The documents of one source without their boilerplate lines, and how many those were.
+
+    A document that is nothing but boilerplate keeps its lines: near-duplicate removal is what deals with it.
+    """
+    frequent = frequent_lines(documents, settings)
+    kept, total = [], 0
+    for document in documents:
+        result, lines = without_lines(document, frequent, settings)
+        kept.append(result if result.text.strip() else document)
+        total += lines if result.text.strip() else 0
+    return kept, total
+
+
+def evaluation_texts(paths: Iterable[str]) -> Iterator[str]:
+    """The texts of evaluation files; ValueError for a row that is none, since one missed sample would stay in training."""
+    for pattern in paths:
+        for path in expand(pattern):
+            for row in read_file(path, "evaluation"):
+                if isinstance(row, BadRow):
+                    raise ValueError(f"{row.where}: {row.problem}")
+                yield row.text

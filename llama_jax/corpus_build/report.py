@@ -1,0 +1,277 @@
+"""The report of a corpus: one HTML file that a data team reads in the morning (paper section 4.1, Tables 9 and 10, Fig. 13)."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_jax.corpus_build import demographics
+from llama_jax.corpus_build import report_page as html
+from llama_jax.corpus_build.mixture import Share
+from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile
+from llama_jax.files import atomic_write
+
+# Table 10, percent of documents.
+PAPER_LANGUAGES = {
+    "en": 89.70, "unknown": 8.38, "de": 0.17, "fr": 0.16, "sv": 0.15, "zh": 0.13, "es": 0.13, "ru": 0.13, "nl": 0.12,
+    "it": 0.11, "ja": 0.10, "pl": 0.09, "pt": 0.09, "vi": 0.08, "uk": 0.07, "ko": 0.06, "ca": 0.04, "sr": 0.04, "id": 0.03,
+    "cs": 0.03, "fi": 0.03, "hu": 0.03, "no": 0.03, "ro": 0.03, "bg": 0.02, "da": 0.02, "sl": 0.01, "hr": 0.01,
+}  # fmt: skip
+PAPER_TOXIC = 0.2  # percent of documents with a score of 0.5 or more, Fig. 13
+_FATES = {
+    "to train on": "documents", "held out": "held_out_documents", "withheld": "withheld_documents", "filtered": "filtered",
+    "exact copies": "duplicates", "near duplicates": "near_duplicates", "leaks of held-out text": "leaks",
+    "evaluation samples": "evaluation", "repeated paragraphs": "repeats",
+}  # fmt: skip
+_SITES = 20
+
+
+def write_report(
+    path: str | os.PathLike, counts: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Profile], shares: Sequence[Share]
+) -> None:
+    """Writes the report: `counts` by source as in the manifest, the profile of each source, and the mixture."""
+    whole = Profile()
+    for profile in profiles.values():
+        whole.merge(profile)
+    sections = [
+        _funnel(counts), _mixture(shares), _filters(profiles), _lengths(profiles), _languages(whole), _demographics(whole),
+        _toxicity(whole), _privacy(whole), _sites(whole), _bad_rows(whole),
+    ]  # fmt: skip
+    with atomic_write(path) as file:
+        file.write(
+            html.page(
+                "What is in the corpus",
+                f"{', '.join(counts)}: what was read, what was left out and why, and what the models will train on.",
+                _tiles(counts, shares),
+                [part for part in sections if part],
+            ).encode()
+        )
+
+
+def _total(counts: Mapping[str, Mapping[str, Any]], name: str) -> int:
+    return sum(row[name] for row in counts.values())
+
+
+def _tiles(counts: Mapping[str, Mapping[str, Any]], shares: Sequence[Share]) -> list[tuple[str, str]]:
+    read, kept, tokens = (_total(counts, name) for name in ("documents_read", "documents", "tokens"))
+    worst = max(counts, key=lambda name: counts[name]["held_out_lines_seen"])
+    planned = sum(share.planned_tokens for share in shares)
+    return [
+        ("documents read", f"{read:,}"),
+        ("of them to train on", f"{kept / max(read, 1):.1%}"),
+        ("of text to train on", _bytes(_total(counts, "bytes"))),
+        ("tokens in the corpus", _count(tokens)),
+        ("tokens of training planned", _count(planned)),
+        ("epochs on average", f"{planned / max(tokens, 1):.2f}"),
+        ("bytes a token", f"{_total(counts, 'bytes') / max(tokens, 1):.2f}"),
+        (f"held-out lines seen in training ({worst})", f"{counts[worst]['held_out_lines_seen']:.1%}"),
+    ]
+
+
+def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    fates = {source: {name: row[key] for name, key in _FATES.items()} for source, row in counts.items()}
+    shown = [name for name in _FATES if any(row[name] for row in fates.values())]
+    rows = [
+        [source, f"{counts[source]['documents_read']:,}", *(f"{fate[name]:,}" for name in shown)]
+        for source, fate in fates.items()
+    ]
+    cuts = [
+        [source, *(f"{row[f'{kind}_paragraphs']:,}" for kind in ("leaks", "evaluation", "repeats")),
+         f"{row['boilerplate_lines']:,}", _bytes(sum(row[f"{kind}_bytes"] for kind in ("leaks", "evaluation", "repeats"))),
+         f"{row['held_out_lines_seen']:.1%}"]
+        for source, row in counts.items()
+    ]  # fmt: skip
+    return html.section(
+        "What became of the documents",
+        "Every document that was read has exactly one of these fates. Withheld are documents that are neither trained on nor "
+        "evaluated on, because they belong to a held-out one or because evaluation has enough.",
+        html.stacks(fates, list(_FATES)),
+        html.table(["source", "read", *shown], rows),
+        "<h3>Cut from documents that stay</h3>",
+        html.table(
+            ["source", "leaking paragraphs", "evaluation paragraphs", "repeated paragraphs", "boilerplate lines", "text",
+             "held-out lines seen"],
+            cuts,
+        ),
+    )  # fmt: skip
+
+
+def _mixture(shares: Sequence[Share]) -> str:
+    tokens = sum(share.tokens for share in shares) or 1
+    rows = [
+        (
+            share.source, share.share,
+            [f"{share.share:.1%}", f"{share.tokens / tokens:.1%}", f"{share.documents:,}", _bytes(share.bytes),
+             _count(share.tokens), _count(share.planned_tokens), f"{share.epochs:.2f}{' (cap)' if share.capped else ''}"],
+        )
+        for share in shares
+    ]  # fmt: skip
+    heads = ["source", "share of training", "share of corpus", "documents", "text", "tokens", "planned", "epochs"]
+    return html.section(
+        "The mixture",
+        "A source whose share of training exceeds its share of the corpus is up-sampled: its text is seen more often.",
+        html.bars(heads, rows),
+    )
+
+
+def _filters(profiles: Mapping[str, Profile]) -> str:
+    whole = Profile()
+    for profile in profiles.values():
+        whole.merge(profile)
+    if not whole.removed:
+        return ""
+    gone = sum(whole.removed.values())
+    rows = [
+        (
+            f"{step}: {rule}", count,
+            [f"{count:,}", f"{count / gone:.1%}", _bytes(whole.removed_bytes[step, rule]),
+             ", ".join(source for source, profile in profiles.items() if profile.removed[step, rule])],
+        )
+        for (step, rule), count in whole.removed.most_common()
+    ]  # fmt: skip
+    folds = [
+        html.samples(
+            f"{step}: {rule}", f"{count:,} documents",
+            [(f"{key} · {detail}" if detail else key, text) for _, key, detail, text in whole.samples[step, rule]],
+        )
+        for (step, rule), count in whole.removed.most_common()
+    ]  # fmt: skip
+    return html.section(
+        "What the filters removed",
+        "A document is counted at the first rule that it failed. Below are samples of each, drawn by hash: read them before "
+        "trusting a rule.",
+        html.bars(["rule", "documents", "of removed", "text", "sources"], rows),
+        "<h3>Samples</h3>",
+        *folds,
+    )
+
+
+def _lengths(profiles: Mapping[str, Profile]) -> str:
+    charts = []
+    for source, profile in profiles.items():
+        if not profile.lengths:
+            continue
+        low, high = min(profile.lengths), max(profile.lengths)
+        low -= low % LENGTH_BINS
+        bins = [
+            (_bytes(10 ** (i // LENGTH_BINS)) if i % LENGTH_BINS == 0 else "", profile.lengths[i]) for i in range(low, high + 1)
+        ]
+        charts.append(html.histogram(f"{source}: {profile.documents:,} documents, mean "
+                                     f"{_bytes(profile.bytes / max(profile.documents, 1))}", bins))  # fmt: skip
+    return html.section(
+        "Lengths",
+        "Documents to train on by bytes of text, on a logarithmic axis.",
+        f'<div class="grid">{"".join(charts)}</div>',
+    )
+
+
+def _languages(whole: Profile) -> str:
+    total, removed = sum(whole.languages.values()), sum(whole.removed_languages.values())
+    if not total and not removed:
+        return ""
+    both = whole.languages + whole.removed_languages
+    rows = [
+        (
+            name, count,
+            [f"{whole.removed_languages[name]:,}", f"{whole.languages[name]:,}",
+             f"{100 * whole.languages[name] / max(total, 1):.2f}", _paper(PAPER_LANGUAGES.get(name))],
+        )
+        for name, count in both.most_common(28)
+    ]  # fmt: skip
+    return html.section(
+        "Languages (Table 10)",
+        f"fastText's verdict on {total:,} documents to train on, and on {removed:,} that the language step removed; unknown is "
+        "below its probability, and code is part of that.",
+        html.bars(["language", "removed", "to train on", "%", "paper %"], rows),
+    )
+
+
+def _demographics(whole: Profile) -> str:
+    if not whole.mentions:
+        return ""
+    shares = demographics.shares(whole.mentions, whole.english)
+    pronouns = ["any gendered", "she", "he", "unspecified", "any person", "1st person", "2nd person", "3rd person"]
+    of_axis = {d: axis for axis, names in demographics.IDENTITIES.items() for d in names}
+
+    def rows(names: Sequence[str]) -> list[list[str]]:
+        paper = {name: _paper(demographics.PAPER.get(name)) for name in names}
+        return [[name, f"{whole.mentions[name]:,}", f"{shares[name]:.2f}", paper[name]] for name in names]
+
+    identities = [name for name in shares if name not in pronouns]
+    heads = ["documents that name", "documents", "%", "paper %"]
+    return html.section(
+        "Pronouns and identities (Table 9)",
+        f"{whole.english:,} documents in English were read. She, he and unspecified are shares of the documents with any of "
+        "them; a descriptor is a share of the documents of its axis; all else is of all documents.",
+        '<div class="grid"><div>' + html.table(heads, rows(pronouns), parts=[1, 2, 3, 5, 6, 7]) + "</div><div>"
+        + html.table(heads, rows(identities), parts=[i for i, name in enumerate(identities) if name in of_axis])
+        + "</div></div>",
+    )  # fmt: skip
+
+
+def _toxicity(whole: Profile) -> str:
+    if not whole.scored:
+        return ""
+    half = TOXICITY_BINS // 2
+    toxic = sum(count for i, count in whole.toxicity.items() if i >= half)
+    bins = [(f"{i / TOXICITY_BINS:g}" if i % 5 == 0 else "", whole.toxicity[i]) for i in range(TOXICITY_BINS)]
+    return html.section(
+        "Toxicity (Fig. 13)",
+        f"Scores of lines averaged to documents, {whole.scored:,} of them in English. {100 * toxic / whole.scored:.2f} % score "
+        f"0.5 or more; the paper finds {PAPER_TOXIC} % with its own classifier. Nothing is filtered by this score.",
+        html.histogram("documents by score", bins, log=True, mark=half, mark_text="0.5"),
+    )
+
+
+def _privacy(whole: Profile) -> str:
+    if not whole.private:
+        return ""
+    rows = [(kind, count, [f"{count:,}"]) for kind, count in whole.private.most_common()]
+    return html.section(
+        "Personal information",
+        "What the privacy step found, by kind, in documents that it removed and in analysed ones that stay.",
+        html.bars(["kind", "findings"], rows),
+    )
+
+
+def _sites(whole: Profile) -> str:
+    if not whole.sites:
+        return ""
+    total: Counter = whole.sites
+    rows = [
+        (site, count, [f"{count:,}", f"{100 * count / whole.documents:.2f}"]) for site, count in total.most_common(_SITES)
+    ]
+    return html.section(
+        "Sites",
+        f"The {min(_SITES, len(total))} most frequent of {len(total):,} sites among the documents to train on.",
+        html.bars(["site", "documents", "%"], rows),
+    )
+
+
+def _bad_rows(whole: Profile) -> str:
+    if not whole.bad_rows:
+        return ""
+    named = "".join(f"{row}\n" for row in whole.bad_rows[:50])
+    return html.section(
+        "Rows that could not be read",
+        f"{len(whole.bad_rows):,} rows were skipped.",
+        html.samples("The first of them", "", [("file, place and problem", named)]),
+    )
+
+
+def _paper(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _bytes(count: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} B"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"

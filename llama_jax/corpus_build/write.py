@@ -1,0 +1,237 @@
+"""Refined documents to the files of a corpus: tokenizer, token blocks, held-out texts, report, manifest."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llama_jax
+from llama_jax.corpus_build import mixture
+from llama_jax.corpus_build.blocks import BlockCounts, write_blocks
+from llama_jax.corpus_build.dedup import content_hash
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.manifest import write_manifest
+from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.refine import Refined
+from llama_jax.corpus_build.report import write_report
+from llama_jax.corpus_build.tables import cleaning_table
+from llama_jax.data.blocks import item_type
+from llama_jax.data.sources import write_jsonl
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.files import atomic_write
+
+if TYPE_CHECKING:
+    from llama_jax.corpus_build.build import Settings
+
+_BAD_ROWS_NAMED = 20  # in the manifest
+_TFDS_FEATURES = """{
+ "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+ "featuresDict": {"features": {
+  "item_size": {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
+   "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+  "length": {"pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
+   "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+  "tokens": {"pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor",
+   "tensor": {"shape": {"dimensions": ["%d"]}, "dtype": "%s", "encoding": "bytes"}}
+ }}
+}
+"""
+
+
+def write_corpus(
+    refined: Mapping[str, Refined],
+    profiles: Mapping[str, Profile],
+    directory: Path,
+    settings: "Settings",
+    *,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes all files of the corpus into `directory`, the manifest last, and returns the manifest."""
+    for source, part in refined.items():
+        check_split(source, part.unique, len(part.train), len(part.held_out), settings)
+    tokenizer = make_tokenizer({source: part.train for source, part in refined.items()}, directory, settings)
+    counts: dict[str, dict[str, Any]] = {}
+    for source, part in refined.items():
+        shards = write_shards(part.train, directory / "blocks", source, tokenizer, settings)
+        counts[source] = {
+            **source_counts(part, profiles[source]),
+            **summed(shards.values()),
+            "shards": {f"blocks/{name}": shard.blocks for name, shard in shards.items()},
+            **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
+        }
+    return finish(counts, profiles, directory, tokenizer, settings, config=config)
+
+
+def finish(
+    counts: dict[str, dict[str, Any]],
+    profiles: Mapping[str, Profile],
+    directory: Path,
+    tokenizer: Tokenizer,
+    settings: "Settings",
+    *,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Mixture, report and manifest of a corpus whose blocks are written."""
+    tokens = {source: row["tokens"] for source, row in counts.items()}
+    shares = mixture.plan(
+        {source: settings.weights[source] for source in counts},  # in the order of the sources
+        {source: row["documents"] for source, row in counts.items()},
+        tokens,
+        sizes={source: row["bytes"] for source, row in counts.items()},
+        total_tokens=settings.total_tokens or sum(tokens.values()),
+        temperature=settings.temperature,
+        max_epochs=settings.max_epochs,
+    )
+    for share in shares:
+        counts[share.source] |= {"share": share.share, "planned_tokens": share.planned_tokens, "epochs": share.epochs}
+    write_report(directory / "report.html", counts, profiles, shares)
+    write_tfds_metadata(directory / "blocks", counts, tokenizer.vocab_size, settings)
+    return write_manifest(
+        directory,
+        {
+            "sources": counts,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "block_length": settings.block_length,
+            "table": f"{cleaning_table(counts)}\n\n{mixture.table(shares)}",
+            "config": config,
+            "version": llama_jax.__version__,
+        },
+    )
+
+
+def write_tfds_metadata(
+    directory: Path, counts: Mapping[str, Mapping[str, Any]], vocab_size: int, settings: "Settings"
+) -> None:
+    """What makes `blocks/` a data set of TFDS with a split for each source:
+
+    tfds.builder_from_directory("corpus/blocks").as_data_source("books")
+    """
+    features = _TFDS_FEATURES % (settings.block_length + 1, item_type(vocab_size).name)
+    splits = [
+        {
+            "name": source,
+            "numBytes": str(sum((directory.parent / shard).stat().st_size for shard in row["shards"])),
+            "shardLengths": [str(blocks) for blocks in row["shards"].values()],
+            "filepathTemplate": "{SPLIT}.{FILEFORMAT}" if settings.shards == 1 else "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}",
+        }
+        for source, row in counts.items()
+    ]
+    info = {"name": "blocks", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
+    for name, text in (("features.json", features), ("dataset_info.json", json.dumps(info, indent=1) + "\n")):
+        with atomic_write(directory / name) as file:
+            file.write(text.encode())
+
+
+def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:
+    """ValueError for a source that gives nothing to train on or nothing to evaluate on."""
+    if not train or not held_out:
+        raise ValueError(
+            f"source {source!r}: {unique} documents without duplicates leave {train} to train on and {held_out} held out "
+            f"(of at most {settings.held_out.maximum_bytes:,} bytes); expected at least one each"
+        )
+
+
+def make_tokenizer(train: Mapping[str, Sequence[Document]], directory: Path, settings: "Settings") -> Tokenizer:
+    """The tokenizer of the corpus, trained on a weighted sample or copied."""
+    model = directory / "tokenizer.model"
+    if settings.tokenizer_path is None:
+        return train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
+    tokenizer = Tokenizer(settings.tokenizer_path)
+    if tokenizer.vocab_size != settings.vocab_size:
+        raise ValueError(
+            f"vocab_size: expected the {tokenizer.vocab_size} of {settings.tokenizer_path}, got {settings.vocab_size}"
+        )
+    shutil.copyfile(settings.tokenizer_path, model)
+    return Tokenizer(model)
+
+
+def sample_budget(settings: "Settings", source: str) -> float:
+    """Bytes of a source in the sample that the tokenizer is trained on."""
+    return settings.tokenizer_bytes * settings.weights[source] / sum(settings.weights.values())
+
+
+def _sample(train: Mapping[str, Sequence[Document]], settings: "Settings") -> Iterator[str]:
+    """Documents of each source up to its share, in order of their hashes: an unbiased sample."""
+    for source, documents in train.items():
+        left = sample_budget(settings, source)
+        for document in sorted(documents, key=lambda d: content_hash(d.text)):
+            if left <= 0:
+                break
+            left -= len(document.text.encode())
+            yield document.text
+
+
+def shard_of(document: Document, shards: int) -> int:
+    """The shard of a document: ranges of its text's hash, so that sorted documents fill the shards in their order."""
+    return int.from_bytes(content_hash(document.text)[:4], "big") * shards >> 32
+
+
+def shard_name(source: str, shard: int, shards: int) -> str:
+    """File name of a shard of blocks, as TFDS has them."""
+    return f"{source}.array_record" if shards == 1 else f"{source}-{shard:05d}-of-{shards:05d}.array_record"
+
+
+def write_shard(documents: Sequence[Document], path: Path, tokenizer: Tokenizer, block_length: int) -> BlockCounts:
+    """One shard: its documents in the order of their hashes, which is a shuffle."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (d.text for d in sorted(documents, key=lambda d: (content_hash(d.text), d.id)))
+    return write_blocks(texts, path, tokenizer=tokenizer, block_length=block_length)
+
+
+def write_shards(
+    documents: Sequence[Document], directory: Path, source: str, tokenizer: Tokenizer, settings: "Settings"
+) -> dict[str, BlockCounts]:
+    """All shards of a source, also those without documents: TFDS asks for every one."""
+    parts: list[list[Document]] = [[] for _ in range(settings.shards)]
+    for document in documents:
+        parts[shard_of(document, settings.shards)].append(document)
+    names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
+    return {
+        name: write_shard(part, directory / name, tokenizer, settings.block_length)
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def write_held_out(
+    documents: Sequence[Document], directory: Path, source: str, tokenizer: Tokenizer, block_length: int
+) -> dict[str, int]:
+    """The held-out documents of a source as text and as blocks."""
+    documents = sorted(documents, key=lambda d: (content_hash(d.text), d.id))
+    write_jsonl(directory / f"{source}.jsonl", map(dataclasses.asdict, documents))
+    counts = write_blocks(
+        (d.text for d in documents), directory / f"{source}.array_record", tokenizer=tokenizer, block_length=block_length
+    )
+    return {f"held_out_{name}": value for name, value in dataclasses.asdict(counts).items()}
+
+
+def summed(shards: Sequence[BlockCounts]) -> dict[str, int]:
+    """The counts of all shards of a source."""
+    rows = [dataclasses.asdict(shard) for shard in shards]
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
+    """What became of the documents of a source. `documents_read` is the sum of: filtered, duplicates, near_duplicates, leaks,
+    evaluation, repeats, documents, held_out_documents, withheld_documents."""
+    filtered = sum(profile.removed.values())
+    return {
+        "documents_read": filtered + part.unique + part.counts["duplicates"] + part.counts["near_duplicates"],
+        "bad_rows": len(profile.bad_rows),
+        "bad_rows_named": sorted(profile.bad_rows)[:_BAD_ROWS_NAMED],
+        "filtered": filtered,
+        "filtered_by": {f"{step}: {rule}": n for (step, rule), n in sorted(profile.removed.items())},
+        **part.counts,
+        "bytes": size(part.train),
+        "held_out_bytes": size(part.held_out),
+        "held_out_lines_seen": round(part.lines_seen, 4),
+        "withheld_documents": len(part.withheld),
+        "withheld_bytes": size(part.withheld),
+    }
+
+
+def size(documents: Sequence[Document]) -> int:
+    """Bytes of the texts."""
+    return sum(len(d.text.encode()) for d in documents)

@@ -1,0 +1,94 @@
+"""What all hosts of a run must have in common, compared before any compute is spent; and stopping on the same step.
+
+One host with yesterday's code, another corpus or a missing chip does not fail: it computes something else, or hangs the
+others. `preflight` names it.
+"""
+
+import collections
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import llama_jax
+
+
+class HostsDiffer(RuntimeError):
+    """The hosts of a run do not agree; the message names fact, hosts and values."""
+
+
+def preflight(facts: Mapping[str, str]) -> None:
+    """Compares `facts`, the code and the devices of all hosts.
+
+    Raises:
+      HostsDiffer: on every host, if they differ in anything.
+    """
+    if jax.process_count() == 1:
+        return
+    own = {
+        "code": code_version(),
+        "jax": jax.__version__,
+        "local devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        **facts,
+    }
+    differences = compare([json.loads(text) for text in _gather(json.dumps(own))])
+    if differences:
+        raise HostsDiffer("the hosts of this run differ; " + "; ".join(differences))
+
+
+def compare(hosts: list[dict[str, str]]) -> list[str]:
+    """One line for each fact that not all hosts share: the hosts that have another value than most, and both values."""
+    lines = []
+    for name in sorted({name for facts in hosts for name in facts}):
+        values = [facts.get(name, "(absent)") for facts in hosts]
+        common, count = collections.Counter(values).most_common(1)[0]
+        if count == len(values):
+            continue
+        others = ", ".join(f"host {host} has {value}" for host, value in enumerate(values) if value != common)
+        lines.append(f"{name}: {others}, {'the others have' if count > 1 else f'host {values.index(common)} has'} {common}")
+    return lines
+
+
+def code_version() -> str:
+    """A fingerprint of this package's sources, which need not lie in a repository."""
+    root = Path(llama_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def file_fact(path: str | Path) -> str:
+    """A fingerprint of what lies at a path: a file's content, a directory's manifest, or that nothing does."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "manifest.json"
+    if not path.is_file():
+        return "missing"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def stop_agreed(step: int) -> bool:
+    """Whether all hosts stop before this step because one of them got SIGTERM. Every host must ask before every step.
+
+    JAX's coordination service takes the signal and finds a step that no host has passed; asking costs no communication.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _gather(text: str) -> list[str]:
+    """The texts of all hosts, by process index."""
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

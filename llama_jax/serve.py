@@ -1,0 +1,336 @@
+"""An HTTP endpoint with OpenAI's interface: `python -m llama_jax.serve --checkpoint=smollm2-135m`.
+
+    from openai import OpenAI
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.chat.completions.create(model="smollm2-135m", messages=[{"role": "user", "content": "Hello!"}], stream=True)
+
+`/v1/chat/completions` and `/v1/completions` (streaming too), `/v1/models`, `/health`, `/metrics` for Prometheus. Listens on
+127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). Requests beyond
+the queue get 429; a client that leaves frees its slot.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jax
+from absl import flags
+
+from llama_jax import command, requests
+from llama_jax.chat import make_engine
+from llama_jax.data.text_stream import TextStream
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.parallel.host import keep_heap
+from llama_jax.pretrained import load
+from llama_jax.requests import Ask, RequestError
+from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.worker import QueueFull, Worker
+
+log = logging.getLogger(__name__)
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Server:
+    """The endpoint's routes over a worker."""
+
+    def __init__(
+        self, worker: Worker, tokenizer: Tokenizer, *, name: str, api_key: str = "", default_tokens: int = 256,
+        body_limit: int = 1 << 20,
+    ):  # fmt: skip
+        self.worker, self.tokenizer, self.name = worker, tokenizer, name
+        self.api_key, self.default_tokens, self.body_limit = api_key, default_tokens, body_limit
+
+    def app(self) -> Any:
+        """The Starlette application; it starts and ends the worker."""
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app):
+            self.worker.start()
+            yield
+            await asyncio.to_thread(self.worker.stop)
+
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/models", self.models), Route("/health", self.health), Route("/metrics", self.metrics),
+            ],
+            lifespan=lifespan,
+        )  # fmt: skip
+
+    async def health(self, request: Any) -> Any:
+        """200 while the engine's thread lives."""
+        alive = self.worker.alive
+        return _json({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def models(self, request: Any) -> Any:
+        """The one model there is."""
+        if refused := self._refuse(request):
+            return refused
+        return _json({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "llama_jax"}]})
+
+    async def metrics(self, request: Any) -> Any:
+        """Counters and gauges in Prometheus' text format."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        from starlette.responses import Response
+
+        return Response(generate_latest(self.worker.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def chat(self, request: Any) -> Any:
+        """POST /v1/chat/completions"""
+        return await self._answer(request, "messages")
+
+    async def complete(self, request: Any) -> Any:
+        """POST /v1/completions"""
+        return await self._answer(request, "prompt")
+
+    # ---- the way of a request ----
+
+    async def _answer(self, request: Any, field: str) -> Any:
+        from starlette.responses import StreamingResponse
+
+        if refused := self._refuse(request):
+            return refused
+        try:
+            body = json.loads(await self._body(request))
+            if not isinstance(body, dict) or field not in body:
+                raise RequestError(field, "missing")
+            asks = requests.parse(
+                body, self.tokenizer, context=self.worker.engine.settings.max_length, default_tokens=self.default_tokens
+            )
+        except json.JSONDecodeError as error:
+            return _error(400, f"body: not JSON: {error}")
+        except RequestError as error:
+            too_large = error.field == "content-length"
+            return _error(413 if too_large else 400, str(error), param=error.field)
+        answers = [Answer(self, ask, i) for i, ask in enumerate(ask for ask in asks for _ in range(ask.n))]
+        try:
+            for answer, ticket in zip(answers, self.worker.submit([answer.job() for answer in answers]), strict=True):
+                answer.ticket = ticket
+        except QueueFull as error:
+            return _error(429, str(error), kind="rate_limit_error", headers={"Retry-After": "1"})
+        head = {
+            "id": f"{'chatcmpl' if field == 'messages' else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
+            "model": self.name,
+        }  # fmt: skip
+        if asks[0].stream:
+            usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            return StreamingResponse(self._stream(answers, head, field, usage), media_type="text/event-stream")
+        try:
+            if not await self._finish(request, answers):
+                return _error(499, "the client has left")
+        finally:
+            self._cancel(answers)
+        kind = "chat.completion" if field == "messages" else "text_completion"
+        choices = [answer.choice(field) for answer in answers]
+        return _json({**head, "object": kind, "choices": choices, "usage": _usage(asks, answers)})
+
+    async def _finish(self, request: Any, answers: list["Answer"]) -> bool:
+        """Waits for all answers; False if the client left before."""
+
+        async def drain():
+            for answer in answers:
+                async for _ in answer.pieces():
+                    pass
+
+        work = asyncio.ensure_future(drain())
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=0.2)
+                if not work.done() and await request.is_disconnected():
+                    return False
+            work.result()
+            return True
+        finally:
+            work.cancel()
+
+    async def _stream(self, answers: list["Answer"], head: dict, field: str, usage: bool) -> AsyncIterator[str]:
+        kind = "chat.completion.chunk" if field == "messages" else "text_completion"
+        queue: asyncio.Queue = asyncio.Queue()
+
+        async def pump(answer):
+            async for piece in answer.pieces():
+                await queue.put((answer, piece))
+            await queue.put((answer, None))
+
+        def chunk(choices, **more):
+            return f"data: {json.dumps({**head, 'object': kind, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+        pumps = [asyncio.ensure_future(pump(answer)) for answer in answers]
+        try:
+            if field == "messages":
+                for answer in answers:
+                    yield chunk([{"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            left = len(answers)
+            while left:
+                answer, piece = await queue.get()
+                left -= piece is None
+                yield chunk([answer.delta(field, piece)])
+            if usage:
+                yield chunk([], usage=_usage([answer.ask for answer in answers], answers))
+            yield "data: [DONE]\n\n"
+        finally:  # also when the client leaves
+            self._cancel(answers)
+            for task in pumps:
+                task.cancel()
+
+    def _cancel(self, answers: list["Answer"]) -> None:
+        for answer in answers:
+            if not answer.finish:
+                self.worker.cancel(answer.ticket)
+
+    async def _body(self, request: Any) -> bytes:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > self.body_limit:
+                raise RequestError("content-length", f"expected at most {self.body_limit} bytes")
+        return body
+
+    def _refuse(self, request: Any) -> Any:
+        if not self.api_key:
+            return None
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if hmac.compare_digest(given.encode(), self.api_key.encode()):
+            return None
+        return _error(401, "expected the header Authorization: Bearer <API key>", kind="authentication_error")
+
+
+class Answer:
+    """One answer on its way: tokens come from the worker's thread, text goes to the client."""
+
+    def __init__(self, server: Server, ask: Ask, index: int):
+        self.ask, self.index, self.ticket = ask, index, None
+        self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
+        self._server, self._strip = server, True
+        self._stream = TextStream(server.tokenizer, ask.stops)
+        self._events: asyncio.Queue = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def job(self) -> dict[str, Any]:
+        """What the engine is asked for."""
+        ask = self.ask
+        return {
+            "prompt": ask.prompt, "max_tokens": ask.max_tokens, "choice": ask.choice, "stop_ids": ask.stop_ids,
+            "seed": ask.seed, "index": self.index, "deliver": self._deliver,
+        }  # fmt: skip
+
+    def _deliver(self, token: int | None, log_p: float, finish: str) -> None:  # in the worker's thread
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (token, log_p, finish))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text, as it is settled; afterwards `finish` says why it ended."""
+        while not self.finish:
+            token, log_p, finish = await self._events.get()
+            text = ""
+            if token is not None:
+                self.tokens.append(token)
+                self.log_probs.append(log_p)
+                if token not in self.ask.stop_ids:
+                    text = self._stream.push(token)
+            if finish or self._stream.stopped:
+                text += self._stream.finish()
+                if self._stream.stopped and not finish:
+                    self._server.worker.cancel(self.ticket)
+                self.finish = "stop" if self._stream.stopped else finish
+            self.text += text
+            if text:
+                yield text
+
+    def choice(self, field: str) -> dict[str, Any]:
+        """The finished answer in the form of the API."""
+        base = {"index": self.index, "finish_reason": self.finish}
+        if field == "messages":
+            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._chat_log_probs()}
+        log_probs = {"tokens": self._pieces(), "token_logprobs": self.log_probs, "top_logprobs": None, "text_offset": []}
+        return {**base, "text": self.text, "logprobs": log_probs if self.ask.logprobs else None}
+
+    def delta(self, field: str, piece: str | None) -> dict[str, Any]:
+        """A chunk with a piece of text, or the last one."""
+        base = {"index": self.index, "finish_reason": self.finish if piece is None else None}
+        if field == "prompt":
+            return {**base, "text": piece or "", "logprobs": None}
+        if piece is not None and self._strip:  # an answer does not begin with a space
+            piece = piece.lstrip()
+            self._strip = not piece
+        return {**base, "delta": {} if piece is None else {"content": piece}}
+
+    def _pieces(self) -> list[str]:
+        return [self._server.tokenizer.piece(token) for token in self.tokens]
+
+    def _chat_log_probs(self) -> dict[str, Any] | None:
+        if not self.ask.logprobs:
+            return None
+        rows = zip(self._pieces(), self.log_probs, strict=True)
+        return {"content": [{"token": piece, "logprob": p, "bytes": None, "top_logprobs": []} for piece, p in rows]}
+
+
+def _usage(asks: list[Ask], answers: list[Answer]) -> dict[str, int]:
+    prompt, drawn = sum(len(ask.prompt) for ask in asks), sum(len(answer.tokens) for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+def _error(
+    status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Any:  # fmt: skip
+    return _json({"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers)
+
+
+def main() -> None:
+    """Loads, compiles, listens."""
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"serving needs the package {error.name}: pip install 'llama_jax[serve]'") from None
+    keep_heap()
+    values = flags.FLAGS
+    key = values.api_key or os.environ.get("LLAMA_JAX_API_KEY", "")
+    if values.host not in LOCAL and not key:
+        raise ValueError(f"--host={values.host}: others can reach it, which needs an API key: --api_key or LLAMA_JAX_API_KEY")
+    model = load(values.checkpoint, tokenizer=values.tokenizer)
+    if model.tokenizer is None:
+        raise ValueError(f"{values.checkpoint}: missing tokenizer: --tokenizer names one")
+    length = min(values.max_length or model.config.max_length, model.config.max_length)
+    with jax.set_mesh(model.mesh):
+        engine = make_engine(model, EngineConfig(slots=values.slots, max_length=length, steps=values.steps))
+    worker = Worker(engine, model.mesh, queue=values.queue)
+    server = Server(
+        worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,
+        default_tokens=values.max_tokens,
+    )  # fmt: skip
+    uvicorn.run(server.app(), host=values.host, port=values.port, log_level="info")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "a workdir, a directory of weights, a .gguf, or smollm2-135m")
+    flags.DEFINE_string("tokenizer", None, "its tokenizer, where none lies beside the weights")
+    flags.DEFINE_string("name", "", "the model's name in the API")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+    flags.DEFINE_integer("port", 8000, "port to listen on")
+    flags.DEFINE_string("api_key", "", "the key that clients must send; required on other addresses than 127.0.0.1")
+    flags.DEFINE_integer("slots", 8, "requests answered together")
+    flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429")
+    flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context")
+    flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say")
+    flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host")
+    flags.mark_flags_as_required(["checkpoint"])
+    command.launch(main)

@@ -1,0 +1,178 @@
+"""Contamination of evaluation sets (paper appendix A.6): spans, subsets, Z, and the command on a corpus."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax import contamination as command
+from llama_jax.corpus_build.build import Settings, build_corpus
+from llama_jax.corpus_build.contamination import Index, analyse, is_affected, subsets
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.refine import HeldOut
+from llama_jax.data.sources import write_jsonl
+from llama_jax.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def brute_force(sample: list[int], documents: list[list[int]]) -> list[int]:
+    """Longest span over each token by the definition: every pair of places, every mismatch counted."""
+    longest = [0] * len(sample)
+    for document in documents:
+        for i in range(len(sample)):
+            for j in range(len(document)):
+                length = wrong = best = 0
+                while i + length < len(sample) and j + length < len(document):
+                    if sample[i + length] == document[j + length]:
+                        best = length + 1
+                    else:
+                        wrong += 1
+                        if length < 10 or wrong > 4:
+                            break
+                    length += 1
+                if best >= 10:
+                    for at in range(i, i + best):
+                        longest[at] = max(longest[at], best)
+    return longest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spans_are_those_of_the_definition(seed):
+    draw = random.Random(seed)
+    sample = [draw.randrange(50) for _ in range(90)]
+    documents = []
+    for _ in range(4):
+        start = draw.randrange(60)
+        copy = [token if draw.random() > 0.08 else draw.randrange(50) for token in sample[start : start + 40]]
+        documents.append([draw.randrange(50) for _ in range(15)] + copy + [draw.randrange(50) for _ in range(5)])
+    documents.append([1] * 30)
+    index = Index([sample, [1] * 12, sample[:9]])
+    for document in documents:
+        index.add(document)
+    assert index.longest[0].tolist() == brute_force(sample, documents)
+    assert index.longest[1].tolist() == brute_force([1] * 12, documents) == [12] * 12
+    assert not index.longest[2].any()  # shorter than a seed
+
+
+def test_a_span_by_hand():
+    base = list(range(100, 140))
+    document = base.copy()
+    for at in (12, 15, 20, 21):
+        document[at] = 0
+    index = Index([base])
+    assert index.add([7, *document]) == 40  # four positions differ: the whole is one span
+    assert index.longest[0].tolist() == [40] * 40 and index.contamination(40) == [1] and index.contamination(41) == [0]
+    document[30] = 0
+    index = Index([base])
+    index.add(document)
+    assert index.longest[0].tolist() == [30] * 30 + [0] * 10  # the fifth mismatch ends it; 9 equal tokens are no seed
+    document[29] = 0
+    index = Index([base])
+    index.add(document)
+    assert index.longest[0].tolist() == [29] * 29 + [0] * 11  # no trailing mismatch
+    document[9] = 0
+    index = Index([base])
+    assert index.add(document) == 0
+
+
+def test_workers_results_are_merged():
+    sample = list(range(60))
+    whole, one, two = Index([sample]), Index([sample]), Index([sample])
+    for index, documents in ((whole, [sample[:20], sample[15:60]]), (one, [sample[:20]]), (two, [sample[15:60]])):
+        for document in documents:
+            index.add(document)
+    one.merge(two)
+    assert one.longest[0].tolist() == whole.longest[0].tolist() == [20] * 15 + [45] * 45
+
+
+def paper_row(n_clean: int, clean: float, n_not: int, not_clean: float) -> tuple[np.ndarray, np.ndarray]:
+    """Contamination and scores of a data set whose subsets have these sizes and accuracies."""
+    scores = [np.arange(n) < round(n * mean / 100) for n, mean in ((n_clean, clean), (n_not, not_clean))]
+    return np.repeat([0.0, 0.675], [n_clean, n_not]), np.concatenate(scores).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "z"),
+    [((7391, 80.0, 2651, 89.5), (-5.73, 9.56)), ((7391, 70.5, 2651, 81.3), (-5.46, 9.17))],
+    ids=["HellaSwag 70B", "HellaSwag 7B"],
+)
+def test_the_z_values_of_table_51(sizes, z):
+    clean, not_clean, not_dirty, dirty = subsets(*paper_row(*sizes))
+    assert (clean.samples, not_clean.samples) == (7391, 2651)
+    assert (clean.z, not_clean.z) == pytest.approx(z, abs=0.15)  # the printed accuracies are rounded to 0.1
+    assert not_dirty.samples == 10042 and not_dirty.z == pytest.approx(0) and dirty.samples == 0 and np.isnan(dirty.z)
+
+
+def test_the_largest_length_that_shows_an_effect_is_reported():
+    rng = np.random.default_rng(0)
+    samples = [rng.integers(0, 10**6, 60).tolist() for _ in range(400)]
+    index = Index(samples)
+    for sample in samples[:150]:
+        index.add(sample[:58])  # dirty at every L
+    for sample in samples[150:160]:
+        index.add(sample[:15])  # a quarter of the tokens, at L = 10 alone
+    seen = np.arange(400) < 150
+    length, rows, affected = analyse(index, (rng.random(400) < np.where(seen, 0.9, 0.3)).astype(float))
+    assert (length, affected) == (50, True) and [row.samples for row in rows] == [250, 150, 250, 150]
+    assert rows[0].z < -2 < 2 < rows[1].z and is_affected(rows) and not is_affected(rows[::-1][1:] + [rows[0].__class__(
+        "dirty", 1.0, 1, 1.0, 0.5, 1.9)])  # fmt: skip
+    length, rows, affected = analyse(index, np.tile([0.0, 1.0], 200))
+    assert (length, affected) == (50, False)
+    assert analyse(Index(samples), np.ones(400))[0] == 10
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    words = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "so") for b in ("ra", "ti", "du", "po", "ve", "za")]
+    draw = random.Random(0)
+    documents = [Document(str(i), " ".join(draw.choices(words, k=120)), "web") for i in range(60)]
+    output = tmp_path_factory.mktemp("contamination") / "corpus"
+    build_corpus({"web": documents}, output, Settings(400, 32, HeldOut(0.1, 0, 10**6), {"web": 1.0}, shards=3))
+    return output
+
+
+def test_the_documents_of_a_shard_come_back(corpus):
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    shards = sorted((corpus / "blocks").glob("*.array_record"))
+    texts = [tokenizer.decode(ids.tolist()) for shard in shards for ids in command.corpus_documents(shard)]
+    assert len(shards) == 3 and len(texts) == json.loads((corpus / "manifest.json").read_text())["sources"]["web"]["documents"]
+    assert all(len(text.split()) == 120 for text in texts)
+
+
+def test_the_command_finds_planted_samples(corpus, tmp_path):
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    documents = [ids for shard in (corpus / "blocks").glob("*.array_record") for ids in command.corpus_documents(shard)]
+    texts = [tokenizer.decode(ids.tolist()) for ids in documents]
+    draw = random.Random(1)
+    rows = [{"text": texts[i], "score": 1} for i in range(40)]
+    rows += [{"text": " ".join(draw.sample("xylo quartz fjord gypsum wizard jumbo vex dwarf".split(), 8)), "score": 0}] * 40
+    write_jsonl(tmp_path / "planted.jsonl", rows)
+    write_jsonl(tmp_path / "unscored.jsonl", [{"text": "xylo quartz fjord gypsum wizard"}])
+    arguments = [f"--corpus={corpus}", f"--samples={tmp_path}/*.jsonl", f"--output={tmp_path / 'out.json'}", "--workers=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax.contamination", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert command.table(result) == done.stdout.rstrip("\n")
+    planted = result["planted"]
+    assert planted["affected"] and planted["length"] == 50 and planted["dirty"]["50"] == 40
+    assert [row["samples"] for row in planted["subsets"]] == [40, 40, 40, 40]
+    assert result["unscored"]["contaminated"] == dict.fromkeys(["10", "20", "30", "40", "50"], 0.0)
+    assert command.run(str(corpus), f"{tmp_path}/*.jsonl") == result
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [({"txt": "a"}, "2: text: expected a string"), ({"text": "a", "score": "1"}, "2: score: expected a number"),
+     ({"text": "a"}, "2: score: expected one in every row or in none")],
+)  # fmt: skip
+def test_a_wrong_sample_is_named(corpus, tmp_path, row, problem):
+    write_jsonl(tmp_path / "s.jsonl", [{"text": "a", "score": 1}, row])
+    with pytest.raises(ValueError, match=problem):
+        command.run(str(corpus), str(tmp_path / "s.jsonl"))

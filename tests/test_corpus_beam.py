@@ -1,0 +1,89 @@
+"""Apache Beam carries the same functions: the corpus is that of one process, byte for byte (needs the extra [data])."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from configs.corpus import get_config
+from llama_jax import corpus
+from llama_jax.config import ConfigError, parse
+from llama_jax.data.sources import write_jsonl
+
+pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
+WORDS = ["".join(parts) for parts in zip("bcdfghklmnpr" * 20, "aeiou" * 48, "bcdfghklmnprst" * 18, "aeiou" * 48)]
+
+
+def text(draw: random.Random, paragraphs: int) -> str:
+    return "\n\n".join(" ".join(draw.choices(WORDS, k=40)) for _ in range(paragraphs)) + "\n"
+
+
+@pytest.fixture
+def config(tmp_path) -> corpus.CorpusConfig:
+    """Two sources with copies, near copies, repeated paragraphs and lines, modules, evaluation samples and a torn row."""
+    draw = random.Random(0)
+    texts = [text(draw, 4) for _ in range(80)]
+    docs = [{"text": t, "url": f"http://site{i % 3}.org/", "metadata": {"module": f"m{i % 30}"}} for i, t in enumerate(texts)]
+    web = [{"id": f"w{i}", "text": texts[i] + "and three more words"} for i in range(15)]
+    web += [{"text": texts[20]}, {"text": " "}]
+    web += [{"text": "Accept all the cookies\n\n" + text(draw, 2) + "\n" + texts[i].split("\n\n")[2]} for i in range(30, 70)]
+    write_jsonl(tmp_path / "docs.jsonl", docs)
+    code = [{"text": text(draw, 3) + "\n" + texts[i % 9].split("\n\n")[0]} for i in range(40)]
+    write_jsonl(tmp_path / "code.jsonl", code)
+    for part in range(3):
+        write_jsonl(tmp_path / f"web-{part}.jsonl.gz", web[part::3])
+    with open(tmp_path / "web-3.jsonl", "w") as file:
+        file.write('{"text": "torn')
+    write_jsonl(tmp_path / "samples.jsonl", [{"text": texts[i].split("\n\n")[1]} for i in range(4)])
+    values = get_config("jsonl").to_dict()
+    values["deduplication"] |= {
+        "evaluation": (str(tmp_path / "samples.jsonl"),), "boilerplate": {"documents": 5, "share": 0.001, "shortest": 3},
+    }  # fmt: skip
+    source = {"byte_budget": 10**9, "steps": ("normalise",)}
+    values |= {
+        "sources": {
+            "docs": {"reader": str(tmp_path / "docs.jsonl"), "weight": 1.0, **source},
+            "code": {"reader": str(tmp_path / "code.jsonl"), "weight": 1.0, "whole": True, **source},
+            "web": {"reader": str(tmp_path / "web-*"), "weight": 2.0, **source},
+        },
+        "order": ("docs", "code", "web"), "vocab_size": 360, "block_length": 32, "total_tokens": 10_000,
+        "held_out_fraction": 0.1, "held_out_minimum": 3000, "held_out_maximum": 8000, "shards": 2, "max_bad_rows": 1,
+        "analyses": ("demographics",),
+    }  # fmt: skip
+    return parse(corpus.CorpusConfig, values)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+TWO_WORKERS = ["--direct_num_workers=2", "--direct_running_mode=multi_threading"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], TWO_WORKERS], ids=["one worker", "two workers"])
+def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
+    manifest = corpus.run(config, tmp_path / "one")
+    counts = manifest["sources"]
+    # Every kind of removal happens, or equality would say little.
+    assert counts["web"]["near_duplicates"] and counts["web"]["duplicates"] and counts["web"]["boilerplate_lines"] >= 40
+    assert counts["web"]["repeats_paragraphs"] + counts["web"]["leaks_paragraphs"] > 10
+    assert counts["docs"]["withheld_documents"] and counts["docs"]["evaluation_paragraphs"] and counts["code"]["leaks"]
+    assert counts["web"]["bad_rows"] == 1 and counts["web"]["filtered_by"] == {"read: blank": 1}
+    assert corpus.run(config, tmp_path / "beam", beam=options) == manifest
+    assert files(tmp_path / "beam") == files(tmp_path / "one")
+
+
+def test_what_beam_cannot_do_is_said_before(tmp_path):
+    small = parse(corpus.CorpusConfig, get_config("tiny"))
+    with pytest.raises(ConfigError, match="sources.reference: Beam reads files; 'installation' is read in one process"):
+        corpus.run(small, tmp_path / "x", beam=[])
+
+
+@pytest.mark.slow
+def test_too_many_bad_rows_leave_nothing(config, tmp_path):
+    (tmp_path / "web-4.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"web-4.jsonl:1: malformed JSON.*\(bad row 2 of source 'web'; max_bad_rows is 1\)"):
+        corpus.run(config, tmp_path / "x", beam=[])
+    assert not (tmp_path / "x").exists() and not (tmp_path / ".x.unfinished").exists()

