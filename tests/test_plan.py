@@ -202,7 +202,7 @@ def test_the_train_step_executes_what_the_model_needs_and_what_remat_repeats():
     assert 1.2 < executed["full"] / executed["none"] < 4 / 3
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "rollout"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "rollout"])
 def test_the_other_stages_have_programs_too(stage):
     module = importlib.import_module(f"configs.{'ppo' if stage == 'rollout' else stage}")
     config = parse_stage(module.get_config("tiny"))

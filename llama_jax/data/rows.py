@@ -100,8 +100,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield f"{path}:{number}", _without_nulls(row)
     except (OSError, ValueError) as error:
-        if str(error).startswith(f"{path}:"):
-            raise  # a reader's complaint about a row, thrown into this generator
         raise ValueError(f"{path}:{number + 1}: damaged Parquet file ({_first_line(error)})") from None
 
 
