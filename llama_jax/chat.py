@@ -67,6 +67,11 @@ class Dialog:
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = encode_chat(messages, self.tokenizer)
+        room = self.engine.settings.max_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the dialog has {len(prompt)} tokens with this question, the context {len(prompt) + room}; /reset begins anew"
+            )
         stream, pieces = TextStream(self.tokenizer), []
 
         def on_token(request: Request, token: int) -> None:
@@ -78,7 +83,7 @@ class Dialog:
 
         began = time.monotonic()
         request = self.engine.submit(
-            prompt, max_tokens=self.max_tokens, choice=self.choice, seed=self.seed, index=self.number,
+            prompt, max_tokens=min(self.max_tokens, room), choice=self.choice, seed=self.seed, index=self.number,
             stop_ids=(self.tokenizer.eos_id,), on_token=on_token,
         )  # fmt: skip
         try:
@@ -238,7 +243,7 @@ def main() -> None:
         )  # fmt: skip
         engine = make_engine(model, settings, int8=values.int8_weights)
         dialog = Dialog(
-            engine, model.tokenizer, system=values.system, max_tokens=min(values.max_tokens, length - 1), choice=choice,
+            engine, model.tokenizer, system=values.system, max_tokens=values.max_tokens, choice=choice,
             seed=values.seed,
         )  # fmt: skip
         if terminal:
