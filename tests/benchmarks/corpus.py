@@ -128,6 +128,7 @@ def theirs(found: Sequence[Document], *, words: str) -> tuple[dict[str, float], 
     import datatrove.utils.word_tokenizers as tokenizers
     from datatrove.data import Document as Row
     from datatrove.pipeline import filters
+    from datatrove.utils.hashing import HashConfig
 
     if words == "white space":
         tokenizers.load_word_tokenizer = minhash.load_word_tokenizer = lambda language: WhiteSpace()
@@ -146,7 +147,7 @@ def theirs(found: Sequence[Document], *, words: str) -> tuple[dict[str, float], 
         )
 
     def dedup(folder: str) -> set[str]:
-        config = minhash.MinhashConfig()
+        config = minhash.MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # its xxhash breaks with xxhash 4
         places = [f"{folder}/{name}" for name in ("signatures", "buckets", "remove")]
         minhash.MinhashDedupSignature(places[0], config=config).run(iter(rows), 0, 1)
         for rank in range(config.num_buckets):
