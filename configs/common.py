@@ -75,7 +75,7 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
 def stage(kind: str, size: str, /, **fields) -> ConfigDict:
     """A stage's config; paths are given on the command line or by the recipe."""
     config = ConfigDict({
-        "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "",
+        "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "", "context": 0,
         "compute": compute(size), "mesh": mesh(size), **fields,
     })  # fmt: skip
     return config

@@ -51,7 +51,7 @@ def get_config(name: str = "default") -> ConfigDict:
             max_epochs=6.0,
             held_out_fraction=0.001, held_out_maximum=10_000_000, shards=1024, max_bad_rows=1000,
             analyses=("language", "demographics", "toxicity"), analysed_share=0.1,  # A.4.3
-            boilerplate={"documents": 10, "share": 0.001, "shortest": 3},
+            boilerplate={"documents": 10, "share": 0.001, "shortest": 20},
         )  # fmt: skip
     raise ValueError(f"corpus {name!r} is unknown; expected tiny, default, jsonl or web")
 

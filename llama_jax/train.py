@@ -26,6 +26,8 @@ STAGES = {
     "rejection": ("llama_jax.rlhf.rejection", "RejectionConfig"),
     "ppo": ("llama_jax.rlhf.ppo", "PpoConfig"),
     "dpo": ("llama_jax.rlhf.dpo", "DpoConfig"),
+    "ghost": ("llama_jax.rlhf.ghost", "GhostConfig"),
+    "distill": ("llama_jax.safety.distillation", "DistillConfig"),
 }
 
 

@@ -204,7 +204,7 @@ def test_block_lists_name_domains_and_reasons():
 
 
 def test_lines_of_many_documents_are_boilerplate():
-    settings = Boilerplate(documents=3, share=0.5)
+    settings = Boilerplate(documents=3, share=0.5, shortest=3)
     documents = [Document(str(i), f"Cookie  settings\ntext of document {i}\n}}\n\ncookie settings\nend", "s") for i in range(6)]
     documents.append(Document("x", "text of document 1\nend", "s"))
     frequent = frequent_lines(documents, settings)

@@ -98,8 +98,7 @@ def write_meta(directory: Path, config: ModelConfig, *, shards=1, dtype=ml_dtype
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_their_model_gives_the_same_logits_here_layer_by_layer(shape, tmp_path):
-    import torch
-
+    torch = pytest.importorskip("torch")
     config = dataclasses.replace(MODEL, **SHAPES[shape])
     model, tokens = theirs(config), random_tokens(config)
     model.save_pretrained(tmp_path)
@@ -118,9 +117,7 @@ def test_their_model_gives_the_same_logits_here_layer_by_layer(shape, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_files_give_their_logits_in_float32(dtype, tmp_path):
-    import torch
-    import transformers
-
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model, tokens = theirs(MODEL), random_tokens(MODEL)
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
     source = open_source(tmp_path)
@@ -154,9 +151,7 @@ def export(tree, config, directory, head="lm_head", **how):
 
 
 def test_reward_models_score_alike_in_both_directions(tmp_path):
-    import torch
-    import transformers
-
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from llama_jax.reward.score import scorer
 
     model, tokens = theirs(MODEL, reward=True), random_tokens(MODEL)

@@ -13,7 +13,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.ppo import PpoSettings, PpoSource, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
-from llama_jax.rlhf.rejection import best_dialogs
+from llama_jax.rlhf.rejection import best_dialogs, choose_prompts, score_responses
 from llama_jax.rlhf.rollout import RewardRule, Roller, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
@@ -195,3 +195,30 @@ def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
 def test_a_rollout_must_divide_into_minibatches():
     with pytest.raises(ValueError, match="rollout_size=8 is no multiple"):
         PpoSource(None, None, mesh=one_device(), settings=SETTINGS, rows=3, prompt_length=4, seed=0)
+
+
+def test_scores_do_not_depend_on_which_rows_are_scored_together(tiny):
+    reward = params.table(tiny, head="reward_head")
+    models = {name: params.init(reward, jax.random.key(i)) for i, name in enumerate(("helpfulness", "safety"))}
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 96, n).tolist() for n in (3, 20, 9, 1, 14)]
+    responses = [rng.integers(3, 96, n).tolist() for n in (2, 4, 8, 1, 9)]
+    is_safety = [False, True, False, True, False]
+
+    def scored(rows, batch_size):
+        return score_responses(
+            tiny, FLOAT32, models, [prompts[i] for i in rows], [responses[i] for i in rows], [is_safety[i] for i in rows],
+            length=24, batch_size=batch_size, threshold=0.15,
+        )  # fmt: skip
+
+    together = scored(range(5), 2)
+    for i in range(5):
+        for name, values in scored([i], 1).items():
+            np.testing.assert_allclose(together[name][i], values[0], rtol=1e-5, err_msg=f"{name} of row {i}")
+
+
+def test_a_limit_on_prompts_does_not_take_the_first_of_a_sorted_file():
+    chosen = choose_prompts(list(range(1000)), 100, seed=0)
+    assert len(set(chosen)) == 100 and 400 < np.mean(chosen) < 600
+    assert chosen == choose_prompts(list(range(1000)), 100, seed=0)
+    assert sorted(choose_prompts([1, 2, 3], 10, seed=0)) == [1, 2, 3]

@@ -14,7 +14,7 @@ class Boilerplate:
 
     documents: int = 10  # of one source that hold it, at least
     share: float = 0.001  # of the source's documents, at least
-    shortest: int = 3  # characters; shorter lines ("}", "--") are no text at all
+    shortest: int = 20  # characters; shorter lines (a fence, an import, "Notes") recur in honest documents too
 
     def threshold(self, documents: int) -> int:
         """Documents that must hold a line, in a source of so many."""

@@ -131,7 +131,7 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
     ]  # fmt: skip
     folds = [
         html.samples(
-            f"{step}: {rule}", f"{count:,} documents",
+            f"{step}: {rule}", f"{count:,} document{'s' * (count > 1)}",
             [(f"{key} · {detail}" if detail else key, text) for _, key, detail, text in whole.samples[step, rule]],
         )
         for (step, rule), count in whole.removed.most_common()

@@ -25,11 +25,11 @@ class Reference:
     remat: str
     rows_per_chip: int
     published: float  # tokens a second and chip
-    estimated: float | None = None  # by `python -m llama_jax.plan --calibrate` with jax 0.10.2 and libtpu 0.0.42
+    estimated: float | None = None  # with jax 0.10.2 and libtpu 0.0.42, as `python -m llama_jax.plan --calibrate` does it
 
 
 REFERENCES = (
-    Reference("v5p-128", "attention", 2, 692.0),
+    Reference("v5p-128", "attention", 2, 692.0, 611.0),
     Reference("v6e-256", "full", 2, 905.0),
 )
 

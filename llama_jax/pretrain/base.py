@@ -28,12 +28,15 @@ class StageConfig:
     model: a name of `model.config.SIZES`.
     tokenizer: path of the SentencePiece model.
     start: workdir of the stage whose parameters this one starts from; empty: they are drawn.
+    context: tokens that a row may have; 0: as many as the model's size has. Rotary positions have no parameters, so a
+      longer context than the one of `start` needs training, but no other model.
     """
 
     stage: str
     model: str
     tokenizer: str
     start: str = ""
+    context: int = 0
     compute: Compute
     mesh: MeshConfig
     optim: OptimConfig
@@ -41,11 +44,15 @@ class StageConfig:
 
     def __post_init__(self):
         size(self.model)
+        if self.context < 0:
+            raise ValueError(f"context: expected 0 or more tokens, got {self.context}")
 
 
 def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
     """The model's shape and the tokenizer; ConfigError if their vocabularies differ, or from that of `start`."""
     model, tokenizer = size(config.model), Tokenizer(config.tokenizer)
+    if config.context:
+        model = dataclasses.replace(model, max_length=config.context)
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
             f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model {config.model} expects "
@@ -57,10 +64,11 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
 
 
 def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """ConfigError if another stage's checkpoint is of another model or tokenizer."""
+    """ConfigError if another stage's checkpoint is of another model (but for its context) or tokenizer."""
     saved = read_meta(workdir)
-    if saved["model"] != describe(model):
-        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {describe(model)}")
+    expected = describe(model)
+    if {**saved["model"], "max_length": model.max_length} != expected:
+        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {expected}")
     if saved["tokenizer"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{workdir} was trained with tokenizer {saved['tokenizer'][:12]}, {tokenizer.path} is "

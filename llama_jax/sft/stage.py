@@ -43,13 +43,18 @@ class SftConfig(StageConfig):
 
 
 def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all") -> Packed:
-    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log."""
+    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log.
+
+    A row's own field `train_on` comes before the argument: Ghost Attention's dialogs train their last answer among others that
+    train all of theirs.
+    """
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
+            trained = row.get("train_on", train_on)
             examples.append(
                 encode_dialog(
-                    row["messages"], tokenizer, train_on=train_on, prompt_messages=row["prompt_messages"],
+                    row["messages"], tokenizer, train_on=trained, prompt_messages=row["prompt_messages"],
                     where=f"{path}:{number}",
                 )
             )  # fmt: skip

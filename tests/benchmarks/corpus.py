@@ -54,7 +54,7 @@ def documents(data: Path, megabytes: float) -> list[Document]:
                 left -= len(row.text.encode())
     for name in ("package_docs", "source_code"):
         budget = int(megabytes * 5e5)
-        found += [Document(d.id, d.text, "machine") for d in installation_documents(name, byte_budget=budget)]
+        found += [Document(d.id, d.text, "data") for d in installation_documents(name, byte_budget=budget)]
     return found
 
 
@@ -104,13 +104,9 @@ def ours(found: Sequence[Document]) -> tuple[dict[str, float], dict[str, set[str
         taken[name], result = seconds(lambda rule=rule: {d.id for d in found if rule(d.text) is None})
         kept[name] = result
     settings = NearDuplicates(threshold=0.7, permutations=112, bands=14)  # datatrove's 14 buckets of 8
-    taken["MinHash"], result = seconds(lambda: drop_near_duplicates({"data": [_plain(d) for d in found]}, settings))
+    taken["MinHash"], result = seconds(lambda: drop_near_duplicates({"data": found}, settings))
     kept["MinHash"] = {d.id for d in result[0]["data"]}
     return taken, kept
-
-
-def _plain(document: Document) -> Document:
-    return Document(document.id, document.text, "data")
 
 
 class WhiteSpace:
@@ -207,8 +203,8 @@ def main() -> None:
     found = documents(arguments.data, arguments.megabytes)
     size = sum(len(d.text.encode()) for d in found) / 1e6
     lengths = np.array([len(d.text) for d in found])
-    median = np.median(lengths)
-    print(f"{len(found):,} documents, {size:.1f} MB, median {median:,.0f} characters; Python {sys.version.split()[0]}")
+    version = sys.version.split()[0]
+    print(f"{len(found):,} documents, {size:.1f} MB, median {np.median(lengths):,.0f} characters; Python {version}")
     steps(found, size)
     compare(found, size)
     loader([d.text for d in found])

@@ -1,0 +1,201 @@
+"""How well a model keeps an instruction over many turns (paper section 3.3, A.3.5: Table 30, Fig. 10), decided by programs.
+
+The instruction stands in the first turn only, as a user would give it. The model's own answers fill the dialog, so an answer
+that drops the instruction is there for the next ones to follow. What only asking can show (a hobby, a name) is asked for beside
+the dialog: neither the question nor its answer stays in it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax.data.dialog import B_INST, B_SYS, encode_dialog
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.statistics import Interval, mean_interval
+from llama_jax.model.attention_map import largest_attention
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.params import Params
+from llama_jax.rlhf.constraints import Constraint, obeyed
+from llama_jax.rlhf.ghost import Context, Messages, in_first_turn
+from llama_jax.rlhf.respond import usable
+
+TURNS = (2, 4, 6, 20)  # of Table 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """An answer at one of the measured turns, 1 being the first, and whether it obeys all that can be decided."""
+
+    context: int
+    turn: int
+    question: str
+    answer: str
+    obeyed: bool
+
+
+def follow(
+    contexts: Sequence[Context], respond: Callable[..., list[tuple[str, bool]]], *, turns: Sequence[int] = TURNS,
+    place: str = "user", seed: int = 0, progress: Callable[[int], None] | None = None,
+) -> list[Recall]:  # fmt: skip
+    """Goes through the contexts turn by turn and checks the answers at `turns`.
+
+    Args:
+      contexts: each with at least `max(turns)` user messages; its answers stand in only for drawn ones that cannot enter a
+        dialog (no end, nothing said, a chat tag).
+      respond: (conversations, seed=, progress=) -> [(text, ended)], see `rlhf.respond.Responder`.
+      place: of the instruction, as in training.
+    """
+    for number, context in enumerate(contexts):
+        users = sum(m["role"] == "user" for m in context.messages)
+        if users < max(turns):
+            raise ValueError(f"context {number}: expected at least {max(turns)} user messages, got {users}")
+    dialogs = [[dict(m) for m in context.messages] for context in contexts]
+    found: list[Recall] = []
+    for turn in range(1, max(turns) + 1):
+        until = 2 * turn - 1  # the dialog up to the user's message of this turn
+        asked = [
+            in_first_turn(dialog[:until], c.instruction, place=place) for dialog, c in zip(dialogs, contexts, strict=True)
+        ]
+        drawn = respond(asked, seed=seed + turn, progress=progress)
+        if turn in turns:
+            found += _judge(contexts, dialogs, drawn, turn)
+            found += _probe(contexts, dialogs, respond, turn=turn, place=place, seed=seed + turn, progress=progress)
+        for dialog, (text, ended) in zip(dialogs, drawn, strict=True):
+            if usable(text, ended) and len(dialog) > until:
+                dialog[until]["content"] = text
+    return found
+
+
+def _judge(
+    contexts: Sequence[Context], dialogs: Sequence[Messages], drawn: Sequence[tuple[str, bool]], turn: int
+) -> list[Recall]:
+    """The answers to the dialogs' own questions."""
+    rows = []
+    for number, (context, dialog, (text, _)) in enumerate(zip(contexts, dialogs, drawn, strict=True)):
+        question = dialog[2 * turn - 2]["content"]
+        if (holds := obeyed([c for c in context.constraints if not c.probe], text, question)) is not None:
+            rows.append(Recall(number, turn, question, text, holds))
+    return rows
+
+
+def _probe(
+    contexts: Sequence[Context], dialogs: Sequence[Messages], respond: Callable[..., list[tuple[str, bool]]], *, turn: int,
+    place: str, seed: int, progress: Callable[[int], None] | None,
+) -> list[Recall]:  # fmt: skip
+    """The answers to questions that ask for a constraint in place of the dialog's own question of this turn."""
+    asked: list[tuple[int, Constraint, Messages]] = []
+    for number, (context, dialog) in enumerate(zip(contexts, dialogs, strict=True)):
+        for constraint in context.constraints:
+            if constraint.probe:
+                messages = [*dialog[: 2 * turn - 2], {"role": "user", "content": constraint.probe}]
+                asked.append((number, constraint, in_first_turn(messages, context.instruction, place=place)))
+    if not asked:
+        return []
+    drawn = respond([messages for _, _, messages in asked], seed=seed, progress=progress)
+    return [
+        Recall(number, turn, constraint.probe, text, bool(constraint.holds(text)))
+        for (number, constraint, _), (text, _) in zip(asked, drawn, strict=True)
+    ]
+
+
+def recall_table(found: Sequence[Recall]) -> dict[int, Interval]:
+    """The share of answers that obey, by turn, with its 95 % interval."""
+    turns = sorted({row.turn for row in found})
+    return {turn: mean_interval(np.array([float(row.obeyed) for row in found if row.turn == turn])) for turn in turns}
+
+
+def recall_rows(tables: dict[str, dict[int, Interval]]) -> list[list[Any]]:
+    """Rows of Table 30: a header, then one row a turn with one column a model."""
+    turns = sorted({turn for table in tables.values() for turn in table})
+    rows: list[list[Any]] = [["turn", *tables]]
+    for turn in turns:
+        rows.append([turn, *(_shown(table.get(turn)) for table in tables.values())])
+    return rows
+
+
+def _shown(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{100 * interval.mean:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMap:
+    """Fig. 10 of one dialog.
+
+    Attributes:
+      cells: the largest attention weight between the tokens of two bins. # [Q, S] float32
+      bin_size: tokens of a bin; the last one may have fewer.
+      instruction: first and last + 1 token of the instruction.
+      by_turn: for each turn, the mean over its tokens of the largest weight that they give to the instruction. # [turns]
+    """
+
+    cells: np.ndarray
+    bin_size: int
+    instruction: tuple[int, int]
+    by_turn: np.ndarray
+
+
+def attention_map(
+    params: Params, messages: Messages, text: str, tokenizer: Tokenizer, *, config: ModelConfig, compute: Compute,
+    bin_size: int = 8, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
+) -> AttentionMap:  # fmt: skip
+    """The attention map of a finished dialog whose first message holds the instruction `text` (or is it, as system message)."""
+    ids = encode_dialog(messages, tokenizer).ids
+    if len(ids) > config.max_length:
+        raise ValueError(f"messages: expected at most {config.max_length} tokens, got {len(ids)}")
+    tokens = np.array([ids], np.int32)
+    weights = _jitted_largest(config, compute, _tuple(layers), _tuple(heads))(params, tokens, np.ones_like(tokens))[0]
+    start, end = instruction_span(messages, text, tokenizer)
+    return AttentionMap(
+        bin_maxima(np.asarray(weights), bin_size), bin_size, (start, end),
+        attention_by_turn(np.asarray(weights), np.array(ids) == tokenizer.bos_id, (start, end)),
+    )  # fmt: skip
+
+
+def instruction_span(messages: Messages, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    """First and last + 1 token of the instruction in the encoded dialog, from what its text shares with shorter ones."""
+    ids = encode_dialog(messages, tokenizer).ids
+    opening = f"{B_INST} {B_SYS}" if messages[0]["role"] == "system" else f"{B_INST} "
+    if not messages[0]["content"].startswith(text):
+        raise ValueError(f"messages[0].content: expected to begin with the instruction {text!r}")
+    start, end = (
+        _shared(ids, tokenizer.encode(prefix, bos=True)) for prefix in (opening.rstrip(" "), f"{opening}{text.rstrip()}")
+    )
+    return start, end
+
+
+def bin_maxima(weights: np.ndarray, size: int) -> np.ndarray:
+    """The largest weight of each `size` x `size` square, the last ones cut. # [T, S] -> [ceil(T / size), ceil(S / size)]"""
+    T, S = weights.shape
+    return np.maximum.reduceat(np.maximum.reduceat(weights, range(0, T, size), axis=0), range(0, S, size), axis=1)
+
+
+def attention_by_turn(weights: np.ndarray, begins: np.ndarray, instruction: tuple[int, int]) -> np.ndarray:
+    """Mean over a turn's tokens of their largest weight on the instruction. # [T, S], bool [T] -> [turns]
+
+    Args:
+      begins: where a turn begins. In the first one, only tokens after the instruction are counted.
+    """
+    start, end = instruction
+    borders = [*np.flatnonzero(begins), len(weights)]
+    received = weights[:, start:end].max(axis=1)
+    return np.array([received[max(a, end) : b].mean() for a, b in zip(borders[:-1], borders[1:], strict=True)])
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_largest(config: ModelConfig, compute: Compute, layers: tuple[int, ...] | None, heads: tuple[int, ...] | None):
+    return jax.jit(functools.partial(largest_attention, config=config, compute=compute, layers=layers, heads=heads))
+
+
+def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists share from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

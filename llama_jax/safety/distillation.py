@@ -1,0 +1,190 @@
+"""Context distillation (paper section 4.2.4): what a model answers under a safety pre-prompt, it learns to answer without.
+
+1. Each adversarial prompt is answered as it is, under a generic pre-prompt, and, where its risk category is known, under the
+   template of that category.
+2. The safety reward model scores all answers as answers to the prompt *without* pre-prompt.
+3. An answer is kept only where it is scored above the one without pre-prompt; the best of them is fine-tuned on, again without.
+
+Prompts that are not marked `is_safety` are never distilled: on helpful prompts pre-prompts teach vague answers and false
+refusals (Table 40). `samples.jsonl` holds every answer and score, written whole once: the data of Fig. 16.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.config import ConfigError
+from llama_jax.data.dialog import decode_response
+from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.model import params as table
+from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.rlhf.ppo import encode_prompts
+from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
+from llama_jax.rlhf.respond import Responder, one_process, usable
+from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
+from llama_jax.sft.stage import SftData, fine_tuning_stage
+from llama_jax.training.checkpoint import restore_params
+from llama_jax.training.metrics import Progress
+from llama_jax.training.stage import LoopConfig, Stage
+
+log = logging.getLogger(__name__)
+
+KINDS = ("base", "generic", "category")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """What is sampled and what is kept.
+
+    Attributes:
+      prompts: JSONL; those with `is_safety` serve. `risk` (a name of `prompts.RISKS`) and `attack` (of `ATTACKS`) are optional.
+      generic: different generic pre-prompts that each prompt is answered under.
+      category: whether prompts of a known risk are answered under its template as well.
+      least_gain: by how much the safety score must rise; the paper keeps every rise.
+    """
+
+    prompts: str
+    prompt_length: int
+    max_prompts: int
+    generic: int
+    category: bool
+    least_gain: float
+    new_tokens: int
+    temperature: float
+    sampling_batch: int
+
+    def __post_init__(self):
+        most = len(generic_preprompts())
+        if not 0 <= self.generic <= most or (self.generic == 0 and not self.category):
+            raise ValueError(f"distill.generic: expected 1 to {most} pre-prompts (0 with category=True), got {self.generic}")
+        if self.least_gain < 0:
+            raise ValueError(f"distill.least_gain: expected 0 or more, got {self.least_gain}")
+        for name in ("prompt_length", "max_prompts", "new_tokens", "sampling_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distill.{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(StageConfig):
+    """See configs/distill.py. `policy` answers; `start` is fine-tuned on `data.train` and the kept answers."""
+
+    data: SftData
+    distill: DistillSettings
+    policy: str
+    safety: str
+    epochs: float = 2.0
+
+
+def preprompts_of(row: Mapping[str, Any], settings: DistillSettings, *, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """(kind, pre-prompt) of each answer that a prompt gets; the first is ("base", "")."""
+    found = [("base", "")]
+    generic = generic_preprompts()
+    found += [("generic", generic[i]) for i in rng.choice(len(generic), size=settings.generic, replace=False)]
+    if settings.category and row.get("risk") in RISKS:
+        attack = row.get("attack")
+        found.append(("category", category_preprompt(row["risk"], attack if attack in ATTACKS else "other")))
+    return found
+
+
+def keep_preferred(samples: Sequence[Mapping[str, Any]], *, least_gain: float) -> list[dict[str, Any]]:
+    """Dialog rows: of each prompt the answer with the highest safety score, if it is above that of the plain answer."""
+    rows = []
+    for sample in samples:
+        base, *others = sample["answers"]
+        fit = [a for a in others if usable(a["response"], a["ended"]) and a["safety"] - base["safety"] > least_gain]
+        if fit:
+            best = max(fit, key=lambda answer: answer["safety"])
+            rows.append({
+                "messages": [*sample["messages"], {"role": "assistant", "content": best["response"]}],
+                "source": "context_distillation", "is_safety": True, "train_on": "last",
+            })  # fmt: skip
+    return rows
+
+
+def score_distributions(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Fig. 16a: the safety scores of all answers by kind of pre-prompt; a kind without answers is left out. # {kind: [n]}"""
+    scores = {kind: [a["safety"] for s in samples for a in s["answers"] if a["kind"] == kind] for kind in KINDS}
+    return {kind: np.array(values, np.float64) for kind, values in scores.items() if values}
+
+
+def score_gains(samples: Sequence[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fig. 16b: the plain answer's score, and what the answers of a kind are above it. # -> [n], [n]"""
+    pairs = [(s["answers"][0]["safety"], a["safety"]) for s in samples for a in s["answers"] if a["kind"] == kind]
+    original, scores = np.array(pairs, np.float64).reshape(-1, 2).T
+    return original, scores - original
+
+
+def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
+    """All answers to all chosen prompts with their safety scores, in prompt order."""
+    model, tokenizer = load_tokenizer(config)
+    for name in ("policy", "safety"):
+        if not getattr(config, name):
+            raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
+        check_start(getattr(config, name), model, tokenizer)
+    settings, seed = config.distill, config.loop.seed
+    encoded = [(row, ids) for row, ids in encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length)
+               if row["is_safety"]]  # fmt: skip
+    if not encoded:
+        raise ConfigError(f"{settings.prompts}: no prompt has is_safety true; helpful prompts are never distilled")
+    chosen = choose_prompts(encoded, settings.max_prompts, seed)
+    respond = Responder(
+        config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
+        temperature=settings.temperature, batch_size=settings.sampling_batch,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    asked, too_long = [], 0
+    for number, (row, ids) in enumerate(chosen):
+        for kind, preprompt in preprompts_of(row, settings, rng=rng):
+            messages = with_preprompt(row["messages"], preprompt) if preprompt else row["messages"]
+            if respond.fits(messages):
+                asked.append((number, kind, preprompt, messages, ids))
+            elif kind == "base":
+                raise ConfigError(
+                    f"distill.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the model's "
+                    f"{model.max_length}"
+                )
+            else:
+                too_long += 1
+    if too_long:
+        log.warning("%d pre-prompts leave no room for an answer and are left out", too_long)
+    with Progress(len(asked), "distill: sampling", "answer") as progress:
+        prompts = [respond.encode(messages) for _, _, _, messages, _ in asked]
+        responses = respond.ids(prompts, seed=seed, progress=progress.update)
+    with jax.set_mesh(mesh):
+        reward = restore_params(config.safety, table.table(model, head="reward_head"), mesh)
+        scores = sigmoid_scores(
+            model, config.compute, reward, [ids for *_, ids in asked], responses,
+            length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
+        )  # fmt: skip
+    samples = [
+        {"prompt": number, **{name: row.get(name, "") for name in ("messages", "risk", "attack")}, "answers": []}
+        for number, (row, _) in enumerate(chosen)
+    ]
+    for (number, kind, preprompt, _, _), ids, score in zip(asked, responses, scores, strict=True):
+        text, ended = decode_response(ids, tokenizer)
+        answer = {"kind": kind, "preprompt": preprompt, "response": text, "ended": ended, "safety": float(score)}
+        samples[number]["answers"].append(answer)
+    return samples
+
+
+def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
+    """Draws the answers unless they are there, and makes the fine-tuning stage on the kept ones and `data.train`."""
+    one_process("context distillation")
+    path = workdir / "samples.jsonl"
+    if not path.exists():
+        write_jsonl(path, draw_samples(config, mesh))
+    samples = [row for _, row in read_jsonl(path)]
+    rows = keep_preferred(samples, least_gain=config.distill.least_gain)
+    if not rows and not config.data.train:
+        raise ConfigError(f"{path}: the safety reward model prefers no answer under a pre-prompt; nothing to fine-tune on")
+    log.info("%d of %d prompts have an answer that the safety reward model prefers", len(rows), len(samples))
+    write_jsonl(workdir / "kept.jsonl", rows)
+    train = (*config.data.train, *([str(workdir / "kept.jsonl")] if rows else []))
+    data = dataclasses.replace(config.data, train=train)
+    return fine_tuning_stage(config, data, mesh, name="distill", epochs=config.epochs)

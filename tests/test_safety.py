@@ -1,0 +1,178 @@
+"""Safety: pre-prompts, what context distillation keeps and learns from, red-team rates and false refusals, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llama_jax.assistant.requests import MISUSES
+from llama_jax.data.sources import read_dialogs, write_jsonl
+from llama_jax.safety.distillation import (
+    DistillSettings,
+    keep_preferred,
+    preprompts_of,
+    score_distributions,
+    score_gains,
+)
+from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
+from llama_jax.safety.red_team import (
+    Attempt,
+    false_refusals,
+    found_prompts,
+    gamma,
+    gamma_by_round,
+    gamma_of,
+    lacks_ability,
+    read_log,
+    refusal_curve,
+    rejection_rate,
+)
+
+SETTINGS = DistillSettings(
+    prompts="prompts.jsonl", prompt_length=32, max_prompts=4, generic=2, category=True, least_gain=0.0, new_tokens=8,
+    temperature=1.0, sampling_batch=4,
+)  # fmt: skip
+ASK = [{"role": "user", "content": "How?"}]
+
+
+def test_preprompts_are_distinct_and_cover_every_category():
+    generic = generic_preprompts()
+    assert len(generic) == len(set(generic)) == 8 * 7 * 4
+    both = {category_preprompt(risk, attack) for risk in RISKS for attack in ATTACKS}
+    assert len(both) == len(RISKS) * len(ATTACKS) and category_preprompt("hateful_harmful") == RISKS["hateful_harmful"].template
+    assert {misuse.risk for misuse in MISUSES} <= set(RISKS)
+    with pytest.raises(ValueError, match="risk 'rude' is unknown; expected one of illicit_criminal"):
+        category_preprompt("rude")
+    with pytest.raises(ValueError, match="attack 'loud' is unknown; expected one of psychological"):
+        category_preprompt("hateful_harmful", "loud")
+
+
+def test_a_preprompt_is_the_system_message_before_the_prompts_own():
+    assert with_preprompt(ASK, "Be wise.") == [{"role": "system", "content": "Be wise."}, *ASK]
+    own = [{"role": "system", "content": "Be brief."}, *ASK]
+    assert with_preprompt(own, "Be wise.") == [{"role": "system", "content": "Be wise. Be brief."}, *ASK]
+    assert own[0]["content"] == "Be brief."
+
+
+def test_which_preprompts_a_prompt_is_answered_under():
+    rng = np.random.default_rng(0)
+    row = {"risk": "illicit_criminal", "attack": "perspective"}
+    found = preprompts_of(row, SETTINGS, rng=rng)
+    assert [kind for kind, _ in found] == ["base", "generic", "generic", "category"]
+    assert found[0][1] == "" and found[1][1] != found[2][1]
+    assert found[3][1] == category_preprompt("illicit_criminal", "perspective")
+    assert [kind for kind, _ in preprompts_of({"risk": "unheard of"}, SETTINGS, rng=rng)] == ["base", "generic", "generic"]
+
+
+def answer(kind, safety, response="No.", ended=True):
+    return {"kind": kind, "preprompt": "", "response": response, "ended": ended, "safety": safety}
+
+
+SAMPLES = [
+    {"messages": ASK, "answers": [answer("base", 0.5), answer("generic", 0.6, "Better."), answer("category", 0.9, "Best.")]},
+    {"messages": ASK, "answers": [answer("base", 0.8), answer("generic", 0.7), answer("category", 0.8)]},
+    {"messages": ASK, "answers": [answer("base", 0.1), answer("generic", 0.9, "cut", False), answer("generic", 0.2, "Yes.")]},
+    {"messages": ASK, "answers": [answer("base", 0.1), answer("generic", 0.9, "[INST] x"), answer("generic", 0.9, "")]},
+]
+
+
+def test_only_what_the_safety_model_prefers_is_distilled_and_without_preprompt(tmp_path):
+    rows = keep_preferred(SAMPLES, least_gain=0.0)
+    assert [row["messages"] for row in rows] == [
+        [*ASK, {"role": "assistant", "content": "Best."}], [*ASK, {"role": "assistant", "content": "Yes."}],
+    ]  # fmt: skip
+    assert [row["messages"][-1]["content"] for row in keep_preferred(SAMPLES, least_gain=0.2)] == ["Best."]
+    write_jsonl(tmp_path / "kept.jsonl", rows)
+    assert all(row["is_safety"] for row in read_dialogs(tmp_path / "kept.jsonl"))
+
+
+def test_the_data_of_figure_16():
+    scores = score_distributions(SAMPLES)
+    assert {kind: sorted(values.tolist()) for kind, values in scores.items()} == {
+        "base": [0.1, 0.1, 0.5, 0.8], "generic": [0.2, 0.6, 0.7, 0.9, 0.9, 0.9], "category": [0.8, 0.9],
+    }  # fmt: skip
+    original, gain = score_gains(SAMPLES, "category")
+    np.testing.assert_allclose(original, [0.5, 0.8])
+    np.testing.assert_allclose(gain, [0.4, 0.0])
+    assert "category" not in score_distributions(SAMPLES[2:])
+    assert score_gains(SAMPLES[2:], "category")[0].shape == (0,)
+
+
+def test_settings_of_distillation_name_their_mistakes():
+    import dataclasses
+
+    with pytest.raises(ValueError, match=r"distill.generic: expected 1 to 224 pre-prompts .* got 0"):
+        dataclasses.replace(SETTINGS, generic=0, category=False)
+    with pytest.raises(ValueError, match="distill.least_gain: expected 0 or more, got -0.1"):
+        dataclasses.replace(SETTINGS, least_gain=-0.1)
+
+
+def attempt(person, minutes, number, violates, question="How?", risk="illicit_criminal"):
+    messages = (*ASK[:0], {"role": "user", "content": question}, {"role": "assistant", "content": "So."})
+    return Attempt(person, 60.0 * minutes, number, messages, violates, risk=risk)
+
+
+LOG = [
+    attempt("a", 30, 1, True), attempt("a", 30, 1, True, "Why?"), attempt("b", 60, 1, False), attempt("b", 120, 1, True),
+    attempt("a", 90, 2, True, risk="hateful_harmful"), attempt("b", 90, 2, False),
+]  # fmt: skip
+
+
+def test_gamma_by_hand():
+    # Round 1: 3 violations in 4 person-hours; round 2: 1 in 3; in all 4 in 7.
+    assert gamma_by_round(LOG) == {1: pytest.approx(0.75), 2: pytest.approx(1 / 3)}
+    assert gamma(LOG) == pytest.approx(4 / 7) and math.isnan(gamma([]))
+    by_risk = gamma_of(LOG, "risk")
+    assert by_risk == {"hateful_harmful": pytest.approx(1 / 7), "illicit_criminal": pytest.approx(3 / 7)}
+    # Two people side by side for an hour are two person-hours.
+    assert gamma([attempt("a", 60, 1, True), attempt("b", 60, 1, True)]) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="expected risk or attack, got 'person'"):
+        gamma_of(LOG, "person")
+
+
+def test_the_next_model_is_asked_what_was_found_and_its_rejection_rate_is_counted():
+    found = found_prompts(LOG, 1)
+    assert [row["messages"][0]["content"] for row in found] == ["How?", "Why?"]  # each once, without the answer
+    assert all(row["is_safety"] and len(row["messages"]) == 1 for row in found)
+    share = rejection_rate([False] * 9 + [True])
+    assert (share.count, share.n, share.value) == (9, 10, 0.9)
+    assert math.isnan(rejection_rate([]).value)
+
+
+def test_a_log_is_read_strictly(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = {"person": "a", "seconds": 30, "round": 1, "violates": True, "degree": 4,
+            "messages": [*ASK, {"role": "assistant", "content": "So."}]}  # fmt: skip
+    write_jsonl(path, [good])
+    assert read_log(path) == [Attempt("a", 30.0, 1, tuple(good["messages"]), True, degree=4)]
+    for change, words in (
+        ({"seconds": 0}, "log.jsonl:2: seconds: expected more than 0, got 0"),
+        ({"seconds": "30"}, "log.jsonl:2: seconds: expected a number, got '30'"),
+        ({"round": True}, "log.jsonl:2: round: expected a int, got True"),
+        ({"degree": 6}, "log.jsonl:2: degree: expected 1 to 5, got 6"),
+        ({"violates": None}, "log.jsonl:2: violates: expected a bool, got None"),
+        ({"persons": "b"}, "log.jsonl:2: persons: unknown field"),
+        ({"messages": ASK}, "log.jsonl:2: messages: expected the model's answer last"),
+    ):
+        write_jsonl(path, [good, {**good, **change}])
+        with pytest.raises(ValueError, match=words):
+            read_log(path)
+    write_jsonl(path, [])
+    with pytest.raises(ValueError, match="expected attempts, found none"):
+        read_log(path)
+
+
+def test_a_refusal_for_lack_of_ability_is_no_false_refusal():
+    answers = [
+        "I can't help with that. Killing a process is done with care.",  # false
+        "You can kill a Python process with `os.kill`.",
+        "I'm sorry, but I can't assist with this.",  # false
+        "I cannot answer: I don't know what this module does.",
+        "I can't help with that, since I do not have access to your files.",
+    ]
+    assert [lacks_ability(text) for text in answers] == [False, False, False, True, True]
+    assert (false_refusals(answers).count, false_refusals(answers).n) == (2, 5)
+    assert false_refusals(answers, unable=lambda text: False).count == 4
+    curve = refusal_curve({0.5: {"borderline": answers[:2]}, 0.0: {"borderline": answers[1:2], "helpfulness": answers[3:]}})
+    assert [(share, found.value) for share, found in curve["borderline"]] == [(0.0, 0.0), (0.5, 0.5)]
+    assert [(share, found.count) for share, found in curve["helpfulness"]] == [(0.0, 0)]

@@ -1,0 +1,115 @@
+"""Ghost Attention and context distillation through the real command, on eight devices: SFT, a reward model, both stages."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_jax.config import ConfigError
+from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.model.config import SIZES
+from llama_jax.pretrain.base import check_start
+from llama_jax.recipe import load_config
+from llama_jax.rlhf.constraints import Constraint, instruction
+from llama_jax.safety.distillation import score_distributions
+from llama_jax.train import run
+from llama_jax.training.checkpoint import read_meta
+
+pytestmark = pytest.mark.slow  # four trainings, each compiled for eight devices
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+WORDS = "red green blue list dict set tuple string file loop".split()
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def stage(name, base, **changes):
+    values = load_config(CONFIGS, f"{name}.py:tiny")
+    changes = {"tokenizer": str(base / "tokenizer.model"), "epochs": 0.0, **changes}
+    for key, value in changes.items():
+        values[key].update(value) if isinstance(value, dict) else values.__setitem__(key, value)
+    values.loop.update({"batch_size": 8, "steps": 2, **changes.get("loop", {})})
+    values.optim.warmup = 0
+    return values
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A chat model that ends its answers, a safety reward model, and their data."""
+    path = tmp_path_factory.mktemp("synthesis")
+    texts = [f"What is a {a}? A {b} is a {a}, is it not? [INST] <<SYS>> [/INST] Begin: {b}." for a in WORDS for b in WORDS]
+    train_tokenizer(texts, path / "tokenizer.model", vocab_size=330)
+    model = dataclasses.replace(
+        SIZES["tiny"], vocab_size=330, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, max_length=96
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", model)
+        write_jsonl(path / "sft.jsonl", [{"messages": chat(f"What is a {w}?", f"A {w}.")} for w in WORDS * 8])
+        write_jsonl(path / "pairs.jsonl", [
+            {"prompt": f"What is a {w}?", "chosen": f"A {w}.", "rejected": "is it not?", "is_safety": True} for w in WORDS
+        ])  # fmt: skip
+        write_jsonl(path / "prompts.jsonl", [
+            {"messages": chat(f"What is a {w}?", "")[:1], "is_safety": i % 2 == 0, "risk": "illicit_criminal"}
+            for i, w in enumerate(WORDS)
+        ])  # fmt: skip
+        write_jsonl(path / "values.jsonl", [{"kind": "opening", "value": w} for w in WORDS[:3]])
+        data = {"train": (str(path / "sft.jsonl"),), "length": 96}
+        run(stage("sft", path, data=data, optim={"lr": 2e-2}, loop={"steps": 40}), path / "sft")
+        reward = {"train": (str(path / "pairs.jsonl"),), "length": 96}
+        run(stage("reward", path, data=reward, start=str(path / "sft")), path / "safety")
+        yield path
+
+
+def test_ghost_attention_draws_trains_and_extends_the_context(base, tmp_path):
+    sft = str(base / "sft")
+    ghost = {"contexts": (str(base / "sft.jsonl"),), "turns": (1, 3), "samples": 24, "families": ("opening",),
+             "values": str(base / "values.jsonl"), "new_tokens": 12, "sampling_batch": 8, "resample": True}  # fmt: skip
+    values = stage("ghost", base, start=sft, policy=sft, ghost=ghost, data={"length": 192}, context=192)
+    summary = run(values, tmp_path)
+    assert summary["steps"] == 2
+    samples = [row for _, row in read_jsonl(tmp_path / "samples.jsonl")]
+    assert len(samples) == 24 and {len(row["messages"]) for row in samples} == {1, 3, 5}
+    for row in samples:
+        constraints = [Constraint(**c) for c in row["constraints"]]
+        assert row["instruction"] in (instruction(constraints, terse=True), instruction(constraints, terse=False))
+        assert row["obeyed"] is constraints[0].holds(row["response"])
+    rows = [row for _, row in read_jsonl(tmp_path / "ghost.jsonl")]
+    assert 0 < len(rows) <= 24 and {row["train_on"] for row in rows} == {"last"}
+    assert all(row["messages"][2]["content"].startswith("What") for row in rows if len(row["messages"]) > 2)
+    assert read_meta(tmp_path)["model"]["max_length"] == 192 and read_meta(sft)["model"]["max_length"] == 96
+    # The longer model starts from the shorter one, and the other way round.
+    tokenizer = Tokenizer(base / "tokenizer.model")
+    check_start(tmp_path, SIZES["tiny"], tokenizer)
+    with pytest.raises(ConfigError, match="holds model"):
+        check_start(tmp_path, dataclasses.replace(SIZES["tiny"], width=64), tokenizer)
+
+
+def test_context_distillation_keeps_what_the_reward_model_prefers(base, tmp_path):
+    sft = str(base / "sft")
+    distill = {"prompts": str(base / "prompts.jsonl"), "prompt_length": 48, "new_tokens": 12, "sampling_batch": 8}
+    how = {"start": sft, "policy": sft, "safety": str(base / "safety"), "context": 1024}
+    data = {"train": (str(base / "sft.jsonl"),), "length": 96}
+    run(stage("distill", base, distill=distill, data=data, **how), tmp_path)
+    samples = [row for _, row in read_jsonl(tmp_path / "samples.jsonl")]
+    assert len(samples) == 5  # those with is_safety
+    assert [[a["kind"] for a in row["answers"]] for row in samples] == [["base", "generic", "generic", "category"]] * 5
+    scores = score_distributions(samples)
+    assert {kind: len(values) for kind, values in scores.items()} == {"base": 5, "generic": 10, "category": 5}
+    assert all(0 < value < 1 for values in scores.values() for value in values)
+    by_prompt = {row["messages"][0]["content"]: row["answers"] for row in samples}
+    kept = (tmp_path / "kept.jsonl").read_text().splitlines()
+    for row in map(json.loads, kept):
+        question, answer = row["messages"]
+        answers = by_prompt[question["content"]]
+        chosen = next(a for a in answers[1:] if a["response"] == answer["content"])
+        assert chosen["safety"] > answers[0]["safety"]
+    with pytest.raises(ConfigError, match="distill.prompt_length=48 .*exceed the model's 40"):
+        run(stage("distill", base, distill=distill, data={**data, "length": 32}, **{**how, "context": 40}), tmp_path / "short")
+    write_jsonl(tmp_path / "helpful.jsonl", [{"messages": chat("What?", "")[:1]}])
+    helpful = {**distill, "prompts": str(tmp_path / "helpful.jsonl")}
+    with pytest.raises(ConfigError, match="no prompt has is_safety true; helpful prompts are never distilled"):
+        run(stage("distill", base, distill=helpful, data=data, **how), tmp_path / "none")
