@@ -151,8 +151,7 @@ def test_it_learns_to_prefer_the_chosen_answer():
     assert float(metrics["accuracy"].mean()) > 0.9 and float(objective.mean()) < 0.5
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 8, 1, 1)])
-def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
+def test_eight_devices_give_the_loss_and_gradient_of_one():
     loss = dpo_loss(MODEL, FLOAT32, DpoSettings(beta=0.1))
 
     def measured(mesh):
@@ -162,7 +161,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
             return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0].sum))(policy, batch)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(*sizes))),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(2, 2, 1, 2))),
         measured(one_device()),
     )  # fmt: skip
 
@@ -256,6 +255,7 @@ def test_sft_dpo_and_reward_model_through_train(tmp_path, monkeypatch):
         run(values, tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(tmp_path, 304)
     monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(MODEL, name="tiny", vocab_size=304, max_length=64))
