@@ -3,8 +3,9 @@
     python tests/benchmarks/ghost.py --start=runs/demo/sft --tokenizer=runs/demo/corpus/tokenizer.model \
         --dialogs=runs/demo/data/sft.jsonl --workdir=/tmp/ghost
 
-1. The demo's SFT model knows no instructions. It is fine-tuned on rows of ONE turn that obey one, written by a program, and on
-   long dialogs without any, in rows of 1024 tokens (it was trained on 256). This is the baseline, and the policy sampled from.
+1. The demo's SFT model knows no instructions. It is fine-tuned on dialogs of 1 to 20 turns, written by a program, in rows of 1024
+   tokens (it was trained on 256): most end with a turn that holds an instruction and obeys it, the others have none. No answer
+   obeys an instruction of an earlier turn. This is the baseline, and the policy sampled from.
 2. `configs/ghost.py:tiny` samples from it with the instruction in every turn and trains on it in the first turn only.
 3. Both answer held-out dialogs of 20 turns under instructions whose values occur in no training row.
 """
@@ -36,6 +37,7 @@ from llama_jax.rlhf.respond import Responder  # noqa: E402
 from llama_jax.train import parse_stage, run  # noqa: E402
 
 CONTEXT = 1024
+EARLIER_SHARE = 0.15  # of the instructions stand behind other turns; these rows are ten times as long
 FAMILIES = ("opening", "closing", "hobby")
 # Everyday words, since a model of this size knows few names; every sixth is held out.
 WORDS = (
@@ -63,8 +65,8 @@ def obedient(constraint: Constraint, question: str, answer: str) -> tuple[str, s
     return question, f"{constraint.value}: {answer}" if constraint.family == "opening" else f"{answer} {constraint.value}"
 
 
-def one_turn_rows(dialogs: list, values: dict[str, list[str]], count: int, rng: np.random.Generator) -> list[dict]:
-    """Obeyed instructions, each with one question."""
+def instructed_rows(dialogs: list, values: dict[str, list[str]], count: int, rng: np.random.Generator) -> list[dict]:
+    """Instructions that are obeyed in their own turn, the last one; some of them after turns without any."""
     rows = []
     for _ in range(count):
         family = str(rng.choice(FAMILIES))
@@ -73,7 +75,9 @@ def one_turn_rows(dialogs: list, values: dict[str, list[str]], count: int, rng: 
         question, answer = obedient(constraint, question, answer)
         text = instruction([constraint], terse=bool(rng.random() < 0.5))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append({"messages": in_first_turn(messages, text, place="user"), "source": "instructions"})
+        earlier = rng.integers(len(dialogs), size=rng.integers(1, 20)) if rng.random() < EARLIER_SHARE else []
+        messages = [*(m for i in earlier for m in dialogs[i]), *in_first_turn(messages, text, place="user")]
+        rows.append({"messages": messages, "source": "instructions"})
     return rows
 
 
@@ -115,6 +119,7 @@ def main() -> None:
     for name in ("start", "tokenizer", "dialogs", "workdir"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--samples", type=int, default=900)
+    parser.add_argument("--instructions", type=int, default=2400, help="rows that teach the baseline to obey")
     parser.add_argument("--contexts", type=int, default=48, help="held-out dialogs of each model")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--resample", action="store_true")
@@ -132,8 +137,8 @@ def main() -> None:
     known, unseen = ({name: pair[side] for name, pair in kinds.items()} for side in (0, 1))
     rng = np.random.default_rng(0)
     files = {name: str(workdir / f"{name}.jsonl") for name in ("instructions", "plain", "contexts", "values")}
-    write_jsonl(files["instructions"], one_turn_rows(train, known, 1800, rng))
-    write_jsonl(files["plain"], plain_rows(train, 160, rng))
+    write_jsonl(files["instructions"], instructed_rows(train, known, flags.instructions, rng))
+    write_jsonl(files["plain"], plain_rows(train, flags.instructions // 30, rng))
     write_jsonl(files["contexts"], [{"messages": dialog} for dialog in train])
     write_jsonl(files["values"], [{"kind": k, "value": v} for k, values in known.items() for v in values])
     sft = {"train": (files["instructions"], files["plain"]), "length": CONTEXT}
