@@ -128,6 +128,11 @@ def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
             raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
         check_start(getattr(config, name), model, tokenizer)
     settings, seed = config.distill, config.loop.seed
+    if settings.prompt_length + settings.new_tokens > model.max_length:
+        raise ConfigError(
+            f"distill.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the model's "
+            f"{model.max_length}"
+        )
     encoded = [(row, ids) for row, ids in encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length)
                if row["is_safety"]]  # fmt: skip
     if not encoded:
@@ -144,11 +149,6 @@ def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
             messages = with_preprompt(row["messages"], preprompt) if preprompt else row["messages"]
             if respond.fits(messages):
                 asked.append((number, kind, preprompt, messages, ids))
-            elif kind == "base":
-                raise ConfigError(
-                    f"distill.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the model's "
-                    f"{model.max_length}"
-                )
             else:
                 too_long += 1
     if too_long:
