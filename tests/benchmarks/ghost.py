@@ -3,9 +3,9 @@
     python tests/benchmarks/ghost.py --start=runs/demo/sft --tokenizer=runs/demo/corpus/tokenizer.model \
         --dialogs=runs/demo/data/sft.jsonl --workdir=/tmp/ghost
 
-1. The demo's SFT model knows no instructions. It is fine-tuned on dialogs of 1 to 20 turns, written by a program, in rows of 1024
-   tokens (it was trained on 256): most end with a turn that holds an instruction and obeys it, the others have none. No answer
-   obeys an instruction of an earlier turn. This is the baseline, and the policy sampled from.
+1. The demo's SFT model knows no instructions. It is fine-tuned on dialogs of 1 to 20 turns, written by a program, in rows of
+   1024 tokens (it was trained on 256): most end with a turn that holds an instruction and obeys it, the others have none. No
+   answer obeys an instruction of an earlier turn. This is the baseline, and the policy sampled from.
 2. `configs/ghost.py:tiny` samples from it with the instruction in every turn and trains on it in the first turn only.
 3. Both answer held-out dialogs of 20 turns under instructions whose values occur in no training row.
 """
