@@ -21,21 +21,20 @@ def supports(slots: int, head_size: int) -> bool:
     return slots % PAGE == 0 and head_size % 128 == 0
 
 
-def attend(query: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v of one query a row over the first `lengths` slots.
 
     Args:
       query: # [B, H, E]
-      keys, values: S slots a row, a multiple of PAGE. # [B, K, S, E]
+      keys, values: S slots a row, a multiple of PAGE. # bfloat16 [B, K, S, E]
       lengths: at least 1. # int32 [B]
-      dtype: operand type of the two contractions.
 
     Returns:
-      float32 [B, H, E]
+      float32 [B, H, E], with bfloat16's precision
     """
-    scaled = (query * query.shape[-1] ** -0.5).astype(dtype)
+    scaled = (query * query.shape[-1] ** -0.5).astype(keys.dtype)
     out = per_device(
-        _attend, (scaled, keys.astype(dtype), values.astype(dtype), lengths),
+        _attend, (scaled, keys, values, lengths),
         (("batch", "act_heads", None), *[("cache_rows", "act_kv_heads", None, None)] * 2, ("batch",)),
         ("batch", "act_heads", None),
     )  # fmt: skip
