@@ -151,8 +151,8 @@ def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
             convert.run(path, output, to="huggingface", tokenizer="none", quiet=True, **how)
         assert not output.exists()
 
-    write_gguf(path, MODEL, "F32", **{"llama.rope.scaling.type": "linear"})
-    refused("rope.scaling.type is 'linear'; the Llama architecture here has 'none'")
+    write_gguf(path, MODEL, "F32", **{"llama.rope.scaling.type": "yarn"})
+    refused("rope.scaling.type is 'yarn'; the Llama architecture here has 'none' or 'linear'")
     write_gguf(path, MODEL, "F32", **{"llama.expert_count": 8})
     refused("expert_count is 8")
     write_gguf(path, MODEL, "F32", **{"llama.attention.sliding_window": 8})

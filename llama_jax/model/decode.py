@@ -135,7 +135,7 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
 def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
     new keys and values in it."""
-    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
+    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))
     with jax.named_scope("embedding"):
         embedding = weights["embedding"]
         if isinstance(embedding, Int8):
