@@ -22,7 +22,7 @@ from llama_jax.interop.source import named
 from llama_jax.interop.torch_file import read_header
 from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES, ModelConfig, ffn_size
-from llama_jax.model.rope import RopeScaling
+from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import TRAIN, is_spec, partition
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -145,6 +145,23 @@ def test_what_we_export_gives_our_logits_there(shape, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(ours_logits(tree, tokens, config), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [
+    RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0), RopeScaling("llama3", 32.0, 8192, 1.0, 4.0),
+    RopeScaling("yarn", 16.0, 4096, 1.0, 32.0, 1.277),
+], ids=str)  # fmt: skip
+def test_scaled_frequencies_are_those_of_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = dataclasses.replace(SIZES["7b"], rope_theta=5e5, rope_scaling=scaling)
+    described = transformers.LlamaConfig(
+        hidden_size=config.width, num_attention_heads=config.heads, rope_parameters=huggingface.rope_json(config)
+    )
+    expected, magnitude = ROPE_INIT_FUNCTIONS[scaling.kind](described, "cpu")
+    np.testing.assert_allclose(stretched(128, 5e5, scaling), expected.numpy(), rtol=1e-5)
+    assert magnitude == scaling.magnitude
 
 
 def test_tied_embeddings_are_written_twice_into_metas_layout(tmp_path):
