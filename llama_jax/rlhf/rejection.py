@@ -15,7 +15,7 @@ the smaller ones on the best of these answers. With `answers=0` nothing is sampl
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +37,8 @@ from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
 from llama_jax.rlhf.ppo import encode_prompts
 from llama_jax.rlhf.respond import one_process, usable
-from llama_jax.sampling.generate import Samples, generate, make_sampler
+from llama_jax.sampling.answers import Answerer
+from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import SftData, fine_tuning_stage
 from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
@@ -174,17 +175,6 @@ def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:limit]]
 
 
-@functools.cache
-def shared_sampler(
-    model: ModelConfig, compute: Compute, *, eos_id: int, new_tokens: int, temperature: float, top_p: float = 1.0
-) -> Callable[..., Samples]:
-    """One compiled sampler for all that draw alike: the versions of a recipe sample again and again from other parameters."""
-    return make_sampler(
-        model, table.table(model, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=new_tokens,
-        temperature=temperature, top_p=top_p,
-    )  # fmt: skip
-
-
 class Round:
     """The models of one round, each loaded when it is first needed."""
 
@@ -206,10 +196,14 @@ class Round:
                 )
 
     @functools.cached_property
-    def policy_params(self) -> Params:
-        """Of the model that is sampled from."""
-        with jax.set_mesh(self.mesh):
-            return restore_model(self.config.policy, table.table(self.policy, head="lm_head"), self.mesh)
+    def answerer(self) -> Answerer:
+        """The model that is sampled from."""
+        settings, specs = self.config.rejection, table.table(self.policy, head="lm_head")
+        return Answerer(
+            restore_model(self.config.policy, specs, self.mesh), self.policy, compute=self.config.compute,
+            prompt_length=settings.prompt_length, new_tokens=settings.new_tokens, eos_id=self.tokenizer.eos_id,
+            slots=settings.sampling_batch,
+        )  # fmt: skip
 
     @functools.cached_property
     def rewards(self) -> dict[str, Params]:
@@ -221,16 +215,9 @@ class Round:
 
     def respond(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int, label: str) -> list[list[int]]:
         """Sampled ids for each prompt."""
-        settings = self.config.rejection
         with jax.set_mesh(self.mesh), Progress(len(prompts), label, "answer", quiet=jax.process_index() > 0) as progress:
-            sampler = shared_sampler(
-                self.policy, self.config.compute, eos_id=self.tokenizer.eos_id, new_tokens=settings.new_tokens,
-                temperature=temperature,
-            )  # fmt: skip
-            return generate(
-                sampler, self.policy_params, prompts, prompt_length=settings.prompt_length,
-                batch_size=settings.sampling_batch, seed=seed, progress=progress.update,
-            )  # fmt: skip
+            answers = self.answerer(prompts, choice=Choice(temperature=temperature), seed=seed, progress=progress.update)
+            return [answer.tokens for answer in answers]
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], is_safety: Sequence[bool]
