@@ -47,6 +47,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "compute": common.compute("tiny"),
         "mesh": common.mesh("tiny"),
         "safety_mix": 0.25,  # the paper's 10 % would be 40 pairs here
+        "minutes": 20,
         "overrides": {"sft_variant": {"epochs": 0.25}},
         "seed": 0,
     })  # fmt: skip
@@ -87,7 +88,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         if name != "versions" or not count.isdecimal():
             raise ValueError(f"recipe {argument!r} is unknown; expected {size},versions=1 to 5")
         config.versions = versions(size, int(count))
-        config.restart = "base"
+        config.restart, config.minutes = "base", 60
         tiny = size == "tiny"
         config.overrides.update({
             "rejection": {

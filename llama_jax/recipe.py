@@ -65,6 +65,7 @@ class RecipeConfig:
       restart: what a version's fine-tuning starts from: the base model with the SFT data in the mix, as in the paper, or the
         SFT model with the best answers alone, which is cheaper.
       safety_mix: share of helpfulness pairs in the safety model's data.
+      minutes: what it should take at most on two CPU cores; the report says whether it did.
     """
 
     size: str
@@ -80,6 +81,7 @@ class RecipeConfig:
     compute: Compute
     mesh: MeshConfig
     safety_mix: float
+    minutes: float
     overrides: dict[str, dict[str, Any]]
     seed: int = 0
 
@@ -323,6 +325,7 @@ class Recipe(Steps):
         rates = {name: self.speed(self.results[name]) for name in ("pretrain", "sft")}
         results = {
             "size": self.config.size,
+            "minutes": self.config.minutes,
             "pretrain": {"bits_per_byte": summary.bits_per_byte(self.results["pretrain"]), "xz_bits_per_byte": self.xz},
             "reward": {t: {"accuracy": summary.reward_accuracies(self.results[s])} for t, s in self.rewards.items()},
             "base": versions["base"], "sft": versions["sft"], "rejection": versions[last],

@@ -144,6 +144,14 @@ def test_each_target_can_be_missed(tmp_path, path, value, stage):
     assert [t.stage for t in check_targets(results) if t.met is False] == [stage]
 
 
+def test_the_five_versions_may_take_longer_than_the_demo():
+    def of_time(**changes):
+        return next(t for t in check_targets({**good_results(), **changes}) if t.stage == "recipe")
+
+    assert of_time(minutes=60, seconds={"total": 3599.0}).met and not of_time(minutes=60, seconds={"total": 3601.0}).met
+    assert of_time(minutes=60).asked == "at most 60 minutes on 2 CPU cores"
+
+
 def test_missing_values_are_not_run(tmp_path):
     document, markdown, html = report_of({}, tmp_path)
     assert all(t["met"] is None for t in document["targets"])

@@ -46,6 +46,7 @@ def workdir(tmp_path):
                 for n in range(1, number + 1)
             }
             accuracy |= {"all": {"all": {"share": 0.6}}} if number > 1 else {}
+            accuracy |= {"longer": {"all": {"share": 0.4}}}
             write_json(tmp_path / f"v{number}" / f"reward_{track}" / "reward_report.json", {"accuracy": accuracy})
     write_jsonl(tmp_path / "v2" / "ghost" / "samples.jsonl", [{"obeyed": obeyed} for obeyed in (True, None, False, True, True)])
     write_jsonl(tmp_path / "v2" / "ghost" / "ghost.jsonl", [{"messages": []}] * 3)

@@ -198,13 +198,12 @@ class Round:
     @functools.cached_property
     def answerer(self) -> Answerer:
         """The model that is sampled from."""
-        settings = self.config.rejection
-        with jax.set_mesh(self.mesh):
-            return Answerer(
-                restore_model(self.config.policy, table.table(self.policy, head="lm_head"), self.mesh), self.policy,
-                compute=self.config.compute, prompt_length=settings.prompt_length, new_tokens=settings.new_tokens,
-                eos_id=self.tokenizer.eos_id, slots=settings.sampling_batch,
-            )  # fmt: skip
+        settings, specs = self.config.rejection, table.table(self.policy, head="lm_head")
+        return Answerer(
+            restore_model(self.config.policy, specs, self.mesh), self.policy, compute=self.config.compute,
+            prompt_length=settings.prompt_length, new_tokens=settings.new_tokens, eos_id=self.tokenizer.eos_id,
+            slots=settings.sampling_batch,
+        )  # fmt: skip
 
     @functools.cached_property
     def rewards(self) -> dict[str, Params]:
@@ -217,8 +216,8 @@ class Round:
     def respond(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int, label: str) -> list[list[int]]:
         """Sampled ids for each prompt."""
         with jax.set_mesh(self.mesh), Progress(len(prompts), label, "answer", quiet=jax.process_index() > 0) as progress:
-            choice = Choice(temperature=temperature)
-            return [a.tokens for a in self.answerer(prompts, choice=choice, seed=seed, progress=progress.update)]
+            answers = self.answerer(prompts, choice=Choice(temperature=temperature), seed=seed, progress=progress.update)
+            return [answer.tokens for answer in answers]
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], is_safety: Sequence[bool]
