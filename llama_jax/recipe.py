@@ -38,12 +38,13 @@ from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.files import write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.train import run as run_stage
 from llama_jax.training.checkpoint import restore_params
-from llama_jax.training.loop import Diverged, claim, finished
+from llama_jax.training.loop import Diverged
+from llama_jax.training.workdir import claim, finished, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,10 +316,13 @@ def load_config(directory: Path, name: str) -> Any:
 def main() -> None:
     """Flags to config to call."""
     keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
     start_distributed()
     config = parse(RecipeConfig, flags.FLAGS.config)
-    claim(Path(flags.FLAGS.workdir), describe(config))
-    Recipe(config, Path(flags.FLAGS.workdir)).run()
+    workdir = Path(flags.FLAGS.workdir)
+    with own(workdir):
+        claim(workdir, describe(config))
+        Recipe(config, workdir).run()
 
 
 if __name__ == "__main__":
