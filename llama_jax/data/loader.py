@@ -93,6 +93,10 @@ class IndexedBatches:
         rows = _slice(step, self.batch_size, self.process_index, self.process_count)
         return self.collate([self.examples[self._stream[i]] for i in rows])
 
+    def rows(self, step: int) -> list[int]:
+        """Which examples global batch `step` has."""
+        return [int(self._stream[i]) for i in _slice(step, self.batch_size, 0, 1)]
+
     def eval_batches(self) -> Iterator[Any]:
         """One epoch in stored order; the last batch is filled with `blank` examples."""
         for step in range(self.steps_per_epoch):
@@ -166,12 +170,20 @@ class BlockSource:
 
     @functools.cached_property
     def _stream(self) -> grain.MapDataset:
+        return self._mix(list(self._records.values()))
+
+    def _mix(self, sources: Sequence[Any]) -> grain.MapDataset:
         # Seeds differ by source, or sources of one size would be shuffled alike.
         shuffled = [
-            grain.MapDataset.source(records).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
-            for i, records in enumerate(self._records.values())
+            grain.MapDataset.source(source).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
+            for i, source in enumerate(sources)
         ]
         return grain.MapDataset.mix(shuffled, weights=[float(self.weights[name]) for name in self._records])
+
+    def rows(self, step: int) -> list[str]:
+        """Which blocks global batch `step` has: `source:number`."""
+        names = self._mix([_Names(name, count) for name, count in self.num_blocks.items()])
+        return [names[i] for i in _slice(step, self.batch_size, 0, 1)]
 
     def batch(self, step: int) -> TokenBatch:
         """This process's slice [B / process_count, T] of global batch `step`."""
@@ -190,6 +202,20 @@ class BlockSource:
         return block_batch(
             blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id, row_count=row_count
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """A source of the names of blocks, in the place of the blocks."""
+
+    source: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> str:
+        return f"{self.source}:{number}"
 
 
 def block_batch(

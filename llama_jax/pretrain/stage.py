@@ -35,9 +35,15 @@ class PretrainData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
-    """See configs/pretrain.py."""
+    """See configs/pretrain.py. `z_loss`: see `language_model_loss`; measurements on held-out text are without it."""
 
     data: PretrainData
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss: expected 0 or more, got {self.z_loss}")
 
 
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -65,7 +71,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         specs=specs,
         init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
-        loss=loss,
+        loss=language_model_loss(model, config.compute, z_loss=config.z_loss),
         source=Supervised(source),
         evaluate=bits_per_byte(
             loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
