@@ -24,6 +24,7 @@ h2 { font-size: 1.2rem; margin: 0 0 .4em; letter-spacing: -.01em; }
 h3 { font-size: .95rem; margin: 1.4em 0 .5em; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 22px 24px; margin-top: 20px; }
 p { margin: 0 0 1em; color: var(--soft); max-width: 80ch; }
+ul { margin: 0; padding-left: 1.2em; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-top: 20px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 18px; }
 .tile b { display: block; white-space: nowrap; font-size: 1.45rem; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
@@ -69,6 +70,11 @@ def page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequ
 def section(title: str, note: str, *parts: str) -> str:
     """A card with a heading and a sentence that says how to read it."""
     return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{''.join(parts)}</section>"
+
+
+def bullets(lines_: Sequence[str]) -> str:
+    """A list of sentences."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines_)}</ul>"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, parts: Sequence[int] = ()) -> str:
@@ -192,7 +198,8 @@ def lines(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str
         shapes.append(f'<line class="axis" x1="{left}" x2="{width}" y1="{down:.1f}" y2="{down:.1f}"/>')
         shapes.append(f'<text x="{left - 6}" y="{down + 4:.1f}" text-anchor="end">{value:.2f}</text>')
         across = place((share * last, 0))[0]
-        shapes.append(f'<text x="{across:.1f}" y="{height - 22}" text-anchor="middle">{_short(share * last)}</text>')
+        anchor = "end" if share == 1 else "middle"
+        shapes.append(f'<text x="{across:.1f}" y="{height - 22}" text-anchor="{anchor}">{_short(share * last)}</text>')
     shapes.append(f'<text x="{(left + width) / 2:.0f}" y="{height - 5}" text-anchor="middle">{escape(x)}</text>')
     order = (1, 4, 0, 7, 6, 8, 9, 2, 3, 5)  # of COLOURS: neighbours that differ most come first
     legend = ""

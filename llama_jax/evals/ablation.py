@@ -132,7 +132,7 @@ def _lead(results: Mapping[str, Any]) -> str:
     held = results["held_out"]
     return (
         f"Equal tokens for every arm: {results['tokens']:,}. The same {held['documents']} held-out documents "
-        f"({held['bytes'] / 1000:,.0f} kB), {len(results['seeds'])} training seeds. A gain is what "
+        f"({held['bytes'] / 1000:,.0f} kB), training seeds {', '.join(map(str, results['seeds']))}. A gain is what "
         f"{results['arms'][0]['name']} needs more, in bits per byte; its interval resamples documents, with both models' bits "
         "on each."
     )
@@ -183,7 +183,7 @@ def page(results: Mapping[str, Any], title: str) -> str:
          else f"{best['tokens_to_match'] / results['tokens']:.0%}"),
     ]  # fmt: skip
     intervals = [
-        (arm["name"] if source == "all" else f"{source}", arm["gain"][source])
+        (arm["name"] if source == "all" else f"{arm['name']} · {source}", arm["gain"][source])
         for arm in arms[1:] for source in ("all", *results["held_out"]["sources"])
     ]  # fmt: skip
     words = "".join(f"<p>{html.escape(line)}</p>" for line in verdicts(results))
