@@ -89,7 +89,7 @@ def bits_per_byte(
     Every token of a document and its EOS is predicted once. Documents longer than a row are read in rows that overlap by
     half, of which the second half counts: each prediction sees at least length / 2 tokens of what came before.
     """
-    rows = {name: [row for text in texts[name] for row in _rows(text, tokenizer, length)] for name in texts}
+    rows = {name: [row for text in texts[name] for row in document_rows(text, tokenizer, length)] for name in texts}
     size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
     step = jax.jit(loss)
 
@@ -104,7 +104,7 @@ def bits_per_byte(
     return evaluate
 
 
-def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
+def document_rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
     """The overlapping rows [T] of a document."""
     ids = np.asarray(tokenizer.encode(text, bos=True, eos=True))
     stride = length // 2
