@@ -1,6 +1,6 @@
 """Human evaluation (paper 3.4.2, 4.4), sheets for raters and a report on their ratings: `python -m llama_jax.human_evaluation`.
 
-Blinded, randomised sheets from two models' answers to the same prompts (rows as in `evals/answers.py`):
+Blinded, randomised sheets from two models' answers to the same prompts (rows as in `evals/answer_files.py`):
 
     python -m llama_jax.human_evaluation --answers=ours=a.jsonl,theirs=b.jsonl --raters=Ann,Bo,Cy --output=sheets
 
@@ -23,7 +23,7 @@ from llama_jax import command
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import human, plots, ratings, sheets
 from llama_jax.evals.agreement import WEIGHTS, Weights
-from llama_jax.evals.answers import read_answers
+from llama_jax.evals.answer_files import read_answers
 from llama_jax.evals.human_figures import comparison_plots, safety_plots
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table

@@ -13,8 +13,8 @@ from llama_jax.annotation import forms
 from llama_jax.annotation.drawing import Draw, Pair
 from llama_jax.annotation.forms import Record, Shown
 from llama_jax.annotation.session import Desk
-from llama_jax.annotation.store import RowFile
 from llama_jax.annotation.tasks import Settings, read_prompt_list
+from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import RATINGS, SAFETY_BINS, read_comparisons, write_jsonl
 from llama_jax.evals.ratings import read_pair_ratings, read_safety_ratings
 
@@ -154,18 +154,19 @@ def test_a_reload_finds_the_dialog_as_it_was_and_a_kill_too(tmp_path):
     session = first.session("Ann")
     session.ask("first")
     session.rate(settle(session).shown_id, "A better")
-    session.ask("second")
+    session.ask("second", is_safety=True)
     view = settle(session)
     assert first.session("Ann").view() == view  # another window, or the same one reloaded
     first.close()
     second = desk(path)
     assert second.session("Ann").view() == view and second.session("Bo").view().messages == ()
-    second.session("Ann").rate(view.shown_id, "A better")
+    second.session("Ann").rate(view.shown_id, "A better", "both_safe")
     second.close()
     # Killed between the row and the session's file: the stored judgement counts, and is not asked for twice.
     third = desk(path)
     session = third.session("Ann")
-    session.ask("third")
+    assert session.view().is_safety  # the dialog stays on its track
+    session.ask("third", is_safety=False)
     view = settle(session)
     kept = next((tmp_path / "p.jsonl.desk").glob("Ann.json")).read_bytes()
     session.rate(view.shown_id, "B better")
@@ -192,7 +193,7 @@ def test_a_torn_line_is_cut_off_and_a_second_writer_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     file = RowFile(path)
     file.append({"a": "ü" * 100_000})
-    with pytest.raises(FileExistsError, match="another desk"):
+    with pytest.raises(FileExistsError, match="another process"):
         RowFile(path)
     file.close()
     whole = path.read_bytes()
@@ -208,7 +209,7 @@ def test_a_torn_line_is_cut_off_and_a_second_writer_refused(tmp_path):
 
 WRITER = """
 import sys
-from llama_jax.annotation.store import RowFile
+from llama_jax.data.row_file import RowFile
 file = RowFile(sys.argv[1])
 for number in range(10**6):
     file.append({"number": number, "text": "x" * 3000})

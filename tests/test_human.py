@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import human, sheets
-from llama_jax.evals.answers import Answered, pair_up, read_answers
+from llama_jax.evals.answer_files import Answered, pair_up, read_answers
 from llama_jax.evals.ratings import PairRating, SafetyRating, read_pair_ratings, read_safety_ratings
 from llama_jax.human_evaluation import export, report
 

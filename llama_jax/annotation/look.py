@@ -52,8 +52,13 @@ def answers_html(view: View) -> str:
 
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; padding: 12px 20px 60px !important; }
-.gradio-container .block, .gradio-container .form { border: 0; box-shadow: none; background: transparent; }
+.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important;
+  padding: 12px 20px 60px !important;
+  box-sizing: border-box; }
+.gradio-container main, .gradio-container .wrap, .gradio-container .contain, #room { width: 100%; }
+#room, #judgement, #writing { gap: 10px; } .html-container { padding: 0 !important; }
+.gradio-container .block, .gradio-container .form { border: 0; box-shadow: none; background: transparent;
+  padding: 0 !important; }
 footer { display: none !important; }
 header { display: flex; justify-content: space-between; padding: 10px 2px 12px;
   border-bottom: 1px solid var(--border-color-primary);  color: var(--body-text-color-subdued); font-size: .92rem; }
@@ -94,8 +99,19 @@ h1 { font-size: 1.7rem; letter-spacing: -.02em; margin: 0 0 .3em; } h2 { font-si
 #choice label:has(:checked), #bins label:has(:checked) { border-color: #3b6fd4; background: #3b6fd4; color: #fff; }
 #choice label:has(:checked)::before, #bins label:has(:checked)::before { color: #dbe6ff; }
 #choice label:has(:focus-visible), #bins label:has(:focus-visible) { outline: 3px solid #86acf5; outline-offset: 2px; }
-#decide { justify-content: flex-end; } #skip, #submit, #ask, #fresh { flex: 0 0 auto; min-width: 9rem; }
-#writing { padding-top: 10px; } #writing .row { justify-content: flex-end; }
+#decide, #writing .row { justify-content: flex-end; padding-top: 4px; }
+#skip, #submit, #ask, #fresh, #begin { flex: 0 0 auto; min-width: 8rem; border-radius: 12px; font-size: .95rem;
+  box-shadow: none; }
+#submit, #ask, #begin { background: #3b6fd4; color: #fff; } #submit:hover, #ask:hover, #begin:hover { background: #2f5fbf; }
+#writing { max-width: 760px; margin: 0 auto; width: 100%; padding-top: 10px; }
+#message textarea, #name input, #name textarea { border: 1px solid var(--border-color-primary); border-radius: 12px;
+  background: var(--background-fill-primary); padding: 12px 14px; line-height: 1.5; }
+#message textarea:focus, #name input:focus { border-color: #3b6fd4; outline: 3px solid #86acf555; }
+#track label { border: 1px solid var(--border-color-primary); border-radius: 99px; padding: 5px 14px; font-size: .86rem;
+  background: none; box-shadow: none; }
+#track label input { position: absolute; opacity: 0; } #track label span { margin: 0; }
+#track label:has(:checked) { border-color: #3b6fd4; color: #3b6fd4; font-weight: 600; }
+#track label:has(:focus-visible) { outline: 3px solid #86acf5; outline-offset: 2px; }
 @media (max-width: 860px) { #choice.choice-preference .wrap { grid-template-columns: repeat(4, 1fr); }
   #choice.choice-comparison .wrap, #bins .wrap { grid-template-columns: 1fr; }
   #choice.choice-comparison label { min-height: 0; } }
@@ -119,10 +135,11 @@ addEventListener("keydown", event => {
   if (/^[abc]$/.test(event.key)) choose("#bins", event.key, "abc".indexOf(event.key));
 });
 // What comes next gets the keys: the message that is to be written, or the choice.
-addEventListener("load", () => new MutationObserver(() => {
+const watch = () => new MutationObserver(() => {
   const field = document.querySelector("#message textarea");
   const busy = document.activeElement && document.activeElement !== document.body;
   if (field && field.offsetParent && !busy) field.focus();
-}).observe(document.body, {childList: true, subtree: true}));
+}).observe(document.body, {childList: true, subtree: true, attributeFilter: ["class", "style"]});
+document.body ? watch() : addEventListener("DOMContentLoaded", watch);
 </script>
 """

@@ -77,7 +77,8 @@ def build(desk: Desk, *, login: bool) -> Any:
                     fresh = gr.Button("New dialog", elem_id="fresh", visible=False)
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
 
-        outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, writing, fresh, message]
+        outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, writing, fresh,
+                   message, track]  # fmt: skip
 
         def render(session: Session, view: View, *, written: str | None = None) -> tuple:
             return (
@@ -86,6 +87,7 @@ def build(desk: Desk, *, login: bool) -> Any:
                 gr.update(value=None), gr.update(value=None, visible=mode == "preference" and view.is_safety),
                 gr.update(visible=view.phase == "write"), gr.update(visible=bool(view.messages)),
                 gr.skip() if written is None else written,
+                _TRACKS[view.is_safety] if view.phase == "write" else gr.skip(),
             )  # fmt: skip
 
         def follow(session: Session, *, written: str | None = None) -> Iterator[tuple]:

@@ -20,9 +20,9 @@ from urllib.parse import quote
 from llama_jax.annotation import forms
 from llama_jax.annotation.drawing import Answerer, Draw, Pair
 from llama_jax.annotation.forms import Record, Shown
-from llama_jax.annotation.store import RowFile
 from llama_jax.annotation.tasks import Settings, Task, check_rows, identity, judged, own_prompt, tasks_of
 from llama_jax.data.dialog import Message, check_messages
+from llama_jax.data.row_file import RowFile
 from llama_jax.files import write_json
 
 _NAME = re.compile(r"\w[\w .@-]{0,39}")
@@ -30,7 +30,10 @@ _NAME = re.compile(r"\w[\w .@-]{0,39}")
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What the page shows of a session: phase is "write", "answer", "rate" or "done"."""
+    """What the page shows of a session: phase is "write", "answer", "rate" or "done".
+
+    `is_safety` is the track: of the answers that are shown, or of the message before the one to be written.
+    """
 
     phase: str
     messages: tuple[Message, ...]
@@ -117,7 +120,7 @@ class Session:
             shared = {"rated": self._rated, "left": left, "error": self._error}
             if self._shown is None:
                 phase = "done" if self.desk.tasks and not left and not self._messages else "write"
-                return View(phase, self._messages, is_safety=self.settings.safety_track, **shared)
+                return View(phase, self._messages, is_safety=self._track, **shared)
             shown = self._shown
             texts = shown.texts if shown.texts is not None else self._pair.texts if self._pair else ()
             if self._pair and self._pair.error:
@@ -143,8 +146,8 @@ class Session:
                 raise ValueError("Write a message first.")
             messages = (*self._messages, {"role": "user", "content": text.strip()})
             check_messages(messages, "The message")
-            flag = self.settings.safety_track if is_safety is None else is_safety
-            self._show(own_prompt(messages, self.settings, is_safety=flag, chance=self.desk.chance()))
+            self._track = self._track if is_safety is None else is_safety
+            self._show(own_prompt(messages, self.settings, is_safety=self._track, chance=self.desk.chance()))
 
     def stream(self, seconds: float = 0.2) -> Iterator[View]:
         """Views while the answers grow, ending with the one in which they are complete."""
@@ -268,16 +271,18 @@ class Session:
     def _save(self) -> None:
         write_json(self._path, {
             "rater": self.rater, "messages": list(self._messages), "seed": self._seed, "skipped": self._skipped,
+            "track": self._track,
             "shown": None if self._shown is None else forms.to_json(self._shown),
         })  # fmt: skip
 
     def _restore(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
         """Reads the open dialog; a judgement that was stored just before a kill is not asked for again."""
-        self._seed, self._skipped = 0, []
+        self._seed, self._skipped, self._track = 0, [], self.settings.safety_track
         if not self._path.exists():
             return
         values = json.loads(self._path.read_text(encoding="utf-8"))
         self._messages, self._seed, self._skipped = tuple(values["messages"]), values["seed"], values["skipped"]
+        self._track = values["track"]
         self._judged |= {tuple(done) for done in self._skipped}
         if values["shown"] is None:
             return

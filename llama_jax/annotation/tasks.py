@@ -11,7 +11,7 @@ from llama_jax.annotation import forms
 from llama_jax.annotation.forms import Shown
 from llama_jax.data.dialog import Message
 from llama_jax.data.sources import read_prompts
-from llama_jax.evals.answers import prompt_key
+from llama_jax.evals.answer_files import prompt_key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.answers import Answered, pair_up, prompt_key
+from llama_jax.evals.answer_files import Answered, pair_up, prompt_key
 from llama_jax.evals.ratings import COMPARISON_SCALE, SAFETY_SCALE
 
 _NAME = re.compile(r"\w[\w.-]*")  # they name files too

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.sources import read_jsonl
+from llama_jax.data.rows import read_jsonl
 
 
 class RowFile:
@@ -30,7 +30,7 @@ class RowFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise FileExistsError(f"{self.path}: another desk writes to it; expected one at a time") from None
+            raise FileExistsError(f"{self.path}: another process writes to it; expected one at a time") from None
         if new:
             _sync_directory(self.path.parent)
         self._cut_torn_line()
