@@ -33,7 +33,7 @@ from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.stage import PretrainConfig, make_stage
-from llama_jax.recipe import change, load_config
+from llama_jax.steps import change, load_config
 from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.loop import Diverged, claim, finished, train
 from llama_jax.training.metrics import read_metrics

@@ -7,7 +7,7 @@ from llama_jax import corpus as corpus_command
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
 from llama_jax.config import parse
 from llama_jax.data.sources import read_jsonl, write_jsonl
-from llama_jax.recipe import change, load_config
+from llama_jax.steps import change, load_config
 
 NAMES = ("pretrain", "sft", "reward", "ppo")
 INTERVAL = 2  # steps between checkpoints
