@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from llama_jax.parallel.host import keep_heap
-from llama_jax.recipe import change, load_config
+from llama_jax.steps import change, load_config
 
 
 def start(*, devices: int = 1) -> Path:

@@ -5,6 +5,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from llama_jax.model.rope import RopeScaling
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -20,6 +22,7 @@ class ModelConfig:
     ffn: int
     max_length: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
 
