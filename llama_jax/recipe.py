@@ -34,7 +34,7 @@ from llama_jax.evals.report import write_report
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
@@ -51,7 +51,8 @@ from llama_jax.rlhf.versions import (
 from llama_jax.steps import Steps, change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.training.checkpoint import restore_params
-from llama_jax.training.loop import Diverged, claim
+from llama_jax.training.loop import Diverged
+from llama_jax.training.workdir import claim, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,10 +371,13 @@ def matmul_ceiling() -> float:
 def main() -> None:
     """Flags to config to call."""
     keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
     start_distributed()
     config = parse(RecipeConfig, flags.FLAGS.config)
-    claim(Path(flags.FLAGS.workdir), describe(config))
-    Recipe(config, Path(flags.FLAGS.workdir)).run()
+    workdir = Path(flags.FLAGS.workdir)
+    with own(workdir):
+        claim(workdir, describe(config))
+        Recipe(config, workdir).run()
 
 
 if __name__ == "__main__":

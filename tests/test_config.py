@@ -13,7 +13,8 @@ from configs import common
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.corpus import CorpusConfig
 from llama_jax.model.config import SIZES
-from llama_jax.recipe import RecipeConfig, change, load_config
+from llama_jax.recipe import RecipeConfig
+from llama_jax.steps import change, load_config
 from llama_jax.train import STAGES, parse_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -13,12 +13,12 @@ from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start
-from llama_jax.recipe import load_config
 from llama_jax.rlhf.constraints import Constraint, instruction
 from llama_jax.rlhf.pool import policy_hash, read_pool
 from llama_jax.rlhf.rejection import Round
 from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
+from llama_jax.steps import load_config
 from llama_jax.train import parse_stage, run
 from llama_jax.training.checkpoint import read_meta
 

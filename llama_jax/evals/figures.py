@@ -32,14 +32,14 @@ _LONG = 100  # points from which a curve is smoothed
 
 
 def loss_curve(
-    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)"
+    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)", xlabel: str = "step"
 ) -> bytes:
     """Lines over optimiser steps, {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
     figure, axes = _figure(1, 1, title)
     for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
         _line(axes[0], curve, colour=colour, label=label)
     _limit(axes[0], curves.values())
-    axes[0].set_xlabel("step")
+    axes[0].set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     if len(curves) > 1:
         axes[0].legend()
@@ -158,13 +158,16 @@ def best_of_batches(scores: Mapping[str, Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+def calibration(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], *, title: str = "Reward model score by human rating"
+) -> bytes:
     """Mean score by median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
-    figure, axes = _figure(1, 1, "Reward model score by human rating")
+    figure, axes = _figure(1, 1, title)
     for (label, points), colour in zip(curves.items(), _cycle(len(curves))):
         x, mean, std = (np.array([point[key] for point in points]) for key in ("rating", "mean", "std"))
         axes[0].fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         axes[0].plot(x, mean, color=colour, marker="o", markersize=4, label=label)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_xlabel("median rating")
     axes[0].set_ylabel("reward model score")
     axes[0].legend()

@@ -44,6 +44,28 @@ def mean_interval(
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
 
 
+def ratio_interval(
+    numerator: np.ndarray, denominator: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """sum(numerator) / sum(denominator), both `[P]`, with the bootstrap interval over their pairs.
+
+    For figures such as bits per byte, where a long document counts for more than a short one.
+    """
+    numerator, denominator = _checked(numerator, "numerator"), _checked(denominator, "denominator")
+    if numerator.shape != denominator.shape or not (denominator > 0).all():
+        raise ValueError(
+            f"denominator: expected {len(numerator)} numbers above 0, got {len(denominator)} from {denominator.min():g}"
+        )
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(numerator))
+    ratios = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(len(numerator), size=(min(rows, resamples - start), len(numerator)))
+        ratios.append(numerator[drawn].sum(axis=1) / denominator[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(numerator.sum() / denominator.sum()), low=float(low), high=float(high), n=len(numerator))
+
+
 def win_rate(
     a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> WinRate:
