@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.evals.plots import DARK, MARKERS, Plot, Theme, canvas, legend, note
-from llama_jax.evals.statistics import BestOf
+from llama_jax.rlhf.best_of import BestOf
 
 
 def win_rate_axes(points: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot:

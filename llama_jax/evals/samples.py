@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import read_jsonl
-from llama_jax.evals.statistics import BestOf, expected_max_of_n
 from llama_jax.reward.held_out import calibration
+from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
 
 Row = Mapping[str, Any]
 
