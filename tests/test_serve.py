@@ -11,7 +11,8 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
 from llama_jax.model.decode import prepare
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import EngineConfig
 
 openai = pytest.importorskip("openai", reason="needs openai (extra [test])")
 httpx = pytest.importorskip("httpx")

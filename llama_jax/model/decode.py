@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import causal_attention
+from llama_jax.model.attention import row_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
@@ -63,13 +63,14 @@ def prefill(
     B, T = tokens.shape
     steps = jnp.arange(T)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
 
     def attend(query, key, value, layer):
         # What lies behind a row's length is written over later, and never seen.
         layer = layer.store(
             key, value, lambda slots, new, axis: jax.lax.dynamic_update_slice_in_dim(slots, jnp.moveaxis(new, 1, axis), 0, axis)
         )
-        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), layer
+        return attention(query, key, value), layer
 
     x, cache = blocks(
         weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute

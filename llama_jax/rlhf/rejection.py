@@ -24,7 +24,8 @@ from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.ppo import encode_prompts
-from llama_jax.sampling.generate import generate, make_sampler
+from llama_jax.sampling.answers import Answerer
+from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import SftData, fine_tuning_stage
 from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
@@ -143,16 +144,16 @@ def draw_samples(config: RejectionConfig, mesh: Mesh) -> list[dict[str, Any]]:
     repeated = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(settings.answers)]
     lm, reward = table.table(model, head="lm_head"), table.table(model, head="reward_head")
     with jax.set_mesh(mesh):
-        sampler = make_sampler(
-            model, lm, compute=config.compute, eos_id=tokenizer.eos_id, max_new_tokens=settings.new_tokens,
-            temperature=settings.temperature,
+        answerer = Answerer(
+            restore_model(config.policy, lm, mesh), model, compute=config.compute, prompt_length=settings.prompt_length,
+            new_tokens=settings.new_tokens, eos_id=tokenizer.eos_id, slots=settings.sampling_batch,
         )  # fmt: skip
         with Progress(len(repeated), "rejection: sampling", "answer", quiet=jax.process_index() > 0) as progress:
-            responses = generate(
-                sampler, restore_model(config.policy, lm, mesh), [ids for _, _, ids in repeated],
-                prompt_length=settings.prompt_length, batch_size=settings.sampling_batch, seed=config.loop.seed,
+            answers = answerer(
+                [ids for _, _, ids in repeated], choice=Choice(temperature=settings.temperature), seed=config.loop.seed,
                 progress=progress.update,
             )  # fmt: skip
+        responses = [answer.tokens for answer in answers]
         scores = score_responses(
             model, config.compute,
             {
