@@ -4,9 +4,9 @@
     python -m llama_jax.evaluate --config=configs/evaluate.py:academic --output=/tmp/two \\
         --checkpoint=ours=runs/base,mpt=hf:mosaicml/mpt-7b --data_dir=eval --limit=100
 
-`--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class
-for Hugging Face. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has `results.json`,
-`report.md`, `report.html` and the plots; a run that was killed goes on where it stopped, with the same config.
+`--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
+Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
+`results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped.
 """
 
 import dataclasses
@@ -121,8 +121,6 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
         try:
             built[name] = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code), choice
         except FileNotFoundError as error:
-            if not config.data_dir:
-                raise
             notes.append(f"{name}: not run: {error}")
     if not built and not config.safety:
         raise ValueError("; ".join(notes))

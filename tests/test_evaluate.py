@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import llama_jax
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.interop import ours
 from llama_jax.model import heads, params
 from llama_jax.model.config import SIZES, Compute
@@ -24,6 +25,7 @@ from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [interop]")
 
 from llama_jax.evals.harness import HarnessModel  # noqa: E402
 from llama_jax.evals.likelihood import Scorer, ScoringConfig, bucket, plan  # noqa: E402
@@ -42,11 +44,29 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1])
 
 
+def write_words(directory):
+    """A byte-level tokenizer as Hugging Face writes them, with BOS before every text."""
+    directory.mkdir()
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    words.train_from_iterator(TEXTS, trainer)
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.save(str(directory / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**named, "pad_token": "<unk>"}))
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A random checkpoint of ours with its tokenizer; large weights, so that likelihoods differ."""
     root = tmp_path_factory.mktemp("evaluate")
-    words = train_tokenizer(TEXTS, root / "model/tokenizer.model", vocab_size=PIECES)
+    write_words(root / "model")
+    words = Tokenizer(root / "model")
     tree = jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, params.init(SPECS, jax.random.key(0)))
     ours.write(root / "model", tree, MODEL, tokenizer=words.fingerprint, origin={})
     return root / "model"
@@ -134,8 +154,8 @@ def test_progress_and_errors_of_scoring(model):
         scorer([([], [6])])
 
 
-def test_a_text_stream_that_continues_keeps_the_space_between(model):
-    words = model.tokenizer
+def test_a_text_stream_that_continues_keeps_the_space_between(tmp_path):
+    words = train_tokenizer(TEXTS, tmp_path / "tokenizer.model", vocab_size=PIECES)
     ids = words.encode("the loop counts tokens")
     at = len(words.encode("the loop"))
     stream = TextStream(words, after=ids[:at])
@@ -175,7 +195,7 @@ def test_requests_have_the_likelihoods_that_the_harness_has(model, peer):
     ours_, theirs = (x.loglikelihood(requests_of("loglikelihood", pairs)) for x in (lm, peer))
     np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)
     assert [g for _, g in ours_] == [g for _, g in theirs] and not lm.cut
-    texts = [(TEXTS[3],), (" ".join(TEXTS[:4]),)]  # the second is longer than the context
+    texts = [(TEXTS[3],), (" ".join(TEXTS[:30]),)]  # the second is longer than the context
     ours_, theirs = (x.loglikelihood_rolling(requests_of("loglikelihood_rolling", texts)) for x in (lm, peer))
     np.testing.assert_allclose(ours_, theirs, atol=1e-3)
 
@@ -191,7 +211,7 @@ def test_greedy_generations_are_the_harness_ones(model, peer):
 
 def test_what_does_not_fit_is_cut_as_in_the_harness_and_counted(model, peer):
     lm = HarnessModel(model, scoring=ScoringConfig(row=64), quiet=True)
-    long = " ".join(TEXTS[:6])
+    long = " ".join(TEXTS[:30])
     pairs = [(long, " tokens"), ("the loop", " counts")]
     ours_, theirs = (x.loglikelihood(requests_of("loglikelihood", pairs)) for x in (lm, peer))
     np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)

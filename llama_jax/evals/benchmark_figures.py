@@ -57,7 +57,8 @@ def _groups(models, known, names) -> Plot:
     for model, row in models.items():
         found = [f"{TITLES[name]} {100 * row['groups'][name]['value']:.1f}" for name in names if name in row["groups"]]
         words.append(f"{model}: {', '.join(found)}")
-    return _plot(figure, f"Average scores by group of Table 3, in percent. {'; '.join(words)}. Hollow grey marks are the paper's models.")
+    text = f"Average scores by group of Table 3, in percent. {'; '.join(words)}. Hollow grey marks are the paper's models."
+    return _plot(figure, text)
 
 
 def _difference(other: str, first: str, found: Mapping[str, Mapping[str, float]]) -> Plot:

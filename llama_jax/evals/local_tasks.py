@@ -24,7 +24,7 @@ class File:
     columns: tuple[str, ...]
     document: Callable[[Row], Document | list[Document]] = dict
     only: tuple[str, str] = ()  # a column and the value that rows of this task have in it
-    part: slice = slice(None)  # of its documents
+    part: tuple[int | None, int | None] = (None, None)  # of its documents: from, to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read(data_dir: str | Path, file: File) -> list[Document]:
         except (KeyError, IndexError, TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"{where}: cannot be read as a row of {file.name}: {type(error).__name__}: {error}") from None
         documents += found if isinstance(found, list) else [found]
-    documents = documents[file.part]
+    documents = documents[slice(*file.part)]
     if not documents:
         kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
         raise ValueError(f"{find(data_dir, file.name)}: expected rows{kind}, found none")
@@ -204,8 +204,8 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     "quac": Layout(File("quac_sample", ("title", "context", "qas"), quac_turns)),
     "nq_open": Layout(File("nq_open_dev", ("question", "answer")), File("nq_open_exemplars_64", ("question", "answer"))),
     "triviaqa": Layout(
-        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=slice(5, None)),
-        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=slice(5)),
+        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(5, None)),
+        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(None, 5)),
     ),
     "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
     "math": lambda subject: Layout(File("math_test", ("subject", "problem", "solution"), only=("subject", subject))),

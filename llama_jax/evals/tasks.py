@@ -91,6 +91,8 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
     """
     if name in CODE and not run_code:
         raise ValueError(f"{name} runs code that the model writes, in a sandbox: --run_code allows it")
+    if name == "quac" and not data_dir:
+        raise FileNotFoundError("the hub has no files of QuAC; --data_dir with quac_sample.jsonl")
     settings = _OWN[name](choice) if name in _OURS else _stock(name)
     settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots}
     if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):

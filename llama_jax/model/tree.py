@@ -47,7 +47,8 @@ def tree_states(
 
     def attend(query, key, value, layer):
         held = jax.tree.map(lambda x: x[rows.prefixes], layer)
-        keys = jnp.concatenate([held.keys.astype(key.dtype), jnp.einsum("btke->bket", key)], axis=3)
+        known_keys = jnp.swapaxes(held.keys, 2, 3) if held.lengthwise else held.keys
+        keys = jnp.concatenate([known_keys.astype(key.dtype), jnp.einsum("btke->bket", key)], axis=3)
         values = jnp.concatenate([held.values.astype(value.dtype), jnp.einsum("btke->bkte", value)], axis=2)
         size = _QUERIES if T % _QUERIES == 0 else T
 
