@@ -20,9 +20,10 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
-from llama_jax.evals import evaluation_report, safety
+from llama_jax.evals import evaluation_report
 from llama_jax.evals.groups import groups, weights
 from llama_jax.evals.likelihood import ScoringConfig
+from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
 from llama_jax.evals.tasks import CODE, TaskChoice
 from llama_jax.files import write_json
 from llama_jax.parallel.host import keep_heap
@@ -44,7 +45,7 @@ class Judges:
 class EvaluateConfig:
     """What is evaluated, and how.
 
-    tasks: {task or family: how}; safety: of safety.BENCHMARKS. models: "name=path" each.
+    tasks: {task or family: how}; safety: of BENCHMARKS. models: "name=path" each.
     bootstrap: resamples of intervals of differences. paper: models of the paper's tables to stand beside ours.
     """
 
@@ -58,7 +59,7 @@ class EvaluateConfig:
     seed: int = 0
     bootstrap: int = 10_000
     paper: tuple[str, ...] = ()
-    decoding: safety.Decoding = dataclasses.field(default_factory=safety.Decoding)
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
     judges: Judges = dataclasses.field(default_factory=Judges)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
 
@@ -67,9 +68,9 @@ class EvaluateConfig:
             raise ValueError("models: expected at least one: --checkpoint=PATH, or name=PATH for several")
         if self.limit < 0 or self.bootstrap < 1:
             raise ValueError(f"expected limit of at least 0 and bootstrap of at least 1, got {self.limit}, {self.bootstrap}")
-        unknown = [name for name in self.safety if name not in safety.BENCHMARKS]
+        unknown = [name for name in self.safety if name not in BENCHMARKS]
         if unknown:
-            raise ValueError(f"safety: {unknown[0]!r} is unknown; expected one of {', '.join(safety.BENCHMARKS)}")
+            raise ValueError(f"safety: {unknown[0]!r} is unknown; expected one of {', '.join(BENCHMARKS)}")
 
 
 def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
         raise ValueError("; ".join(notes))
     for name in config.safety:  # files are read before a model is loaded
         if config.data_dir:
-            safety.items(name, data_dir=config.data_dir, limit=1)
+            items(name, data_dir=config.data_dir, limit=1)
     return built, notes
 
 
@@ -206,7 +207,7 @@ def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
     return HFLM(pretrained=path.removeprefix(_HF), batch_size=8)
 
 
-def _judges(config: Judges) -> dict[str, safety.Judge]:
+def _judges(config: Judges) -> dict[str, Judge]:
     """The judges that are named."""
     from llama_jax.evals import text_judges
 
