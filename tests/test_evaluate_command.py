@@ -186,6 +186,8 @@ def test_wrong_files_are_one_sentence(data, tmp_path):
         tasks.build("mmlu:anatomy", TaskChoice(7, "acc"), data_dir=str(data))
     with pytest.raises(ValueError, match="humaneval runs code that the model writes, in a sandbox: --run_code allows it"):
         tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(data))
+    with pytest.raises(ValueError, match="hellaswag: 2 shots, but its local files have no examples"):
+        tasks.build("hellaswag", TaskChoice(2, "acc"), data_dir=str(data))
     with pytest.raises(ValueError, match="task 'mmlu:anatomie' is unknown; did you mean mmlu:anatomy"):
         tasks.build("mmlu:anatomie", TaskChoice(0, "acc"), data_dir=str(data))
 

@@ -88,7 +88,7 @@ def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]
 
         return {split: Dataset.from_list(rows) for split, rows in datasets.items()}
 
-    few = {}
+    few = {"fewshot_split": None}
     if "shots" in datasets:
         count = min(shots, len(datasets["shots"]))
         few = {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": count}

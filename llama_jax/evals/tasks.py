@@ -105,6 +105,8 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
         if layout is None:
             raise ValueError(f"{name}: has no layout of local files; leave --data_dir out to read the hub's data set")
         settings |= local_tasks.settings(data_dir, layout, choice.shots)
+        if choice.shots and not settings["fewshot_split"] and "samples" not in (settings.get("fewshot_config") or {}):
+            raise ValueError(f"{name}: {choice.shots} shots, but its local files have no examples; expected shots=0")
     for key in ("tag", "group", "class", "task_alias"):
         settings.pop(key, None)
     return _make(settings)
