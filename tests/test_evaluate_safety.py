@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llama_jax.evals import safety
-from llama_jax.evals.answers import exact, f1, f1_of_raters
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all, run_code
+from llama_jax.evals.spans import exact, f1, f1_of_raters
 
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="the sandbox is Linux's")
 

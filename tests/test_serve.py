@@ -25,7 +25,7 @@ MODEL = ModelConfig(
 )
 TEXTS = ["the loop reads a line of text and counts tokens, [INST] what is it? [/INST] <<SYS>> be kind <</SYS>>"] * 20
 QUESTION = [{"role": "user", "content": "what is it?"}]
-LONG = {"prompt": "the loop", "max_tokens": 4000, "extra_body": {"stop_token_ids": []}}
+LONG = {"prompt": "the loop", "max_tokens": 4000, "temperature": 0.0, "extra_body": {"stop_token_ids": []}}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_health_and_metrics(client, served):
     assert float(lines["llama_jax_generated_tokens_total"]) >= 3
     assert float(lines['llama_jax_requests_total{outcome="length"}']) >= 1
     assert float(lines["llama_jax_active"]) == 0
-    assert float(lines["llama_jax_compilations"]) == served[1].compiled == 5  # nothing was compiled for the traffic
+    assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7  # nothing was compiled for the traffic
 
 
 def test_many_at_once_are_each_answered_as_alone(client):

@@ -136,6 +136,7 @@ class BlockSource:
     seed: int
     _: dataclasses.KW_ONLY
     separate_documents: bool = False
+    bos_id: int = BOS_ID  # the tokenizer's
     process_index: int = 0
     process_count: int = 1
 
@@ -175,7 +176,7 @@ class BlockSource:
     def batch(self, step: int) -> TokenBatch:
         """This process's slice [B / process_count, T] of global batch `step`."""
         rows = _slice(step, self.batch_size, self.process_index, self.process_count)
-        return block_batch([self._stream[i] for i in rows], self.block_length, separate_documents=self.separate_documents)
+        return self._to_batch([self._stream[i] for i in rows])
 
     def eval_batches(self) -> Iterator[TokenBatch]:
         """Every block of every source once, in name order; the last batch is filled with padding."""
@@ -183,7 +184,12 @@ class BlockSource:
         for step in range(math.ceil(len(order) / self.batch_size)):
             rows = _slice(step, self.batch_size, self.process_index, self.process_count)
             blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
-            yield block_batch(blocks, self.block_length, separate_documents=self.separate_documents, row_count=len(rows))
+            yield self._to_batch(blocks, row_count=len(rows))
+
+    def _to_batch(self, blocks: Sequence[bytes], *, row_count: int | None = None) -> TokenBatch:
+        return block_batch(
+            blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id, row_count=row_count
+        )
 
 
 def block_batch(
@@ -191,6 +197,7 @@ def block_batch(
     block_length: int,
     *,
     separate_documents: bool = False,
+    bos_id: int = BOS_ID,
     row_count: int | None = None,
 ) -> TokenBatch:
     """Records of T+1 tokens to a batch [B, T]; short records and rows up to `row_count` are padded."""
@@ -207,12 +214,12 @@ def block_batch(
     segments = real.astype(np.int32)
     positions = np.where(real, columns, 0).astype(np.int32)
     if separate_documents:
-        starts = (tokens == BOS_ID) & real
+        starts = (tokens == bos_id) & real
         starts[:, 0] = real[:, 0]
         segments = np.where(real, np.cumsum(starts, axis=1), 0).astype(np.int32)
         first = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
         positions = np.where(real, columns - first, 0).astype(np.int32)
-        weights = weights * (targets != BOS_ID)
+        weights = weights * (targets != bos_id)
     return TokenBatch(
         tokens=np.ascontiguousarray(tokens),
         targets=np.ascontiguousarray(targets),

@@ -34,7 +34,7 @@ def draw(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) ->
 
 
 def _groups(models, known, names) -> Plot:
-    figure, (ax,) = figures._figure(1, 1, "Averages by group (%)", panel=(8.2, 0.62 * len(names) + 1.2))
+    figure, (ax,) = figures._figure(1, 1, "Averages by group (%), with 95 % intervals", panel=(8.2, 0.62 * len(names) + 1.2))
     for index, (model, columns) in enumerate(known.items()):
         points = [(columns[name], y) for y, name in enumerate(names) if name in columns]
         if points:
@@ -45,13 +45,14 @@ def _groups(models, known, names) -> Plot:
             )  # fmt: skip
     for index, ((model, row), colour) in enumerate(zip(models.items(), figures._cycle(len(models)))):
         found = [(y, row["groups"][name]) for y, name in enumerate(names) if name in row["groups"]]
+        beside = 0.14 * (index - (len(models) - 1) / 2)  # so that equal values do not hide each other
         ax.errorbar(
-            [100 * value["value"] for _, value in found], [y for y, _ in found],
+            [100 * value["value"] for _, value in found], [y + beside for y, _ in found],
             xerr=[196 * value["stderr"] for _, value in found], linestyle="", marker=_MARKS[index % len(_MARKS)],
             markersize=8, color=colour, elinewidth=2, label=model,
         )  # fmt: skip
     _rows(ax, [TITLES[name] for name in names])
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, min(ax.get_xlim()[1], 100))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=9)
     words = []
     for model, row in models.items():

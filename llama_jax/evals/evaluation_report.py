@@ -17,7 +17,10 @@ from llama_jax.evals.report_html import render_page
 from llama_jax.evals.report_sections import Section, Table
 from llama_jax.files import atomic_write, write_json
 
-_LEAD = "Benchmarks of the Llama 2 paper, beside the paper's own numbers. Percent, unless a table says otherwise."
+_LEAD = (
+    "Benchmarks of the Llama 2 paper, beside the paper's own numbers. Percent, unless a table says otherwise; ± is one "
+    "standard error."
+)
 _PROMPTS = (
     "The paper's prompts were never published. These are the prompts of lm-evaluation-harness (SQuAD and QuAC: of GPT-3's "
     "paper), so a few points of difference from the paper's numbers mean nothing; between the models of one report they do."

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.evals import answers, local_tasks
+from llama_jax.evals import local_tasks, spans
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
 
 Settings = dict[str, Any]
@@ -217,7 +217,7 @@ def _squad(choice: TaskChoice) -> Settings:
 
     def judge(doc, results):
         references = doc["answers"] or ["unanswerable"]
-        return {"exact_match": answers.exact(results[0], references), "f1": answers.f1(results[0], references)}
+        return {"exact_match": spans.exact(results[0], references), "f1": spans.f1(results[0], references)}
 
     return _reading(
         judge, dataset_path="rajpurkar/squad_v2", test_split="validation", fewshot_split="train", process_docs=flat,
@@ -232,7 +232,7 @@ def _quac(choice: TaskChoice) -> Settings:
 
     def judge(doc, results):
         text, references = results[0], doc["answers"]
-        return {"exact_match": answers.exact(text, references), "f1": answers.f1_of_raters(text, references)}
+        return {"exact_match": spans.exact(text, references), "f1": spans.f1_of_raters(text, references)}
 
     return _reading(
         judge, dataset_path="allenai/quac", test_split="validation",

@@ -82,6 +82,15 @@ def base_answers(
     return answers
 
 
+def short_examples(rows: Sequence[Prompt], *, most: int = 4) -> list[Prompt]:
+    """One short solved prompt of each kind, for a base model."""
+    by_kind: dict[str, Prompt] = {}
+    for row in rows:
+        if len(row["messages"]) == 1 and len(row["reference"]) < 90:
+            by_kind.setdefault(row.get("kind") or "", row)
+    return [by_kind[kind] for kind in sorted(by_kind)][:most]
+
+
 def _as_text(row: Prompt) -> str:
     return " ".join(message["content"] for message in row["messages"])
 

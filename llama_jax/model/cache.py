@@ -69,7 +69,7 @@ class KVCache:
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
     """A cache without content; with dtype int8, keys and values have scales."""
     B, K, E, S = batch, config.kv_heads, config.head_size, slots
-    lengthwise = platform() == "tpu" and dtype != jnp.int8 and paged.supports(paged.PAGE, E)
+    lengthwise = platform() == "tpu" and dtype == jnp.bfloat16 and paged.supports(paged.PAGE, E)
 
     def scales():
         return jnp.zeros((B, K, S), jnp.float32) if dtype == jnp.int8 else None

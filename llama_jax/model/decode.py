@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model import paged
 from llama_jax.model.attention import row_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
@@ -100,6 +101,8 @@ def extend(
     limit = jnp.max(lengths + counts)
 
     def put(slots, new, axis):
+        if rows is None and new.shape[1] == 1 and cache.layers[0].lengthwise:
+            return paged.write(slots, new[:, 0], targets[:, 0])
         if rows is None:  # each row into its own: no device needs to look at another's rows
             at = (slice(None),) * (axis - 1)
             return jax.vmap(
@@ -132,7 +135,7 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
 def blocks(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
     new keys and values in it."""
-    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
+    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))
     with jax.named_scope("embedding"):
         embedding = weights["embedding"]
         if isinstance(embedding, Int8):

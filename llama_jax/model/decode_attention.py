@@ -42,7 +42,7 @@ def attend_cached(
     B, T, H, E = query.shape
     K, S = cache.values.shape[1:3]
     if T == 1 and cache.lengthwise and paged.supports(S, E) and K % shards_of("act_heads") == 0:
-        return paged.attend(query[:, 0], cache.keys, cache.values, positions[:, 0] + 1, dtype=dtype)[:, None]
+        return paged.attend(query[:, 0], cache.keys, cache.values, positions[:, 0] + 1)[:, None]
     # The queries that share a key head are the M rows of one matrix product.
     rows = jnp.einsum("btkre->bkrte", query.reshape(B, T, K, H // K, E)).reshape(B, K, H // K * T, E).astype(dtype)
     positions = jnp.tile(positions, (1, H // K))[:, None, :, None]  # [B, 1, M, 1]

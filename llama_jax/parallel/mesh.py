@@ -70,6 +70,12 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def cores() -> int:
+    """Into how many cores a kernel is divided on a device of `platform()`: two on TPUs whose cores work as one."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
+
+
 def start_distributed() -> None:
     """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
 

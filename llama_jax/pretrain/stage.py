@@ -53,7 +53,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
-        separate_documents=config.data.separate_documents, **process_slice(),
+        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(),
     )  # fmt: skip
     specs = table.table(model, head="lm_head")
     loss = language_model_loss(model, config.compute)
