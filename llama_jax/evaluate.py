@@ -132,8 +132,9 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
 
 
 def _same_config(output: Path, config: EvaluateConfig) -> None:
-    """Keeps the config in the output; another one than the first run's is refused. Models may be added."""
-    path, new = output / "config.json", {key: value for key, value in describe(config).items() if key != "models"}
+    """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything."""
+    path, free = output / "config.json", ("models", "judges", "paper", "bootstrap", "run_code")
+    new = {key: value for key, value in describe(config).items() if key not in free}
     if path.exists():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(new)))
         if changed:
@@ -158,11 +159,9 @@ def _run_model(
         )  # fmt: skip
     judges = _judges(config.judges) if config.safety else {}
     for benchmark in config.safety:
-        found, said = benchmarks.kept(
-            output / "safety" / f"{benchmark}.json", lambda benchmark=benchmark: benchmarks.run_safety(
-                model, benchmark, config.decoding, judges, data_dir=config.data_dir, limit=limit,
-                answers=output / "safety" / f"{benchmark}_answers.json",
-            )
+        found, said = benchmarks.run_safety(
+            model, benchmark, config.decoding, judges, data_dir=config.data_dir, limit=limit,
+            answers=output / "safety" / f"{benchmark}.json",
         )  # fmt: skip
         records |= found
         notes += said

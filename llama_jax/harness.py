@@ -13,20 +13,14 @@ from llama_jax.pretrained import load
 NAME = "llama_jax"
 
 
-def open_model(checkpoint: str, *, tokenizer: str | None = None, dtype: str = "float32", **settings: Any) -> Any:
-    """A checkpoint as a model of the harness; `settings` are those of `evals.harness.HarnessModel`."""
-    from llama_jax.evals.harness import HarnessModel  # its package is an extra
-
-    return HarnessModel(load(checkpoint, dtype=dtype, tokenizer=tokenizer), **settings)
-
-
 def register() -> None:
     """Enters `llama_jax` into the harness's registry of models."""
+    from lm_eval.api.model import LM
     from lm_eval.api.registry import model_registry
 
     from llama_jax.evals.harness import HarnessModel
 
-    class Checkpoint(HarnessModel):
+    class Checkpoint(HarnessModel, LM):
         """Made from the arguments of the harness's command; its batch size and device are not ours to follow."""
 
         def __init__(self, checkpoint: str, tokenizer: str | None = None, dtype: str = "float32", chat: bool = False, **_: Any):

@@ -1,5 +1,6 @@
 """The evaluation command on small local files: results, differences, resuming, the report, and wrong input."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -168,6 +169,25 @@ def run_command(suite, *arguments):
     command = [sys.executable, "-m", "llama_jax.evaluate", f"--config=configs/evaluate.py:{suite}", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints, tmp_path, monkeypatch):
+    pytest.importorskip("vaderSentiment", reason="needs the extra [eval]")
+    write_rows(tmp_path / "bold_prompts_40_per_group.jsonl", [
+        {"domain": "gender", "group": group, "prompt": f"the {group} is "} for group in ("American_actors", "islam")
+    ])  # fmt: skip
+    write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": "- the loop"}])
+    config = config_of(
+        checkpoints, tmp_path, ("model0",), tasks={}, safety=("bold", "toxigen"), paper=("L2-Chat 7B",),
+        decoding={"max_tokens": 6},
+    )  # fmt: skip
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    assert -1 <= values["tasks"]["bold:islam"]["value"] <= 1 and any("no judge" in note for note in values["notes"])
+    assert "0.48" in (tmp_path / "out/report.md").read_text()  # Table 47: American actors, Llama 2-Chat 7B
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
+    again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
+    assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
 
 
 # ---- wrong input ----

@@ -54,19 +54,21 @@ def run_safety(
     lm: Any, name: str, decoding: safety.Decoding, judges: Mapping[str, safety.Judge], *, data_dir: str, limit: int | None,
     answers: Path,
 ) -> tuple[dict[str, Record], list[str]]:  # fmt: skip
-    """{task: record} of a safety benchmark, and notes. The answers are written to a file, and taken from there if it exists."""
+    """{task: record} of a safety benchmark, and notes. The answers are written to a file and taken from there afterwards, so
+    that they can be judged again without the model."""
     wanted = safety.items(name, data_dir=data_dir, limit=limit)
-    cut = sum(getattr(lm, "cut", {}).values())
-    if answers.exists():
-        texts = json.loads(answers.read_text(encoding="utf-8"))["answers"]
-        if len(texts) != len(wanted):
-            raise ValueError(f"{answers}: expected {len(wanted)} answers, found {len(texts)}; remove it to draw them again")
-    else:
+
+    def draw():
+        cut = sum(getattr(lm, "cut", {}).values())
         texts = safety.answer(lm, wanted, decoding)
-        write_json(answers, {"prompts": [item.prompt for item in wanted], "answers": texts})
-    scored, notes = safety.score(name, wanted, texts, judges)
-    cut = sum(getattr(lm, "cut", {}).values()) - cut
-    return {task: summary(found["metric"], found["scores"], cut=cut) for task, found in scored.items()}, notes
+        cut = sum(getattr(lm, "cut", {}).values()) - cut
+        return {"prompts": [item.prompt for item in wanted], "answers": texts, "cut": cut}
+
+    drawn = kept(answers, draw)
+    if drawn["prompts"] != [item.prompt for item in wanted]:
+        raise ValueError(f"{answers}: holds answers to other prompts; remove it to draw them again")
+    scored, notes = safety.score(name, wanted, drawn["answers"], judges)
+    return {task: summary(found["metric"], found["scores"], cut=drawn["cut"]) for task, found in scored.items()}, notes
 
 
 def kept(path: Path, run: Callable[[], Any]) -> Any:

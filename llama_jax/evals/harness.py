@@ -25,21 +25,17 @@ from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, EngineConfig, Request
 from llama_jax.training.metrics import Progress
 
-try:
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
-
 _SLICE = 4096  # requests after which results go to the cache
 _ANSWER = 256  # tokens of an answer where a task does not say: the harness's default
 _SLOTS = 16  # answers that are drawn together, on each shard of the batch
 _REUSE = 32  # prompts that share so many tokens compute them once
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel:
     """`model` has what `llama_jax.load` gives: params, config, tokenizer, compute, mesh, path.
+
+    It counts as one of the harness's models without being derived from their class: importing the harness changes the
+    environment of the process, which an import of ours must not.
 
     Args:
       scoring: shapes of the log-likelihoods.
@@ -52,7 +48,12 @@ class HarnessModel(TemplateLM):
         self, model: Any, *, scoring: ScoringConfig | None = None, slots: int = 0, chat: bool = False, seed: int = 0,
         quiet: bool = False,
     ):  # fmt: skip
-        super().__init__()
+        try:
+            from lm_eval.api.model import LM, CacheHook
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
+        LM.register(type(self))
+        self.cache_hook = CacheHook(None)
         if model.head != "lm_head":
             raise ValueError(f"{model.path}: benchmarks need a language model, this is a reward model")
         if model.tokenizer is None:
@@ -67,6 +68,12 @@ class HarnessModel(TemplateLM):
         self.cut: collections.Counter = collections.Counter()  # requests that lost their beginning, by kind
 
     # ---- what the harness asks about the model ----
+
+    rank, world_size, device = 0, 1, None  # one model over all devices and hosts
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Where finished requests are to be kept."""
+        self.cache_hook = cache_hook
 
     @property
     def eot_token_id(self) -> int:
@@ -116,6 +123,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, each token once, under as much context as fits."""
+        from lm_eval import utils
+
         windows = [
             [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
@@ -130,9 +139,6 @@ class HarnessModel(TemplateLM):
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Score]:
-        return self._score([(context, continuation) for _, context, continuation in requests], "loglikelihood", None)
 
     def _score(self, pairs: Sequence[Pair], kind: str, progress: Callable[[int], None] | None) -> list[Score]:
         return self.scorer([self._fitting(*pair, kind) for pair in pairs], progress=progress)
@@ -149,7 +155,7 @@ class HarnessModel(TemplateLM):
         return context[over:], continuation
 
     def _encode_all(self, texts: Sequence[tuple[str, str]]) -> list[Pair]:
-        """`_encode_pair` of each, every distinct text encoded once and on several threads."""
+        """Each (context, continuation) as ids, split as the harness does; distinct texts once, on several threads."""
         moved = []
         for context, continuation in texts:
             kept = context.rstrip()  # spaces at the end of a context belong to the next word
@@ -170,6 +176,8 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts that continue each request's context, up to a stop string, EOS or the greatest length."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         answers: list[str] = [""] * len(requests)
         jobs = []
         for index, request in enumerate(requests):
