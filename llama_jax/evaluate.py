@@ -24,7 +24,7 @@ from llama_jax.evals import evaluation_report
 from llama_jax.evals.groups import groups, weights
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
-from llama_jax.evals.tasks import CODE, TaskChoice
+from llama_jax.evals.tasks import CODE, TaskChoice, choose
 from llama_jax.files import write_json
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import load
@@ -200,10 +200,12 @@ def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
 
         return HarnessModel(load(path), scoring=config.scoring, chat=config.decoding.chat, seed=config.seed, quiet=quiet)
     try:
+        import torch
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{path}: needs {error.name}: pip install torch transformers accelerate") from None
-    return HFLM(pretrained=path.removeprefix(_HF), batch_size=8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HFLM(pretrained=path.removeprefix(_HF), batch_size=8, device=device)
 
 
 def _judges(config: Judges) -> dict[str, Judge]:
@@ -263,6 +265,8 @@ def main() -> None:
         "models": (*values["models"], *given.checkpoint), "limit": given.limit, "run_code": given.run_code,
         "data_dir": given.data_dir or values["data_dir"],
     }  # fmt: skip
+    if given.tasks:
+        values["tasks"] = choose(values["tasks"], given.tasks)
     run(parse(EvaluateConfig, values), given.output)
     print((Path(given.output) / "report.md").read_text(encoding="utf-8"), end="")
 
@@ -270,6 +274,7 @@ def main() -> None:
 if __name__ == "__main__":
     command.define("configs/evaluate.py:SUITE", output="directory of the results; an unfinished one is continued")
     flags.DEFINE_list("checkpoint", [], "models, each PATH or name=PATH; hf:PATH is a Hugging Face model")
+    flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
     flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")
     flags.DEFINE_bool("run_code", False, "run the code that models write for HumanEval and MBPP, in a sandbox")

@@ -220,6 +220,55 @@ def test_unknown_tasks_name_the_nearest(monkeypatch):
     assert len(tasks.expand("math")) == 7 and tasks.expand("lambada_openai") == ["lambada_openai"]
 
 
+def test_tasks_are_chosen_from_the_suite(monkeypatch):
+    monkeypatch.setattr(tasks, "_index", lambda: {"lambada_openai": None})
+    choices = {"mmlu": 1, "boolq": 2}
+    assert tasks.choose(choices, ["boolq", "mmlu:anatomy"]) == {"boolq": 2, "mmlu:anatomy": 1}
+    with pytest.raises(ValueError, match="task 'piqa' is not in this suite, which has mmlu, boolq"):
+        tasks.choose(choices, ["piqa"])
+    with pytest.raises(ValueError, match="task 'boolk' is unknown; did you mean boolq"):
+        tasks.choose(choices, ["boolk"])
+
+
+def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
+    for package in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(package, reason="the harness's Hugging Face model needs it")
+    from llama_jax import convert
+
+    convert.run(checkpoints / "model0", tmp_path / "hf", to="huggingface", quiet=True)
+    config = config_of(checkpoints, data, ("model0",), tasks={"hellaswag": CHOICES["hellaswag"]})
+    config = dataclasses.replace(config, models=(*config.models, f"peer=hf:{tmp_path / 'hf'}"))
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    ours_, theirs = (json.loads((tmp_path / "out" / n / "tasks/hellaswag.json").read_text()) for n in ("model0", "peer"))
+    assert ours_["scores"] == theirs["scores"]
+    assert values["differences"]["peer"]["tasks"]["hellaswag"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_code_is_judged_by_running_it(tmp_path):
+    from llama_jax.evals.sandbox import run_code
+
+    try:
+        run_code("pass")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    row = {
+        "task_id": "x/0", "prompt": "def double(x):\n", "entry_point": "double", "canonical_solution": "    return 2 * x\n",
+        "test": "def check(f):\n    assert f(2) == 4\n    assert f(-3) == -6\n",
+    }  # fmt: skip
+    write_rows(tmp_path / "humaneval.jsonl", [row])
+    choice = TaskChoice(0, "pass@1", samples=4, k=(1, 2), temperature=0.8, top_p=0.95)
+    task = tasks.build("humaneval", choice, data_dir=str(tmp_path), run_code=True)
+    texts = [row["canonical_solution"], "    return x\n", "    return x +\n", "    return x + x\n"]
+    assert task.process_results(row, [texts]) == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6)}
+    task.build_all_requests(limit=1)
+    context, arguments = task.instances[0].args
+    assert context == row["prompt"] and arguments["temperature"] == 0.8 and task.instances[0].repeats == 4
+    write_rows(tmp_path / "mbpp_test_11_310.jsonl", [{"text": "Double.", "code": "", "test_list": ["assert double(2) == 4"]}])
+    task = tasks.build("mbpp", TaskChoice(0, "pass@1"), data_dir=str(tmp_path), run_code=True)
+    assert task.process_results(task.task_docs[0], ["def double(x): return 2 * x"]) == {"pass@1": 1.0}
+    assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
+
+
 def test_configs_of_every_suite_are_valid(data):
     from configs.evaluate import SUITES, get_config
 

