@@ -36,13 +36,13 @@ from llama_jax.evals.report import write_report
 from llama_jax.evals.statistics import win_rate
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.files import write_json
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.train import run as run_stage
-from llama_jax.training.checkpoint import restore_params
 from llama_jax.training.loop import Diverged, claim, finished
 
 
@@ -242,7 +242,7 @@ class Recipe:
         versions = {name: verdict.judge(rows, found, self.annotator) for name, found in answers.items()}
         reward = table.table(self.model, head="reward_head")
         with jax.set_mesh(self.mesh):
-            models = {n: restore_params(self.path(f"reward_{n}"), reward, self.mesh) for n in ("helpfulness", "safety")}
+            models = {n: restore_model(self.path(f"reward_{n}"), reward, self.mesh) for n in ("helpfulness", "safety")}
             prompts = [encode_prompt(row["messages"], tokenizer) for row in rows]
             for name in ("sft", "rejection", "ppo"):
                 scores = score_responses(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response, find_tag
 from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
@@ -26,7 +27,6 @@ from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.ppo import encode_prompts
 from llama_jax.sampling.generate import generate, make_sampler
 from llama_jax.sft.stage import SftData, fine_tuning_stage
-from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -156,8 +156,8 @@ def draw_samples(config: RejectionConfig, mesh: Mesh) -> list[dict[str, Any]]:
         scores = score_responses(
             model, config.compute,
             {
-                "helpfulness": restore_params(config.helpfulness, reward, mesh),
-                "safety": restore_params(config.safety, reward, mesh),
+                "helpfulness": restore_model(config.helpfulness, reward, mesh),
+                "safety": restore_model(config.safety, reward, mesh),
             },
             [ids for _, _, ids in repeated], responses, [row["is_safety"] for _, row, _ in repeated],
             length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
@@ -188,4 +188,4 @@ def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stag
     write_jsonl(workdir / "best.jsonl", best)
     train = (*config.data.train, *([str(workdir / "best.jsonl")] if best else []))
     data = dataclasses.replace(config.data, train=train)
-    return fine_tuning_stage(config, data, mesh, name="rejection", epochs=config.epochs)
+    return fine_tuning_stage(config, data, mesh, workdir, name="rejection", epochs=config.epochs)

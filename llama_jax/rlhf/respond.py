@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import Message, decode_response, encode_prompt, find_tag
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
-from llama_jax.training.checkpoint import restore_model
 
 _SHORTEST = 64  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
 

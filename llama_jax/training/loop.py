@@ -91,7 +91,7 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         recorder = _Recorder(writer, progress, config, stage, logged)
 
         def save(step: int) -> None:
-            measured = stage.measure(state.params) if stage.measure and step == config.steps else {}
+            measured = stage.measure(stage.whole(state.params)) if stage.measure and step == config.steps else {}
             seconds = seconds_before + time.monotonic() - begun
             meta = {**stage.meta, **measured, "seconds": seconds, "logged": recorder.logged()}
             checkpoints.save(step, state, stage.source.state(), meta)
@@ -99,14 +99,14 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
         with writer, progress, feed:
             for step in range(first, config.steps):
                 with compilations.of_step(step - first):
-                    batch, source_metrics = feed.batch(step, state.params)
-                    state, means = step_function(state, batch)
+                    batch, source_metrics = feed.batch(step, stage.whole(state.params))
+                    state, means = step_function(state, batch, stage.frozen)
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done = step + 1
                 if stage.evaluate and config.eval_every and done % config.eval_every == 0 and done < config.steps:
                     recorder.flush()
-                    writer.write(step, {f"held_out/{k}": v for k, v in stage.evaluate(state.params).items()})
+                    writer.write(step, {f"held_out/{k}": v for k, v in stage.evaluate(stage.whole(state.params)).items()})
                 stop = terminate.before(done)
                 if stop or done % config.checkpoint_every == 0 or done == config.steps:
                     recorder.flush()
@@ -114,7 +114,7 @@ def train(stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path) -> dic
                 if stop:
                     raise Preempted(0)
             recorder.flush()
-            held_out = dict(stage.evaluate(state.params)) if stage.evaluate else {}
+            held_out = dict(stage.evaluate(stage.whole(state.params))) if stage.evaluate else {}
             if held_out:
                 writer.write(config.steps - 1, {f"held_out/{k}": v for k, v in held_out.items()})
         checkpoints.wait()  # a stage is done only when its checkpoint is on disk
