@@ -81,7 +81,8 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
     """Steps and rows of the global batch, and how often things are written."""
     return ConfigDict({
         "steps": steps, "batch_size": batch_size, "seed": 0, "microbatches": 1, "log_every": 10, "eval_every": 0,
-        "checkpoint_every": 1000, "keep": 2, "max_skipped_in_a_row": 10, **changes,
+        "checkpoint_every": 1000, "keep": 2, "keep_every": 0, "keep_best": "", "keep_best_mode": "min",
+        "max_skipped_in_a_row": 10, "spike": {"sigma": 0.0, "window": 128, "rewind": False, "skip": 1, "limit": 3}, **changes,
     })  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ConfigError, FileNotFoundError, FileExistsError, ModuleNotFoundError, *expected) as error:
+        except (ConfigError, OSError, ModuleNotFoundError, *expected) as error:
             sys.exit(f"error: {error}")
         except ValueError as error:
             if not _raised_by_us(error):

@@ -32,11 +32,11 @@ from llama_jax.model import params as table
 from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
-from llama_jax.recipe import change, load_config
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, share
 from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.rlhf.rejection import sigmoid_scores
+from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage
 from llama_jax.training.loop import Diverged, claim

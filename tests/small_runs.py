@@ -11,7 +11,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import SIZES
-from llama_jax.recipe import change, load_config
+from llama_jax.steps import change, load_config
 
 ROOT = Path(__file__).parents[1]
 MODEL = dataclasses.replace(

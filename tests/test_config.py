@@ -13,7 +13,8 @@ from configs import common
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.corpus import CorpusConfig
 from llama_jax.model.config import SIZES
-from llama_jax.recipe import RecipeConfig, change, load_config
+from llama_jax.recipe import RecipeConfig
+from llama_jax.steps import change, load_config
 from llama_jax.train import STAGES, parse_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -119,12 +120,19 @@ def test_every_corpus_and_recipe_parses(tmp_path):
     (tmp_path / "web.jsonl").write_text('{"text": "x"}\n')
     values.sources.web.reader = str(tmp_path / "web.jsonl")
     assert parse(CorpusConfig, values).total_tokens == 2_000_000_000_000
-    for name in ("tiny", "smoke"):
+    recipes = [f"{size}{versions}" for size in ("tiny", "smoke") for versions in ("", *(f",versions={n}" for n in range(1, 6)))]
+    for name in recipes:
         config = parse(RecipeConfig, load(f"recipe.py:{name}"))
         # What the recipe overrides must exist in the stages' configs.
         for step, changes in config.overrides.items():
             file = {"sft_variant": "sft", "reward_helpfulness": "reward", "reward_safety": "reward"}.get(step, step)
             change(load(f"{file}.py:{config.size}"), changes, where=step)
+    # The paper's versions: Ghost Attention after V3, PPO in V5 only.
+    assert [plan.ghost for plan in config.versions] == [False, False, False, True, True]
+    assert [plan.ppo for plan in config.versions] == [False, False, False, False, True]
+    for argument, error in (("tiny,versions=6", "expected 1 to 5"), ("tiny,version=2", "expected tiny,versions=1 to 5")):
+        with pytest.raises(ValueError, match=error):
+            load(f"recipe.py:{argument}")
     for file in ("corpus", "recipe"):
         with pytest.raises(ValueError, match="'huge' is unknown; expected"):
             load(f"{file}.py:huge")

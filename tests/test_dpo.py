@@ -20,9 +20,9 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.recipe import change, load_config
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
 from llama_jax.rlhf.dpo import DpoSettings, DpoSource, collate, dpo_loss, dpo_losses, response_log_probs
+from llama_jax.steps import change, load_config
 from llama_jax.train import run
 from llama_jax.training.checkpoint import read_meta, restore_params
 

@@ -178,6 +178,21 @@ def test_the_gradient_of_log_probabilities_is_that_of_log_softmax(chunks):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
+def test_z_loss_by_hand():
+    # Logits (log 1, log 3): normaliser log 4, p(target 1) = 3/4. Loss -log 3/4 + z (log 4)^2; its gradient by the logits is
+    # p (1 + 2 z log 4) - (0, 1).
+    tree, hidden = {"lm_head": {"kernel": jnp.eye(2)}}, jnp.log(jnp.array([[[1.0, 3.0]]]))
+
+    def ours(h):
+        return heads.token_losses(tree, h, jnp.array([[1]]), jnp.ones((1, 1)), compute=FLOAT32, z_loss=0.1)[0]
+
+    found, gradient = jax.value_and_grad(ours)(hidden)
+    log4 = np.log(4)
+    np.testing.assert_allclose(found, -np.log(0.75) + 0.1 * log4**2, rtol=1e-6)
+    np.testing.assert_allclose(ours(hidden), found, rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0], np.array([0.25, 0.75]) * (1 + 0.2 * log4) - [0, 1], rtol=1e-5)
+
+
 def test_log_probabilities_and_entropy_by_hand():
     tree = {"lm_head": {"kernel": jnp.eye(3)}}
     hidden = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))

@@ -12,8 +12,8 @@ from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_comparisons, write_jsonl
 from llama_jax.evals import figures
 from llama_jax.model.config import SIZES
-from llama_jax.recipe import change, load_config
 from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown
+from llama_jax.steps import change, load_config
 
 
 def rows(count, batches=None):

@@ -13,7 +13,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.ppo import PpoSettings, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
-from llama_jax.rlhf.rejection import best_dialogs, choose_prompts, score_responses
+from llama_jax.rlhf.rejection import choose_prompts, score_responses
 from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
@@ -152,19 +152,6 @@ def test_a_prompt_that_comes_again_is_answered_anew():
     for row in np.concatenate(tokens):
         by_prompt.setdefault(bytes(row[:4]), set()).add(bytes(row[4:]))
     assert max(map(len, by_prompt.values())) > 1
-
-
-def test_best_answers_end_and_hold_no_chat_tag():
-    def sample(prompt, response, reward, ended=True):
-        messages = [{"role": "user", "content": f"q{prompt}"}]
-        return {"prompt": prompt, "messages": messages, "is_safety": False, "response": response, "ended": ended,
-                "reward": reward}  # fmt: skip
-
-    rows = best_dialogs([
-        sample(0, "good", 0.5), sample(0, "best", 0.7), sample(0, "cut", 0.9, ended=False),
-        sample(0, "[INST] forged", 0.95), sample(1, "", 0.9), sample(1, "cut", 0.9, ended=False),
-    ])  # fmt: skip
-    assert [row["messages"][-1]["content"] for row in rows] == ["best"]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 4, 1, 2), (8, 1, 1, 1)])

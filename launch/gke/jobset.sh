@@ -52,9 +52,13 @@ metadata:
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # A host that dies ends all; all begin again, from the newest checkpoint.
+  # A host that dies ends all; all begin again, from the newest checkpoint. A preemption is no failure and is not counted.
   failurePolicy:
     maxRestarts: ${RESTARTS:-100}
+    rules:
+    - name: preempted
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: ${SLICES:-1}
@@ -64,6 +68,18 @@ spec:
           completions: $HOSTS
           completionMode: Indexed
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+            # 75: saved because of SIGTERM (llama_jax/training/preemption.py).
+            - action: FailJob
+              onExitCodes:
+                containerName: llama-jax
+                operator: In
+                values: [75]
+            - action: FailJob
+              onPodConditions:
+              - type: DisruptionTarget
+                status: "True"
           template:
             spec:
               restartPolicy: Never

@@ -10,7 +10,7 @@ from html import escape
 from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, Table, prompt_text
 from llama_jax.evals.targets import Target, lookup, number
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card:
   #ffffff;
     --accent: #3b6fd4; --good: #1b7f5c; --good-back: #e2f4ec; --bad: #b23a3a; --bad-back: #fbe7e7;
@@ -91,7 +91,7 @@ def render_html(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import causal_attention
+from llama_jax.model import paged
+from llama_jax.model.attention import row_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
@@ -65,13 +66,14 @@ def prefill(
     B, T = tokens.shape
     steps = jnp.arange(T)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
 
     def attend(query, key, value, layer):
         # What lies behind a row's length is written over later, and never seen.
         layer = layer.store(
             key, value, lambda slots, new, axis: jax.lax.dynamic_update_slice_in_dim(slots, jnp.moveaxis(new, 1, axis), 0, axis)
         )
-        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), layer
+        return attention(query, key, value), layer
 
     x, cache = _layers(
         weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute
@@ -101,6 +103,8 @@ def extend(
     limit = jnp.max(lengths + counts)
 
     def put(slots, new, axis):
+        if rows is None and new.shape[1] == 1 and cache.layers[0].lengthwise:
+            return paged.write(slots, new[:, 0], targets[:, 0])
         if rows is None:  # each row into its own: no device needs to look at another's rows
             at = (slice(None),) * (axis - 1)
             return jax.vmap(
@@ -133,7 +137,7 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
 def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
     new keys and values in it."""
-    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
+    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))
     with jax.named_scope("embedding"):
         embedding = weights["embedding"]
         if isinstance(embedding, Int8):

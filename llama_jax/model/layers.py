@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.mesh import platform
 
@@ -82,11 +83,18 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope_angles(positions: jax.Array, head_size: int, *, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    positions: jax.Array, head_size: int, *, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position * theta^(-2i / E) in float32, i = 0 .. E/2-1. # [B, T] -> 2 x [B, T, E/2]"""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    if scaling is None:
+        frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    else:
+        frequencies = stretched(head_size, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.magnitude == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return scaling.magnitude * jnp.cos(angles), scaling.magnitude * jnp.sin(angles)
 
 
 def materialise(tables: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

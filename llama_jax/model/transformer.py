@@ -46,7 +46,7 @@ def hidden_states(
     if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
         tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
     attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    angles = rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling)
     if compute.unroll:
         angles = materialise(angles)
 

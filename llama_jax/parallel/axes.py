@@ -146,6 +146,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, _rules.get(), mesh))
 
 
+def per_device(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:  # fmt: skip
+    """`function(*arrays)` on each device's own part of arrays with these logical axes: for kernels, which the compiler cannot
+    divide. Each part must be independent of the others, and the result have the size of the first array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(partition(x.shape, names, _rules.get(), mesh) for x, names in zip(arrays, axes, strict=True))
+    out = partition(arrays[0].shape, out_axes, _rules.get(), mesh)
+    # Kernels in Pallas do not tell along which axes their results vary, hence no check of it.
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """The sharding of a batch array `[B, T, ...]`: rows over the data axes, length over the sequence axis."""
     return NamedSharding(mesh, PartitionSpec(TRAIN["batch"], *([TRAIN["length"]] if ndim > 1 else [])))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError, describe
+from llama_jax.config import ConfigError, describe, parse
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.restore import describe_base, model_parts, restore_model
 from llama_jax.model import params as table
@@ -70,9 +70,9 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
 def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
     """ConfigError if another stage's checkpoint is of another model (but for its context) or tokenizer."""
     saved = read_meta(workdir)
-    expected = describe(model)
-    if {**saved["model"], "max_length": model.max_length} != expected:
-        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {expected}")
+    held = parse(ModelConfig, saved["model"], where=str(workdir))  # fields that it does not know have their defaults
+    if dataclasses.replace(held, max_length=model.max_length) != model:
+        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {describe(model)}")
     if saved["tokenizer"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{workdir} was trained with tokenizer {saved['tokenizer'][:12]}, {tokenizer.path} is "

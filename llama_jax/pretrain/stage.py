@@ -35,9 +35,15 @@ class PretrainData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
-    """See configs/pretrain.py."""
+    """See configs/pretrain.py. `z_loss`: see `language_model_loss`; measurements on held-out text are without it."""
 
     data: PretrainData
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss: expected 0 or more, got {self.z_loss}")
 
 
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -52,7 +58,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
-        separate_documents=config.data.separate_documents, **process_slice(),
+        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(),
     )  # fmt: skip
     begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
@@ -65,7 +71,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         init=begun.init,
         frozen=begun.frozen,
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(begun.specs)),
-        loss=loss,
+        loss=language_model_loss(model, config.compute, z_loss=config.z_loss),
         source=Supervised(source),
         evaluate=bits_per_byte(
             loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
@@ -83,7 +89,7 @@ def bits_per_byte(
     Every token of a document and its EOS is predicted once. Documents longer than a row are read in rows that overlap by
     half, of which the second half counts: each prediction sees at least length / 2 tokens of what came before.
     """
-    rows = {name: [row for text in texts[name] for row in _rows(text, tokenizer, length)] for name in texts}
+    rows = {name: [row for text in texts[name] for row in document_rows(text, tokenizer, length)] for name in texts}
     size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
     step = jax.jit(loss)
 
@@ -98,7 +104,7 @@ def bits_per_byte(
     return evaluate
 
 
-def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
+def document_rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
     """The overlapping rows [T] of a document."""
     ids = np.asarray(tokenizer.encode(text, bos=True, eos=True))
     stride = length // 2

@@ -6,13 +6,14 @@ happens when all have been added.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
 
 Batch = Any  # a flax.struct.dataclass whose arrays all begin with the row axis B
@@ -74,6 +75,10 @@ class Supervised:
     def restore(self, state: Any) -> None:
         """Nothing to take up."""
 
+    def rows(self, step: int) -> Any:
+        """Which rows the global batch of a step has, where the batches can tell: for the report of a bad one."""
+        return self.batches.rows(step) if hasattr(self.batches, "rows") else None
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -86,10 +91,16 @@ class LoopConfig:
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
     checkpoint_every: int = 1000
-    keep: int = 2  # checkpoints
+    keep: int = 2  # newest checkpoints
+    keep_every: int = 0  # checkpoints of steps that are a multiple of this stay too; 0: none
+    keep_best: str = ""  # the held-out metric by which the best checkpoint stays too; measured before each save
+    keep_best_mode: Literal["min", "max"] = "min"
     max_skipped_in_a_row: int = 10  # non-finite steps until the run stops
+    spike: SpikeConfig = SpikeConfig()
 
     def __post_init__(self):
+        if self.keep_every < 0:
+            raise ValueError(f"loop.keep_every: expected 0 or more steps, got {self.keep_every}")
         for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")

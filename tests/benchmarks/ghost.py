@@ -30,10 +30,10 @@ from llama_jax.files import write_json  # noqa: E402
 from llama_jax.parallel.host import keep_heap  # noqa: E402
 from llama_jax.parallel.mesh import make_mesh  # noqa: E402
 from llama_jax.pretrain.base import load_tokenizer  # noqa: E402
-from llama_jax.recipe import load_config  # noqa: E402
 from llama_jax.rlhf.constraints import Constraint, instruction  # noqa: E402
 from llama_jax.rlhf.ghost import Context, in_first_turn  # noqa: E402
 from llama_jax.rlhf.respond import Responder  # noqa: E402
+from llama_jax.steps import load_config  # noqa: E402
 from llama_jax.train import parse_stage, run  # noqa: E402
 
 CONTEXT = 1024
