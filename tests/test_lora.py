@@ -117,7 +117,7 @@ def train(mesh, steps=3):
         step = make_step(language_model_loss(MODEL, FLOAT32), optim, microbatches=2, layout=layout)
         losses = []
         for _ in range(steps):
-            state, means = step(state, put_batch(batch(), mesh), frozen)
+            state, means = step(state, put_batch(batch(16), mesh), frozen)
             losses.append(float(means["loss"]))
     return state, losses, frozen
 
