@@ -32,6 +32,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.verdict import Answer, Decoding
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.parallel.host import keep_compiled, keep_heap
@@ -50,7 +51,6 @@ from llama_jax.rlhf.versions import (
 )
 from llama_jax.steps import Steps, change, load_config
 from llama_jax.train import parse_stage
-from llama_jax.training.checkpoint import restore_params
 from llama_jax.training.loop import Diverged
 from llama_jax.training.workdir import claim, own
 
@@ -285,7 +285,7 @@ class Recipe(Steps):
         reward = table.table(self.model, head="reward_head")
         how = self.config.verdict
         with jax.set_mesh(self.mesh):
-            models = {track: restore_params(self.path(stage), reward, self.mesh) for track, stage in self.rewards.items()}
+            models = {track: restore_model(self.path(stage), reward, self.mesh) for track, stage in self.rewards.items()}
             for name in self.judged:
                 if name == "base":
                     continue

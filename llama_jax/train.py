@@ -27,6 +27,7 @@ STAGES = {
     "reward": ("llama_jax.reward.stage", "RewardConfig"),
     "rejection": ("llama_jax.rlhf.rejection", "RejectionConfig"),
     "ppo": ("llama_jax.rlhf.ppo", "PpoConfig"),
+    "grpo": ("llama_jax.rlhf.grpo", "GrpoConfig"),
     "dpo": ("llama_jax.rlhf.dpo", "DpoConfig"),
     "ghost": ("llama_jax.rlhf.ghost", "GhostConfig"),
     "distill": ("llama_jax.safety.distillation", "DistillConfig"),

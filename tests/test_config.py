@@ -95,7 +95,8 @@ def test_every_stage_parses_at_every_size(stage, size):
         assert (config.stage, config.model) == (stage, size)
         # A field of the dataclass that the config leaves to its default would be a number hidden in the code.
         assert set(describe(config)) == set(values.keys())
-        for group in ("compute", "mesh", "optim", "loop", "data", "ppo", "dpo", "rejection", "ghost", "distill"):
+        groups = ("compute", "mesh", "lora", "optim", "loop", "data", "ppo", "grpo", "reward", "dpo", "rejection", "ghost")
+        for group in (*groups, "distill"):
             if group in values:
                 assert set(describe(config)[group]) == set(values[group].keys()), group
 

@@ -151,7 +151,8 @@ def test_it_learns_to_prefer_the_chosen_answer():
     assert float(metrics["accuracy"].mean()) > 0.9 and float(objective.mean()) < 0.5
 
 
-def test_eight_devices_give_the_loss_and_gradient_of_one():
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 4, 1)])
+def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
     loss = dpo_loss(MODEL, FLOAT32, DpoSettings(beta=0.1))
 
     def measured(mesh):
@@ -161,7 +162,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
             return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0].sum))(policy, batch)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(2, 2, 1, 2))),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(*sizes))),
         measured(one_device()),
     )  # fmt: skip
 

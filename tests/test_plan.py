@@ -359,7 +359,7 @@ def test_the_calibration_stands_beside_its_error():
 
 
 def test_a_rollout_is_planned_for_ppo_only():
-    with pytest.raises(ConfigError, match="a rollout is planned for ppo, got 'pretrain'"):
+    with pytest.raises(ConfigError, match="a rollout is planned for ppo and grpo, got 'pretrain'"):
         rollout_program(parse_stage(pretrain.get_config("7b")), make_mesh())
 
 

@@ -12,9 +12,9 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
-from llama_jax.rlhf.ppo import PpoSettings, PpoSource, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
+from llama_jax.rlhf.ppo import PpoSettings, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
 from llama_jax.rlhf.rejection import choose_prompts, score_responses
-from llama_jax.rlhf.rollout import RewardRule, Roller, make_judge
+from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
@@ -37,7 +37,7 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh, *, rows=4):
+def source(mesh, *, rows=4, **more):
     roll = Roller(
         sample=make_sampler(
             MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
@@ -46,9 +46,11 @@ def source(mesh, *, rows=4):
         frozen=FROZEN,
         keys=lambda index: row_keys(0, index),
     )
-    examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2]) for i in range(12)]
+    examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2], i) for i in range(12)]
     batches = IndexedBatches(examples, lambda rows: collate_prompts(rows, length=4), 8, 0)
-    return PpoSource(batches, roll, mesh=mesh, settings=SETTINGS, rows=rows, prompt_length=4, seed=0)
+    return RolloutSource(
+        batches, roll, mesh=mesh, empty=empty_rollout(8, 4, 6), size=8, rows=rows, control=KlControl(0.1), seed=0, **more
+    )
 
 
 def one_device():
@@ -181,7 +183,7 @@ def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
 
 def test_a_rollout_must_divide_into_minibatches():
     with pytest.raises(ValueError, match="rollout_size=8 is no multiple"):
-        PpoSource(None, None, mesh=one_device(), settings=SETTINGS, rows=3, prompt_length=4, seed=0)
+        RolloutSource(None, None, mesh=one_device(), empty=None, size=8, rows=3, control=KlControl(0.1), seed=0)
 
 
 def test_scores_do_not_depend_on_which_rows_are_scored_together(tiny):

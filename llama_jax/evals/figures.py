@@ -6,6 +6,7 @@ no global state, no window system. Needs the extra [eval].
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -241,6 +242,56 @@ def score_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, before:
         ax.set_title(f"{track} reward model", fontsize=10)
         ax.set_xlabel(f"score of {before}")
         ax.set_ylabel(f"score of {after}")
+    return _png(figure)
+
+
+def margin_histograms(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Shares of scores by margin, {margin: {"edges": n + 1, "shares": n}}: larger margins push scores outwards. (Fig. 27)"""
+    figure, axes = _figure(1, 1, "Scores by margin of the ranking loss")
+    for (name, histogram), colour in zip(histograms.items(), _cycle(len(histograms))):
+        axes[0].stairs(100 * np.asarray(histogram["shares"]), histogram["edges"], color=colour, linewidth=1.8, label=name)
+    axes[0].set_xlabel("reward model score")
+    axes[0].set_ylabel("answers (%)")
+    axes[0].legend()
+    return _png(figure)
+
+
+def accuracy_scaling(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Accuracy by number of batches, a line a size, on all and on "significantly better" pairs. (Fig. 6)
+
+    Args:
+      curves: {size: [{"batch", "accuracy": {degree: {"share", "low", "high"}}}]}.
+    """
+    figure, axes = _figure(1, 2, "Accuracy by data and size")
+    for ax, (degree, title) in zip(axes, (("all", "all pairs"), ("significantly", "significantly better"))):
+        for (name, points), colour in zip(curves.items(), _cycle(len(curves))):
+            known = [point for point in points if degree in point["accuracy"]]
+            x = [point["batch"] for point in known]
+            mean, low, high = ([100 * p["accuracy"][degree][key] for p in known] for key in ("share", "low", "high"))
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(x, mean, color=colour, marker="o", markersize=4, label=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("batches of pairs")
+        ax.set_ylabel("accuracy (%)")
+    axes[0].legend()
+    return _png(figure)
+
+
+def score_conflict(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Both models' scores of safe and of unsafe answers, {"safe" | "unsafe": {"safety", "helpfulness"}}. (Fig. 32)"""
+    figure, axes = _figure(1, 2, "Helpfulness against safety", panel=(4.2, 3.8))
+    for ax, (kind, colour) in zip(axes, (("safe", BLUE), ("unsafe", RED))):
+        found = scores[kind]
+        size = max(2.0, 12 - len(found["safety"]) ** 0.4)
+        ax.scatter(found["safety"], found["helpfulness"], s=size, color=colour, alpha=0.4, linewidths=0)
+        for line in (ax.axhline, ax.axvline):
+            line(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 2)))
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_title(f"{kind} answers", fontsize=10)
+        ax.set_xlabel("safety score")
+        ax.set_ylabel("helpfulness score")
     return _png(figure)
 
 

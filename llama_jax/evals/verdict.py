@@ -12,11 +12,11 @@ from llama_jax.assistant.annotator import SimulatedAnnotator, well_formed
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.statistics import mean_interval
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
-from llama_jax.training.checkpoint import restore_model
 from llama_jax.training.metrics import Progress
 
 Prompt = dict[str, Any]

@@ -17,6 +17,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
 from llama_jax.model.int8 import Int8, product, quantise
 from llama_jax.model.layers import materialise, rms_norm, rope_angles, rotate
+from llama_jax.model.lora import merged
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 from llama_jax.parallel.vocabulary import look_up
@@ -34,8 +35,9 @@ _SUMMED = {
 def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = False) -> Prepared:
     """The parameters as generation reads them: in the matmul type, gathered over fsdp, split over tensor, layer by layer.
 
-    With `int8`, matrices are rounded to 8 bits (`model.int8`).
+    Adapters are merged into their matrices. With `int8`, matrices are rounded to 8 bits (`model.int8`).
     """
+    params = merged(params)
     mesh = jax.sharding.get_abstract_mesh()
 
     def place(spec, x):

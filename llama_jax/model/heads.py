@@ -143,22 +143,61 @@ def log_probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the entropy of each position's distribution, at a sampling temperature. # -> 2 x float32 [B, T]
 
-    RLHF uses it in the sampler's, the trainer's and the reference's role alike, with the same temperature. Rematerialised
-    chunk by chunk, so the backward pass holds [B, T / loss_chunks, V] as well.
+    RLHF uses it in the sampler's, the trainer's and the reference's role alike, with the same temperature. The entropy is a
+    measurement and carries no gradient. The backward pass computes the scores again chunk by chunk, so it holds
+    [B, T / loss_chunks, V] as well; a single chunk it keeps.
     """
-    @jax.checkpoint
-    def step(kernel, chunk):
-        h, t = chunk
-        scores = contract("btd,dv->btv", h, kernel, compute.matmul_dtype) / temperature
-        scores = constrain(scores, "batch", "length", "act_vocab")
-        log_p = jax.nn.log_softmax(scores, axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-        return jnp.take_along_axis(log_p, t[..., None], axis=-1)[..., 0], entropy
-
     with jax.named_scope("log_probabilities"):
-        kernel = vocabulary_kernel(params)
         chunks = compute.loss_chunks if targets.shape[1] // shards_of("length") % compute.loss_chunks == 0 else 1
-        _, (log_p, entropy) = jax.lax.scan(
-            lambda carry, chunk: (carry, step(kernel, chunk)), None, _split((hidden, targets), chunks)
+        return _log_probabilities(
+            vocabulary_kernel(params), hidden, targets, temperature, compute.matmul_dtype, chunks
         )
-        return _join(log_p), _join(entropy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _log_probabilities(kernel, hidden, targets, temperature, dtype, chunks):
+    return _log_probabilities_forward(kernel, hidden, targets, temperature, dtype, chunks)[0]
+
+
+def _chunk_scores(kernel, hidden, temperature, dtype):
+    scores = contract("btd,dv->btv", hidden, kernel, dtype) / temperature
+    return constrain(scores, "batch", "length", "act_vocab")
+
+
+def _log_probabilities_forward(kernel, hidden, targets, temperature, dtype, chunks):
+    def step(carry, chunk):
+        h, t = chunk
+        scores = _chunk_scores(kernel, h, temperature, dtype)
+        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
+        if shards_of("act_vocab") == 1:
+            chosen = jnp.take_along_axis(scores, t[..., None], axis=-1)[..., 0]
+        else:  # a sum over the vocabulary needs no device to hold all of it
+            chosen = jnp.sum(jnp.where(_at(t, scores), scores, 0), axis=-1)
+        mean = jnp.sum(jnp.exp(scores - log_normaliser[..., None]) * scores, axis=-1)
+        saved = scores if chunks == 1 else None
+        return carry, (chosen - log_normaliser, log_normaliser - mean, log_normaliser, saved)
+
+    _, (log_p, entropy, log_normaliser, saved) = jax.lax.scan(step, None, _split((hidden, targets), chunks))
+    residuals = (kernel, hidden, targets, temperature, log_normaliser, saved)
+    return (_join(log_p), _join(entropy)), residuals
+
+
+def _log_probabilities_backward(dtype, chunks, residuals, cotangents):
+    kernel, hidden, targets, temperature, log_normaliser, saved = residuals
+    small_kernel = kernel.astype(dtype)
+
+    def step(d_kernel, chunk):
+        (h, t, g), normaliser, scores = chunk
+        scores = _chunk_scores(kernel, h, temperature, dtype) if scores is None else scores
+        p = jnp.exp(scores - normaliser[..., None])
+        d_scores = ((_at(t, scores) - p) * (g / temperature)[..., None]).astype(dtype)
+        d_hidden = jnp.einsum("btv,dv->btd", d_scores, small_kernel, preferred_element_type=jnp.float32)
+        d_kernel += jnp.einsum("btd,btv->dv", h.astype(dtype), d_scores, preferred_element_type=jnp.float32)
+        return d_kernel, d_hidden.astype(h.dtype)
+
+    parts = (_split((hidden, targets, cotangents[0]), chunks), log_normaliser, saved)
+    d_kernel, d_hidden = jax.lax.scan(step, jnp.zeros(kernel.shape, jnp.float32), parts)
+    return d_kernel.astype(kernel.dtype), _join(d_hidden), None, None
+
+
+_log_probabilities.defvjp(_log_probabilities_forward, _log_probabilities_backward)

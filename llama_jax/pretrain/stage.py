@@ -17,7 +17,7 @@ from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Stage, Supervised
@@ -48,7 +48,6 @@ class PretrainConfig(StageConfig):
 
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The pretraining stage."""
-    del workdir
     model, tokenizer = load_tokenizer(config)
     manifest = check_manifest(config.data.corpus, tokenizer)
     length = manifest["block_length"]
@@ -61,23 +60,24 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         config.loop.batch_size, config.loop.seed,
         separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(),
     )  # fmt: skip
-    specs = table.table(model, head="lm_head")
+    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     held_out = {
         name: [str(row["text"]) for _, row in read_jsonl(corpus / "held_out" / f"{name}.jsonl")] for name in weights
     }
     return Stage(
         name="pretrain",
-        specs=specs,
-        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
-        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
+        specs=begun.specs,
+        init=begun.init,
+        frozen=begun.frozen,
+        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(begun.specs)),
         loss=language_model_loss(model, config.compute, z_loss=config.z_loss),
         source=Supervised(source),
         evaluate=bits_per_byte(
             loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
         ),
         tokens_per_step=config.loop.batch_size * length,
-        meta=meta(config, model, tokenizer),
+        meta=meta(config, model, tokenizer) | begun.meta,
     )
 
 

@@ -28,6 +28,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response, encode_dialog
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.files import write_json
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.params import Params
@@ -40,7 +41,6 @@ from llama_jax.rlhf.respond import one_process, usable
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import SftData, fine_tuning_stage
-from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -211,7 +211,7 @@ class Round:
         specs = table.table(self.reward, head="reward_head")
         paths = {"helpfulness": self.config.helpfulness, "safety": self.config.safety}
         with jax.set_mesh(self.mesh):
-            return {name: restore_params(path, specs, self.mesh) for name, path in paths.items()}
+            return {name: restore_model(path, specs, self.mesh) for name, path in paths.items()}
 
     def respond(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int, label: str) -> list[list[int]]:
         """Sampled ids for each prompt."""
@@ -313,4 +313,4 @@ def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stag
         raise ConfigError(f"{path}: no answer ended by itself, so there is nothing to fine-tune on")
     train = (*config.data.train, *([str(path)] * config.rejection.repeat if found else []))
     data = dataclasses.replace(config.data, train=train)
-    return fine_tuning_stage(config, data, mesh, name="rejection", epochs=config.epochs)
+    return fine_tuning_stage(config, data, mesh, workdir, name="rejection", epochs=config.epochs)

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import Message, decode_response, encode_prompt, find_tag
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
-from llama_jax.training.checkpoint import restore_model
 
 
 class Responder:

@@ -139,13 +139,13 @@ class _Run:
             if stage.evaluate is None:
                 return {}
             self.watchdog.at("evaluation", done)
-            held_out = dict(stage.evaluate(state.params))
+            held_out = dict(stage.evaluate(stage.whole(state.params)))
             writer.write(done - 1, {f"held_out/{name}": value for name, value in held_out.items()})
             return held_out
 
         def save(done: int, held_out: dict[str, float]) -> None:
             self.watchdog.at("saving", done)
-            measured = stage.measure(state.params) if stage.measure and done == config.steps else {}
+            measured = stage.measure(stage.whole(state.params)) if stage.measure and done == config.steps else {}
             run = {
                 "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
                 "logged": recorder.logged(), "spikes": self.spikes.state(),
@@ -161,9 +161,9 @@ class _Run:
                 begun = time.monotonic()
                 with self.compilations.of_step(step - first):
                     self.watchdog.at("batch", step)
-                    batch, source_metrics = feed.batch(step, state.params)
+                    batch, source_metrics = feed.batch(step, stage.whole(state.params))
                     self.watchdog.at("step", step)
-                    state, means = self.step_function(state, batch)
+                    state, means = self.step_function(state, batch, stage.frozen)
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done, last = step + 1, step + 1 == config.steps

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.training.spikes import SpikeConfig
+from llama_jax.training.state import overlay
 
 Batch = Any  # a flax.struct.dataclass whose arrays all begin with the row axis B
 Params = Any
@@ -115,6 +116,9 @@ class Stage:
       name: label of the progress bar.
       specs: tree of ParamSpecs of what is trained.
       init: makes the parameters, already sharded: fresh, or from another stage's checkpoint.
+      frozen: parameters that belong to the model but are not trained, already sharded: the base of adapters. They are held
+        once, are in no checkpoint and have no moments; the loss, the source, `evaluate` and `measure` are given both trees
+        as one (`whole`).
       optimizer: see `optimizer.make`.
       loss: (params, batch) -> (objective, metrics), sums and weights.
       source: batches.
@@ -138,6 +142,11 @@ class Stage:
     check: Callable[[int, Mapping[str, float]], None] | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Params], Mapping[str, Any]] | None = None
+    frozen: Params = dataclasses.field(default_factory=dict)
+
+    def whole(self, params: Params) -> Params:
+        """The trained parameters together with the frozen ones."""
+        return overlay(params, self.frozen)
 
 
 def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Batch]) -> Callable[[Params], dict]:
