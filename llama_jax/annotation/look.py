@@ -30,7 +30,7 @@ def dialog_html(view: View) -> str:
     if view.phase == "done":
         return '<div class="done"><h1>That was all.</h1><p>Every prompt has been judged. Thank you.</p></div>'
     if not view.messages:
-        return '<div class="done"><h1>What would you like to ask?</h1><p>Two answers will appear side by side.</p></div>'
+        return '<div class="done"><h1>What would you like to ask?</h1><p>What is answered will appear below.</p></div>'
     turns = "".join(f'<div class="turn {m["role"]}"><div>{escape(m["content"])}</div></div>' for m in view.messages)
     return f'<div class="dialog">{turns}</div>'
 

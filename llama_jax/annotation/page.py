@@ -29,11 +29,13 @@ def serve(desk: Desk, *, host: str, port: int, password: str = "", wait: bool = 
     page = build(desk, login=bool(password))
 
     def enter(name: str, given: str) -> bool:
+        if not hmac.compare_digest(given.encode(), password.encode()):
+            return False
         try:
             desk.session(name)
-        except ValueError:
+        except ValueError:  # no name, or not among the raters
             return False
-        return hmac.compare_digest(given.encode(), password.encode())
+        return True
 
     font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font, font_mono=["monospace"])
