@@ -87,9 +87,9 @@ def losses(workdir):
 
 def test_a_run_that_hangs_ends_with_its_stacks_and_a_terminated_one_with_the_code_for_again(tmp_path):
     workdir = tmp_path / "run"
-    assert run(workdir, "--hang_at=4", "--on_host=0", "--step_seconds=3") == [EXIT_HANGS], texts(workdir)
+    assert run(workdir, "--steps=100", "--hang_at=4", "--on_host=0", "--step_seconds=5") == [EXIT_HANGS], texts(workdir)
     for text in (texts(workdir), (workdir / "logs" / "host-0.log").read_text()):
-        assert re.search(r"error: host 0 hangs: no progress for [3-9] s, in batch of step 4", text)
+        assert re.search(r"error: host 0 hangs: no progress for \d+ s, in batch of step 4", text)
         assert "in batch" in text and "toy_run.py" in text and "Thread" in text  # stacks of all threads
     processes = start(workdir, "--pause=0.2", "--steps=100")
     wait_for_checkpoint(workdir, 6, processes)

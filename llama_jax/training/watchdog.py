@@ -77,11 +77,10 @@ class Watchdog:
         for thread in self.threads:
             thread.join(timeout=5)
         faulthandler.cancel_dump_traceback_later()
-        if self.peers is not None:
+        if self.peers is not None and self.failed is None:
             self.restore_abort()
-            if self.failed is None:
-                with contextlib.suppress(Exception):  # the service may be gone; then nobody is listening
-                    self.peers.leave()
+            with contextlib.suppress(Exception):  # the service may be gone; then nobody is listening
+                self.peers.leave()
         logging.getLogger().removeHandler(self.handler)
         with contextlib.suppress(OSError):
             self.file.close()
@@ -153,8 +152,11 @@ class Watchdog:
 
         def aborted(number: int) -> None:
             del number
+            if self.failed is not None:  # our error made the others end, and the service with them; it has been told
+                os._exit(1)
             words = self.peers.words()
-            blame = lost(words, service_silent=0.0, me=self.host, limit=self.peer_seconds)
+            # That something is wrong is certain now; a host need not have been silent for as long as usual.
+            blame = lost(words, service_silent=0.0, me=self.host, limit=min(5.0, self.peer_seconds))
             who = "host 0, the coordinator, died or cannot be reached" if self.host else "see the message above"
             self._end(f"host {self.host}, in {self.phase} of step {self.step}, was aborted: {blame or who}", EXIT_HOST_LOST)
 

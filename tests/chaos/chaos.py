@@ -99,6 +99,12 @@ def reached(workdir: Path) -> int:
         return 0
 
 
+def touched(workdir: Path) -> float:
+    """When a step was done last."""
+    path = workdir / "reached.json"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def saved(workdir: Path) -> list[int]:
     """Steps with a finished checkpoint."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
@@ -161,7 +167,7 @@ def disturb(stage: str, runs: Path, data: Path, *, faults: int, steps: int, proc
             limit = time.monotonic() + (draw.uniform(0.5, 8) if early else 900)
             before = time.time()
             while None in cluster.codes() and time.monotonic() < limit:
-                if last and len(attempts(workdir)) > starts and (workdir / "reached.json").stat().st_mtime > before:
+                if last and len(attempts(workdir)) > starts and touched(workdir) > before:
                     last.went_on_from = attempts(workdir)[-1]["from"]
                     last.seconds_to_step = time.monotonic() - began
                     last = None
