@@ -52,7 +52,7 @@ def output_of(workdir, host=0):
     return workdir.parent / f"{workdir.name}.host-{host}.txt"
 
 
-def ends(processes, timeout=200):
+def ends(processes, timeout=400):
     """Return codes."""
     try:
         return [process.wait(timeout=timeout) for process in processes]
@@ -67,7 +67,7 @@ def run(workdir, *more, count=1, per_host=None):
 
 
 def wait_for_checkpoint(workdir, step, processes):
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 400
     while not (workdir / "checkpoints" / str(step)).exists():
         assert time.monotonic() < limit and all(process.poll() is None for process in processes), texts(workdir)
         time.sleep(0.05)

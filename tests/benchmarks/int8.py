@@ -5,6 +5,9 @@
 
 Teacher-forced through the decoding path, so that a rounded cache is read as generation reads it. The text is Python's own
 language reference (the module `pydoc_data.topics`) unless a file is given.
+
+With `--rows 6`: perplexity 17.333 in float32; bfloat16 products +0.04 % (99.2 % of 1,530 most likely tokens stay), weights in 8
+bits +0.40 % (94.6 %), cache in 8 bits +0.12 % (97.8 %), both +0.63 % (94.4 %).
 """
 
 import argparse
