@@ -58,7 +58,7 @@ CSS = """
 .gradio-container main, .gradio-container .wrap, .gradio-container .contain, #room { width: 100%; }
 #room, #judgement, #writing { gap: 10px; } .html-container { padding: 0 !important; }
 .gradio-container .block, .gradio-container .form { border: 0; box-shadow: none; background: transparent;
-  padding: 0 !important; }
+  padding: 0 !important; overflow: visible !important; }
 footer { display: none !important; }
 header { display: flex; justify-content: space-between; padding: 10px 2px 12px;
   border-bottom: 1px solid var(--border-color-primary);  color: var(--body-text-color-subdued); font-size: .92rem; }

@@ -6,6 +6,7 @@ is asked for. The colours tell apart with the common colour-vision deficiencies;
 
 import base64
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
 from html import escape
@@ -51,12 +52,7 @@ class Plot:
 
     def svg(self, theme: Theme = LIGHT) -> bytes:
         """Vectors; the same numbers give the same bytes."""
-        import matplotlib
-
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "llama_jax"}):
-            self.draw(theme).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": self.alt})
-        return buffer.getvalue()
+        return _svg(self, theme)
 
     def html(self) -> str:
         """A figure element with the image inside, in the reader's theme."""
@@ -65,6 +61,17 @@ class Plot:
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
             f'<img alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{light}"></picture></figure>'
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _svg(plot: Plot, theme: Theme) -> bytes:
+    """Kept, since a report shows what is also written beside it."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "llama_jax"}):
+        plot.draw(theme).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": plot.alt})
+    return buffer.getvalue()
 
 
 def save(plots: Sequence[Plot], directory: Path) -> None:
