@@ -85,6 +85,7 @@ def losses(workdir):
 # ---- one process ----
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_ends_with_its_stacks_and_a_terminated_one_with_the_code_for_again(tmp_path):
     workdir = tmp_path / "run"
     assert run(workdir, "--steps=100", "--hang_at=4", "--on_host=0", "--step_seconds=5") == [EXIT_HANGS], texts(workdir)
