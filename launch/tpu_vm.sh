@@ -13,7 +13,7 @@
 #   delete                 gives the slice back
 #
 # --dry_run prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256, ...); optional PROJECT,
-# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. Checkpoints belong on a bucket: --workdir=gs://...
+# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. The workdir is on a file system that all hosts share.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

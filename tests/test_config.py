@@ -182,3 +182,11 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest_field(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error:") and "lrr" in line and '"lr"' in line
     assert not (tmp_path / "run").exists()
+
+
+def test_an_address_is_no_workdir():
+    command = [sys.executable, "-m", "llama_jax.train", "--config=configs/sft.py:tiny", "--workdir=gs://bucket/run"]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and not (CONFIGS.parent / "gs:").exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error:") and "gs://bucket/run" in line and "one that all of them share" in line

@@ -166,6 +166,10 @@ def test_the_manifest_is_a_jobset():
     (container,) = pod["containers"]
     assert container["args"] == ["-m", "llama_jax.train", *flags]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    shared = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE, CLAIM="runs").stdout)
+    pod = shared["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "runs"}}]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
     plain = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE).stdout)
     selector = plain["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelector"]
     assert set(selector) == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
