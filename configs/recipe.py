@@ -1,7 +1,7 @@
 """The whole recipe: `python -m llama_jax.recipe --config=configs/recipe.py:tiny --workdir=...` (paper, all of it).
 
-`tiny` alone is the demo: two versions, the second without fresh comparisons, then PPO. `tiny,versions=5` are the paper's V1 to
-V5 (fewer: the first of them) within an hour on two CPU cores. `smoke` is the same path in a minute, for tests.
+`tiny` alone is the demo: one version, with PPO. `tiny,versions=5` are the paper's V1 to V5 (fewer: the first of them) within an
+hour on two CPU cores. `smoke` is the same path in a minute, for tests, with a second version that collects no comparisons.
 """
 
 from ml_collections import ConfigDict
@@ -35,10 +35,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             "rlhf": 1800, "rlhf_safety": 500,
             "held_out": 300, "held_out_safety": 100,
         },
-        "versions": (
-            {"preferences": 3700, "prompts": 2000, "answers": 4, "ghost": False, "ppo": False},
-            {"preferences": 0, "prompts": 2000, "answers": 4, "ghost": False, "ppo": True},
-        ),
+        "versions": ({"preferences": 3700, "prompts": 2300, "answers": 8, "ghost": False, "ppo": True},),
         "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
         "annotator_noise": 0.03,

@@ -102,7 +102,7 @@ def test_every_stage_parses_at_every_size(stage, size):
 
 
 def test_the_sizes_of_the_configs_are_those_of_the_model():
-    assert set(common.SIZES) == set(SIZES)
+    assert set(common.SIZES) == set(SIZES) - {"nano"}  # which notebooks put into configs of `tiny`
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -84,7 +84,7 @@ def test_the_report_has_every_figure_of_the_issue(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_the_ledger_of_the_demos_two_versions(finished):
+def test_the_ledger_of_two_versions(finished):
     first, second = check_ledger(finished, ["v1", "v2"]).values()
     assert (first["sampled_from"], second["sampled_from"]) == ("sft", "v1/rejection")
     assert set(second["scores"]) == {"v2", "v2_ppo"} and second["pools"] == ["v1/rejection", "v2/rejection"]
