@@ -64,11 +64,25 @@ def adamw(lr: float, *, schedule: str = "cosine", warmup: int = 0, final: float 
     })  # fmt: skip
 
 
+def lora() -> ConfigDict:
+    """Adapters (Hu et al. 2021) in place of the start's matrices: off; `--config.lora.rank=16` trains them.
+
+    They want a learning rate about ten times that of the whole model. The paper trains whole models.
+    """
+    return ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("query", "key", "value", "output", "gate", "up", "down")})
+
+
+def reward() -> ConfigDict:
+    """R_c of the two reward models (section 3.2.3) alone; "module:function" names a scorer, empty weights are all 1."""
+    return ConfigDict({"scorers": ("reward_models",), "weights": ()})
+
+
 def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
     """Steps and rows of the global batch, and how often things are written."""
     return ConfigDict({
         "steps": steps, "batch_size": batch_size, "seed": 0, "microbatches": 1, "log_every": 10, "eval_every": 0,
-        "checkpoint_every": 1000, "keep": 2, "max_skipped_in_a_row": 10, **changes,
+        "checkpoint_every": 1000, "keep": 2, "keep_every": 0, "keep_best": "", "keep_best_mode": "min",
+        "max_skipped_in_a_row": 10, "spike": {"sigma": 0.0, "window": 128, "rewind": False, "skip": 1, "limit": 3}, **changes,
     })  # fmt: skip
 
 
@@ -76,6 +90,6 @@ def stage(kind: str, size: str, /, **fields) -> ConfigDict:
     """A stage's config; paths are given on the command line or by the recipe."""
     config = ConfigDict({
         "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "", "context": 0,
-        "compute": compute(size), "mesh": mesh(size), **fields,
+        "compute": compute(size), "mesh": mesh(size), "lora": lora(), **fields,
     })  # fmt: skip
     return config

@@ -1,6 +1,7 @@
 """PPO (paper section 3.2.3): `python -m llama_jax.train --config=configs/ppo.py:7b --workdir=...`.
 
 Give `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`, `--config.data.prompts`.
+A scorer of your own: `--config.reward.scorers='("reward_models","my_rules:score")' --config.reward.weights='(1.0,0.5)'`.
 """
 
 from ml_collections import ConfigDict
@@ -20,8 +21,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "value_clip": 0.2, "value_weight": 0.1, "gamma": 1.0, "lam": 0.95, "temperature": 1.0,
         "safety_threshold": 0.15,
         "missing_eos_penalty": 1.0,
+        "epochs": 1, "importance_cap": 0.0, "kl_target": 0.0, "kl_horizon": 10_000.0,
     }  # fmt: skip
     data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024}
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
-    loop = common.loop(36 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
-    return common.stage("ppo", size, data=data, ppo=ppo, helpfulness="", safety="", optim=optim, loop=loop)
+    loop = common.loop(48 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
+    return common.stage(
+        "ppo", size, data=data, ppo=ppo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
+    )

@@ -23,6 +23,6 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         trillions = {"llama1-7b": 1.0, "llama1-13b": 1.0, "llama1-33b": 1.4, "llama1-65b": 1.4}.get(size, 2.0)
         optim = common.adamw(1.5e-4 if size in ("34b", "70b", "llama1-33b", "llama1-65b") else 3e-4, warmup=2000)
         loop = common.loop(round(trillions * 1e12 / (4 * 2**20)), rows, eval_every=1000)
-    config = common.stage("pretrain", size, data=data, optim=optim, loop=loop)
+    config = common.stage("pretrain", size, data=data, optim=optim, loop=loop, z_loss=0.0)
     config.mesh.tensor = 1  # at 4M tokens a batch, gathering weights costs less than exchanging activations
     return common.pod(config, pod)

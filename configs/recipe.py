@@ -1,6 +1,7 @@
 """The whole recipe: `python -m llama_jax.recipe --config=configs/recipe.py:tiny --workdir=...` (paper, all of it).
 
-About 15 minutes on two CPU cores. `smoke` is the same path in a minute, for tests.
+`tiny` alone is the demo: one version, with PPO. `tiny,versions=5` are the paper's V1 to V5 (fewer: the first of them) within an
+hour on two CPU cores. `smoke` is the same path in a minute, for tests, with a second version that collects no comparisons.
 """
 
 from ml_collections import ConfigDict
@@ -8,8 +9,20 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
-    """`tiny`, or `smoke`: `tiny` with a handful of steps."""
+def versions(size: str, count: int) -> tuple[dict, ...]:
+    """The first of the paper's versions: Ghost Attention's dialogs enter after V3, PPO follows V5's rejection sampling."""
+    if not 1 <= count <= 5:
+        raise ValueError(f"versions={count}: expected 1 to 5")
+    preferences, prompts, answers = ((1500, *[550] * 4), 1150, 8) if size == "tiny" else ((24, *[4] * 4), 8, 4)
+    return tuple(
+        {"preferences": preferences[i], "prompts": prompts, "answers": answers, "ghost": i >= 3, "ppo": i == 4}
+        for i in range(count)
+    )
+
+
+def get_config(argument: str = "tiny") -> ConfigDict:
+    """`tiny`, or `smoke`: `tiny` with a handful of steps; each with `,versions=1` to `,versions=5`."""
+    size, _, wanted = argument.partition(",")
     decoding = {"temperature": 1.0, "top_p": 1.0, "prompt_length": 96, "new_tokens": 48, "batch_size": 128}
     config = ConfigDict({
         "size": "tiny",
@@ -22,15 +35,16 @@ def get_config(size: str = "tiny") -> ConfigDict:
             "rlhf": 1800, "rlhf_safety": 500,
             "held_out": 300, "held_out_safety": 100,
         },
+        "versions": ({"preferences": 3700, "prompts": 2300, "answers": 8, "ghost": False, "ppo": True},),
+        "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
-        "preference_rounds": 1,
         "annotator_noise": 0.03,
-        "rejection_with_sft": False,
         "verdict": decoding,
         "sampling": decoding,
         "compute": common.compute("tiny"),
         "mesh": common.mesh("tiny"),
         "safety_mix": 0.25,  # the paper's 10 % would be 40 pairs here
+        "minutes": 20,
         "overrides": {"sft_variant": {"epochs": 0.25}},
         "seed": 0,
     })  # fmt: skip
@@ -43,7 +57,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
         small = {"batch_size": 32, "new_tokens": 16}
         config.verdict.update(small)
         config.sampling.update(small)
-        config.rejection_with_sft = True  # models this young never end an answer, so there is no best one
+        config.versions = (
+            {"preferences": 40, "prompts": 8, "answers": 4, "ghost": False, "ppo": False},
+            {"preferences": 0, "prompts": 8, "answers": 4, "ghost": False, "ppo": True},
+        )
+        config.restart = "base"  # models this young never end an answer, so there is no best one
         config.overrides = ConfigDict({
             "corpus": {"total_tokens": 12_288},
             "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}},
@@ -53,7 +71,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
             "reward_safety": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
             "rejection": {
                 "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
-                "rejection": {"max_prompts": 8, "answers": 4, "new_tokens": 16, "sampling_batch": 32},
+                "rejection": {"new_tokens": 16, "sampling_batch": 32},
             },
             "ppo": {
                 "loop": {"steps": 8, "batch_size": 8, "checkpoint_every": 1},
@@ -62,4 +80,31 @@ def get_config(size: str = "tiny") -> ConfigDict:
         })  # fmt: skip
     elif size != "tiny":
         raise ValueError(f"recipe {size!r} is unknown; expected tiny or smoke")
+    if wanted:
+        name, _, count = wanted.partition("=")
+        if name != "versions" or not count.isdecimal():
+            raise ValueError(f"recipe {argument!r} is unknown; expected {size},versions=1 to 5")
+        config.versions = versions(size, int(count))
+        config.restart, config.minutes = "base", 60
+        tiny = size == "tiny"
+        config.overrides.update({
+            "rejection": {
+                **config.overrides.get("rejection", {}),
+                # The SFT data make one epoch; the best answers, a tenth of them, stand in it three times.
+                **({"epochs": 1.0, "optim": {"lr": 1e-3, "warmup": 10}} if tiny else {}),
+                "rejection": {
+                    **config.overrides.get("rejection", {}).get("rejection", {}),
+                    "temperatures": (0.8, 1.0, 1.2) if tiny else (0.8, 1.0), "search_prompts": 48 if tiny else 4,
+                    "repeat": 3 if tiny else 1,
+                },
+            },
+            "ghost": {
+                # Programs decide these two; the context is that of the rows of the mix.
+                "context": 256,
+                "ghost": {
+                    "families": ("sentence", "capitals"), "keep": "obeyed", "turns": (1, 3),
+                    "samples": 400 if tiny else 8, "new_tokens": 48 if tiny else 16,
+                },
+            },
+        })  # fmt: skip
     return config

@@ -1,7 +1,9 @@
 """Rejection sampling (paper section 3.2.3): `python -m llama_jax.train --config=configs/rejection.py:7b --workdir=...`.
 
 Give `--config.policy`, `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`,
-`--config.rejection.prompts`, and in `--config.data.train` the SFT dialogs to mix in.
+`--config.rejection.prompts`, in `--config.data.train` the SFT dialogs to mix in, and in `--config.pools` the `pool.jsonl` of
+earlier rounds. Distillation: `configs/rejection.py:7b --config.policy_model=70b --config.reward_model=70b`, or the pools of the
+70B alone with `--config.rejection.answers=0`.
 """
 
 from ml_collections import ConfigDict
@@ -13,20 +15,25 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT."""
     tiny = size == "tiny"
     length = 256 if tiny else 4096
-    data = {"train": (), "held_out": (), "length": length, "train_on": "last"}
+    data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
     rejection = {
         "prompts": "prompts.jsonl",
         "prompt_length": 96 if tiny else 1024,
         "max_prompts": 2300 if tiny else 100_000,
         "answers": 8 if tiny else 20,
         "new_tokens": 48 if tiny else 1024,
-        "temperature": 1.0 if tiny else 1.2,  # Fig. 8: best for 10 to 100 samples of the RLHF model
+        "temperature": 1.0 if tiny else 1.2,  # where `temperatures` is empty
+        # Fig. 8 tries 0.6, 0.8, 0.9, 1.0 ... 1.5; for the RLHF model 1.2 to 1.3 are best for 10 to 100 samples.
+        "temperatures": () if tiny else (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5),
+        "search_prompts": 64 if tiny else 256,
         "sampling_batch": 128 if tiny else 256,
+        "version": "1",
+        "repeat": 1,
         "safety_threshold": 0.15,
     }
     optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
     return common.stage(
-        "rejection", size, data=data, rejection=rejection, policy="", helpfulness="", safety="", epochs=2.0,
-        optim=optim, loop=loop,
+        "rejection", size, data=data, rejection=rejection, policy="", policy_model="", helpfulness="", safety="",
+        reward_model="", pools=(), epochs=2.0, optim=optim, loop=loop,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 # The whole recipe at size `tiny`, from raw text to an aligned chat model with a report, on a laptop's CPU.
 #   bash launch/demo.sh [WORKDIR]      the same command goes on where a stopped run was
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 workdir="$(realpath -m "${1:-$checkout/runs/demo}")"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh, test.sh and .ci/run: finds a Python and keeps one virtual environment up to date.
 #
 #   PYTHON=...           the interpreter to use (default: the first of python3.12 python3.11 python3 that really runs)
@@ -66,7 +67,7 @@ ensure_environment() {
   wanted="$(cd "$checkout" && pwd && cksum setup.cfg pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     say "installing llama_jax[$extra]; this takes a few minutes, once"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$checkout[$extra]" \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "${checkout}[$extra]" \
       || fail "the installation failed; see the lines above"
     if [ "$extra" = test ]; then
       # A real model for the tests, which skip themselves without it. Only its file is wanted, not the program it belongs to.

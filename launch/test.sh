@@ -4,6 +4,7 @@
 #   bash launch/test.sh -m slow            the slow ones
 #   bash launch/test.sh tests/test_evals.py -k win_rate
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 ensure_environment test

@@ -13,7 +13,7 @@
 #   delete                 gives the slice back
 #
 # --dry_run prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256, ...); optional PROJECT,
-# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. Checkpoints belong on a bucket: --workdir=gs://...
+# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. The workdir is on a file system that all hosts share.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -115,8 +115,10 @@ run() {
   [ -n "$module" ] || fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b"
   shift
   flags="$(printf '%q ' "$@")"
-  # 0 is a finished run, or one that was asked to stop; everything else is tried again from the newest checkpoint.
-  again="until .venv/bin/python -m llama_jax.$module $flags; do echo \"=== ended with \$?, again in 10 s\"; sleep 10; done"
+  # Everything but a finished run is tried again from the newest checkpoint: also 75, a run that saved because of SIGTERM.
+  # `stop` leaves a file that ends this.
+  again="rm -f ~/llama_jax.stop; until .venv/bin/python -m llama_jax.$module $flags; do"
+  again+=" code=\$?; [ ! -e ~/llama_jax.stop ] || exit \$code; echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
   on_workers all "cd ~/llama_jax; nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
 }
 
@@ -147,7 +149,7 @@ resume() {
 }
 
 # shellcheck disable=SC2016
-stop() { on_workers all 'pkill -TERM -P "$(cat ~/llama_jax.pid)"'; }
+stop() { on_workers all 'touch ~/llama_jax.stop; pkill -TERM -P "$(cat ~/llama_jax.pid)"'; }
 
 delete() {
   local where

@@ -30,7 +30,8 @@ from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import Model, load
 from llama_jax.requests import Ask, RequestError
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine, EngineConfig, Request
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import EngineConfig, Request
 from llama_jax.training.metrics import Progress
 
 HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"

@@ -15,6 +15,11 @@ def define(config: str, **directories: str) -> None:
     config_flags.DEFINE_config_file("config", None, config)
     for name, description in directories.items():
         flags.DEFINE_string(name, None, description)
+        # A path object would make a local directory "gs:" of it, and a pod's checkpoints would be lost with its disks.
+        flags.register_validator(
+            name, lambda value: "://" not in (value or ""),
+            "expected a directory, on several hosts one that all of them share; mount a bucket to use it",
+        )  # fmt: skip
     flags.mark_flags_as_required(["config", *directories])
 
 
@@ -27,7 +32,7 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ConfigError, FileNotFoundError, FileExistsError, ModuleNotFoundError, *expected) as error:
+        except (ConfigError, OSError, ModuleNotFoundError, *expected) as error:
             sys.exit(f"error: {error}")
         except ValueError as error:
             if not _raised_by_us(error):

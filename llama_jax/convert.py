@@ -6,6 +6,7 @@ one, checked before anything is written; the output appears whole or not at all.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,8 +124,18 @@ def _write_checkpoint(source: Source, directory: Path, kind: np.dtype, fingerpri
     ours.write(directory, params, source.config, tokenizer=fingerprint, origin=origin)
 
 
+def _one_process() -> None:
+    """Ends every process of a cluster, the first of them with a sentence: each would write the same files."""
+    processes = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    if processes > 1:
+        if os.environ.get("JAX_PROCESS_ID", "0") != "0":
+            sys.exit(1)
+        raise ValueError(f"convert runs in one process, and JAX_NUM_PROCESSES is {processes}: start it on one host, without it")
+
+
 def main() -> None:
     """Flags to call."""
+    _one_process()
     values = flags.FLAGS
     done = run(values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards)
     print(

@@ -21,6 +21,7 @@ from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
 from llama_jax.corpus_build.readers import BadRow, expand, read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
+from llama_jax.corpus_build.stages import discard, file_facts
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -135,18 +136,33 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
         changed = differences(read_manifest(output)["config"], describe(config))
         if changed:
             raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}")
+        discard(output)
         return check_manifest(output, Tokenizer(Path(output) / "tokenizer.model"))
     if beam is not None:
         from llama_jax.corpus_build.beam_pipeline import build_with_beam  # needs apache-beam
 
         files = {name: beam_files(name, config.sources[name]) for name in config.order}
-        return build_with_beam(files, output, config.settings(), options=beam, config=describe(config))
+        return build_with_beam(
+            files, output, config.settings(), options=beam, config=describe(config), inputs=inputs(config)
+        )
     return build_corpus(
         {name: documents(name, config.sources[name], seed=config.seed) for name in config.order},
         output,
         config.settings(),
         config=describe(config),
+        inputs=inputs(config),
     )
+
+
+def inputs(config: CorpusConfig) -> dict[str, Any]:
+    """What is read, by source: a killed build goes on only if it is still the same."""
+    return {
+        name: [source.byte_budget, INSTALLATION]
+        if source.reader == INSTALLATION
+        else [source.byte_budget, *map(file_facts, expand(source.reader))]
+        for name, source in config.sources.items()
+    } | {"evaluation": [file_facts(path) for pattern in config.deduplication.evaluation for path in expand(pattern)],
+         "tokenizer": None if config.tokenizer is None else file_facts(config.tokenizer)}  # fmt: skip
 
 
 def beam_files(name: str, source: SourceConfig) -> list[str]:

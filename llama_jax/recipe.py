@@ -1,24 +1,22 @@
 """The whole recipe in one workdir: `python -m llama_jax.recipe --config=configs/recipe.py:tiny --workdir=...`.
 
-corpus -> pretrain -> sft -> preferences -> two reward models -> rejection sampling -> PPO -> verdict and report. The same
-command goes on after a kill: a finished step is not run again, a stage resumes from its last checkpoint.
+corpus -> pretrain -> sft -> versions V1, V2, ... -> verdict and report. A version is: comparisons by the newest policies -> two
+reward models -> rejection sampling over the pools of all versions -> in the last one PPO (`rlhf.versions`). The same command
+goes on after a kill: a finished step is not run again, a stage resumes from its last checkpoint.
 
 Preferences come from a simulated annotator whose true utility is known, which is what lets the verdict tell a better model
 from one that only pleases its reward model.
 """
 
 import dataclasses
-import importlib.util
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
@@ -26,261 +24,334 @@ from llama_jax import command
 from llama_jax import corpus as corpus_command
 from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import describe, parse
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
-from llama_jax.data.dialog import encode_prompt, find_tag
+from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals import summary, verdict
+from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
-from llama_jax.evals.statistics import win_rate
 from llama_jax.evals.verdict import Answer, Decoding
-from llama_jax.files import write_json
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
+from llama_jax.rlhf import ghost
+from llama_jax.rlhf.annotate import TRACKS, compare_answers
 from llama_jax.rlhf.rejection import score_responses
-from llama_jax.train import run as run_stage
-from llama_jax.training.checkpoint import restore_params
-from llama_jax.training.loop import Diverged, claim, finished
+from llama_jax.rlhf.versions import (
+    VersionPlan,
+    check_plans,
+    checkpoint_entry,
+    file_entry,
+    portion,
+    record,
+    spread,
+)
+from llama_jax.steps import Steps, change, load_config
+from llama_jax.train import parse_stage
+from llama_jax.training.loop import Diverged
+from llama_jax.training.workdir import claim, own
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """See configs/recipe.py. `overrides` changes fields of the stages' configs: {"ppo": {"optim": {"lr": 1e-4}}}."""
+    """See configs/recipe.py. `overrides` changes fields of the stages' configs: {"ppo": {"optim": {"lr": 1e-4}}}.
+
+    Attributes:
+      configs: directory of the stages' configs.
+      corpus: name for configs/corpus.py.
+      variant_temperatures: of the two models whose answers are compared, the newest one first.
+      restart: what a version's fine-tuning starts from: the base model with the SFT data in the mix, as in the paper, or the
+        SFT model with the best answers alone, which is cheaper.
+      safety_mix: share of helpfulness pairs in the safety model's data.
+      minutes: what it should take at most on two CPU cores; the report says whether it did.
+    """
 
     size: str
-    configs: str  # directory of the stages' configs
-    corpus: str  # name for configs/corpus.py
+    configs: str
+    corpus: str
     datasets: DatasetSizes
-    variant_temperatures: tuple[float, ...]  # of the two models whose answers are compared
-    preference_rounds: int  # pairs drawn for each prompt
+    versions: tuple[VersionPlan, ...]
+    restart: Literal["base", "sft"]
+    variant_temperatures: tuple[float, ...]
     annotator_noise: float
-    rejection_with_sft: bool  # the paper restarts each round from the base model with the SFT data; costs a second SFT
     verdict: Decoding
     sampling: Decoding
     compute: Compute
     mesh: MeshConfig
-    safety_mix: float  # share of helpfulness pairs in the safety model's data
+    safety_mix: float
+    minutes: float
     overrides: dict[str, dict[str, Any]]
     seed: int = 0
 
+    def __post_init__(self):
+        prompts = self.datasets.preferences + self.datasets.preferences_safety
+        check_plans(self.versions, preference_prompts=prompts)
+        if len(self.variant_temperatures) != 2:
+            raise ValueError(f"variant_temperatures: expected two, got {self.variant_temperatures}")
 
-class Recipe:
+
+class Recipe(Steps):
     """The steps of the recipe, each a method; `run` calls them in order."""
 
     def __init__(self, config: RecipeConfig, workdir: Path):
-        self.config, self.workdir = config, workdir.resolve()
+        super().__init__(
+            workdir, configs=Path(config.configs), tokenizer_file="corpus/tokenizer.model", overrides=config.overrides
+        )
+        self.config = config
         self.mesh: Mesh = make_mesh(config.mesh)
         self.model: ModelConfig = size(config.size)
         self.annotator = SimulatedAnnotator(config.seed, noise=config.annotator_noise)
-        self.seconds: dict[str, float] = {}
-
-    def path(self, *parts: str) -> str:
-        """A path inside the workdir."""
-        return str(self.workdir.joinpath(*parts))
-
-    def step(self, name: str, make: Callable[[], Any]) -> Any:
-        """Runs a step that is no training stage, once; its result and seconds lie in steps/<name>.json."""
-        path = self.workdir / "steps" / f"{name}.json"
-        if not path.exists():
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            begun = time.monotonic()
-            result = make()
-            write_json(path, {"seconds": time.monotonic() - begun, "result": result})
-        saved = json.loads(path.read_text())
-        self.seconds[name] = saved["seconds"]
-        return saved["result"]
-
-    def stage(self, name: str, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a training stage under its config with `changes` (nested), then the recipe's own overrides."""
-        values = load_config(Path(self.config.configs), config)
-        change(values, {"tokenizer": self.path("corpus", "tokenizer.model"), **changes}, where=name)
-        change(values, self.config.overrides.get(name, {}), where=f"overrides.{name}")
-        begun = time.monotonic()
-        done_before = finished(self.workdir / name) is not None
-        result = run_stage(values, self.workdir / name)
-        if not done_before:  # sampling before the first step belongs to the stage's time too
-            result["seconds"] = max(result["seconds"], time.monotonic() - begun)
-            write_json(self.workdir / name / "done.json", result)
-        self.seconds[name] = result["seconds"]
-        return result
+        self.results: dict[str, Any] = {}  # summaries of the stages by name
+        self.policies = ["sft_variant", "sft"]  # from the oldest to the newest
+        self.rewards: dict[str, str] = {}  # the newest reward model of each track
+        self.batches: list[str] = []  # versions that collected comparisons
+        self.pools: list[str] = []  # rounds of rejection sampling
+        self.judged = {"base": "pretrain", "sft": "sft"}  # name in the report -> stage
+        self.standing: dict[str, Any] = {}  # what the annotator found, by name in the report
 
     def run(self) -> dict[str, Any]:
         """All steps; returns the results that the report shows."""
-        ceiling = self.step("matmul_ceiling", matmul_ceiling)
-        self.step("corpus", self.make_corpus)
-        self.step("datasets", lambda: write_datasets(self.workdir / "data", self.config.datasets, seed=self.config.seed))
-        data = lambda name: self.path("data", f"{name}.jsonl")  # noqa: E731
-        pretrain = self.stage("pretrain", f"pretrain.py:{self.config.size}", {"data": {"corpus": self.path("corpus")}})
-        xz = self.step("xz", self.xz)
-        sft_changes = {
-            "start": self.path("pretrain"), "data": {"train": (data("sft"),), "held_out": (data("sft_held_out"),)},
-        }  # fmt: skip
-        sft = self.stage("sft", f"sft.py:{self.config.size}", sft_changes)
-        # A second, weaker variant gives the comparisons their contrast, as the paper's earlier models do.
-        self.stage("sft_variant", f"sft.py:{self.config.size}", sft_changes)
-        tokenizer = Tokenizer(self.path("corpus", "tokenizer.model"))
-        self.step("preferences", lambda: self.make_preferences(tokenizer))
-        rewards = {
-            name: self.stage(f"reward_{name}", f"reward.py:{self.config.size},{name}", {
-                "start": self.path("sft"),
-                "data": {**self.reward_mix(name), "held_out": (data(f"{name}_held_out"),)},
-            })
-            for name in ("helpfulness", "safety")
-        }  # fmt: skip
-        models = {"helpfulness": self.path("reward_helpfulness"), "safety": self.path("reward_safety")}
-        with_sft = self.config.rejection_with_sft
-        self.stage("rejection", f"rejection.py:{self.config.size}", {
-            **models, "policy": self.path("sft"), "start": self.path("pretrain" if with_sft else "sft"),
-            "rejection": {"prompts": data("rlhf_prompts")}, "data": {"train": (data("sft"),) if with_sft else ()},
-        })  # fmt: skip
-        self.stage("ppo", f"ppo.py:{self.config.size}", {
-            **models, "start": self.path("rejection"), "data": {"prompts": data("rlhf_prompts")},
-        })  # fmt: skip
-        versions = self.step("verdict", lambda: self.verdict(tokenizer))
-        results = {
-            "size": self.config.size,
-            "pretrain": {"bits_per_byte": summary.bits_per_byte(pretrain), "xz_bits_per_byte": xz},
-            "reward": {name: {"accuracy": summary.reward_accuracies(result)} for name, result in rewards.items()},
-            **versions["versions"],
-            "speed": {
-                name: self.speed(result, ceiling) for name, result in (("pretrain", pretrain), ("sft", sft))
-            },
-            "matmul_ceiling_gflops": ceiling,
-            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
-        }  # fmt: skip
-        paths = write_report(
-            results, self.workdir, figures=summary.draw(self.workdir, results), samples=versions["samples"]
-        )
-        print(f"report: {paths.html} ({paths.markdown.name}, {paths.json.name} beside it)", file=sys.stderr)
-        return results
+        self.make_base()
+        for number, plan in enumerate(self.config.versions, start=1):
+            self.make_version(number, plan)
+        return self.report()
 
-    def speed(self, result: dict[str, Any], ceiling: float) -> dict[str, float]:
-        """Tokens per second, and the share of the measured matmul ceiling that the model's operations reach."""
-        rate = result["tokens_per_second"]
-        flops = table.flops_per_token(self.model, length=self.model.max_length)
-        return {"tokens_per_second": rate, "matmul_share": rate * flops / (ceiling * 1e9)}
+    def stage(self, name: str, config: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """A training stage, whose summary the report may want."""
+        self.results[name] = super().stage(name, config, changes)
+        return self.results[name]
+
+    def data(self, name: str) -> str:
+        """A file of the data sets."""
+        return self.path("data", f"{name}.jsonl")
+
+    def make_base(self) -> None:
+        """Corpus, data sets, the base model and the SFT models."""
+        config = self.config
+        self.ceiling = self.step("matmul_ceiling", matmul_ceiling)
+        self.step("corpus", self.make_corpus)
+        self.step("datasets", lambda: write_datasets(self.workdir / "data", config.datasets, seed=config.seed))
+        self.tokenizer = Tokenizer(self.path(self.tokenizer_file))
+        self.stage("pretrain", f"pretrain.py:{config.size}", {"data": {"corpus": self.path("corpus")}})
+        self.xz = self.step("xz", self.measure_xz)
+        sft = {
+            "start": self.path("pretrain"),
+            "data": {"train": (self.data("sft"),), "held_out": (self.data("sft_held_out"),)},
+        }
+        self.stage("sft", f"sft.py:{config.size}", sft)
+        # A second, weaker variant gives the first comparisons their contrast, as the paper's earlier models do.
+        self.stage("sft_variant", f"sft.py:{config.size}", sft)
+        for name in ("base", "sft"):
+            self.answer(name)
+
+    def make_version(self, number: int, plan: VersionPlan) -> None:
+        """One version: comparisons, reward models, rejection sampling, perhaps PPO; its answers; its entry in the ledger."""
+        name = f"v{number}"
+        if plan.preferences:
+            self.step(f"{name}/preferences", lambda: self.collect(number))
+            self.batches.append(name)
+            for track in TRACKS:
+                self.rewards[track] = f"{name}/reward_{track}"
+                self.stage(self.rewards[track], f"reward.py:{self.config.size},{track}", self.reward_changes(track))
+                self.link(self.rewards[track])
+        mix = [self.data("sft")] if self.config.restart == "base" else []
+        if plan.ghost and self.step(f"{name}/ghost", lambda: self.make_ghost(name)):
+            mix.append(self.path(name, "ghost", "ghost.jsonl"))
+        models = {track: self.path(stage) for track, stage in self.rewards.items()}
+        prompts, seed = self.data("rlhf_prompts"), self.config.seed + number
+        self.stage(f"{name}/rejection", f"rejection.py:{self.config.size}", {
+            **models, "policy": self.path(self.policies[-1]),
+            "start": self.path("pretrain" if self.config.restart == "base" else "sft"),
+            "rejection": {"prompts": prompts, "max_prompts": plan.prompts, "answers": plan.answers, "version": name},
+            "pools": tuple(self.path(pool, "pool.jsonl") for pool in self.pools), "data": {"train": tuple(mix)},
+            "loop": {"seed": seed},
+        })  # fmt: skip
+        self.pools.append(f"{name}/rejection")
+        self.finish(name, f"{name}/rejection")
+        if plan.ppo:
+            changes = {**models, "start": self.path(f"{name}/rejection"), "data": {"prompts": prompts}}
+            self.stage(f"{name}/ppo", f"ppo.py:{self.config.size}", changes)
+            self.finish(f"{name}_ppo", f"{name}/ppo")
+        record(self.workdir / "ledger.json", name, self.entry(name, plan, mix))
+
+    def finish(self, name: str, stage: str) -> None:
+        """A new policy: it is the one that others begin from, and it answers the verdict's prompts."""
+        self.link(stage)
+        self.policies.append(stage)
+        self.judged[name] = stage
+        self.answer(name)
 
     def make_corpus(self) -> str:
         """Corpus and tokenizer; returns the mixture table."""
-        values = load_config(Path(self.config.configs), f"corpus.py:{self.config.corpus}")
+        values = load_config(self.configs, f"corpus.py:{self.config.corpus}")
         change(values, self.config.overrides.get("corpus", {}), where="overrides.corpus")
-        table = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
-        print(table, file=sys.stderr)
-        return table
+        text = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
+        print(text, file=sys.stderr)
+        return text
 
-    def xz(self) -> dict[str, float]:
+    def measure_xz(self) -> dict[str, float]:
         """What xz -9e reaches on the held-out documents of each source."""
         files = sorted((self.workdir / "corpus" / "held_out").glob("*.jsonl"))
         return {path.stem: bits_per_byte_of_xz(row["text"] for _, row in read_jsonl(path)) for path in files}
 
-    def reward_mix(self, name: str) -> dict[str, Any]:
-        """The paper's mixes (section 3.2.2): helpfulness half and half; safety with some helpfulness."""
-        own, other = ("helpfulness", "safety") if name == "helpfulness" else ("safety", "helpfulness")
-        files = tuple(self.path("data", f"{kind}_train.jsonl") for kind in (own, other))
-        return {"train": files, "shares": (0.0, 0.5 if name == "helpfulness" else self.config.safety_mix)}
-
-    def make_preferences(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """Answers of both variants at their temperatures, compared by the simulated annotator."""
-        counts = {}
+    def collect(self, number: int) -> dict[str, int]:
+        """Fresh comparisons: the newest policy and the one before it answer, each at its temperature; counts by file."""
+        config, counts = self.config, {}
         for split, file in (("train", "preference_prompts"), ("held_out", "preference_prompts_held_out")):
-            prompts = self.short_prompts(file, tokenizer) * self.config.preference_rounds
-            answers = []
-            for number, variant in enumerate(("sft", "sft_variant")):
-                decoding = dataclasses.replace(
-                    self.config.sampling, temperature=self.config.variant_temperatures[number]
+            prompts = read_prompts(self.data(file))
+            if split == "train":
+                sizes = [plan.preferences for plan in config.versions]
+                prompts = portion(prompts, sizes, number - 1, seed=config.seed)
+            prompts = self.fitting(prompts)
+            answers = [
+                self.chat(
+                    stage, prompts, dataclasses.replace(config.sampling, temperature=temperature),
+                    seed=config.seed + 10 * number + variant, label=f"v{number} preferences ({split}, {stage})",
                 )
-                answers.append(
-                    verdict.chat_answers(
-                        self.path(variant), prompts, self.model, tokenizer, compute=self.config.compute,
-                        decoding=decoding, mesh=self.mesh, seed=self.config.seed + 1 + number,
-                        label=f"preferences ({split}, {variant})",
-                    )
-                )  # fmt: skip
-            rows: dict[str, list[dict[str, Any]]] = {"helpfulness": [], "safety": []}
-            for prompt, a, b in zip(prompts, *answers, strict=True):
-                if not a.text or not b.text or find_tag(a.text) or find_tag(b.text):
-                    continue
-                preference = self.annotator.compare(prompt, a.text, b.text, ended_a=a.ended, ended_b=b.ended)
-                if preference is None:
-                    continue
-                row = preference.row(prompt)
-                # Whatever answers a harmless question is safe. Without this label the safety model takes every answer
-                # that does not decline for unsafe, the gate of R_c hands it the helpful prompts too, and PPO learns to
-                # decline those.
-                row.setdefault("safety_bin", "both_safe")
-                rows["safety" if prompt["is_safety"] else "helpfulness"].append(row)
-            for name, found in rows.items():
-                counts[f"{name}_{split}"] = write_jsonl(self.workdir / "data" / f"{name}_{split}.jsonl", found)
+                for variant, (stage, temperature) in enumerate(
+                    zip(self.policies[:-3:-1], config.variant_temperatures, strict=True)
+                )
+            ]  # fmt: skip
+            texts = [[(answer.text, answer.ended) for answer in found] for found in answers]
+            for track, rows in compare_answers(prompts, *texts, self.annotator, batch=number).items():
+                path = self.workdir / f"v{number}" / "preferences" / f"{track}_{split}.jsonl"
+                counts[path.stem] = write_jsonl(path, rows)
         return counts
 
-    def short_prompts(self, name: str, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """The prompts of a file that fit."""
-        rows = read_prompts(self.path("data", f"{name}.jsonl"))
+    def reward_changes(self, track: str) -> dict[str, Any]:
+        """The paper's mixes (section 3.2.2) of all batches: helpfulness half and half; safety with some helpfulness."""
+
+        def files(name: str, split: str) -> list[str]:  # a small batch may hold no pair of a track
+            paths = [self.workdir / version / "preferences" / f"{name}_{split}.jsonl" for version in self.batches]
+            return [str(path) for path in paths if path.stat().st_size]
+
+        own, (other,) = files(track, "train"), (files(name, "train") for name in TRACKS if name != track)
+        share = 0.5 if track == "helpfulness" else self.config.safety_mix
+        data = {
+            "train": (*own, *other), "shares": (*(0.0 for _ in own), *spread(share, other)),
+            "held_out": tuple(files(track, "held_out")),
+        }  # fmt: skip
+        return {"start": self.path(self.policies[-1]), "data": data}
+
+    def make_ghost(self, name: str) -> int:
+        """Ghost Attention's dialogs, drawn from the newest policy; their number."""
+        values = self.values(f"{name}/ghost", f"ghost.py:{self.config.size}", {
+            "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
+        })  # fmt: skip
+        config, directory = parse_stage(values), self.workdir / name / "ghost"
+        samples = ghost.draw_samples(config, self.mesh, directory)
+        write_jsonl(directory / "samples.jsonl", samples)
+        rows = ghost.training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
+        return write_jsonl(directory / "ghost.jsonl", rows)
+
+    def fitting(self, prompts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The prompts that are not too long."""
         limit = self.config.verdict.prompt_length
-        return [row for row in rows if len(encode_prompt(row["messages"], tokenizer)) <= limit]
+        return [row for row in prompts if len(encode_prompt(row["messages"], self.tokenizer)) <= limit]
 
-    def verdict(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """True utility, violations and win rates of every version on held-out prompts; and samples to read."""
-        config = self.config
-        rows = self.short_prompts("verdict_prompts", tokenizer)
-        how = {"compute": config.compute, "decoding": config.verdict, "mesh": self.mesh, "seed": config.seed + 100}
-        # Short solved examples of every kind, from the training prompts.
-        examples = _shots(read_prompts(self.path("data", "rlhf_prompts.jsonl")))
-        answers: dict[str, list[Answer]] = {
-            "base": verdict.base_answers(
-                self.path("pretrain"), rows, examples, self.model, tokenizer, label="verdict (base)", **how
+    def chat(self, stage: str, prompts: list[dict[str, Any]], decoding: Decoding, **how: Any) -> list[Answer]:
+        """A stage's answers to prompts."""
+        return verdict.chat_answers(
+            self.path(stage), prompts, self.model, self.tokenizer, compute=self.config.compute, decoding=decoding,
+            mesh=self.mesh, **how,
+        )  # fmt: skip
+
+    def answer(self, name: str) -> None:
+        """A model's answers to the verdict's prompts (`answers/<name>.jsonl`), judged by the annotator."""
+        self.standing[name] = self.step(f"answers/{name}", lambda: self.make_answers(name))
+
+    def make_answers(self, name: str) -> dict[str, Any]:
+        """Draws and judges them; a base model is shown short solved examples of every kind, from the training prompts."""
+        config, stage = self.config, self.judged[name]
+        rows = self.fitting(read_prompts(self.data("verdict_prompts")))
+        how = {"decoding": config.verdict, "seed": config.seed + 100, "label": f"verdict ({name})"}
+        if name == "base":
+            examples = verdict.short_examples(read_prompts(self.data("rlhf_prompts")))
+            answers = verdict.base_answers(
+                self.path(stage), rows, examples, self.model, self.tokenizer, compute=config.compute, mesh=self.mesh, **how
             )
-        }
-        for name in ("sft", "rejection", "ppo"):
-            answers[name] = verdict.chat_answers(
-                self.path(name), rows, self.model, tokenizer, label=f"verdict ({name})", **how
-            )
-        utilities = {name: verdict.utility(rows, found, self.annotator) for name, found in answers.items()}
-        versions = {name: verdict.judge(rows, found, self.annotator) for name, found in answers.items()}
-        reward = table.table(self.model, head="reward_head")
-        with jax.set_mesh(self.mesh):
-            models = {n: restore_params(self.path(f"reward_{n}"), reward, self.mesh) for n in ("helpfulness", "safety")}
-            prompts = [encode_prompt(row["messages"], tokenizer) for row in rows]
-            for name in ("sft", "rejection", "ppo"):
-                scores = score_responses(
-                    self.model, config.compute, models, prompts, [answer.ids for answer in answers[name]],
-                    [row["is_safety"] for row in rows], batch_size=config.verdict.batch_size, threshold=0.15,
-                    length=config.verdict.prompt_length + config.verdict.new_tokens,
-                )  # fmt: skip
-                versions[name]["reward_score"] = float(np.mean(scores["reward"]))
-        for name in ("rejection", "ppo"):
-            versions[name]["win_rate"] = dataclasses.asdict(win_rate(utilities[name], utilities["sft"]))
-        samples = [
-            {
-                "prompt": rows[i]["messages"], "reference": rows[i]["reference"], "is_safety": rows[i]["is_safety"],
-                "answers": {name: found[i].text for name, found in answers.items()},
-                "utility": {name: float(values[i]) for name, values in utilities.items()},
-            }
-            for i in range(0, len(rows), max(len(rows) // 16, 1))
-        ]  # fmt: skip
-        return {"versions": versions, "samples": samples}
-
-
-def change(values: Any, changes: Mapping[str, Any], *, where: str) -> None:
-    """Changes fields of a ConfigDict, group by group; ConfigError for a field that is not there."""
-    for name, value in changes.items():
-        if name not in values:
-            raise ConfigError(f"{where}.{name}: unknown field; expected one of {', '.join(sorted(values))}")
-        if isinstance(value, Mapping) and len(values[name]):
-            change(values[name], value, where=f"{where}.{name}")
         else:
-            values[name] = value
+            answers = self.chat(stage, rows, **how)
+        progress.write_answers(self.workdir / "answers" / f"{name}.jsonl", rows, answers, self.annotator)
+        return verdict.judge(rows, answers, self.annotator)
 
+    def score_answers(self) -> None:
+        """Scores of all chat models' answers by the newest reward models (`scores/<name>.jsonl`)."""
+        rows = self.fitting(read_prompts(self.data("verdict_prompts")))
+        prompts = [encode_prompt(row["messages"], self.tokenizer) for row in rows]
+        reward = table.table(self.model, head="reward_head")
+        how = self.config.verdict
+        with jax.set_mesh(self.mesh):
+            models = {track: restore_model(self.path(stage), reward, self.mesh) for track, stage in self.rewards.items()}
+            for name in self.judged:
+                if name == "base":
+                    continue
+                answers = progress.read_answers(self.workdir / "answers" / f"{name}.jsonl")
+                scores = score_responses(
+                    self.model, self.config.compute, models, prompts, [answer["ids"] for answer in answers],
+                    [row["is_safety"] for row in rows], length=how.prompt_length + how.new_tokens,
+                    batch_size=how.batch_size, threshold=0.15,
+                )  # fmt: skip
+                columns = {key: values.tolist() for key, values in scores.items()}
+                found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                write_jsonl(self.workdir / "scores" / f"{name}.jsonl", found)
 
-def _shots(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_kind: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if len(row["messages"]) == 1 and len(row["reference"]) < 90:
-            by_kind.setdefault(row.get("kind") or "", row)
-    return [by_kind[kind] for kind in sorted(by_kind)][:4]
+    def entry(self, name: str, plan: VersionPlan, mix: list[str]) -> dict[str, Any]:
+        """What the ledger says of a version."""
+        root, own = self.workdir, self.workdir / name
+        stages = sorted({*self.rewards.values(), *(s for s in self.policies if s.startswith(f"{name}/"))})
+        files = [*sorted((own / "preferences").glob("*.jsonl")), own / "rejection" / "pool.jsonl",
+                 own / "rejection" / "best.jsonl", *map(Path, mix)]  # fmt: skip
+        names = [n for n in self.judged if n in (name, f"{name}_ppo")]
+        return {
+            "plan": dataclasses.asdict(plan),
+            "sampled_from": self.policies[self.policies.index(f"{name}/rejection") - 1],
+            "pools": self.pools,
+            "data": [file_entry(path, root=root) for path in files if path.exists()],
+            "checkpoints": [checkpoint_entry(root / stage, root=root) for stage in stages],
+            "reward_accuracy": {
+                track: summary.reward_accuracies(self.results[s]).get("all") for track, s in self.rewards.items()
+            },
+            "scores": {n: {**self.standing[n], **progress.win_rates(root, n, "sft")} for n in names},
+        }  # fmt: skip
+
+    def report(self) -> dict[str, Any]:
+        """Judges all versions, writes report and figures; returns the results that the report shows."""
+        self.step("scores", self.score_answers)
+        last, names = f"v{len(self.config.versions)}", list(self.judged)
+        versions = {name: {**self.standing[name], **progress.compare(self.workdir, name)} for name in names}
+        rates = {name: self.speed(self.results[name]) for name in ("pretrain", "sft")}
+        results = {
+            "size": self.config.size,
+            "minutes": self.config.minutes,
+            "pretrain": {"bits_per_byte": summary.bits_per_byte(self.results["pretrain"]), "xz_bits_per_byte": self.xz},
+            "reward": {t: {"accuracy": summary.reward_accuracies(self.results[s])} for t, s in self.rewards.items()},
+            "base": versions["base"], "sft": versions["sft"], "rejection": versions[last],
+            **({"ppo": versions[f"{last}_ppo"]} if f"{last}_ppo" in versions else {}),
+            "versions": {name: found for name, found in versions.items() if name != "base"},
+            "reward_batches": summary.reward_batches(self.workdir, self.batches),
+            "ghost": summary.ghost_samples(self.workdir),
+            "speed": rates,
+            "matmul_ceiling_gflops": self.ceiling,
+            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
+        }  # fmt: skip
+        shown = {"base": "base", "sft": "sft", "rejection": last, "ppo": f"{last}_ppo"}
+        samples = progress.samples(
+            self.fitting(read_prompts(self.data("verdict_prompts"))), self.workdir,
+            {label: name for label, name in shown.items() if name in names},
+        )  # fmt: skip
+        paths = write_report(results, self.workdir, figures=summary.draw(self.workdir, results), samples=samples)
+        print(f"report: {paths.html} ({paths.markdown.name}, {paths.json.name} beside it)", file=sys.stderr)
+        return results
+
+    def speed(self, result: dict[str, Any]) -> dict[str, float]:
+        """Tokens per second, and the share of the measured matmul ceiling that the model's operations reach."""
+        rate = result["tokens_per_second"]
+        flops = table.flops_per_token(self.model, length=self.model.max_length)
+        return {"tokens_per_second": rate, "matmul_share": rate * flops / (self.ceiling * 1e9)}
 
 
 def matmul_ceiling() -> float:
@@ -297,30 +368,18 @@ def matmul_ceiling() -> float:
     return 2 * n**3 / min(times) / 1e9
 
 
-def load_config(directory: Path, name: str) -> Any:
-    """`get_config` of a config file, called with the text behind the colon: `sft.py:tiny`."""
-    file, _, argument = name.partition(":")
-    path = directory / file
-    if not path.exists():
-        raise ConfigError(f"{path}: expected a config file, found nothing; run from the checkout or set config.configs")
-    root = str(directory.resolve().parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)  # configs import configs.common
-    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
-
-
 def main() -> None:
     """Flags to config to call."""
     keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
     start_distributed()
     config = parse(RecipeConfig, flags.FLAGS.config)
-    claim(Path(flags.FLAGS.workdir), describe(config))
-    Recipe(config, Path(flags.FLAGS.workdir)).run()
+    workdir = Path(flags.FLAGS.workdir)
+    with own(workdir):
+        claim(workdir, describe(config))
+        Recipe(config, workdir).run()
 
 
 if __name__ == "__main__":
-    command.define("configs/recipe.py:<size>", workdir="directory of everything that the recipe makes")
+    command.define("configs/recipe.py:<size>[,versions=N]", workdir="directory of everything that the recipe makes")
     command.launch(main, expected=(Diverged,))

@@ -30,7 +30,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import load
 from llama_jax.requests import Ask, RequestError
-from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.request import EngineConfig
 from llama_jax.sampling.worker import QueueFull, Worker
 
 log = logging.getLogger(__name__)

@@ -231,6 +231,9 @@ def test_a_block_batch_by_hand():
     assert apart.weights.tolist() == [[1, 0, 1, 1], [1, 1, 0, 0]]
     assert apart.segment_ids.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
     assert apart.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+    other = loader.block_batch(records, 4, separate_documents=True, bos_id=2)  # of another tokenizer
+    assert other.segment_ids.tolist() == [[1, 2, 2, 2], [1, 1, 2, 0]]
+    assert other.weights.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
     assert apart.weights.dtype == np.float32 and apart.segment_ids.dtype == apart.positions.dtype == np.int32
 
 

@@ -13,7 +13,8 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
 from llama_jax.model.decode import prepare
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import EngineConfig
 
 PIECES = 320
 MODEL = ModelConfig(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +152,8 @@ def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
             convert.run(path, output, to="huggingface", tokenizer="none", quiet=True, **how)
         assert not output.exists()
 
-    write_gguf(path, MODEL, "F32", **{"llama.rope.scaling.type": "linear"})
-    refused("rope.scaling.type is 'linear'; the Llama architecture here has 'none'")
+    write_gguf(path, MODEL, "F32", **{"llama.rope.scaling.type": "yarn"})
+    refused("rope.scaling.type is 'yarn'; the Llama architecture here has 'none' or 'linear'")
     write_gguf(path, MODEL, "F32", **{"llama.expert_count": 8})
     refused("expert_count is 8")
     write_gguf(path, MODEL, "F32", **{"llama.attention.sliding_window": 8})
@@ -270,6 +271,13 @@ def test_the_command_converts_and_says_so_or_gives_one_line(words, tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and "truncated: tensor lm_head.weight" in line
     assert not (tmp_path / "n").exists()
+    said = []
+    for process in ("0", "1"):  # on a cluster, one of the processes says why not
+        cluster = {**os.environ, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": process}
+        done = command(f"--input={tmp_path}/hf", f"--output={tmp_path}/n", "--to=meta", env=cluster)
+        assert done.returncode == 1 and not (tmp_path / "n").exists()
+        said += done.stderr.strip().splitlines()
+    assert said == ["error: convert runs in one process, and JAX_NUM_PROCESSES is 2: start it on one host, without it"]
 
 
 # Memory

@@ -75,6 +75,7 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     assert files(tmp_path / "beam") == files(tmp_path / "one")
 
 
+@pytest.mark.slow  # a moment, but Beam is there for the slow tests alone (.ci/run)
 def test_what_beam_cannot_do_is_said_before(tmp_path):
     small = parse(corpus.CorpusConfig, get_config("tiny"))
     with pytest.raises(ConfigError, match="sources.reference: Beam reads files; 'installation' is read in one process"):

@@ -1,8 +1,12 @@
 """The mixture: weights, temperature, caps on epochs, and the table before anything runs."""
 
+from collections import Counter
+
 import pytest
 
 from llama_jax.corpus_build.mixture import plan, shares, table
+from llama_jax.corpus_build.notices import notices
+from llama_jax.corpus_build.profile import Profile
 
 TOKENS = {"wiki": 1_000, "books": 10_000, "web": 1_000_000}
 
@@ -35,3 +39,23 @@ def test_a_cap_on_epochs_hands_its_share_on():
     assert "4.00*" in table(rows)
     with pytest.raises(ValueError, match="10,000,000 tokens of training ask for 9.89 epochs of all sources"):
         shares(weights, TOKENS, total_tokens=10_000_000, max_epochs=4)
+
+
+def test_notices_name_what_is_beyond_the_usual():
+    fine = {
+        "documents_read": 100, "documents": 80, "filtered": 10, "duplicates": 5, "near_duplicates": 0, "bad_rows": 0,
+        "held_out_lines_seen": 0.01,
+    }  # fmt: skip
+    share = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=2000)
+    assert notices({"a": fine}, {"a": Profile()}, share) == []
+    odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "held_out_lines_seen": 0.2}
+    profile = Profile(removed=Counter({("c4", "sentences"): 40, ("gopher", "words"): 10}))
+    often = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=5000)
+    assert notices({"a": odd}, {"a": profile}, often) == [
+        "a: 20% of the documents are left to train on.",
+        "a: c4: sentences alone removed 40% of the documents; read its samples.",
+        "a: 50% of what passed the filters were copies.",
+        "a: 20% of the held-out lines stand in the training text too.",
+        "a: 3 rows could not be read.",
+        "a: will be seen 5.0 times; beyond 4 epochs little is learnt.",
+    ]

@@ -12,10 +12,10 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.data import dialog, sources
 from llama_jax.data.dialog import encode_dialog, encode_prompt
+from llama_jax.data.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, model_class
 from llama_jax.data.tokenizer import FIRST_BYTE_ID, Tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden"
@@ -60,18 +60,17 @@ def system(text: str) -> dict:
 
 
 def test_the_model_file_holds_the_papers_settings(tokenizer):
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    model = model_class().FromString(tokenizer.path.read_bytes())
     spec = model.trainer_spec
-    assert spec.model_type == spec.BPE and spec.vocab_size == len(model.pieces) == tokenizer.vocab_size == PIECES
+    assert spec.model_type == BPE and spec.vocab_size == len(model.pieces) == tokenizer.vocab_size == PIECES
     assert spec.split_digits and spec.byte_fallback and spec.allow_whitespace_only_pieces and spec.split_by_whitespace
     assert spec.character_coverage == pytest.approx(0.99995) and spec.max_sentencepiece_length == 16
     assert (spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id) == (0, 1, 2, -1)
     assert model.normalizer_spec.name == "identity"
     assert model.normalizer_spec.add_dummy_prefix and not model.normalizer_spec.remove_extra_whitespaces
     kinds = [piece.type for piece in model.pieces]
-    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    assert kinds[:3] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
-    assert kinds[3:259] == [kind.BYTE] * 256 and set(kinds[259:]) == {kind.NORMAL}
+    assert kinds[:3] == [UNKNOWN, CONTROL, CONTROL]
+    assert kinds[3:259] == [BYTE] * 256 and set(kinds[259:]) == {NORMAL}
     assert [tokenizer.piece(FIRST_BYTE_ID + byte) for byte in (0, 255)] == ["<0x00>", "<0xFF>"]
 
 

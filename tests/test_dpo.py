@@ -20,9 +20,9 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.recipe import change, load_config
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
 from llama_jax.rlhf.dpo import DpoSettings, DpoSource, collate, dpo_loss, dpo_losses, response_log_probs
+from llama_jax.steps import change, load_config
 from llama_jax.train import run
 from llama_jax.training.checkpoint import read_meta, restore_params
 
@@ -151,7 +151,8 @@ def test_it_learns_to_prefer_the_chosen_answer():
     assert float(metrics["accuracy"].mean()) > 0.9 and float(objective.mean()) < 0.5
 
 
-def test_eight_devices_give_the_loss_and_gradient_of_one():
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 4, 1)])
+def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
     loss = dpo_loss(MODEL, FLOAT32, DpoSettings(beta=0.1))
 
     def measured(mesh):
@@ -161,7 +162,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
             return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0].sum))(policy, batch)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(2, 2, 1, 2))),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), measured(make_mesh(MeshConfig(*sizes))),
         measured(one_device()),
     )  # fmt: skip
 

@@ -4,17 +4,21 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model import params
+from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.decode import prepare
+from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import TRAIN, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.generate import generate, make_sampler
+from llama_jax.sampling.request import EngineConfig
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=64
@@ -66,7 +70,7 @@ def test_any_traffic_gives_the_tokens_of_the_static_sampler_and_compiles_nothing
             engine.step()
     engine.run(late.values())
     assert [late[i].tokens for i in range(len(PROMPTS))] == expected
-    assert engine.compilations == compiled > 0  # engines of other shapes in this process count too
+    assert engine.compilations == compiled > 0
 
 
 def test_log_probs_do_not_depend_on_the_neighbours_bitwise(engine):
@@ -84,7 +88,7 @@ def test_a_known_beginning_is_taken_over(weights, expected):
     compiled = engine.compilations
     # K answers to one prompt: computed once, though they arrive together.
     answers = engine.run([engine.submit(PROMPTS[4], index=i, max_tokens=6, seed=3) for i in range(6)])
-    assert engine.prefilled_tokens == len(PROMPTS[4]) + 5
+    assert engine.prefilled_tokens == len(PROMPTS[4]) - 1
     alone = Engine(MODEL, weights, SETTINGS, compute=FLOAT32)
     for i, answer in enumerate(answers):
         (request,) = alone.run([alone.submit(PROMPTS[4], index=i, max_tokens=6, seed=3)])
@@ -98,6 +102,56 @@ def test_a_known_beginning_is_taken_over(weights, expected):
     assert again.tokens == turn.tokens
     assert [request.tokens for request in engine.run(submit(engine))] == expected
     assert engine.compilations == compiled
+
+
+def test_whole_prompts_are_computed_once_beside_the_slots(weights, expected):
+    settings = dataclasses.replace(SETTINGS, whole=((6, 3), (12, 2)))
+    engine = Engine(MODEL, weights, settings, compute=FLOAT32).warm_up()
+    compiled = engine.compilations
+    # PROMPTS[4] is longer than all whole shapes and enters in chunks.
+    assert [request.tokens for request in engine.run(submit(engine))] == expected
+    engine.prefilled_tokens = 0
+    asked = [(prompt, i) for i in range(5) for prompt in PROMPTS[:4]]
+    drawn = engine.run([engine.submit(prompt, index=i, max_tokens=6, seed=3) for prompt, i in asked])
+    assert engine.prefilled_tokens == sum(len(prompt) - 1 for prompt in PROMPTS[:4])
+    for (prompt, i), request in zip(asked, drawn):  # bitwise what it draws alone
+        (alone,) = engine.run([engine.submit(prompt, index=i, max_tokens=6, seed=3)])
+        assert (alone.tokens, alone.log_probs) == (request.tokens, request.log_probs)
+    # A request that waits beside the slots can be cancelled.
+    some = [engine.submit(PROMPTS[1], index=i, max_tokens=6) for i in range(9)]
+    engine.step()
+    assert some[-1].slot < 0 and engine.queued
+    engine.cancel(some[-1])
+    engine.run(some)
+    assert [request.finish for request in some] == [*["length"] * 8, "cancelled"] and not engine.step()
+    assert engine.compilations == compiled
+
+
+def test_answers_do_not_depend_on_what_is_asked_beside_them(expected):
+    answerer = Answerer(TREE, MODEL, compute=FLOAT32, prompt_length=20, new_tokens=10, eos_id=EOS, slots=4)
+    told = []
+    answers = answerer(PROMPTS, choice=Choice(), seed=3, progress=told.append)
+    assert [answer.tokens for answer in answers] == expected and sum(told) == len(PROMPTS)
+    assert [answer.ended for answer in answers] == [tokens[-1] == EOS for tokens in expected]
+    assert answerer(PROMPTS[:1], choice=Choice(), seed=3) == answers[:1]
+    # log-probabilities are those of the trainer's forward pass
+    rows = np.zeros((len(PROMPTS), 30), np.int32)
+    for row, prompt, answer in zip(rows, PROMPTS, answers):
+        row[: len(prompt) + len(answer.tokens)] = [*prompt, *answer.tokens]
+    positions = jnp.broadcast_to(jnp.arange(30), rows.shape)
+    hidden = hidden_states(TREE, rows, jnp.ones_like(rows), positions, config=MODEL, compute=FLOAT32)
+    log_p = np.asarray(jax.nn.log_softmax(heads.logits(TREE, hidden, compute=FLOAT32)))
+    for row, prompt, answer in zip(log_p, PROMPTS, answers):
+        drawn = row[np.arange(len(answer.tokens)) + len(prompt) - 1, answer.tokens]
+        np.testing.assert_allclose(answer.log_probs, drawn, atol=5e-5)
+    # Another model of the same shape compiles nothing.
+    other = Answerer(
+        jax.tree.map(lambda x: -x, TREE), MODEL, compute=FLOAT32, prompt_length=20, new_tokens=10, eos_id=EOS, slots=4
+    )
+    assert other(PROMPTS, choice=Choice(), seed=3) != answers
+    assert answerer.compilations_after_warm_up == other.compilations_after_warm_up == 0
+    with pytest.raises(ValueError, match="prompt: has 21 tokens; expected 1 to 20"):
+        answerer([[1] * 21], choice=Choice(), seed=3)
 
 
 def test_eight_bits_change_little(weights):
@@ -179,4 +233,8 @@ def test_several_devices_give_the_tokens_of_one(expected, sizes):
         engine = Engine(MODEL, spread, SETTINGS, compute=FLOAT32).warm_up()
         compiled = engine.compilations
         assert [request.tokens for request in engine.run(submit(engine))] == expected
-        assert engine.compilations == compiled > 0  # engines of other shapes in this process count too
+        assert engine.compilations == compiled > 0
+        answerer = Answerer(tree, MODEL, compute=FLOAT32, prompt_length=20, new_tokens=10, eos_id=EOS, slots=3)
+        answers = answerer(PROMPTS, choice=Choice(), seed=3)
+        assert [answer.tokens for answer in answers] == expected
+        assert answerer.compilations_after_warm_up == 0

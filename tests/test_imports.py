@@ -1,7 +1,7 @@
 """Holds the direction of imports (design, section 3) against the code: read from the files, not run.
 
 Levels, each importing those below it only: 0 config, files and parallel; 1 model, data, training; 2 sampling, interop,
-corpus_build, assistant; 3 the stages in the paper's order; 4 planning; 5 commands.
+corpus_build, assistant; 3 the stages in the paper's order; 4 planning, annotation; 5 commands.
 """
 
 import ast
@@ -22,7 +22,7 @@ LOW = (*BASE, "parallel")
 SIBLINGS = ("model", "data", "training")
 SERVICES = ("sampling", "interop", "corpus_build", "assistant")
 STAGES = ("pretrain", "sft", "reward", "rlhf", "safety", "evals")
-TOOLS = ("planning",)  # they look at the stages from outside
+TOOLS = ("planning", "annotation")  # they look at the stages from outside
 # One module of plain data that another package of its level may read.
 EXCEPTIONS = {("assistant", "llama_jax.corpus_build.document")}
 

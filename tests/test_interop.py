@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from llama_jax import convert
-from llama_jax.interop import meta, names
+from llama_jax.interop import huggingface, meta, names
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
 from llama_jax.interop.source import named
 from llama_jax.interop.torch_file import read_header
 from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES, ModelConfig, ffn_size
+from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import TRAIN, is_spec, partition
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -35,6 +36,9 @@ SHAPES = {
     "MQA": {"kv_heads": 1},
     "tied": {"tie_embeddings": True},
     "odd": {"vocab_size": 97, "width": 36, "heads": 3, "kv_heads": 1, "head_size": 10, "ffn": 53, "rope_theta": 5e5},
+    "linear": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "llama3": {"rope_scaling": RopeScaling("llama3", 8.0, 16, 0.5, 2.0)},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, 16, 1.0, 32.0, 1.25)},
 }
 
 
@@ -54,6 +58,7 @@ def theirs(config: ModelConfig, *, seed=0, reward=False):
             head_dim=config.head_size, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
             tie_word_embeddings=config.tie_embeddings, max_position_embeddings=config.max_length, initializer_range=0.2,
             pad_token_id=0, **({"num_labels": 1} if reward else {}),
+            **({"rope_parameters": huggingface.rope_json(config)} if config.rope_scaling else {}),
         )
     ).eval()  # fmt: skip
     with torch.no_grad():
@@ -129,7 +134,7 @@ def test_half_precision_files_give_their_logits_in_float32(dtype, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", ["GQA", "tied", "odd"])
+@pytest.mark.parametrize("shape", ["GQA", "tied", "odd", "yarn"])
 def test_what_we_export_gives_our_logits_there(shape, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = dataclasses.replace(MODEL, **SHAPES[shape])
@@ -142,12 +147,42 @@ def test_what_we_export_gives_our_logits_there(shape, tmp_path):
     np.testing.assert_allclose(ours_logits(tree, tokens, config), expected, atol=1e-4, rtol=1e-4)
 
 
-def export(tree, config, directory, head="lm_head", **how):
-    """Parameters to Hugging Face's files, by way of a checkpoint of ours."""
+@pytest.mark.parametrize("scaling", [
+    RopeScaling("linear", 2.0), RopeScaling("llama3", 8.0, 8192, 1.0, 4.0), RopeScaling("llama3", 32.0, 8192, 1.0, 4.0),
+    RopeScaling("yarn", 16.0, 4096, 1.0, 32.0, 1.277),
+], ids=str)  # fmt: skip
+def test_scaled_frequencies_are_those_of_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = dataclasses.replace(SIZES["7b"], rope_theta=5e5, rope_scaling=scaling)
+    described = transformers.LlamaConfig(
+        hidden_size=config.width, num_attention_heads=config.heads, rope_parameters=huggingface.rope_json(config)
+    )
+    expected, magnitude = ROPE_INIT_FUNCTIONS[scaling.kind](described, "cpu")
+    np.testing.assert_allclose(stretched(128, 5e5, scaling), expected.numpy(), rtol=1e-5)
+    assert magnitude == scaling.magnitude
+
+
+def test_tied_embeddings_are_written_twice_into_metas_layout(tmp_path):
+    config = dataclasses.replace(MODEL, tie_embeddings=True)
+    tree, tokens = params.init(params.table(config, head="lm_head"), jax.random.key(0)), random_tokens(config)
+    tree = jax.tree.map(lambda x: 5 * x, tree)
+    export(tree, config, tmp_path / "meta", to="meta", shards=2)
+    source = open_source(tmp_path / "meta")
+    assert not source.config.tie_embeddings
+    again = load_params(source, one_device())
+    np.testing.assert_array_equal(again["lm_head"]["kernel"], tree["trunk"]["embedding"].T)
+    found = ours_logits(again, tokens, dataclasses.replace(config, tie_embeddings=False))
+    np.testing.assert_allclose(found, ours_logits(tree, tokens, config), atol=1e-5)
+
+
+def export(tree, config, directory, head="lm_head", to="huggingface", **how):
+    """Parameters to another format's files, by way of a checkpoint of ours."""
     from llama_jax.interop import ours
 
     ours.write(directory.with_suffix(".ours"), tree, config, tokenizer="", origin={})
-    convert.run(directory.with_suffix(".ours"), directory, to="huggingface", tokenizer="none", quiet=True, **how)
+    convert.run(directory.with_suffix(".ours"), directory, to=to, tokenizer="none", quiet=True, **how)
 
 
 def test_reward_models_score_alike_in_both_directions(tmp_path):
@@ -407,9 +442,11 @@ def test_tensors_that_are_not_the_configs(hf):
     with_fields(tie_word_embeddings=True)
     refused(hf, "tie_word_embeddings is true, but tensor lm_head.weight differs")
     with_fields(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5})
-    refused(hf, "rope_type is 'llama3'; only unscaled")
-    with_fields(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=None)
-    refused(hf, "rope_type is 'linear'; only unscaled")
+    refused(hf, "low_freq_factor is missing, expected a positive float")
+    with_fields(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=None)
+    refused(hf, "rope_type is 'dynamic'; rotary positions are computed here as one of 'default', 'linear', 'llama3', 'yarn'")
+    with_fields(rope_parameters={"rope_type": "yarn", "factor": 2.0, "mscale": 0.7})
+    refused(hf, "mscale is 0.7, a feature of rope_type 'yarn' not computed here")
     with_fields(model_type="mistral")
     refused(hf, "model_type is 'mistral'; the Llama architecture here has 'llama'")
     with_fields(attention_bias=True)

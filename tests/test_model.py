@@ -157,6 +157,42 @@ def test_token_losses_and_their_gradient_equal_the_plain_formula():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-4, atol=1e-4), gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_gradient_of_log_probabilities_is_that_of_log_softmax(chunks):
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel, hidden = jax.random.normal(keys[0], (8, 24)), jax.random.normal(keys[1], (2, 4, 8))
+    targets = jax.random.randint(keys[2], (2, 4), 0, 24)
+    how = dataclasses.replace(FLOAT32, loss_chunks=chunks)
+
+    def ours(kernel, hidden):
+        tree = {"lm_head": {"kernel": kernel}}
+        log_p, entropy = heads.log_probabilities(tree, hidden, targets, temperature=0.7, compute=how)
+        return jnp.sum(jnp.sin(log_p)), entropy
+
+    def plain(kernel, hidden):
+        log_p = jax.nn.log_softmax(hidden @ kernel / 0.7)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return jnp.sum(jnp.sin(jnp.take_along_axis(log_p, targets[..., None], axis=-1))), entropy
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(kernel, hidden) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_z_loss_by_hand():
+    # Logits (log 1, log 3): normaliser log 4, p(target 1) = 3/4. Loss -log 3/4 + z (log 4)^2; its gradient by the logits is
+    # p (1 + 2 z log 4) - (0, 1).
+    tree, hidden = {"lm_head": {"kernel": jnp.eye(2)}}, jnp.log(jnp.array([[[1.0, 3.0]]]))
+
+    def ours(h):
+        return heads.token_losses(tree, h, jnp.array([[1]]), jnp.ones((1, 1)), compute=FLOAT32, z_loss=0.1)[0]
+
+    found, gradient = jax.value_and_grad(ours)(hidden)
+    log4 = np.log(4)
+    np.testing.assert_allclose(found, -np.log(0.75) + 0.1 * log4**2, rtol=1e-6)
+    np.testing.assert_allclose(ours(hidden), found, rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0], np.array([0.25, 0.75]) * (1 + 0.2 * log4) - [0, 1], rtol=1e-5)
+
+
 def test_log_probabilities_and_entropy_by_hand():
     tree = {"lm_head": {"kernel": jnp.eye(3)}}
     hidden = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))

@@ -21,7 +21,7 @@ from llama_jax.model.config import FLOAT32, SIZES, Compute
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.planning import calibration, report
+from llama_jax.planning import calibration, estimate, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
 from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
 from llama_jax.planning.hlo import Module, mesh_axes
@@ -359,7 +359,7 @@ def test_the_calibration_stands_beside_its_error():
 
 
 def test_a_rollout_is_planned_for_ppo_only():
-    with pytest.raises(ConfigError, match="a rollout is planned for ppo, got 'pretrain'"):
+    with pytest.raises(ConfigError, match="a rollout is planned for ppo and grpo, got 'pretrain'"):
         rollout_program(parse_stage(pretrain.get_config("7b")), make_mesh())
 
 
@@ -449,3 +449,16 @@ def test_long_contexts_are_divided_on_a_pod(sequence):
     kinds = {c.kind for c in module.collectives() if "sequence" in mesh_axes(c, dict(mesh.shape)) and c.bytes > 2**24}
     assert ("collective-permute" if sequence == "ring" else "all-to-all") in kinds and "all-gather" not in kinds
     assert kernels(module)  # splash attention, inside the ring's steps too
+
+
+def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch):
+    def refuse(program):
+        raise estimate.DoesNotFit(2 * 2**30, 2**30)
+
+    monkeypatch.setattr(estimate, "compile_program", refuse)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    described = topology.Topology(topology.CHIPS["v5e"], (1, 1), 1, tuple(jax.devices()[:1]))
+    program = programs.Program("step", lambda: None, mesh, 8, 1, 1, {})
+    plan, text = estimate.make_plan(program, described, mesh, model="tiny", remat="none", microbatches=1, batch_size=1)
+    assert not plan.fits and plan.step_seconds is None and plan.traffic is None and text is None
+    assert plan.hbm_bytes_per_chip == 2 * plan.hbm_capacity_bytes

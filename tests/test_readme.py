@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # Where to start reading first; what is not named here follows in alphabetical order.
 ORDER = (
     "parallel", "model", "interop", "data", "training", "sampling", "corpus_build", "assistant", "pretrain", "sft", "reward",
-    "rlhf", "safety", "evals", "planning",
+    "rlhf", "safety", "evals", "annotation", "planning",
 )  # fmt: skip
 HEADING, HEAD = "## The files", "| file | what |\n|---|---|\n"
 

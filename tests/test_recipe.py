@@ -1,5 +1,6 @@
 """The whole recipe through its real command at size `smoke`; killed inside PPO, it goes on to the same parameters."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.rlhf.pool import policy_hash
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def command(workdir, *more):
+def command(workdir, *more, size="smoke"):
     return [
-        sys.executable, "-m", "llama_jax.recipe", "--config=configs/recipe.py:smoke", f"--workdir={workdir}", *more,
+        sys.executable, "-m", "llama_jax.recipe", f"--config=configs/recipe.py:{size}", f"--workdir={workdir}", *more,
     ]  # fmt: skip
 
 
@@ -24,6 +27,33 @@ def fingerprints(workdir, stage):
     steps = (Path(workdir) / stage / "checkpoints").glob("[0-9]*/meta/metadata")
     newest = max(steps, key=lambda path: int(path.parents[1].name))
     return json.loads(newest.read_text())["fingerprints"]
+
+
+def ledger(workdir):
+    return json.loads((workdir / "ledger.json").read_text())
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_ledger(workdir, names):
+    """Every file and checkpoint that the ledger names is there as it says, and pools come from the policies it names."""
+    found = ledger(workdir)
+    assert list(found) == names
+    for name, version in found.items():
+        for entry in version["data"]:
+            data = (workdir / entry["file"]).read_bytes()
+            assert (data.count(b"\n"), hashlib.sha256(data).hexdigest()) == (entry["rows"], entry["sha256"]), entry
+        for entry in version["checkpoints"]:
+            assert entry["parameters"] == policy_hash(str(workdir / entry["workdir"])), entry
+        assert f"{name}/rejection" in {entry["workdir"] for entry in version["checkpoints"]}
+        policy = policy_hash(str(workdir / version["sampled_from"]))
+        rows = rows_of(workdir / name / "rejection" / "pool.jsonl")
+        assert all(row["policy"] == policy and row["version"] == name for row in rows)
+        for scores in version["scores"].values():
+            assert 0 <= scores["win_rate"]["mean"] <= 1 and set(scores["win_rate_by_track"]) == {"helpfulness", "safety"}
+    return found
 
 
 def environment():
@@ -52,6 +82,46 @@ def test_the_report_has_every_figure_of_the_issue(finished):
     # With so few pairs a degree of preference may have none; everything else was measured.
     assert all(target["met"] is not None for target in report["targets"] if "degree" not in target["asked"])
     assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_ledger_of_two_versions(finished):
+    first, second = check_ledger(finished, ["v1", "v2"]).values()
+    assert (first["sampled_from"], second["sampled_from"]) == ("sft", "v1/rejection")
+    assert set(second["scores"]) == {"v2", "v2_ppo"} and second["pools"] == ["v1/rejection", "v2/rejection"]
+    # The second version collects nothing: its reward models are the first one's.
+    assert not (finished / "v2" / "preferences").exists() and not (finished / "v2" / "reward_safety").exists()
+    assert (finished / "rejection").readlink() == Path("v2/rejection")
+
+
+def test_five_versions_are_the_papers(tmp_path):
+    subprocess.run(command(tmp_path, size="smoke,versions=5"), cwd=ROOT, check=True, env=environment(), timeout=1800)
+    versions = check_ledger(tmp_path, [f"v{n}" for n in range(1, 6)])
+    assert [v["sampled_from"] for v in versions.values()] == ["sft", *(f"v{n}/rejection" for n in range(1, 5))]
+    prompts = []
+    for number in range(1, 6):
+        config = json.loads((tmp_path / f"v{number}" / "rejection" / "config.json").read_text())
+        # Each begins again from the base model, with the SFT data and the pools of all versions before it.
+        assert config["start"] == str(tmp_path / "pretrain") and config["data"]["train"][0].endswith("sft.jsonl")
+        assert config["pools"] == [str(tmp_path / f"v{n}" / "rejection" / "pool.jsonl") for n in range(1, number)]
+        reward = json.loads((tmp_path / f"v{number}" / "reward_helpfulness" / "config.json").read_text())
+        batches = [tmp_path / f"v{n}" / "preferences" for n in range(1, number + 1)]
+        files = [batch / f"{track}_train.jsonl" for track in ("helpfulness", "safety") for batch in batches]
+        assert reward["data"]["train"] == [str(path) for path in files if path.stat().st_size]  # a small one may be empty
+        prompts += [json.dumps(row["prompt"]) for track in ("helpfulness", "safety")
+                    for row in rows_of(tmp_path / f"v{number}" / "preferences" / f"{track}_train.jsonl")]  # fmt: skip
+        found = json.loads((tmp_path / f"v{number}" / "rejection" / "temperatures.json").read_text())
+        assert set(found["curves"]) == {"0.8", "1"} and found["temperature"] in (0.8, 1.0)
+        assert (tmp_path / f"v{number}" / "ghost").exists() == (number > 3)
+        assert (tmp_path / f"v{number}" / "ppo").exists() == (number == 5)
+    assert len(set(prompts)) == len(prompts)  # fresh prompts for each batch
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["versions"]) == ["sft", "v1", "v2", "v3", "v4", "v5", "v5_ppo"]
+    assert report["rejection"] == report["versions"]["v5"] and report["ppo"] == report["versions"]["v5_ppo"]
+    for judge in ("win_rate_by_track", "win_rate_by_reward_models"):
+        assert set(report["ppo"][judge]) == {"helpfulness", "safety"}
+    assert list(report["reward_batches"]["helpfulness"]) == ["v1", "v2", "v3", "v4", "v5"]
+    html = (tmp_path / "report.html").read_text()
+    assert "V5 PPO" in html and html.count("data:image/png;base64") >= 16
 
 
 def test_chat_answers_each_question_with_ppos_policy(finished):
@@ -88,20 +158,22 @@ def test_another_config_is_refused_with_the_difference(finished):
     assert done.returncode != 0 and "seed: 0 -> 1" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_killed_inside_pretraining_and_ppo_it_ends_with_the_same_parameters(finished, tmp_path):
+def test_killed_in_pretraining_sampling_and_ppo_it_ends_with_the_same_parameters(finished, tmp_path):
     workdir = tmp_path / "run"
-    for stage, step in (("pretrain", 3), ("ppo", 1), ("ppo", 3)):
+    for name in ("pretrain/checkpoints/3", "v1/rejection/pool.jsonl", "v2/ppo/checkpoints/1", "v2/ppo/checkpoints/3"):
         process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-        sign = workdir / stage / "checkpoints" / str(step)
+        sign = workdir / name
         limit = time.monotonic() + 600
         while not sign.exists():
-            assert process.poll() is None and time.monotonic() < limit, f"no checkpoint {step} of {stage}"
+            assert process.poll() is None and time.monotonic() < limit, f"no {name}"
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert not (workdir / "ppo" / "done.json").exists()
+    assert not (workdir / "v2" / "ppo" / "done.json").exists()
     subprocess.run(command(workdir), cwd=ROOT, check=True, env=environment(), timeout=900)
     for stage in ("pretrain", "sft", "reward_helpfulness", "reward_safety", "rejection", "ppo"):
         assert fingerprints(workdir, stage) == fingerprints(finished, stage), stage
+    for name in ("v1", "v2"):  # but for the paths, which are relative, nothing differs
+        assert ledger(workdir)[name] == ledger(finished)[name]
     steps = [json.loads(line)["step"] for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) == list(range(8))

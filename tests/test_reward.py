@@ -121,7 +121,7 @@ def test_labels_of_the_safety_bins():
     assert batch.safe.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0]] and batch.safe_known.tolist() == [1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 8, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 8, 1, 1), (1, 2, 4, 1)])
 def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
     loss, batch = reward_loss(MODEL, FLOAT32, safety_weight=0.5), collate(pairs(8), length=8)
     specs = params.table(MODEL, head="reward_head")

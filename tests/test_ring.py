@@ -168,5 +168,5 @@ def test_the_model_on_divided_rows(tiny, attention, sequence):
 
 
 def test_sizes_of_the_paper_fit_the_kernel():
-    for model in SIZES.values():
-        assert splash.supports(model.max_length, model.head_size), model.name
+    for model in SIZES.values():  # the notebooks' size has heads of 32, for which `auto` takes another kernel
+        assert splash.supports(model.max_length, model.head_size) == (model.name != "nano"), model.name

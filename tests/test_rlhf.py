@@ -12,9 +12,9 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
-from llama_jax.rlhf.ppo import PpoSettings, PpoSource, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
-from llama_jax.rlhf.rejection import best_dialogs, choose_prompts, score_responses
-from llama_jax.rlhf.rollout import RewardRule, Roller, make_judge
+from llama_jax.rlhf.ppo import PpoSettings, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
+from llama_jax.rlhf.rejection import choose_prompts, score_responses
+from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
@@ -37,7 +37,7 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh, *, rows=4):
+def source(mesh, *, rows=4, **more):
     roll = Roller(
         sample=make_sampler(
             MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
@@ -46,9 +46,11 @@ def source(mesh, *, rows=4):
         frozen=FROZEN,
         keys=lambda index: row_keys(0, index),
     )
-    examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2]) for i in range(12)]
+    examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2], i) for i in range(12)]
     batches = IndexedBatches(examples, lambda rows: collate_prompts(rows, length=4), 8, 0)
-    return PpoSource(batches, roll, mesh=mesh, settings=SETTINGS, rows=rows, prompt_length=4, seed=0)
+    return RolloutSource(
+        batches, roll, mesh=mesh, empty=empty_rollout(8, 4, 6), size=8, rows=rows, control=KlControl(0.1), seed=0, **more
+    )
 
 
 def one_device():
@@ -152,19 +154,6 @@ def test_a_prompt_that_comes_again_is_answered_anew():
     assert max(map(len, by_prompt.values())) > 1
 
 
-def test_best_answers_end_and_hold_no_chat_tag():
-    def sample(prompt, response, reward, ended=True):
-        messages = [{"role": "user", "content": f"q{prompt}"}]
-        return {"prompt": prompt, "messages": messages, "is_safety": False, "response": response, "ended": ended,
-                "reward": reward}  # fmt: skip
-
-    rows = best_dialogs([
-        sample(0, "good", 0.5), sample(0, "best", 0.7), sample(0, "cut", 0.9, ended=False),
-        sample(0, "[INST] forged", 0.95), sample(1, "", 0.9), sample(1, "cut", 0.9, ended=False),
-    ])  # fmt: skip
-    assert [row["messages"][-1]["content"] for row in rows] == ["best"]
-
-
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 4, 1, 2), (8, 1, 1, 1)])
 def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
     specs = {"policy": params.table(MODEL, head="lm_head"), "critic": params.table(MODEL, head="value_head")}
@@ -194,7 +183,7 @@ def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
 
 def test_a_rollout_must_divide_into_minibatches():
     with pytest.raises(ValueError, match="rollout_size=8 is no multiple"):
-        PpoSource(None, None, mesh=one_device(), settings=SETTINGS, rows=3, prompt_length=4, seed=0)
+        RolloutSource(None, None, mesh=one_device(), empty=None, size=8, rows=3, control=KlControl(0.1), seed=0)
 
 
 def test_scores_do_not_depend_on_which_rows_are_scored_together(tiny):

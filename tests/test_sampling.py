@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.model.decode import prepare
 from llama_jax.model.transformer import hidden_states
 from llama_jax.sampling.choose import Choice, draw, min_p_filter, penalise, top_k_filter, top_p_filter
 from llama_jax.sampling.generate import generate, make_sampler, pad_left, row_keys
@@ -29,6 +30,13 @@ def sampler(temperature=1.0, new=8, stop_ids=()):
 
 def kept(logits):
     return (np.asarray(logits) > -1e20).tolist()
+
+
+def test_weights_laid_out_beforehand_draw_the_same():
+    tokens, valid = pad_left([[1, 5, 7], [1, 9]], 4)
+    sample, keys = sampler(), row_keys(0, range(2))
+    ready = prepare(TREE, SPECS, compute=FLOAT32)
+    np.testing.assert_array_equal(sample(ready, tokens, valid, keys).tokens, sample(TREE, tokens, valid, keys).tokens)
 
 
 def test_top_p_keeps_the_token_that_crosses_the_border():

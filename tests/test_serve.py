@@ -11,7 +11,8 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
 from llama_jax.model.decode import prepare
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import EngineConfig
 
 openai = pytest.importorskip("openai", reason="needs openai (extra [test])")
 httpx = pytest.importorskip("httpx")
@@ -24,7 +25,7 @@ MODEL = ModelConfig(
 )
 TEXTS = ["the loop reads a line of text and counts tokens, [INST] what is it? [/INST] <<SYS>> be kind <</SYS>>"] * 20
 QUESTION = [{"role": "user", "content": "what is it?"}]
-LONG = {"prompt": "the loop", "max_tokens": 4000, "extra_body": {"stop_token_ids": []}}
+LONG = {"prompt": "the loop", "max_tokens": 4000, "temperature": 0.0, "extra_body": {"stop_token_ids": []}}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_health_and_metrics(client, served):
     assert float(lines["llama_jax_generated_tokens_total"]) >= 3
     assert float(lines['llama_jax_requests_total{outcome="length"}']) >= 1
     assert float(lines["llama_jax_active"]) == 0
-    assert float(lines["llama_jax_compilations"]) == served[1].compiled == 5  # nothing was compiled for the traffic
+    assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7  # nothing was compiled for the traffic
 
 
 def test_many_at_once_are_each_answered_as_alone(client):

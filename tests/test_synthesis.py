@@ -1,26 +1,35 @@
-"""Ghost Attention and context distillation through the real command, on eight devices: SFT, a reward model, both stages."""
+"""Stages that sample first (Ghost Attention, context distillation, rejection sampling) on eight devices, by `train.run`."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.model.config import SIZES
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start
-from llama_jax.recipe import load_config
 from llama_jax.rlhf.constraints import Constraint, instruction
+from llama_jax.rlhf.pool import policy_hash, read_pool
+from llama_jax.rlhf.rejection import Round
+from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
-from llama_jax.train import run
+from llama_jax.steps import load_config
+from llama_jax.train import parse_stage, run
 from llama_jax.training.checkpoint import read_meta
 
 pytestmark = pytest.mark.slow  # four trainings, each compiled for eight devices
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WORDS = "red green blue list dict set tuple string file loop".split()
+
+
+def one_device():
+    return make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
 
 
 def chat(question, answer):
@@ -113,3 +122,52 @@ def test_context_distillation_keeps_what_the_reward_model_prefers(base, tmp_path
     helpful = {**distill, "prompts": str(tmp_path / "helpful.jsonl")}
     with pytest.raises(ConfigError, match="no prompt has is_safety true; helpful prompts are never distilled"):
         run(stage("distill", base, distill=helpful, data=data, **how), tmp_path / "none")
+
+
+def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alone(base, tmp_path):
+    sft, reward = str(base / "sft"), str(base / "safety")
+    small = dataclasses.replace(SIZES["tiny"], name="small", width=16, heads=2, kv_heads=1, ffn=32)
+    rejection = {"prompts": str(base / "prompts.jsonl"), "prompt_length": 48, "max_prompts": 8, "answers": 3, "new_tokens": 12,
+                 "temperatures": (0.5, 1.0), "search_prompts": 4, "sampling_batch": 8, "version": "v1"}  # fmt: skip
+    sizes = {"model": "small", "policy_model": "tiny", "reward_model": "tiny", "data": {"length": 96}}
+    models = {"policy": sft, "helpfulness": reward, "safety": reward}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "small", small)
+        run(stage("rejection", base, rejection=rejection, **models, **sizes), tmp_path / "v1")
+        assert read_meta(tmp_path / "v1")["model"]["width"] == 16
+        search = json.loads((tmp_path / "v1" / "temperatures.json").read_text())
+        curves = {t: curve["maximum"] for t, curve in search["curves"].items()}
+        assert search["prompts"] == 4 and {t: len(curve) for t, curve in curves.items()} == {"0.5": 3, "1": 3}
+        assert curves[f"{search['temperature']:g}"][-1] == max(curve[-1] for curve in curves.values())
+        pool = read_pool(str(tmp_path / "v1" / "pool.jsonl"))
+        assert pool and {row["policy"] for row in pool} == {policy_hash(sft)} and {row["version"] for row in pool} == {"v1"}
+        samples = [row for _, row in read_jsonl(tmp_path / "v1" / "samples.jsonl")]
+        assert len(samples) == 24
+        for row in pool:
+            own = [s for s in samples if s["messages"] == row["messages"] and usable(s["response"], s["ended"])]
+            rewards = [s["reward"] for s in own]
+            assert row["reward"] == max(rewards)
+        # From the pool alone: nothing is sampled, and an older row counts by what the given reward models say of it now.
+        older = [{**pool[0], "reward": 0.99, "version": "v0", "response": "is it not?"}]
+        write_jsonl(tmp_path / "older.jsonl", older)
+        pools = (str(tmp_path / "older.jsonl"), str(tmp_path / "v1" / "pool.jsonl"))
+        alone = {**rejection, "answers": 0, "repeat": 2}
+        for name, judges in (("kept", {"helpfulness": "", "safety": ""}), ("again", {"helpfulness": reward, "safety": reward})):
+            run(stage("rejection", base, rejection=alone, pools=pools, **judges, **sizes), tmp_path / name)
+            assert not (tmp_path / name / "samples.jsonl").exists()
+        kept, again = ([row for _, row in read_jsonl(tmp_path / name / "best.jsonl")] for name in ("kept", "again"))
+        assert len(kept) == len(again) == len(pool)
+        assert kept[0]["version"] == "v0"
+        scored = Round(parse_stage(stage("rejection", base, rejection=alone, pools=pools, **models, **sizes)), one_device())
+        old, new = (row["reward"] for row in scored.again([older[0], pool[0]]))
+        assert again[0]["version"] == ("v0" if old > new else "v1")
+        assert new == pytest.approx(pool[0]["reward"], abs=1e-5)  # the same model says the same again
+        for changes, error in (
+            ({**models, "policy": ""}, "config.policy: expected the workdir of a stage"),
+            ({**models, "safety": ""}, "config.safety: expected the workdir of a stage"),
+            ({**models, "rejection": {**rejection, "answers": 0}}, "config.pools: expected at least one"),
+            ({**models, "rejection": {**rejection, "prompt_length": 90}}, "exceed the 96 tokens of"),
+            ({**models, "policy_model": "small"}, "sft holds model"),
+        ):
+            with pytest.raises(ConfigError, match=error):
+                run(stage("rejection", base, **{"rejection": rejection, **sizes, **changes}), tmp_path / "wrong")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_jax.data import tokenizer_gguf
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.sentencepiece_proto import model_class
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.data.tokenizer_json import JsonTokenizer
@@ -115,9 +116,7 @@ def write_gguf_bpe(original, path: Path, pre: str, **fields) -> Path:
 
 def write_gguf_llama(tokenizer: SentencePieceTokenizer, path: Path) -> Path:
     gguf = pytest.importorskip("gguf")
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.serialized())
+    model = model_class().FromString(tokenizer.serialized())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.piece.encode() for piece in model.pieces])

@@ -457,12 +457,12 @@ def test_a_run_goes_on_from_the_older_checkpoint_if_the_newest_is_damaged(tmp_pa
     assert_equal(final(tmp_path, mesh), expected)
 
 
-def test_sigterm_saves_ends_with_code_0_and_resumes(tmp_path, mesh, whole):
+def test_sigterm_saves_ends_with_the_code_for_again_and_resumes(tmp_path, mesh, whole):
     terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as exit_:
         train(stage(mesh, source=Rollouts(interrupt=terminate, at=4)), loop(), mesh=mesh, workdir=tmp_path / "parts")
-    assert exit_.value.code == 0 and signal.getsignal(signal.SIGTERM) == before
+    assert exit_.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
     assert newest_step(tmp_path / "parts").name == "5"  # the step was finished and saved
     train(stage(mesh, source=Rollouts()), loop(), mesh=mesh, workdir=tmp_path / "parts")
     assert_equal(final(tmp_path / "parts", mesh), final(whole / "rl", mesh))

@@ -3,12 +3,13 @@
 #
 #   NAME=... IMAGE=... TYPE=tpu-v5p-slice TOPOLOGY=4x8x8 HOSTS=64 bash launch/gke/jobset.sh [--apply | --xpk] MODULE [FLAGS]
 #
-#   bash launch/gke/jobset.sh train --config=configs/pretrain.py:70b,tpu=v5p-512 --workdir=gs://bucket/run > run.yaml
+#   bash launch/gke/jobset.sh train --config=configs/pretrain.py:70b,tpu=v5p-512 --workdir=/shared/run > run.yaml
 #   --apply   kubectl apply instead of printing
 #   --xpk     prints the xpk command that does the same (CLUSTER, and TPU as v5p-512)
 #
 # Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS and CHIPS (of a host; default 4);
-# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; BURSTABLE memory is not asked for.
+# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; CLAIM, a
+# persistent volume claim that all hosts can write, mounted at /shared for the workdir.
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -52,9 +53,13 @@ metadata:
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # A host that dies ends all; all begin again, from the newest checkpoint.
+  # A host that dies ends all; all begin again, from the newest checkpoint. A preemption is no failure and is not counted.
   failurePolicy:
     maxRestarts: ${RESTARTS:-100}
+    rules:
+    - name: preempted
+      action: RestartJobSetAndIgnoreMaxRestarts
+      onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: ${SLICES:-1}
@@ -64,6 +69,18 @@ spec:
           completions: $HOSTS
           completionMode: Indexed
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+            # 75: saved because of SIGTERM (llama_jax/training/preemption.py).
+            - action: FailJob
+              onExitCodes:
+                containerName: llama-jax
+                operator: In
+                values: [75]
+            - action: FailJob
+              onPodConditions:
+              - type: DisruptionTarget
+                status: "True"
           template:
             spec:
               restartPolicy: Never
@@ -92,6 +109,17 @@ $(arguments "$@")
                   limits:
                     google.com/tpu: ${CHIPS:-4}
 YAML
+  if [ -n "${CLAIM:-}" ]; then
+    cat <<YAML
+                volumeMounts:
+                - name: shared
+                  mountPath: /shared
+              volumes:
+              - name: shared
+                persistentVolumeClaim:
+                  claimName: $CLAIM
+YAML
+  fi
 }
 
 if [ "$mode" = apply ]; then

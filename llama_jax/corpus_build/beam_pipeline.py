@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.corpus_build.beam_refine import Refinement
-from llama_jax.corpus_build.build import Settings, check_bad_rows, unfinished
+from llama_jax.corpus_build.blocks import BlockCounts
+from llama_jax.corpus_build.build import Settings, check_bad_rows
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
+from llama_jax.corpus_build.manifest import file_sha256
 from llama_jax.corpus_build.paragraphs import Cut
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined, counts
 from llama_jax.corpus_build.split import long_lines
+from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.write import (
     check_split,
     finish,
@@ -35,6 +38,7 @@ from llama_jax.corpus_build.write import (
     write_shard,
 )
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import atomic_write
 
 
 def build_with_beam(
@@ -44,15 +48,29 @@ def build_with_beam(
     *,
     options: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """As `build.build_corpus`, from the files of each source (in the order of the sources) and with Beam's `options`."""
+    """As `build.build_corpus`, from the files of each source (in the order of the sources) and with Beam's `options`.
+
+    With `inputs` a killed build goes on: each cleaned file, the whole first pipeline, the tokenizer and each shard of blocks
+    are products that are not made again.
+    """
     beam = extra("apache_beam")
     pipeline_options = extra("apache_beam.options.pipeline_options").PipelineOptions(list(options))
-    with unfinished(output) as directory:
-        work = directory / "work"
-        work.mkdir()
-        with beam.Pipeline(options=pipeline_options) as pipeline:
-            Refinement(beam, list(files), settings, work).expand(pipeline, files)
+    fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
+    with unfinished(output, fingerprint) as (directory, stages):
+        work = directory.with_name("documents")
+
+        def first_pipeline() -> dict[str, str]:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            with beam.Pipeline(options=pipeline_options) as pipeline:
+                Refinement(beam, list(files), settings, work, stages).expand(pipeline, files)
+            return _checksums(work)
+
+        if stages.once("documents", first_pipeline) != _checksums(work):  # damaged since
+            stages.forget("documents")
+            stages.once("documents", first_pipeline)
         summary = pickle.loads((work / "summary.pickle").read_bytes())
         profiles = {source: summary["profiles"].get(source, Profile()) for source in files}
         for source, profile in profiles.items():
@@ -61,30 +79,37 @@ def build_with_beam(
         for source, part in refined.items():
             check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
 
-        tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings)
+        tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings, stages)
         shards = [(source, shard) for source in files for shard in range(settings.shards)]
+        written = directory.with_name("written")
+        written.mkdir(exist_ok=True)
         with beam.Pipeline(options=pipeline_options) as pipeline:
             (
                 pipeline
                 | beam.Create(shards)
                 | beam.Reshuffle()
-                | beam.Map(_write_shard, work, directory / "blocks", str(tokenizer.path), settings)
+                | beam.Map(_write_shard, work, written, directory / "blocks", str(tokenizer.path), settings, stages)
             )
         rows = {}
         for source, part in refined.items():
             names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
-            written = [pickle.loads((work / f"{name}.pickle").read_bytes()) for name in names]
+            counted = [pickle.loads((written / f"{name}.pickle").read_bytes()) for name in names]
             rows[source] = {
                 **source_counts(part, profiles[source]),
                 "bytes": profiles[source].bytes,
                 "withheld_documents": summary["counts"].get((source, "withheld"), 0),
                 "withheld_bytes": summary["counts"].get((source, "withheld_bytes"), 0),
-                **summed(written),
-                "shards": {f"blocks/{name}": shard.blocks for name, shard in zip(names, written, strict=True)},
+                **summed(counted),
+                "shards": {f"blocks/{name}": shard.blocks for name, shard in zip(names, counted, strict=True)},
                 **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
             }
-        shutil.rmtree(work)
         return finish(rows, profiles, directory, tokenizer, settings, config=dict(config or {}))
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """sha256 of every file below a directory."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): file_sha256(path) for path in paths}
 
 
 def _read_documents(path: Path) -> list[Document]:
@@ -133,10 +158,18 @@ class _Samples(Mapping):
         return documents
 
 
-def _write_shard(item: tuple[str, int], work: Path, blocks: Path, model: str, settings: Settings) -> None:
+def _write_shard(
+    item: tuple[str, int], work: Path, written: Path, blocks: Path, model: str, settings: Settings, stages: Stages
+) -> None:
     """Token blocks of one shard of documents, and their counts for the manifest."""
     source, shard = item
-    name, path = shard_name(source, shard, settings.shards), work / source / f"{shard:05d}.jsonl"
-    documents = _read_documents(path) if path.exists() else []
-    written = write_shard(documents, blocks / name, Tokenizer(model), settings.block_length)
-    (work / f"{name}.pickle").write_bytes(pickle.dumps(written))
+    name = shard_name(source, shard, settings.shards)
+
+    def write() -> BlockCounts:
+        path = work / source / f"{shard:05d}.jsonl"
+        documents = _read_documents(path) if path.exists() else []
+        return write_shard(documents, blocks / name, Tokenizer(model), settings.block_length)
+
+    counts = stages.file_once(blocks / name, write)
+    with atomic_write(written / f"{name}.pickle") as file:
+        file.write(pickle.dumps(counts))

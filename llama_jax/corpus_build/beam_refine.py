@@ -4,6 +4,7 @@ The order of the steps and every decision are those of `refine.refine`; what is 
 """
 
 import dataclasses
+import functools
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from llama_jax.corpus_build.profile import Profile, in_sample
 from llama_jax.corpus_build.readers import BadRow, read_file
 from llama_jax.corpus_build.refine import evaluation_texts
 from llama_jax.corpus_build.split import Candidate, candidate, choose, long_lines, side_of
+from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.steps import clean, make_steps
 from llama_jax.corpus_build.write import shard_of
 from llama_jax.data.sources import write_jsonl
@@ -32,20 +34,20 @@ Place = tuple[int, bytes]
 class Refinement:
     """The steps from files to sorted shards of documents below `work`, and their counts in `work/summary.pickle`."""
 
-    def __init__(self, beam, order: Sequence[str], settings: Settings, work: Path):
-        self.beam, self.order, self.settings, self.work = beam, list(order), settings, work
+    def __init__(self, beam, order: Sequence[str], settings: Settings, work: Path, stages: Stages):
+        self.beam, self.order, self.settings, self.work, self.stages = beam, list(order), settings, work, stages
         self.tallies: list = []  # collections of ((source, name), number)
         self.profiles: list = []  # collections of (source, Profile)
 
     def expand(self, pipeline, files: Mapping[str, Sequence[str]]) -> None:
         """Adds all steps to `pipeline`."""
         beam, settings, rules = self.beam, self.settings, self.settings.deduplication
-        paths = [(source, path) for source, of_source in files.items() for path in of_source]
+        paths = [(source, i, path) for source, of_source in files.items() for i, path in enumerate(of_source)]
         read = (
             pipeline
             | "Files" >> beam.Create(paths)
             | beam.Reshuffle()
-            | "Clean" >> beam.FlatMap(_read_and_clean, settings).with_outputs("profile", main="documents")
+            | "Clean" >> beam.FlatMap(_read_and_clean, settings, self.stages).with_outputs("profile", main="documents")
         )
         self.profiles.append(read.profile)
         cleaned = read.documents
@@ -286,11 +288,18 @@ class Refinement:
         )  # fmt: skip
 
 
-def _read_and_clean(item: tuple[str, str], settings: Settings) -> Iterator:
+def _read_and_clean(item: tuple[str, int, str], settings: Settings, stages: Stages) -> Iterator:
     tagged = extra("apache_beam").pvalue.TaggedOutput
-    source, path = item
+    source, number, path = item
+    name = f"cleaned/{source}-{number:05d}"
+    documents, profile = stages.once(name, functools.partial(_cleaned_file, source, path, settings))
+    yield from ((None, document) for document in documents)
+    yield tagged("profile", (source, profile))
+
+
+def _cleaned_file(source: str, path: str, settings: Settings) -> tuple[list[Document], Profile]:
     steps = make_steps(settings.steps.get(source, ()), settings.clean)
-    profile = Profile()  # of one file
+    profile, documents = Profile(), []
     for row in read_file(path, source):
         if isinstance(row, BadRow):
             profile.bad_rows.append(f"{row.where}: {row.problem}")
@@ -299,8 +308,8 @@ def _read_and_clean(item: tuple[str, str], settings: Settings) -> Iterator:
         if isinstance(result, Removed):
             profile.remove(result)
         else:
-            yield None, result
-    yield tagged("profile", (source, profile))
+            documents.append(result)
+    return documents, profile
 
 
 def _hashed(item: tuple[None, Document], rank: Mapping[str, int]) -> tuple[bytes, tuple[int, str, Document]]:

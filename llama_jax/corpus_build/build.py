@@ -1,5 +1,7 @@
 """The build in one process: documents -> clean -> compare -> split -> tokenizer -> blocks -> manifest, whole or not at all.
 
+A build that is killed goes on where it was, given the same settings and inputs (`stages`).
+
 Layout of the result:
 
     tokenizer.model
@@ -10,19 +12,18 @@ Layout of the result:
     manifest.json
 """
 
-import contextlib
 import dataclasses
+import functools
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.profile import ANALYSES, Profile, in_sample
 from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
+from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
 from llama_jax.corpus_build.write import write_corpus
 
@@ -87,10 +88,12 @@ def build_corpus(
     settings: Settings,
     *,
     config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Builds the corpus in `output` and returns its manifest; `config` are plain JSON values to keep in it.
 
-    Sources come in the order in which duplicates are kept.
+    Sources come in the order in which duplicates are kept. `inputs` are plain JSON values that change when what is read does:
+    with them a build that was killed goes on, without them it starts clean.
 
     Raises:
       FileExistsError: `output` is there already.
@@ -98,32 +101,27 @@ def build_corpus(
     """
     if set(documents_by_source) != set(settings.weights):
         raise ValueError(f"weights: expected one for each of {list(documents_by_source)}, got {sorted(settings.weights)}")
-    with unfinished(output) as directory:
-        profiles = {source: Profile() for source in documents_by_source}
-        cleaned = {
-            source: cleaned_documents(source, documents, settings, profiles[source])
-            for source, documents in documents_by_source.items()
-        }
-        refined = refine(cleaned, settings.held_out, settings.deduplication, whole=settings.whole)
+    fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
+    with unfinished(output, fingerprint) as (directory, stages):
+        refined, profiles = stages.once("refined", lambda: _compared(documents_by_source, settings, stages))
         for source, part in refined.items():
-            profile_train(part, settings, profiles[source])
-        return write_corpus(refined, profiles, directory, settings, config=dict(config or {}))
+            profiles[source] = stages.once(
+                f"profile/{source}", functools.partial(profile_train, part, settings, profiles[source])
+            )
+        return write_corpus(refined, profiles, directory, settings, config=dict(config or {}), stages=stages)
 
 
-@contextlib.contextmanager
-def unfinished(output: str | os.PathLike) -> Iterator[Path]:
-    """A directory beside `output` that takes its name when the block ends well, and is gone when it does not."""
-    output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
-    directory = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(directory, ignore_errors=True)  # of a build that was killed
-    try:
-        directory.mkdir(parents=True)
-        yield directory
-        os.rename(directory, output)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+def _compared(
+    documents_by_source: Mapping[str, Iterable[Document | BadRow]], settings: Settings, stages: Stages
+) -> tuple[dict[str, Refined], dict[str, Profile]]:
+    def cleaned(source: str) -> tuple[list[Document], Profile]:
+        profile = Profile()
+        return list(cleaned_documents(source, documents_by_source[source], settings, profile)), profile
+
+    parts = {source: stages.once(f"cleaned/{source}", functools.partial(cleaned, source)) for source in documents_by_source}
+    documents = {source: part[0] for source, part in parts.items()}
+    refined = refine(documents, settings.held_out, settings.deduplication, whole=settings.whole)
+    return refined, {source: part[1] for source, part in parts.items()}
 
 
 def cleaned_documents(
@@ -150,8 +148,9 @@ def check_bad_rows(source: str, problems: list[str], limit: int) -> None:
         raise ValueError(problems[limit] + more)
 
 
-def profile_train(part: Refined, settings: Settings, profile: Profile) -> None:
+def profile_train(part: Refined, settings: Settings, profile: Profile) -> Profile:
     """Counts the train documents of a source, and analyses the share of them that the settings ask for."""
     for document in part.train:
         profile.keep(document)
     profile.analyse([d for d in part.train if in_sample(d, settings.analysed_share)], settings.analyses)
+    return profile

@@ -240,21 +240,47 @@ def _warc(path: str) -> Rows:
     archive, strings = extra("warcio.archiveiterator"), extra("resiliparse.parse.encoding")
     raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
     with raw as file:  # warcio undoes the compression, which is by record
-        for number, record in enumerate(_archive(archive.ArchiveIterator(file)), start=1):
-            if record.rec_type not in ("response", "conversion"):
-                continue
-            if record.rec_type == "response":
-                kind = (record.http_headers.get_header("Content-Type") or "") if record.http_headers else ""
-                if "html" not in kind.lower():
-                    continue
-            body = record.content_stream().read()
-            text = body.decode("utf-8", "replace") if record.rec_type == "conversion" else strings.bytes_to_str(
-                body, strings.detect_encoding(body)
-            )  # fmt: skip
-            headers = record.rec_headers
-            metadata = {"date": headers.get_header("WARC-Date") or ""}
-            row = {"text": text, "url": headers.get_header("WARC-Target-URI") or "", "metadata": metadata}
-            yield f"{path}:{number}", {**row, "id": headers.get_header("WARC-Record-ID")}
+        records, number, begin, end = archive.ArchiveIterator(file), 0, 0, 0
+        for number, record in enumerate(_archive(records), start=1):
+            if row := _warc_row(record, strings):
+                yield f"{path}:{number}", row
+            if missing := _missing(record):
+                raise EOFError(f"record {number} is torn, {missing} bytes are missing")
+            begin = records.get_record_offset()
+            end = begin + records.get_record_length()
+        if path.lower().endswith(".gz"):  # a compressed record torn in its header is no record to warcio: read the end again
+            file.seek(begin)
+            gzip.GzipFile(fileobj=file).read()  # raises if the last member is not whole
+        elif (beyond := file.tell() - end) > 4:  # two line ends
+            raise EOFError(f"{beyond:,} bytes after record {number} are no whole record")
+
+
+def _missing(record: Any) -> int | str:
+    """Bytes that the file lacks of a record, all of which is read: warcio ends quietly where a file does."""
+    while record.raw_stream.read(2**16):
+        pass
+    return getattr(record.raw_stream, "limit", "some")  # without a length the record's own header is torn
+
+
+def _warc_row(record: Any, strings: Any) -> dict[str, Any] | None:
+    """A record as a row; None for one that holds no text or that is torn."""
+    if record.rec_type not in ("response", "conversion"):
+        return None
+    if record.rec_type == "response":
+        kind = (record.http_headers.get_header("Content-Type") or "") if record.http_headers else ""
+        if "html" not in kind.lower():
+            return None
+    body = record.content_stream().read()
+    if _missing(record):
+        return None
+    text = body.decode("utf-8", "replace") if record.rec_type == "conversion" else strings.bytes_to_str(
+        body, strings.detect_encoding(body)
+    )  # fmt: skip
+    headers = record.rec_headers
+    return {
+        "id": headers.get_header("WARC-Record-ID"), "text": text, "url": headers.get_header("WARC-Target-URI") or "",
+        "metadata": {"date": headers.get_header("WARC-Date") or ""},
+    }  # fmt: skip
 
 
 def _archive(records: Iterator) -> Iterator:

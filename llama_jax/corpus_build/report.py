@@ -8,6 +8,7 @@ from typing import Any
 from llama_jax.corpus_build import demographics
 from llama_jax.corpus_build import report_page as html
 from llama_jax.corpus_build.mixture import Share
+from llama_jax.corpus_build.notices import notices
 from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile
 from llama_jax.files import atomic_write
 
@@ -34,8 +35,9 @@ def write_report(
     for profile in profiles.values():
         whole.merge(profile)
     sections = [
-        _funnel(counts), _mixture(shares), _filters(profiles), _lengths(profiles), _languages(whole), _demographics(whole),
-        _toxicity(whole), _privacy(whole), _sites(whole), _bad_rows(whole),
+        _worth_a_look(notices(counts, profiles, shares)), _funnel(counts), _mixture(shares), _filters(profiles),
+        _lengths(profiles), _languages(whole), _demographics(whole), _toxicity(whole), _privacy(whole), _sites(whole),
+        _bad_rows(whole),
     ]  # fmt: skip
     with atomic_write(path) as file:
         file.write(
@@ -66,6 +68,12 @@ def _tiles(counts: Mapping[str, Mapping[str, Any]], shares: Sequence[Share]) -> 
         ("bytes a token", f"{_total(counts, 'bytes') / max(tokens, 1):.2f}"),
         (f"held-out lines seen in training ({worst})", f"{counts[worst]['held_out_lines_seen']:.1%}"),
     ]
+
+
+def _worth_a_look(found: Sequence[str]) -> str:
+    words = found or ["Nothing is beyond its limit (llama_jax/corpus_build/notices.py)."]
+    note = "Facts beyond the usual, to be judged before a model trains on this."
+    return html.section("Worth a look", note, html.bullets(words))
 
 
 def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ h2 { font-size: 1.2rem; margin: 0 0 .4em; letter-spacing: -.01em; }
 h3 { font-size: .95rem; margin: 1.4em 0 .5em; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 22px 24px; margin-top: 20px; }
 p { margin: 0 0 1em; color: var(--soft); max-width: 80ch; }
+ul { margin: 0; padding-left: 1.2em; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-top: 20px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 18px; }
 .tile b { display: block; white-space: nowrap; font-size: 1.45rem; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
@@ -47,6 +48,8 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 svg .value { fill: var(--bar); } svg .axis { stroke: var(--line); } svg .mark { stroke: #cf4b4b; stroke-dasharray: 4 3; }
 details { border-top: 1px solid var(--line); padding: 8px 0; } summary { cursor: pointer; font-weight: 600; }
 summary span { color: var(--soft); font-weight: 400; }
+line.range { stroke: var(--bar); stroke-width: 6; stroke-linecap: round; opacity: .35; }
+circle.value { fill: var(--bar); }
 pre { font: 12px/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; margin: 4px 0 14px; padding: 10px 12px; border: 1px solid var(--line); border-radius: 8px;
   background: var(--page); max-height: 12em; overflow-y: auto; }
@@ -67,6 +70,11 @@ def page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequ
 def section(title: str, note: str, *parts: str) -> str:
     """A card with a heading and a sentence that says how to read it."""
     return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{''.join(parts)}</section>"
+
+
+def bullets(lines_: Sequence[str]) -> str:
+    """A list of sentences."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines_)}</ul>"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, parts: Sequence[int] = ()) -> str:
@@ -144,6 +152,65 @@ def histogram(
         f'<figure style="margin:0"><h3>{escape(title)}{scale}</h3>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
     )
+
+
+def intervals(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """Means with their intervals about a line at 0: (name, {mean, low, high})."""
+    width, left, step = 720, 190, 30
+    height = step * len(rows) + 30
+    low, high = min(0.0, *(row["low"] for _, row in rows)), max(0.0, *(row["high"] for _, row in rows))
+    space = (high - low) * 0.12 or 1.0
+
+    def at(value: float) -> float:
+        return left + (value - low + space) / (high - low + 2 * space) * (width - left)
+
+    shapes = [f'<line class="mark" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="4" y2="{height - 24}"/>',
+              f'<text x="{at(0):.1f}" y="{height - 8}" text-anchor="middle">0</text>']  # fmt: skip
+    for i, (name, row) in enumerate(rows):
+        y = step * i + 20
+        label = f"{row['mean']:+.4f}"
+        shapes.append(
+            f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+            f'<line class="range" x1="{at(row["low"]):.1f}" x2="{at(row["high"]):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle class="value" cx="{at(row["mean"]):.1f}" cy="{y}" r="4.5"/>'
+            f'<text x="{at(row["mean"]):.1f}" y="{y - 8}" text-anchor="middle">{label}</text>'
+        )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="means and intervals">{"".join(shapes)}</svg>'
+
+
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> str:
+    """Curves over one axis, with a legend."""
+    width, height, left, top, bottom = 720, 280, 52, 14, 40
+    points = [point for curve in curves.values() for point in curve]
+    last = max(point[0] for point in points) or 1
+    low, high = min(point[1] for point in points), max(point[1] for point in points)
+    space = (high - low) * 0.05 or 0.5
+    low, high = low - space, high + space
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across = left + point[0] / last * (width - left - 10)
+        return across, top + (high - point[1]) / (high - low) * (height - top - bottom)
+
+    shapes = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        value = low + share * (high - low)
+        down = place((0, value))[1]
+        shapes.append(f'<line class="axis" x1="{left}" x2="{width}" y1="{down:.1f}" y2="{down:.1f}"/>')
+        shapes.append(f'<text x="{left - 6}" y="{down + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        across = place((share * last, 0))[0]
+        anchor = "end" if share == 1 else "middle"
+        shapes.append(f'<text x="{across:.1f}" y="{height - 22}" text-anchor="{anchor}">{_short(share * last)}</text>')
+    shapes.append(f'<text x="{(left + width) / 2:.0f}" y="{height - 5}" text-anchor="middle">{escape(x)}</text>')
+    order = (1, 4, 0, 7, 6, 8, 9, 2, 3, 5)  # of COLOURS: neighbours that differ most come first
+    legend = ""
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[order[number % len(order)]]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(place, curve))
+        shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.2"/>')
+        shapes += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in map(place, curve)]
+        legend += f'<span><i style="background:{colour}"></i>{escape(name)} {curve[-1][1]:.3f}</span>'
+    drawing = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y)}">{"".join(shapes)}</svg>'
+    return f'<div class="legend"><span>{escape(y)}, at the end:</span>{legend}</div>{drawing}'
 
 
 def samples(summary: str, detail: str, texts: Sequence[tuple[str, str]]) -> str:

@@ -63,6 +63,8 @@ def _with(document: Document, text_: str, **metadata) -> Document:
 
 def _extract(config: CleanConfig) -> Step:
     def extract(document: Document) -> Document | Removed:
+        if not text.is_markup(document.text):  # a conversion of a WET file, a page that came as text
+            return document
         found = text.extract_text(document.text, extractor=config.extractor)
         return _with(document, found) if found.strip() else Removed(document, "extract", "no_text")
 

@@ -22,6 +22,12 @@ _TRAILING = re.compile(r"[ \t]+(?=\n|\Z)")
 _MANY_LINES = re.compile(r"\n{4,}")
 _ASCII_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 META_SYMBOL = "\u2581"
+_MARKUP = re.compile(r"\s*<[a-zA-Z!?]")
+
+
+def is_markup(text: str) -> bool:
+    """Whether a document begins as HTML or XML does: with a tag, a declaration or a comment."""
+    return _MARKUP.match(text) is not None
 
 
 def extract_text(html: str, *, extractor: str = "resiliparse") -> str:

@@ -1,8 +1,8 @@
 """Refined documents to the files of a corpus: tokenizer, token blocks, held-out texts, report, manifest."""
 
 import dataclasses
+import functools
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from llama_jax.corpus_build.manifest import write_manifest
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined
 from llama_jax.corpus_build.report import write_report
+from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.tables import cleaning_table
 from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
@@ -47,14 +48,15 @@ def write_corpus(
     settings: "Settings",
     *,
     config: dict[str, Any],
+    stages: Stages,
 ) -> dict[str, Any]:
     """Writes all files of the corpus into `directory`, the manifest last, and returns the manifest."""
     for source, part in refined.items():
         check_split(source, part.unique, len(part.train), len(part.held_out), settings)
-    tokenizer = make_tokenizer({source: part.train for source, part in refined.items()}, directory, settings)
+    tokenizer = make_tokenizer({source: part.train for source, part in refined.items()}, directory, settings, stages)
     counts: dict[str, dict[str, Any]] = {}
     for source, part in refined.items():
-        shards = write_shards(part.train, directory / "blocks", source, tokenizer, settings)
+        shards = write_shards(part.train, directory / "blocks", source, tokenizer, settings, stages)
         counts[source] = {
             **source_counts(part, profiles[source]),
             **summed(shards.values()),
@@ -134,17 +136,27 @@ def check_split(source: str, unique: int, train: int, held_out: int, settings: "
         )
 
 
-def make_tokenizer(train: Mapping[str, Sequence[Document]], directory: Path, settings: "Settings") -> Tokenizer:
+def make_tokenizer(
+    train: Mapping[str, Sequence[Document]], directory: Path, settings: "Settings", stages: Stages
+) -> Tokenizer:
     """The tokenizer of the corpus, trained on a weighted sample or copied."""
     model = directory / "tokenizer.model"
     if settings.tokenizer_path is None:
-        return train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
-    tokenizer = Tokenizer(settings.tokenizer_path)
-    if tokenizer.vocab_size != settings.vocab_size:
-        raise ValueError(
-            f"vocab_size: expected the {tokenizer.vocab_size} of {settings.tokenizer_path}, got {settings.vocab_size}"
-        )
-    shutil.copyfile(settings.tokenizer_path, model)
+
+        def trained() -> bytes:
+            train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
+            return model.read_bytes()
+
+        content = stages.once("tokenizer", trained)
+    else:
+        tokenizer = Tokenizer(settings.tokenizer_path)
+        if tokenizer.vocab_size != settings.vocab_size:
+            raise ValueError(
+                f"vocab_size: expected the {tokenizer.vocab_size} of {settings.tokenizer_path}, got {settings.vocab_size}"
+            )
+        content = Path(settings.tokenizer_path).read_bytes()
+    with atomic_write(model) as file:
+        file.write(content)
     return Tokenizer(model)
 
 
@@ -182,7 +194,12 @@ def write_shard(documents: Sequence[Document], path: Path, tokenizer: Tokenizer,
 
 
 def write_shards(
-    documents: Sequence[Document], directory: Path, source: str, tokenizer: Tokenizer, settings: "Settings"
+    documents: Sequence[Document],
+    directory: Path,
+    source: str,
+    tokenizer: Tokenizer,
+    settings: "Settings",
+    stages: Stages,
 ) -> dict[str, BlockCounts]:
     """All shards of a source, also those without documents: TFDS asks for every one."""
     parts: list[list[Document]] = [[] for _ in range(settings.shards)]
@@ -190,7 +207,9 @@ def write_shards(
         parts[shard_of(document, settings.shards)].append(document)
     names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
     return {
-        name: write_shard(part, directory / name, tokenizer, settings.block_length)
+        name: stages.file_once(
+            directory / name, functools.partial(write_shard, part, directory / name, tokenizer, settings.block_length)
+        )
         for name, part in zip(names, parts, strict=True)
     }
 

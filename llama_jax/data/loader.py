@@ -93,6 +93,10 @@ class IndexedBatches:
         rows = _slice(step, self.batch_size, self.process_index, self.process_count)
         return self.collate([self.examples[self._stream[i]] for i in rows])
 
+    def rows(self, step: int) -> list[int]:
+        """Which examples global batch `step` has."""
+        return [int(self._stream[i]) for i in _slice(step, self.batch_size, 0, 1)]
+
     def eval_batches(self) -> Iterator[Any]:
         """One epoch in stored order; the last batch is filled with `blank` examples."""
         for step in range(self.steps_per_epoch):
@@ -136,6 +140,7 @@ class BlockSource:
     seed: int
     _: dataclasses.KW_ONLY
     separate_documents: bool = False
+    bos_id: int = BOS_ID  # the tokenizer's
     process_index: int = 0
     process_count: int = 1
 
@@ -165,17 +170,25 @@ class BlockSource:
 
     @functools.cached_property
     def _stream(self) -> grain.MapDataset:
+        return self._mix(list(self._records.values()))
+
+    def _mix(self, sources: Sequence[Any]) -> grain.MapDataset:
         # Seeds differ by source, or sources of one size would be shuffled alike.
         shuffled = [
-            grain.MapDataset.source(records).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
-            for i, records in enumerate(self._records.values())
+            grain.MapDataset.source(source).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
+            for i, source in enumerate(sources)
         ]
         return grain.MapDataset.mix(shuffled, weights=[float(self.weights[name]) for name in self._records])
+
+    def rows(self, step: int) -> list[str]:
+        """Which blocks global batch `step` has: `source:number`."""
+        names = self._mix([_Names(name, count) for name, count in self.num_blocks.items()])
+        return [names[i] for i in _slice(step, self.batch_size, 0, 1)]
 
     def batch(self, step: int) -> TokenBatch:
         """This process's slice [B / process_count, T] of global batch `step`."""
         rows = _slice(step, self.batch_size, self.process_index, self.process_count)
-        return block_batch([self._stream[i] for i in rows], self.block_length, separate_documents=self.separate_documents)
+        return self._to_batch([self._stream[i] for i in rows])
 
     def eval_batches(self) -> Iterator[TokenBatch]:
         """Every block of every source once, in name order; the last batch is filled with padding."""
@@ -183,7 +196,26 @@ class BlockSource:
         for step in range(math.ceil(len(order) / self.batch_size)):
             rows = _slice(step, self.batch_size, self.process_index, self.process_count)
             blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
-            yield block_batch(blocks, self.block_length, separate_documents=self.separate_documents, row_count=len(rows))
+            yield self._to_batch(blocks, row_count=len(rows))
+
+    def _to_batch(self, blocks: Sequence[bytes], *, row_count: int | None = None) -> TokenBatch:
+        return block_batch(
+            blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id, row_count=row_count
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """A source of the names of blocks, in the place of the blocks."""
+
+    source: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> str:
+        return f"{self.source}:{number}"
 
 
 def block_batch(
@@ -191,6 +223,7 @@ def block_batch(
     block_length: int,
     *,
     separate_documents: bool = False,
+    bos_id: int = BOS_ID,
     row_count: int | None = None,
 ) -> TokenBatch:
     """Records of T+1 tokens to a batch [B, T]; short records and rows up to `row_count` are padded."""
@@ -207,12 +240,12 @@ def block_batch(
     segments = real.astype(np.int32)
     positions = np.where(real, columns, 0).astype(np.int32)
     if separate_documents:
-        starts = (tokens == BOS_ID) & real
+        starts = (tokens == bos_id) & real
         starts[:, 0] = real[:, 0]
         segments = np.where(real, np.cumsum(starts, axis=1), 0).astype(np.int32)
         first = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
         positions = np.where(real, columns - first, 0).astype(np.int32)
-        weights = weights * (targets != BOS_ID)
+        weights = weights * (targets != bos_id)
     return TokenBatch(
         tokens=np.ascontiguousarray(tokens),
         targets=np.ascontiguousarray(targets),

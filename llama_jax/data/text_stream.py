@@ -5,18 +5,21 @@ from collections.abc import Sequence
 from llama_jax.data.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what decoding gives for the bytes of a character that is not complete yet
+_CONTEXT = 8  # tokens of what comes before that decoding looks at
 
 
 class TextStream:
     """Turns tokens into pieces of text that add up to `tokenizer.decode` of all, cut before the first stop string.
 
-    `stopped` says whether a stop string was met; what comes after it is ignored.
+    `stopped` says whether a stop string was met; what comes after it is ignored. With `after`, the tokens continue those:
+    a space between the two is kept, which decoding the new ones alone would drop.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, after: Sequence[int] = ()):
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._ids: list[int] = []
-        self._context = self._shown = 0  # tokens before `_shown` have become text; decoding starts at `_context`
+        self._ids: list[int] = list(after[-_CONTEXT:])
+        # Tokens before `_shown` have become text; decoding starts at `_context`.
+        self._context, self._shown = 0, len(self._ids)
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.gguf_file import read_header
+from llama_jax.data.sentencepiece_proto import BPE, BYTE, CONTROL, USER_DEFINED, model_class
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # as in SentencePiece's own enumeration
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,19 +57,17 @@ def is_sentencepiece(path: Path) -> bool:
 
 def sentencepiece_model(path: Path) -> bytes:
     """A SentencePiece model of a "llama" vocabulary."""
-    from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which tensorflow-datasets brings
-
     fields = _vocabulary(path)
-    model = proto.ModelProto()
+    model = model_class()()
     scores = fields.get("ggml.scores")
     if scores is None or len(scores) != len(fields["ggml.tokens"]):
         raise ValueError(f"{path}: tokenizer.ggml.scores is missing, or differs in length from tokenizer.ggml.tokens")
     for piece, score, kind in zip(fields["ggml.tokens"], scores, fields["ggml.token_type"], strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer = model.trainer_spec
-    trainer.model_type = proto.TrainerSpec.BPE
+    trainer.model_type = BPE
     trainer.vocab_size = len(model.pieces)
-    trainer.byte_fallback = _BYTE in fields["ggml.token_type"]
+    trainer.byte_fallback = BYTE in fields["ggml.token_type"]
     trainer.unk_id = fields.get("ggml.unknown_token_id", 0)
     trainer.bos_id = fields.get("ggml.bos_token_id", 1)
     trainer.eos_id = fields.get("ggml.eos_token_id", 2)
@@ -97,9 +95,9 @@ def json_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
     added = [
         {
             "id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": kind == _CONTROL,
+            "special": kind == CONTROL,
         }
-        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (_CONTROL, _USER_DEFINED)
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (CONTROL, USER_DEFINED)
     ]  # fmt: skip
     declared = _declared(fields, tokens)
     processor: dict[str, Any] = {**_BYTE_LEVEL, "trim_offsets": False}

@@ -6,10 +6,11 @@ no global state, no window system. Needs the extra [eval].
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.statistics import BestOf
+from llama_jax.rlhf.best_of import BestOf
 
 # Distinguishable with the common colour-vision deficiencies, on white.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b6fd4", "#e08a1e", "#2a9d76", "#cf4b4b", "#8a63c9", "#9aa3b2"
@@ -32,14 +33,14 @@ _LONG = 100  # points from which a curve is smoothed
 
 
 def loss_curve(
-    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)"
+    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)", xlabel: str = "step"
 ) -> bytes:
     """Lines over optimiser steps, {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
     figure, axes = _figure(1, 1, title)
     for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
         _line(axes[0], curve, colour=colour, label=label)
     _limit(axes[0], curves.values())
-    axes[0].set_xlabel("step")
+    axes[0].set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     if len(curves) > 1:
         axes[0].legend()
@@ -158,16 +159,139 @@ def best_of_batches(scores: Mapping[str, Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+def calibration(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], *, title: str = "Reward model score by human rating"
+) -> bytes:
     """Mean score by median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
-    figure, axes = _figure(1, 1, "Reward model score by human rating")
+    figure, axes = _figure(1, 1, title)
     for (label, points), colour in zip(curves.items(), _cycle(len(curves))):
         x, mean, std = (np.array([point[key] for point in points]) for key in ("rating", "mean", "std"))
         axes[0].fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
         axes[0].plot(x, mean, color=colour, marker="o", markersize=4, label=label)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_xlabel("median rating")
     axes[0].set_ylabel("reward model score")
     axes[0].legend()
+    return _png(figure)
+
+
+def best_by_temperature(curves: Mapping[str, Mapping[str, Sequence[float]]], *, title: str = "") -> bytes:
+    """Expected maximum among N answers by temperature, {temperature: {"maximum": [K]}}. (Fig. 8)"""
+    figure, axes = _figure(1, 1, title or "Best of N answers by temperature")
+    for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
+        counts = range(1, len(curve["maximum"]) + 1)
+        axes[0].plot(counts, curve["maximum"], color=colour, marker="o", markersize=4, label=f"T = {label}")
+    axes[0].set_xlabel("N")
+    axes[0].set_ylabel("expected reward of the best")
+    axes[0].legend()
+    return _png(figure)
+
+
+def accuracy_by_batch(accuracy: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Accuracy on one held-out set of reward models trained on ever more batches, {track: {degree: [versions]}}. (Fig. 6)"""
+    figure, axes = _figure(1, max(len(accuracy), 1), "Reward models by batches of comparisons", panel=(4.4, 3.5))
+    for ax, (track, curves) in zip(axes, accuracy.items()):
+        for (label, values), colour in zip(curves.items(), _cycle(len(curves))):
+            batches = range(1, len(values) + 1)
+            ax.plot(batches, [100 * _nan(v) for v in values], color=colour, marker="o", markersize=4, label=label)
+        ax.set_title(track, fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel("batches trained on")
+        ax.legend()
+    axes[0].set_ylabel("accuracy on the first held-out batch (%)")
+    return _png(figure)
+
+
+def version_progress(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+    """Win rates against SFT, {judge: {version: {"helpfulness", "safety"}}}: a panel a judge, versions in order. (Fig. 11)"""
+    figure, axes = _figure(1, max(len(judges), 1), "Versions against SFT", panel=(4.4, 4.0))
+    for ax, (judge, points) in zip(axes, judges.items()):
+        x, y = ([100 * _nan(point.get(key)) for point in points.values()] for key in ("helpfulness", "safety"))
+        ax.plot(x, y, color=BLUE, marker="o", markersize=5, linewidth=1)
+        for label, *place in zip(points, x, y):
+            ax.annotate(label, place, xytext=(5, 5), textcoords="offset points", fontsize=9, color=INK)
+        for line in (ax.axhline, ax.axvline):
+            line(50, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ax.set_title(f"judge: {judge}", fontsize=10)
+        ax.set_xlabel("helpfulness win rate (%)")
+        ax.set_ylabel("safety win rate (%)")
+    return _png(figure)
+
+
+def score_shift(scores: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
+    """Density of reward model scores in (0, 1), a panel a track and a line a version, {track: {version: [n]}}. (Fig. 20)"""
+    figure, axes = _figure(1, max(len(scores), 1), "Scores of the answers from version to version", panel=(4.4, 3.5))
+    edges = np.linspace(0, 1, 21)
+    for ax, (track, versions) in zip(axes, scores.items()):
+        for (label, values), colour in zip(versions.items(), _cycle(len(versions))):
+            density, _ = np.histogram(values, edges, density=True)
+            ax.plot((edges[1:] + edges[:-1]) / 2, density, color=colour, label=label)
+        ax.set_title(f"{track} reward model", fontsize=10)
+        ax.set_xlabel("score")
+        ax.legend()
+    axes[0].set_ylabel("density")
+    return _png(figure)
+
+
+def score_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, before: str, after: str) -> bytes:
+    """Scores of two models' answers to the same prompts, {track: ([n], [n])}: above the diagonal, better after. (Fig. 14)"""
+    figure, axes = _figure(1, max(len(pairs), 1), f"{after} against {before}, prompt by prompt", panel=(4.0, 3.9))
+    for ax, (track, (x, y)) in zip(axes, pairs.items()):
+        ax.plot(x, y, linestyle="", marker="o", markersize=3, alpha=0.5, color=BLUE)
+        ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        ax.set_title(f"{track} reward model", fontsize=10)
+        ax.set_xlabel(f"score of {before}")
+        ax.set_ylabel(f"score of {after}")
+    return _png(figure)
+
+
+def margin_histograms(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Shares of scores by margin, {margin: {"edges": n + 1, "shares": n}}: larger margins push scores outwards. (Fig. 27)"""
+    figure, axes = _figure(1, 1, "Scores by margin of the ranking loss")
+    for (name, histogram), colour in zip(histograms.items(), _cycle(len(histograms))):
+        axes[0].stairs(100 * np.asarray(histogram["shares"]), histogram["edges"], color=colour, linewidth=1.8, label=name)
+    axes[0].set_xlabel("reward model score")
+    axes[0].set_ylabel("answers (%)")
+    axes[0].legend()
+    return _png(figure)
+
+
+def accuracy_scaling(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Accuracy by number of batches, a line a size, on all and on "significantly better" pairs. (Fig. 6)
+
+    Args:
+      curves: {size: [{"batch", "accuracy": {degree: {"share", "low", "high"}}}]}.
+    """
+    figure, axes = _figure(1, 2, "Accuracy by data and size")
+    for ax, (degree, title) in zip(axes, (("all", "all pairs"), ("significantly", "significantly better"))):
+        for (name, points), colour in zip(curves.items(), _cycle(len(curves))):
+            known = [point for point in points if degree in point["accuracy"]]
+            x = [point["batch"] for point in known]
+            mean, low, high = ([100 * p["accuracy"][degree][key] for p in known] for key in ("share", "low", "high"))
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(x, mean, color=colour, marker="o", markersize=4, label=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("batches of pairs")
+        ax.set_ylabel("accuracy (%)")
+    axes[0].legend()
+    return _png(figure)
+
+
+def score_conflict(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Both models' scores of safe and of unsafe answers, {"safe" | "unsafe": {"safety", "helpfulness"}}. (Fig. 32)"""
+    figure, axes = _figure(1, 2, "Helpfulness against safety", panel=(4.2, 3.8))
+    for ax, (kind, colour) in zip(axes, (("safe", BLUE), ("unsafe", RED))):
+        found = scores[kind]
+        size = max(2.0, 12 - len(found["safety"]) ** 0.4)
+        ax.scatter(found["safety"], found["helpfulness"], s=size, color=colour, alpha=0.4, linewidths=0)
+        for line in (ax.axhline, ax.axvline):
+            line(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 2)))
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_title(f"{kind} answers", fontsize=10)
+        ax.set_xlabel("safety score")
+        ax.set_ylabel("helpfulness score")
     return _png(figure)
 
 

@@ -113,6 +113,15 @@ def render_markdown(
     return "\n\n".join(blocks) + "\n"
 
 
+def markdown_sections(title: str, lead: str, sections: Sequence[Section], *, alt: Mapping[str, str]) -> str:
+    """Any sections as Markdown; figures that `alt` describes are links to `figures/<name>.png`."""
+    blocks = [f"# {title}", lead]
+    for section in sections:
+        blocks += [f"## {section.title}", *section.notes, *map(_markdown_table, section.tables)]
+        blocks += [f"![{alt[name]}](figures/{name}.png)" for name in section.figures if name in alt]
+    return "\n\n".join(blocks) + "\n"
+
+
 def _markdown_table(table: Table) -> str:
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
     return "\n".join(

@@ -10,7 +10,7 @@ from html import escape
 from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, Table, prompt_text
 from llama_jax.evals.targets import Target, lookup, number
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card:
   #ffffff;
     --accent: #3b6fd4; --good: #1b7f5c; --good-back: #e2f4ec; --bad: #b23a3a; --bad-back: #fbe7e7;
@@ -88,10 +88,25 @@ def render_html(
         _samples(samples),
         *(_folded(section) for section in sections[-1:]),
     ]
+    return _page(title, body)
+
+
+def render_page(
+    title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, bytes], alt: Mapping[str, str]
+) -> str:
+    """A page of any sections; `alt` says in words what each figure shows."""
+    body = [
+        f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>',
+        *(_section(section, figures, alt) for section in sections),
+    ]
+    return _page(title, body)
+
+
+def _page(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -131,10 +146,10 @@ def _targets_table(targets: Sequence[Target]) -> str:
     return _grid(["", "stage", "target", "measured"], rows)
 
 
-def _section(section: Section, figures: Mapping[str, bytes]) -> str:
+def _section(section: Section, figures: Mapping[str, bytes], alt: Mapping[str, str] | None = None) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in section.notes)
     tables = "".join(map(_table, section.tables))
-    plots = "".join(_figure(name, figures[name]) for name in section.figures)
+    plots = "".join(_figure(name, figures[name], (alt or {}).get(name)) for name in section.figures if name in figures)
     return f"<section><h2>{escape(section.title)}</h2>{notes}{tables}{plots}</section>"
 
 
@@ -160,12 +175,12 @@ def _cell(text: str) -> str:
     return f'<span class="absent">{text}</span>' if text in ("not run", "no pairs") else escape(text)
 
 
-def _figure(name: str, png: bytes) -> str:
+def _figure(name: str, png: bytes, text: str | None = None) -> str:
     data = base64.b64encode(png).decode()
     # Drawn at 160 dpi; half the pixels is sharp on today's screens.
     width = int.from_bytes(png[16:20], "big") // 2 if png[:4] == b"\x89PNG" else None
     size = f' width="{width + 16}"' if width else ""
-    words = escape(name.replace("_", " "))
+    words = escape(text or name.replace("_", " "))
     return f'<figure><img alt="{words}"{size} src="data:image/png;base64,{data}"></figure>'
 
 

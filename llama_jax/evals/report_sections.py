@@ -7,6 +7,7 @@ from llama_jax.evals.figures import DEGREES
 from llama_jax.evals.statistics import over_optimisation
 from llama_jax.evals.targets import lookup, number, percent, share
 
+_TRACKS = ("helpfulness", "safety")
 VERSIONS = {"base": "Base", "sft": "SFT", "rejection": "RS", "ppo": "PPO"}
 SIMULATION_NOTE = (
     "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and "
@@ -42,8 +43,9 @@ def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Sectio
         _pretraining(results),
         _fine_tuning(results),
         _reward_models(results),
-        _rejection(),
+        _rejection(names),
         _ppo(results),
+        *([_versions(results)] if results.get("versions") else []),
         _time(results),
         Section(
             "Everything measured", tables=[Table(["figure", "value"], [[k, v] for k, v in flatten(results)])]
@@ -162,14 +164,60 @@ def _reward_models(results: Mapping) -> Section:
     )
 
 
-def _rejection() -> Section:
+def _rejection(names: Sequence[str]) -> Section:
     return Section(
         "Rejection sampling",
         notes=[
-            "Expected reward of the best and of the median among N answers to one prompt (3.2.3, Fig. 7)."
+            "Expected reward of the best and of the median among N answers to one prompt (3.2.3, Fig. 7). Best answers of all "
+            "versions, scored again by the newest reward models, are fine-tuned on."
         ],
-        figures=["best_of_n", "rejection_loss"],
+        figures=["best_of_n", *(name for name in names if name.startswith("temperatures_")), "rejection_loss"],
     )
+
+
+def _versions(results: Mapping) -> Section:
+    """The way from SFT to the last version; judged by the reward models and by the annotator (Figs. 6, 11, 14, 20)."""
+    rows = []
+    for name, found in results["versions"].items():
+        label = name.upper().replace("_", " ")
+        cells = [label, number(lookup(found, "true_utility")), share(lookup(found, "safety_violations"))]
+        for judge in ("win_rate_by_track", "win_rate_by_reward_models"):
+            cells += [_with_interval(found, f"{judge}.{track}", percent) if judge in found else "" for track in _TRACKS]
+        rows.append(cells)
+    progress = Table(
+        ["version", "true utility", "violations", "helpfulness, annotator", "safety, annotator", "helpfulness, reward models",
+         "safety, reward models"], rows,
+    )  # fmt: skip
+    notes = [
+        "Win rates against SFT on held-out prompts of each track, by the simulated annotator and by the newest reward models "
+        "(3.4.1, Fig. 11). The second table: held-out accuracy of each version's reward models on every batch so far (Fig. 6). "
+        "`ledger.json` names the data, checkpoints and scores of each version."
+    ]
+    tables = [progress, *([_batches(results["reward_batches"])] if results.get("reward_batches") else [])]
+    if results.get("ghost"):
+        notes.append("The last table: Ghost Attention's dialogs in the mix, and how often the policy before it obeyed (3.3).")
+        tables.append(_ghost(results["ghost"]))
+    names = ["version_progress", "score_shift", "score_scatter", "accuracy_by_batch"]
+    return Section("Versions", notes=notes, tables=tables, figures=names)
+
+
+def _ghost(ghost: Mapping) -> Table:
+    rows = [
+        [f"Ghost Attention, {name.upper()}", *(number(lookup(found, key)) for key in ("samples", "decided")),
+         percent(lookup(found, "obeyed")), number(lookup(found, "kept"))]
+        for name, found in ghost.items()
+    ]  # fmt: skip
+    return Table(["dialogs", "sampled", "decided by a program", "of these obeyed", "in the mix"], rows)
+
+
+def _batches(reward_batches: Mapping) -> Table:
+    batches = list(dict.fromkeys(b for rows in reward_batches.values() for row in rows.values() for b in row))
+    batches = [*(b for b in batches if b != "all"), *(b for b in batches if b == "all")]
+    rows = [
+        [f"{track}, {name.upper()}", *("" if b not in row else percent(lookup(row[b], "all")) for b in batches)]
+        for track, versions in reward_batches.items() for name, row in versions.items()
+    ]  # fmt: skip
+    return Table(["reward model", *batches], rows)
 
 
 def _ppo(results: Mapping) -> Section:

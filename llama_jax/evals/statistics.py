@@ -1,11 +1,10 @@
-"""Means and win rates with confidence intervals, and best-of-N curves (paper 3.2.3, 3.4.2, Fig. 7).
+"""Means and win rates with confidence intervals (paper 3.4.2).
 
 Everything here is numpy on the host and deterministic for a seed. Intervals are percentile bootstraps over
 prompts: the prompts are what was drawn from a larger population, the answers to one prompt stay together.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -35,14 +34,6 @@ class WinRate:
     n: int
 
 
-@dataclasses.dataclass(frozen=True)
-class BestOf:
-    """Expected reward of the best and of the median of n answers, mean over prompts; index n - 1."""
-
-    maximum: np.ndarray  # [K]
-    median: np.ndarray  # [K]
-
-
 def mean_interval(
     values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -51,6 +42,28 @@ def mean_interval(
     means = _bootstrap_means(values, resamples=resamples, seed=seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
+
+
+def ratio_interval(
+    numerator: np.ndarray, denominator: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """sum(numerator) / sum(denominator), both `[P]`, with the bootstrap interval over their pairs.
+
+    For figures such as bits per byte, where a long document counts for more than a short one.
+    """
+    numerator, denominator = _checked(numerator, "numerator"), _checked(denominator, "denominator")
+    if numerator.shape != denominator.shape or not (denominator > 0).all():
+        raise ValueError(
+            f"denominator: expected {len(numerator)} numbers above 0, got {len(denominator)} from {denominator.min():g}"
+        )
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(numerator))
+    ratios = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(len(numerator), size=(min(rows, resamples - start), len(numerator)))
+        ratios.append(numerator[drawn].sum(axis=1) / denominator[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(numerator.sum() / denominator.sum()), low=float(low), high=float(high), n=len(numerator))
 
 
 def win_rate(
@@ -76,31 +89,6 @@ def win_rate(
         ties=int((a == b).sum()),
         losses=int((a < b).sum()),
         n=len(a),
-    )
-
-
-def expected_max_of_n(rewards: np.ndarray) -> BestOf:
-    """Fig. 7 without sampling noise: from K scored answers to each prompt (`[P, K]`), for every n in 1..K.
-
-    n of the K answers are drawn without replacement, each subset being equally likely. The r-th smallest of
-    such a subset is the i-th smallest of all K with probability C(i-1, r-1) C(K-i, n-r) / C(K, n); the best
-    is r = n, the median r = (n+1)/2, or the mean of the two in the middle for an even n.
-    """
-    rewards = np.asarray(rewards, np.float64)
-    if rewards.ndim != 2 or 0 in rewards.shape or not np.isfinite(rewards).all():
-        raise ValueError(
-            f"rewards: expected finite numbers [prompts, answers], got an array of shape {rewards.shape}"
-        )
-    mean_sorted = np.sort(rewards, axis=1).mean(axis=0)  # [K]: weights are the same for all prompts
-    total = rewards.shape[1]
-
-    def expected(rank: int, n: int) -> float:
-        return float(_rank_probabilities(rank, n, total) @ mean_sorted)
-
-    counts = range(1, total + 1)
-    return BestOf(
-        maximum=np.array([expected(n, n) for n in counts]),
-        median=np.array([(expected((n + 1) // 2, n) + expected(n // 2 + 1, n)) / 2 for n in counts]),
     )
 
 
@@ -131,14 +119,6 @@ def over_optimisation(
     drop, gain = float(utility[peak] - utility[-1]), float(reward[-1] - reward[peak])
     return OverOptimisation(
         peak=peak, utility_drop=drop, reward_gain=gain, detected=drop > tolerance and gain > 0
-    )
-
-
-def _rank_probabilities(rank: int, n: int, total: int) -> np.ndarray:
-    """Probability that the rank-th smallest of n draws is the i-th smallest of all; `[total]`."""
-    subsets = math.comb(total, n)
-    return np.array(
-        [math.comb(i - 1, rank - 1) * math.comb(total - i, n - rank) / subsets for i in range(1, total + 1)]
     )
 
 

@@ -12,10 +12,11 @@ from llama_jax.assistant.annotator import SimulatedAnnotator, well_formed
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.statistics import mean_interval
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.sampling.generate import generate, make_sampler
-from llama_jax.training.checkpoint import restore_model
+from llama_jax.sampling.answers import Answerer
+from llama_jax.sampling.choose import Choice
 from llama_jax.training.metrics import Progress
 
 Prompt = dict[str, Any]
@@ -46,16 +47,15 @@ def answer_prompts(
     decoding: Decoding, mesh: Mesh, seed: int, label: str,
 ) -> list[list[int]]:  # fmt: skip
     """Sampled ids for each prompt from the newest checkpoint of a stage."""
-    specs = table.table(model, head="lm_head")
     with jax.set_mesh(mesh), Progress(len(prompts), label, "answer") as progress:
-        sampler = make_sampler(
-            model, specs, compute=compute, eos_id=tokenizer.eos_id, max_new_tokens=decoding.new_tokens,
-            temperature=decoding.temperature, top_p=decoding.top_p,
+        answerer = Answerer(
+            restore_model(workdir, table.table(model, head="lm_head"), mesh), model, compute=compute,
+            prompt_length=decoding.prompt_length, new_tokens=decoding.new_tokens, eos_id=tokenizer.eos_id,
+            slots=decoding.batch_size,
         )  # fmt: skip
-        return generate(
-            sampler, restore_model(workdir, specs, mesh), prompts, prompt_length=decoding.prompt_length,
-            batch_size=decoding.batch_size, seed=seed, progress=progress.update,
-        )  # fmt: skip
+        choice = Choice(temperature=decoding.temperature, top_p=decoding.top_p)
+        answers = answerer(prompts, choice=choice, seed=seed, progress=progress.update)
+        return [answer.tokens for answer in answers]
 
 
 def chat_answers(workdir: str, rows: Sequence[Prompt], model: ModelConfig, tokenizer: Tokenizer, **how) -> list[Answer]:
@@ -80,6 +80,15 @@ def base_answers(
         line, newline, _ = text.partition("\n")
         answers.append(Answer(ids, line.strip(), ended or bool(newline)))
     return answers
+
+
+def short_examples(rows: Sequence[Prompt], *, most: int = 4) -> list[Prompt]:
+    """One short solved prompt of each kind, for a base model."""
+    by_kind: dict[str, Prompt] = {}
+    for row in rows:
+        if len(row["messages"]) == 1 and len(row["reference"]) < 90:
+            by_kind.setdefault(row.get("kind") or "", row)
+    return [by_kind[kind] for kind in sorted(by_kind)][:most]
 
 
 def _as_text(row: Prompt) -> str:

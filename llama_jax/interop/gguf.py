@@ -11,14 +11,15 @@ from llama_jax.interop.names import Tensor
 from llama_jax.interop.source import Source, check_fields, named, number
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
+from llama_jax.model.rope import RopeScaling
 
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # The fields of the architecture that are understood; another would be a feature that is not computed here.
 _FIELDS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "vocab_size", "attention.causal", "expert_count",
-    "expert_used_count", "tensor_data_layout",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size", "attention.causal",
+    "expert_count", "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
 
 
@@ -30,7 +31,9 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
         if name.startswith("llama.") and name.removeprefix("llama.") not in _FIELDS:
             raise ValueError(f"{path}: {name} is {fields[name]!r}, a feature that is not computed here")
     found = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
-    fixed = {"rope.scaling.type": ("none",), "expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,)}
+    fixed = {
+        "rope.scaling.type": ("none", "linear"), "expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,),
+    }  # fmt: skip
     check_fields(found, fixed, path)
     if "rope_freqs.weight" in header.tensors:
         raise ValueError(f"{path}: has rope_freqs.weight: scaled rotary positions are not computed here")
@@ -41,6 +44,8 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
     heads, width = number(found, "attention.head_count", int, path), number(found, "embedding_length", int, path)
     head_size = number(found, "attention.key_length", int, path, width // heads)
     check_fields(found, {"rope.dimension_count": (head_size,), "attention.value_length": (head_size,)}, path)
+    factor = _decimal(number(found, "rope.scaling.factor", float, path, 1.0))
+    linear = found.get("rope.scaling.type") == "linear"
     config = ModelConfig(
         name=str(fields.get("general.name", path.stem)),
         vocab_size=embedding.shape[0],
@@ -52,6 +57,7 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
         ffn=number(found, "feed_forward_length", int, path),
         max_length=number(found, "context_length", int, path),
         rope_theta=_decimal(number(found, "rope.freq_base", float, path, 10_000.0)),
+        rope_scaling=RopeScaling("linear", factor) if linear else None,
         norm_eps=_decimal(number(found, "attention.layer_norm_rms_epsilon", float, path)),
         tie_embeddings=head == "lm_head" and "output.weight" not in header.tensors,
     )

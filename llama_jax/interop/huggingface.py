@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llama_jax.interop.source import Source, check_fields, named, number
 from llama_jax.interop.storage import Stored
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
+from llama_jax.model.rope import RopeScaling, stretched
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -30,6 +32,12 @@ _FIXED = {
     "attention_dropout": (0, 0.0, None),
     "quantization_config": (None,),
     "sliding_window": (None,),
+}
+# The fields of each way to scale rotary positions, beside its factor, in the order of `RopeScaling`.
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position_embeddings", "beta_slow", "beta_fast", "attention_factor"),
 }
 
 
@@ -58,7 +66,7 @@ def read_config(path: Path) -> tuple[ModelConfig, Head]:
         head_size=number(found, "head_dim", int, path, width // heads),
         ffn=number(found, "intermediate_size", int, path),
         max_length=number(found, "max_position_embeddings", int, path, 2048),
-        rope_theta=_rope_theta(found, path),
+        **_rope(found, path),
         norm_eps=number(found, "rms_norm_eps", float, path, 1e-6),
         tie_embeddings=bool(found.get("tie_word_embeddings", False)),
     )
@@ -69,15 +77,45 @@ def _name(path: Path) -> str:
     return path.parent.resolve().name or "llama"
 
 
-def _rope_theta(found: dict[str, Any], path: Path) -> float:
-    """The base of the rotary frequencies; a scaling of them is refused."""
+def _rope(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The base of the rotary frequencies and their scaling, as fields of the config; kinds not known here are refused."""
     parameters = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rope_type is {kind!r}; only unscaled rotary positions ('default') are computed here")
+    if kind != "default" and kind not in _ROPE_FIELDS:
+        known = ", ".join(map(repr, ("default", *_ROPE_FIELDS)))
+        raise ValueError(f"{path}: rope_type is {kind!r}; rotary positions are computed here as one of {known}")
     if (partial := parameters.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is {partial}; whole heads are rotated here")
-    return float(parameters.get("rope_theta", found.get("rope_theta", 10_000.0)))
+    theta = float(parameters.get("rope_theta", found.get("rope_theta", 10_000.0)))
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else _scaling(kind, parameters, found, path)}
+
+
+def _scaling(kind: str, parameters: dict[str, Any], found: dict[str, Any], path: Path) -> RopeScaling:
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *_ROPE_FIELDS[kind]}
+    values = {name: value for name, value in parameters.items() if value is not None and (name, value) != ("truncate", True)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{path}: {unknown[0]} is {values[unknown[0]]!r}, a feature of rope_type {kind!r} not computed here")
+    factor = float(number(values, "factor", float, path))
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    original = number(values, "original_max_position_embeddings", int, path, found.get("max_position_embeddings", 2048))
+    if kind == "llama3":
+        slow, fast = (float(number(values, name, float, path)) for name in ("low_freq_factor", "high_freq_factor"))
+        return RopeScaling(kind, factor, original, slow, fast)
+    slow, fast = float(values.get("beta_slow") or 1), float(values.get("beta_fast") or 32)
+    magnitude = float(values.get("attention_factor", 0.1 * math.log(factor) + 1))
+    return RopeScaling(kind, factor, original, slow, fast, magnitude)
+
+
+def rope_json(config: ModelConfig) -> dict[str, Any]:
+    """The `rope_parameters` of a model: the inverse of `_rope`."""
+    parameters: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        values = (scaling.original_length, scaling.slow, scaling.fast, scaling.magnitude)
+        parameters |= dict(zip(_ROPE_FIELDS[scaling.kind], values))
+    return parameters
 
 
 def open_source(directory: Path) -> Source:
@@ -150,14 +188,15 @@ def _check_frequencies(stored: Stored, config: ModelConfig, name: str) -> None:
 
 def check_frequencies(found: np.ndarray, config: ModelConfig, name: str, where: Path) -> None:
     """ValueError if rotary frequencies stored in a file are not those of the config. # [E/2]"""
-    expected = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    plain = RopeScaling("linear", 1.0)
+    expected = stretched(config.head_size, config.rope_theta, config.rope_scaling or plain)
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.01):
         raise ValueError(f"{where}: tensor {name} is not that of rope_theta {config.rope_theta}, head_size {config.head_size}")
 
 
 def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
     """The `config.json` of a model, for transformers 4 and 5."""
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    rope = rope_json(config)
     extra = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if head == "reward_head" else {}
     return {
         "architectures": [next(name for name, known in _ARCHITECTURES.items() if known == head)],
@@ -165,9 +204,10 @@ def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int
         "intermediate_size": config.ffn, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_size, "hidden_act": "silu",
         "max_position_embeddings": config.max_length, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_scaling": None, "rope_parameters": rope, "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
-        "pretraining_tp": 1, "use_cache": True, "torch_dtype": dtype.name, "dtype": dtype.name,
+        "rope_scaling": rope if config.rope_scaling else None, "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings, "attention_bias": False, "mlp_bias": False,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
+        "torch_dtype": dtype.name, "dtype": dtype.name,
         "bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, **extra,
     }  # fmt: skip
 

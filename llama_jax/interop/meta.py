@@ -1,5 +1,6 @@
 """Meta's release layout: `params.json` and tensor-parallel shards `consolidated.NN.pth` (fact sheet 1.4)."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -157,6 +158,8 @@ def params_json(config: ModelConfig) -> dict[str, Any]:
             f"model {config.name}: Meta's layout needs width = heads x head_size, got {config.width} = {config.heads} x "
             f"{config.head_size}"
         )
+    if config.rope_scaling is not None:
+        raise ValueError(f"model {config.name}: Meta's layout does not say how its rotary positions are scaled")
     found: dict[str, Any] = {"dim": config.width, "n_layers": config.layers, "n_heads": config.heads}
     if config.kv_heads != config.heads:
         found["n_kv_heads"] = config.kv_heads
@@ -176,17 +179,24 @@ def _ffn(width: int, ffn: int) -> dict[str, Any]:
 
 
 class Writer:
-    """Streams tensors into `shards` files at once, each tensor cut as tensor parallelism cuts it."""
+    """Streams tensors into `shards` files at once, each tensor cut as tensor parallelism cuts it.
+
+    The layout knows no tied embeddings: the matrix of such a model is written twice, and read again as two.
+    """
 
     format = "meta"
 
     def __init__(self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, shards: int = 1):
         self.tensors = names.tensors(config, head, "meta")
         self._dtype, self._shards = dtype, shards
+        rows = list(self.tensors)
+        self._copy: Tensor | None = None  # of the embedding, as the output
         if config.tie_embeddings and head == "lm_head":
-            raise ValueError(f"model {config.name} ties its embeddings; Meta's layout has no such models")
+            untied = names.tensors(dataclasses.replace(config, tie_embeddings=False), head, "meta")
+            self._copy = next(row for row in untied if row.path == "lm_head/kernel")
+            rows.insert(1 + next(i for i, row in enumerate(rows) if row.path == "trunk/embedding"), self._copy)
         write_json(directory / PARAMS, params_json(config))
-        plan = {row.name: self._part(row) for row in self.tensors}
+        plan = {row.name: self._part(row) for row in rows}
         self._files = [TorchWriter(directory / f"consolidated.{i:02d}.pth", plan, dtype) for i in range(shards)]
 
     def _part(self, row: Tensor) -> tuple[int, ...]:
@@ -203,7 +213,11 @@ class Writer:
 
     def add(self, tensor: Tensor, x: np.ndarray) -> None:
         """Writes the next tensor of `self.tensors`, in our layout."""
-        x = tensor.from_ours(x)
+        self._write(tensor, tensor.from_ours(x))
+        if self._copy and tensor.path == "trunk/embedding":
+            self._write(self._copy, x)
+
+    def _write(self, tensor: Tensor, x: np.ndarray) -> None:
         parts = [x] * self._shards if tensor.split is None else np.split(x, self._shards, axis=tensor.split)
         for file, part in zip(self._files, parts, strict=True):
             file.add(tensor.name, part)

@@ -14,9 +14,12 @@ from flax import traverse_util
 from llama_jax.config import describe, parse
 from llama_jax.interop import names
 from llama_jax.interop.names import Tensor, leaves
+from llama_jax.interop.restore import adapter_config, base_of, model_parts
 from llama_jax.interop.source import Source
 from llama_jax.model.config import ModelConfig
+from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
+from llama_jax.parallel.axes import ParamSpec, is_spec
 from llama_jax.training.checkpoint import (
     POLICY,
     CheckpointError,
@@ -38,13 +41,10 @@ def open_source(workdir: Path) -> Source:
     """
     meta = read_meta(workdir)
     config = parse(ModelConfig, meta["model"], where=str(workdir))
-    parts = saved_parts(workdir)
-    prefix = (POLICY,) if POLICY in parts else ()
-    heads = parts[POLICY] if prefix else parts.keys()
-    head: Head = "reward_head" if "reward_head" in heads else "lm_head"
+    head: Head = "reward_head" if "reward_head" in model_parts(workdir) else "lm_head"
     # Our own layout has no names of its own: those of Hugging Face stand in errors.
     rows = names.tensors(config, head, "huggingface")
-    reader = _LeafReader(newest_step(workdir), meta["fingerprints"], prefix, leaves(config, head))
+    reader = _reader(workdir, leaves(config, head))
     tokenizer = next((workdir / name for name in TOKENIZERS if (workdir / name).is_file()), None)
     return Source(
         path=workdir, format="llama_jax", config=config, head=head, dtype=np.dtype(jnp.dtype(meta.get("dtype", "float32"))),
@@ -52,11 +52,29 @@ def open_source(workdir: Path) -> Source:
     )  # fmt: skip
 
 
+def _reader(workdir: Path, specs: Mapping[str, ParamSpec]) -> "_LeafReader":
+    """Of the leaves of a workdir's model; of adapters, merged with the leaves of their base."""
+    meta, parts = read_meta(workdir), saved_parts(workdir)
+    prefix = (POLICY,) if POLICY in parts else ()
+    if "lora" not in meta:
+        return _LeafReader(newest_step(workdir), meta["fingerprints"], prefix, specs)
+    own = parts[POLICY] if prefix else parts.keys()
+    base = _reader(base_of(workdir), {path: spec for path, spec in specs.items() if path.split("/")[0] not in own})
+    config = adapter_config(meta["lora"])
+    tree = traverse_util.unflatten_dict(dict(specs), sep="/")
+    adapters = traverse_util.flatten_dict(
+        {"lora": adapter_specs(tree, config)}, sep="/", is_leaf=lambda _, node: is_spec(node)
+    )
+    saved = {path: spec for path, spec in specs.items() if path.split("/")[0] in own} | adapters
+    reader = _LeafReader(newest_step(workdir), meta["fingerprints"], prefix, saved)
+    return _MergedReader(reader, base, config.alpha / config.rank)
+
+
 class _LeafReader:
     """Reads one leaf at a time and remembers the last."""
 
     def __init__(self, step: Path, expected: Mapping[str, int], prefix: tuple[str, ...], specs: Mapping[str, Any]):
-        self._step, self._expected, self._prefix, self._specs = step, expected, prefix, specs
+        self._step, self._expected, self._prefix, self.specs = step, expected, prefix, specs
         self._path, self._leaf = "", np.empty(0)
         for path in specs:
             if self._key(path) not in expected:
@@ -69,12 +87,13 @@ class _LeafReader:
         """One parameter of one layer."""
         if row.path != self._path:
             self._path, self._leaf = row.path, np.empty(0)  # the old leaf goes before the new one comes
-            self._leaf = self._restore(row.path)
+            self._leaf = self.leaf(row.path)
         return self._leaf if row.layer is None else self._leaf[row.layer]
 
-    def _restore(self, path: str) -> np.ndarray:
+    def leaf(self, path: str) -> np.ndarray:
+        """One parameter of all layers."""
         keys = (*self._prefix, *path.split("/"))
-        spec = self._specs[path]
+        spec = self.specs[path]
         item: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
         how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for key in reversed(keys):
@@ -94,6 +113,24 @@ class _LeafReader:
         if found != self._expected[self._key(path)]:
             raise CheckpointError(f"{self._step}: {path} has another checksum than when it was saved")
         return leaf
+
+
+class _MergedReader(_LeafReader):
+    """Reads the leaves of a base with a checkpoint's adapters added."""
+
+    def __init__(self, adapters: _LeafReader, base: _LeafReader, scale: float):
+        self._adapters, self._base, self._scale = adapters, base, scale
+        self._path, self._leaf = "", np.empty(0)
+
+    def leaf(self, path: str) -> np.ndarray:
+        """One parameter of all layers."""
+        if path in self._adapters.specs:
+            return self._adapters.leaf(path)
+        weight = self._base.leaf(path)
+        a, b = (f"lora/layers/{path.split('/')[-1]}/{part}" for part in "ab")
+        if a not in self._adapters.specs or not path.startswith("trunk/layers/"):
+            return weight
+        return weight + np.asarray(product(self._adapters.leaf(a), self._adapters.leaf(b), self._scale))
 
 
 def write(directory: Path, params: Params, config: ModelConfig, *, tokenizer: str, origin: Mapping[str, Any]) -> None:

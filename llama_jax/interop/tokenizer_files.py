@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_jax.data.sentencepiece_proto import BPE, NORMAL, model_class
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from llama_jax.interop.huggingface import write_json
 from llama_jax.model.config import ModelConfig
@@ -92,16 +93,14 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     The file holds no list of merges: SentencePiece merges the pair whose joined piece has the best score. So the merges are
     all pairs of pieces that join to a piece, in the order of its score.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which tensorflow-datasets brings
-
-    model = proto.ModelProto.FromString(tokenizer.serialized())
-    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
+    model = model_class().FromString(tokenizer.serialized())
+    if model.trainer_spec.model_type != BPE:
         raise ValueError(f"tokenizer {tokenizer.path}: is no BPE model, so tokenizer.json cannot hold it")
     normalizer = model.normalizer_spec
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
         raise ValueError(f"tokenizer {tokenizer.path}: normalises text, which the exported tokenizer.json would not")
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == proto.ModelProto.SentencePiece.NORMAL}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     merges = sorted(
         (-scores[piece], ids[piece], ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
          for piece in scores for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores

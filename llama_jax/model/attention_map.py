@@ -56,7 +56,8 @@ def largest_attention(
 
 def _mask_and_angles(segment_ids: jax.Array, config: ModelConfig):
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)  # one segment a row
-    return training_mask(segment_ids), rope_angles(positions, config.head_size, theta=config.rope_theta)
+    angles = rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling)
+    return training_mask(segment_ids), angles
 
 
 def _recording_block(x, layer, mask, angles, *, config: ModelConfig, compute: Compute):

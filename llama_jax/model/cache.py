@@ -6,9 +6,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model import paged
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.int8 import quantise
 from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.mesh import platform
 
 
 @flax.struct.dataclass
@@ -18,10 +20,16 @@ class LayerCache:
     On a CPU that makes attention eight times as fast as a common layout would.
     """
 
-    keys: jax.Array  # [B, K, E, S]
+    keys: jax.Array  # [B, K, E, S], or [B, K, S, E] if `lengthwise`
     values: jax.Array  # [B, K, S, E]
     key_scales: jax.Array | None = None  # [B, K, S] float32, where keys and values are int8
     value_scales: jax.Array | None = None
+    lengthwise: bool = flax.struct.field(pytree_node=False, default=False)  # as the TPU's kernel reads keys
+
+    @property
+    def key_axis(self) -> int:
+        """Along which axis of `keys` the slots lie."""
+        return 2 if self.lengthwise else 3
 
     def store(self, key: jax.Array, value: jax.Array, put: Callable[[jax.Array, jax.Array, int], jax.Array]) -> "LayerCache":
         """With new keys and values in it. # [B, T, K, E] x 2
@@ -30,7 +38,8 @@ class LayerCache:
         """
         if self.key_scales is None:
             new = self.replace(
-                keys=put(self.keys, key.astype(self.keys.dtype), 3), values=put(self.values, value.astype(self.values.dtype), 2)
+                keys=put(self.keys, key.astype(self.keys.dtype), self.key_axis),
+                values=put(self.values, value.astype(self.values.dtype), 2),
             )
         else:
             k, v = quantise(key, -1), quantise(value, -1)
@@ -54,19 +63,23 @@ class KVCache:
     @property
     def slots(self) -> int:
         """S: how many tokens a row can hold."""
-        return self.layers[0].keys.shape[-1]
+        return self.layers[0].values.shape[2]
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
     """A cache without content; with dtype int8, keys and values have scales."""
     B, K, E, S = batch, config.kv_heads, config.head_size, slots
+    lengthwise = platform() == "tpu" and dtype == jnp.bfloat16 and paged.supports(paged.PAGE, E)
 
     def scales():
         return jnp.zeros((B, K, S), jnp.float32) if dtype == jnp.int8 else None
 
     return KVCache(
         layers=tuple(
-            LayerCache(jnp.zeros((B, K, E, S), dtype), jnp.zeros((B, K, S, E), dtype), scales(), scales())
+            LayerCache(
+                jnp.zeros((B, K, S, E) if lengthwise else (B, K, E, S), dtype), jnp.zeros((B, K, S, E), dtype), scales(),
+                scales(), lengthwise,
+            )
             for _ in range(config.layers)
         ),
         lengths=jnp.zeros((B,), jnp.int32),

@@ -1,9 +1,11 @@
-"""Every size of the paper (Table 1) and of Llama 1, SmolLM2 and the demo's `tiny`; and how a model is computed."""
+"""Every size of the paper (Table 1), of Llama 1, SmolLM2, the demo (`tiny`) and notebooks (`nano`); how they are computed."""
 
 import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+
+from llama_jax.model.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class ModelConfig:
     ffn: int
     max_length: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
 
@@ -102,6 +105,9 @@ SIZES: dict[str, ModelConfig] = {
                     ffn=1536, max_length=8192, rope_theta=100_000.0, tie_embeddings=True),
         # The demo's size: minutes on two CPU cores, and grouped-query attention as in the 70B.
         ModelConfig(name="tiny", vocab_size=4096, layers=6, width=256, heads=4, kv_heads=2, head_size=64, ffn=704,
+                    max_length=256),
+        # The notebooks' size: a chapter of the paper in a minute, with the settings of `tiny`.
+        ModelConfig(name="nano", vocab_size=2048, layers=2, width=128, heads=4, kv_heads=2, head_size=32, ffn=352,
                     max_length=256),
     )
 }  # fmt: skip

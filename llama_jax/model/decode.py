@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.attention import causal_attention
+from llama_jax.model import paged
+from llama_jax.model.attention import row_attention
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
 from llama_jax.model.int8 import Int8, product, quantise
 from llama_jax.model.layers import materialise, rms_norm, rope_angles, rotate
+from llama_jax.model.lora import merged
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 from llama_jax.parallel.vocabulary import look_up
@@ -33,8 +35,9 @@ _SUMMED = {
 def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = False) -> Prepared:
     """The parameters as generation reads them: in the matmul type, gathered over fsdp, split over tensor, layer by layer.
 
-    With `int8`, matrices are rounded to 8 bits (`model.int8`).
+    Adapters are merged into their matrices. With `int8`, matrices are rounded to 8 bits (`model.int8`).
     """
+    params = merged(params)
     mesh = jax.sharding.get_abstract_mesh()
 
     def place(spec, x):
@@ -63,15 +66,16 @@ def prefill(
     B, T = tokens.shape
     steps = jnp.arange(T)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
+    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
 
     def attend(query, key, value, layer):
         # What lies behind a row's length is written over later, and never seen.
         layer = layer.store(
             key, value, lambda slots, new, axis: jax.lax.dynamic_update_slice_in_dim(slots, jnp.moveaxis(new, 1, axis), 0, axis)
         )
-        return causal_attention(query, key, value, segment_ids, compute.matmul_dtype), layer
+        return attention(query, key, value), layer
 
-    x, cache = _layers(
+    x, cache = blocks(
         weights, tokens, jnp.broadcast_to(steps, (B, T)), cache, attend, config=config, compute=compute
     )
     return x, cache.replace(lengths=lengths)
@@ -99,6 +103,8 @@ def extend(
     limit = jnp.max(lengths + counts)
 
     def put(slots, new, axis):
+        if rows is None and new.shape[1] == 1 and cache.layers[0].lengthwise:
+            return paged.write(slots, new[:, 0], targets[:, 0])
         if rows is None:  # each row into its own: no device needs to look at another's rows
             at = (slice(None),) * (axis - 1)
             return jax.vmap(
@@ -112,7 +118,7 @@ def extend(
         # Attention reads far more than it computes: converting the cache would cost more than it saves.
         return attend_cached(query, seen, positions, limit, dtype=compute.activation_dtype), layer
 
-    x, cache = _layers(weights, tokens, positions, cache, attend, config=config, compute=compute)
+    x, cache = blocks(weights, tokens, positions, cache, attend, config=config, compute=compute)
     if rows is None:
         return x, cache.replace(lengths=lengths + counts)
     return x, cache.replace(lengths=cache.lengths.at[rows].set(lengths + counts, mode="drop"))
@@ -128,10 +134,10 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
         return constrain(out, "batch", "act_vocab")
 
 
-def _layers(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
+def blocks(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
     new keys and values in it."""
-    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta))
+    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))
     with jax.named_scope("embedding"):
         embedding = weights["embedding"]
         if isinstance(embedding, Int8):

@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model import paged
 from llama_jax.model.cache import LayerCache
+from llama_jax.parallel.axes import shards_of
+from llama_jax.parallel.mesh import platform
 
 # Large enough to vanish in float32's softmax; finite, so that a row that sees nothing gives no NaN.
 _MASKED = -1e30
@@ -16,13 +19,15 @@ _WHOLE = 2 * BLOCK  # shorter ones in one piece, which is faster
 
 def round_up(slots: int) -> int:
     """The number of slots to allocate for at least `slots`: whole blocks, where the cache is read in blocks."""
-    return slots if slots <= _WHOLE else -(-slots // BLOCK) * BLOCK
+    return slots if slots <= _WHOLE and platform() != "tpu" else -(-slots // BLOCK) * BLOCK
 
 
 def attend_cached(
     query: jax.Array, cache: LayerCache, positions: jax.Array, limit: jax.Array, *, dtype: jnp.dtype
 ) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v, where the query at position p sees slots 0..p and H / K query heads share a key head.
+
+    Single queries on a TPU take the Pallas kernel (`model.paged`) where it supports the cache; XLA's operations the rest.
 
     Args:
       query: # [B, T, H, E]
@@ -36,13 +41,16 @@ def attend_cached(
     """
     B, T, H, E = query.shape
     K, S = cache.values.shape[1:3]
+    if T == 1 and cache.lengthwise and paged.supports(S, E) and K % shards_of("act_heads") == 0:
+        return paged.attend(query[:, 0], cache.keys, cache.values, positions[:, 0] + 1)[:, None]
     # The queries that share a key head are the M rows of one matrix product.
     rows = jnp.einsum("btkre->bkrte", query.reshape(B, T, K, H // K, E)).reshape(B, K, H // K * T, E).astype(dtype)
     positions = jnp.tile(positions, (1, H // K))[:, None, :, None]  # [B, 1, M, 1]
 
     def score(start, part):
         """Scores of the slots that `part` holds, which begin at `start`. # [B, K, M, slots]"""
-        scores = jnp.einsum("bkme,bkes->bkms", rows, part.keys.astype(dtype), preferred_element_type=jnp.float32)
+        keys = "bkse" if cache.lengthwise else "bkes"
+        scores = jnp.einsum(f"bkme,{keys}->bkms", rows, part.keys.astype(dtype), preferred_element_type=jnp.float32)
         scores = scores * E**-0.5 if part.key_scales is None else scores * (part.key_scales * E**-0.5)[:, :, None]
         return jnp.where(start + jnp.arange(scores.shape[-1]) <= positions, scores, _MASKED)
 
@@ -78,4 +86,7 @@ def _slots(cache: LayerCache, start: jax.Array) -> LayerCache:
     def cut(x, axis):
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
 
-    return LayerCache(cut(cache.keys, 3), cut(cache.values, 2), cut(cache.key_scales, 2), cut(cache.value_scales, 2))
+    return cache.replace(
+        keys=cut(cache.keys, cache.key_axis), values=cut(cache.values, 2), key_scales=cut(cache.key_scales, 2),
+        value_scales=cut(cache.value_scales, 2),
+    )  # fmt: skip

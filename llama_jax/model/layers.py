@@ -2,27 +2,54 @@
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.mesh import platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+@flax.struct.dataclass
+class Adapted:
+    """A matrix with a low-rank adapter: weight + scale * a b (see `model.lora`)."""
+
+    weight: jax.Array  # [in..., out...]
+    a: jax.Array  # [in..., R]
+    b: jax.Array  # [R, out...]
+    scale: jax.Array  # [] float32
+
+
+def contract(equation: str, x: jax.Array, w: jax.Array | Adapted, dtype: jnp.dtype) -> jax.Array:
     """`einsum(equation, x, w)` with operands of `dtype` and a float32 result, in the backward pass too.
 
+    Every letter of an operand must occur in the other operand or in the result, which makes each gradient a contraction of
+    the same kind. An adapter is applied beside its matrix: their sum would cost a matrix of gradients.
+    """
+    if not isinstance(w, Adapted):
+        return _contract(equation, x, w, dtype)
+    (left, right), result = equation.split("->")[0].split(","), equation.split("->")[1]
+    rows = "".join(letter for letter in left if letter in result)
+    summed = "".join(letter for letter in right if letter not in result)
+    kept = "".join(letter for letter in right if letter in result)
+    small = _contract(f"{left},{summed}r->{rows}r", x, w.a, dtype)
+    return _contract(equation, x, w.weight, dtype) + w.scale * _contract(f"{rows}r,r{kept}->{result}", small, w.b, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`contract` of plain arrays.
+
     Left to itself, differentiation would multiply a float32 cotangent with a bfloat16 operand, and XLA would widen both:
-    two thirds of a training step would then miss the matrix units. Every letter of an operand must occur in the other
-    operand or in the result, which makes each gradient a contraction of the same kind.
+    two thirds of a training step would then miss the matrix units.
     """
     return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _contract_forward(equation, x, w, dtype):
-    result = contract(equation, x, w, dtype)
+    result = _contract(equation, x, w, dtype)
     # The empty arrays carry the operands' types, to which the gradients are cast back.
     return result, (x.astype(dtype), w.astype(dtype), jnp.empty((0,), x.dtype), jnp.empty((0,), w.dtype))
 
@@ -37,7 +64,7 @@ def _contract_backward(equation, dtype, residuals, cotangent):
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 def compute_once(x: jax.Array) -> jax.Array:
@@ -56,11 +83,18 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope_angles(positions: jax.Array, head_size: int, *, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    positions: jax.Array, head_size: int, *, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position * theta^(-2i / E) in float32, i = 0 .. E/2-1. # [B, T] -> 2 x [B, T, E/2]"""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    if scaling is None:
+        frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    else:
+        frequencies = stretched(head_size, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.magnitude == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return scaling.magnitude * jnp.cos(angles), scaling.magnitude * jnp.sin(angles)
 
 
 def materialise(tables: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -12,6 +12,7 @@ import jax
 from llama_jax.model.attention import row_attention, uses_ring
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
+from llama_jax.model.lora import attach
 from llama_jax.model.params import Params, table
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.ring import ring_order
@@ -39,18 +40,20 @@ _REMAT = {
 def hidden_states(
     params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, config: ModelConfig, compute: Compute
 ) -> jax.Array:
-    """The final normed states of packed rows. # int32 [B, T] x 3 -> [B, T, D]"""
-    trunk = params["trunk"]
+    """The final normed states of packed rows; adapters, where `params` has some, apply. # int32 [B, T] x 3 -> [B, T, D]"""
+    trunk, lora = params["trunk"], params.get("lora", {})
     ring = uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
     if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
         tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
     attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta)
+    angles = rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling)
     if compute.unroll:
         angles = materialise(angles)
 
     def block(x, layer):
-        layer = {name: constrain(weight, *axes[name]) for name, weight in layer.items()}
+        weights, adapters = layer
+        weights = {name: constrain(weight, *axes[name]) for name, weight in weights.items()}
+        layer = attach(weights, adapters, lora.get("scale"), axes)
         return _block(x, layer, attention, angles, config=config, compute=compute), None
 
     # Gradients take the layout of what they are gradients of: stated for each layer, they are reduced and scattered there,
@@ -60,7 +63,8 @@ def hidden_states(
     if policy is not None:
         block = jax.checkpoint(block, policy=policy)
     unroll = config.layers if compute.unroll else 1
-    x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), trunk["layers"], unroll=unroll)
+    layers = (trunk["layers"], lora.get("layers", {}))
+    x, _ = jax.lax.scan(block, _embed(trunk, tokens, compute), layers, unroll=unroll)
     x = constrain(rms_norm(x, trunk["final_norm"], eps=config.norm_eps), "batch", "length", "act_width")
     return ring_order(x, back=True) if ring else x
 

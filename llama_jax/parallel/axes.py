@@ -29,8 +29,10 @@ TRAIN: Rules = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
+    "rank": None,  # of adapters: small, so that their other axis alone is split
     # activations
     "batch": ("data", "fsdp"),
+    "pair": None,  # the chosen and the rejected response
     "length": "sequence",
     "residual": ("sequence", "tensor"),  # the length of what lies between blocks: norms and sums, never whole on a device
     "act_width": None,
@@ -144,9 +146,43 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, _rules.get(), mesh))
 
 
+def per_device(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:  # fmt: skip
+    """`function(*arrays)` on each device's own part of arrays with these logical axes: for kernels, which the compiler cannot
+    divide. Each part must be independent of the others, and the result have the size of the first array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(partition(x.shape, names, _rules.get(), mesh) for x, names in zip(arrays, axes, strict=True))
+    out = partition(arrays[0].shape, out_axes, _rules.get(), mesh)
+    # Kernels in Pallas do not tell along which axes their results vary, hence no check of it.
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """The sharding of a batch array `[B, T, ...]`: rows over the data axes, length over the sequence axis."""
     return NamedSharding(mesh, PartitionSpec(TRAIN["batch"], *([TRAIN["length"]] if ndim > 1 else [])))
+
+
+def batch_field(*axes: str | None) -> Any:
+    """A field of a batch's dataclass whose array is not `[B, T, ...]`: it names its logical axes, as a parameter does."""
+    return dataclasses.field(metadata={"axes": axes})
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """The tree of NamedShardings of a batch: by the axes that its fields name, else those of `[B, T, ...]`."""
+    if not dataclasses.is_dataclass(batch):
+        return jax.tree.map(lambda x: batch_sharding(mesh, x.ndim), batch)
+
+    def of_field(field: dataclasses.Field) -> Any:
+        value, axes = getattr(batch, field.name), field.metadata.get("axes")
+        if axes is None or value is None:
+            return batch_shardings(value, mesh)
+        return NamedSharding(mesh, PartitionSpec(*(TRAIN[axis] if axis else None for axis in axes)))
+
+    return dataclasses.replace(batch, **{field.name: of_field(field) for field in dataclasses.fields(batch)})
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,7 +1,10 @@
-"""Settings of the host process that the CPU backend needs to be fast."""
+"""Settings of the process that make it fast: memory on a CPU, compiled programs everywhere."""
 
 import ctypes
 import sys
+from pathlib import Path
+
+import jax
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
@@ -20,3 +23,9 @@ def keep_heap() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 256 << 20), (_M_ARENA_MAX, 1))
     return all(mallopt(option, value) for option, value in settings)
+
+
+def keep_compiled(workdir: str | Path) -> None:
+    """Keeps compiled programs in the workdir, so that a restart does not compile again; a cache chosen by the user stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))

@@ -7,6 +7,8 @@ others. `preflight` names it.
 import collections
 import hashlib
 import json
+import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +37,7 @@ def preflight(facts: Mapping[str, str]) -> None:
         **facts,
     }
     differences = compare([json.loads(text) for text in _gather(json.dumps(own))])
+    differences += clocks([float(text) for text in _gather(repr(time.time()))])  # right after they have met
     if differences:
         raise HostsDiffer("the hosts of this run differ; " + "; ".join(differences))
 
@@ -50,6 +53,21 @@ def compare(hosts: list[dict[str, str]]) -> list[str]:
         others = ", ".join(f"host {host} has {value}" for host, value in enumerate(values) if value != common)
         lines.append(f"{name}: {others}, {'the others have' if count > 1 else f'host {values.index(common)} has'} {common}")
     return lines
+
+
+def clocks(times: list[float], *, tolerance: float = 60.0) -> list[str]:
+    """One line if hosts that read their clocks at once read other times than most: logs and goodput would be nonsense."""
+    middle = statistics.median_low(times)
+    off = [f"host {host} is {time - middle:+.0f} s off" for host, time in enumerate(times) if abs(time - middle) > tolerance]
+    return [f"clock: {', '.join(off)}"] if off else []
+
+
+def first_problem(problem: str) -> str:
+    """What went wrong on any host ("" if nothing did), told to all: an error of one must not leave the others waiting."""
+    if jax.process_count() == 1:
+        return problem
+    found = [(host, text) for host, text in enumerate(_gather(problem)) if text]
+    return f"host {found[0][0]}: {found[0][1]}" if found else ""
 
 
 def code_version() -> str:
@@ -88,7 +106,7 @@ def _gather(text: str) -> list[str]:
 
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

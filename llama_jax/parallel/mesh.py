@@ -17,6 +17,9 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
+# Seconds until JAX itself gives up on a silent host. The watchdog of a training run is quicker and says more.
+_HEARTBEAT = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -70,6 +73,12 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def cores() -> int:
+    """Into how many cores a kernel is divided on a device of `platform()`: two on TPUs whose cores work as one."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
+
+
 def start_distributed() -> None:
     """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
 
@@ -86,6 +95,7 @@ def start_distributed() -> None:
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
+            heartbeat_timeout_seconds=_HEARTBEAT,
         )
     elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)

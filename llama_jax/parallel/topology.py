@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -119,6 +120,10 @@ def describe(name: str, *, slices: int = 1) -> Topology:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no cloud what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so several processes may describe some
+    if jax.default_backend() != "tpu":  # libtpu prints errors when nothing says which host of which slice this is
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip.name}-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
     try:
         import libtpu  # noqa: F401
     except ImportError:

@@ -7,6 +7,7 @@ and whether arithmetic runs beside it. What is assumed is in `ASSUMPTIONS`, and 
 import dataclasses
 import functools
 import re
+import typing
 from typing import Any
 
 import jax
@@ -151,7 +152,7 @@ def make_plan(
     try:
         jaxpr, compiled = compile_program(program)
     except DoesNotFit as error:
-        unknown = {field.name: None for field in dataclasses.fields(Plan) if field.type.endswith("| None")}
+        unknown = {name: None for name, hint in typing.get_type_hints(Plan).items() if type(None) in typing.get_args(hint)}
         sizes = {"hbm_bytes_per_chip": error.used * chip.devices, "hbm_capacity_bytes": error.capacity * chip.devices}
         return Plan(**facts, **sizes, fits=False, memory=state, **unknown), None
     text = compiled.as_text()

@@ -16,11 +16,12 @@ from llama_jax.config import ConfigError
 from llama_jax.data.loader import TokenBatch
 from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig, size
-from llama_jax.parallel.axes import batch_sharding, batch_shards
+from llama_jax.parallel.axes import batch_shardings, batch_shards
 from llama_jax.pretrain.base import StageConfig
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import ComparisonBatch
 from llama_jax.reward.stage import reward_loss
+from llama_jax.rlhf import grpo
 from llama_jax.rlhf.dpo import dpo_loss, empty_batch
 from llama_jax.rlhf.ppo import ppo_loss
 from llama_jax.rlhf.rollout import empty_rollout
@@ -60,6 +61,8 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
             f"{config.loop.microbatches} microbatches"
         )
     compute = config.compute
+    if config.lora.rank:
+        raise ConfigError(f"config.lora.rank: plans are of whole models so far; expected 0, got {config.lora.rank}")
     if config.stage == "reward":
         specs, length, sequences = table.table(model, head="reward_head"), config.data.length, 2 * rows
         loss = reward_loss(model, compute, safety_weight=config.safety_weight)
@@ -78,6 +81,13 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
         flops = tuple(
             map(sum, zip(_flops(model, rows, length, "lm_head"), _flops(model, rows, length, "value_head"), strict=True))
         )
+    elif config.stage == "grpo":
+        specs, sequences = {"policy": table.table(model, head="lm_head")}, rows
+        length = config.data.prompt_length + config.grpo.new_tokens
+        loss = grpo.grpo_loss(model, compute, config.grpo)
+        empty = functools.partial(grpo.empty_rollout, rows, config.data.prompt_length, config.grpo.new_tokens)
+        batch = _place(jax.eval_shape(empty), mesh)
+        flops = _flops(model, rows, length, "lm_head")
     else:  # the stages that share the language-model loss
         length = getattr(config.data, "length", model.max_length)
         specs, sequences = table.table(model, head="lm_head"), rows
@@ -96,10 +106,11 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
 
 
 def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
-    """Generation of a PPO config's rollout, to the last of its new tokens."""
-    if config.stage != "ppo":
-        raise ConfigError(f"config.stage: a rollout is planned for ppo, got {config.stage!r}")
-    model, settings, rows = size(config.model), config.ppo, config.ppo.rollout_size
+    """Generation of the rollout of a PPO or GRPO config, to the last of its new tokens."""
+    if config.stage not in ("ppo", "grpo"):
+        raise ConfigError(f"config.stage: a rollout is planned for ppo and grpo, got {config.stage!r}")
+    model, settings = size(config.model), getattr(config, config.stage)
+    rows = settings.rollout_size
     specs = table.table(model, head="lm_head")
     with jax.set_mesh(mesh):
         params = abstract_state(specs, optimizer.make(config.optim, steps=1, decay=table.decay_mask(specs)), mesh).params
@@ -128,7 +139,7 @@ def _flops(model: ModelConfig, sequences: int, length: int, head: str) -> tuple[
 def _place(tree: Any, mesh: Mesh) -> Any:
     """A batch's shapes with their layout."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.ndim)), tree
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, batch_shardings(tree, mesh)
     )
 
 

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError, describe
+from llama_jax.config import ConfigError, describe, parse
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.restore import describe_base, model_parts, restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
+from llama_jax.model.lora import LoraConfig, adapter_specs, scale_specs
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.training.checkpoint import POLICY, read_meta, restore_model, saved_parts
+from llama_jax.training.checkpoint import CheckpointError, read_meta
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig
 
@@ -30,6 +32,7 @@ class StageConfig:
     start: workdir of the stage whose parameters this one starts from; empty: they are drawn.
     context: tokens that a row may have; 0: as many as the model's size has. Rotary positions have no parameters, so a
       longer context than the one of `start` needs training, but no other model.
+    lora: adapters that are trained in place of the matrices of `start`; rank 0: none.
     """
 
     stage: str
@@ -41,6 +44,7 @@ class StageConfig:
     mesh: MeshConfig
     optim: OptimConfig
     loop: LoopConfig
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         size(self.model)
@@ -66,9 +70,9 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
 def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
     """ConfigError if another stage's checkpoint is of another model (but for its context) or tokenizer."""
     saved = read_meta(workdir)
-    expected = describe(model)
-    if {**saved["model"], "max_length": model.max_length} != expected:
-        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {expected}")
+    held = parse(ModelConfig, saved["model"], where=str(workdir))  # fields that it does not know have their defaults
+    if dataclasses.replace(held, max_length=model.max_length) != model:
+        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {describe(model)}")
     if saved["tokenizer"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{workdir} was trained with tokenizer {saved['tokenizer'][:12]}, {tokenizer.path} is "
@@ -95,14 +99,74 @@ def starting_params(specs: Specs, mesh: Mesh, *, start: str, seed: int) -> Calla
     def init() -> Params:
         if not start:
             return fresh(specs, mesh, seed=seed)
-        parts = saved_parts(start)
-        saved = parts.get(POLICY, parts.keys())
+        saved = model_parts(start)
         found = {name: part for name, part in specs.items() if name in saved}
         missing = {name: part for name, part in specs.items() if name not in saved}
         params = restore_model(start, found, mesh)
         return {**params, **(fresh(missing, mesh, seed=seed) if missing else {})}
 
     return init
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """What a stage trains of its model and what it keeps as it is (`training.stage.Stage` has fields of these names).
+
+    Attributes:
+      meta: what checkpoints say of the adapters.
+    """
+
+    specs: Specs
+    init: Callable[[], Params]
+    frozen: Params
+    meta: dict[str, Any]
+
+    def completed(self, specs: Specs, mesh: Mesh, *, start: str | Path) -> Params:
+        """The start's own model: the reference of DPO and PPO. What is frozen here anyway is not held twice."""
+        base = {name: part for name, part in self.frozen.items() if name in specs}
+        return {**base, **restore_model(start, {name: part for name, part in specs.items() if name not in base}, mesh)}
+
+
+def begin(
+    config: StageConfig, specs: Specs, mesh: Mesh, *, workdir: Path, start: str = "", name: str = "lora"
+) -> Begin:
+    """How a stage begins with a model of the table `specs`: from `start` (of the config, if none is given), whole or adapted.
+
+    With adapters the trunk and the language-model head of the start are frozen; scalar heads, and heads that the start does
+    not have, are trained whole. `name` is the adapters' in the meta of checkpoints.
+    """
+    start, seed = start or config.start, config.loop.seed
+    if not config.lora.rank:
+        return Begin(specs, starting_params(specs, mesh, start=start, seed=seed), {}, {})
+    if not start:
+        raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
+    described = describe_base(config.lora, start, workdir)
+    check_base(workdir, name, described)
+    saved = model_parts(start)
+    kept = {part: spec for part, spec in specs.items() if part in saved and part in ("trunk", "lm_head")}
+    heads = {part: spec for part, spec in specs.items() if part not in kept}
+    adapters = {"lora": adapter_specs(specs, config.lora)}
+    frozen = {**restore_model(start, kept, mesh), **fresh({"lora": scale_specs(config.lora)}, mesh, seed=seed)}
+
+    def init() -> Params:
+        drawn = fresh(adapters, mesh, seed=seed)
+        return {**drawn, **starting_params(heads, mesh, start=start, seed=seed)()} if heads else drawn
+
+    return Begin({**adapters, **heads}, init, frozen, {name: described})
+
+
+def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:
+    """ConfigError if the run in `workdir` was begun on another base than the one that is there now."""
+    try:
+        before = read_meta(workdir)[name]["base"]
+    except CheckpointError:  # nothing saved yet, or damaged: the loop will say so
+        return
+    now = described["base"]
+    if before["fingerprint"] != now["fingerprint"]:
+        raise ConfigError(
+            f"{workdir} was begun on {before['workdir']} with fingerprint {before['fingerprint'][:12]}, which now is "
+            f"{now['fingerprint'][:12]}"
+        )
 
 
 def process_slice() -> dict[str, int]:

@@ -10,14 +10,17 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.training.stage import Loss, Metrics, Weighted
 
 
-def language_model_loss(config: ModelConfig, compute: Compute) -> Loss:
-    """(params, TokenBatch) -> sum of weighted next-token losses in nats, and the accuracy."""
+def language_model_loss(config: ModelConfig, compute: Compute, *, z_loss: float = 0.0) -> Loss:
+    """(params, TokenBatch) -> sum of weighted next-token losses in nats, and the accuracy.
+
+    With `z_loss` (PaLM used 1e-4; the paper none) the losses have that share of the squared log normaliser.
+    """
 
     def loss(params: Params, batch: TokenBatch) -> tuple[Weighted, Metrics]:
         hidden = hidden_states(
             params, batch.tokens, batch.segment_ids, batch.positions, config=config, compute=compute
         )
-        total, hits = token_losses(params, hidden, batch.targets, batch.weights, compute=compute)
+        total, hits = token_losses(params, hidden, batch.targets, batch.weights, compute=compute, z_loss=z_loss)
         weight = jnp.sum(batch.weights)
         return Weighted(total, weight), {"accuracy": Weighted(hits, weight)}
 

@@ -17,7 +17,7 @@ from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Stage, Supervised
@@ -35,14 +35,19 @@ class PretrainData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
-    """See configs/pretrain.py."""
+    """See configs/pretrain.py. `z_loss`: see `language_model_loss`; measurements on held-out text are without it."""
 
     data: PretrainData
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss: expected 0 or more, got {self.z_loss}")
 
 
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The pretraining stage."""
-    del workdir
     model, tokenizer = load_tokenizer(config)
     manifest = check_manifest(config.data.corpus, tokenizer)
     length = manifest["block_length"]
@@ -53,25 +58,26 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
-        separate_documents=config.data.separate_documents, **process_slice(),
+        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(),
     )  # fmt: skip
-    specs = table.table(model, head="lm_head")
+    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     held_out = {
         name: [str(row["text"]) for _, row in read_jsonl(corpus / "held_out" / f"{name}.jsonl")] for name in weights
     }
     return Stage(
         name="pretrain",
-        specs=specs,
-        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
-        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
-        loss=loss,
+        specs=begun.specs,
+        init=begun.init,
+        frozen=begun.frozen,
+        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(begun.specs)),
+        loss=language_model_loss(model, config.compute, z_loss=config.z_loss),
         source=Supervised(source),
         evaluate=bits_per_byte(
             loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
         ),
         tokens_per_step=config.loop.batch_size * length,
-        meta=meta(config, model, tokenizer),
+        meta=meta(config, model, tokenizer) | begun.meta,
     )
 
 
@@ -83,7 +89,7 @@ def bits_per_byte(
     Every token of a document and its EOS is predicted once. Documents longer than a row are read in rows that overlap by
     half, of which the second half counts: each prediction sees at least length / 2 tokens of what came before.
     """
-    rows = {name: [row for text in texts[name] for row in _rows(text, tokenizer, length)] for name in texts}
+    rows = {name: [row for text in texts[name] for row in document_rows(text, tokenizer, length)] for name in texts}
     size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
     step = jax.jit(loss)
 
@@ -98,7 +104,7 @@ def bits_per_byte(
     return evaluate
 
 
-def _rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
+def document_rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBatch]:
     """The overlapping rows [T] of a document."""
     ids = np.asarray(tokenizer.encode(text, bos=True, eos=True))
     stride = length // 2

@@ -11,6 +11,7 @@ import numpy as np
 from llama_jax.data.dialog import encode_dialog
 from llama_jax.data.sources import read_comparisons
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.parallel.axes import batch_field
 from llama_jax.reward.ranking import MARGINS
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,12 @@ _SAFE = {"chosen_safe": (1.0, 0.0), "both_safe": (1.0, 1.0), "both_unsafe": (0.0
 class ComparisonBatch:
     """Pairs; index 0 of the second axis is the chosen response."""
 
-    tokens: Any  # [B, 2, T] int32: the whole dialog
-    segment_ids: Any  # [B, 2, T] int32: 1 where real
+    tokens: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: the whole dialog
+    segment_ids: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: 1 where real
     margin: Any  # [B] float32
     weight: Any  # [B] float32: 0 for filling
     degree: Any  # [B] int32: index in DEGREES, -1 unknown
-    safe: Any  # [B, 2] float32: the response's safety label
+    safe: Any = batch_field("batch", "pair")  # [B, 2] float32: the response's safety label
     safe_known: Any  # [B] float32: 1 where there is one
 
 

@@ -19,7 +19,7 @@ from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, markdown, report, score_statistics
 from llama_jax.reward.ranking import ranking_loss, safety_loss
@@ -170,7 +170,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     loop = config.loop
     if config.epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
-    specs = table.table(model, head="reward_head")
+    begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight)
     evaluate = None
     if held_out:
@@ -178,15 +178,16 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=f"reward model ({config.name})",
-        specs=specs,
-        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
-        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(specs)),
+        specs=begun.specs,
+        init=begun.init,
+        frozen=begun.frozen,
+        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(begun.specs)),
         loss=loss,
         source=Supervised(batches(train, seed=config.loop.seed)),
         evaluate=evaluate,
         tokens_per_step=2 * loop.batch_size * length,
         show="accuracy/all",
-        meta=meta(config, model, tokenizer),
+        meta=meta(config, model, tokenizer) | begun.meta,
         measure=Measure(
             scorer(model, config.compute), batches, train=train, held_out=held_out, pairs=config.score_pairs, mesh=mesh,
             workdir=workdir, title=f"Reward model ({config.name})",

@@ -30,12 +30,11 @@ from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_sharding
-from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.parallel.axes import batch_field, batch_sharding
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
 from llama_jax.reward.stage import RewardData, mix
 from llama_jax.training import optimizer
-from llama_jax.training.checkpoint import restore_model
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Weighted, evaluation
 from llama_jax.training.step import put_batch
 
@@ -74,11 +73,11 @@ class DpoConfig(StageConfig):
 class DpoBatch:
     """Pairs; index 0 of the second axis is the chosen response."""
 
-    tokens: Any  # [B, 2, T] int32: the whole dialog
-    targets: Any  # [B, 2, T] int32: the next token
-    response: Any  # [B, 2, T] float32: 1 where the target is a token of the compared response
-    segment_ids: Any  # [B, 2, T] int32: 1 where real
-    reference: Any  # [B, 2] float32: log pi_0 of the responses
+    tokens: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: the whole dialog
+    targets: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: the next token
+    response: Any = batch_field("batch", "pair", "length")  # [B, 2, T] float32: 1 on the compared response
+    segment_ids: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: 1 where real
+    reference: Any = batch_field("batch", "pair")  # [B, 2] float32: log pi_0 of the responses
     margin: Any  # [B] float32
     weight: Any  # [B] float32: 0 for filling
 
@@ -191,7 +190,7 @@ class DpoSource:
 
     def __init__(self, batches: IndexedBatches, reference: Params, *, config: ModelConfig, compute: Compute, mesh: Mesh):
         self.batches, self.reference, self.mesh = batches, reference, mesh
-        self._log_probs = jax.jit(response_log_probs(config, compute), out_shardings=batch_sharding(mesh, 2))
+        self._log_probs = jax.jit(response_log_probs(config, compute), out_shardings=batch_sharding(mesh, 1))
 
     def with_reference(self, batch: DpoBatch) -> DpoBatch:
         """The batch on the device, `reference` filled in."""
@@ -217,7 +216,6 @@ class DpoSource:
 
 def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """The DPO stage, and its loop with the number of steps of its epochs."""
-    del workdir
     if not config.start:
         raise ConfigError("config.start: DPO starts from a chat model; expected a stage's workdir, got nothing")
     if not config.data.train:
@@ -234,7 +232,8 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     if config.epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
     specs = table.table(model, head="lm_head")
-    reference = restore_model(config.start, specs, mesh)
+    begun = begin(config, specs, mesh, workdir=workdir)
+    reference = begun.completed(specs, mesh, start=config.start)
 
     def source(pairs: Sequence[Comparison], seed: int) -> DpoSource:
         batches = IndexedBatches(
@@ -249,14 +248,15 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
         evaluate = evaluation(loss, judged.eval_batches, judged.with_reference)
     stage = Stage(
         name="dpo",
-        specs=specs,
-        init=starting_params(specs, mesh, start=config.start, seed=loop.seed),
-        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(specs)),
+        specs=begun.specs,
+        init=begun.init,
+        frozen=begun.frozen,
+        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(begun.specs)),
         loss=loss,
         source=source(train, loop.seed),
         evaluate=evaluate,
         tokens_per_step=2 * loop.batch_size * length,
         show="accuracy",
-        meta=meta(config, model, tokenizer),
+        meta=meta(config, model, tokenizer) | begun.meta,
     )
     return stage, loop

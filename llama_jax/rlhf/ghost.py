@@ -262,4 +262,4 @@ def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, L
         raise ConfigError(f"{path}: no sample is fit for training")
     write_jsonl(workdir / "ghost.jsonl", rows)
     data = dataclasses.replace(config.data, train=(*config.data.train, str(workdir / "ghost.jsonl")))
-    return fine_tuning_stage(config, data, mesh, name="ghost", epochs=config.epochs)
+    return fine_tuning_stage(config, data, mesh, workdir, name="ghost", epochs=config.epochs)

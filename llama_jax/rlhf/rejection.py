@@ -1,11 +1,20 @@
 """Rejection-sampling fine-tuning (paper section 3.2.3): K answers a prompt, the best by reward model, then fine-tuning as SFT.
 
-All answers come from the policy at the start of the round. They are kept with their scores in `samples.jsonl`: a file that
-is a pure function of the checkpoints and the config, written whole, from which the curve of Fig. 7 is drawn.
+A round, in the paper's order; each step leaves a file, written whole, and is not done again where its file is there:
+
+1. `temperatures.json`: the temperature at which the best of K is highest, on a few prompts; it moves with the model (Fig. 8).
+2. `samples.jsonl`: K answers to each prompt from the policy at the start of the round, with their rewards (Fig. 7).
+3. `pool.jsonl`: the best of each prompt, with version and policy, for this version and all later ones.
+4. `best.jsonl`: the best of each prompt over this pool and those of earlier versions, scored again by the newest reward models.
+5. Fine-tuning on `best.jsonl` and the SFT dialogs of `data.train`.
+
+Policy and reward models may have other sizes than what is fine-tuned: the paper samples from its 70B model only and fine-tunes
+the smaller ones on the best of these answers. With `answers=0` nothing is sampled and the pools alone serve.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,51 +25,105 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
-from llama_jax.data.dialog import decode_response, find_tag
+from llama_jax.data.dialog import decode_response, encode_dialog
 from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.files import write_json
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
-from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.reward.score import combined_reward, scorer
+from llama_jax.rlhf.best_of import best_temperature
+from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
 from llama_jax.rlhf.ppo import encode_prompts
-from llama_jax.sampling.generate import generate, make_sampler
+from llama_jax.rlhf.respond import one_process, usable
+from llama_jax.sampling.answers import Answerer
+from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import SftData, fine_tuning_stage
-from llama_jax.training.checkpoint import restore_model, restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Prompt = tuple[dict[str, Any], list[int]]  # a prompt row and its ids
 
 
 @dataclasses.dataclass(frozen=True)
 class RejectionSettings:
-    """One round. The paper gives no K; its figures use 10 to 100 answers a prompt."""
+    """One round. The paper gives no K; its figures use 10 to 100 answers a prompt.
 
-    prompts: str  # JSONL
+    Attributes:
+      prompts: JSONL.
+      answers: K; 0: nothing is sampled, the pools alone serve.
+      temperature: of sampling, where `temperatures` is empty.
+      temperatures: what is tried on `search_prompts` prompts, K answers each; the best one is then used for all.
+      version: the name of this round in its pool.
+      repeat: how often the best answers stand in the mix with `data.train`.
+    """
+
+    prompts: str
     prompt_length: int
     max_prompts: int
-    answers: int  # K
+    answers: int
     new_tokens: int
     temperature: float
+    temperatures: tuple[float, ...]
+    search_prompts: int
     sampling_batch: int
+    version: str
+    repeat: int = 1
     safety_threshold: float = 0.15
+
+    def __post_init__(self):
+        for name, least in (("answers", 0), ("max_prompts", 1), ("new_tokens", 1), ("sampling_batch", 1), ("repeat", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"rejection.{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.temperatures and self.search_prompts < 1:
+            raise ValueError(f"rejection.search_prompts: expected at least 1, got {self.search_prompts}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RejectionConfig(StageConfig):
-    """See configs/rejection.py. `policy` is sampled from; `start` is what is fine-tuned on its best answers.
+    """See configs/rejection.py. `policy` is sampled from; `start` is what is fine-tuned on the best answers.
 
-    The paper restarts each round from the base model, with the SFT data in the mix (`data.train`); a distilled smaller
-    model is a `start` of another size than `policy`'s.
+    The paper restarts each round from the base model, with the SFT data in the mix (`data.train`).
+
+    Attributes:
+      data: dialogs that the best answers are mixed with; may be empty.
+      policy, policy_model: workdir and size of the model that is sampled from; size "": that of `model`.
+      helpfulness, safety, reward_model: workdirs of the reward models, and their size. Without them (and with `answers=0`) the
+        rewards stand as the pools give them.
+      pools: of earlier versions, from the oldest to the newest.
     """
 
-    data: SftData  # dialogs that the best answers are mixed with; may be empty
+    data: SftData
     rejection: RejectionSettings
     policy: str
+    policy_model: str
     helpfulness: str
     safety: str
+    reward_model: str
+    pools: tuple[str, ...]
     epochs: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("policy_model", "reward_model"):
+            if getattr(self, name):
+                size(getattr(self, name))
+
+
+def check_models(config: RejectionConfig) -> None:
+    """ConfigError for a round that lacks a model or a pool."""
+    for name in ("policy", "helpfulness", "safety") if config.rejection.answers else ():
+        if not getattr(config, name):
+            raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
+    if bool(config.helpfulness) != bool(config.safety):
+        raise ConfigError("config.helpfulness, config.safety: expected both reward models or none, got one")
+    if not config.rejection.answers and not config.pools:
+        raise ConfigError("config.pools: expected at least one where rejection.answers=0, got none")
 
 
 def score_responses(
@@ -107,85 +170,147 @@ def _jitted_scorer(config: ModelConfig, compute: Compute):
     return jax.jit(scorer(config, compute))
 
 
-def best_dialogs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best answer of each prompt as a dialog row. Answers that did not end or that hold a chat tag cannot win."""
-    best: dict[int, dict[str, Any]] = {}
-    for sample in samples:
-        if not sample["ended"] or not sample["response"] or find_tag(sample["response"]):
-            continue
-        number = sample["prompt"]
-        if number not in best or sample["reward"] > best[number]["reward"]:
-            best[number] = sample
-    return [
-        {
-            "messages": [*sample["messages"], {"role": "assistant", "content": sample["response"]}],
-            "source": "rejection_sampling",
-            "is_safety": sample["is_safety"],
-        }
-        for sample in best.values()
-    ]
-
-
 def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
     """A random choice of at most `limit` prompts: files are often sorted by kind, so the first ones would not do."""
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:limit]]
 
 
-def draw_samples(config: RejectionConfig, mesh: Mesh) -> list[dict[str, Any]]:
-    """K scored answers to every prompt, in prompt order."""
-    model, tokenizer = load_tokenizer(config)
-    for path in (config.policy, config.helpfulness, config.safety):
-        check_start(path, model, tokenizer)
-    settings = config.rejection
-    prompts = choose_prompts(
-        encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length), settings.max_prompts, config.loop.seed
-    )
-    repeated = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(settings.answers)]
-    lm, reward = table.table(model, head="lm_head"), table.table(model, head="reward_head")
-    with jax.set_mesh(mesh):
-        sampler = make_sampler(
-            model, lm, compute=config.compute, eos_id=tokenizer.eos_id, max_new_tokens=settings.new_tokens,
-            temperature=settings.temperature,
+class Round:
+    """The models of one round, each loaded when it is first needed."""
+
+    def __init__(self, config: RejectionConfig, mesh: Mesh):
+        model, self.tokenizer = load_tokenizer(config)
+        self.config, self.mesh = config, mesh
+        self.policy = _sized(config.policy_model, model)
+        self.reward = _sized(config.reward_model, model)
+        for path, expected in ((config.policy, self.policy), (config.helpfulness, self.reward), (config.safety, self.reward)):
+            if path:
+                check_start(path, expected, self.tokenizer)
+        settings = config.rejection
+        self.length = settings.prompt_length + settings.new_tokens
+        for expected in (self.policy, self.reward):
+            if self.length > expected.max_length:
+                raise ConfigError(
+                    f"rejection.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the "
+                    f"{expected.max_length} tokens of {expected.name}"
+                )
+
+    @functools.cached_property
+    def answerer(self) -> Answerer:
+        """The model that is sampled from."""
+        settings, specs = self.config.rejection, table.table(self.policy, head="lm_head")
+        return Answerer(
+            restore_model(self.config.policy, specs, self.mesh), self.policy, compute=self.config.compute,
+            prompt_length=settings.prompt_length, new_tokens=settings.new_tokens, eos_id=self.tokenizer.eos_id,
+            slots=settings.sampling_batch,
         )  # fmt: skip
-        with Progress(len(repeated), "rejection: sampling", "answer", quiet=jax.process_index() > 0) as progress:
-            responses = generate(
-                sampler, restore_model(config.policy, lm, mesh), [ids for _, _, ids in repeated],
-                prompt_length=settings.prompt_length, batch_size=settings.sampling_batch, seed=config.loop.seed,
-                progress=progress.update,
+
+    @functools.cached_property
+    def rewards(self) -> dict[str, Params]:
+        """Of both reward models."""
+        specs = table.table(self.reward, head="reward_head")
+        paths = {"helpfulness": self.config.helpfulness, "safety": self.config.safety}
+        with jax.set_mesh(self.mesh):
+            return {name: restore_model(path, specs, self.mesh) for name, path in paths.items()}
+
+    def respond(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int, label: str) -> list[list[int]]:
+        """Sampled ids for each prompt."""
+        with jax.set_mesh(self.mesh), Progress(len(prompts), label, "answer", quiet=jax.process_index() > 0) as progress:
+            answers = self.answerer(prompts, choice=Choice(temperature=temperature), seed=seed, progress=progress.update)
+            return [answer.tokens for answer in answers]
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], is_safety: Sequence[bool]
+    ) -> dict[str, np.ndarray]:
+        """Scores and combined reward of each (prompt, response). # -> float32 [n] each"""
+        settings = self.config.rejection
+        with jax.set_mesh(self.mesh):
+            return score_responses(
+                self.reward, self.config.compute, self.rewards, prompts, responses, is_safety, length=self.length,
+                batch_size=settings.sampling_batch, threshold=settings.safety_threshold,
             )  # fmt: skip
-        scores = score_responses(
-            model, config.compute,
-            {
-                "helpfulness": restore_params(config.helpfulness, reward, mesh),
-                "safety": restore_params(config.safety, reward, mesh),
-            },
-            [ids for _, _, ids in repeated], responses, [row["is_safety"] for _, row, _ in repeated],
-            length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
-            threshold=settings.safety_threshold,
-        )  # fmt: skip
-    samples = []
-    for i, (number, row, _) in enumerate(repeated):
-        text, ended = decode_response(responses[i], tokenizer)
-        samples.append(
-            {
+
+    def samples(self, prompts: Sequence[Prompt], *, temperature: float, seed: int, label: str) -> list[Row]:
+        """K scored answers to each prompt, in prompt order."""
+        rows = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(self.config.rejection.answers)]
+        encoded = [ids for _, _, ids in rows]
+        responses = self.respond(encoded, temperature=temperature, seed=seed, label=label)
+        scores = self.score(encoded, responses, [row["is_safety"] for _, row, _ in rows])
+        found = []
+        for i, (number, row, _) in enumerate(rows):
+            text, ended = decode_response(responses[i], self.tokenizer)
+            found.append({
                 "prompt": number, "messages": row["messages"], "is_safety": row["is_safety"], "response": text,
                 "ended": ended, **{name: float(values[i]) for name, values in scores.items()},
-            }
-        )  # fmt: skip
-    return samples
+            })  # fmt: skip
+        return found
+
+    def search(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Fig. 8: the curve of each temperature, and which is best at K. An answer that cannot be trained on is worth 0."""
+        settings, rewards = self.config.rejection, {}
+        few = prompts[: settings.search_prompts]  # in random order already
+        for temperature in settings.temperatures:
+            label = f"rejection: temperature {temperature:g}"
+            found = self.samples(few, temperature=temperature, seed=self.config.loop.seed + 1, label=label)
+            worth = [row["reward"] if usable(row["response"], row["ended"]) else 0.0 for row in found]
+            rewards[temperature] = np.reshape(worth, (len(few), settings.answers))
+        best, curves = best_temperature(rewards)
+        shown = {f"{t:g}": {"maximum": curve.maximum.tolist(), "median": curve.median.tolist()} for t, curve in curves.items()}
+        return {"temperature": best, "prompts": len(few), "answers": settings.answers, "curves": shown}
+
+    def again(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows of an earlier version's pool with the rewards of this round's models; too long ones are left out and counted."""
+        if not self.config.helpfulness or not rows:
+            return list(rows)
+        encoded = []
+        for row in rows:
+            dialog = [*row["messages"], {"role": "assistant", "content": row["response"]}]
+            encoded.append(encode_dialog(dialog, self.tokenizer).ids)
+        fitting = [(row, ids) for row, ids in zip(rows, encoded, strict=True) if len(ids) <= self.length]
+        if len(fitting) < len(rows):
+            log.warning(
+                "%d of %d pool rows exceed %d tokens and are left out", len(rows) - len(fitting), len(rows), self.length
+            )
+        scores = self.score([ids for _, ids in fitting], [[]] * len(fitting), [row["is_safety"] for row, _ in fitting])
+        return [{**row, **{name: float(values[i]) for name, values in scores.items()}} for i, (row, _) in enumerate(fitting)]
+
+
+def _sized(name: str, model: ModelConfig) -> ModelConfig:
+    """The shape of that name with the context of `model`, or `model` where the name is empty."""
+    return dataclasses.replace(size(name), max_length=model.max_length) if name else model
+
+
+def gather(config: RejectionConfig, mesh: Mesh, workdir: Path) -> None:
+    """Steps 1 to 4: makes those files of a round that are not there yet."""
+    earlier = [read_pool(path) for path in config.pools]  # what is wrong with them is said before a model is loaded
+    settings, seed = config.rejection, config.loop.seed
+    models, pool = Round(config, mesh), workdir / "pool.jsonl"
+    if settings.answers and not pool.exists():
+        encoded = encode_prompts(settings.prompts, models.tokenizer, length=settings.prompt_length)
+        prompts = choose_prompts(encoded, settings.max_prompts, seed)
+        temperature = settings.temperature
+        if settings.temperatures:
+            found = models.search(prompts)
+            write_json(workdir / "temperatures.json", found)
+            temperature = found["temperature"]
+        samples = models.samples(prompts, temperature=temperature, seed=seed, label="rejection: sampling")
+        write_jsonl(workdir / "samples.jsonl", samples)
+        best = best_samples(samples, version=settings.version, policy=policy_hash(config.policy), temperature=temperature)
+        write_jsonl(pool, best)
+    own = [row for _, row in read_jsonl(pool)] if settings.answers else []
+    write_jsonl(workdir / "best.jsonl", dialogs(select([*(models.again(rows) for rows in earlier), own])))
 
 
 def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
-    """Draws the round's samples unless they are there, and makes the fine-tuning stage on the best of them."""
-    if jax.process_count() > 1:
-        raise ConfigError("rejection sampling draws its samples in one process so far; expected 1, got several")
-    path = workdir / "samples.jsonl"
+    """Gathers the round's best answers unless they are there, and makes the fine-tuning stage on them."""
+    one_process("rejection sampling")
+    check_models(config)
+    path = workdir / "best.jsonl"
     if not path.exists():
-        write_jsonl(path, draw_samples(config, mesh))
-    best = best_dialogs([row for _, row in read_jsonl(path)])
-    if not best and not config.data.train:
+        gather(config, mesh, workdir)
+    found = path.stat().st_size > 0
+    if not found and not config.data.train:
         raise ConfigError(f"{path}: no answer ended by itself, so there is nothing to fine-tune on")
-    write_jsonl(workdir / "best.jsonl", best)
-    train = (*config.data.train, *([str(workdir / "best.jsonl")] if best else []))
+    train = (*config.data.train, *([str(path)] * config.rejection.repeat if found else []))
     data = dataclasses.replace(config.data, train=train)
-    return fine_tuning_stage(config, data, mesh, name="rejection", epochs=config.epochs)
+    return fine_tuning_stage(config, data, mesh, workdir, name="rejection", epochs=config.epochs)

@@ -8,12 +8,11 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import Message, decode_response, encode_prompt, find_tag
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
-from llama_jax.training.checkpoint import restore_model
-
-_SHORTEST = 64  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
+from llama_jax.sampling.answers import Answerer
+from llama_jax.sampling.choose import Choice
 
 
 class Responder:
@@ -23,16 +22,15 @@ class Responder:
         self, workdir: str, model: ModelConfig, tokenizer: Tokenizer, *, compute: Compute, mesh: Mesh, new_tokens: int,
         temperature: float, batch_size: int, top_p: float = 1.0,
     ):  # fmt: skip
-        self.tokenizer, self.mesh, self.batch_size = tokenizer, mesh, batch_size
+        """`batch_size` answers are drawn at a time."""
+        self.tokenizer, self.mesh, self._choice = tokenizer, mesh, Choice(temperature=temperature, top_p=top_p).check()
         self.room = model.max_length - new_tokens
         if self.room < 1:
             raise ConfigError(f"new_tokens={new_tokens}: model {model.name} takes {model.max_length} tokens in all")
-        specs = table.table(model, head="lm_head")
         with jax.set_mesh(mesh):
-            self._params = restore_model(workdir, specs, mesh)
-            self._sample = make_sampler(
-                model, specs, compute=compute, eos_id=tokenizer.eos_id, max_new_tokens=new_tokens, temperature=temperature,
-                top_p=top_p,
+            self._answerer = Answerer(
+                restore_model(workdir, table.table(model, head="lm_head"), mesh), model, compute=compute,
+                prompt_length=self.room, new_tokens=new_tokens, eos_id=tokenizer.eos_id, slots=batch_size,
             )  # fmt: skip
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -47,25 +45,12 @@ class Responder:
         self, prompts: Sequence[Sequence[int]], *, seed: int, progress: Callable[[int], None] | None = None
     ) -> list[list[int]]:
         """Sampled ids for encoded prompts, in their order."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        groups: dict[int, list[int]] = {}
         for number, prompt in enumerate(prompts):
             if len(prompt) > self.room:
                 raise ConfigError(f"conversation {number} has {len(prompt)} tokens; expected at most {self.room}")
-            slots = min(max(1 << (len(prompt) - 1).bit_length(), _SHORTEST), self.room)
-            groups.setdefault(slots, []).append(number)
-        for slots, numbers in sorted(groups.items()):
-            for start in range(0, len(numbers), self.batch_size):
-                part = numbers[start : start + self.batch_size]
-                filled = part + part[:1] * (self.batch_size - len(part))
-                tokens, valid = pad_left([prompts[n] for n in filled], slots)
-                with jax.set_mesh(self.mesh):
-                    samples = jax.device_get(self._sample(self._params, tokens, valid, row_keys(seed, filled)))
-                for row, n in enumerate(part):
-                    answers[n] = samples.tokens[row][samples.mask[row]].tolist()
-                if progress:
-                    progress(len(part))
-        return answers
+        with jax.set_mesh(self.mesh):
+            answers = self._answerer(prompts, choice=self._choice, seed=seed, progress=progress)
+        return [answer.tokens for answer in answers]
 
     def __call__(
         self, conversations: Sequence[Sequence[Message]], *, seed: int, progress: Callable[[int], None] | None = None

@@ -1,25 +1,32 @@
 """A rollout: responses to a batch of prompts, their log-probabilities, rewards and advantages (paper section 3.2.3).
 
-The steps stand in the paper's order in `Roller.__call__`. Everything but sampling is one compiled program.
+The steps stand in the paper's order in `Roller.__call__` and `make_judge`. Everything but sampling (and scorers that are no
+models) is one compiled program. `RolloutSource` hands a rollout out in mini-batches; PPO and GRPO share all but the judge.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from llama_jax.config import ConfigError
+from llama_jax.data.loader import IndexedBatches
 from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel.axes import batch_shardings
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.sampling.generate import Samples
+from llama_jax.training.step import put_batch
 
 
 @flax.struct.dataclass
@@ -30,6 +37,7 @@ class PromptBatch:
     valid: Any  # [B, P] bool
     is_safety: Any  # [B] bool
     index: Any  # [B] uint32: the prompt's number in the whole job, for its random key
+    row: Any  # [B] int32: its number in the data file, for scorers
 
 
 @flax.struct.dataclass
@@ -43,12 +51,14 @@ class Rollout:
     values: Any  # [B, N] float32: the critic's, at rollout time
     advantages: Any  # [B, N] float32, whitened over the whole rollout
     returns: Any  # [B, N] float32
+    importance: Any  # [B, N] float32: pi_old of the trainer over that of the sampler, at most the cap; 1 without a cap
 
 
 def empty_rollout(rows: int, prompt_length: int, new_tokens: int) -> Rollout:
     """A rollout of zeros: the shape of what a checkpoint holds."""
     S, N = prompt_length + new_tokens, new_tokens
-    floats = {name: np.zeros((rows, N), np.float32) for name in ("log_probs", "values", "advantages", "returns")}
+    names = ("log_probs", "values", "advantages", "returns", "importance")
+    floats = {name: np.zeros((rows, N), np.float32) for name in names}
     return Rollout(
         tokens=np.zeros((rows, S), np.int32),
         segment_ids=np.zeros((rows, S), np.int32),
@@ -75,60 +85,124 @@ class RewardRule:
     safety_threshold: float
     missing_eos_penalty: float  # subtracted (in units of the whitened score) where no EOS was drawn
     temperature: float
+    model_weight: float = 1.0  # of the reward models' score, beside other scorers
+    importance_cap: float = 0.0  # 0: no importance weights
 
 
-def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule) -> Callable[..., tuple[Rollout, dict]]:
-    """The compiled part after sampling:
-    (policy, critic, reference, helpfulness, safety, prompts, samples) -> (Rollout, metrics)."""
-    score = scorer(config, compute)
+Frozen = dict[str, Params]  # "reference", and "helpfulness" and "safety" where reward models score
+# (params, frozen, prompts, samples, other scores [B] or None, beta) -> (rollout, metrics)
+Judge = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
-    @jax.jit
-    def judge(policy, critic, reference, helpfulness, safety, prompts: PromptBatch, samples: Samples):
-        N = samples.tokens.shape[1]
-        tokens = jnp.concatenate([prompts.tokens, samples.tokens], axis=1)
-        segment_ids = jnp.concatenate([prompts.valid, samples.mask], axis=1).astype(jnp.int32)
-        mask = samples.mask
 
-        def log_probs(params):
-            hidden = response_states(params, tokens, segment_ids, N, config=config, compute=compute)
-            return heads.log_probabilities(
-                params, hidden, samples.tokens, temperature=rule.temperature, compute=compute
-            )
+@dataclasses.dataclass(frozen=True)
+class Dialogs:
+    """Prompts and responses side by side, as a judge reads them."""
 
-        # 1. Both reward models, then the gate, the inverse sigmoid and whitening over the whole batch.
-        helpful = jax.nn.sigmoid(score(helpfulness, tokens, segment_ids))
-        safe = jax.nn.sigmoid(score(safety, tokens, segment_ids))
-        combined = combined_reward(helpful, safe, prompts.is_safety, threshold=rule.safety_threshold)
-        whitened = whiten(logit(combined)) - rule.missing_eos_penalty * ~samples.ended
-        # 2. log pi and log pi_0 by the trainer's own program, at the sampling temperature.
-        old, entropy = log_probs(policy)
-        initial, _ = log_probs(reference)
-        kl = jnp.where(mask, old - initial, 0.0)
-        # 3. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
-        rewards = token_rewards(whitened, kl, mask, beta=rule.beta)
-        hidden = response_states(critic, tokens, segment_ids, N, config=config, compute=compute)
-        values = jnp.where(mask, heads.scores(critic, hidden, head="value_head"), 0.0)
-        advantages, returns = generalised_advantages(rewards, values, mask, gamma=rule.gamma, lam=rule.lam)
-        rollout = Rollout(
-            tokens=tokens, segment_ids=segment_ids, mask=mask, log_probs=jnp.where(mask, old, 0.0), values=values,
-            advantages=whiten(advantages, mask), returns=returns,
+    tokens: jax.Array  # [B, S] int32
+    segment_ids: jax.Array  # [B, S] int32
+    samples: Samples
+    config: ModelConfig
+    compute: Compute
+
+    @classmethod
+    def of(cls, prompts: PromptBatch, samples: Samples, config: ModelConfig, compute: Compute) -> "Dialogs":
+        """Prompts are left-padded, so that all responses begin in one column."""
+        return cls(
+            tokens=jnp.concatenate([prompts.tokens, samples.tokens], axis=1),
+            segment_ids=jnp.concatenate([prompts.valid, samples.mask], axis=1).astype(jnp.int32),
+            samples=samples, config=config, compute=compute,
         )  # fmt: skip
-        count = jnp.maximum(jnp.sum(mask), 1)
-        error = jnp.sum(jnp.square(returns - values) * mask) / count
-        spread = jnp.sum(jnp.square(returns - jnp.sum(returns) / count) * mask) / count
+
+    def states(self, params: Params) -> jax.Array:
+        """The hidden states that predict the response. # -> [B, N, D]"""
+        N = self.samples.tokens.shape[1]
+        return response_states(params, self.tokens, self.segment_ids, N, config=self.config, compute=self.compute)
+
+    def log_probs(self, params: Params, *, temperature: float) -> tuple[jax.Array, jax.Array]:
+        """log pi of the response's tokens, and the entropies, at the sampling temperature. # -> 2 x float32 [B, N]"""
+        return heads.log_probabilities(
+            params, self.states(params), self.samples.tokens, temperature=temperature, compute=self.compute
+        )
+
+
+def sequence_scores(
+    frozen: Frozen, dialogs: Dialogs, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
+    score, metrics = scorer(dialogs.config, dialogs.compute), {}
+    total = 0.0 if other is None else other
+    if "helpfulness" in frozen:
+        helpful = jax.nn.sigmoid(score(frozen["helpfulness"], dialogs.tokens, dialogs.segment_ids))
+        safe = jax.nn.sigmoid(score(frozen["safety"], dialogs.tokens, dialogs.segment_ids))
+        combined = combined_reward(helpful, safe, prompts.is_safety, threshold=rule.safety_threshold)
+        total += rule.model_weight * logit(combined)
         metrics = {
             "reward": jnp.mean(combined),
             "score/helpfulness": jnp.sum(helpful * ~prompts.is_safety) / jnp.maximum(jnp.sum(~prompts.is_safety), 1),
             "score/safety": jnp.sum(safe * prompts.is_safety) / jnp.maximum(jnp.sum(prompts.is_safety), 1),
-            "kl": jnp.mean(jnp.sum(kl, axis=1)),
-            "entropy": jnp.sum(entropy * mask) / count,
-            "explained_variance": 1 - error / jnp.maximum(spread, 1e-8),
-            "response_length": jnp.mean(jnp.sum(mask, axis=1)),
-            "eos_rate": jnp.mean(samples.ended),
-            # The sampler decodes with a cache, the trainer does not: the same numbers, up to rounding.
-            "sampler_drift": jnp.max(jnp.abs(samples.log_probs - old) * mask),
         }
-        return rollout, metrics
+    if other is not None:
+        metrics |= {"reward": jnp.mean(total), "score/other": jnp.mean(other)}
+    return whiten(total) - rule.missing_eos_penalty * ~dialogs.samples.ended, metrics
+
+
+def importance_weights(old: jax.Array, sampled: jax.Array, mask: jax.Array, *, cap: float) -> jax.Array:
+    """min(pi_trainer / pi_sampler, cap) of each drawn token; 1 if the cap is 0. # float32 [B, N] x 2, bool [B, N]
+
+    Sampler and trainer are two programs: the weights take out, as far as the cap allows, that the tokens were drawn from the
+    one and are trained on by the other.
+    """
+    if not cap:
+        return jnp.ones_like(old)
+    return jnp.where(mask, jnp.minimum(jnp.exp(jnp.clip(old - sampled, -20.0, 20.0)), cap), 1.0)
+
+
+def common_metrics(
+    samples: Samples, old: jax.Array, initial: jax.Array, entropy: jax.Array, importance: jax.Array
+) -> dict[str, jax.Array]:
+    """What every rollout reports."""
+    mask, count = samples.mask, jnp.maximum(jnp.sum(samples.mask), 1)
+    # The sampler decodes with a cache, the trainer does not: the same numbers, up to rounding.
+    drift = jnp.abs(samples.log_probs - old) * mask
+    return {
+        "kl": jnp.mean(jnp.sum((old - initial) * mask, axis=1)),
+        "entropy": jnp.sum(entropy * mask) / count,
+        "response_length": jnp.mean(jnp.sum(mask, axis=1)),
+        "eos_rate": jnp.mean(samples.ended),
+        "sampler_drift": jnp.max(drift),
+        "sampler_drift_mean": jnp.sum(drift) / count,
+        "importance": jnp.sum(importance * mask) / count,
+    }
+
+
+def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule) -> Judge:
+    """PPO's compiled part after sampling."""
+
+    @jax.jit
+    def judge(params, frozen: Frozen, prompts: PromptBatch, samples: Samples, other, beta):
+        dialogs = Dialogs.of(prompts, samples, config, compute)
+        mask = samples.mask
+        # 1. Both reward models, then the gate, the inverse sigmoid and whitening over the whole batch.
+        scores, metrics = sequence_scores(frozen, dialogs, prompts, other, rule)
+        # 2. log pi and log pi_0 by the trainer's own program, at the sampling temperature.
+        old, entropy = dialogs.log_probs(params["policy"], temperature=rule.temperature)
+        initial, _ = dialogs.log_probs(frozen["reference"], temperature=rule.temperature)
+        kl = jnp.where(mask, old - initial, 0.0)
+        # 3. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
+        rewards = token_rewards(scores, kl, mask, beta=beta)
+        values = heads.scores(params["critic"], dialogs.states(params["critic"]), head="value_head")
+        values = jnp.where(mask, values, 0.0)
+        advantages, returns = generalised_advantages(rewards, values, mask, gamma=rule.gamma, lam=rule.lam)
+        importance = importance_weights(old, samples.log_probs, mask, cap=rule.importance_cap)
+        rollout = Rollout(
+            tokens=dialogs.tokens, segment_ids=dialogs.segment_ids, mask=mask, log_probs=jnp.where(mask, old, 0.0),
+            values=values, advantages=whiten(advantages, mask), returns=returns, importance=importance,
+        )  # fmt: skip
+        count = jnp.maximum(jnp.sum(mask), 1)
+        error = jnp.sum(jnp.square(returns - values) * mask) / count
+        spread = jnp.sum(jnp.square(returns - jnp.sum(returns) / count) * mask) / count
+        metrics |= common_metrics(samples, old, initial, entropy, importance)
+        return rollout, metrics | {"explained_variance": 1 - error / jnp.maximum(spread, 1e-8)}
 
     return judge
 
@@ -138,20 +212,90 @@ class Roller:
     """Samples and judges one batch of prompts."""
 
     sample: Callable[[Params, jax.Array, jax.Array, jax.Array], Samples]
-    judge: Callable[..., tuple[Rollout, dict]]
-    frozen: dict[str, Params]  # reference, helpfulness, safety
+    judge: Judge
+    frozen: Frozen
     keys: Callable[[Any], jax.Array]  # prompt numbers [B] -> PRNG keys [B]
+    score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None  # see `reward.scorers.HostScorers`
 
-    def __call__(self, params: dict[str, Params], prompts: PromptBatch) -> tuple[Rollout, dict[str, float]]:
+    def __call__(
+        self, params: dict[str, Params], prompts: PromptBatch, beta: float | np.ndarray
+    ) -> tuple[Any, dict[str, float]]:
         """Rolls the current policy out. Returns the rollout (on the device) and its metrics, timings included."""
         start = time.monotonic()
         samples = self.sample(params["policy"], prompts.tokens, prompts.valid, self.keys(prompts.index))
         jax.block_until_ready(samples)
         sampled = time.monotonic()
-        rollout, metrics = self.judge(
-            params["policy"], params["critic"], self.frozen["reference"], self.frozen["helpfulness"],
-            self.frozen["safety"], prompts, samples,
-        )  # fmt: skip
+        other = None if self.score is None else self.score(prompts.row, samples.tokens, samples.mask)
+        rollout, metrics = self.judge(params, self.frozen, prompts, samples, other, np.float32(beta))
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         timing = {"seconds/rollout": sampled - start, "seconds/score": time.monotonic() - sampled}
         return rollout, {**metrics, **timing}
+
+
+@dataclasses.dataclass(frozen=True)
+class KlControl:
+    """The KL coefficient: fixed, as in the paper, or led towards a target (Ziegler et al. 2019, section 2.2)."""
+
+    beta: float
+    target: float = 0.0  # KL of a response in nats; 0: fixed
+    horizon: float = 10_000.0  # responses in which beta may change by a factor of 1 + 0.2
+
+    def after(self, beta: float, kl: float, responses: int) -> float:
+        """beta for the next rollout, from the KL of this one."""
+        if not self.target:
+            return beta
+        return beta * (1 + min(max(kl / self.target - 1, -0.2), 0.2) * responses / self.horizon)
+
+
+class RolloutSource:
+    """Rolls out when an iteration begins and hands out its mini-batches; a checkpoint holds the rollout between them.
+
+    An iteration is `epochs` passes over `size` responses, `answers` to each prompt, in mini-batches of `rows`.
+    """
+
+    looks_at_params = True
+
+    def __init__(
+        self, prompts: IndexedBatches, roll: Roller, *, mesh: Mesh, empty: Any, size: int, rows: int, control: KlControl,
+        seed: int, answers: int = 1, epochs: int = 1,
+    ):  # fmt: skip
+        if size % rows:
+            raise ConfigError(f"rollout_size={size} is no multiple of loop.batch_size={rows}")
+        self.prompts, self.roll, self.mesh, self.rows, self.seed = prompts, roll, mesh, rows, seed
+        self.size, self.answers, self.control = size, answers, control
+        self.parts = size // rows  # of one pass
+        self.minibatches = self.parts * epochs  # of an iteration
+        self.beta = np.float32(control.beta)
+        self.rollout = put_batch(empty, mesh)
+        layout = batch_shardings(self.rollout, mesh)
+        self._take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=layout)
+
+    def batch(self, step: int, params: dict[str, Any]) -> tuple[Any, Mapping[str, float]]:
+        """Mini-batch `step % minibatches` of iteration `step // minibatches`."""
+        iteration, part = divmod(step, self.minibatches)
+        metrics: Mapping[str, float] = {}
+        if part == 0:
+            self.rollout, metrics = self.roll(params, put_batch(self._prompts(iteration), self.mesh), self.beta)
+            metrics = {**metrics, "beta": float(self.beta)}
+            self.beta = np.float32(self.control.after(float(self.beta), metrics.get("kl", 0.0), self.size))
+        # A pass has a shuffled order of its own.
+        number = iteration * (self.minibatches // self.parts) + part // self.parts
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(self.seed), number), self.size)
+        first = part % self.parts * self.rows
+        return self._take(self.rollout, order[first : first + self.rows]), metrics
+
+    def _prompts(self, iteration: int) -> PromptBatch:
+        """This process's prompts, each as often as it is answered. Each draw has a number of its own: a prompt that comes
+        again is answered with other random numbers."""
+        prompts = self.prompts.batch(iteration)
+        prompts = jax.tree.map(functools.partial(np.repeat, repeats=self.answers, axis=0), prompts)
+        first = iteration * self.size + self.prompts.process_index * len(prompts.index)
+        return prompts.replace(index=np.arange(first, first + len(prompts.index), dtype=np.uint32))
+
+    def state(self) -> Any:
+        """The rollout that is being trained on, and the KL coefficient of the next."""
+        return {"rollout": self.rollout, "beta": np.asarray(self.beta)}
+
+    def restore(self, state: Any) -> None:
+        """Goes on in the middle of an iteration."""
+        self.rollout, self.beta = state["rollout"], np.float32(state["beta"])

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.ppo import encode_prompts
@@ -29,7 +30,6 @@ from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
 from llama_jax.rlhf.respond import Responder, one_process, usable
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
 from llama_jax.sft.stage import SftData, fine_tuning_stage
-from llama_jax.training.checkpoint import restore_params
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -157,7 +157,7 @@ def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
         prompts = [respond.encode(messages) for _, _, _, messages, _ in asked]
         responses = respond.ids(prompts, seed=seed, progress=progress.update)
     with jax.set_mesh(mesh):
-        reward = restore_params(config.safety, table.table(model, head="reward_head"), mesh)
+        reward = restore_model(config.safety, table.table(model, head="reward_head"), mesh)
         scores = sigmoid_scores(
             model, config.compute, reward, [ids for *_, ids in asked], responses,
             length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
@@ -187,4 +187,4 @@ def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage,
     write_jsonl(workdir / "kept.jsonl", rows)
     train = (*config.data.train, *([str(workdir / "kept.jsonl")] if rows else []))
     data = dataclasses.replace(config.data, train=train)
-    return fine_tuning_stage(config, data, mesh, name="distill", epochs=config.epochs)
+    return fine_tuning_stage(config, data, mesh, workdir, name="distill", epochs=config.epochs)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import extend, logits, prefill, prepare
+from llama_jax.model.decode import Prepared, extend, logits, prefill, prepare
 from llama_jax.model.decode_attention import round_up
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, layout
@@ -68,6 +68,9 @@ def make_sampler(
 ) -> Callable[..., Samples]:  # fmt: skip
     """A jitted (params, tokens [B, P], valid [B, P], keys [B], choice=None) -> Samples.
 
+    Weights that `model.decode.prepare` laid out beforehand may stand in the place of `params`: one model that is asked again
+    and again. A policy in training is laid out at each call.
+
     `choice` gives rows settings of their own in place of `temperature` and `top_p`. A row ends with EOS or one of
     `stop_ids`; the loop ends as soon as every row has. Each position's draw uses the row's key folded with the position, so
     a longer `max_new_tokens` continues the same draws. What a row draws depends on nothing but its prompt, key and settings:
@@ -76,10 +79,12 @@ def make_sampler(
     N, uniform, stops = max_new_tokens, Choice(temperature=temperature, top_p=top_p), jnp.array([eos_id, *stop_ids])
 
     @jax.jit
-    def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array, choice: Choice | None = None) -> Samples:
+    def sample(
+        params: Params | Prepared, tokens: jax.Array, valid: jax.Array, keys: jax.Array, choice: Choice | None = None
+    ) -> Samples:
         with layout(DECODE):
             B, P = tokens.shape
-            weights = prepare(params, specs, compute=compute)
+            weights = prepare(params, specs, compute=compute) if "trunk" in params else params
             cache = empty_cache(config, batch=B, slots=round_up(P + N - 1), dtype=compute.activation_dtype)
             lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
             hidden, cache = prefill(weights, align_left(tokens, lengths), lengths, cache, config=config, compute=compute)

@@ -4,20 +4,25 @@ Every program has one static shape, takes the state and gives it back in the sam
 is the host's affair (`engine.py`).
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.model.cache import KVCache, empty_cache
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import Prepared, extend, logits
-from llama_jax.parallel.axes import DECODE, ENTER, layout, partition
+from llama_jax.model.decode import Prepared, extend, logits, prefill
+from llama_jax.model.decode_attention import round_up
+from llama_jax.parallel.axes import DECODE, ENTER, batch_shards, layout, partition
 from llama_jax.sampling.choose import Choice, draw
 from llama_jax.sampling.generate import mark_seen
+from llama_jax.sampling.request import EngineConfig, Request
 
 STOPS = 8  # stop ids a request may have
 
@@ -27,7 +32,7 @@ class Slots:
     """B requests in progress. The newest token of a slot is not in the cache yet."""
 
     cache: KVCache
-    token: jax.Array  # [B] int32: drawn last
+    token: jax.Array  # [B] int32: drawn last, or the prompt's last
     drawn: jax.Array  # [B] int32: how many were drawn
     limit: jax.Array  # [B] int32: how many may be
     active: jax.Array  # [B] bool: goes on drawing
@@ -38,14 +43,22 @@ class Slots:
 
 
 @flax.struct.dataclass
-class Entries:
-    """Pieces of G prompts on their way into slots; on the host, NumPy arrays."""
+class Pieces:
+    """Pieces of G prompts; on the host, NumPy arrays."""
 
     rows: Any  # [G] int32: the slot; B where there is none
     tokens: Any  # [G, C] int32
     counts: Any  # [G] int32: how many of them are real
     starts: Any  # [G] int32: the position of the first
-    final: Any  # [G] bool: the prompt ends here, so its first token is drawn
+
+
+@flax.struct.dataclass
+class Seats:
+    """Requests whose prompts are in the cache, on their way into slots; on the host, NumPy arrays."""
+
+    rows: Any  # [M] int32: the slot; B where there is none
+    token: Any  # [M] int32: the prompt's last
+    lengths: Any  # [M] int32: its tokens in the cache, all but that one
     limit: Any
     keys: Any
     choice: Choice
@@ -62,6 +75,97 @@ class Drawn:
     active: jax.Array  # [B] bool: goes on
 
 
+# ---- on the host ----
+
+
+def pieces(group: Sequence[Request], shape: tuple[int, int], *, nowhere: int) -> Pieces:
+    """The next piece of each prompt. Rows that none needs lie at `nowhere`, outside the slots."""
+    C, G = shape
+    made = Pieces(
+        rows=np.full((G,), nowhere, np.int32), tokens=np.zeros((G, C), np.int32), counts=np.zeros((G,), np.int32),
+        starts=np.zeros((G,), np.int32),
+    )  # fmt: skip
+    for i, request in enumerate(group):
+        piece = request.prompt[request.filled : min(request.filled + C, len(request.prompt) - 1)]
+        made.rows[i], made.counts[i], made.starts[i] = request.slot, len(piece), request.filled
+        made.tokens[i, : len(piece)] = piece
+    return made
+
+
+def seats(group: Sequence[Request], size: int, *, nowhere: int, key_shape: tuple[int, ...]) -> Seats:
+    """What slots need to know of at most `size` requests."""
+    M = size
+    made = Seats(
+        rows=np.full((M,), nowhere, np.int32), token=np.zeros((M,), np.int32), lengths=np.zeros((M,), np.int32),
+        limit=np.zeros((M,), np.int32), keys=np.zeros((M, *key_shape), np.uint32),
+        choice=Choice(
+            temperature=np.zeros((M,), np.float32), top_k=np.zeros((M,), np.int32), top_p=np.ones((M,), np.float32),
+            min_p=np.zeros((M,), np.float32), repetition_penalty=np.ones((M,), np.float32),
+        ),
+        stops=np.full((M, STOPS), -1, np.int32),
+    )  # fmt: skip
+    for i, request in enumerate(group):
+        made.rows[i], made.token[i], made.lengths[i] = request.slot, request.prompt[-1], len(request.prompt) - 1
+        made.limit[i], made.keys[i] = request.max_tokens, request.key
+        made.stops[i, : len(request.stop_ids)] = request.stop_ids
+        for field in dataclasses.fields(Choice):
+            getattr(made.choice, field.name)[i] = getattr(request.choice, field.name)
+    return made
+
+
+# ---- on the device ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of an engine's shapes."""
+
+    empty: Callable[..., Slots]
+    fill: Callable[..., KVCache]
+    take: Callable[..., Slots]
+    extend: Callable[..., Slots]
+    copy: Callable[..., Slots]
+    sit: Callable[..., Slots]
+    decode: Callable[..., tuple[Slots, Drawn]]
+    set_seen: Callable[..., Slots]
+    deactivate: Callable[..., Slots]
+
+    @property
+    def compilations(self) -> int:
+        """How many were compiled so far, each shape counted."""
+        return sum(getattr(self, field.name)._cache_size() for field in dataclasses.fields(self))
+
+
+@functools.lru_cache(maxsize=8)
+def programs(config: ModelConfig, compute: Compute, settings: EngineConfig, mesh: Mesh) -> Programs:
+    """The programs, the same ones for every engine of these shapes: a second policy compiles nothing."""
+    dtype = jnp.dtype("int8") if settings.int8_cache else compute.activation_dtype
+
+    def empty():
+        return empty_slots(config, batch=settings.slots, slots=round_up(settings.max_length), dtype=dtype)
+
+    # Without fixed layouts of its state, a program would be compiled again for what another one returned. What was drawn is
+    # whole on every device, so that each of several hosts can read it.
+    own = None if mesh.empty else shardings(jax.eval_shape(empty), mesh)
+    whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+
+    def program(function, out=own, **options):
+        # A function of its own: jit shares what it compiled among those of one function.
+        return jax.jit(functools.wraps(function)(lambda *args: function(*args)), out_shardings=out, **options)
+
+    return Programs(
+        empty=program(empty),
+        fill=program(make_fill(config, compute=compute, dtype=dtype), None),
+        take=program(take_rows, donate_argnums=0),
+        extend=program(make_extend(config, compute=compute), donate_argnums=1),
+        copy=program(copy_rows, donate_argnums=0),
+        sit=program(sit, donate_argnums=0),
+        decode=program(make_decode(config, compute=compute, steps=settings.steps), (own, whole), donate_argnums=1),
+        set_seen=program(set_seen, donate_argnums=0),
+        deactivate=program(deactivate, donate_argnums=0),
+    )
+
+
 def empty_slots(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Slots:
     """No request anywhere."""
     B = batch
@@ -74,7 +178,7 @@ def empty_slots(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype
     )  # fmt: skip
 
 
-def shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
+def shardings(slots: Slots, mesh: Mesh) -> Any:
     """Where the state lies: rows over the devices of the batch, key-value heads as in attention. # tree like Slots"""
 
     def of(path, leaf):
@@ -85,36 +189,61 @@ def shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, slots)
 
 
-def make_admit(config: ModelConfig, *, compute: Compute) -> Callable[[Prepared, Slots, Entries], tuple[Slots, Drawn]]:
-    """(weights, slots, entries) -> (slots, first tokens of the prompts that are complete [G, 1])."""
+def make_fill(
+    config: ModelConfig, *, compute: Compute, dtype: jnp.dtype
+) -> Callable[[Prepared, jax.Array, jax.Array], KVCache]:
+    """(weights, whole prompts [G, C], their lengths [G]) -> their cache of C slots."""
 
-    def admit(weights, slots, entries):
+    def fill(weights, tokens, lengths):
+        mesh = jax.sharding.get_abstract_mesh()
+        split = mesh.empty or tokens.shape[0] % batch_shards(mesh) == 0
+        with layout(DECODE if split else {**ENTER, "cache_rows": None}):
+            cache = empty_cache(config, batch=tokens.shape[0], slots=tokens.shape[1], dtype=dtype)
+            return prefill(weights, tokens, lengths, cache, config=config, compute=compute)[1]
+
+    return fill
+
+
+def take_rows(slots: Slots, filled: KVCache, sources: jax.Array, rows: jax.Array) -> Slots:
+    """Copies rows of a cache of C slots each into the beginning of some slots; rows outside are dropped. # int32 [M] x 2"""
+
+    def put(x, new):
+        # Axes are [B, K, E, S], [B, K, S, E] or [B, K, S]: the one in which the two differ is S.
+        part = tuple(slice(0, size) for size in new.shape[1:])
+        return x.at[(rows, *part)].set(new[sources], mode="drop")
+
+    with layout(DECODE):
+        cache = slots.cache
+        return slots.replace(cache=cache.replace(layers=jax.tree.map(put, cache.layers, filled.layers)))
+
+
+def make_extend(config: ModelConfig, *, compute: Compute) -> Callable[[Prepared, Slots, Pieces], Slots]:
+    """(weights, slots, pieces of prompts) -> slots with them in the cache."""
+
+    def run(weights, slots, pieces):
         with layout(ENTER):
             cache = slots.cache
-            cache = cache.replace(lengths=cache.lengths.at[entries.rows].set(entries.starts, mode="drop"))
-            hidden, cache = extend(
-                weights, entries.tokens, entries.counts, cache, config=config, compute=compute, rows=entries.rows
+            cache = cache.replace(lengths=cache.lengths.at[pieces.rows].set(pieces.starts, mode="drop"))
+            _, cache = extend(
+                weights, pieces.tokens, pieces.counts, cache, config=config, compute=compute, rows=pieces.rows
             )
-            last = jnp.take_along_axis(hidden, jnp.maximum(entries.counts - 1, 0)[:, None, None], axis=1)[:, 0]
-            seen = slots.seen[entries.rows]
-            token, log_p = _draw(weights, last, entries.keys, 0, entries.choice, seen, compute)
-            active = entries.final & (entries.limit > 1) & ~_stops(token, entries.stops)
+            return slots.replace(cache=cache)
 
-            def put(old, new):
-                return old.at[entries.rows].set(new, mode="drop")
+    return run
 
-            rows = jnp.arange(len(token))
-            marked = seen.at[rows, token].set(seen[rows, token] | entries.final)
-            slots = Slots(
-                cache=cache, token=put(slots.token, token), drawn=put(slots.drawn, jnp.ones_like(token)),
-                limit=put(slots.limit, entries.limit), active=put(slots.active, active),
-                keys=put(slots.keys, entries.keys), choice=jax.tree.map(put, slots.choice, entries.choice),
-                stops=put(slots.stops, entries.stops), seen=put(slots.seen, marked),
-            )  # fmt: skip
-            drawn = Drawn(tokens=token[:, None], log_probs=log_p[:, None], mask=entries.final[:, None], active=active)
-            return slots, drawn
 
-    return admit
+def sit(slots: Slots, seats: Seats) -> Slots:
+    """Starts requests whose prompts are in the cache of their slots."""
+
+    def put(old, new):
+        return old.at[seats.rows].set(new, mode="drop")
+
+    return slots.replace(
+        cache=slots.cache.replace(lengths=put(slots.cache.lengths, seats.lengths)),
+        token=put(slots.token, seats.token), drawn=put(slots.drawn, 0), limit=put(slots.limit, seats.limit),
+        active=put(slots.active, True), keys=put(slots.keys, seats.keys),
+        choice=jax.tree.map(put, slots.choice, seats.choice), stops=put(slots.stops, seats.stops),
+    )  # fmt: skip
 
 
 def make_decode(

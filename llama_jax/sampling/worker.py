@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.sampling.engine import Engine, Request
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._jobs) + len(self.engine.waiting)
+        return len(self._jobs) + self.engine.queued
 
     @property
     def alive(self) -> bool:

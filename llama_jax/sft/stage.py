@@ -15,7 +15,7 @@ from llama_jax.data.packing import Packed, pack_dialogs
 from llama_jax.data.sources import read_dialogs
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
-from llama_jax.pretrain.base import StageConfig, load_tokenizer, meta, process_slice, starting_params
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, evaluation
@@ -67,7 +67,7 @@ def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int,
 
 
 def fine_tuning_stage(
-    config: StageConfig, data: SftData, mesh: Mesh, *, name: str, epochs: float
+    config: StageConfig, data: SftData, mesh: Mesh, workdir: Path, *, name: str, epochs: float
 ) -> tuple[Stage, LoopConfig]:
     """A stage that fine-tunes a language model on dialogs, and its loop with the number of steps of `epochs`."""
     model, tokenizer = load_tokenizer(config)
@@ -78,7 +78,7 @@ def fine_tuning_stage(
     loop = config.loop
     if epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(epochs * len(packed.rows) / loop.batch_size), 1))
-    specs = table.table(model, head="lm_head")
+    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     evaluate = None
     if data.held_out:
@@ -87,21 +87,21 @@ def fine_tuning_stage(
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=name,
-        specs=specs,
-        init=starting_params(specs, mesh, start=config.start, seed=config.loop.seed),
-        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(specs)),
+        specs=begun.specs,
+        init=begun.init,
+        frozen=begun.frozen,
+        optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(begun.specs)),
         loss=loss,
         source=Supervised(batches),
         evaluate=evaluate,
         tokens_per_step=config.loop.batch_size * data.length,
-        meta=meta(config, model, tokenizer),
+        meta=meta(config, model, tokenizer) | begun.meta,
     )
     return stage, loop
 
 
 def make_stage(config: SftConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """The SFT stage and its loop."""
-    del workdir
-    return fine_tuning_stage(config, config.data, mesh, name="sft", epochs=config.epochs)
+    return fine_tuning_stage(config, config.data, mesh, workdir, name="sft", epochs=config.epochs)
 
 

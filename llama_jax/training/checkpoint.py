@@ -4,19 +4,28 @@ Items of a step: `params`, `optimizer` (moments and counters), `source` (what an
 model, tokenizer, seconds, fingerprints). Any stage starts from any other's `params`, on any mesh.
 """
 
+import contextlib
 import functools
 import json
 import logging
-from collections.abc import Mapping
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import abstract
+from llama_jax.parallel.hosts import first_problem
 from llama_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -70,72 +79,134 @@ def _items(state: TrainState, source: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one stage's workdir."""
+    """The checkpoints of one stage's workdir: the newest `keep`, each multiple of `keep_every`, and the best by a metric."""
 
-    def __init__(self, directory: Path, *, keep: int):
+    def __init__(
+        self, directory: Path, *, keep: int, keep_every: int = 0, best: str = "", best_is_lowest: bool = True
+    ):  # fmt: skip
+        policies: list[Any] = [preservation.LatestN(keep)]
+        if keep_every:
+            policies.append(preservation.EveryNSteps(keep_every))
+        self.directory, self.best = directory.resolve(), best
+        if best:
+            # Orbax keeps the last of the order. A checkpoint without a measurement, or with NaN, is never the best.
+            worst = math.inf if best_is_lowest else -math.inf
+            policies.append(
+                preservation.BestN(
+                    get_metric_fn=lambda metrics: metrics[best] if math.isfinite(metrics[best]) else worst,
+                    reverse=best_is_lowest, n=1, keep_checkpoints_without_metrics=False,
+                )
+            )  # fmt: skip
         self.manager = ocp.CheckpointManager(
-            directory.resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
-        )
-
-    def save(self, step: int, state: TrainState, source: Any, meta: Mapping[str, Any]) -> None:
-        """Starts saving; returns once the arrays may be changed again."""
-        items = _items(state, source)
-        meta = {**meta, "step": step, "fingerprints": fingerprints(items)}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
             ),
         )
 
+    def save(
+        self, step: int, state: TrainState, source: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts saving; returns once the arrays may be changed again. `metrics` must hold the one to rank by."""
+        if self.best and self.best not in (metrics or {}):
+            raise ConfigError(f"loop.keep_best={self.best}: no such held-out metric; there are {', '.join(metrics or {})}")
+        items = _items(state, source)
+        meta = {**meta, "step": step, "fingerprints": fingerprints(items)}
+        with self._told(f"checkpoint {step} could not be written"):
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+                ),
+                metrics={self.best: float(metrics[self.best])} if self.best else None,
+            )
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self.manager.wait_until_finished()
+        with self._told("the last checkpoint could not be written"):
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
-        self.manager.close()
+        with self._told("the last checkpoint could not be written"):
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Turns the many errors of a write that fails (also of one begun earlier) into one line with what is left."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many types
+            if isinstance(error, CheckpointError) or isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            steps = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+            left = f"the newest whole one is {steps[-1]}" if steps else "there is none before it"
+            raise CheckpointError(f"{self.directory}: {what}; {left}: {_first_line(error)}") from error
+
+    def newest(self) -> int | None:
+        """The newest step that has been written."""
+        return max(self.manager.all_steps(), default=None)
 
     def restore(self, target: TrainState, source_target: Any) -> tuple[TrainState, Any, dict[str, Any]] | None:
         """The newest step that passes its fingerprints, laid out as `target` asks, or None if there is none at all.
 
-        Damaged steps are reported, and removed once an older whole one is found, so that the run can write them again.
+        Damaged steps are reported, and moved into `damaged/` beside the checkpoints once an older whole one is found, so
+        that the run can write them again.
 
         Raises:
-          CheckpointError: if there are checkpoints but none that is whole; nothing is removed then.
+          CheckpointError: if there are checkpoints but none that is whole; nothing is moved then.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         damaged, reason = [], ""
         for step in steps:
+            found, reason = None, ""
             try:
-                items = _items(target, source_target)
-                args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-                restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
-                found = {name: restored[name] for name in items}
-                check_fingerprints(found, restored["meta"]["fingerprints"], f"checkpoint {step}")
-                if restored["meta"]["step"] != step:
-                    raise CheckpointError(f"checkpoint {step}: meta says step {restored['meta']['step']}")
+                found, meta = self._read(step, _items(target, source_target))
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
                 reason = _first_line(error)
-                log.warning("checkpoint %d of %s is damaged: %s", step, self.manager.directory, reason)
+            if reason := first_problem(reason):
+                log.warning("checkpoint %d of %s is damaged: %s", step, self.directory, reason)
                 damaged.append(step)
                 continue
-            for newer in damaged:
-                self.manager.delete(newer)
+            self._set_aside(damaged)
             optimizer = found["optimizer"]
             state = TrainState(
                 step=optimizer["step"], params=found["params"], opt_state=optimizer["state"],
                 skipped=optimizer["skipped"], skipped_in_a_row=optimizer["skipped_in_a_row"],
             )  # fmt: skip
-            return state, found.get("source", {}), restored["meta"]
+            return state, found.get("source", {}), meta
         if steps:
-            raise CheckpointError(f"{self.manager.directory}: none of the checkpoints {steps} is whole: {reason}")
+            raise CheckpointError(f"{self.directory}: none of the checkpoints {steps} is whole: {reason}")
         return None
+
+    def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
+        found, meta = {name: restored[name] for name in items}, restored["meta"]
+        check_fingerprints(found, meta["fingerprints"], f"checkpoint {step}")
+        if meta["step"] != step:
+            raise CheckpointError(f"checkpoint {step}: meta says step {meta['step']}")
+        return found, meta
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Moves checkpoints out of the way. They are not deleted: what cannot be read today may be whole tomorrow."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = self.directory.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                os.replace(self.directory / str(step), aside / str(step))
+        first_problem("")  # all hosts wait for the move
+        self.manager.reload()
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # TensorStore tells what the system said after a long path.
+    reason = re.search(r"\[OS error \d+: ([^\]]*)\]", str(error))
+    return f"{reason[1]}: {text[:300]}" if reason else text[:300]
 
 
 def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> None:
@@ -210,3 +281,64 @@ def saved_parts(workdir: str | Path) -> dict[str, set[str]]:
         if item == "params":
             parts.setdefault(upper, set()).add(lower)
     return parts
+
+
+def written_steps(workdir: str | Path) -> list[int]:
+    """The steps of a stage's workdir that have a finished checkpoint, whole or not."""
+    return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def damages(workdir: str | Path, step: int) -> list[str]:
+    """What is wrong with a checkpoint, a line for each leaf; reads one leaf at a time and needs no stage."""
+    path = (Path(workdir) / "checkpoints" / str(step)).resolve()
+    try:
+        meta = json.loads((path / "meta" / "metadata").read_text())
+        expected, said = dict(meta["fingerprints"]), meta["step"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"meta/metadata: cannot be read: {_first_line(error)}"]
+    lines = [] if said == step else [f"meta/metadata: says step {said}"]
+    by_item: dict[str, dict[tuple[str, ...], str]] = {}
+    for name in expected:
+        item, *keys = _keys(name)
+        by_item.setdefault(item, {})[tuple(keys)] = name
+    for item, names in by_item.items():
+        lines += _damaged_leaves(path / item, item, names, expected)
+    return lines
+
+
+def _damaged_leaves(
+    path: Path, item: str, names: Mapping[tuple[str, ...], str], expected: Mapping[str, int]
+) -> list[str]:
+    lines = []
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            tree = checkpointer.metadata(path).item_metadata.tree
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            return [f"{item}: cannot be read: {_first_line(error)}"]
+        leaves = {_keys(jax.tree_util.keystr(at)): at for at, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for keys, name in names.items():
+            if keys not in leaves:
+                lines.append(f"{name}: missing")
+                continue
+            try:
+                leaf = _read_leaf(checkpointer, path, tree, leaves[keys])
+            except Exception as error:
+                lines.append(f"{name}: cannot be read: {_first_line(error)}")
+                continue
+            (found,) = fingerprints([leaf]).values()
+            if found != expected[name]:
+                lines.append(f"{name}: has checksum {found:#010x}, saved was {expected[name]:#010x}")
+    return lines
+
+
+def _read_leaf(checkpointer: ocp.Checkpointer, path: Path, tree: Any, at: Any) -> Any:
+    target = jax.tree_util.tree_map_with_path(lambda here, _: 0 if here == at else ocp.PLACEHOLDER, tree)
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target, is_leaf=lambda x: x is ocp.PLACEHOLDER)
+    restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=target, restore_args=kinds))
+    (leaf,) = [leaf for here, leaf in jax.tree_util.tree_leaves_with_path(restored) if here == at]
+    return leaf
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    """The keys of a path as JAX writes it, however a container spells its own: ['a'][0].mu -> ('a', '0', 'mu')."""
+    return tuple("".join(groups) for groups in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", name))

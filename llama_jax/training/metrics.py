@@ -78,8 +78,11 @@ class MetricWriter:
             "time": round(time.time(), 3),
             **{k: _jsonable(v) for k, v in values.items()},
         }
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others; a degree without pairs has no accuracy
                 self._tensorboard.add_scalar(name, value, step)
@@ -87,8 +90,10 @@ class MetricWriter:
     def close(self) -> None:
         """Closes both logs; a later `write` opens them again."""
         if self._file is not None:
-            self._file.close()
-            self._tensorboard.close()
+            # What could not be written has been told by `write`; on a full disk there is nothing more to save here.
+            for log in (self._file, self._tensorboard):
+                with contextlib.suppress(OSError):
+                    log.close()
             self._file = self._tensorboard = None
 
     def __enter__(self) -> "MetricWriter":

@@ -56,7 +56,7 @@ def clip_each_model(limit: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        if "trunk" in updates:
+        if "trunk" in updates or "lora" in updates:
             return _clip(updates, limit), state
         return {name: _clip(tree, limit) for name, tree in updates.items()}, state
 

@@ -6,12 +6,15 @@ happens when all have been added.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+
+from llama_jax.training.spikes import SpikeConfig
+from llama_jax.training.state import overlay
 
 Batch = Any  # a flax.struct.dataclass whose arrays all begin with the row axis B
 Params = Any
@@ -72,6 +75,10 @@ class Supervised:
     def restore(self, state: Any) -> None:
         """Nothing to take up."""
 
+    def rows(self, step: int) -> Any:
+        """Which rows the global batch of a step has, where the batches can tell: for the report of a bad one."""
+        return self.batches.rows(step) if hasattr(self.batches, "rows") else None
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -84,10 +91,16 @@ class LoopConfig:
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
     checkpoint_every: int = 1000
-    keep: int = 2  # checkpoints
+    keep: int = 2  # newest checkpoints
+    keep_every: int = 0  # checkpoints of steps that are a multiple of this stay too; 0: none
+    keep_best: str = ""  # the held-out metric by which the best checkpoint stays too; measured before each save
+    keep_best_mode: Literal["min", "max"] = "min"
     max_skipped_in_a_row: int = 10  # non-finite steps until the run stops
+    spike: SpikeConfig = SpikeConfig()
 
     def __post_init__(self):
+        if self.keep_every < 0:
+            raise ValueError(f"loop.keep_every: expected 0 or more steps, got {self.keep_every}")
         for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")
@@ -103,6 +116,9 @@ class Stage:
       name: label of the progress bar.
       specs: tree of ParamSpecs of what is trained.
       init: makes the parameters, already sharded: fresh, or from another stage's checkpoint.
+      frozen: parameters that belong to the model but are not trained, already sharded: the base of adapters. They are held
+        once, are in no checkpoint and have no moments; the loss, the source, `evaluate` and `measure` are given both trees
+        as one (`whole`).
       optimizer: see `optimizer.make`.
       loss: (params, batch) -> (objective, metrics), sums and weights.
       source: batches.
@@ -126,6 +142,11 @@ class Stage:
     check: Callable[[int, Mapping[str, float]], None] | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Params], Mapping[str, Any]] | None = None
+    frozen: Params = dataclasses.field(default_factory=dict)
+
+    def whole(self, params: Params) -> Params:
+        """The trained parameters together with the frozen ones."""
+        return overlay(params, self.frozen)
 
 
 def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Batch]) -> Callable[[Params], dict]:

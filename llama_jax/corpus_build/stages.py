@@ -1,0 +1,157 @@
+"""What a killed build leaves to the next one: products by name, each whole, checked by its sha256 before it is used again.
+
+    .<output>.unfinished/fingerprint.json    what the products are of: settings, inputs, code, packages
+    .<output>.unfinished/work/               products: cleaned documents, comparisons, tokenizer, records of shards
+    .<output>.unfinished/corpus/             the corpus itself, which takes the name of the output when it is whole
+
+A product is a value of its inputs alone, so going on gives the same bytes as an undisturbed build.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llama_jax.config import describe
+from llama_jax.corpus_build.extras import extra
+from llama_jax.corpus_build.manifest import file_sha256
+from llama_jax.files import atomic_write, write_json
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Products below a directory; None keeps nothing."""
+
+    directory: Path | None
+
+    def once(self, name: str, make: Callable[[], Value]) -> Value:
+        """The product of this name: that of an earlier run if it is whole, else what `make` returns, kept for the next."""
+        if self.directory is None:
+            return make()
+        path = self.directory / f"{name}.pickle"
+        with contextlib.suppress(FileNotFoundError):
+            digest, payload = (data := path.read_bytes())[:32], data[32:]
+            if hashlib.sha256(payload).digest() == digest:
+                return pickle.loads(payload)
+        value = make()
+        payload = pickle.dumps(value)
+        with atomic_write(path) as file:
+            file.write(hashlib.sha256(payload).digest())
+            file.write(payload)
+        return value
+
+    def forget(self, name: str) -> None:
+        """Takes a product away that turned out to be damaged."""
+        if self.directory is not None:
+            (self.directory / f"{name}.pickle").unlink(missing_ok=True)
+
+    def file_once(self, path: Path, make: Callable[[], Value]) -> Value:
+        """As `once`, for a `make` that also writes `path`: done again if that file is not what it was."""
+        if self.directory is None:
+            return make()
+        name = f"files/{path.name}"
+        value, digest = self.once(name, lambda: (make(), file_sha256(path)))
+        if path.is_file() and file_sha256(path) == digest:
+            return value
+        self.forget(name)
+        return self.once(name, lambda: (make(), file_sha256(path)))[0]
+
+
+@contextlib.contextmanager
+def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None) -> Iterator[tuple[Path, Stages]]:
+    """A directory that becomes `output` when the block ends well, and the stages of an earlier run with this fingerprint.
+
+    An error leaves nothing behind; a kill or Ctrl-C leaves what the next run goes on with. Without a fingerprint nothing is
+    kept and every run starts clean.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
+    place = _place(output)
+    keeps = fingerprint is not None and _belongs(place, fingerprint)
+    if not keeps:
+        shutil.rmtree(place, ignore_errors=True)
+    whole = False
+    try:
+        directory = place / "corpus"
+        directory.mkdir(parents=True, exist_ok=True)
+        _sweep(directory)
+        if fingerprint is not None:
+            write_json(place / "fingerprint.json", dict(fingerprint))
+        yield directory, Stages(None if fingerprint is None else place / "work")
+        os.rename(directory, output)
+        whole = True
+    except Exception:
+        whole = True
+        raise
+    finally:
+        if whole or fingerprint is None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def discard(output: str | os.PathLike) -> None:
+    """Takes away what a build of `output` left that was killed after its very end."""
+    shutil.rmtree(_place(Path(output)), ignore_errors=True)
+
+
+def _place(output: Path) -> Path:
+    return output.with_name(f".{output.name}.unfinished")
+
+
+def _belongs(place: Path, fingerprint: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads((place / "fingerprint.json").read_bytes()) == json.loads(json.dumps(fingerprint))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def _sweep(directory: Path) -> None:
+    """Leaves nothing but shards, which are checked before they are used; all else is quickly made again."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and (path.parent.name != "blocks" or path.suffix != ".array_record" or path.name.startswith(".")):
+            path.unlink()
+
+
+def fingerprint_of(settings: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the result: settings, what is read, this package's code, Python and all installed packages."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+        code.update(path.read_bytes())
+    places = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})  # not what lies in the current directory
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions(path=places)})
+    return {
+        "settings": hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest(),
+        "inputs": dict(inputs),
+        "code": code.hexdigest(),
+        "packages": hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As `describe`, sets sorted."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return sorted(value) if isinstance(value, set | frozenset) else describe(value)
+
+
+def file_facts(path: str) -> list[Any]:
+    """Name, size and time of a file, wherever it lies: cheap, and different after any honest change."""
+    if "://" in path:
+        if path.startswith("tfds://"):
+            return [path]
+        system, name = extra("fsspec").core.url_to_fs(path)
+        info = system.info(name)
+        return [path, info.get("size"), str(info.get("mtime") or info.get("updated") or info.get("LastModified"))]
+    status = os.stat(path)
+    return [path, status.st_size, status.st_mtime_ns]

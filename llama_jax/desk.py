@@ -1,0 +1,109 @@
+"""A desk at which people compare the answers of one or two models (paper 3.2.1, 3.4.2, 4.4): `python -m llama_jax.desk`.
+
+    python -m llama_jax.desk --checkpoint=runs/v1 --checkpoint=runs/v2 --output=preferences.jsonl
+
+In the browser raters give a name, write a message (or are given those of `--prompts`), see two answers grow side by side, not
+knowing which model wrote which, and choose. With `--mode=preference` rows are what `configs/reward.py` trains on; `comparison`
+and `safety` are the protocols that `llama_jax.human_evaluation` reports on. Each judgement is on the disk before the page goes
+on; a reload or a kill goes on where it was. Listens on 127.0.0.1; on any other address a password is required (`--password`, or
+LLAMA_JAX_DESK_PASSWORD in the environment). Needs the extra [web].
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import flags
+
+from llama_jax import command
+from llama_jax.annotation import forms
+from llama_jax.annotation.session import Desk
+from llama_jax.annotation.streams import Engines, Served
+from llama_jax.annotation.tasks import Settings, read_prompt_list
+from llama_jax.chat import make_engine
+from llama_jax.parallel.host import keep_heap
+from llama_jax.pretrained import load
+from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.worker import Worker
+from llama_jax.serve import LOCAL
+
+
+def name_checkpoints(places: Sequence[str]) -> dict[str, str]:
+    """{name: path} of `path` or `name=path`; a path alone is named by its end."""
+    found: dict[str, str] = {}
+    for place in places:
+        name, given, path = place.partition("=")
+        if not given:
+            name, path = os.path.basename(place.rstrip("/")), place
+        if name in found:
+            raise ValueError(f"--checkpoint: two are named {name!r}; name them: --checkpoint=first=... --checkpoint=second=...")
+        found[name] = path
+    return found
+
+
+def serve_models(
+    places: Mapping[str, str], *, tokenizer: str | None, slots: int, max_length: int, queue: int = 64
+) -> dict[str, Served]:
+    """Loads and compiles the models, each behind a worker that has been started."""
+    served = {}
+    for name, place in places.items():
+        model = load(place, tokenizer=tokenizer)
+        if model.tokenizer is None:
+            raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
+        length = min(max_length or model.config.max_length, model.config.max_length)
+        with jax.set_mesh(model.mesh):
+            engine = make_engine(model, EngineConfig(slots=slots, max_length=length, steps=2))
+        served[name] = Served(Worker(engine, model.mesh, queue=queue), model.tokenizer)
+        served[name].worker.start()
+    return served
+
+
+def main() -> None:
+    """Checks everything cheap first, then loads, compiles, listens."""
+    values = flags.FLAGS
+    password = values.password or os.environ.get("LLAMA_JAX_DESK_PASSWORD", "")
+    if values.host not in LOCAL and not password:
+        raise ValueError(f"--host={values.host}: others can reach it, which needs --password or LLAMA_JAX_DESK_PASSWORD")
+    from llama_jax.annotation import page
+
+    page.require()
+    places = name_checkpoints(values.checkpoint)
+    settings = Settings(
+        mode=values.mode, models=tuple(places), temperatures=tuple(map(float, values.temperatures)), source=values.source,
+        batch=values.batch, raters=tuple(values.raters), safety_track=values.safety,
+    )  # fmt: skip
+    prompts = read_prompt_list(values.prompts) if values.prompts else []
+    engines = Engines({}, max_tokens=values.max_tokens, top_p=values.top_p)
+    desk = Desk(values.output, settings, engines, prompts=prompts)  # opens the output before anything is loaded
+    keep_heap()
+    try:
+        engines.models |= serve_models(
+            places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length
+        )
+        page.serve(desk, host=values.host, port=values.port, password=password)
+    finally:
+        desk.close()
+        for served in engines.models.values():
+            served.worker.stop()
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("checkpoint", None, "a model, or name=model; once or twice")
+    flags.DEFINE_string("output", None, "JSONL file that judgements are added to")
+    flags.DEFINE_enum("mode", "preference", list(forms.MODES), "what raters are asked")
+    flags.DEFINE_string("prompts", "", "JSONL file of prompts to be judged; without it raters write their own")
+    flags.DEFINE_list("raters", [], "names of those who may take part; default: everybody")
+    flags.DEFINE_bool("safety", False, "the messages that raters write are of the safety track at first")
+    flags.DEFINE_string("source", "desk", "source of the rows")
+    flags.DEFINE_string("batch", None, "batch of the rows")
+    flags.DEFINE_list("temperatures", ["0.6", "1.0"], "one is drawn for each answer of a preference; other modes use the first")
+    flags.DEFINE_float("top_p", 0.9, "nucleus")
+    flags.DEFINE_integer("max_tokens", 512, "longest answer")
+    flags.DEFINE_integer("max_length", 2048, "tokens of a dialog; 0: the model's context")
+    flags.DEFINE_integer("slots", 8, "answers of each model drawn together")
+    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+    flags.DEFINE_integer("port", 7860, "port to listen on")
+    flags.DEFINE_string("password", "", "what raters must type; required on other addresses than 127.0.0.1")
+    flags.mark_flags_as_required(["checkpoint", "output"])
+    command.launch(main)

@@ -1,0 +1,200 @@
+"""Pictures of what goes into a run, for notebooks: loss masks, packed rows, layouts on a mesh, memory, attention (Fig. 10).
+
+In the style of `figures.py`: numbers in, the bytes of a PNG (or HTML) out. Needs the extra [eval].
+"""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.data.dialog import EncodedDialog
+from llama_jax.data.loader import TokenBatch
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.figures import FAINT, GREEN, GREY, INK, ORANGE, _cycle, _figure, _png
+from llama_jax.evals.ghost import AttentionMap
+from llama_jax.parallel.axes import ParamSpec, Rules, partition
+
+_UNSEEN = {"layers", "head"}  # axes that no rule divides: a drawing of two dimensions leaves them out
+_SHADES = ("#dce6fa", "#fbe8cf", "#d3eee4", "#e6ddf5", "#f7dada", "#e9ecf1", "#c2d4f5", "#f5d3a3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of an array and who holds it; first and last + 1 index of each drawn dimension."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    devices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of a packed row: their dialog (0: padding), and whether they are targets of the loss."""
+
+    start: int
+    length: int
+    segment: int
+    supervised: bool
+
+
+def loss_mask_html(dialog: EncodedDialog, tokenizer: Tokenizer) -> str:
+    """A dialog's pieces, each in a box; those that the loss trains are green (section 3.1: "zero-out the loss")."""
+    boxes = []
+    for token, trains in zip(dialog.ids, dialog.supervised, strict=True):
+        piece = tokenizer.piece(token)
+        text = html.escape({"<0x0A>": "\u21b5"}.get(piece, piece.replace("\u2581", "\u00b7")))
+        colour, edge = ("#c8ecdd", GREEN) if trains else ("#eceef2", GREY)
+        boxes.append(
+            f'<span title="id {token}" style="background:{colour};border-bottom:2px solid {edge};color:#1d2330;'
+            f'padding:0 3px;margin:1px;display:inline-block;border-radius:3px">{text}</span>'
+        )
+        if piece == "<0x0A>" or token == tokenizer.eos_id:
+            boxes.append("<br>")
+    return f'<div style="font-family:monospace;font-size:13px;line-height:1.7">{"".join(boxes)}</div>'
+
+
+def runs(row: TokenBatch) -> list[Run]:
+    """A packed row [T], cut where its dialog or its loss weight changes. The weight of a token is that of its prediction."""
+    segments = np.asarray(row.segment_ids)
+    # weights[t] belongs to the prediction of token t + 1
+    trained = np.concatenate([[False], np.asarray(row.weights)[:-1] > 0])
+    changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
+    borders = [0, *changes.tolist(), len(segments)]
+    return [
+        Run(a, b - a, int(segments[a]), bool(trained[a])) for a, b in zip(borders[:-1], borders[1:], strict=True)
+    ]
+
+
+def packed_rows(rows: Sequence[TokenBatch], *, title: str = "Packed rows") -> bytes:
+    """One bar a row, one colour a dialog: strong where tokens are trained, pale where they are not, white for padding."""
+    figure, (ax,) = _figure(1, 1, title, panel=(7.2, 0.6 + 0.3 * len(rows)))
+    for y, row in enumerate(rows):
+        for run in runs(row):
+            if run.segment:
+                colour = _cycle(5)[(run.segment - 1) % 5]
+                ax.barh(
+                    y, run.length, left=run.start, height=0.72, color=colour, alpha=1.0 if run.supervised else 0.35,
+                    linewidth=0,
+                )  # fmt: skip
+        for start in np.flatnonzero(np.diff(np.asarray(row.segment_ids))) + 1:
+            ax.plot([start, start], [y - 0.36, y + 0.36], color="white", linewidth=1.5)
+    ax.set_yticks(range(len(rows)), labels=[f"row {y}" for y in range(len(rows))])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlim(0, len(rows[0].segment_ids))
+    ax.set_xlabel("token")
+    ax.grid(False)
+    return _png(figure)
+
+
+def pieces(spec: ParamSpec, mesh: Mesh, rules: Rules) -> tuple[tuple[int, int], list[Piece]]:
+    """((rows, columns), the pieces) of a parameter on a mesh, drawn by its first two axes that a rule may divide."""
+    sharding = NamedSharding(mesh, partition(spec.shape, spec.axes, rules, mesh))
+    drawn = [d for d, axis in enumerate(spec.axes) if axis not in _UNSEEN][:2]
+    shape = tuple(spec.shape[d] for d in drawn)
+    if len(drawn) < 2:
+        shape = (1, *shape)
+    holders: dict[tuple, list[int]] = {}
+    for device, index in sharding.devices_indices_map(spec.shape).items():
+        spans = [index[d].indices(spec.shape[d])[:2] for d in drawn]
+        holders.setdefault(tuple([(0, 1)] * (2 - len(drawn)) + spans), []).append(device.id)
+    return shape, [Piece(rows, columns, tuple(sorted(found))) for (rows, columns), found in sorted(holders.items())]
+
+
+def layouts(specs: Mapping[str, ParamSpec], mesh: Mesh, tables: Mapping[str, Rules], *, title: str = "Layouts") -> bytes:
+    """Which device holds which part of each parameter: a line of drawings for each rule table, {label: rules}."""
+    figure, axes = _figure(len(tables), len(specs), title, panel=(7.6 / len(specs), 2.1))
+    places = iter(axes)
+    for label, rules in tables.items():
+        for name, spec in specs.items():
+            ax = next(places)
+            (height, width), found = pieces(spec, mesh, rules)
+            for piece in found:
+                (top, bottom), (left, right) = piece.rows, piece.columns
+                x, w = left / width, (right - left) / width
+                y, h = top / height, (bottom - top) / height
+                ax.add_patch(_box(x, y, w, h, _SHADES[piece.devices[0] % len(_SHADES)]))
+                held = _named(piece.devices)
+                ax.text(x + w / 2, y + h / 2, held, ha="center", va="center", fontsize=8, color=INK)
+            drawn = [axis for axis in spec.axes if axis not in _UNSEEN][:2]
+            ax.set_title(f"{label}: {name}", fontsize=9, color=INK)
+            ax.set_xlabel(f"{drawn[-1]} ({width})")
+            ax.set_ylabel(f"{drawn[0]} ({height})" if len(drawn) > 1 else "")
+            ax.set_xlim(-0.01, 1.01)
+            ax.set_ylim(1.01, -0.01)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines["bottom"].set_visible(False)
+    return _png(figure)
+
+
+def stacked_bars(
+    bars: Mapping[str, Mapping[str, float]], *, title: str, xlabel: str, limit: float | None = None,
+    limit_label: str = "", number: str = "{:.2f}",
+) -> bytes:  # fmt: skip
+    """Horizontal bars made of parts, {label: {part: size}}, with their sums; `limit` is a line that they should not cross."""
+    figure, (ax,) = _figure(1, 1, title, panel=(7.2, 1.3 + 0.42 * len(bars)))
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    for y, parts in enumerate(bars.values()):
+        left = 0.0
+        for name, colour in zip(names, _cycle(len(names))):
+            ax.barh(y, parts.get(name, 0.0), left=left, height=0.66, color=colour, label=name if y == 0 else None)
+            left += parts.get(name, 0.0)
+        ax.annotate(
+            number.format(left), (left, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=INK
+        )
+    if limit is not None:
+        ax.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        ax.annotate(limit_label, (limit, -0.5), xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=9, color=INK)
+    largest = max(sum(parts.values()) for parts in bars.values())
+    ax.set_xlim(0, max(1.14 * largest, 1.05 * (limit or 0.0)))
+    ax.set_yticks(range(len(bars)), labels=list(bars))
+    ax.set_ylim(len(bars) - 0.4, -0.9 if limit is not None else -0.6)
+    ax.grid(True, axis="x", color=FAINT)
+    ax.grid(False, axis="y")
+    ax.set_xlabel(xlabel)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    return _png(figure)
+
+
+def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest attention, all layers and heads") -> bytes:
+    """Fig. 10: one map a model, queries downwards; orange lines enclose the instruction's tokens."""
+    figure, axes = _figure(1, len(maps), title, panel=(7.6 / len(maps), 3.3))
+    for ax, (label, found) in zip(axes, maps.items()):
+        Q, S = found.cells.shape
+        ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, S * found.bin_size, Q * found.bin_size, 0))
+        for token in found.instruction:
+            ax.axvline(token, color=ORANGE, linewidth=1.2)
+        ax.set_title(label, fontsize=10)
+        ax.set_xlabel("key (token)")
+        ax.set_ylabel("query (token)")
+        ax.grid(False)
+    return _png(figure)
+
+
+def attention_by_turn(curves: Mapping[str, Sequence[float]]) -> bytes:
+    """How much each turn looks at the instruction, {model: values by turn}; beside `attention_maps`."""
+    figure, (ax,) = _figure(1, 1, "Attention to the instruction by turn", panel=(7.2, 3.0))
+    for (label, values), colour in zip(curves.items(), _cycle(len(curves))):
+        ax.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=4, label=label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("turn")
+    ax.set_ylabel("mean of the largest weight")
+    ax.legend()
+    return _png(figure)
+
+
+def _named(devices: Sequence[int]) -> str:
+    """0, or 0-3 for neighbours, or 0,4."""
+    first, last = devices[0], devices[-1]
+    if len(devices) > 2 and last - first == len(devices) - 1:
+        return f"{first}-{last}"
+    return ",".join(map(str, devices))
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1.5)

@@ -1,0 +1,155 @@
+"""The report of an evaluation: tables beside the paper's own numbers, differences with intervals, plots.
+
+Tables 3, 11, 14, 19 to 25 and 44 to 50. Written as results.json for programs, report.md, and a report.html that needs nothing
+beside it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.evals import benchmark_figures
+from llama_jax.evals.groups import GROUPS, TITLES, families, family_of
+from llama_jax.evals.published import MATH_NOTE, published
+from llama_jax.evals.report import markdown_sections
+from llama_jax.evals.report_html import render_page
+from llama_jax.evals.report_sections import Section, Table
+from llama_jax.files import atomic_write, write_json
+
+_LEAD = (
+    "Benchmarks of the Llama 2 paper, beside the paper's own numbers. Percent, unless a table says otherwise; ± is one "
+    "standard error."
+)
+_PROMPTS = (
+    "The paper's prompts were never published. These are the prompts of lm-evaluation-harness (SQuAD and QuAC: of GPT-3's "
+    "paper), so a few points of difference from the paper's numbers mean nothing; between the models of one report they do."
+)
+_FAMILY_TASKS = ("mmlu", "bbh", "agieval", "math", "toxigen", "bold")
+
+
+def write(values: Mapping[str, Any], output: Path, *, paper: Sequence[str]) -> None:
+    """Writes the files of a report; `values` is what `evaluate.run` returns."""
+    known = {model: published(model) for model in paper}
+    sections = build(values, known)
+    figures = benchmark_figures.draw(values, known)
+    # Only what the notes below the title do not say: what a picture shows, for those who do not see it.
+    texts = {name: figure.text for name, figure in figures.items()}
+    for name, figure in figures.items():
+        for ending, data in (("png", figure.png), ("svg", figure.svg)):
+            _write(output / "figures" / f"{name}.{ending}", data)
+    title = f"Evaluation: {values['suite']}"
+    write_json(output / "results.json", values)
+    _write(output / "report.md", markdown_sections(title, _LEAD, sections, alt=texts).encode())
+    page = render_page(title, _LEAD, sections, figures={name: figure.png for name, figure in figures.items()}, alt=texts)
+    _write(output / "report.html", page.encode())
+
+
+def build(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> list[Section]:
+    """The report as titled sections."""
+    models = values["models"]
+    sections = [_groups(models, known), *_tasks(models, known), *_differences(values)]
+    notes = [*values["notes"], _PROMPTS]
+    if values["limit"]:
+        notes.insert(0, f"The first {values['limit']} rows of each task only: a trial, not a result.")
+    if any("math" in row["groups"] for row in models.values()):
+        notes.append(MATH_NOTE)
+    return [section for section in sections if section is not None] + [Section("Notes", notes=notes)]
+
+
+def _groups(models, known) -> Section | None:
+    names = [name for name in (*GROUPS, "truthfulqa", "toxigen") if any(name in row["groups"] for row in models.values())]
+    if not names:
+        return None
+    rows, notes = [], []
+    for model, row in models.items():
+        rows.append([model, *(cell(row["groups"].get(name)) for name in names)])
+    for name in names:
+        missing = next(iter(models.values()))["groups"].get(name, {}).get("missing")
+        if missing:
+            notes.append(f"{TITLES[name]}: without {', '.join(missing)}, so not the paper's average.")
+    for model, columns in known.items():
+        rows.append([f"{model} (paper)", *(_number(columns.get(name)) for name in names)])
+    table = Table(["model", *(TITLES[name] for name in names)], rows)
+    return Section("Averages by group (Table 3)", notes=notes, tables=[table], figures=["groups"])
+
+
+def _tasks(models, known) -> list[Section]:
+    """One table of single tasks, then one for each family."""
+    tasks = list(dict.fromkeys(task for row in models.values() for task in row["tasks"]))
+    single = [task for task in tasks if family_of(task) == task]
+    sections = []
+    rows = [_row(task, [row["tasks"].get(task) for row in models.values()], known) for task in single]
+    for family in ("mmlu", "bbh", "agieval", "math"):
+        found = [families(row["tasks"]).get(family) for row in models.values()]
+        if any(found):
+            sample = next(r for row in models.values() for t, r in row["tasks"].items() if family_of(t) == family)
+            merged = [f and {**f, "metric": sample["metric"], "shots": sample.get("shots")} for f in found]
+            rows.append(_row(family, merged, known))
+    if rows:
+        columns = ["task", "metric", "shots", "n", *models, *(f"{model} (paper)" for model in known)]
+        sections.append(Section("Tasks", tables=[Table(columns, rows)]))
+    for family in _FAMILY_TASKS:
+        members = [task for task in tasks if family_of(task) == family and task != family]
+        if not members:
+            continue
+        rows = [_row(task, [row["tasks"].get(task) for row in models.values()], known) for task in members]
+        columns = ["task", "metric", "shots", "n", *models, *(f"{model} (paper)" for model in known)]
+        notes = ["VADER's compound score, from -1 to 1."] if family == "bold" else []
+        sections.append(Section(TITLES[family], notes=notes, tables=[Table(columns, rows)]))
+    return sections
+
+
+def _row(task: str, found: Sequence[Mapping[str, Any] | None], known: Mapping[str, Mapping[str, float]]) -> list[str]:
+    first = next(record for record in found if record)
+    unit = 1.0 if family_of(task) == "bold" else 100.0
+    column = "math_set" if task == "math" else task
+    theirs = []
+    for columns in known.values():
+        value = columns.get(column)
+        theirs.append(_number(value / 100 if value is not None and unit == 1.0 else value, 2 if unit == 1.0 else 1))
+    shots = first.get("shots")
+    name = task.partition(":")[2] or task
+    return [
+        name.replace("_", " "), str(first["metric"]), "" if shots is None else str(shots), f"{first['n']:,}",
+        *(cell(record, unit=unit) for record in found), *theirs,
+    ]  # fmt: skip
+
+
+def _differences(values) -> list[Section]:
+    sections = []
+    for other, found in values["differences"].items():
+        rows = []
+        for kind in ("groups", "tasks"):
+            for name, row in found[kind].items():
+                if kind == "tasks" and (family_of(name) != name or name in found["groups"]):
+                    continue
+                clear = "" if row["low"] <= 0 <= row["high"] else ("better" if row["low"] > 0 else "worse")
+                text = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+                rows.append([TITLES.get(name, name.replace("_", " ")), text, clear])
+        notes = [
+            "Points, with the 95 % interval of a paired bootstrap over questions. A word stands where the interval leaves out "
+            "0; with many rows, one in twenty does so by chance."
+        ]
+        title = f"{other} beside {found['to']}"
+        table = Table(["", f"{other} minus {found['to']}", ""], rows)
+        sections.append(Section(title, notes=notes, tables=[table], figures=[f"difference_{other}"]))
+    return sections
+
+
+def cell(record: Mapping[str, Any] | None, *, unit: float = 100.0) -> str:
+    """A value with its standard error."""
+    if not record or record["value"] is None or not math.isfinite(record["value"]):
+        return "not run"
+    digits = 1 if unit == 100.0 else 2
+    error = f" ± {unit * record['stderr']:.{digits}f}" if record["stderr"] else ""
+    return f"{unit * record['value']:.{digits}f}{error}"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(data)

@@ -1,0 +1,260 @@
+"""A loaded model as lm-evaluation-harness asks one: log-likelihoods, rolling log-likelihoods, generation (paper section 2.3).
+
+    lm = HarnessModel(llama_jax.load(path))
+    lm_eval.evaluator.simple_evaluate(lm, tasks=["hellaswag"])
+
+The harness brings tasks, prompts and metrics, we bring the arithmetic: `evals/likelihood.py` and the engine of `sampling/`.
+Text becomes tokens as in the harness's own Hugging Face model, so that both give the same numbers. What exceeds the context
+is cut from the left as there, and counted in `cut`.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.text_stream import TextStream
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.likelihood import Pair, Score, Scorer, ScoringConfig
+from llama_jax.model.decode import prepare
+from llama_jax.model.params import table
+from llama_jax.parallel.axes import batch_shards
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine, EngineConfig, Request
+from llama_jax.training.metrics import Progress
+
+_SLICE = 4096  # requests after which results go to the cache
+_ANSWER = 256  # tokens of an answer where a task does not say: the harness's default
+_SLOTS = 16  # answers that are drawn together, on each shard of the batch
+_REUSE = 32  # prompts that share so many tokens compute them once
+
+
+class HarnessModel:
+    """`model` has what `llama_jax.load` gives: params, config, tokenizer, compute, mesh, path.
+
+    It counts as one of the harness's models without being derived from their class: importing the harness changes the
+    environment of the process, which an import of ours must not.
+
+    Args:
+      scoring: shapes of the log-likelihoods.
+      slots: answers drawn together; default: 16 on each shard of the batch.
+      chat: a prompt to continue is put into the chat format, as the user's only message.
+      seed: of sampled answers.
+    """
+
+    def __init__(
+        self, model: Any, *, scoring: ScoringConfig | None = None, slots: int = 0, chat: bool = False, seed: int = 0,
+        quiet: bool = False,
+    ):  # fmt: skip
+        try:
+            from lm_eval.api.model import LM, CacheHook
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
+        LM.register(type(self))
+        self.cache_hook = CacheHook(None)
+        if model.head != "lm_head":
+            raise ValueError(f"{model.path}: benchmarks need a language model, this is a reward model")
+        if model.tokenizer is None:
+            raise ValueError(f"{model.path}: missing tokenizer: benchmarks are texts")
+        self.model, self.words, self.chat, self.seed, self.quiet = model, model.tokenizer, chat, seed, quiet
+        specs = table(model.config, head="lm_head")
+        with jax.set_mesh(model.mesh):
+            self._weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute))(model.params)
+        self.scorer = Scorer(model.config, self._weights, model.mesh, compute=model.compute, settings=scoring)
+        self._slots = -(-(slots or _SLOTS * batch_shards(model.mesh)) // batch_shards(model.mesh)) * batch_shards(model.mesh)
+        self._engine: Engine | None = None
+        self.cut: collections.Counter = collections.Counter()  # requests that lost their beginning, by kind
+
+    # ---- what the harness asks about the model ----
+
+    rank, world_size, device = 0, 1, None  # one model over all devices and hosts
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Where finished requests are to be kept."""
+        self.cache_hook = cache_hook
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        return self.words.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on."""
+        return self.words.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the model's context."""
+        return self.model.config.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The fingerprint, under which the harness caches encoded requests."""
+        return self.words.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids, with BOS where the model expects it."""
+        return self.words.encode(string, bos=self.words.adds_bos and add_special_tokens is not False)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness's result file says about the model."""
+        return {"checkpoint": self.model.path, "tokenizer": self.words.fingerprint, "cut_requests": dict(self.cut)}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refused: our tokenizers never read control tokens out of text."""
+        raise ValueError("--apply_chat_template: expected model_args with chat=True, which encodes prompts in the chat format")
+
+    # ---- log-likelihoods ----
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:
+        """(log p(continuation | context), is it greedy) for each request's (context, continuation)."""
+        results: list[Score] = []
+        with Progress(len(requests), "log-likelihoods", "request", quiet=self.quiet or disable_tqdm) as progress:
+            for start in range(0, len(requests), _SLICE):
+                texts = [request.args for request in requests[start : start + _SLICE]]
+                scores = self._score(self._encode_all(texts), "loglikelihood", progress.update)
+                for args, score in zip(texts, scores):
+                    self.cache_hook.add_partial("loglikelihood", args, score)
+                results += scores
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, each token once, under as much context as fits."""
+        from lm_eval import utils
+
+        windows = [
+            [utils.make_disjoint_window(window) for window in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )]
+            for request in requests
+        ]  # fmt: skip
+        flat = [window for group in windows for window in group]
+        with Progress(len(flat), "rolling log-likelihoods", "window", quiet=self.quiet or disable_tqdm) as progress:
+            scores = iter(self._score(flat, "loglikelihood_rolling", progress.update))
+        totals = [sum(next(scores)[0] for _ in group) for group in windows]
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score(self, pairs: Sequence[Pair], kind: str, progress: Callable[[int], None] | None) -> list[Score]:
+        return self.scorer([self._fitting(*pair, kind) for pair in pairs], progress=progress)
+
+    def _fitting(self, context: Sequence[int], continuation: Sequence[int], kind: str) -> Pair:
+        over = len(context) + len(continuation) - 1 - self.max_length
+        if over <= 0:
+            return context, continuation
+        if over >= len(context):
+            raise ValueError(
+                f"{self.model.path}: a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}"
+            )
+        self.cut[kind] += 1
+        return context[over:], continuation
+
+    def _encode_all(self, texts: Sequence[tuple[str, str]]) -> list[Pair]:
+        """Each (context, continuation) as ids, split as the harness does; distinct texts once, on several threads."""
+        moved = []
+        for context, continuation in texts:
+            kept = context.rstrip()  # spaces at the end of a context belong to the next word
+            moved.append((kept, context[len(kept) :] + continuation) if kept else (context, continuation))
+        wanted = {text: None for context, continuation in moved for text in (context, context + continuation) if text}
+        ids = dict(zip(wanted, self.words.encode_many(list(wanted))))
+        bos = [self.words.bos_id] if self.words.adds_bos else []
+        out = []
+        for context, continuation in moved:
+            whole = ids[context + continuation]
+            if context:
+                out.append((bos + ids[context], whole[len(ids[context]) :]))
+            else:  # BOS is the context, unless the text brings it
+                out.append(([self.prefix_token_id], whole))
+        return out
+
+    # ---- generation ----
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts that continue each request's context, up to a stop string, EOS or the greatest length."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        answers: list[str] = [""] * len(requests)
+        jobs = []
+        for index, request in enumerate(requests):
+            context, arguments = request.args
+            arguments = normalize_gen_kwargs(arguments, _ANSWER)
+            prompt, room = self._prompt(context, arguments["max_gen_toks"])
+            jobs.append((index, prompt, room, arguments))
+        if not jobs:
+            return answers
+        with (
+            jax.set_mesh(self.model.mesh),
+            Progress(len(jobs), "answers", "answer", quiet=self.quiet or disable_tqdm) as progress,
+        ):
+            engine = self._engine_for(max(len(prompt) + room for _, prompt, room, _ in jobs))
+            streams = {}
+            for index, prompt, room, arguments in sorted(jobs, key=lambda job: job[1]):  # what begins alike, side by side
+                stream = _Answer(engine, self.words, prompt, [stop for stop in arguments["until"] if stop])
+                streams[index] = stream
+                stream.request = engine.submit(
+                    prompt, max_tokens=room, choice=_choice(arguments), seed=self.seed, index=index,
+                    stop_ids=(self.words.eos_id,), on_token=stream.push,
+                )  # fmt: skip
+            engine.run([stream.request for stream in streams.values()], progress=progress.update)
+        for index, request in enumerate(requests):
+            answers[index] = streams[index].text()
+            self.cache_hook.add_partial("generate_until", request.args, answers[index])
+        return answers
+
+    def _prompt(self, context: str, most: int) -> tuple[list[int], int]:
+        """Ids of a prompt, and how many tokens its answer may have."""
+        if self.chat:
+            prompt = encode_chat([{"role": "user", "content": context}], self.words)
+        else:
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+        least = min(most, max(self.max_length // 4, 1))  # of the context, for the answer
+        if len(prompt) > self.max_length - least:
+            self.cut["generate_until"] += 1
+            prompt = prompt[-(self.max_length - least) :]
+        return prompt, min(most, self.max_length - len(prompt))
+
+    def _engine_for(self, length: int) -> Engine:
+        """An engine that holds so many tokens, the last one if it does."""
+        if self._engine is None or self._engine.settings.max_length < length:
+            self._engine = None  # its cache, before the next is made
+            length = min(1 << (length - 1).bit_length(), self.max_length)
+            settings = EngineConfig(
+                slots=self._slots, max_length=max(length, 2), chunks=((64, 4), (512, 1)), reuse=_REUSE
+            )
+            self._engine = Engine(self.model.config, self._weights, settings, compute=self.model.compute).warm_up()
+        return self._engine
+
+
+class _Answer:
+    """An answer on its way: it ends itself at a stop string."""
+
+    def __init__(self, engine: Engine, words: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
+        self._engine, self._stream, self._pieces = engine, TextStream(words, stops, after=prompt), []
+        self.request: Request | None = None
+
+    def push(self, request: Request, token: int) -> None:
+        """Takes a token."""
+        if token not in request.stop_ids:
+            self._pieces.append(self._stream.push(token))
+        if self._stream.stopped and not request.finish:
+            self._engine.cancel(request)
+
+    def text(self) -> str:
+        """All of it, without the stop string."""
+        self._pieces.append(self._stream.finish())
+        return "".join(self._pieces)
+
+
+def _choice(arguments: dict[str, Any]) -> Choice:
+    """The harness's generation settings as ours; greedy unless they say otherwise."""
+    if not arguments.get("do_sample"):
+        return Choice(temperature=0.0)
+    return Choice(
+        temperature=float(arguments.get("temperature") or 1.0), top_k=int(arguments.get("top_k") or 0),
+        top_p=float(arguments.get("top_p") or 1.0), min_p=float(arguments.get("min_p") or 0.0),
+    )  # fmt: skip

@@ -1,0 +1,279 @@
+"""Log-likelihoods of continuations: what multiple-choice benchmarks and perplexities ask of a model (paper section 2.3).
+
+    scorer = Scorer(model.config, prepared_weights, mesh, compute=model.compute)
+    scorer([(context, continuation), ...])          # token ids -> [(log p, whether it is the greedy one), ...]
+
+Continuations of one context are branches of a tree, contexts that begin alike (few-shot examples) continue one cache, and trees
+are packed into rows of few static lengths (`model/tree.py`). The plan is made on the host, from token ids alone.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.data.packing import pack
+from llama_jax.model.cache import KVCache, empty_cache
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.decode import Prepared, prefill
+from llama_jax.model.tree import Trees, target_log_probs, tree_states
+from llama_jax.parallel.axes import DECODE, batch_shards, layout
+
+Pair = tuple[Sequence[int], Sequence[int]]  # (context, continuation)
+Score = tuple[float, bool]
+_CHUNK = 64  # as in model/tree.py
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """The shapes of scoring; each that is met is compiled once.
+
+    row: tokens of a row; a longer text takes the next power of two.
+    tokens: tokens that a device computes at once, whole rows of them; 0: one row on a CPU, 16,384 elsewhere.
+    share: a common beginning of at least so many tokens may get a cache.
+    """
+
+    row: int = 512
+    tokens: int = 0
+    share: int = 32
+
+    def __post_init__(self):
+        if self.row < 1 or self.tokens < 0 or self.share < 1:
+            raise ValueError(f"scoring: expected positive sizes, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A context and some of its continuations, with the requests that asked for each."""
+
+    stem: tuple[int, ...]
+    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (continuation, indices of requests)
+
+    def size(self, start: int) -> int:
+        """Tokens of a row that it takes, where a cache holds the first `start` of the stem."""
+        return len(self.stem) - start + sum(len(continuation) - 1 for continuation, _ in self.branches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Trees whose stems begin with the same `prefix`, which is computed first; it may be empty."""
+
+    prefix: tuple[int, ...]
+    trees: list[Tree]
+
+
+class Scorer:
+    """Scores pairs on any mesh; `cost` says what it computed for them."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Prepared, mesh: Mesh, *, compute: Compute, settings: ScoringConfig | None = None
+    ):
+        self.config, self.weights, self.mesh, self.settings = config, weights, mesh, settings or ScoringConfig()
+        self.cost: collections.Counter = collections.Counter()  # requests, their tokens, computed tokens, rows
+        whole = NamedSharding(mesh, PartitionSpec())  # results are read by every host
+
+        def fill(weights, tokens, lengths):
+            with layout(DECODE):
+                cache = empty_cache(config, batch=tokens.shape[0], slots=tokens.shape[1], dtype=compute.activation_dtype)
+                return prefill(weights, tokens, lengths, cache, config=config, compute=compute)[1]
+
+        def states(weights, rows, cache):
+            with layout(DECODE):
+                return tree_states(weights, rows, cache, config=config, compute=compute)
+
+        def read(weights, hidden, places, targets):
+            with layout(DECODE):
+                return target_log_probs(weights, hidden, places, targets, compute=compute)
+
+        self._fill, self._states = jax.jit(fill), jax.jit(states)
+        self._read = jax.jit(read, out_shardings=(whole, whole))
+        self._empty = functools.partial(empty_cache, config, slots=0, dtype=jnp.dtype(compute.activation_dtype))
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(program._cache_size() for program in (self._fill, self._states, self._read))
+
+    def __call__(self, pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None) -> list[Score]:
+        """(log p(continuation | context), whether each of its tokens is the most likely one) for each pair, in order.
+
+        Raises:
+          ValueError: an empty context or continuation, or a pair that is longer than the model's context.
+        """
+        for i, (context, continuation) in enumerate(pairs):
+            length = len(context) + len(continuation) - 1
+            if not context or not continuation or length > self.config.max_length:
+                raise ValueError(
+                    f"pair {i}: expected a context and a continuation of at most {self.config.max_length} tokens together, "
+                    f"got {len(context)} + {len(continuation)}"
+                )
+        log_probs, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+        late: list[tuple[jax.Array, jax.Array, list]] = []
+
+        def take(log_p, best, spans):
+            log_p, best, done = np.asarray(log_p, np.float64), np.asarray(best), 0
+            for row, start, end, requests in spans:
+                for i in requests:
+                    log_probs[i], greedy[i] = log_p[row, start:end].sum(), best[row, start:end].all()
+                done += len(requests)
+            if progress:
+                progress(done)
+
+        with jax.set_mesh(self.mesh):
+            for batch in self._batches(pairs):
+                late.append(batch)
+                if len(late) > 1:  # the device computes the next batch while the host reads
+                    take(*late.pop(0))
+            for batch in late:
+                take(*batch)
+        self.cost["requests"] += len(pairs)
+        self.cost["tokens"] += sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
+        return list(zip(log_probs.tolist(), greedy.tolist()))
+
+    def _batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[jax.Array, jax.Array, list]]:
+        """Runs the plan: (log_p, best, spans [row, start, end, requests]) of each batch of rows."""
+        plans: dict[tuple[int, int], list[Group]] = {}
+        for group in plan(pairs, self.settings):
+            slots = bucket(len(group.prefix))
+            by_row: dict[int, list[Tree]] = {}
+            for tree in group.trees:
+                by_row.setdefault(row_length(tree.size(len(group.prefix)), self.settings.row), []).append(tree)
+            for length, trees in by_row.items():
+                plans.setdefault((length, slots), []).append(Group(group.prefix, trees))
+        for (length, slots), groups in sorted(plans.items(), key=lambda item: item[0], reverse=True):
+            batch = self._batch_size(length)
+            for first in range(0, len(groups), batch):
+                part = groups[first : first + batch]
+                cache = self._prefixes([group.prefix for group in part], batch, slots)
+                rows = [
+                    (i, [group.trees[t] for t in chosen])
+                    for i, group in enumerate(part)
+                    for chosen in pack([tree.size(len(group.prefix)) for tree in group.trees], length)
+                ]
+                for start in range(0, len(rows), batch):
+                    yield self._run(rows[start : start + batch], part, cache, batch, length)
+
+    def _batch_size(self, length: int) -> int:
+        tokens = self.settings.tokens or (0 if self.mesh.devices.flat[0].platform == "cpu" else 16_384)
+        return max(tokens // length, 1) * batch_shards(self.mesh)
+
+    def _prefixes(self, prefixes: Sequence[Sequence[int]], batch: int, slots: int) -> KVCache:
+        """The caches of some prefixes, G = batch rows of `slots`."""
+        if not slots:
+            return self._empty(batch=batch)
+        tokens, lengths = np.zeros((batch, slots), np.int32), np.ones((batch,), np.int32)
+        for row, prefix in enumerate(prefixes):
+            tokens[row, : len(prefix)], lengths[row] = prefix, len(prefix)
+        self.cost["computed"] += tokens.size
+        return self._fill(self.weights, tokens, lengths)
+
+    def _run(self, rows, groups, cache, batch, length):
+        arrays = Trees(*(np.zeros((batch, length), np.int32) for _ in range(4)), np.zeros((batch,), np.int32))
+        spans, wanted = [], []
+        for row, (group, trees) in enumerate(rows):
+            arrays.prefixes[row] = group
+            questions = _fill_row(arrays, row, len(groups[group].prefix), trees)
+            wanted.append([q for places, targets, _ in questions for q in zip(places, targets)])
+            start = 0
+            for places, _, requests in questions:
+                spans.append((row, start, start + len(places), requests))
+                start += len(places)
+        places, targets = (np.zeros((batch, bucket(max(map(len, wanted)), _CHUNK)), np.int32) for _ in range(2))
+        for row, found in enumerate(wanted):
+            places[row, : len(found)], targets[row, : len(found)] = np.array(found, np.int32).T
+        self.cost["computed"] += arrays.tokens.size
+        self.cost["rows"] += len(rows)
+        hidden = self._states(self.weights, arrays, cache)
+        return *self._read(self.weights, hidden, places, targets), spans
+
+
+def plan(pairs: Sequence[Pair], settings: ScoringConfig) -> list[Group]:
+    """Groups of trees that answer all pairs; each distinct pair is computed once."""
+    stems: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for i, (context, continuation) in enumerate(pairs):
+        stems.setdefault(tuple(context), {}).setdefault(tuple(continuation), []).append(i)
+    groups, alone = [], []
+    for common, members in _beginnings(sorted(stems), settings):
+        trees = [tree for stem in members for tree in _trees(stem, stems[stem], common, settings.row)]
+        if common:
+            groups.append(Group(members[0][:common], trees))
+        else:
+            alone += trees
+    return [*groups, *([Group((), alone)] if alone else [])]
+
+
+def _trees(stem: tuple[int, ...], branches: dict, start: int, row: int) -> list[Tree]:
+    """The continuations of a stem in as many trees as rows need."""
+    trees: list[Tree] = []
+    row = row_length(len(stem) - start + max(map(len, branches)) - 1, row)
+    for branch in sorted((tuple(ids), tuple(requests)) for ids, requests in branches.items()):
+        if trees and trees[-1].size(start) + len(branch[0]) - 1 <= row:
+            trees[-1] = Tree(stem, (*trees[-1].branches, branch))
+        else:
+            trees.append(Tree(stem, (branch,)))
+    return trees
+
+
+def _beginnings(stems: list[tuple[int, ...]], settings: ScoringConfig) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Sorted stems in runs that begin alike: (tokens that a cache shall hold, the run)."""
+    common = [0, *(_common(a, b) for a, b in zip(stems, stems[1:])), 0]
+    start = 0
+    for i in range(1, len(stems) + 1):
+        # A stem belongs to the neighbour that it shares more with.
+        if i < len(stems) and common[i] >= max(settings.share, max(common[i - 1], common[i + 1]) / 2):
+            continue
+        run = stems[start:i]
+        shared = min([*common[start + 1 : i], *(len(stem) - 1 for stem in run)])  # the last token's state is wanted
+        rest = sum(len(stem) - shared for stem in run)
+        cached = bucket(shared) + -(-rest // settings.row) * settings.row
+        worth = len(run) > 1 and shared >= settings.share and cached < sum(map(len, run))
+        yield (shared if worth else 0), run
+        start = i
+
+
+def _fill_row(arrays: Trees, row: int, start: int, trees: Sequence[Tree]) -> list[tuple[list[int], list[int], tuple[int, ...]]]:
+    """Writes trees into a row; for each branch, the places that predict its tokens, the tokens, and who asked."""
+    at, out = 0, []
+
+    def write(ids, position, tree, branch):
+        nonlocal at
+        span = slice(at, at + len(ids))
+        arrays.tokens[row, span] = ids
+        arrays.positions[row, span] = np.arange(position, position + len(ids))
+        arrays.trees[row, span], arrays.branches[row, span] = tree, branch
+        at += len(ids)
+
+    for number, tree in enumerate(trees, start=1):
+        write(tree.stem[start:], start, number, 0)
+        last = at - 1
+        for branch, (ids, requests) in enumerate(tree.branches, start=1):
+            places = [last, *range(at, at + len(ids) - 1)]
+            write(ids[:-1], len(tree.stem), number, branch)
+            out.append((places, list(ids), requests))
+    return out
+
+
+def row_length(size: int, least: int) -> int:
+    """The row that holds a tree: `least`, or the next power of two."""
+    return least if size <= least else 1 << (size - 1).bit_length()
+
+
+def bucket(size: int, least: int = 128) -> int:
+    """The smallest of 0, 128, 192, 256, 384, 512, ... (powers of two and what lies half-way) that holds `size`."""
+    if size == 0:
+        return 0
+    power = max(1 << (size - 1).bit_length(), least)
+    return power * 3 // 4 if size <= power * 3 // 4 and power > least and power * 3 // 4 % _CHUNK == 0 else power
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common beginning."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

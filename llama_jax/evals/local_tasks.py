@@ -1,0 +1,230 @@
+"""Benchmarks from local files: `--data_dir` holds JSONL files, and each becomes what the harness's own task reads from the hub.
+
+A layout names the files, the columns they must have, and how a row becomes the document that prompt and metric know. Files may
+end in `.jsonl` or `.jsonl.gz`; a missing column is an error that names file, line and column.
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.data.rows import Row, read_jsonl
+
+Document = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of rows: its name without ending, the columns they need, and the document that a row becomes."""
+
+    name: str
+    columns: tuple[str, ...]
+    document: Callable[[Row], Document | list[Document]] = dict
+    only: tuple[str, str] = ()  # a column and the value that rows of this task have in it
+    part: tuple[int | None, int | None] = (None, None)  # of its documents: from, to
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The rows that are scored, and those of the examples before them; `changes` of the task's settings that this needs.
+
+    `fewer`: a task may have fewer examples than are asked for, and then takes all (AGIEval has 3 to 5).
+    """
+
+    test: File
+    shots: File | None = None
+    fewer: bool = False
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find(data_dir: str | Path, name: str) -> Path:
+    """The file of a name. FileNotFoundError saying what was expected."""
+    for ending in (".jsonl", ".jsonl.gz"):
+        if (path := Path(data_dir) / (name + ending)).is_file():
+            return path
+    raise FileNotFoundError(f"{data_dir}: expected {name}.jsonl or {name}.jsonl.gz in it")
+
+
+def read(data_dir: str | Path, file: File) -> list[Document]:
+    """The documents of a file, in order.
+
+    Raises:
+      ValueError: a row without one of the columns, or one that cannot be read as this benchmark's.
+    """
+    documents: list[Document] = []
+    for where, row in read_jsonl(find(data_dir, file.name)):
+        for column in file.columns:
+            if column not in row:
+                expected = ", ".join(file.columns)
+                raise ValueError(f"{where}: {column}: missing; expected the columns {expected}, found {', '.join(row)}")
+        if file.only and row[file.only[0]] != file.only[1]:
+            continue
+        try:
+            found = file.document(row)
+        except (KeyError, IndexError, TypeError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{where}: cannot be read as a row of {file.name}: {type(error).__name__}: {error}") from None
+        documents += found if isinstance(found, list) else [found]
+    documents = documents[slice(*file.part)]
+    if not documents:
+        kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
+        raise ValueError(f"{find(data_dir, file.name)}: expected rows{kind}, found none")
+    return documents
+
+
+def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]:
+    """What a task's settings need to read the files in place of the hub's data set."""
+    datasets = {"test": read(data_dir, layout.test)}
+    if shots and layout.shots is not None:
+        datasets["shots"] = read(data_dir, layout.shots)
+        if len(datasets["shots"]) < shots and not layout.fewer:
+            name = find(data_dir, layout.shots.name)
+            raise ValueError(f"{name}: expected at least {shots} examples, found {len(datasets['shots'])}")
+
+    def load(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset  # an extra
+
+        return {split: Dataset.from_list(rows) for split, rows in datasets.items()}
+
+    few = {"fewshot_split": None}
+    if "shots" in datasets:
+        count = min(shots, len(datasets["shots"]))
+        few = {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": count}
+    return {
+        "custom_dataset": load, "dataset_kwargs": None, "test_split": "test", "validation_split": None, "training_split": None,
+        "process_docs": None, "metadata": None, **few, **layout.changes,
+    }  # fmt: skip
+
+
+def layout(task: str) -> Layout | None:
+    """The layout of a task of `evals/tasks.py`; None where there is none."""
+    family, _, part = task.partition(":")
+    return _LAYOUTS[family](part) if callable(_LAYOUTS.get(family)) else _LAYOUTS.get(family)
+
+
+# ---- rows to documents ----
+
+
+def _arc(row: Row) -> Document:
+    question = row["question"]
+    choices = question["choices"]
+    return {
+        "question": question["stem"], "answerKey": row["answerKey"],
+        "choices": {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]},
+    }  # fmt: skip
+
+
+def _openbookqa(row: Row) -> Document:
+    pieces = re.split(r"\s*\(([A-D])\) ", " " + row["Choices"].strip())
+    labels, texts = pieces[1::2], pieces[2::2]
+    if labels != ["A", "B", "C", "D"]:
+        raise ValueError(f"expected choices (A) to (D), found {labels}")
+    return {"question_stem": row["Question Stem"], "choices": {"text": texts, "label": labels}, "answerKey": row["Answer Key"]}
+
+
+def _commonsense_shot(row: Row) -> Document:
+    match = re.fullmatch(r"Question: (.*?)\n((?: ?[A-E]\. .*\n)+)Answer:", row["query"], re.DOTALL)
+    texts = [line.strip()[3:] for line in match.group(2).splitlines()] if match else []
+    if len(texts) != 5:
+        raise ValueError(f"query: expected a question with choices A to E, found {row['query'][:80]!r}")
+    choices = {"label": list("ABCDE"), "text": texts}
+    return {"question": match.group(1), "choices": choices, "answerKey": "ABCDE"[row["gold"]]}
+
+
+def _hellaswag(row: Row) -> Document:
+    return {"query": row["query"], "choices": row["choices"], "label": int(row["gold"])}
+
+
+def _boolq(row: Row) -> Document:
+    if not isinstance(row["answer"], bool):
+        raise ValueError(f"answer: expected true or false, found {row['answer']!r}")
+    return {"passage": row["passage"], "question": row["question"], "label": int(row["answer"])}
+
+
+def _mmlu(row: Row) -> Document:
+    return {"question": row["question"], "choices": row["choices"], "answer": "ABCD".index(row["answer"])}
+
+
+def _squad(row: Row) -> Document:
+    texts = row["answers"]["text"]
+    return {"title": row["title"], "context": row["context"], "question": row["question"], "answers": list(texts)}
+
+
+def quac_turns(row: Row) -> list[Document]:
+    """The questions of one dialog, each with those before it and their answers."""
+    said, out = [], []
+    for qa in row["qas"]:
+        answers = [answer["text"] for answer in qa["answers"]]
+        said.append(f"Q: {qa['question']}\n\nA:")
+        out.append({"title": row["title"], "context": row["context"], "dialog": "\n\n".join(said), "answers": answers})
+        said[-1] += f" {qa['orig_answer']['text']}"
+    return out
+
+
+def _trivia(row: Row) -> Document:
+    return {"question": row["Question"].rstrip("?"), "answer": {"aliases": row["Answer"]["Aliases"]}}
+
+
+def _agieval(row: Row) -> Document:
+    """The columns of the hub's copies, with the prompt of AGIEval's own code."""
+    options = row["options"]
+    passage = f"{row['passage']}\n" if row.get("passage") else ""
+    letters = f"A through {'ABCDE'[len(options) - 1]}"
+    query = f"{passage}Q: {row['question']} Answer Choices: {' '.join(options)}\nA: Among {letters}, the answer is"
+    return {"query": query, "choices": list(options), "gold": ["ABCDE".index(row["label"])]}
+
+
+def _agieval_shot(row: Row) -> list[Document]:
+    if not row["row"].startswith("sample") or not row["text"]:
+        return []  # explanations stand in rows of their own
+    return [_agieval(ast.literal_eval(row["text"]))]
+
+
+def _bbh(row: Row) -> Document:
+    return {"input": row["input"], "target": row["target"]}
+
+
+_ARC_COLUMNS, _AGIEVAL = ("question", "answerKey"), "agieval_english_60_per_task"
+_LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
+    "hellaswag": Layout(File("hellaswag_val", ("query", "choices", "gold"), _hellaswag)),
+    "piqa": Layout(File("piqa_valid", ("goal", "sol1", "sol2", "label"))),
+    "siqa": Layout(File("siqa_valid", ("context", "question", "answerA", "answerB", "answerC", "label"))),
+    "winogrande": Layout(File("winogrande_xl_valid", ("sentence", "option1", "option2", "answer"))),
+    "arc_easy": Layout(File("arc_easy_test", _ARC_COLUMNS, _arc)),
+    "arc_challenge": Layout(File("arc_challenge_test", _ARC_COLUMNS, _arc)),
+    "openbookqa": Layout(File("openbookqa_test", ("Question Stem", "Choices", "Answer Key"), _openbookqa)),
+    "commonsense_qa": Layout(
+        File("commonsenseqa_valid", ("question", "choices", "answerKey")),
+        File("commonsenseqa_train_exemplars", ("query", "gold"), _commonsense_shot),
+    ),
+    "boolq": Layout(File("boolq_valid", ("question", "answer", "passage"), _boolq)),
+    "squad": Layout(File("squad_v2_dev", ("title", "context", "question", "answers"), _squad)),
+    "quac": Layout(File("quac_sample", ("title", "context", "qas"), quac_turns)),
+    "nq_open": Layout(File("nq_open_dev", ("question", "answer")), File("nq_open_exemplars_64", ("question", "answer"))),
+    "triviaqa": Layout(
+        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(5, None)),
+        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(None, 5)),
+    ),
+    "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
+    "math": lambda subject: Layout(File("math_test", ("subject", "problem", "solution"), only=("subject", subject))),
+    "mmlu": lambda subject: Layout(
+        File("mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
+        File("mmlu_dev_5shot", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
+    ),
+    "bbh": lambda task: Layout(File("bbh_25_per_task", ("task", "input", "target"), _bbh, ("task", task))),
+    "agieval": lambda task: Layout(
+        File(_AGIEVAL, ("task", "question", "options", "label"), _agieval, ("task", task)),
+        File(
+            "agieval_few_shot_prompts", ("task", "row", "text"), _agieval_shot,
+            ("task", task.removesuffix("-without-passage")),
+        ),
+        fewer=True, changes={"doc_to_target": "{{gold[0]}}"},
+    ),
+    "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"))),
+    "mbpp": Layout(
+        File("mbpp_test_11_310", ("text", "code", "test_list")), File("mbpp_prompt_tasks_1_10", ("text", "code", "test_list"))
+    ),
+    "truthfulqa": Layout(File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers"))),
+}  # fmt: skip

@@ -1,0 +1,184 @@
+"""The figures of model-based evaluation: win rates on two axes (2, 11), what scored answers show (7, 8, 20, 21, 29)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.evals.plots import DARK, MARKERS, Plot, Theme, canvas, legend, note
+from llama_jax.rlhf.best_of import BestOf
+
+
+def win_rate_axes(points: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot:
+    """Win rates of each model, ties dropped, {label: {"helpfulness": share, "safety": share}}. (Figs. 2, 11)"""
+    title = "Win rate, ties dropped (Figs. 2, 11)"
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(5.4, 5.0), grid="both")
+        ax.axhline(50, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+        ax.axvline(50, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
+        for index, (label, axes) in enumerate(points.items()):
+            (x, *x_ends), (y, *y_ends) = (_percents(axes[name]) for name in ("helpfulness", "safety"))
+            errors = {"xerr": [[x - x_ends[0]], [x_ends[1] - x]], "yerr": [[y - y_ends[0]], [y_ends[1] - y]]}
+            marker = MARKERS[index % len(MARKERS)]
+            ax.errorbar(x, y, **errors, color=theme.colour(index), marker=marker, markersize=8, capsize=3)
+            note(ax, theme, label, (x, y), xytext=(9, 9))
+        ax.set_xlim(0, 100)
+        ax.set_ylim(0, 100)
+        ax.set_xlabel("helpfulness win rate (%)")
+        ax.set_ylabel("safety win rate (%)")
+        return figure
+
+    words = "; ".join(
+        f"{label}: helpfulness {100 * of['helpfulness']['share']:.1f} %, safety {100 * of['safety']['share']:.1f} %"
+        for label, of in points.items()
+    )
+    return Plot("win_rate_axes", title, f"Points with 95 % intervals. {title}. {words}.", draw)
+
+
+def best_of_n(curves: Mapping[str, BestOf]) -> Plot:
+    """Expected best and median reward of N samples, N on a log axis. (Fig. 7)"""
+    title = "Best and median reward of N samples (Fig. 7)"
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title)
+        for index, (label, best) in enumerate(curves.items()):
+            counts = np.arange(1, len(best.maximum) + 1)
+            style = {"color": theme.colour(index), "linewidth": 1.8}
+            ax.plot(counts, best.maximum, marker=MARKERS[index % len(MARKERS)], markersize=4, label=f"{label}: best", **style)
+            ax.plot(counts, best.median, linestyle=(0, (4, 2)), label=f"{label}: median", **style)
+        _log_counts(ax, curves.values())
+        ax.set_ylabel("reward model score")
+        legend(ax, theme)
+        return figure
+
+    words = "; ".join(
+        f"{label}: best from {best.maximum[0]:.3f} to {best.maximum[-1]:.3f} at N = {len(best.maximum)}"
+        for label, best in curves.items()
+    )
+    return Plot("best_of_n", title, f"Lines over N. {title}. {words}.", draw)
+
+
+def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
+    """Expected best reward of N samples at each temperature, one panel a model, {model: {temperature: BestOf}}. (Fig. 8)"""
+    title = "Best reward of N samples by temperature (Fig. 8)"
+
+    def draw(theme: Theme) -> Any:
+        from matplotlib import colormaps
+
+        # Dark blue to yellow: ordered also in grey and for every kind of colour vision. The end like the page is left out.
+        colours, (low, high) = colormaps["cividis"], (0.3, 1.0) if theme is DARK else (0.0, 0.85)
+        figure, axes = canvas(theme, title, columns=len(models), panel=(4.6, 3.8), share_y=True)
+        for ax, (model, curves) in zip(axes, models.items()):
+            for index, (temperature, best) in enumerate(sorted(curves.items())):
+                colour = colours(low + (high - low) * index / max(len(curves) - 1, 1))
+                counts = np.arange(1, len(best.maximum) + 1)
+                ax.plot(counts, best.maximum, color=colour, linewidth=1.8, label=f"T = {temperature:g}")
+            _log_counts(ax, curves.values())
+            ax.set_title(model)
+        axes[0].set_ylabel("reward model score")
+        legend(axes[-1], theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return figure
+
+    words = "; ".join(
+        f"{model}: best temperature at N = {len(next(iter(curves.values())).maximum)} is "
+        f"{max(curves, key=lambda t: curves[t].maximum[-1]):g}"  # noqa: B023 - used at once
+        for model, curves in models.items()
+    )
+    return Plot("temperature_map", title, f"Lines over N, one for each temperature. {title}. {words}.", draw)
+
+
+def reward_shift(versions: Mapping[str, np.ndarray]) -> Plot:
+    """Density of the scores of each version, one ridge above the other, with its mean. (Fig. 20)"""
+    title = "Reward of the samples of each version (Fig. 20)"
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(7.0, 0.8 * len(versions) + 1.2), grid="x")
+        everything = np.concatenate(list(versions.values()))
+        edges = np.linspace(everything.min(), everything.max() + 1e-9, 81)
+        centres = (edges[1:] + edges[:-1]) / 2
+        for index, scores in enumerate(versions.values()):
+            density = _smooth(np.histogram(scores, edges)[0] / len(scores))
+            base = len(versions) - 1 - index
+            ridge = base + 0.85 * density / max(density.max(), 1e-12)
+            ax.fill_between(centres, base, ridge, color=theme.colour(index), alpha=0.55, linewidth=0, zorder=3 + index)
+            ax.plot(centres, ridge, color=theme.colour(index), linewidth=1.4, zorder=3 + index)
+            ax.plot([scores.mean()] * 2, [base, base + 0.85], color=theme.ink, linewidth=1, linestyle=(0, (3, 2)), zorder=20)
+            note(ax, theme, f"{scores.mean():.3f}", (scores.mean(), base + 0.86), xytext=(0, 1), ha="center", zorder=21)
+        ax.set_yticks([len(versions) - 1 - i for i in range(len(versions))], labels=list(versions))
+        ax.set_ylim(-0.08, len(versions))
+        ax.set_xlabel("reward model score (dashed: mean)")
+        return figure
+
+    words = ", ".join(f"{name} {scores.mean():.3f}" for name, scores in versions.items())
+    return Plot("reward_shift", title, f"Ridges of densities. {title}. Means: {words}.", draw)
+
+
+def self_bleu(models: Mapping[str, Mapping[str, Mapping[float, Mapping[str, float]]]]) -> Plot:
+    """Self-BLEU against temperature, one panel a kind of prompt, {model: {kind: {T: {"mean", "std"}}}}. (Fig. 21)"""
+    title = "Diversity of the samples by temperature (Fig. 21)"
+    kinds = sorted({kind for of_model in models.values() for kind in of_model})
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, columns=len(kinds), panel=(4.4, 3.6), share_y=True)
+        for ax, kind in zip(axes, kinds):
+            for index, (model, of_model) in enumerate(models.items()):
+                points = sorted(of_model.get(kind, {}).items())
+                x = np.array([temperature for temperature, _ in points])
+                mean, std = (np.array([point[name] for _, point in points]) for name in ("mean", "std"))
+                colour, marker = theme.colour(index), MARKERS[index % len(MARKERS)]
+                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+                ax.plot(x, mean, color=colour, marker=marker, markersize=4.5, label=model)
+            ax.set_title({"all": "all prompts"}.get(kind, f"{kind} prompts"))
+            ax.set_xlabel("temperature")
+        axes[0].set_ylabel("Self-BLEU (100: all alike)")
+        legend(axes[-1], theme)
+        return figure
+
+    words = "; ".join(
+        f"{model}, {kind}: {points[max(points)]['mean']:.1f} at T = {max(points):g}"
+        for model, of_model in models.items() for kind, points in of_model.items()
+    )  # fmt: skip
+    return Plot("self_bleu", title, f"Lines with bands of one deviation. {title}. {words}.", draw)
+
+
+def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:
+    """Mean score at each median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
+    title = "Reward model score by median human rating (Fig. 29)"
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title)
+        for index, (label, points) in enumerate(curves.items()):
+            x, mean, std = (np.array([point[name] for point in points]) for name in ("rating", "mean", "std"))
+            colour, marker = theme.colour(index), MARKERS[index % len(MARKERS)]
+            ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(x, mean, color=colour, marker=marker, markersize=5, label=label)
+        ax.set_xlabel("median rating")
+        ax.set_ylabel("reward model score")
+        legend(ax, theme, loc="upper left")
+        return figure
+
+    words = "; ".join(
+        f"{label}: {points[0]['mean']:.3f} at {points[0]['rating']:g} to {points[-1]['mean']:.3f} at {points[-1]['rating']:g}"
+        for label, points in curves.items()
+    )
+    return Plot("calibration", title, f"Lines with bands of one deviation. {title}. {words}.", draw)
+
+
+def _percents(share: Mapping[str, float]) -> tuple[float, float, float]:
+    return tuple(100 * share[name] for name in ("share", "low", "high"))
+
+
+def _log_counts(ax: Any, curves: Any) -> None:
+    largest = max(len(best.maximum) for best in curves)
+    ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= largest]
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, labels=[str(n) for n in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("N")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A light Gaussian over the bins. # [n] -> [n]"""
+    kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
+    return np.convolve(values, kernel / kernel.sum(), mode="same")

@@ -1,0 +1,129 @@
+"""One style for the figures of an evaluation: light and dark, PNG and SVG, with alt text. Needs matplotlib (extra [eval]).
+
+A `Plot` is a title, a sentence for those who cannot see it, and a function that draws it in a theme; nothing is drawn before it
+is asked for. The colours tell apart with the common colour-vision deficiencies; no figure says anything by colour alone.
+"""
+
+import base64
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a figure."""
+
+    page: str
+    ink: str
+    faint: str
+    grey: str
+    cycle: tuple[str, ...]
+
+    def colour(self, index: int) -> str:
+        """The colour of the index-th series."""
+        return self.cycle[index % len(self.cycle)]
+
+
+LIGHT = Theme("#ffffff", "#2a3140", "#e6e9ef", "#b4bbc8", ("#3b6fd4", "#e08a1e", "#2a9d76", "#8a63c9", "#cf4b4b", "#5b6578"))
+DARK = Theme("#1a202c", "#e6e9f0", "#2c3444", "#667085", ("#86acf5", "#f0b35c", "#5fd0a6", "#bda1f0", "#f19a9a", "#9aa5b8"))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_DPI = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A figure to be drawn; `draw` takes a theme and returns a matplotlib figure."""
+
+    name: str
+    title: str
+    alt: str
+    draw: Callable[[Theme], Any]
+
+    def png(self, theme: Theme = LIGHT) -> bytes:
+        """Pixels; the same numbers give the same bytes."""
+        buffer = io.BytesIO()
+        self.draw(theme).savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+        return buffer.getvalue()
+
+    def svg(self, theme: Theme = LIGHT) -> bytes:
+        """Vectors; the same numbers give the same bytes."""
+        return _svg(self, theme)
+
+    def html(self) -> str:
+        """A figure element with the image inside, in the reader's theme."""
+        light, dark = (base64.b64encode(self.svg(theme)).decode() for theme in (LIGHT, DARK))
+        return (
+            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
+            f'<img alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{light}"></picture></figure>'
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _svg(plot: Plot, theme: Theme) -> bytes:
+    """Kept, since a report shows what is also written beside it."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "llama_jax"}):
+        plot.draw(theme).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": plot.alt})
+    return buffer.getvalue()
+
+
+def save(plots: Sequence[Plot], directory: Path) -> None:
+    """Writes `name.png`, `name.svg` and `name.dark.svg` of each plot."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        (directory / f"{plot.name}.png").write_bytes(plot.png())
+        (directory / f"{plot.name}.svg").write_bytes(plot.svg())
+        (directory / f"{plot.name}.dark.svg").write_bytes(plot.svg(DARK))
+
+
+def canvas(
+    theme: Theme, title: str, *, rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0, 3.8), grid: str = "y",
+    share_x: bool = False, share_y: bool = False,
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """A figure with its title and `rows * columns` dressed axes; without pyplot, so without any global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"figures need the package {error.name}: pip install 'llama_jax[eval]'") from None
+    size = (panel[0] * columns, panel[1] * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained", facecolor=theme.page)
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure.suptitle(title, color=theme.ink, fontsize=12, fontweight="bold", x=0.01, horizontalalignment="left")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y).flat)
+    for ax in axes:
+        dress(ax, theme, grid)
+    return figure, axes
+
+
+def dress(ax: Any, theme: Theme, grid: str = "y") -> None:
+    """Takes away what says nothing, and colours the rest."""
+    ax.set_facecolor(theme.page)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(theme.grey)
+    ax.grid(True, axis=grid, color=theme.faint, linewidth=1)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, colors=theme.ink, labelsize=9)
+    ax.xaxis.label.set(color=theme.ink, fontsize=10)
+    ax.yaxis.label.set(color=theme.ink, fontsize=10)
+    ax.title.set(color=theme.ink, fontsize=10)
+
+
+def legend(ax: Any, theme: Theme, **options: Any) -> None:
+    """A legend without a frame."""
+    ax.legend(frameon=False, labelcolor=theme.ink, fontsize=9, **options)
+
+
+def note(ax: Any, theme: Theme, text: str, xy: tuple[float, float], **options: Any) -> None:
+    """A small label at a point of the data."""
+    style = {"color": theme.ink, "fontsize": 8.5, "textcoords": "offset points", "xytext": (0, 0), **options}
+    ax.annotate(text, xy, **style)

@@ -1,0 +1,112 @@
+"""What many scored samples of one or several models show: Figs. 7, 8, 20, 21 and 29 as numbers.
+
+A row is `{"prompt": id, "text": str, "reward": number, "temperature": number, "kind": str}`, as rejection sampling writes them
+(the last three as far as they are needed); `kind` is "factual" or "creative" in Fig. 21.
+"""
+
+import collections
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.sources import read_jsonl
+from llama_jax.reward.held_out import calibration
+from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
+
+Row = Mapping[str, Any]
+
+
+def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All samples of a file; ValueError naming file, line and field."""
+    rows = []
+    for where, row in read_jsonl(path):
+        if "prompt" not in row:
+            raise ValueError(f"{where}: prompt: missing; expected what tells the prompts apart")
+        row["text"] = row.get("text", row.get("response", row.get("answer")))
+        for name, kinds in (("reward", (int, float)), ("temperature", (int, float)), ("text", str), ("kind", str)):
+            value = row.get(name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"{where}: {name}: expected {'a string' if kinds is str else 'a number'}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{where}: {name}: expected a finite number, got {value}")
+        row["prompt"] = repr(row["prompt"])
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no samples in it")
+    return rows
+
+
+def calibration_of(path: str | os.PathLike) -> list[dict[str, float]]:
+    """`held_out.calibration` of rows `{"score": logit, "ratings": [number, ...]}`, an answer each, by the median. (Fig. 29)"""
+    scores, medians = [], []
+    for where, row in read_jsonl(path):
+        ratings = row.get("ratings")
+        if not isinstance(ratings, list) or not ratings or not all(_number(rating) for rating in ratings):
+            raise ValueError(f"{where}: ratings: expected a list of numbers, got {ratings!r}")
+        if not _number(row.get("score")):
+            raise ValueError(f"{where}: score: expected a finite number, got {row.get('score')!r}")
+        scores.append(row["score"])
+        medians.append(float(np.median(ratings)))
+    if not scores:
+        raise ValueError(f"{path}: no answers in it")
+    return calibration(np.array(scores), np.array(medians))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def rewards(rows: Sequence[Row]) -> np.ndarray:
+    """The scores of all samples, for their density. (Fig. 20) # float [n]"""
+    return np.array([row["reward"] for row in rows if row.get("reward") is not None], np.float64)
+
+
+def best_of(rows: Sequence[Row]) -> BestOf:
+    """Expected best and median reward of N samples; every prompt gives as many as the one with the fewest. (Fig. 7)"""
+    by_prompt = collections.defaultdict(list)
+    for row in rows:
+        if row.get("reward") is not None:
+            by_prompt[row["prompt"]].append(row["reward"])
+    if not by_prompt:
+        raise ValueError("samples: no rewards among them")
+    least = min(map(len, by_prompt.values()))
+    return expected_max_of_n(np.array([scores[:least] for scores in by_prompt.values()]))
+
+
+def best_of_by_temperature(rows: Sequence[Row]) -> dict[float, BestOf]:
+    """`best_of` at each temperature. (Fig. 8)"""
+    return {temperature: best_of(some) for temperature, some in _by(rows, "temperature").items()}
+
+
+def self_bleu_by_temperature(rows: Sequence[Row]) -> dict[str, dict[float, dict[str, float]]]:
+    """{kind: {temperature: mean and deviation over prompts of `self_bleu`}}, 100 where all samples are alike. (Fig. 21)"""
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for kind, some in _by([{**row, "kind": row.get("kind") or "all"} for row in rows], "kind").items():
+        for temperature, samples in _by(some, "temperature").items():
+            texts = [[row["text"] for row in of] for of in _by(samples, "prompt").values()]
+            values = [self_bleu(of_prompt) for of_prompt in texts if len(of_prompt) > 1]
+            if values:
+                measures = {"mean": float(np.mean(values)), "std": float(np.std(values)), "prompts": len(values)}
+                found.setdefault(kind, {})[temperature] = measures
+    return found
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU of each text against all the others (Zhu et al. 2018), by sacrebleu (extra [eval]); two texts at least."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"Self-BLEU needs the package {error.name}: pip install 'llama_jax[eval]'") from None
+    bleu = BLEU(effective_order=True)  # short answers have no 4-grams
+    return float(np.mean([bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]))
+
+
+def _by(rows: Sequence[Row], name: str) -> dict[Any, list[Row]]:
+    found = collections.defaultdict(list)
+    for row in rows:
+        if row.get(name) is not None:
+            found[row[name]].append(row)
+    return {key: found[key] for key in sorted(found)}

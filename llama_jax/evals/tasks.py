@@ -1,0 +1,273 @@
+"""The benchmarks of Tables 3 and 16 to 25 as tasks of the harness: its own prompts and metrics, with the paper's shots.
+
+A task is named "hellaswag", or "mmlu:anatomy" within a family; any other name is the harness's. HumanEval, MBPP, SQuAD and QuAC
+are task settings of ours: the harness has them otherwise (code would run outside a sandbox), or not at all.
+Where the paper's own prompts differ is unknown; they were never published (fact sheet 2.3).
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.evals import local_tasks, spans
+from llama_jax.evals.groups import family_of
+from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
+
+Settings = dict[str, Any]
+CODE = ("humaneval", "mbpp")  # they run what the model writes
+AGIEVAL = (
+    "aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage", "sat-math",
+)  # fmt: skip
+_FILES = {
+    "hellaswag": "hellaswag/hellaswag", "piqa": "piqa/piqa", "siqa": "siqa/siqa", "winogrande": "winogrande/default",
+    "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "openbookqa": "openbookqa/openbookqa",
+    "commonsense_qa": "commonsense_qa/default", "boolq": "super_glue/boolq/default", "nq_open": "nq_open/nq_open",
+    "triviaqa": "triviaqa/default", "gsm8k": "gsm8k/gsm8k-cot",
+}  # fmt: skip
+_FOLDERS = {
+    "mmlu": ("mmlu/default", "mmlu_"), "bbh": ("bbh/cot_fewshot", ""), "agieval": ("agieval", ""),
+    "math": ("minerva_math", "minerva_math_"),
+}  # fmt: skip
+_OURS = ("humaneval", "mbpp", "squad", "quac")
+NAMES = (*_FILES, *_FOLDERS, *_OURS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskChoice:
+    """How a task is run: examples before each question, the metric that is reported, and the filter of answers it needs.
+
+    For code: samples for each problem, their temperature and top-p, and the k of pass@k beside the metric's.
+    """
+
+    shots: int
+    metric: str
+    filter: str = "none"
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    k: tuple[int, ...] = (1,)
+
+    def __post_init__(self):
+        if self.shots < 0 or self.samples < max(self.k, default=1) or not 0 < self.top_p <= 1 or self.temperature < 0:
+            raise ValueError(f"expected shots of at least 0, samples for every k, sensible sampling, got {self}")
+
+
+def expand(name: str) -> list[str]:
+    """A family as its tasks, any other task as itself.
+
+    Raises:
+      ValueError: a name that nobody knows, with the nearest ones.
+    """
+    if name in _FILES or name in _OURS or name.partition(":")[0] in _FOLDERS and ":" in name:
+        return [name]
+    if name == "agieval":
+        return [f"agieval:{task}" for task in AGIEVAL]
+    if name in _FOLDERS:
+        folder, prefix = _FOLDERS[name]
+        files = (path.stem for path in (harness_folder() / folder).glob("*.yaml"))
+        return [f"{name}:{stem.removeprefix(prefix)}" for stem in sorted(files) if stem.startswith(prefix) and _is_task(stem)]
+    known = _index()
+    if name in known:
+        return [name]
+    near = difflib.get_close_matches(name, [*NAMES, *known], n=3, cutoff=0.5)
+    raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near)}?" if near else f"task {name!r} is unknown")
+
+
+def choose(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy).
+
+    Raises:
+      ValueError: a name that nobody knows, with the nearest ones, or that is not in the suite.
+    """
+    for name in names:
+        if family_of(name) not in choices:
+            expand(name)  # unknown names are another error
+            raise ValueError(
+                f"task {name!r} is not in this suite, which has {', '.join(choices)}; `python -m llama_jax.harness` runs any "
+                "task of the harness"
+            )
+    return {name: choices[family_of(name)] for name in names}
+
+
+def mmlu_parts() -> dict[str, list[str]]:
+    """MMLU's four groups of Table 19, by the tags of the harness."""
+    parts: dict[str, list[str]] = {}
+    for task in expand("mmlu"):
+        parts.setdefault(_stock(task)["tag"].removesuffix("_tasks"), []).append(task)
+    return parts
+
+
+def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool = False) -> Any:
+    """The harness's task object, from the hub or, with `data_dir`, from local files.
+
+    Raises:
+      ValueError, FileNotFoundError: local files that lack rows or columns; code that was not allowed to run.
+    """
+    if name in CODE and not run_code:
+        raise ValueError(f"{name} runs code that the model writes, in a sandbox: --run_code allows it")
+    if name == "quac" and not data_dir:
+        raise FileNotFoundError("the hub has no files of QuAC; --data_dir with quac_sample.jsonl")
+    settings = _OWN[name](choice) if name in _OURS else _stock(name)
+    settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots}
+    if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):
+        settings["metric_list"] = [{"metric": choice.metric, "aggregation": "mean", "higher_is_better": True}]
+    if choice.temperature and settings.get("output_type", "generate_until") == "generate_until":
+        sampling = {"do_sample": True, "temperature": choice.temperature, "top_p": choice.top_p}
+        settings["generation_kwargs"] = {**(settings.get("generation_kwargs") or {}), **sampling}
+    layout = local_tasks.layout(name)
+    if data_dir:
+        if layout is None:
+            raise ValueError(f"{name}: has no layout of local files; leave --data_dir out to read the hub's data set")
+        settings |= local_tasks.settings(data_dir, layout, choice.shots)
+        if choice.shots and not settings["fewshot_split"] and "samples" not in (settings.get("fewshot_config") or {}):
+            raise ValueError(f"{name}: {choice.shots} shots, but its local files have no examples; expected shots=0")
+    for key in ("tag", "group", "class", "task_alias"):
+        settings.pop(key, None)
+    return _make(settings)
+
+
+def _make(settings: Settings) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+
+    task = ConfigurableTask(config=settings)
+    task.set_fewshot_seed(1234)  # the harness's own
+    return task
+
+
+def _stock(name: str) -> Settings:
+    """The settings of a task of the harness, functions resolved."""
+    family, _, part = name.partition(":")
+    if family in _FOLDERS:
+        folder, prefix = _FOLDERS[family]
+        path = harness_folder() / folder / f"{prefix}{part}.yaml"
+        if not path.is_file():
+            near = difflib.get_close_matches(name, expand(family), n=3, cutoff=0.3)
+            raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near) or family}?")
+    else:
+        path = harness_folder() / f"{_FILES[name]}.yaml" if name in _FILES else Path(_index()[name].yaml_path)
+    settings = load_settings(path)
+    if "class" in settings or settings.get("output_type") is None and not isinstance(settings.get("task"), str):
+        raise ValueError(f"task {name!r}: expected a single task of the harness with settings in YAML")
+    return settings
+
+
+def load_settings(path: Path) -> Settings:
+    """A YAML file of the harness, with the functions that it names."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return dict(load_yaml(path))
+
+
+def harness_folder() -> Path:
+    """Where the harness keeps its tasks."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+@functools.cache
+def _index() -> Mapping[str, Any]:
+    """Every task that the harness knows; it reads some ten thousand files for that."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _is_task(stem: str) -> bool:
+    return not stem.startswith("_") and not stem.endswith("500")
+
+
+# ---- task settings of ours ----
+
+
+def _humaneval(choice: TaskChoice) -> Settings:
+    def programs(doc, texts):
+        return [f"{doc['prompt']}{text}\n{doc['test']}\ncheck({doc['entry_point']})\n" for text in texts]
+
+    return _code(
+        choice, programs, dataset_path="openai/openai_humaneval", test_split="test", doc_to_text="{{prompt}}",
+        doc_to_target="{{canonical_solution}}", until=["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+    )  # fmt: skip
+
+
+def _mbpp(choice: TaskChoice) -> Settings:
+    def programs(doc, texts):
+        tests = "\n".join([doc.get("test_setup_code") or "", *doc["test_list"]])
+        return [f"{text}\n{tests}\n" for text in texts]
+
+    prompt = (
+        "You are an expert Python programmer, and here is your task: {{text}} Your code should pass these tests:\n\n"
+        "{{test_list | join('\n')}}\n[BEGIN]\n"
+    )
+    return _code(
+        choice, programs, dataset_path="google-research-datasets/mbpp", dataset_name="full", test_split="test",
+        doc_to_text=prompt, doc_to_target="{{code}}\n[DONE]", target_delimiter="", until=["[DONE]"], fewshot_split="prompt",
+        fewshot_config={"sampler": "first_n"},
+    )  # fmt: skip
+
+
+def _code(choice: TaskChoice, programs: Callable, *, until: list[str], **settings: Any) -> Settings:
+    """A task whose answers are run; its metrics are pass@k."""
+
+    def judge(doc, results):
+        texts = results[0] if isinstance(results[0], list) else [results[0]]
+        passed = sum(outcome.passed for outcome in run_all(programs(doc, texts), Limits()))
+        return {f"pass@{k}": pass_at_k(len(texts), passed, k) for k in choice.k}
+
+    return {
+        "output_type": "generate_until", "repeats": choice.samples, "process_results": judge,
+        "generation_kwargs": {"until": until, "max_gen_toks": 512, "do_sample": False},
+        "filter_list": [{"name": "none", "filter": [{"function": "take_first_k", "k": choice.samples}]}],
+        "metric_list": [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in choice.k],
+        **settings,
+    }  # fmt: skip
+
+
+def _squad(choice: TaskChoice) -> Settings:
+    """SQuAD 2.0 with the prompt of GPT-3's paper; what the background does not answer is to be called unanswerable."""
+
+    def flat(dataset):
+        return dataset.map(lambda row: {"answers": row["answers"]["text"]}, remove_columns=["answers"])
+
+    def judge(doc, results):
+        references = doc["answers"] or ["unanswerable"]
+        return {"exact_match": spans.exact(results[0], references), "f1": spans.f1(results[0], references)}
+
+    return _reading(
+        judge, dataset_path="rajpurkar/squad_v2", test_split="validation", fewshot_split="train", process_docs=flat,
+        description="Answer from the background. If it holds no answer, answer: unanswerable\n\n",
+        doc_to_text="Title: {{title}}\n\nBackground: {{context}}\n\nQ: {{question}}\n\nA:",
+        doc_to_target="{{answers[0] if answers else 'unanswerable'}}",
+    )  # fmt: skip
+
+
+def _quac(choice: TaskChoice) -> Settings:
+    """QuAC with the prompt of GPT-3's paper: the dialog so far with its true answers. The hub has no files of it."""
+
+    def judge(doc, results):
+        text, references = results[0], doc["answers"]
+        return {"exact_match": spans.exact(text, references), "f1": spans.f1_of_raters(text, references)}
+
+    return _reading(
+        judge, dataset_path="allenai/quac", test_split="validation",
+        doc_to_text="Title: {{title}}\n\nBackground: {{context}}\n\n{{dialog}}", doc_to_target="{{answers[0]}}",
+    )  # fmt: skip
+
+
+def _reading(judge: Callable, **settings: Any) -> Settings:
+    return {
+        "output_type": "generate_until", "process_results": judge,
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("exact_match", "f1")
+        ],
+        **settings,
+    }  # fmt: skip
+
+
+_OWN: dict[str, Callable[[TaskChoice], Settings]] = {
+    "humaneval": _humaneval, "mbpp": _mbpp, "squad": _squad, "quac": _quac,
+}  # fmt: skip

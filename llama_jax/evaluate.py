@@ -1,0 +1,281 @@
+"""The paper's evaluation of any checkpoint: `python -m llama_jax.evaluate --config=configs/evaluate.py:academic ...`.
+
+    python -m llama_jax.evaluate --config=configs/evaluate.py:commonsense --checkpoint=runs/base --output=/tmp/evaluation
+    python -m llama_jax.evaluate --config=configs/evaluate.py:academic --output=/tmp/two \\
+        --checkpoint=ours=runs/base,mpt=hf:mosaicml/mpt-7b --data_dir=eval --limit=100
+
+`--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
+Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
+`results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped.
+"""
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from llama_jax import command
+from llama_jax.config import ConfigError, describe, differences, parse
+from llama_jax.evals import evaluation_report
+from llama_jax.evals.groups import groups, weights
+from llama_jax.evals.likelihood import ScoringConfig
+from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
+from llama_jax.evals.tasks import CODE, TaskChoice, choose
+from llama_jax.files import write_json
+from llama_jax.parallel.host import keep_heap
+from llama_jax.pretrained import load
+
+_HF = "hf:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """Where the safety benchmarks' judges lie; "" for none. `ours=PATH` is a reward model, else a transformers classifier."""
+
+    truth: str = ""
+    informativeness: str = ""
+    toxicity: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated, and how.
+
+    tasks: {task or family: how}; safety: of BENCHMARKS. models: "name=path" each.
+    bootstrap: resamples of intervals of differences. paper: models of the paper's tables to stand beside ours.
+    """
+
+    suite: str
+    tasks: dict[str, TaskChoice]
+    models: tuple[str, ...]
+    safety: tuple[str, ...] = ()
+    data_dir: str = ""
+    limit: int = 0
+    run_code: bool = False
+    seed: int = 0
+    bootstrap: int = 10_000
+    paper: tuple[str, ...] = ()
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+    judges: Judges = dataclasses.field(default_factory=Judges)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+
+    def __post_init__(self):
+        if not self.models:
+            raise ValueError("models: expected at least one: --checkpoint=PATH, or name=PATH for several")
+        if self.limit < 0 or self.bootstrap < 1:
+            raise ValueError(f"expected limit of at least 0 and bootstrap of at least 1, got {self.limit}, {self.bootstrap}")
+        unknown = [name for name in self.safety if name not in BENCHMARKS]
+        if unknown:
+            raise ValueError(f"safety: {unknown[0]!r} is unknown; expected one of {', '.join(BENCHMARKS)}")
+
+
+def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Evaluates all models on all tasks, writes the report into `output`, and returns the values of results.json.
+
+    Raises:
+      ValueError, FileNotFoundError, ModuleNotFoundError: one sentence; before a model is loaded wherever that can be.
+    """
+    output, models = Path(output), _named(config.models)
+    tasks, notes = _build(config)
+    _same_config(output, config)
+    records: dict[str, dict[str, Any]] = {}
+    for name, path in models.items():
+        records[name], said = _run_model(name, path, config, tasks, output / name, quiet=quiet)
+        notes += [note for note in said if note not in notes]
+    return _report(config, models, records, notes, output)
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """{name: path}; a path without a name is called by its last part."""
+    named: dict[str, str] = {}
+    for entry in models:
+        name, found, path = entry.partition("=")
+        if not found:
+            name, path = Path(entry.removeprefix(_HF).rstrip("/")).name, entry
+        if name in named or not name or not path:
+            raise ValueError(f"models: {entry!r}: expected name=path with a name of its own")
+        named[name] = path
+    return named
+
+
+def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], list[str]]:
+    """{task: (the harness's object, how)} in the order of the config, and notes on what is left out."""
+    from llama_jax.evals import tasks as table
+
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
+    from llama_jax.evals.benchmarks import quiet_harness
+
+    quiet_harness()
+    names = {task: choice for name, choice in config.tasks.items() for task in table.expand(name)}
+    built, notes = {}, []
+    for name, choice in names.items():
+        if name in CODE and not config.run_code:
+            notes.append(f"{name}: not run: it runs code that the model writes; --run_code allows that, in a sandbox")
+            continue
+        try:
+            built[name] = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code), choice
+        except FileNotFoundError as error:
+            notes.append(f"{name}: not run: {error}")
+    if not built and not config.safety:
+        raise ValueError("; ".join(notes))
+    for name in config.safety:  # files are read before a model is loaded
+        if config.data_dir:
+            items(name, data_dir=config.data_dir, limit=1)
+    return built, notes
+
+
+def _same_config(output: Path, config: EvaluateConfig) -> None:
+    """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything."""
+    path, free = output / "config.json", ("models", "judges", "paper", "bootstrap", "run_code")
+    new = {key: value for key, value in describe(config).items() if key not in free}
+    if path.exists():
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(new)))
+        if changed:
+            raise ConfigError(f"{output}: holds an evaluation under another config: {'; '.join(changed)}")
+    write_json(path, new)
+
+
+def _run_model(
+    name: str, path: str, config: EvaluateConfig, tasks: Mapping[str, tuple[Any, TaskChoice]], output: Path, *, quiet: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The records of one model, {task: record}, and notes. It is loaded if a task is left to do, and dropped afterwards."""
+    from llama_jax.evals import benchmarks
+
+    model = _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db"))
+    limit, records, notes = config.limit or None, {}, []
+    for task, (built, choice) in tasks.items():
+        file = output / "tasks" / f"{task.replace(':', '.')}.json"
+        records[task] = benchmarks.kept(
+            file, lambda task=task, built=built, choice=choice: benchmarks.run_task(
+                model.get(), task, built, choice, limit=limit
+            )
+        )  # fmt: skip
+    judges = _judges(config.judges) if config.safety else {}
+    for benchmark in config.safety:
+        found, said = benchmarks.run_safety(
+            model, benchmark, config.decoding, judges, data_dir=config.data_dir, limit=limit,
+            answers=output / "safety" / f"{benchmark}.json",
+        )  # fmt: skip
+        records |= found
+        notes += said
+    cut = {task: record["cut"] for task, record in records.items() if record.get("cut")}
+    if cut:
+        listed = ", ".join(f"{task} {count}" for task, count in cut.items())
+        notes.append(f"{name}: requests longer than the context lost their beginning: {listed}")
+    model.drop()
+    return records, notes
+
+
+class _Lazy:
+    """A model that is opened when something is first asked of it."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._made = make, None
+
+    def get(self) -> Any:
+        """The model."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def drop(self) -> None:
+        """Frees it."""
+        self._made = None
+        gc.collect()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.get(), name)
+
+
+def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
+    if not path.startswith(_HF):
+        from llama_jax.evals.harness import HarnessModel
+
+        return HarnessModel(load(path), scoring=config.scoring, chat=config.decoding.chat, seed=config.seed, quiet=quiet)
+    try:
+        import torch
+        from lm_eval.models.huggingface import HFLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path}: needs {error.name}: pip install torch transformers accelerate") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HFLM(pretrained=path.removeprefix(_HF), batch_size=8, device=device)
+
+
+def _judges(config: Judges) -> dict[str, Judge]:
+    """The judges that are named."""
+    from llama_jax.evals import text_judges
+
+    found = {}
+    for name, path in dataclasses.asdict(config).items():
+        if path.startswith("ours="):
+            found[name] = text_judges.reward_model(load(path.removeprefix("ours=")))
+        elif path:
+            judge = text_judges.classifier(path)
+            found[name] = judge if name == "toxicity" else text_judges.with_question(judge)
+    return found
+
+
+def _report(
+    config: EvaluateConfig, models: Mapping[str, str], records: Mapping[str, Mapping[str, Any]], notes: Sequence[str],
+    output: Path,
+) -> dict[str, Any]:  # fmt: skip
+    from llama_jax.evals.benchmarks import difference
+    from llama_jax.evals.tasks import mmlu_parts
+
+    parts = mmlu_parts() if any(task.startswith("mmlu:") for found in records.values() for task in found) else {}
+    values: dict[str, Any] = {"suite": config.suite, "limit": config.limit, "notes": list(notes), "models": {}}
+    for name, found in records.items():
+        values["models"][name] = {
+            "path": models[name],
+            "tasks": {task: {k: v for k, v in record.items() if k != "scores"} for task, record in found.items()},
+            "groups": groups(found, extra=parts),
+        }
+    first, *others = models
+    # The first model's results also stand at the top, where one model is all there is.
+    values |= {"tasks": values["models"][first]["tasks"], "groups": values["models"][first]["groups"], "differences": {}}
+    for other in others:
+        compare = {}
+        for kind, names in (("groups", values["groups"]), ("tasks", values["tasks"])):
+            compare[kind] = {
+                name: difference(
+                    records[first], records[other],
+                    weights(name, records[first], extra=parts) if kind == "groups" else {name: 1.0},
+                    resamples=config.bootstrap, seed=config.seed,
+                )
+                for name in names
+            }  # fmt: skip
+        values["differences"][other] = {"to": first, **compare}
+    evaluation_report.write(values, output, paper=config.paper)
+    return values
+
+
+def main() -> None:
+    """Flags to call."""
+    keep_heap()
+    given = flags.FLAGS
+    values = given.config.to_dict()
+    values |= {
+        "models": (*values["models"], *given.checkpoint), "limit": given.limit, "run_code": given.run_code,
+        "data_dir": given.data_dir or values["data_dir"],
+    }  # fmt: skip
+    if given.tasks:
+        values["tasks"] = choose(values["tasks"], given.tasks)
+    run(parse(EvaluateConfig, values), given.output)
+    print((Path(given.output) / "report.md").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    command.define("configs/evaluate.py:SUITE", output="directory of the results; an unfinished one is continued")
+    flags.DEFINE_list("checkpoint", [], "models, each PATH or name=PATH; hf:PATH is a Hugging Face model")
+    flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
+    flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
+    flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")
+    flags.DEFINE_bool("run_code", False, "run the code that models write for HumanEval and MBPP, in a sandbox")
+    command.launch(main)

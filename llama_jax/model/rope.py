@@ -1,0 +1,56 @@
+"""Rotary frequencies, and the published ways to stretch them over longer contexts than a model was trained on.
+
+The paper's models use none (section 2.2); later models of the same architecture, whose files we read, do.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How frequencies are changed.
+
+    kind: `linear` divides all of them (Chen et al. 2023); `llama3` divides those of wavelengths beyond the old context, with a
+      smooth border (Llama 3.1); `yarn` does so with a linear border (Peng et al. 2023) and scales the attention's inputs.
+    factor: what they are divided by.
+    original_length: the old context, in tokens.
+    slow, fast: the border: frequencies that turn fewer than `slow` times within the old context are divided, those that turn
+      more than `fast` times are not.
+    magnitude: factor of sine and cosine.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_length: int = 0
+    slow: float = 1.0
+    fast: float = 4.0
+    magnitude: float = 1.0
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"rope scaling: expected a factor of at least 1, got {self.factor}")
+        if self.kind != "linear" and (self.original_length < 1 or self.fast <= self.slow):
+            raise ValueError(f"rope scaling {self.kind}: expected an original length and slow < fast, got {self}")
+
+
+def stretched(head_size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """theta^(-2i / E), i = 0 .. E/2-1, scaled. # float32 [E/2]"""
+    plain = theta ** (-np.arange(0, head_size, 2) / head_size)
+    if scaling.kind == "linear":
+        kept = np.zeros_like(plain)
+    elif scaling.kind == "llama3":
+        turns = scaling.original_length * plain / (2 * math.pi)
+        kept = np.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
+    else:
+        # Of which pair the frequency turns so often; the border runs along the pairs, between whole ones.
+        low, high = (
+            head_size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (scaling.fast, scaling.slow)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), head_size - 1)
+        kept = 1 - np.clip((np.arange(head_size // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32)

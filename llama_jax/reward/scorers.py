@@ -1,0 +1,101 @@
+"""Anyone's scorers: a rule, a program, a remote model, beside the reward models or in their place.
+
+A scorer is a function (rows, responses) -> one number for each. `rows` are the prompts' rows of the data file (`messages`,
+`reference`, ...), `responses` the texts. It runs on the host, on this process's part of a batch. A run resumes exactly if its
+scorers are functions of their arguments alone.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax.data.dialog import decode_response
+from llama_jax.data.tokenizer import Tokenizer
+
+Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Sequence[float]]
+
+REWARD_MODELS = "reward_models"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardMix:
+    """What a response is rewarded for: the weighted sum of scores.
+
+    scorers: "reward_models" is the logit of R_c of the two reward models (section 3.2.3); "module:function" is a scorer.
+    weights: one for each; empty: all 1.
+    """
+
+    scorers: tuple[str, ...] = (REWARD_MODELS,)
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not self.scorers or len(set(self.scorers)) < len(self.scorers):
+            raise ValueError(f"reward.scorers: expected at least one, each once, got {self.scorers}")
+        for name in self.scorers:
+            if name != REWARD_MODELS and not all(part.strip() for part in (name.partition(":")[0], name.partition(":")[2])):
+                raise ValueError(f"reward.scorers: expected {REWARD_MODELS!r} or 'module:function', got {name!r}")
+        if self.weights and len(self.weights) != len(self.scorers):
+            raise ValueError(f"reward.weights: expected one for each of {len(self.scorers)} scorers, got {self.weights}")
+
+    def weighted(self) -> dict[str, float]:
+        """Weight by scorer."""
+        return dict(zip(self.scorers, self.weights or (1.0,) * len(self.scorers), strict=True))
+
+
+def load_scorer(name: str) -> Scorer:
+    """The function of "module:function"; ValueError if there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward.scorers: cannot load {name!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"reward.scorers: {name!r} is a {type(found).__name__}, expected a function")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class HostScorers:
+    """The weighted sum of scorers, from token ids."""
+
+    scorers: Mapping[str, tuple[Scorer, float]]  # name -> (function, weight)
+    rows: Sequence[Mapping[str, Any]]  # the data file
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, mix: RewardMix, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> "HostScorers | None":
+        """Those of a mix, or None if it has reward models only."""
+        named = {name: (load_scorer(name), w) for name, w in mix.weighted().items() if name != REWARD_MODELS}
+        return cls(named, rows, tokenizer) if named else None
+
+    def __call__(self, numbers: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Scores of a batch of responses. # int32 [B] (of rows), int32 [B, N], bool [B, N] -> float32 [B]"""
+        rows = [self.rows[number] for number in local_rows(numbers)]
+        ids = [row[inside] for row, inside in zip(local_rows(tokens), local_rows(mask), strict=True)]
+        responses = [decode_response(row.tolist(), self.tokenizer)[0] for row in ids]
+        total = np.zeros(len(rows), np.float32)
+        for name, (scorer, weight) in self.scorers.items():
+            total += weight * check_scores(scorer(rows, responses), len(rows), name)
+        return jax.make_array_from_process_local_data(numbers.sharding, total)
+
+
+def check_scores(scores: Sequence[float], count: int, name: str) -> np.ndarray:
+    """What a scorer returned as float32 [count]; ValueError if it is not one finite number for each response."""
+    found = np.asarray(scores, np.float32)
+    if found.shape != (count,):
+        raise ValueError(f"scorer {name} returned shape {found.shape} for {count} responses, expected ({count},)")
+    bad = [i for i, score in enumerate(found) if not math.isfinite(score)]
+    if bad:
+        raise ValueError(f"scorer {name} returned {found[bad[0]]} for response {bad[0]}, expected a finite number")
+    return found
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is divided along its rows alone, in their order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

@@ -1,0 +1,249 @@
+"""Studies of reward models: `python -m llama_jax.reward_study --config=configs/reward_study.py:tiny --workdir=...`.
+
+Trains one reward model after another and compares their held-out reports:
+
+    margins    none, small, large, on all pairs (Tables 27 and 28, Fig. 27)
+    scaling    the first 1, 2, ... batches of the pairs, at each size that has a start (Fig. 6)
+    conflict   scores of a helpfulness and a safety model on safe and unsafe answers (Fig. 32); with `helpfulness`, `safety`
+
+Each run is a stage in the workdir, resumed and not repeated; the last step writes `study.json`, `study.md` and the figures.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llama_jax import command
+from llama_jax.config import ConfigError, describe, parse
+from llama_jax.data.rows import write_jsonl
+from llama_jax.data.sources import RATINGS, read_comparisons
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals import figures
+from llama_jax.files import atomic_write, write_json
+from llama_jax.interop.restore import restore_model
+from llama_jax.model import params as table
+from llama_jax.model.config import size
+from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.reward.comparisons import encode_comparisons
+from llama_jax.reward.held_out import SAFE, share
+from llama_jax.reward.preference_report import table as markdown_table
+from llama_jax.rlhf.rejection import sigmoid_scores
+from llama_jax.steps import change, load_config
+from llama_jax.train import parse_stage
+from llama_jax.train import run as run_stage
+from llama_jax.training.loop import Diverged, claim
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """See configs/reward_study.py.
+
+    reward: the stage's config by file and argument; `overrides` changes fields of it.
+    starts: workdirs that the models of `sizes` start from, one for each size.
+    batches: parts of the pairs for the scaling study, in the order of the file, or of the rows' own `batch` where they have
+      one; 0: no scaling study.
+    """
+
+    configs: str
+    reward: str
+    overrides: dict[str, Any]
+    tokenizer: str
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    margins: tuple[str, ...]
+    sizes: tuple[str, ...]
+    starts: tuple[str, ...]
+    batches: int
+    helpfulness: str
+    safety: str
+
+    def __post_init__(self):
+        if not self.sizes or len(self.sizes) != len(self.starts):
+            raise ValueError(f"starts: expected a workdir for each of the sizes {self.sizes}, got {self.starts}")
+        if not self.train or not self.held_out:
+            raise ValueError("train, held_out: expected at least one file of comparisons each")
+        if bool(self.helpfulness) != bool(self.safety):
+            raise ValueError("helpfulness, safety: expected both workdirs, or neither")
+
+
+def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
+    """All runs, then the report; returns its values."""
+    first, start = config.sizes[0], config.starts[0]
+    margins = {
+        margin: train_one(config, workdir / f"margin_{margin}", first, start, config.train, {"margin": margin})
+        for margin in config.margins
+    }
+    scaling: dict[str, list[dict[str, Any]]] = {}
+    files = cumulative_batches(config.train, workdir / "batches", config.batches) if config.batches else {}
+    for model, begin in zip(config.sizes, config.starts):
+        for number, (path, pairs) in enumerate(files.items(), start=1):
+            report = train_one(config, workdir / f"scaling_{model}_{number}", model, begin, (path,), {})
+            row = {"batch": number, "pairs": pairs, "accuracy": report["accuracy"]["all"]}
+            scaling.setdefault(model, []).append(row)
+    values: dict[str, Any] = {
+        "margins": {name: {key: report[key] for key in ("accuracy", "histogram")} for name, report in margins.items()},
+        "scaling": scaling,
+    }
+    if config.helpfulness:
+        values["conflict"] = conflict(config)
+    write_study(values, workdir)
+    return values
+
+
+def train_one(
+    config: StudyConfig, workdir: Path, model: str, start: str, train: Sequence[str], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Trains one reward model, unless that is done; its held-out report, with a row "all" whatever the sources are."""
+    values = stage_values(config, model, start, train, changes)
+    print(f"{workdir.name} ...", file=sys.stderr, flush=True)
+    run_stage(values, workdir)
+    report = read_report(workdir)
+    accuracy = report["accuracy"]
+    if "all" not in accuracy:  # one source alone
+        accuracy["all"] = next(row for name, row in accuracy.items() if name != "longer")
+    return report
+
+
+def stage_values(
+    config: StudyConfig, model: str, start: str, train: Sequence[str], changes: Mapping[str, Any]
+) -> Any:
+    """The reward stage's config of one run."""
+    values = load_config(Path(config.configs), config.reward)
+    change(values, config.overrides, where="overrides")
+    data = {"train": tuple(train), "held_out": config.held_out, "shares": ()}
+    change(values, {"model": model, "start": start, "tokenizer": config.tokenizer, "data": data, **changes}, where="reward")
+    return values
+
+
+def read_report(workdir: Path) -> dict[str, Any]:
+    """The held-out report that the reward stage left in its workdir."""
+    return json.loads((workdir / "reward_report.json").read_text())
+
+
+def cumulative_batches(paths: Sequence[str], directory: Path, count: int) -> dict[str, int]:
+    """Writes the first 1, 2, ... parts of the pairs as files of their own; {path: pairs}.
+
+    Rows with a `batch` are parted by it, in the order in which batches come; others into `count` equal parts.
+    """
+    rows = [row for path in paths for row in read_comparisons(path)]
+    names = list(dict.fromkeys(row.get("batch") for row in rows))
+    if len(names) > 1:
+        rows = sorted(rows, key=lambda row: names.index(row.get("batch")))
+        ends = list(np.cumsum([sum(row.get("batch") == name for row in rows) for name in names]))
+    else:
+        ends = [round(len(rows) * (part + 1) / count) for part in range(count)]
+    if not ends[0]:
+        raise ConfigError(f"batches: {len(rows)} pairs cannot be divided into {count} parts")
+    files = {}
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, end in enumerate(ends, start=1):
+        path = directory / f"first_{number}.jsonl"
+        kept = [{key: value for key, value in row.items() if value is not None} for row in rows[:end]]
+        if not path.exists():
+            write_jsonl(path, kept)
+        files[str(path)] = int(end)
+    return files
+
+
+def conflict(config: StudyConfig) -> dict[str, Any]:
+    """Scores in (0, 1) of both models on the held-out answers with a safety label, by label (Fig. 32)."""
+    stage = parse_stage(stage_values(config, config.sizes[0], config.starts[0], config.train, {}))
+    model, mesh, words = size(stage.model), make_mesh(stage.mesh), Tokenizer(config.tokenizer)
+    answers: dict[str, list[list[int]]] = {"safe": [], "unsafe": []}
+    for path in config.held_out:
+        for pair in encode_comparisons(path, words, length=stage.data.length, margin="none"):
+            for ids, safe in zip((pair.chosen, pair.rejected), SAFE.get(pair.safety_bin, ())):
+                answers["safe" if safe else "unsafe"].append(ids)
+    if not all(answers.values()):
+        raise ConfigError(f"held_out: expected answers of both kinds by `safety_bin`, got {_counts(answers)}")
+    specs, scores = table.table(model, head="reward_head"), {kind: {} for kind in answers}
+    with jax.set_mesh(mesh):
+        for name in ("helpfulness", "safety"):
+            tree = restore_model(getattr(config, name), specs, mesh)
+            for kind, ids in answers.items():
+                found = sigmoid_scores(
+                    model, stage.compute, tree, [[]] * len(ids), ids, length=stage.data.length,
+                    batch_size=stage.loop.batch_size,
+                )  # fmt: skip
+                scores[kind][name] = [round(float(score), 5) for score in found]
+    return {"scores": scores, "shares": conflict_shares(scores)}
+
+
+def conflict_shares(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """How often the models pull apart: safe but unhelpful among safe answers, helpful but unsafe among unsafe ones."""
+    safe, unsafe = ({name: np.asarray(values) for name, values in scores[kind].items()} for kind in ("safe", "unsafe"))
+    return {
+        "safe_but_unhelpful": share((safe["safety"] > 0.5) & (safe["helpfulness"] < 0.5)),
+        "helpful_but_unsafe": share((unsafe["safety"] < 0.5) & (unsafe["helpfulness"] > 0.5)),
+    }
+
+
+def _counts(answers: Mapping[str, Sequence[Any]]) -> str:
+    return ", ".join(f"{len(found)} {kind}" for kind, found in answers.items())
+
+
+def write_study(values: Mapping[str, Any], workdir: Path) -> None:
+    """study.json, study.md and a figure for each study that was made."""
+    write_json(workdir / "study.json", values)
+    with atomic_write(workdir / "study.md") as file:
+        file.write(markdown(values).encode())
+    drawn = {}
+    if values["margins"]:
+        histograms = {name: report["histogram"] for name, report in values["margins"].items()}
+        drawn["margins"] = figures.margin_histograms(histograms)
+    if values["scaling"]:
+        drawn["scaling"] = figures.accuracy_scaling(values["scaling"])
+    if "conflict" in values:
+        drawn["conflict"] = figures.score_conflict(values["conflict"]["scores"])
+    for name, png in drawn.items():
+        with atomic_write(workdir / f"{name}.png") as file:
+            file.write(png)
+
+
+def markdown(values: Mapping[str, Any]) -> str:
+    """The tables, accuracies in percent."""
+    parts = ["# Reward models"]
+    if values["margins"]:
+        rows = {name: report["accuracy"]["all"] for name, report in values["margins"].items()}
+        degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in rows.values())]
+        cells = [[name, *(_percent(row.get(degree)) for degree in degrees)] for name, row in rows.items()]
+        parts += ["## Accuracy by margin (Table 28)", markdown_table(["margin", *degrees], cells)]
+    for model, points in values["scaling"].items():
+        cells = [[str(point["batch"]), f"{point['pairs']:,}", _percent(point["accuracy"].get("significantly")),
+                  _percent(point["accuracy"]["all"])] for point in points]  # fmt: skip
+        parts += [f"## Accuracy by batches: {model} (Fig. 6)",
+                  markdown_table(["batches", "pairs", "significantly", "all"], cells)]  # fmt: skip
+    if "conflict" in values:
+        cells = [[name.replace("_", " "), _percent(row), f"{row['count']:,}"]
+                 for name, row in values["conflict"]["shares"].items()]  # fmt: skip
+        parts += ["## Helpfulness against safety (Fig. 32)", markdown_table(["", "%", "answers"], cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(value: Mapping[str, float] | None) -> str:
+    if value is None or not value["count"]:
+        return "-"
+    return f"{100 * value['share']:.1f} ± {50 * (value['high'] - value['low']):.1f}"
+
+
+def main() -> None:
+    """Flags to config to call."""
+    keep_heap()
+    start_distributed()
+    config, workdir = parse(StudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    claim(workdir, describe(config))
+    run(config, workdir)
+    print((workdir / "study.md").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    command.define("configs/reward_study.py:<size>", workdir="directory of the runs and the report")
+    command.launch(main, expected=(Diverged,))

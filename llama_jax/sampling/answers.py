@@ -1,0 +1,91 @@
+"""Many prompts to many answers, by continuous batching: what rejection sampling, data synthesis and evaluation ask of sampling.
+
+    answerer = Answerer(params, config, compute=compute, prompt_length=96, new_tokens=48, eos_id=2, slots=128)
+    answers = answerer(prompts, choice=Choice(temperature=1.0), seed=0)
+
+Answer i depends on its prompt, its settings and (seed, i) alone: not on what is asked beside it, nor on the number of slots up
+to the rounding of the matrix products. A prompt that is asked K times is computed once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+
+from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.decode import Prepared, prepare
+from llama_jax.model.params import Params, table
+from llama_jax.parallel.axes import batch_shards
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine, key_data
+from llama_jax.sampling.request import EngineConfig, Shape
+
+# Prompts that are computed together hold about this many tokens: enough to keep matrix units busy, and few enough that
+# a batch of them is soon asked for.
+_TOKENS = 1024
+_SHORTEST, _LONGEST = 64, 1024  # of whole prompts; what is longer enters in chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One answer."""
+
+    tokens: list[int]  # with EOS where it was drawn
+    log_probs: list[float]  # of each token, under the distribution it was drawn from
+    ended: bool  # by itself, not for want of room
+
+
+class Answerer:
+    """A model that answers prompts, again and again; its programs are compiled once for all models of one shape.
+
+    Make and call it inside `jax.set_mesh`, on any mesh; on several hosts, in every process with the same arguments.
+    """
+
+    def __init__(
+        self, params: Params, config: ModelConfig, *, compute: Compute, prompt_length: int, new_tokens: int, eos_id: int,
+        slots: int, stop_ids: Sequence[int] = (), int8: bool = False,
+    ):  # fmt: skip
+        """Prompts have at most `prompt_length` tokens; `slots` answers are drawn at a time (more where the mesh asks it)."""
+        self._new_tokens, self._stops = new_tokens, (eos_id, *stop_ids)
+        mesh = jax.sharding.get_mesh()
+        shards = 1 if mesh.empty else batch_shards(mesh)
+        whole = whole_shapes(prompt_length - 1, shards)  # the last token is read by the first decoding step
+        settings = EngineConfig(
+            slots=-(-slots // shards) * shards, max_length=prompt_length + new_tokens, whole=whole,
+            chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8,
+        )  # fmt: skip
+        weights = _preparer(config, compute, int8)(params)
+        self.engine = Engine(config, weights, settings, compute=compute).warm_up()
+        self._compiled = self.engine.compilations
+
+    @property
+    def compilations_after_warm_up(self) -> int:
+        """Programs that were compiled while answers were drawn. It stays 0."""
+        return self.engine.compilations - self._compiled
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, choice: Choice, seed: int, progress: Callable[[int], None] | None = None
+    ) -> list[Response]:
+        """Answers in the order of the prompts; ValueError, before anything is drawn, for a prompt that does not fit."""
+        keys = key_data(seed, range(len(prompts)))
+        requests = [
+            self.engine.submit(prompt, max_tokens=self._new_tokens, choice=choice, key=key, stop_ids=self._stops)
+            for prompt, key in zip(prompts, keys, strict=True)
+        ]  # fmt: skip
+        self.engine.run(requests, progress=progress)
+        return [Response(request.tokens, request.log_probs, request.finish == "stop") for request in requests]
+
+
+def whole_shapes(longest: int, shards: int) -> tuple[Shape, ...]:
+    """(length, prompts) of the batches in which prompts of up to `longest` tokens are computed."""
+    lengths, longest = [], max(min(longest, _LONGEST), 1)
+    while (length := _SHORTEST * 4 ** len(lengths)) < longest:
+        lengths.append(length)
+    return tuple((length, -(-max(_TOKENS // length, 1) // shards) * shards) for length in (*lengths, longest))
+
+
+@functools.lru_cache(maxsize=8)
+def _preparer(config: ModelConfig, compute: Compute, int8: bool) -> Callable[[Params], Prepared]:
+    specs = table(config, head="lm_head")
+    return jax.jit(lambda params: prepare(params, specs, compute=compute, int8=int8))

@@ -1,0 +1,98 @@
+"""Steps of a longer job in one workdir: each is done once, and the same command goes on after a kill.
+
+A training stage resumes from its last checkpoint; any other step is done whole or not at all.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import ConfigError
+from llama_jax.files import write_json
+from llama_jax.train import run as run_stage
+from llama_jax.training.loop import finished
+
+
+class Steps:
+    """Runs steps in order; `seconds` holds what each took, in whichever run it was done."""
+
+    def __init__(self, workdir: Path, *, configs: Path, tokenizer_file: str, overrides: Mapping[str, Mapping[str, Any]]):
+        self.workdir, self.configs = workdir.resolve(), configs
+        self.tokenizer_file, self.overrides = tokenizer_file, overrides
+        self.seconds: dict[str, float] = {}
+
+    def path(self, *parts: str) -> str:
+        """A path inside the workdir."""
+        return str(self.workdir.joinpath(*parts))
+
+    def step(self, name: str, make: Callable[[], Any]) -> Any:
+        """Runs a step that is no training stage, once; its result and seconds lie in steps/<name>.json."""
+        path = self.workdir / "steps" / f"{name}.json"
+        if not path.exists():
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            begun = time.monotonic()
+            result = make()
+            write_json(path, {"seconds": time.monotonic() - begun, "result": result})
+        saved = json.loads(path.read_text())
+        self.seconds[name] = saved["seconds"]
+        return saved["result"]
+
+    def values(self, name: str, config: str, changes: Mapping[str, Any]) -> Any:
+        """A stage's config with `changes` (nested), then the overrides of its kind: of "rejection" for "v2/rejection"."""
+        kind = name.rpartition("/")[2]
+        values = load_config(self.configs, config)
+        change(values, {"tokenizer": self.path(self.tokenizer_file), **changes}, where=name)
+        change(values, self.overrides.get(kind, {}), where=f"overrides.{kind}")
+        return values
+
+    def stage(self, name: str, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs a training stage in the directory `name`; returns its summary."""
+        values = self.values(name, config, changes)
+        begun = time.monotonic()
+        done_before = finished(self.workdir / name) is not None
+        result = run_stage(values, self.workdir / name)
+        if not done_before:  # sampling before the first step belongs to the stage's time too
+            result["seconds"] = max(result["seconds"], time.monotonic() - begun)
+            write_json(self.workdir / name / "done.json", result)
+        self.seconds[name] = result["seconds"]
+        return result
+
+    def link(self, name: str) -> None:
+        """Lets the name of a kind stand for its newest stage: `rejection` for `v2/rejection`."""
+        path, target = self.workdir / name.rpartition("/")[2], Path(name)
+        if path.is_symlink() and path.readlink() == target:
+            return
+        new = path.with_name(f".{path.name}.tmp")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(path)
+
+
+def change(values: Any, changes: Mapping[str, Any], *, where: str) -> None:
+    """Changes fields of a ConfigDict, group by group; ConfigError for a field that is not there."""
+    for name, value in changes.items():
+        if name not in values:
+            raise ConfigError(f"{where}.{name}: unknown field; expected one of {', '.join(sorted(values))}")
+        if isinstance(value, Mapping) and len(values[name]):
+            change(values[name], value, where=f"{where}.{name}")
+        else:
+            values[name] = value
+
+
+def load_config(directory: Path, name: str) -> Any:
+    """`get_config` of a config file, called with the text behind the colon: `sft.py:tiny`."""
+    file, _, argument = name.partition(":")
+    path = directory / file
+    if not path.exists():
+        raise ConfigError(f"{path}: expected a config file, found nothing; run from the checkout or set config.configs")
+    root = str(directory.resolve().parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)  # configs import configs.common
+    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)

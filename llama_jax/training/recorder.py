@@ -1,0 +1,99 @@
+"""Reads the metrics of steps one step late, logs them, and stops a run that diverges."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.files import write_json
+from llama_jax.training.metrics import MetricWriter, Progress
+from llama_jax.training.spikes import Spike, Spikes
+from llama_jax.training.stage import LoopConfig, Stage
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite, or too many losses were spikes."""
+
+
+class Recorder:
+    """What the loop hands over after each step, on its way to the log, the progress bar and the judgement of spikes."""
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        config: LoopConfig,
+        stage: Stage,
+        logged: Mapping[str, Any],
+        *,
+        spikes: Spikes,
+        workdir: Path,
+        extra: Callable[[], Mapping[str, float]],
+    ):
+        self.writer, self.progress, self.config, self.stage = writer, progress, config, stage
+        self.spikes, self.workdir, self.extra = spikes, workdir, extra
+        self.pending: tuple | None = None
+        self.last: dict[str, float] = dict(logged["metrics"])
+        self.rate_before: float = logged["tokens_per_second"]
+        self.times: list[float] = []
+
+    def push(self, step: int, means: Mapping[str, jax.Array], source_metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that may still be running, and reads those of the step before."""
+        self.flush()
+        self.pending = (step, means, source_metrics)
+
+    def flush(self) -> None:
+        """Waits for the step that was pushed last and records it."""
+        if self.pending is None:
+            return
+        step, means, source_metrics = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(dict(means)).items()} | dict(source_metrics)
+        self.times.append(time.monotonic())
+        if self.stage.check is not None and not values["skipped_in_a_row"]:
+            self.stage.check(step, values)
+        self.last |= {name: value for name, value in values.items() if math.isfinite(value)}
+        shown = {self.stage.show: self.last[self.stage.show]} if self.stage.show in self.last else {}
+        self.progress.update(1, **shown)
+        due = step % self.config.log_every == 0 or step == self.config.steps - 1 or source_metrics
+        if due or values["skipped_in_a_row"]:
+            rate = {"tokens_per_second": self.tokens_per_second()} if self.stage.tokens_per_step else {}
+            self.writer.write(step, {**values, **rate, **self.extra()})
+        if values["skipped_in_a_row"] >= self.config.max_skipped_in_a_row:
+            self._diverged(step, int(values["skipped_in_a_row"]))
+        if report := self.spikes.see(step, values["loss"]):
+            log.warning("%s: %s; its rows are %s", self.stage.name, report, self.rows(range(step, step + 1)))
+            if self.config.spike.rewind:
+                raise Spike(step, report)
+
+    def rows(self, steps: range) -> dict[str, Any]:
+        """Which batches, and which of their rows, the steps trained on: JSON for whoever looks for what was wrong in them."""
+        rows = getattr(self.stage.source, "rows", lambda batch: None)  # an RL source makes its rows as it goes
+        batches = {step: self.spikes.index(step) for step in steps}
+        return {str(step): {"batch": batch, "rows": rows(batch)} for step, batch in batches.items()}
+
+    def _diverged(self, step: int, count: int) -> None:
+        path = self.workdir / "diverged.json"
+        if self.writer.enabled:
+            write_json(path, {"steps": self.rows(range(max(step - count + 1, 0), step + 1))})
+        raise Diverged(
+            f"{self.stage.name}: {count} updates in a row were not finite, the last at step {step}; the newest checkpoint is "
+            f"from before them or holds their unchanged parameters; their rows are listed in {path}"
+        )
+
+    def logged(self) -> dict[str, Any]:
+        """What the summary tells; a checkpoint holds it too, for a run that is killed after its last step."""
+        return {"metrics": self.last, "tokens_per_second": self.tokens_per_second()}
+
+    def tokens_per_second(self) -> float:
+        """The rate of this process's steps, the first two (compilation) left out; before there are any, that of the last."""
+        times = self.times[1:]
+        if len(times) < 2:
+            return self.rate_before
+        return self.stage.tokens_per_step * (len(times) - 1) / max(times[-1] - times[0], 1e-9)

@@ -1,0 +1,174 @@
+"""Ends a run that no longer gets anywhere, saying which host is to blame: nothing is worse than a pod that waits in silence.
+
+Three things are watched: that this process goes from step to step, that the other hosts are alive, and that the
+interpreter itself still runs. In each case the stacks of all threads go to stderr and to `logs/host-<n>.log` in the
+workdir, and the process ends with a code on which launchers start again.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+import jax
+
+from llama_jax.parallel.peers import Peers, lost, places
+
+log = logging.getLogger(__name__)
+
+EXIT_HANGS = 70  # this host made no progress (EX_SOFTWARE)
+EXIT_HOST_LOST = 69  # another host failed, died or stopped (EX_UNAVAILABLE)
+_STUCK = 300.0  # seconds without the interpreter's lock until the watchdog of the watchdog acts
+
+
+class Watchdog:
+    """Watches a run from inside `with`; the loop says `at(phase, step)` whenever it gets somewhere.
+
+    Attributes:
+      step_seconds: a phase may last that long; before the end of the first step `start_seconds`, for compilation.
+      peer_seconds: another host may be silent for that long.
+    """
+
+    def __init__(self, workdir: Path, *, step_seconds: float, start_seconds: float, peer_seconds: float):
+        self.workdir, self.step_seconds, self.start_seconds = workdir, step_seconds, start_seconds
+        self.peer_seconds = peer_seconds
+        self.host, self.hosts = jax.process_index(), jax.process_count()
+        self.peers = Peers() if self.hosts > 1 else None
+        self.phase, self.step, self.since, self.limit = "start", 0, time.monotonic(), start_seconds
+        self.first: int | None = None
+        self.failed: str | None = None
+        self.done = threading.Event()
+        self.ending = threading.Lock()
+
+    def at(self, phase: str, step: int) -> None:
+        """The run enters a phase of a step."""
+        self.first = step if self.first is None else self.first
+        self.phase, self.step, self.since = phase, step, time.monotonic()
+        self.limit = self.start_seconds if step <= self.first + 1 else self.step_seconds
+
+    def __enter__(self) -> "Watchdog":
+        path = self.workdir / "logs" / f"host-{self.host}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file: TextIO = open(path, "a", encoding="utf-8")
+        self.handler = logging.StreamHandler(self.file)
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.handler.setLevel(logging.WARNING)
+        logging.getLogger().addHandler(self.handler)
+        self.threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        if self.peers is not None:
+            self.threads.append(threading.Thread(target=self._pulse, name="pulse", daemon=True))
+            self._on_abort()
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._report_failure(error)
+        self.done.set()
+        for thread in self.threads:
+            thread.join(timeout=5)
+        faulthandler.cancel_dump_traceback_later()
+        if self.peers is not None and self.failed is None:
+            self.restore_abort()
+            with contextlib.suppress(Exception):  # the service may be gone; then nobody is listening
+                self.peers.leave()
+        logging.getLogger().removeHandler(self.handler)
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    def _report_failure(self, error: BaseException) -> None:
+        """Keeps an error in the host's log; of several hosts, finds out whose it was, or tells the others that it is ours."""
+        with contextlib.suppress(OSError):  # the error may be that nothing can be written
+            self.file.write("".join(traceback.format_exception(error)))
+            self.file.flush()
+        if self.peers is None:
+            return
+        if _comes_from_outside(error):
+            # The watching thread ends the process as soon as it knows whom to name.
+            limit = time.monotonic() + self.peer_seconds + 10
+            while time.monotonic() < limit:
+                time.sleep(0.1)
+        self.failed = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        with contextlib.suppress(Exception):
+            self._tell()
+        log.error("host %d failed in %s of step %d: %s", self.host, self.phase, self.step, self.failed)
+        # What is still to be closed may wait for hosts that will not come any more.
+        timer = threading.Timer(15, os._exit, args=(1,))
+        timer.daemon = True
+        timer.start()
+
+    def _tell(self) -> None:
+        failed = {} if self.failed is None else {"failed": self.failed}
+        self.peers.tell(phase=self.phase, step=self.step, **failed)
+
+    def _pulse(self) -> None:
+        while not self.done.wait(min(2.0, self.peer_seconds / 10)):
+            with contextlib.suppress(Exception):  # `answered` grows old, and the watching thread sees it
+                self._tell()
+                self.peers.ask()
+
+    def _watch(self) -> None:
+        interval = min(1.0, self.step_seconds / 10, self.peer_seconds / 10)
+        while not self.done.wait(interval):
+            # If no Python code runs any more this is not put off any longer, and C code dumps the stacks.
+            faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file)
+            if self.peers is not None:
+                service_silent = time.monotonic() - self.peers.answered
+                blame = lost(self.peers.words(), service_silent=service_silent, me=self.host, limit=self.peer_seconds)
+                if blame:
+                    self._end(f"host {self.host}, in {self.phase} of step {self.step}, stops: {blame}", EXIT_HOST_LOST)
+            waited = time.monotonic() - self.since
+            if waited > self.limit:
+                others = f"; {places(self.peers.words())}" if self.peers is not None else ""
+                self._end(
+                    f"host {self.host} hangs: no progress for {waited:.0f} s, in {self.phase} of step {self.step}{others}",
+                    EXIT_HANGS,
+                )
+
+    def _end(self, message: str, code: int) -> None:
+        with self.ending:
+            if self.done.is_set():
+                return
+            for stream in (self.file, sys.__stderr__):
+                with contextlib.suppress(Exception):  # a full disk must not keep this process alive
+                    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {message}", file=stream, flush=True)
+                    faulthandler.dump_traceback(file=stream, all_threads=True)
+                    print(f"error: {message}", file=stream, flush=True)  # once more, where a reader looks first
+            os._exit(code)
+
+    def _on_abort(self) -> None:
+        """JAX's service aborts the process when host 0 has gone; its message does not say so, ours does."""
+        library = ctypes.CDLL(None)
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+        def aborted(number: int) -> None:
+            del number
+            if self.failed is not None:  # our error made the others end, and the service with them; it has been told
+                os._exit(1)
+            words = self.peers.words()
+            # That something is wrong is certain now; a host need not have been silent for as long as usual.
+            blame = lost(words, service_silent=0.0, me=self.host, limit=min(5.0, self.peer_seconds))
+            who = "host 0, the coordinator, died or cannot be reached" if self.host else "see the message above"
+            self._end(f"host {self.host}, in {self.phase} of step {self.step}, was aborted: {blame or who}", EXIT_HOST_LOST)
+
+        self.abort_handler = kind(aborted)  # kept alive: C holds no reference
+        library.signal.restype = ctypes.c_void_p
+        library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        before = library.signal(signal.SIGABRT, ctypes.cast(self.abort_handler, ctypes.c_void_p))
+        self.restore_abort = lambda: library.signal(signal.SIGABRT, before)
+
+
+def _comes_from_outside(error: BaseException) -> bool:
+    """Whether an error is the kind that the death of another host causes: a failed collective or barrier."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or any(
+        word in str(error) for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "barrier", "Barrier")
+    )

@@ -1,0 +1,128 @@
+"""A run's directory: whose it is, under which config it was begun, whether it is finished, going back in it.
+
+`.lock` says that a process is writing here; `config.json` is what the run was begun with; `done.json` its summary. Nothing
+is ever deleted that may still be of use: what stands in the way is moved into `replaced/`.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.config import ConfigError, differences
+from llama_jax.files import write_json
+from llama_jax.parallel.hosts import first_problem
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_NOT_BEGUN = (_LOCK, "config.json", "compiled")  # what a run that was refused may leave behind
+
+
+@contextlib.contextmanager
+def own(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run: two runs in one workdir would write over each other.
+
+    The kernel lets go of the lock when the process ends, however it ends. Host 0 holds it for all hosts.
+
+    Raises:
+      ConfigError: on every host, if another run has it or host 0 cannot write here.
+    """
+    file, problem = None, ""
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = open(workdir / _LOCK, "a+", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            problem = f"{workdir}: another run is writing here ({file.read().strip()}); wait for it, or use another workdir"
+        except OSError as error:
+            problem = f"{workdir}: cannot be written: {error.strerror}"
+    try:
+        if problem := first_problem(problem):
+            raise ConfigError(problem)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def claim(workdir: Path, described: Mapping[str, Any]) -> None:
+    """Writes the run's config into its workdir, or refuses to go on under another one, naming the fields that differ.
+
+    A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
+    """
+    path = workdir / "config.json"
+    described = json.loads(json.dumps(described))
+    if path.exists() and any(other.name not in _NOT_BEGUN for other in workdir.iterdir()):
+        changed = differences(json.loads(path.read_text()), described)
+        if changed:
+            raise ConfigError(
+                f"{workdir} was begun with another config; use a new workdir, go back with --restart_from=STEP, or undo:\n  "
+                + "\n  ".join(changed)
+            )
+        return
+    write_json(path, described)
+
+
+def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
+    """Makes the checkpoint of `step` the newest one, and `described` the run's config; 0 is the start of the run.
+
+    Later checkpoints and the log up to now are moved into `replaced/<n>`. Doing it again with the same step and config does
+    nothing: a launcher that starts the same command after a preemption must not go back once more. (A run is a function of
+    its config, so going back twice could give nothing else.)
+
+    Raises:
+      ConfigError: on every host, if there is no such checkpoint.
+    """
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            _go_back(workdir, step, json.loads(json.dumps(described)))
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if problem := first_problem(problem):
+        raise ConfigError(problem)
+
+
+def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
+    asked = {"step": step, "config": described}
+    record = workdir / "restarted.json"
+    if record.exists() and json.loads(record.read_text()) == asked:
+        return
+    directory = workdir / "checkpoints"
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if step and step not in steps:
+        raise ConfigError(f"--restart_from={step}: {directory} has no such checkpoint; it holds {steps or 'none'}")
+    old = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
+    for line in differences(old, described) if old else ():
+        log.warning("restart from step %d under another config: %s", step, line)
+    number = 1 + max((int(path.name) for path in (workdir / "replaced").glob("*") if path.name.isdigit()), default=0)
+    aside = workdir / "replaced" / str(number)
+    aside.mkdir(parents=True)
+    for name in ("config.json", "done.json"):
+        if (workdir / name).exists():
+            os.replace(workdir / name, aside / name)
+    for later in steps:
+        if later > step:
+            os.replace(directory / str(later), aside / str(later))
+    log.warning("restart from step %d: later checkpoints are in %s", step, aside)
+    write_json(workdir / "config.json", described)
+    write_json(record, asked)
+
+
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a stage that has run to its end, or None."""
+    path = workdir / "done.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,257 @@
+"""Breaks a run again and again and holds the result against an undisturbed one:
+
+    python tests/chaos/chaos.py --directory=/tmp/chaos [--faults=100] [--processes=2] [--seed=0]
+
+Pretraining, SFT, a reward model and PPO run on several processes. At random moments a process is killed, stopped or asked
+to end, or files of the newest checkpoint are changed, cut or removed; then the same command is started again. In the end
+
+1. the parameters and moments of each stage are those of the undisturbed run, to the bit;
+2. no start went on from before the newest checkpoint that was whole at the fault, and none lost more than two intervals;
+3. the processes that were left ended within a minute.
+
+Prints a table of all faults with the seconds until all processes had ended and until the next step was done.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from stages import INTERVAL, NAMES, flags, make_data  # noqa: E402 - after the path
+
+KINDS = ("kill", "kill all", "terminate", "stop", "flip", "truncate", "delete")
+PEER_SECONDS = 15
+
+
+@dataclasses.dataclass
+class Fault:
+    """What was done, and what came of it."""
+
+    stage: str
+    kind: str
+    reached: int  # steps done when it happened
+    saved: int  # the newest checkpoint that was whole afterwards
+    codes: list[int] = dataclasses.field(default_factory=list)
+    went_on_from: int = -1
+    seconds_to_end: float = 0.0
+    seconds_to_step: float = 0.0
+
+
+class Cluster:
+    """The processes of one stage."""
+
+    def __init__(self, arguments: Sequence[str], *, processes: int, logs: Path, pause: float):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs.mkdir(parents=True, exist_ok=True)
+        self.processes = []
+        for host in range(processes):
+            environment = {
+                **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                "PYTHONPATH": str(ROOT), "CHAOS_PAUSE": str(pause), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(host),
+            }  # fmt: skip
+            command = [sys.executable, str(Path(__file__).with_name("worker.py")), *arguments, f"--peer_seconds={PEER_SECONDS}"]
+            with open(logs / f"worker-{host}.log", "a") as output:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                )
+
+    def codes(self) -> list[int | None]:
+        """Return codes; None of those that still run."""
+        return [process.poll() for process in self.processes]
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all end in that time."""
+        limit = time.monotonic() + seconds
+        while None in self.codes():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def kill(self) -> None:
+        """Ends whatever is left of it."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def reached(workdir: Path) -> int:
+    """Steps done, to the second."""
+    try:
+        return int(json.loads((workdir / "reached.json").read_text())["step"])
+    except (OSError, ValueError):
+        return 0
+
+
+def touched(workdir: Path) -> float:
+    """When a step was done last."""
+    path = workdir / "reached.json"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def saved(workdir: Path) -> list[int]:
+    """Steps with a finished checkpoint."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def attempts(workdir: Path) -> list[dict]:
+    """One line a start."""
+    path = workdir / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def inject(kind: str, cluster: Cluster, workdir: Path, draw: random.Random) -> int:
+    """Does it; the newest checkpoint that is still whole."""
+    steps = saved(workdir)
+    victim = draw.choice(cluster.processes)
+    if kind == "kill":
+        victim.kill()
+    elif kind == "terminate":
+        victim.send_signal(signal.SIGTERM)
+    elif kind == "stop":
+        victim.send_signal(signal.SIGSTOP)
+    else:
+        cluster.kill()  # the next start must read what is on the disk
+        steps = saved(workdir)
+        if kind != "kill all" and len(steps) > 1:
+            damage(kind, workdir / "checkpoints" / str(steps.pop()), draw)
+    return steps[-1] if steps else 0
+
+
+def damage(kind: str, checkpoint: Path, draw: random.Random) -> None:
+    """Changes a bit in, halves or removes all data files of one item, or one of its other files."""
+    item = draw.choice([path for path in sorted(checkpoint.iterdir()) if path.is_dir()])
+    data = [path for path in item.rglob("d/*") if path.is_file()]  # all: Orbax may not need each of them any more
+    for path in data or [path for path in item.rglob("*") if path.is_file()]:
+        content = bytearray(path.read_bytes())
+        if kind == "delete":
+            path.unlink()
+        elif kind == "truncate" or not content:
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            for _ in range(1 + len(content) // 64):
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(content)
+
+
+def disturb(stage: str, runs: Path, data: Path, *, faults: int, steps: int, processes: int, pause: float, draw: random.Random):
+    """Runs a stage to its end with that many faults on the way; the faults."""
+    workdir, found = runs / stage, []
+    arguments = flags(stage, runs, data, steps=steps)
+    kinds = [KINDS[i % len(KINDS)] for i in range(faults)]
+    draw.shuffle(kinds)
+    last: Fault | None = None
+    began = 0.0
+    while not (workdir / "done.json").exists():
+        starts = len(attempts(workdir))
+        cluster = Cluster(arguments, processes=processes, logs=runs / "logs" / stage, pause=pause)
+        try:
+            # One in five faults comes while the processes start, the others after a step.
+            early = bool(kinds) and draw.random() < 0.2
+            limit = time.monotonic() + (draw.uniform(0.5, 8) if early else 900)
+            before = time.time()
+            while None in cluster.codes() and time.monotonic() < limit:
+                if last and len(attempts(workdir)) > starts and touched(workdir) > before:
+                    last.went_on_from = attempts(workdir)[-1]["from"]
+                    last.seconds_to_step = time.monotonic() - began
+                    last = None
+                due = saved(workdir) and reached(workdir) > (attempts(workdir) or [{"from": 0}])[-1]["from"]
+                if kinds and not early and due and len(attempts(workdir)) > starts and last is None:
+                    time.sleep(draw.uniform(0, 3 * INTERVAL * pause))
+                    break
+                time.sleep(0.05)
+            if not kinds or all(code is not None for code in cluster.codes()):
+                if not cluster.wait(900):
+                    raise AssertionError(f"{stage}: still running after 15 minutes; see {runs / 'logs'}")
+                if kinds:
+                    raise AssertionError(f"{stage}: ended with {cluster.codes()} before its {len(kinds)} last faults")
+                continue
+            kind = kinds.pop()
+            done, began = reached(workdir), time.monotonic()
+            last = Fault(stage, kind, done, inject(kind, cluster, workdir, draw))
+            found.append(last)
+            others = [process for process in cluster.processes if process.poll() is None]
+            if kind == "stop":  # the stopped one never ends by itself
+                while sum(code is None for code in cluster.codes()) > 1 and time.monotonic() - began < 60:
+                    time.sleep(0.05)
+                ended = sum(code is None for code in cluster.codes()) <= 1
+            else:
+                ended = cluster.wait(60)
+            last.seconds_to_end = time.monotonic() - began
+            last.codes = [code for code in cluster.codes() if code is not None]
+            if not ended:
+                raise AssertionError(f"{stage}: after {kind!r} {len(others)} processes did not end within a minute")
+        finally:
+            cluster.kill()
+    return found
+
+
+def table(faults: Sequence[Fault]) -> str:
+    """One line a fault."""
+    lines = [f"{'stage':9} {'fault':10} {'step':>5} {'whole':>5} {'from':>5} {'end s':>6} {'step s':>7}  codes"]
+    lines += [
+        f"{f.stage:9} {f.kind:10} {f.reached:5} {f.saved:5} {f.went_on_from:5} {f.seconds_to_end:6.1f} "
+        f"{f.seconds_to_step:7.1f}  {f.codes}"
+        for f in faults
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def fingerprints(workdir: Path) -> dict[str, int]:
+    """Of everything in the newest checkpoint."""
+    return json.loads((workdir / "checkpoints" / str(saved(workdir)[-1]) / "meta" / "metadata").read_text())["fingerprints"]
+
+
+def chaos(directory: Path, *, faults: int, steps: int, processes: int, pause: float, seed: int, stages=NAMES) -> list[Fault]:
+    """All of it; AssertionError if a promise is broken."""
+    make_data(directory)
+    whole, broken, draw = directory / "undisturbed", directory / "disturbed", random.Random(seed)
+    shutil.rmtree(broken, ignore_errors=True)
+    found: list[Fault] = []
+    for number, stage in enumerate(stages):
+        how = {"steps": steps, "processes": processes, "draw": draw}
+        disturb(stage, whole, directory, faults=0, pause=0.0, **how)
+        share = faults // len(stages) + (number < faults % len(stages))
+        found += disturb(stage, broken, directory, faults=share, pause=pause, **how)
+        assert fingerprints(broken / stage) == fingerprints(whole / stage), f"{stage}: other parameters"
+        print(f"{stage}: {share} faults, parameters and moments equal to the bit", file=sys.stderr, flush=True)
+    for fault in found:
+        assert fault.went_on_from < 0 or fault.went_on_from >= fault.saved, f"a whole checkpoint was passed over: {fault}"
+        # A damaged checkpoint costs one interval more, a save that was under way another.
+        lost = fault.reached - fault.went_on_from
+        assert fault.went_on_from < 0 or lost <= 3 * INTERVAL + 1, f"too many steps lost: {fault}"
+    return found
+
+
+def main() -> None:
+    """Flags to call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=160, help="of each stage")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=0.3, help="seconds that a step lasts at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", default=list(NAMES), choices=NAMES)
+    arguments = vars(parser.parse_args())
+    print(table(chaos(arguments.pop("directory").resolve(), **arguments)))
+
+
+if __name__ == "__main__":
+    main()

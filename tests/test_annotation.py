@@ -1,0 +1,325 @@
+"""The desk's logic without its page: rows that the trainers read, blinding, reloads, kills, several raters and windows."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from llama_jax.annotation import forms
+from llama_jax.annotation.drawing import Draw, Pair
+from llama_jax.annotation.forms import Record, Shown
+from llama_jax.annotation.session import Desk
+from llama_jax.annotation.tasks import Settings, read_prompt_list
+from llama_jax.data.row_file import RowFile
+from llama_jax.data.sources import RATINGS, SAFETY_BINS, read_comparisons, write_jsonl
+from llama_jax.evals.ratings import read_pair_ratings, read_safety_ratings
+
+USER = {"role": "user", "content": "what is it?"}
+
+
+class Fake:
+    """Answers at once, or when `go` is called; the text tells the model and the draw."""
+
+    def __init__(self, text=None, held=False):
+        self.text = text or (lambda draw: f"{draw.model} on {draw.messages[-1]['content']} ({draw.seed}.{draw.index})")
+        self.held, self.draws, self.waiting = held, [], []
+
+    def start(self, draw, deliver):
+        self.draws.append(draw)
+        if len(draw.messages) > 7:
+            raise ValueError("The dialog is too long.")
+        self.waiting.append((draw, deliver))
+        if not self.held:
+            self.go()
+        return lambda: None
+
+    def go(self):
+        while self.waiting:
+            draw, deliver = self.waiting.pop(0)
+            words = self.text(draw)
+            deliver(words[:3], "")
+            deliver(words[3:], "stop")
+
+
+def desk(path, mode="preference", models=("one", "two"), fake=None, prompts=(), **settings):
+    return Desk(
+        path, Settings(mode, models, **settings), fake or Fake(), prompts=prompts, chance=lambda: random.Random(os.urandom(8))
+    )
+
+
+def settle(session):
+    """The last view of a stream: what the page shows when the answers are complete."""
+    *_, view = session.stream(0.01)
+    assert view.phase == "rate", view
+    return view
+
+
+def test_preferences_become_rows_that_the_reward_trainer_reads(tmp_path):
+    path = tmp_path / "p.jsonl"
+    session = desk(path, batch=3, source="ours").session("Ann")
+    for number, (choice, bin_) in enumerate(zip([value for _, value in forms.PREFERENCES], [None, *SAFETY_BINS, None] * 2)):
+        session.ask(f"question {number}", is_safety=bin_ is not None)
+        view = settle(session)
+        session.rate(view.shown_id, choice, bin_)
+        session.new_dialog()
+    rows = read_comparisons(path)
+    assert [row["rating"] for row in rows] == [*RATINGS, *RATINGS[::-1]]
+    assert [row["safety_bin"] for row in rows] == [None, *SAFETY_BINS, None, None, *SAFETY_BINS[:2]]
+    assert [row["is_safety"] for row in rows] == [row["safety_bin"] is not None for row in rows]
+    for row in rows:  # the recorded model is the one that wrote the text
+        assert row["chosen"].startswith(row["chosen_model"]) and row["rejected"].startswith(row["rejected_model"])
+        assert {row["chosen_model"], row["rejected_model"]} == {"one", "two"} and row["source"] == "ours" and row["batch"] == 3
+    assert len({row["id"] for row in rows}) == 8 and [row["chosen_side"] for row in rows] == ["A"] * 4 + ["B"] * 4
+
+
+def test_sides_are_random_and_temperatures_vary(tmp_path):
+    session = desk(tmp_path / "p.jsonl", temperatures=(0.5, 1.0)).session("Ann")
+    for number in range(40):
+        session.ask(f"question {number}")
+        session.rate(settle(session).shown_id, "A better")
+        session.new_dialog()
+    rows = read_comparisons(tmp_path / "p.jsonl")
+    assert 5 < sum(row["chosen_model"] == "one" for row in rows) < 35
+    assert {row["chosen_temperature"] for row in rows} == {0.5, 1.0}
+
+
+def test_the_chosen_answer_continues_the_dialog(tmp_path):
+    session = desk(tmp_path / "p.jsonl").session("Ann")
+    session.ask("first")
+    view = settle(session)
+    session.rate(view.shown_id, "B slightly")
+    session.ask("second")
+    again = settle(session)
+    assert [m["content"] for m in again.messages] == ["first", view.texts[1], "second"]
+    session.rate(again.shown_id, "A significantly")
+    assert read_comparisons(tmp_path / "p.jsonl")[1]["prompt"] == list(again.messages)
+    for number in range(2):
+        session.ask(f"more {number}")
+        session.rate(settle(session).shown_id, "A better")
+    before = session.view()
+    with pytest.raises(ValueError, match="too long"):
+        session.ask("one too many")
+    assert session.view() == before
+    session.new_dialog()
+    assert session.view().messages == () and session.view().rated == 4
+
+
+def test_incomplete_and_impossible_judgements_are_refused(tmp_path):
+    session = desk(tmp_path / "p.jsonl", fake=(fake := Fake(held=True))).session("Ann")
+    for text, words in (("  ", "Write a message"), ("[INST] x", "chat tag")):
+        with pytest.raises(ValueError, match=words):
+            session.ask(text)
+    session.ask("question", is_safety=True)
+    shown = session.view().shown_id
+    with pytest.raises(ValueError, match="not complete"):
+        session.rate(shown, "A better", "both_safe")
+    with pytest.raises(ValueError, match="Judge the answers first"):
+        session.ask("another")
+    fake.go()
+    wrong = ((None, "both_safe", "degrees"), ("C better", "both_safe", "degrees"), ("A better", None, "safe"))
+    for choice, bin_, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            session.rate(shown, choice, bin_)
+    session.rate(shown, "A better", "both_safe")
+    with pytest.raises(ValueError, match="another window"):  # the second window of the same rater
+        session.rate(shown, "B better", "both_safe")
+    assert len(read_comparisons(tmp_path / "p.jsonl")) == 1
+
+
+def test_equal_answers_are_drawn_again_and_never_stored(tmp_path):
+    fake = Fake(text=lambda draw: "same" if draw.index < 2 else f"try {draw.index}")
+    session = desk(tmp_path / "p.jsonl", fake=fake).session("Ann")
+    session.ask("question")
+    while session.view().phase != "rate":
+        pass
+    assert set(session.view().texts) == {"try 2", "try 3"}
+    session.skip(session.view().shown_id)
+    session = desk(tmp_path / "q.jsonl", fake=Fake(text=lambda draw: "same")).session("Ann")
+    session.ask("question")
+    while session.view().phase != "rate":
+        pass
+    with pytest.raises(ValueError, match="nothing to prefer"):
+        session.rate(session.view().shown_id, "A better")
+    session.skip(session.view().shown_id)
+    assert (tmp_path / "q.jsonl").read_bytes() == b"" and session.view().phase == "write"
+
+
+def test_a_reload_finds_the_dialog_as_it_was_and_a_kill_too(tmp_path):
+    path = tmp_path / "p.jsonl"
+    first = desk(path)
+    session = first.session("Ann")
+    session.ask("first")
+    session.rate(settle(session).shown_id, "A better")
+    session.ask("second", is_safety=True)
+    view = settle(session)
+    assert first.session("Ann").view() == view  # another window, or the same one reloaded
+    first.close()
+    second = desk(path)
+    assert second.session("Ann").view() == view and second.session("Bo").view().messages == ()
+    second.session("Ann").rate(view.shown_id, "A better", "both_safe")
+    second.close()
+    # Killed between the row and the session's file: the stored judgement counts, and is not asked for twice.
+    third = desk(path)
+    session = third.session("Ann")
+    assert session.view().is_safety  # the dialog stays on its track
+    session.ask("third", is_safety=False)
+    view = settle(session)
+    kept = next((tmp_path / "p.jsonl.desk").glob("Ann.json")).read_bytes()
+    session.rate(view.shown_id, "B better")
+    (tmp_path / "p.jsonl.desk" / "Ann.json").write_bytes(kept)
+    third.close()
+    session = desk(path).session("Ann")
+    assert session.view().phase == "write" and session.view().messages[-1]["content"] == view.texts[1]
+    assert len(read_comparisons(path)) == 3 and session.view().rated == 3
+
+
+def test_answers_that_a_kill_interrupted_are_drawn_again_alike(tmp_path):
+    first = desk(tmp_path / "p.jsonl", fake=(fake := Fake(held=True)))
+    first.session("Ann").ask("question")
+    first.close()
+    second = desk(tmp_path / "p.jsonl", fake=(again := Fake()))
+    session = second.session("Ann")
+    assert session.view().phase == "answer"
+    session.begin()
+    settle(session)
+    assert again.draws == fake.draws
+
+
+def test_a_torn_line_is_cut_off_and_a_second_writer_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    file.append({"a": "ü" * 100_000})
+    with pytest.raises(FileExistsError, match="another process"):
+        RowFile(path)
+    file.close()
+    whole = path.read_bytes()
+    for torn in (b'{"b": 1', b"x" * 200_000):
+        path.write_bytes(whole + torn)
+        file = RowFile(path)
+        assert len(file.rows) == 1 and path.read_bytes() == whole
+        file.close()
+    path.write_bytes(b'{"torn')
+    RowFile(path).close()
+    assert path.read_bytes() == b""
+
+
+WRITER = """
+import sys
+from llama_jax.data.row_file import RowFile
+file = RowFile(sys.argv[1])
+for number in range(10**6):
+    file.append({"number": number, "text": "x" * 3000})
+    print(number, flush=True)
+"""
+
+
+def test_what_append_returned_for_survives_kill_9(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "rows.jsonl")], stdout=subprocess.PIPE, text=True)
+    promised = [int(process.stdout.readline()) for _ in range(20)][-1]
+    process.kill()
+    promised = max([promised, *map(int, process.stdout.read().split())])
+    process.wait()
+    rows = RowFile(tmp_path / "rows.jsonl").rows
+    assert [row["number"] for row in rows] == list(range(len(rows))) and len(rows) > promised
+
+
+def test_raters_work_at_once_and_apart(tmp_path):
+    at = desk(tmp_path / "p.jsonl")
+
+    def work(name):
+        session = at.session(name)
+        for number in range(10):
+            session.ask(f"{name} asks {number}")
+            session.rate(settle(session).shown_id, "A better")
+            session.new_dialog()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("Ann", "Bo", "Cy")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = read_comparisons(tmp_path / "p.jsonl")
+    for name in ("Ann", "Bo", "Cy"):
+        own = [row["prompt"][0]["content"] for row in rows if row["rater"] == name]
+        assert own == [f"{name} asks {number}" for number in range(10)]
+    for name in ("", "../x", "a" * 50):
+        with pytest.raises(ValueError, match="A name has"):
+            at.session(name)
+    at.close()
+    with pytest.raises(ValueError, match="Dora is not among the raters"):
+        desk(tmp_path / "q.jsonl", raters=("Ann",)).session("Dora")
+
+
+def prompt_list(path, count=4):
+    write_jsonl(path, [
+        {"messages": [{"role": "user", "content": f"prompt {i}"}], "category": "facts", "risk": "hateful"} for i in range(count)
+    ])  # fmt: skip
+    return read_prompt_list(path)
+
+
+def test_raters_of_a_list_compare_the_same_answers_in_their_own_order(tmp_path):
+    at = desk(tmp_path / "r.jsonl", "comparison", prompts=prompt_list(tmp_path / "list.jsonl"))
+    seen = {}
+    for name in ("Ann", "Bo", "Cy"):
+        session = at.session(name)
+        session.begin()
+        seen[name] = []
+        while session.view().phase != "done":
+            view = settle(session)
+            seen[name].append((view.messages[0]["content"], frozenset(view.texts)))
+            session.rate(view.shown_id, "1" if view.texts[0].startswith("one") else "7")  # everybody likes "one"
+        assert session.view().left == 0
+    assert set(seen["Ann"]) == set(seen["Bo"]) == set(seen["Cy"]) and len({tuple(order) for order in seen.values()}) > 1
+    ratings = read_pair_ratings(tmp_path / "r.jsonl")
+    assert len(ratings) == 12 and len({r.id for r in ratings}) == 4 and {r.category for r in ratings} == {"facts"}
+    assert {(r.first, r.rating) for r in ratings} in ({("one", 3)}, {("two", -3)})
+
+
+def test_single_answers_on_the_safety_scale(tmp_path):
+    at = desk(tmp_path / "s.jsonl", "safety", prompts=prompt_list(tmp_path / "list.jsonl", 3))
+    session = at.session("Ann")
+    session.begin()
+    view = settle(session)
+    assert len(view.texts) == 1 and view.left == 6
+    session.skip(view.shown_id)
+    at.close()
+    session = desk(tmp_path / "s.jsonl", "safety", prompts=read_prompt_list(tmp_path / "list.jsonl")).session("Ann")
+    assert session.view().left == 5  # a skipped one does not come back
+    while session.view().phase != "done":
+        session.rate(settle(session).shown_id, "4")
+    ratings = read_safety_ratings(tmp_path / "s.jsonl")
+    assert len(ratings) == 5 and {r.rating for r in ratings} == {4} and {r.risk for r in ratings} == {"hateful"}
+
+
+def test_wrong_settings_and_files_are_told(tmp_path):
+    for fields, words in (
+        (("vote", ("one",)), "mode: expected one of preference"), (("comparison", ("one",)), "between two models"),
+        (("preference", ("one", "one")), "different names"), (("preference", ("one",), ()), "temperatures"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            Settings(*fields)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"rating": 3}) + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: chosen: missing; expected rows of --mode=preference"):
+        desk(tmp_path / "p.jsonl")
+    write_jsonl(tmp_path / "list.jsonl", [{"messages": [USER]}, {"messages": [USER]}])
+    with pytest.raises(ValueError, match=r"list\.jsonl:2: messages: the same prompt"):
+        read_prompt_list(tmp_path / "list.jsonl")
+
+
+def test_a_session_survives_json():
+    shown = Shown("1", (USER,), ("one", "two"), (0.5, 1.0), ("x", "y"), True, "p", "facts", "hateful")
+    assert forms.from_json(json.loads(json.dumps(forms.to_json(shown)))) == shown
+    row = forms.row(shown, "preference", "B significantly", "both_safe", Record("Ann", "now"))
+    assert (row["chosen"], row["rejected_model"], row["chosen_temperature"]) == ("y", "one", 1.0)
+
+
+def test_a_stopped_pair_delivers_nothing():
+    fake, done = Fake(held=True), []
+    pair = Pair(fake, [Draw("one", (USER,), 1.0, 0, i) for i in range(2)], distinct=True, done=done.append).start()
+    pair.stop()
+    fake.go()
+    assert pair.finished and not done

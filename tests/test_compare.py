@@ -1,0 +1,150 @@
+"""Models behind the desk and comparisons: answers by the engine, kept and resumed; scores; streams; the commands' refusals."""
+
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax import compare, desk
+from llama_jax.annotation.drawing import Draw, Pair
+from llama_jax.annotation.streams import Engines, Served
+from llama_jax.chat import make_engine
+from llama_jax.data.row_file import RowFile
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.evals.answer_files import Answered
+from llama_jax.evals.reward_scores import score_dialogs
+from llama_jax.model import params
+from llama_jax.model.config import FLOAT32, ModelConfig
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.pretrained import Model
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.worker import Worker
+
+PIECES = 320
+CONFIG = ModelConfig(
+    name="small", vocab_size=PIECES, layers=1, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=128
+)
+TEXTS = ["the loop reads a line of text and counts tokens, [INST] what is it? [/INST] <<SYS>> be kind <</SYS>>"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    train_tokenizer(TEXTS, path := tmp_path_factory.mktemp("compare") / "tokenizer.model", vocab_size=PIECES)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return made(tokenizer, "lm_head")
+
+
+def made(tokenizer, head):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    tree = jax.tree.map(lambda x: 3 * x, params.init(params.table(CONFIG, head=head), jax.random.key(0)))
+    return Model(tree, CONFIG, head, tokenizer, FLOAT32, mesh, "small")
+
+
+def prompt(i, words="the loop"):
+    return {"messages": [{"role": "user", "content": f"{words} {i}"}], "is_safety": i % 2 == 0, "category": "", "risk": ""}
+
+
+def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_path):
+    how = {"choice": Choice(1.0), "max_tokens": 8, "slots": 2, "seed": 3}
+    prompts = [prompt(0), prompt(1), prompt(2, words="a line " * 60), prompt(3)]  # the third does not fit
+    loads = []
+
+    def load_model(place):
+        loads.append(place)
+        return model
+
+    def collect(directory, rows):
+        answers = compare.collect("x", "ckpt", rows, directory, load_model=load_model, **how)
+        return {answer.messages[0]["content"]: answer for answer in answers}
+
+    whole = collect(tmp_path / "a", prompts)
+    assert set(whole) == {"the loop 0", "the loop 1", "the loop 3"} and all(a.answer for a in whole.values())
+    assert [whole[f"the loop {i}"].is_safety for i in (0, 1)] == [True, False]
+    collect(tmp_path / "b", prompts[:2])
+    assert collect(tmp_path / "b", prompts) == whole  # what a prompt draws does not depend on when
+    before = len(loads)
+    assert collect(tmp_path / "b", prompts[:2]).keys() == {"the loop 0", "the loop 1"} and len(loads) == before
+    with pytest.raises(ValueError, match="--prompts: missing"):
+        collect(tmp_path / "c", [])
+
+
+def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenizer):
+    judge = made(tokenizer, "reward_head")
+    texts = ["a line", "the loop reads a line of text " * 3, "x" * 400, "[INST]", "counts"]
+    dialogs = [[*prompt(0)["messages"], {"role": "assistant", "content": text}] for text in texts]
+    score = lambda some: score_dialogs(judge.params, CONFIG, tokenizer, some, compute=FLOAT32, mesh=judge.mesh)  # noqa: E731
+    scores = score(dialogs)
+    assert np.isnan(scores).tolist() == [False, False, True, True, False]
+    for dialog, expected in zip(dialogs[:2], scores):
+        np.testing.assert_allclose(score([dialog]), expected, atol=1e-5)
+        # The same by the whole row, without any padding.
+        question, answer = (message["content"].strip() for message in dialog)
+        ids = tokenizer.encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True)
+        np.testing.assert_allclose(judge.scores([ids])[0], expected, atol=1e-5)
+    pairs = [(Answered(tuple(dialogs[0][:1]), a), Answered(tuple(dialogs[0][:1]), b)) for a, b in zip(texts, texts[1:])]
+    outcomes, rows = compare.reward_outcomes(pairs, judge, None)
+    assert outcomes[0] == ("win" if scores[0] > scores[1] else "loss") and outcomes[1:] == ["garbage"] * 3
+    assert rows[0]["first"] == pytest.approx(1 / (1 + np.exp(-scores[0])), abs=1e-6)
+
+
+def test_a_model_of_ours_judges_and_what_does_not_fit_is_garbage(model):
+    ask = compare.model_as_judge(model, max_tokens=4, rows=2)
+    dialogs = [prompt(i)["messages"] for i in range(3)] + [prompt(3, words="a line " * 60)["messages"]]
+    replies = dict(ask(dialogs))
+    assert sorted(replies) == [0, 1, 2, 3] and replies[3] == ""
+    (expected,) = model.respond([compare.encode_chat(dialogs[1], model.tokenizer)], Choice(0.0), max_tokens=4)
+    assert replies[1] == model.tokenizer.decode([i for i in expected if i != model.tokenizer.eos_id]).strip()
+
+
+def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model):
+    pytest.importorskip("prometheus_client", reason="needs the extra [web] or [serve]")
+    with jax.set_mesh(model.mesh):
+        engine = make_engine(model, EngineConfig(slots=2, max_length=128, chunks=((64, 2),), steps=2))
+    worker = Worker(engine, model.mesh, queue=4)
+    worker.start()
+    engines = Engines({"one": Served(worker, model.tokenizer)}, max_tokens=24, top_p=1.0)
+
+    def pair():
+        finished, found = threading.Event(), []
+
+        def done(texts):
+            found.append(texts)
+            finished.set()
+
+        draws = [Draw("one", tuple(prompt(0)["messages"]), 1.0, 7, i) for i in range(2)]
+        Pair(engines, draws, distinct=True, done=done).start()
+        assert finished.wait(60)
+        return found[0]
+
+    try:
+        texts = pair()
+        assert len(set(texts)) == 2 and all(texts) and pair() == texts
+        with pytest.raises(ValueError, match="dialog has become too long"):
+            engines.start(Draw("one", tuple(prompt(0, "a line " * 60)["messages"]), 1.0, 0, 0), lambda *_: None)
+    finally:
+        worker.stop()
+
+
+def test_checkpoints_have_names():
+    assert desk.name_checkpoints(["runs/v1/", "new=runs/v2"]) == {"v1": "runs/v1/", "new": "runs/v2"}
+    with pytest.raises(ValueError, match="two are named 'v1'"):
+        desk.name_checkpoints(["a/v1", "b/v1"])
+
+
+def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
+    command = [sys.executable, "-m", "llama_jax.desk", "--checkpoint=nowhere", f"--output={tmp_path}/p.jsonl"]
+    open_to_all = subprocess.run([*command, "--host=0.0.0.0"], capture_output=True, text=True)
+    assert open_to_all.returncode == 1 and "needs --password" in open_to_all.stderr.splitlines()[-1]
+    pytest.importorskip("gradio", reason="needs the extra [web]")
+    held = RowFile(tmp_path / "p.jsonl")
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and "another process writes to it" in second.stderr.splitlines()[-1]
+    held.close()

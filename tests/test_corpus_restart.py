@@ -1,0 +1,195 @@
+"""A corpus build that is killed: what comes after goes on with whole products, and ends with the same bytes."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.corpus import get_config
+from llama_jax import corpus
+from llama_jax.config import parse
+from llama_jax.corpus_build.stages import Stages, unfinished
+from llama_jax.data.sources import write_jsonl
+
+REPOSITORY = Path(__file__).parents[1]
+WORDS = ["".join(parts) for parts in zip("bcdfghklmnpr" * 20, "aeiou" * 48, "bcdfghklmnprst" * 18, "aeiou" * 48)]
+
+
+def config_in(directory: Path) -> corpus.CorpusConfig:
+    """Two sources of two files and two shards each, with near copies; the files are made if they are not there."""
+    draw = random.Random(0)
+    texts = ["\n\n".join(" ".join(draw.choices(WORDS, k=40)) for _ in range(3)) + "\n" for _ in range(120)]
+    if not (directory / "web-0.jsonl").exists():
+        for part in range(2):
+            write_jsonl(directory / f"docs-{part}.jsonl", ({"text": t} for t in texts[part:80:2]))
+            write_jsonl(directory / f"web-{part}.jsonl", ({"text": t + "more"} for t in texts[60 + part :: 2]))
+    source = {"weight": 1.0, "byte_budget": 10**9, "steps": ("normalise",)}
+    values = get_config("jsonl").to_dict() | {
+        "sources": {name: {"reader": str(directory / f"{name}-*.jsonl"), **source} for name in ("docs", "web")},
+        "order": ("docs", "web"), "vocab_size": 360, "block_length": 32, "total_tokens": 10_000, "shards": 2,
+        "held_out_fraction": 0.1, "held_out_minimum": 3000, "held_out_maximum": 8000, "analyses": ("demographics",),
+    }  # fmt: skip
+    return parse(corpus.CorpusConfig, values)
+
+
+# Builds in children of one process; each is killed, with no time to tidy up, before or inside one of its products.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llama_jax import corpus
+from llama_jax.corpus_build import beam_pipeline, stages, write
+from tests.test_corpus_restart import config_in
+
+directory, beam = Path(sys.argv[1]), sys.argv[2] == "beam"
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+def patched(point):
+    kind, name = point.split(":")
+    if kind == "write":  # the file of a product stands half-written when the kill comes
+        real = write.write_blocks
+        def torn(texts, path, **how):
+            if Path(path).name == name:
+                Path(path).write_bytes(b"half a shard")
+                die()
+            return real(texts, path, **how)
+        write.write_blocks = torn
+        return
+    real = stages.Stages.once
+    def once(self, product, make):
+        def made():
+            value = make()
+            if kind == "in" and product == name:
+                die()  # all is done, nothing is kept yet
+            return value
+        result = real(self, product, made)
+        if kind == "after" and product == name:
+            die()
+        return result
+    stages.Stages.once = once
+    if kind == "end":
+        write.write_report = lambda *args: die()
+
+for point in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        patched(point)
+        corpus.run(config_in(directory), directory / "out", beam=[] if beam else None)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
+    assert not (directory / "out").exists(), point
+"""
+
+
+def killed(directory: Path, points: list[str], *, beam: bool = False) -> None:
+    """Runs and kills the build at each of the points in turn, each run going on with what the one before left."""
+    config_in(directory)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(directory), "beam" if beam else "one", *points],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def products(directory: Path) -> dict[str, int]:
+    """What is kept, with the time of its writing."""
+    place = directory / ".out.unfinished"
+    paths = [*(place / "work").rglob("*.pickle"), *(place / "corpus" / "blocks").glob("*.array_record")]
+    return {path.relative_to(place).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+POINTS = [
+    "in:cleaned/docs", "after:cleaned/docs", "in:refined", "after:refined", "after:profile/docs", "in:tokenizer",
+    "after:tokenizer", "write:docs-00001-of-00002.array_record", "after:files/docs-00001-of-00002.array_record",
+    "write:web-00000-of-00002.array_record", "write:web.array_record", "end:",
+]  # fmt: skip
+
+
+def test_a_build_killed_twelve_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+    killed(tmp_path, POINTS)
+    config = config_in(tmp_path)
+    kept = products(tmp_path)
+    names = ("cleaned/docs", "cleaned/web", "refined", "profile/web", "tokenizer")
+    assert {f"work/{name}.pickle" for name in names} < set(kept)
+    assert sum(name.endswith(".array_record") for name in kept) == 4
+    reused = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Stages.once
+        patch.setattr(Stages, "once", lambda self, name, make: reused.append(name) or real(self, name, _must_not_run))
+        manifest = corpus.run(config, tmp_path / "out")
+    assert "refined" in reused and "files/web-00001-of-00002.array_record" in reused
+    assert manifest["sources"]["web"]["near_duplicates"] > 0
+    assert not (tmp_path / ".out.unfinished").exists()
+    corpus.run(config, tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def _must_not_run():
+    raise AssertionError("a whole product was made again")
+
+
+def test_damaged_products_are_made_again(tmp_path):
+    killed(tmp_path, ["end:"])
+    place = tmp_path / ".out.unfinished"
+    for path in (place / "work" / "refined.pickle", place / "corpus" / "blocks" / "docs-00000-of-00002.array_record"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    (place / "corpus" / "blocks" / "web-00000-of-00002.array_record").unlink()
+    (place / "corpus" / "blocks" / ".tokenizer.model.123.tmp").write_text("of the killed process")
+    config = config_in(tmp_path)
+    corpus.run(config, tmp_path / "out")
+    corpus.run(config, tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("change", ["settings", "inputs"])
+def test_products_of_other_settings_or_inputs_are_not_used(tmp_path, change):
+    killed(tmp_path, ["after:files/docs-00000-of-00002.array_record"])
+    config = config_in(tmp_path)
+    if change == "inputs":
+        with open(tmp_path / "web-1.jsonl", "a") as file:
+            file.write(json.dumps({"text": "a text that was not there before the kill " * 5}) + "\n")
+    else:
+        config = parse(corpus.CorpusConfig, {**corpus.describe(config), "held_out_maximum": 7000})
+    corpus.run(config, tmp_path / "out")
+    corpus.run(config, tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_an_error_leaves_nothing_and_an_interruption_what_is_done(tmp_path):
+    made = []
+    for error, kept in ((ValueError, False), (KeyboardInterrupt, True)):
+        with pytest.raises(error), unfinished(tmp_path / "out", {"of": "this"}) as (_, stages):
+            stages.once("part", lambda: made.append(1) or 7)
+            raise error
+        assert (tmp_path / ".out.unfinished").exists() == kept
+    with unfinished(tmp_path / "out", {"of": "this"}) as (directory, stages):
+        assert stages.once("part", _must_not_run) == 7 and not list(directory.iterdir())
+    assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_beam_build_killed_eight_times_ends_with_the_bytes_of_one_process(tmp_path):
+    pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
+    points = [
+        "in:cleaned/docs-00000", "after:cleaned/web-00001", "in:documents", "after:documents", "after:tokenizer",
+        "write:docs-00001-of-00002.array_record", "after:files/web-00000-of-00002.array_record", "write:web.array_record",
+    ]  # fmt: skip
+    killed(tmp_path, points, beam=True)
+    kept = products(tmp_path)
+    assert {f"work/cleaned/{name}-0000{i}.pickle" for name in ("docs", "web") for i in (0, 1)} < set(kept)
+    config = config_in(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        real = Stages.once
+        patch.setattr(Stages, "once", lambda self, name, make: real(self, name, _must_not_run))
+        corpus.run(config, tmp_path / "out", beam=[])
+    corpus.run(config, tmp_path / "one")
+    assert files(tmp_path / "out") == files(tmp_path / "one")

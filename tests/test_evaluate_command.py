@@ -1,0 +1,368 @@
+"""The evaluation command on small local files: results, differences, resuming, the report, and wrong input."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [interop]")
+
+import jax  # noqa: E402
+from test_evaluate import MODEL, SPECS, write_words  # noqa: E402
+
+from llama_jax import evaluate  # noqa: E402
+from llama_jax.config import ConfigError, parse  # noqa: E402
+from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
+from llama_jax.evals import benchmarks, groups, local_tasks, published, tasks  # noqa: E402
+from llama_jax.evals.tasks import TaskChoice  # noqa: E402
+from llama_jax.interop import ours  # noqa: E402
+from llama_jax.model import params  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SUBJECTS = ("anatomy", "virology")
+
+
+def write_rows(path, rows):
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small files in the layouts of `evals/local_tasks.py`, of our own making."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["loop", "line", "token", "text", "count", "time", "number", "it"]
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    write_rows(root / "hellaswag_val.jsonl.gz", [
+        {"query": text(5), "choices": [text(3) for _ in range(4)], "gold": int(rng.integers(4))} for _ in range(12)
+    ])  # fmt: skip
+    write_rows(root / "boolq_valid.jsonl", [
+        {"question": text(4), "passage": text(8), "answer": bool(rng.integers(2))} for _ in range(8)
+    ])  # fmt: skip
+    for name, count in (("mmlu_test_20_per_subject", 6), ("mmlu_dev_5shot", 5)):
+        write_rows(root / f"{name}.jsonl", [
+            {"subject": subject, "question": text(3), "choices": [text(1) for _ in range(4)], "answer": "ABCD"[i % 4]}
+            for subject in SUBJECTS for i in range(count - (subject == "virology" and count == 6) * 2)
+        ])  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two random checkpoints of ours."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for seed in (0, 1):
+        write_words(root / f"model{seed}")
+        tree = jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, params.init(SPECS, jax.random.key(seed)))
+        fingerprint = Tokenizer(root / f"model{seed}").fingerprint
+        ours.write(root / f"model{seed}", tree, MODEL, tokenizer=fingerprint, origin={})
+    return root
+
+
+CHOICES = {
+    "hellaswag": {"shots": 0, "metric": "acc_norm"}, "boolq": {"shots": 0, "metric": "acc"},
+    **{f"mmlu:{subject}": {"shots": 1, "metric": "acc"} for subject in SUBJECTS},
+}  # fmt: skip
+
+
+def config_of(checkpoints, data, names=("model0", "model1"), **changes):
+    return parse(evaluate.EvaluateConfig, {
+        "suite": "test", "tasks": CHOICES, "models": tuple(f"{name}={checkpoints / name}" for name in names),
+        "data_dir": str(data), "bootstrap": 500, "paper": ("L2 7B",), "scoring": {"row": 128}, **changes,
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    return output, evaluate.run(config_of(checkpoints, data), output, quiet=True)
+
+
+def test_results_have_the_promised_keys_and_the_harness_values(finished):
+    output, values = finished
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(values))
+    assert set(values["tasks"]) == set(CHOICES)
+    for name, row in values["tasks"].items():
+        assert {"metric", "value", "stderr", "n"} <= set(row) and 0 <= row["value"] <= 1, name
+    assert [values["tasks"][f"mmlu:{s}"]["n"] for s in SUBJECTS] == [6, 4]
+    records = {s: json.loads((output / "model0/tasks" / f"mmlu.{s}.json").read_text()) for s in SUBJECTS}
+    scores = [score for record in records.values() for score in record["scores"]]
+    assert values["groups"]["mmlu"]["value"] == pytest.approx(np.mean(scores))  # every question counts the same
+    record = records["anatomy"]
+    assert record["stderr"] == pytest.approx(np.std(record["scores"], ddof=1) / math.sqrt(6))
+    assert values["groups"]["commonsense"]["missing"][0] == "piqa"
+    assert values["groups"]["mmlu_stem"]["n"] == 6 and values["groups"]["mmlu_other"]["n"] == 4
+
+
+def test_differences_are_paired(finished):
+    output, values = finished
+    found = values["differences"]["model1"]
+    a, b = (json.loads((output / name / "tasks/hellaswag.json").read_text())["scores"] for name in ("model0", "model1"))
+    row = found["tasks"]["hellaswag"]
+    assert row["difference"] == pytest.approx(np.mean(b) - np.mean(a)) and row["low"] <= row["difference"] <= row["high"]
+    expected = values["models"]["model1"]["groups"]["mmlu"]["value"] - values["groups"]["mmlu"]["value"]
+    assert found["groups"]["mmlu"]["difference"] == pytest.approx(expected)
+
+
+def test_the_report_is_one_file_beside_the_papers_numbers(finished):
+    output, _ = finished
+    page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
+    assert "src=\"http" not in page and "data:image/png;base64" in page
+    assert "L2 7B (paper)" in page and "77.2" in text and "model1 beside model0" in text
+    assert 'alt="Average scores by group of Table 3' in page and (output / "figures/groups.svg").stat().st_size > 1000
+
+
+def test_a_finished_task_is_not_run_again_and_another_config_is_refused(finished, checkpoints, data, monkeypatch):
+    output, values = finished
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert evaluate.run(config_of(checkpoints, data), output, quiet=True) == values
+    with pytest.raises(ConfigError, match="holds an evaluation under another config: limit: 0 -> 3"):
+        evaluate.run(config_of(checkpoints, data, limit=3), output, quiet=True)
+
+
+def test_a_task_that_was_killed_takes_finished_requests_from_the_cache(finished, checkpoints, data):
+    output, values = finished
+    (output / "model0/tasks/boolq.json").unlink()
+    opened = []
+    real = evaluate._open
+
+    def spy(*args, **kwargs):
+        opened.append(real(*args, **kwargs))
+        return opened[-1]
+
+    evaluate._open, again = spy, None
+    try:
+        again = evaluate.run(config_of(checkpoints, data), output, quiet=True)
+    finally:
+        evaluate._open = real
+    assert again["tasks"]["boolq"] == values["tasks"]["boolq"]
+    assert len(opened) == 1 and opened[0].scorer.cost["requests"] == 0
+
+
+def test_the_command_takes_the_first_rows_and_says_what_was_left_out(checkpoints, data, tmp_path):
+    done = run_command(
+        "smoke", f"--checkpoint={checkpoints / 'model0'}", f"--data_dir={data}", f"--output={tmp_path / 'out'}", "--limit=2"
+    )
+    assert done.returncode == 1 and "mmlu_test_20_per_subject.jsonl" in done.stderr  # 55 subjects are not in the file
+    done = run_command(
+        "reading", f"--checkpoint={checkpoints / 'model0'}", f"--data_dir={data}", f"--output={tmp_path / 'out'}", "--limit=2"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    values = json.loads((tmp_path / "out/results.json").read_text())
+    assert values["tasks"]["boolq"]["n"] == 2 and values["groups"]["reading"]["missing"] == ["squad", "quac"]
+    assert any("squad: not run" in note for note in values["notes"]) and "a trial, not a result" in done.stdout
+
+
+def run_command(suite, *arguments):
+    command = [sys.executable, "-m", "llama_jax.evaluate", f"--config=configs/evaluate.py:{suite}", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints, tmp_path, monkeypatch):
+    pytest.importorskip("vaderSentiment", reason="needs the extra [eval]")
+    write_rows(tmp_path / "bold_prompts_40_per_group.jsonl", [
+        {"domain": "gender", "group": group, "prompt": f"the {group} is "} for group in ("American_actors", "islam")
+    ])  # fmt: skip
+    write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": "- the loop"}])
+    config = config_of(
+        checkpoints, tmp_path, ("model0",), tasks={}, safety=("bold", "toxigen"), paper=("L2-Chat 7B",),
+        decoding={"max_tokens": 6},
+    )  # fmt: skip
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    assert -1 <= values["tasks"]["bold:islam"]["value"] <= 1 and any("no judge" in note for note in values["notes"])
+    assert "0.48" in (tmp_path / "out/report.md").read_text()  # Table 47: American actors, Llama 2-Chat 7B
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
+    again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
+    assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
+
+
+# ---- wrong input ----
+
+
+def test_wrong_files_are_one_sentence(data, tmp_path):
+    write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "?", "passage": ""}])
+    with pytest.raises(ValueError, match=r"boolq_valid.jsonl:1: answer: missing; expected the columns question, answer"):
+        tasks.build("boolq", TaskChoice(0, "acc"), data_dir=str(tmp_path))
+    write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "?", "passage": "", "answer": "yes"}])
+    with pytest.raises(ValueError, match="boolq_valid.jsonl:1: cannot be read .* expected true or false, found 'yes'"):
+        tasks.build("boolq", TaskChoice(0, "acc"), data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="expected piqa_valid.jsonl or piqa_valid.jsonl.gz in it"):
+        tasks.build("piqa", TaskChoice(0, "acc"), data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="expected at least 7 examples, found 5"):
+        tasks.build("mmlu:anatomy", TaskChoice(7, "acc"), data_dir=str(data))
+    with pytest.raises(ValueError, match="humaneval runs code that the model writes, in a sandbox: --run_code allows it"):
+        tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(data))
+    with pytest.raises(ValueError, match="hellaswag: 2 shots, but its local files have no examples"):
+        tasks.build("hellaswag", TaskChoice(2, "acc"), data_dir=str(data))
+    with pytest.raises(ValueError, match="task 'mmlu:anatomie' is unknown; did you mean mmlu:anatomy"):
+        tasks.build("mmlu:anatomie", TaskChoice(0, "acc"), data_dir=str(data))
+
+
+def test_unknown_tasks_name_the_nearest(monkeypatch):
+    monkeypatch.setattr(tasks, "_index", lambda: {"lambada_openai": None})
+    with pytest.raises(ValueError, match="task 'hellasweg' is unknown; did you mean hellaswag"):
+        tasks.expand("hellasweg")
+    assert len(tasks.expand("mmlu")) == 57 and len(tasks.expand("bbh")) == 27 and len(tasks.expand("agieval")) == 8
+    assert len(tasks.expand("math")) == 7 and tasks.expand("lambada_openai") == ["lambada_openai"]
+
+
+def test_tasks_are_chosen_from_the_suite(monkeypatch):
+    monkeypatch.setattr(tasks, "_index", lambda: {"lambada_openai": None})
+    choices = {"mmlu": 1, "boolq": 2}
+    assert tasks.choose(choices, ["boolq", "mmlu:anatomy"]) == {"boolq": 2, "mmlu:anatomy": 1}
+    with pytest.raises(ValueError, match="task 'piqa' is not in this suite, which has mmlu, boolq"):
+        tasks.choose(choices, ["piqa"])
+    with pytest.raises(ValueError, match="task 'boolk' is unknown; did you mean boolq"):
+        tasks.choose(choices, ["boolk"])
+
+
+def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
+    for package in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(package, reason="the harness's Hugging Face model needs it")
+    from llama_jax import convert
+
+    convert.run(checkpoints / "model0", tmp_path / "hf", to="huggingface", quiet=True)
+    config = config_of(checkpoints, data, ("model0",), tasks={"hellaswag": CHOICES["hellaswag"]})
+    config = dataclasses.replace(config, models=(*config.models, f"peer=hf:{tmp_path / 'hf'}"))
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    ours_, theirs = (json.loads((tmp_path / "out" / n / "tasks/hellaswag.json").read_text()) for n in ("model0", "peer"))
+    assert ours_["scores"] == theirs["scores"]
+    assert values["differences"]["peer"]["tasks"]["hellaswag"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_code_is_judged_by_running_it(tmp_path):
+    from llama_jax.evals.sandbox import run_code
+
+    try:
+        run_code("pass")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    row = {
+        "task_id": "x/0", "prompt": "def double(x):\n", "entry_point": "double", "canonical_solution": "    return 2 * x\n",
+        "test": "def check(f):\n    assert f(2) == 4\n    assert f(-3) == -6\n",
+    }  # fmt: skip
+    write_rows(tmp_path / "humaneval.jsonl", [row])
+    choice = TaskChoice(0, "pass@1", samples=4, k=(1, 2), temperature=0.8, top_p=0.95)
+    task = tasks.build("humaneval", choice, data_dir=str(tmp_path), run_code=True)
+    texts = [row["canonical_solution"], "    return x\n", "    return x +\n", "    return x + x\n"]
+    assert task.process_results(row, [texts]) == {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6)}
+    task.build_all_requests(limit=1)
+    context, arguments = task.instances[0].args
+    assert context == row["prompt"] and arguments["temperature"] == 0.8 and task.instances[0].repeats == 4
+    write_rows(tmp_path / "mbpp_test_11_310.jsonl", [{"text": "Double.", "code": "", "test_list": ["assert double(2) == 4"]}])
+    task = tasks.build("mbpp", TaskChoice(0, "pass@1"), data_dir=str(tmp_path), run_code=True)
+    assert task.process_results(task.task_docs[0], ["def double(x): return 2 * x"]) == {"pass@1": 1.0}
+    assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
+
+
+def test_configs_of_every_suite_are_valid(data):
+    from configs.evaluate import SUITES, get_config
+
+    for suite in SUITES:
+        values = get_config(suite).to_dict() | {"models": ("a=b",)}
+        config = parse(evaluate.EvaluateConfig, values)
+        for name in config.tasks:
+            assert name in tasks.NAMES
+        for model in config.paper:
+            published.published(model)
+    with pytest.raises(ValueError, match="suite 'nope' is unknown"):
+        get_config("nope")
+    with pytest.raises(ConfigError, match="models: expected at least one"):
+        parse(evaluate.EvaluateConfig, {**values, "models": ()})
+    with pytest.raises(ValueError, match="models: 'a=c': expected name=path with a name of its own"):
+        evaluate._named(("a=b", "a=c"))
+    assert evaluate._named(("hf:org/mpt-7b", "runs/base/")) == {"mpt-7b": "hf:org/mpt-7b", "base": "runs/base/"}
+
+
+# ---- the paper's averages ----
+
+
+def test_averages_of_the_papers_own_columns_are_its_group_columns():
+    for model, row in published.TABLE_3.items():
+        columns = published.published(model)
+        results = {name: {"value": columns[name], "stderr": 0.0, "n": 1} for name in published.TABLES_19_20_25[model]
+                   if name in groups.GROUPS["commonsense"]}  # fmt: skip
+        assert groups.groups(results)["commonsense"]["value"] == pytest.approx(row["commonsense"], abs=0.11), model
+        sizes = dict(zip(tasks.AGIEVAL, (254, 651, 230, 510, 269, 206, 206, 220)))
+        results = {f"agieval:{t}": {"value": columns[f"agieval:{t}"], "stderr": 0.0, "n": n} for t, n in sizes.items()}
+        if model != "Falcon 40B":  # two equal cells there look like a misprint
+            assert groups.groups(results)["agieval"]["value"] == pytest.approx(row["agieval"], abs=0.11), model
+        toxic = np.mean([columns[f"toxigen:{g}"] for g in published_groups()])
+        assert toxic == pytest.approx(columns["toxigen"], abs=0.011), model
+    assert published.published("L2 7B")["math"] == pytest.approx(8.55) and published.TABLE_3["L2 7B"]["math"] == 14.6
+
+
+def published_groups():
+    from llama_jax.evals.safety import TOXIGEN_GROUPS
+
+    return TOXIGEN_GROUPS
+
+
+def test_weights_add_up_to_the_average():
+    results = {"mmlu:a": {"value": 0.5, "stderr": 0.1, "n": 10}, "mmlu:b": {"value": 1.0, "stderr": 0.0, "n": 30},
+               "squad": {"value": 0.2, "stderr": 0.0, "n": 5}, "boolq": {"value": 0.6, "stderr": 0.0, "n": 50}}  # fmt: skip
+    found = groups.groups(results, extra={"part": ["mmlu:a", "mmlu:b"]})
+    for group, row in found.items():
+        shares = groups.weights(group, results, extra={"part": ["mmlu:a", "mmlu:b"]})
+        assert sum(shares.values()) == pytest.approx(1)
+        assert row["value"] == pytest.approx(sum(w * results[t]["value"] for t, w in shares.items())), group
+    assert found["mmlu"]["value"] == pytest.approx((5 + 30) / 40) and found["reading"]["value"] == pytest.approx(0.4)
+    assert found["mmlu"]["stderr"] == pytest.approx(0.1 * 10 / 40) and found["reading"]["missing"] == ["quac"]
+
+
+def test_the_bootstrap_knows_that_questions_are_shared():
+    rng = np.random.default_rng(0)
+    easy = rng.random(400) < 0.5
+    first = {"t": {"scores": easy.astype(float).tolist()}}
+    second = {"t": {"scores": (easy | (rng.random(400) < 0.04)).astype(float).tolist()}}
+    row = benchmarks.difference(first, second, {"t": 1.0}, resamples=2000, seed=0)
+    assert 0 < row["low"] < row["difference"] < row["high"] < 0.05  # unpaired, the interval would be 0.14 wide
+    with pytest.raises(ValueError, match="t: expected scores of the same questions, got 400 and 1"):
+        benchmarks.difference(first, {"t": {"scores": [1.0]}}, {"t": 1.0}, resamples=10, seed=0)
+
+
+# ---- the layouts of real files ----
+
+SHARED = ROOT.parent / "shared/data/eval"
+SHARED = SHARED if SHARED.is_dir() else ROOT.parents[1] / "shared/data/eval"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation files are not on this machine")
+@pytest.mark.parametrize("name", ["hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "boolq",
+                                  "commonsense_qa", "squad", "quac", "nq_open", "triviaqa", "gsm8k", "mmlu:anatomy",
+                                  "bbh:snarks", "agieval:sat-en-without-passage", "humaneval", "mbpp"])  # fmt: skip
+def test_real_rows_become_prompts_with_the_papers_shots(name):
+    from configs.evaluate import get_config
+
+    choice = parse(TaskChoice, get_config("academic").to_dict()["tasks"][name.partition(":")[0]])
+    task = tasks.build(name, choice, data_dir=str(SHARED), run_code=True)
+    task.build_all_requests(limit=1)
+    request = task.instances[0]
+    prompt = request.args[0]
+    shots = min(choice.shots, 3) if name.startswith("agieval") else choice.shots
+    marks = {"commonsense_qa": "Question:", "mmlu:anatomy": "\nAnswer:", "bbh:snarks": "Q: ", "gsm8k": "Q: ", "nq_open": "Q: ",
+             "agieval:sat-en-without-passage": "A: Among", "triviaqa": "Question:", "mbpp": "[BEGIN]"}  # fmt: skip
+    if name in marks:
+        assert prompt.count(marks[name]) == shots + 1, prompt
+    assert "CANARY" not in prompt.upper()
+    target = task.doc_to_target(task.task_docs[0])
+    assert target not in ("", None, [])
+
+
+def test_openbookqa_choices_are_split_at_their_letters():
+    row = {"Question Stem": "s", "Choices": "(A) one (B) two (or so) (C) three (D) four", "Answer Key": "B"}
+    assert local_tasks._openbookqa(row)["choices"]["text"] == ["one", "two (or so)", "three", "four"]

@@ -1,0 +1,379 @@
+"""Faults inside one process: disks, damaged files, spikes, going back; what is kept, and what is told."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_training import (
+    Batches,
+    Rollouts,
+    assert_equal,
+    damage,
+    data_files,
+    final,
+    loop,
+    mesh_of,
+    stage,
+)
+
+from llama_jax.config import ConfigError
+from llama_jax.data.loader import IndexedBatches
+from llama_jax.parallel.hosts import clocks
+from llama_jax.parallel.peers import Word, lost, places
+from llama_jax.training.checkpoint import CheckpointError, damages, written_steps
+from llama_jax.training.goodput import Goodput
+from llama_jax.training.loop import Diverged, train
+from llama_jax.training.metrics import read_metrics
+from llama_jax.training.options import RunOptions, parse_steps
+from llama_jax.training.spikes import SpikeConfig, Spikes
+from llama_jax.training.stage import Supervised
+from llama_jax.training.workdir import claim, go_back, own
+from llama_jax.verify import verify
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return mesh_of()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, mesh):
+    """A finished run with checkpoints 3, 6 and 8."""
+    workdir = tmp_path_factory.mktemp("faults") / "whole"
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+# ---- verify ----
+
+
+def test_verify_names_the_damaged_leaf_and_changes_nothing(copy):
+    assert verify(copy) == {3: [], 6: [], 8: []}
+    for path in data_files(copy / "checkpoints" / "6" / "params"):
+        damage(path, "flipped")
+    damage(copy / "checkpoints" / "3" / "meta" / "metadata", "truncated")
+    before = sorted(copy.rglob("*"))
+    found = verify(copy)
+    assert found[8] == [] and "meta/metadata: cannot be read" in found[3][0]
+    assert found[6] and all(re.match(r"\['params'\]\['(trunk|reward_head)'\]|params: ", line) for line in found[6]), found
+    assert sorted(copy.rglob("*")) == before
+    with pytest.raises(CheckpointError, match="has no checkpoint 7; it holds 3, 6, 8"):
+        verify(copy, 7)
+
+
+def test_a_wrong_checksum_is_told_with_its_leaf(copy):
+    path = copy / "checkpoints" / "8" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    name = next(name for name in meta["fingerprints"] if ".mu" in name and "matrix" in name)  # a moment of AdamW
+    meta["fingerprints"][name] ^= 1
+    path.write_text(json.dumps(meta))
+    (line,) = damages(copy, 8)
+    assert line.startswith(f"{name}: has checksum 0x")
+
+
+# ---- what is kept ----
+
+
+def test_the_newest_every_mth_and_the_best_checkpoint_stay(tmp_path, mesh):
+    losses = {2: 5.0, 4: 1.0, 6: 3.0, 8: math.nan, 10: 4.0, 12: 4.5}
+    asked = []
+
+    def evaluate(params):
+        del params
+        asked.append(0)
+        return {"loss": losses[2 * len(asked)]}
+
+    config = loop(steps=12, checkpoint_every=2, keep=1, keep_every=6, keep_best="loss")
+    train(stage(mesh, evaluate=evaluate), config, mesh=mesh, workdir=tmp_path)
+    assert written_steps(tmp_path) == [4, 6, 12]  # the best, a multiple of 6, and the newest
+    with pytest.raises(ConfigError, match="keep_best=error: no such held-out metric; there are loss"):
+        asked.clear()
+        train(stage(mesh, evaluate=evaluate), loop(keep_best="error"), mesh=mesh, workdir=tmp_path / "other")
+
+
+# ---- disks ----
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoint(tmp_path):
+    # A limit of the file size makes real writes fail, in the threads that write, after two good checkpoints.
+    script = """
+        import resource, sys
+        from pathlib import Path
+        sys.path.insert(0, "tests")
+        from test_training import Batches, Supervised, loop, mesh_of, stage
+        from llama_jax import command
+        from llama_jax.training.loop import train
+        def full():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        mesh = mesh_of()
+        source = Supervised(Batches(interrupt=full, at=10))
+        command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
+                                     workdir=Path(sys.argv[1]) / "run"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    # Which write fails first depends on timing: that of the checkpoint or that of the log. Orbax tells its own story besides.
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search("newest whole one is [69]|File too large", errors[0]), done.stderr
+    assert {3, 6} <= set(written_steps(tmp_path / "run")) and not any(verify(tmp_path / "run").values())
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_a_workdir_that_may_not_be_written_is_refused_in_one_line(tmp_path):
+    tmp_path.chmod(0o555)
+    locked = f"""
+import os
+from pathlib import Path
+from llama_jax.training.workdir import own
+from llama_jax import command
+def main():
+    os.setuid(65534)  # not before the imports: somebody else may not read these packages
+    with own(Path({str(tmp_path)!r}) / "run"): pass
+command.launch(main)
+"""
+    for parent in tmp_path.parents[:-2]:
+        parent.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", locked], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    tmp_path.chmod(0o755)
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"error: {tmp_path}/run: cannot be written: Permission denied")
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(copy, mesh, whole):
+    # What a kill in the middle of a save leaves behind.
+    (copy / "done.json").unlink()
+    shutil.move(copy / "checkpoints" / "8", copy / "checkpoints" / "8.orbax-checkpoint-tmp-1")
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    assert_equal(final(copy, mesh), final(whole, mesh))
+
+
+def test_a_damaged_checkpoint_is_moved_not_deleted(copy, mesh, whole):
+    for path in data_files(copy / "checkpoints" / "8" / "params"):
+        damage(path, "truncated")
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    assert (copy / "damaged" / "8" / "params").exists()
+    assert_equal(final(copy, mesh), final(whole, mesh))
+    done = json.loads((copy / "done.json").read_text())
+    assert done["restarts"] == 1
+
+
+# ---- one run in one workdir, and going back ----
+
+
+def test_two_runs_in_one_workdir_are_told_of_each_other(tmp_path):
+    with own(tmp_path / "run"), pytest.raises(ConfigError, match=rf"another run is writing here \(pid {os.getpid()} on"):
+        with own(tmp_path / "run"):
+            pass
+    with own(tmp_path / "run"):
+        pass
+    claim(tmp_path / "run", {"a": 1})
+    claim(tmp_path / "run", {"a": 2})  # the lock alone does not mean that anything has begun
+
+
+def test_restart_from_a_step_goes_back_once_and_takes_another_config(copy, mesh, caplog):
+    (copy / "config.json").write_text(json.dumps({"lr": 1}))
+    for _ in range(2):  # the second time, as after a preemption, changes nothing
+        go_back(copy, 3, {"lr": 2})
+        assert written_steps(copy) == [3] and written_steps_aside(copy) == ["1/6", "1/8"]
+        assert json.loads((copy / "config.json").read_text()) == {"lr": 2} and not (copy / "done.json").exists()
+    assert "lr: 1 -> 2" in caplog.text
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    log = read_metrics(copy)
+    np.testing.assert_array_equal(log["step"][~np.isnan(log["loss"])], np.arange(8))
+    with pytest.raises(ConfigError, match=r"--restart_from=4: .* has no such checkpoint; it holds \[3, 6, 8\]"):
+        go_back(copy, 4, {"lr": 2})
+    go_back(copy, 0, {"lr": 2})
+    assert written_steps(copy) == [] and written_steps_aside(copy) == ["1/6", "1/8", "2/3", "2/6", "2/8"]
+
+
+def written_steps_aside(workdir):
+    return sorted(str(path.relative_to(workdir / "replaced")) for path in workdir.glob("replaced/*/[0-9]*"))
+
+
+# ---- spikes, and steps that are not finite ----
+
+
+class Bad(Batches):
+    """One batch has targets far off."""
+
+    def __init__(self, bad, **more):
+        super().__init__(**more)
+        self.bad, self.seen = bad, []
+
+    def batch(self, step):
+        self.seen.append(step)
+        batch = super().batch(step)
+        return batch.replace(y=batch.y + 100) if step == self.bad else batch
+
+    def rows(self, step):
+        return [f"row {step}"]
+
+
+SPIKE = SpikeConfig(sigma=6.0, window=4, rewind=True)
+
+
+def test_the_window_of_losses_by_hand():
+    spikes = Spikes(SpikeConfig(sigma=2.0, window=4))
+    for step, loss in enumerate([1.0, 3.0, math.nan, 1.0, 3.0]):
+        assert spikes.see(step, loss) is None
+    assert spikes.losses == [1.0, 3.0, 1.0, 3.0]  # mean 2, deviation 1: a spike is above 4
+    assert spikes.see(5, 4.0) is None
+    spikes.losses = [1.0, 3.0, 1.0, 3.0]
+    assert "step 6, batch 6: loss 50 is a spike; the 4 losses before are 2 +- 1" in spikes.see(6, 50.0)
+    assert spikes.losses == [3.0, 1.0, 3.0, 4.0]  # it enters as the threshold
+    assert spikes.leave_out(6, 3) == [6] and [spikes.index(step) for step in (5, 6, 7)] == [5, 7, 8]
+    spikes.config = SpikeConfig(skip=3)
+    assert spikes.leave_out(6, 6) == [7] and spikes.skipped == [6, 7]  # batches before the checkpoint have been used
+    assert spikes.index(6) == 8
+
+
+def test_after_a_spike_the_run_goes_back_and_leaves_the_batch_out(tmp_path, mesh, caplog):
+    source = Supervised(Bad(7))
+    train(stage(mesh, source=source), loop(steps=9, spike=SPIKE), mesh=mesh, workdir=tmp_path / "run")
+    assert "step 7, batch 7: loss" in caplog.text and "['row 7']" in caplog.text
+    assert "back to step 6, without batches [7]" in caplog.text
+    log = read_metrics(tmp_path / "run")
+    rows = ~np.isnan(log["loss"])
+    np.testing.assert_array_equal(log["step"][rows], np.arange(9))
+    assert log["loss"][rows].max() < 100 and log["lost_steps"][rows][-1] > 0
+
+    class Without(Batches):  # the same data without the batch
+        def batch(self, step):
+            return super().batch(step + (step >= 7))
+
+    train(stage(mesh, source=Supervised(Without())), loop(steps=9), mesh=mesh, workdir=tmp_path / "without")
+    assert_equal(final(tmp_path / "run", mesh)[0], final(tmp_path / "without", mesh)[0])
+
+
+def test_killed_after_a_rewind_it_resumes_to_the_same_parameters(tmp_path, mesh):
+    class Kill(Exception):
+        pass
+
+    def kill():
+        raise Kill
+
+    for at in (8, 10):  # before and after the checkpoint that knows of the batch that was left out
+        workdir = tmp_path / f"{at}"
+        with pytest.raises(Kill):
+            source = Supervised(Bad(7, interrupt=kill, at=at))
+            if at == 8:
+                source.batches.at = None
+                source.batches.batch = kill_after_rewind(source.batches, kill)
+            train(stage(mesh, source=source), loop(steps=12, spike=SPIKE), mesh=mesh, workdir=workdir)
+        train(stage(mesh, source=Supervised(Bad(7))), loop(steps=12, spike=SPIKE), mesh=mesh, workdir=workdir)
+    train(stage(mesh, source=Supervised(Bad(7))), loop(steps=12, spike=SPIKE), mesh=mesh, workdir=tmp_path / "whole")
+    for at in ("8", "10"):
+        assert_equal(final(tmp_path / at, mesh)[0], final(tmp_path / "whole", mesh)[0])
+
+
+def kill_after_rewind(batches, kill):
+    original = type(batches).batch
+
+    def batch(step):
+        if batches.seen.count(6) == 2:  # the run has gone back from 7
+            kill()
+        return original(batches, step)
+
+    return batch
+
+
+def test_spikes_without_end_stop_the_run_and_rl_can_only_report(tmp_path, mesh):
+    class Worse(Batches):
+        def batch(self, step):
+            batch = super().batch(step)
+            return batch.replace(y=batch.y + 100.0 * (step >= 7))
+
+    with pytest.raises(Diverged, match="limit=2 rewinds are used up"):
+        train(
+            stage(mesh, source=Supervised(Worse())), loop(steps=20, spike=SpikeConfig(sigma=6, window=4, rewind=True, limit=2)),
+            mesh=mesh, workdir=tmp_path / "worse",
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="loop.spike.rewind"):
+        train(stage(mesh, source=Rollouts()), loop(spike=SPIKE), mesh=mesh, workdir=tmp_path / "rl")
+
+
+def test_the_rows_of_steps_that_are_not_finite_are_listed(tmp_path, mesh):
+    source = Supervised(Bad(-1, poisoned=(4, 5)))
+    with pytest.raises(Diverged, match=rf"the last at step 5; .*{tmp_path}/diverged.json"):
+        train(stage(mesh, source=source), loop(max_skipped_in_a_row=2), mesh=mesh, workdir=tmp_path)
+    found = json.loads((tmp_path / "diverged.json").read_text())["steps"]
+    assert found == {"4": {"batch": 4, "rows": ["row 4"]}, "5": {"batch": 5, "rows": ["row 5"]}}
+
+
+def test_batches_tell_their_rows():
+    batches = IndexedBatches(list("abcdefgh"), list, 4, seed=3)
+    for step in (0, 1, 5):
+        assert [batches.examples[i] for i in batches.rows(step)] == batches.batch(step)
+
+
+# ---- goodput, profile, options ----
+
+
+def test_goodput_by_hand(tmp_path):
+    now = [100.0]
+    clock = lambda: now[0]  # noqa: E731
+    run = Goodput(tmp_path, first=0, productive=0.0, enabled=True, clock=clock)
+    for done in range(1, 11):
+        now[0] += 2
+        run.step(done, 2.0)
+    saved = run.productive  # say after 5 steps it was 8: the first compiles
+    assert saved == 18 and run.metrics() == {"goodput": 0.9, "restarts": 0, "lost_steps": 0}
+    now[0] += 60  # killed; it goes on from step 5
+    run = Goodput(tmp_path, first=5, productive=8.0, enabled=True, clock=clock)
+    assert run.metrics() == {"goodput": 0.1, "restarts": 1, "lost_steps": 5}
+    (tmp_path / "reached.json").write_text("{torn")
+    assert Goodput(tmp_path, first=5, productive=8.0, enabled=True, clock=clock).metrics()["restarts"] == 2
+
+
+def test_a_profile_of_the_steps_asked_for_lies_in_the_workdir(tmp_path, mesh):
+    options = RunOptions(profile_steps=parse_steps("2:4"))
+    train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path, options=options)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_options_that_cannot_be():
+    assert parse_steps("") is None and parse_steps("10:13") == (10, 13)
+    for text in ("3", "4:4", "a:b", "-1:3"):
+        with pytest.raises(ValueError, match="--profile_steps: expected FIRST:END"):
+            parse_steps(text)
+    with pytest.raises(ValueError, match="--peer_seconds: expected a positive number"):
+        RunOptions(peer_seconds=0)
+    with pytest.raises(ValueError, match="loop.spike"):
+        SpikeConfig(window=1)
+
+
+# ---- who is to blame ----
+
+
+def word(silent=0.0, host=1, **status):
+    return Word({"count": 3, "name": f"machine-{host}", "pid": 7, "phase": "step", "step": 12, **status}, silent)
+
+
+def test_the_host_to_blame_is_named():
+    well = {0: word(host=0), 2: word(host=2)}
+    assert lost(well, service_silent=1, me=1, limit=30) is None
+    text = lost({**well, 3: word(31, host=3)}, service_silent=1, me=1, limit=30)
+    assert text == "host 3 (machine-3, pid 7) has been silent for 31 s, last heard of in step of step 12"
+    text = lost({**well, 3: word(host=3, failed="no disk")}, service_silent=1, me=1, limit=30)
+    assert text == "host 3 (machine-3, pid 7) failed in step of step 12: no disk"
+    text = lost(well, service_silent=31, me=1, limit=30)
+    assert text == "host 0 (machine-0, pid 7), the coordinator, has not answered for 31 s"
+    assert places({2: word(host=2, phase="batch")}) == "host 2 (machine-2, pid 7) is in batch of step 12"
+    assert clocks([5.0, 6.0, 7.0]) == [] and clocks([5.0, 3605.0, 6.0]) == ["clock: host 1 is +3599 s off"]

@@ -1,0 +1,87 @@
+"""The train command with one more stage, a regression that compiles at once, as processes for tests of hosts and faults.
+
+    python tests/toy_run.py --workdir=DIRECTORY [--steps=8] [--pause=0.1] [--peer_seconds=5] ...
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from test_training import SPECS, loss, parameters, points
+
+from llama_jax import command
+from llama_jax import train as train_command
+from llama_jax.parallel.mesh import MeshConfig, start_distributed
+from llama_jax.training import optimizer
+from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.stage import LoopConfig, Stage, Supervised
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    loop: LoopConfig
+    tokenizer: str
+    stage: str = "toy"
+    lr: float = 0.05
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
+
+
+class Rows:
+    """This process's rows of a batch that is a pure function of the step; slow and faulty as the flags say."""
+
+    def batch(self, step):
+        time.sleep(FLAGS.pause)
+        mine = jax.process_index() == FLAGS.on_host
+        while step == FLAGS.hang_at and mine:
+            time.sleep(1)
+        if step == FLAGS.fail_at and mine:
+            raise OSError(f"cannot read the rows of step {step}")
+        share = 16 // jax.process_count()
+        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        return jax.tree.map(lambda x: x[rows], points(step))
+
+
+def make_stage(config, mesh, workdir):
+    del workdir
+    decay = jax.tree.map(lambda spec: False, SPECS, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return Stage(
+        name="toy", specs=SPECS, init=lambda: parameters(mesh), loss=loss, tokens_per_step=16, meta={"model": "toy"},
+        optimizer=optimizer.make(OptimConfig(lr=config.lr, warmup=2), steps=1000, decay=decay), source=Supervised(Rows()),
+    )  # fmt: skip
+
+
+def main():
+    options = train_command.read_options()
+    if FLAGS.keep_compiled:
+        train_command.keep_compiled(FLAGS.workdir)
+    start_distributed()
+    if FLAGS.clock_off and jax.process_index() == FLAGS.on_host:
+        right = time.time
+        time.time = lambda: right() + FLAGS.clock_off
+    values = {
+        "stage": "toy", "tokenizer": FLAGS.tokenizer, "lr": FLAGS.lr,
+        "loop": {"steps": FLAGS.steps, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, "keep": FLAGS.keep},
+    }  # fmt: skip
+    train_command.STAGES["toy"] = ("__main__", "ToyConfig")
+    train_command.run(values, Path(FLAGS.workdir), options)
+    print("finished", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    train_command.define_options()
+    flags.DEFINE_string("workdir", None, "")
+    flags.DEFINE_string("tokenizer", "none", "")
+    flags.DEFINE_integer("steps", 8, "")
+    flags.DEFINE_integer("keep", 2, "")
+    flags.DEFINE_float("lr", 0.05, "")
+    flags.DEFINE_float("pause", 0.0, "seconds that each batch takes")
+    flags.DEFINE_integer("on_host", 1, "the host that is faulty")
+    flags.DEFINE_integer("hang_at", -1, "")
+    flags.DEFINE_integer("fail_at", -1, "")
+    flags.DEFINE_float("clock_off", 0.0, "")
+    command.launch(main, expected=train_command.EXPECTED)
