@@ -260,7 +260,11 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
         return answer_contexts(found, echo, resample=False, seed=0)
 
     monkeypatch.setattr(ghost, "draw_samples", draw)
-    monkeypatch.setattr(ghost, "fine_tuning_stage", lambda config, data, mesh, *, name, epochs: trained.append(data.train))
+
+    def fine_tune(config, data, mesh, workdir, *, name, epochs):
+        trained.append(data.train)
+
+    monkeypatch.setattr(ghost, "fine_tuning_stage", fine_tune)
 
     @dataclasses.dataclass(frozen=True)
     class Config:

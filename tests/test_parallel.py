@@ -139,6 +139,8 @@ def test_a_single_process_starts_alone_and_a_cluster_is_joined(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     start_distributed()
+    # A host that died is noticed in less than a minute.
+    assert [call.pop("heartbeat_timeout_seconds") < 60 for call in calls] == [True, True]
     assert calls == [{}, {"coordinator_address": "one:1234", "num_processes": 2, "process_id": 1}]
 
 

@@ -4,8 +4,6 @@ import ctypes
 import sys
 from pathlib import Path
 
-import jax
-
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
@@ -27,5 +25,7 @@ def keep_heap() -> bool:
 
 def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs in the workdir, so that a restart does not compile again; a cache chosen by the user stays."""
+    import jax  # the heap is settled before it is there
+
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
