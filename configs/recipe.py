@@ -1,7 +1,7 @@
 """The whole recipe: `python -m llama_jax.recipe --config=configs/recipe.py:tiny --workdir=...` (paper, all of it).
 
 `tiny` alone is the demo: one version, with PPO. `tiny,versions=5` are the paper's V1 to V5 (fewer: the first of them), planned
-for an hour on two CPU cores. `smoke` is the same path in a minute, for tests, with a second version that collects no comparisons.
+for an hour on two CPU cores. `smoke` is the same path in a minute, for tests; its second version collects no comparisons.
 """
 
 from ml_collections import ConfigDict
