@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 EXIT_HANGS = 70  # this host made no progress (EX_SOFTWARE)
 EXIT_HOST_LOST = 69  # another host failed, died or stopped (EX_UNAVAILABLE)
+_STOPPED = 60.0  # seconds without a look of the watchdog that count as no time of the run
 _STUCK = 300.0  # seconds without the interpreter's lock until the watchdog of the watchdog acts
 
 
@@ -118,10 +119,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(1.0, self.step_seconds / 10, self.peer_seconds / 10)
+        before = time.monotonic()
         while not self.done.wait(interval):
-            # If no Python code runs any more this is not put off any longer, and C code dumps the stacks.
-            faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file)
+            stood, before = time.monotonic() - before - interval, time.monotonic()
+            if stood > _STOPPED:  # the whole process was stopped, as by Ctrl-Z: no step is to blame
+                self.since += stood
             if self.peers is not None:
+                # If no Python code runs any more this is not put off any longer, and C code dumps the stacks. One host alone
+                # keeps nobody waiting.
+                faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file)
                 service_silent = time.monotonic() - self.peers.answered
                 blame = lost(self.peers.words(), service_silent=service_silent, me=self.host, limit=self.peer_seconds)
                 if blame:
