@@ -62,10 +62,12 @@ def kernels(module: Module) -> list[tuple[Instruction, int, int]]:
         kind = next((kind for kind in _KERNEL_PRODUCTS if instruction.name.startswith(kind)), None)
         if kind is None:
             raise ValueError(f"kernel {instruction.name}: its operations are not known")
-        # [B, H, T, E] of the query and [B, K, S, E] of the key: the first two operands of four dimensions
+        # [B, H, T, E] of the query and [B, K, S, E] of the key: the first two operands of four dimensions, or of three where
+        # the compiler left out a batch of one
         operands = (module.operand(instruction, i) for i in range(len(instruction.operands)))
-        shapes = [a.shape for operand in operands if operand is not None for a in operand.arrays[:1] if len(a.shape) == 4]
-        (B, H, T, E), (_, _, S, _) = shapes[:2]
+        shapes = [a.shape for operand in operands if operand is not None for a in operand.arrays[:1]]
+        whole = [shape for shape in shapes if len(shape) == 4] or [(1, *shape) for shape in shapes if len(shape) == 3]
+        (B, H, T, E), (_, _, S, _) = whole[:2]
         tiles = S // tile(S)
         visited = (tiles + 1) / (2 * tiles) if "causal_tiles" in instruction.op_name else 1.0
         found.append((instruction, round(_KERNEL_PRODUCTS[kind] * 2 * B * H * T * S * E * visited), count))
