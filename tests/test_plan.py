@@ -163,6 +163,28 @@ ENTRY %main (stack: f32[100,64], i: s32[]) -> f32[64] {
     assert hbm_bytes(Module(text)) == 64 * 4
 
 
+@pytest.mark.parametrize(("batch", "rows"), [("2,", 2), ("", 1)])
+def test_flops_of_kernels_by_hand(batch, rows):
+    # As the compiler writes them: a batch of one is left out, the blocks stand in the metadata, over several lines.
+    text = f"""HloModule m
+
+ENTRY %main (mask: s8[1,4,4], q: bf16[{batch}64,4096,128], k: bf16[{batch}8,4096,128]) -> bf16[{batch}64,4096,128] {{
+  %mask = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[{batch}64,4096,128]{{2,1,0}} parameter(1)
+  %k = bf16[{batch}8,4096,128]{{2,1,0}} parameter(2)
+  %splash_mha_fwd_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 512, \\"block_kv\\": 1024, \\"block_kv_dq\\": 7}}"
+}}}}, metadata={{op_name="jit(step)/causal_tiles/pallas_call"}}
+  ROOT %splash_mha_dq_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 2048}}"
+}}}}, metadata={{op_name="jit(step)/all_tiles/pallas_call"}}
+}}
+"""
+    pair = 2 * rows * 64 * 4096 * 4096 * 128  # one product over all tiles
+    # Two products over 10 of 16 tiles; three over all.
+    assert [flops for _, flops, _ in kernels(Module(text))] == [2 * pair * 10 // 16, 3 * pair]
+
+
 def test_traced_flops_by_hand():
     a, b = jnp.zeros((4, 8)), jnp.zeros((8, 16))
 
