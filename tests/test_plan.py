@@ -240,6 +240,40 @@ def test_the_other_stages_have_programs_too(stage):
         assert 0.95 < executed / program.model_flops < 1.1, (executed, program.model_flops)
 
 
+@pytest.mark.parametrize(("stage", "beside"), [("sft", []), ("dpo", []), ("ppo", ["safety"]), ("grpo", ["helpfulness", "safety"])])
+def test_adapters_are_planned_with_what_they_leave_as_it_is(stage, beside):
+    module = importlib.import_module(f"configs.{stage}")
+    mesh, found = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1]), {}
+    for rank in (0, 8):
+        values = module.get_config("tiny")
+        values.lora.rank = rank
+        found[rank] = train_program(parse_stage(values), mesh)
+    whole, adapted = found[0], found[8]
+    if stage == "sft":  # no gradients of matrices but the adapters' own
+        with jax.set_mesh(mesh):
+            assert 1 < traced_flops(adapted.trace().jaxpr) / adapted.model_flops < 1.05
+    assert 0.67 < adapted.model_flops / whole.model_flops < 0.75
+    kept = device_bytes(whole.state["parameters"])
+    assert device_bytes(adapted.state["frozen"]) == pytest.approx(kept, rel=1e-3) and "frozen" not in whole.state
+    assert device_bytes(adapted.state["optimizer"]) < 0.05 * device_bytes(whole.state["optimizer"])
+    assert sorted(adapted.beside) == beside  # the reference, and the critic's reward model, are held anyway
+
+
+def test_a_rollout_lies_beside_the_rest_of_its_run():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    config = parse_stage(importlib.import_module("configs.ppo").get_config("tiny"))
+    program = rollout_program(config, mesh)
+    assert sorted(program.beside) == ["critic", "helpfulness", "optimizer", "reference", "safety"]
+    trained = device_bytes(program.state["parameters"]) + device_bytes(program.beside["critic"])
+    assert device_bytes(program.beside["optimizer"]) == pytest.approx(2 * trained, rel=1e-5)
+
+
+def test_a_longer_context_is_planned_at_its_length():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    program = train_program(dataclasses.replace(config_of("tiny", 4), context=1024), mesh)
+    assert program.tokens == 4 * 1024 and program.model_flops == 4 * 1024 * flops_per_token(SIZES["tiny"], length=1024)
+
+
 def test_state_of_a_program_is_what_a_device_holds():
     mesh = make_mesh(MeshConfig())
     program = train_program(config_of("tiny", 8), mesh)

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from llama_jax.planning.hlo import Instruction, Module
 
@@ -17,14 +18,16 @@ _SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "wh
 def traced_flops(jaxpr: Any) -> int:
     """Operations of all matrix products of a closed jaxpr, of all devices together. Pallas kernels are not looked into.
 
-    A `while` of unknown length counts once, of a branch the longer side.
+    A `while` of unknown length counts once, of a branch the longer side. What nobody reads is left out, as the compiler
+    leaves it out: gradients of matrices that adapters keep as they are.
     """
-    return _traced(jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr)
+    used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _traced(used)
 
 
 def _traced(jaxpr: Any) -> int:
     total = 0
-    for equation in jaxpr.eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
@@ -33,12 +36,12 @@ def _traced(jaxpr: Any) -> int:
         elif name == "pallas_call":
             continue
         elif name == "cond":
-            total += max(traced_flops(branch) for branch in parameters["branches"])
+            total += max(map(_traced, parameters["branches"]))
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # its shapes are one device's
                 times = parameters["mesh"].size
-            total += times * sum(traced_flops(inner) for inner in _inner(parameters))
+            total += times * sum(map(_traced, _inner(parameters)))
     return total
 
 
