@@ -163,6 +163,28 @@ ENTRY %main (stack: f32[100,64], i: s32[]) -> f32[64] {
     assert hbm_bytes(Module(text)) == 64 * 4
 
 
+@pytest.mark.parametrize(("batch", "rows"), [("2,", 2), ("", 1)])
+def test_flops_of_kernels_by_hand(batch, rows):
+    # As the compiler writes them: a batch of one is left out, the blocks stand in the metadata, over several lines.
+    text = f"""HloModule m
+
+ENTRY %main (mask: s8[1,4,4], q: bf16[{batch}64,4096,128], k: bf16[{batch}8,4096,128]) -> bf16[{batch}64,4096,128] {{
+  %mask = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[{batch}64,4096,128]{{2,1,0}} parameter(1)
+  %k = bf16[{batch}8,4096,128]{{2,1,0}} parameter(2)
+  %splash_mha_fwd_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 512, \\"block_kv\\": 1024, \\"block_kv_dq\\": 7}}"
+}}}}, metadata={{op_name="jit(step)/causal_tiles/pallas_call"}}
+  ROOT %splash_mha_dq_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 2048}}"
+}}}}, metadata={{op_name="jit(step)/all_tiles/pallas_call"}}
+}}
+"""
+    pair = 2 * rows * 64 * 4096 * 4096 * 128  # one product over all tiles
+    # Two products over 10 of 16 tiles; three over all.
+    assert [flops for _, flops, _ in kernels(Module(text))] == [2 * pair * 10 // 16, 3 * pair]
+
+
 def test_traced_flops_by_hand():
     a, b = jnp.zeros((4, 8)), jnp.zeros((8, 16))
 
@@ -216,6 +238,40 @@ def test_the_other_stages_have_programs_too(stage):
         assert 1 / 2 < executed / program.model_flops < 2 / 3
     else:
         assert 0.95 < executed / program.model_flops < 1.1, (executed, program.model_flops)
+
+
+@pytest.mark.parametrize(("stage", "beside"), [("sft", []), ("dpo", []), ("ppo", ["safety"]), ("grpo", ["helpfulness", "safety"])])
+def test_adapters_are_planned_with_what_they_leave_as_it_is(stage, beside):
+    module = importlib.import_module(f"configs.{stage}")
+    mesh, found = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1]), {}
+    for rank in (0, 8):
+        values = module.get_config("tiny")
+        values.lora.rank = rank
+        found[rank] = train_program(parse_stage(values), mesh)
+    whole, adapted = found[0], found[8]
+    if stage == "sft":  # no gradients of matrices but the adapters' own
+        with jax.set_mesh(mesh):
+            assert 1 < traced_flops(adapted.trace().jaxpr) / adapted.model_flops < 1.05
+    assert 0.67 < adapted.model_flops / whole.model_flops < 0.75
+    kept = device_bytes(whole.state["parameters"])
+    assert device_bytes(adapted.state["frozen"]) == pytest.approx(kept, rel=1e-3) and "frozen" not in whole.state
+    assert device_bytes(adapted.state["optimizer"]) < 0.05 * device_bytes(whole.state["optimizer"])
+    assert sorted(adapted.beside) == beside  # the reference, and the critic's reward model, are held anyway
+
+
+def test_a_rollout_lies_beside_the_rest_of_its_run():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    config = parse_stage(importlib.import_module("configs.ppo").get_config("tiny"))
+    program = rollout_program(config, mesh)
+    assert sorted(program.beside) == ["critic", "helpfulness", "optimizer", "reference", "safety"]
+    trained = device_bytes(program.state["parameters"]) + device_bytes(program.beside["critic"])
+    assert device_bytes(program.beside["optimizer"]) == pytest.approx(2 * trained, rel=1e-5)
+
+
+def test_a_longer_context_is_planned_at_its_length():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    program = train_program(dataclasses.replace(config_of("tiny", 4), context=1024), mesh)
+    assert program.tokens == 4 * 1024 and program.model_flops == 4 * 1024 * flops_per_token(SIZES["tiny"], length=1024)
 
 
 def test_state_of_a_program_is_what_a_device_holds():
