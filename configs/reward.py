@@ -13,7 +13,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     """One epoch of 512 pairs a batch, peak 5e-6 (70B) or 1e-5, cosine to 10 %, warm-up 3 % of the steps, at least 5."""
     size, _, name = argument.partition(",")
     name = name or "helpfulness"
-    length = {"tiny": 144}.get(size, 2048 if size.startswith("llama1") else 4096)
+    length = {"tiny": 128}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = ConfigDict({"train": (), "shares": (), "held_out": (), "length": length})
     if size == "tiny":
         optim, loop = common.adamw(5e-4, warmup=5), common.loop(100, 16, checkpoint_every=100)

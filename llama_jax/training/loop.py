@@ -145,6 +145,7 @@ class _Run:
 
         def save(done: int, held_out: dict[str, float]) -> None:
             self.watchdog.at("saving", done)
+            writer.sync()  # a run that goes on from here must find the lines before
             measured = stage.measure(stage.whole(state.params)) if stage.measure and done == config.steps else {}
             run = {
                 "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
