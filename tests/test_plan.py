@@ -1,24 +1,20 @@
-"""Planning: compiled programs as data, counted arithmetic, topologies, and (with libtpu) the real TPU compiler."""
+"""Planning: compiled programs as data, counted arithmetic, topologies, plans and searches; test_plan_compiled.py compiles."""
 
 import dataclasses
 import importlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common, pretrain
 from llama_jax import plan as command_of_plan
 from llama_jax.config import ConfigError
-from llama_jax.model.config import FLOAT32, SIZES, Compute
+from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -31,7 +27,6 @@ from llama_jax.planning.search import candidates
 from llama_jax.train import parse_stage
 
 ROOT = Path(__file__).parents[1]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
 
 # As the TPU compiler writes it: a loop of 5 with a gather begun beside a product, a kernel whose metadata spans lines, a
 # reduce-scatter as a fusion, and the three ways to name groups.
@@ -446,104 +441,6 @@ def test_the_calibration_stands_beside_its_error():
 def test_a_rollout_is_planned_for_ppo_only():
     with pytest.raises(ConfigError, match="a rollout is planned for ppo and grpo, got 'pretrain'"):
         rollout_program(parse_stage(pretrain.get_config("7b")), make_mesh())
-
-
-# ---- with the TPU compiler ----
-
-
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@needs_libtpu
-def test_gathers_stay_gathers_only_on_a_pod_described_with_its_wires():
-    from jax.experimental import topologies
-
-    def collectives(devices, order):
-        mesh = Mesh(order(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
-                for shape in ((64 * 2048, 4096), (4096, 4096)))  # fmt: skip
-        text = jax.jit(lambda x, w: x @ w).lower(x, w).compile().as_text()
-        return {c.kind for c in Module(text).collectives()}
-
-    found = topology.describe("v5p:4x4x4")
-    ordered = make_mesh(devices=found.devices).devices.flatten()
-    assert collectives(found.devices, lambda _: ordered) == {"all-gather"}
-    assert "all-reduce" in collectives(found.devices, np.array)
-    open_ends = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
-    ordered = make_mesh(devices=open_ends.devices).devices.flatten()
-    assert "all-reduce" in collectives(open_ends.devices, lambda _: ordered)
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
-    arguments = ("--config=configs/pretrain.py:7b", "--config.loop.batch_size=8", "--topology=v5p-16", "--json")
-    found = json.loads(command(*arguments, f"--dump_hlo={tmp_path}"))
-    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
-    assert found["model_flops_per_step"] == 8 * 4096 * flops_per_token(SIZES["7b"], length=4096)
-    assert found["hbm_capacity_bytes"] == pytest.approx(95.74 * 2**30, rel=1e-3)
-    assert 0.2 < found["mfu"] < 0.9 and found["step_seconds"] >= found["roofline_seconds"]
-    assert sum(found["memory"].values()) == found["hbm_bytes_per_chip"]
-    # fsdp gathers every matrix for the forward and again for the backward pass, in bfloat16.
-    matrices = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008))
-    gathered = sum(t["bytes"] for t in found["traffic"] if t["kind"] == "all-gather" and t["dtype"] == "bf16")
-    assert 2 * matrices <= gathered <= 2.1 * matrices
-    (text,) = tmp_path.iterdir()
-    assert kernels(Module(text.read_text()))
-    tight = json.loads(command("--config=configs/pretrain.py:7b", "--config.loop.batch_size=64", "--topology=v5e-8", "--json"))
-    assert not tight["fits"] and tight["hbm_bytes_per_chip"] > tight["hbm_capacity_bytes"] and tight["mfu"] is None
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_the_command_searches():
-    arguments = ("--config=configs/pretrain.py:tiny", "--topology=v5e-4", "--search", "--search_compilations=3")
-    best = json.loads(command(*arguments, "--json"))["best"]
-    seconds = [found["step_seconds"] for found in best]
-    assert len(best) == 3 and seconds == sorted(seconds) and all(found["fits"] for found in best)
-    assert len({(found["remat"], found["microbatches"], *found["mesh"].values()) for found in best}) == 3
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
-def test_recommended_settings_fit_and_gather_only_weights(size, tpu):
-    found = json.loads(command(f"--config=configs/pretrain.py:{size},tpu={tpu}", f"--topology={tpu}", "--json"))
-    assert found["fits"]
-    assert set(found["collective_bytes"]) == {"fsdp"}
-    gathers = [t for t in found["traffic"] if t["kind"] == "all-gather"]
-    assert any(t["overlapped"] for t in gathers)
-    weights = 2 * count(table(SIZES[size], head="lm_head"))  # bytes, in bfloat16
-    _, microbatches, _ = common.PODS[size, tpu]
-    assert sum(t["bytes"] for t in gathers) <= 2.1 * microbatches * weights
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize("sequence", ["ring", "all_to_all"])
-def test_long_contexts_are_divided_on_a_pod(sequence):
-    compute = Compute(remat="full", sequence=sequence, loss_chunks=64)
-    config = dataclasses.replace(config_of("7b", 8, sequence=8), compute=compute)
-    long = dataclasses.replace(SIZES["7b"], max_length=131_072, layers=2, name="long")
-    found = topology.describe("v5p:4x4x4")
-    mesh = make_mesh(config.mesh, devices=found.devices)
-    try:
-        SIZES["long"] = long
-        with jax.set_mesh(mesh):
-            program = train_program(dataclasses.replace(config, model="long"), mesh)
-            compiled = program.trace().lower().compile()
-    finally:
-        del SIZES["long"]
-    module = Module(compiled.as_text())
-    kinds = {c.kind for c in module.collectives() if "sequence" in mesh_axes(c, dict(mesh.shape)) and c.bytes > 2**24}
-    assert ("collective-permute" if sequence == "ring" else "all-to-all") in kinds and "all-gather" not in kinds
-    assert kernels(module)  # splash attention, inside the ring's steps too
 
 
 def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch):
