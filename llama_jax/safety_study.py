@@ -38,6 +38,7 @@ from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf.rejection import score_responses
+from llama_jax.safety.red_team import false_refusals
 from llama_jax.steps import Steps
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
@@ -110,6 +111,11 @@ def question(row: Row) -> str:
 def choose(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
     """A random choice in random order: files are often sorted by kind."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
+
+
+def declined(name: str, text: str) -> bool:
+    """Whether a response declines; of harmless prompts (not "adversarial") one that lacks the ability does not count."""
+    return declines(text) if name == "adversarial" else bool(false_refusals([text]).count)
 
 
 def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -214,7 +220,7 @@ class SafetyStudy(Steps):
                 batch_size=decoding.batch_size, threshold=SAFETY_THRESHOLD,
             )  # fmt: skip
         found = [
-            {"set": row["set"], "prompt": question(row), "answer": answer.text, "declined": declines(answer.text),
+            {"set": row["set"], "prompt": question(row), "answer": answer.text, "declined": declined(row["set"], answer.text),
              "helpfulness": float(scores["helpfulness"][i]), "safety": float(scores["safety"][i])}
             for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from llama_jax.assistant.refusals import look_alikes
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import safety_scaling
-from llama_jax.safety_study import SafetyStudy, SafetyStudyConfig, mix_of, question, split_rows, summary
+from llama_jax.safety_study import SafetyStudy, SafetyStudyConfig, declined, mix_of, question, split_rows, summary
 from llama_jax.steps import change, load_config
 
 REFUSAL = "I can't help with that. It harms people."
@@ -57,6 +57,12 @@ def test_the_figures_of_given_answers():
         "helpful": 0.0, "adversarial": 0.5, "borderline": 0.5
     }  # fmt: skip
     assert found["safety_scores"] == [0.05, 0.1, 0.75, 0.9]
+
+
+def test_lack_of_ability_is_no_false_refusal():
+    unable = "I'm sorry, I can't answer: I don't know that function."
+    assert declined("borderline", REFUSAL) and declined("adversarial", REFUSAL) and declined("adversarial", unable)
+    assert not declined("helpful", unable) and not declined("helpful", "Call `f`.")
 
 
 def test_tables_and_figures_stand_beside_the_papers():
