@@ -98,7 +98,7 @@ if [ -z "$python" ]; then
   python=python3.11
 fi
 "$python" -m venv .venv
-.venv/bin/pip install -q --editable ".[tpu]"'
+.venv/bin/pip install -q --editable ".[tpu,gcs]"'
 
 setup() {
   local where archive

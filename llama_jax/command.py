@@ -5,20 +5,25 @@ import traceback
 from collections.abc import Callable
 
 from llama_jax.config import ConfigError, parse_flags
+from llama_jax.paths import is_remote
 
 
-def define(config: str, **directories: str) -> None:
-    """Defines the required flags --config (a config file; `config` shows its form) and one for each directory."""
+def define(config: str, *, buckets: bool = False, **directories: str) -> None:
+    """Defines the required flags --config (a config file; `config` shows its form) and one for each directory.
+
+    With `buckets` the directories may be addresses in Google Cloud Storage.
+    """
     from absl import flags  # importing a command defines and changes nothing
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, config)
     for name, description in directories.items():
         flags.DEFINE_string(name, None, description)
-        # A path object would make a local directory "gs:" of it, and a pod's checkpoints would be lost with its disks.
+        # A path object would make a local directory "s3:" of it, and a pod's checkpoints would be lost with its disks.
         flags.register_validator(
-            name, lambda value: "://" not in (value or ""),
-            "expected a directory, on several hosts one that all of them share; mount a bucket to use it",
+            name, lambda value: "://" not in (value or "") or (buckets and is_remote(value)),
+            "expected a directory, on several hosts one that all of them share"
+            + (", or gs://bucket/directory" if buckets else "; this command writes no buckets, mount one to use it"),
         )  # fmt: skip
     flags.mark_flags_as_required(["config", *directories])
 

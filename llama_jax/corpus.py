@@ -24,6 +24,7 @@ from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.corpus_build.stages import discard, file_facts
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.paths import is_remote
 
 INSTALLATION = "installation"
 
@@ -132,6 +133,8 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
     Raises:
       ConfigError: the corpus at `output` was built with another config; lists the fields.
     """
+    if is_remote(output):
+        raise ConfigError(f"{output}: a corpus is built on a disk; copy it into the bucket afterwards")
     if (Path(output) / NAME).exists():
         changed = differences(read_manifest(output)["config"], describe(config))
         if changed:

@@ -1,17 +1,29 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all; a file may lie in a bucket, where objects do so by nature."""
 
 import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from llama_jax.paths import is_remote, place
+
+_IN_MEMORY = 64 << 20  # bytes that are not spilled to this machine's disk on their way into a bucket
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yields a file beside `path` that takes its place, synced to disk, when the block ends well."""
+    if is_remote(path):
+        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
+            yield file
+            file.seek(0)
+            with place(path).open("wb") as target:
+                shutil.copyfileobj(file, target, 8 << 20)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,6 +46,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 @contextlib.contextmanager
 def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty directory beside `path` that takes its place when the block ends well, and else disappears."""
+    if is_remote(path):
+        raise ValueError(f"{path}: expected a local directory; copy it into the bucket when it is finished")
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: exists already; expected a new or an empty directory")

@@ -16,6 +16,7 @@ from llama_jax.config import ConfigError, describe, parse
 from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.hosts import HostsDiffer, file_fact, preflight
 from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.paths import place
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.options import RunOptions, parse_steps
 from llama_jax.training.workdir import claim, finished, go_back, own
@@ -33,6 +34,7 @@ STAGES = {
     "distill": ("llama_jax.safety.distillation", "DistillConfig"),
 }
 
+WORKDIR = "directory of checkpoints and logs; gs://bucket/... too"
 EXPECTED = (Diverged, HostsDiffer)  # ends of a run that one line tells
 
 
@@ -52,7 +54,7 @@ def shared_facts(config: Any) -> dict[str, str]:
     for field in dataclasses.fields(data) if data is not None else ():
         value = getattr(data, field.name)
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, str) and path and Path(path).exists():
+            if isinstance(path, str) and path and place(path).exists():
                 named[f"data.{field.name} {path}"] = path
     files = {name: file_fact(path) for name, path in named.items()}
     return {"config": hashlib.sha256(json.dumps(describe(config), sort_keys=True).encode()).hexdigest()[:16], **files}
@@ -60,7 +62,7 @@ def shared_facts(config: Any) -> dict[str, str]:
 
 def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | None = None) -> dict[str, Any]:
     """Runs a stage, or goes on with it, or does nothing if it is finished; returns its summary."""
-    workdir, options = Path(workdir), options or RunOptions()
+    workdir, options = place(workdir), options or RunOptions()
     config = parse_stage(values)
     preflight(shared_facts(config))
     with own(workdir):
@@ -111,6 +113,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.define("configs/<stage>.py:<size>", workdir="directory of checkpoints and logs")
+    command.define("configs/<stage>.py:<size>", buckets=True, workdir=WORKDIR)
     define_options()
     command.launch(main, expected=EXPECTED)

@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from llama_jax import command
+from llama_jax.paths import check_bucket, place
 from llama_jax.training.checkpoint import CheckpointError, damages, written_steps
 from llama_jax.training.metrics import Progress
 
@@ -32,7 +33,8 @@ def verify(workdir: Path, step: int | None = None) -> dict[int, list[str]]:
 
 def main() -> None:
     """Flags to call."""
-    found = verify(Path(flags.FLAGS.workdir), flags.FLAGS.step)
+    check_bucket(flags.FLAGS.workdir)
+    found = verify(place(flags.FLAGS.workdir), flags.FLAGS.step)
     for step, lines in found.items():
         print(f"checkpoint {step}: {'whole' if not lines else 'damaged'}")
         for line in lines:
@@ -43,7 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "a stage's workdir")
+    flags.DEFINE_string("workdir", None, "a stage's workdir; gs://bucket/... too")
     flags.DEFINE_integer("step", None, "the checkpoint to look at; default: all")
     flags.mark_flag_as_required("workdir")
     command.launch(main)

@@ -184,9 +184,13 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest_field(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_address_is_no_workdir():
-    command = [sys.executable, "-m", "llama_jax.train", "--config=configs/sft.py:tiny", "--workdir=gs://bucket/run"]
+@pytest.mark.parametrize(("module", "config", "address", "words"), [
+    ("train", "sft", "s3://bucket/run", "or gs://bucket/directory"),
+    ("recipe", "recipe", "gs://bucket/run", "this command writes no buckets"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_written_is_refused(module, config, address, words):
+    command = [sys.executable, "-m", f"llama_jax.{module}", f"--config=configs/{config}.py:tiny", f"--workdir={address}"]
     done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True)
-    assert done.returncode == 1 and not (CONFIGS.parent / "gs:").exists()
+    assert done.returncode == 1 and not (CONFIGS.parent / "gs:").exists() and not (CONFIGS.parent / "s3:").exists()
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error:") and "gs://bucket/run" in line and "one that all of them share" in line
+    assert line.startswith("error:") and address in line and words in line

@@ -6,7 +6,6 @@
 import dataclasses
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -68,7 +67,7 @@ def main():
         "loop": {"steps": FLAGS.steps, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, "keep": FLAGS.keep},
     }  # fmt: skip
     train_command.STAGES["toy"] = ("__main__", "ToyConfig")
-    train_command.run(values, Path(FLAGS.workdir), options)
+    train_command.run(values, FLAGS.workdir, options)
     print("finished", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import atomic_write
+from llama_jax.paths import place, sizes
 
 NAME = "manifest.json"
 FIELDS = ("sources", "tokenizer", "vocab_size", "block_length", "table", "config", "version", "files")
@@ -19,7 +20,7 @@ class CorpusError(ValueError):
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with place(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -41,7 +42,7 @@ def write_manifest(directory: str | os.PathLike, values: dict[str, Any]) -> dict
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """The manifest of a corpus directory; CorpusError if there is none or it is damaged."""
-    path = Path(directory) / NAME
+    path = place(directory) / NAME
     try:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -70,11 +71,12 @@ def check_manifest(
             f"{directory}: its blocks were made with tokenizer {manifest['tokenizer'][:12]}, "
             f"{tokenizer.path} is {tokenizer.fingerprint[:12]}"
         )
+    found = sizes(place(directory))
     for name, expected in manifest["files"].items():
-        path = Path(directory) / name
-        if not path.is_file():
+        path = place(directory) / name
+        if name not in found:
             raise CorpusError(f"{path}: expected a shard of the corpus, found nothing")
-        if (size := path.stat().st_size) != expected["bytes"]:
+        if (size := found[name]) != expected["bytes"]:
             raise CorpusError(f"{path}: damaged, expected {expected['bytes']:,} bytes, got {size:,}")
         if checksums and file_sha256(path) != expected["sha256"]:
             raise CorpusError(f"{path}: damaged, its sha256 is not the one in {NAME}")

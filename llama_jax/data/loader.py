@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_jax.data.blocks import block_ids, block_length_of
 from llama_jax.data.tokenizer import BOS_ID
+from llama_jax.paths import is_remote
 
 
 @flax.struct.dataclass
@@ -275,7 +276,7 @@ def _slice(step: int, batch_size: int, process_index: int, process_count: int) -
 
 def _open_records(name: str, paths: Sequence[str | os.PathLike]) -> grain.sources.ArrayRecordDataSource:
     for path in paths:
-        if not os.path.exists(path):
+        if not is_remote(path) and not os.path.exists(path):  # of one in a bucket its reader says so
             raise FileNotFoundError(f"source {name}: {os.fspath(path)}: expected an ArrayRecord file, found nothing")
     if not paths:
         raise ValueError(f"source {name}: expected at least one ArrayRecord file, got none")

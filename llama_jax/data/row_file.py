@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.rows import read_jsonl
+from llama_jax.paths import is_remote
 
 
 class RowFile:
@@ -19,6 +20,8 @@ class RowFile:
     """
 
     def __init__(self, path: str | os.PathLike):
+        if is_remote(path):
+            raise ValueError(f"{path}: expected a local file: rows are appended to it, which a bucket cannot do")
         self.path = Path(path)
         if self.path.suffix == ".gz":
             raise ValueError(f"{self.path}: expected a plain JSONL file, since rows are appended to it")

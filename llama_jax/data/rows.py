@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from llama_jax.files import atomic_write
+from llama_jax.paths import place
 
 Row = dict[str, Any]
 TFDS = "tfds://"
@@ -32,7 +33,7 @@ def read_rows(name: str | os.PathLike) -> Iterator[tuple[str, Row]]:
     """Pairs ("file:row", row) of a data set, rows counted from 1; the format follows from the name."""
     if str(name).startswith(TFDS):
         return _tfds(str(name))
-    path = Path(name)
+    path = place(name)
     if path.is_dir():
         return _saved_dataset(path)
     return _parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
@@ -40,11 +41,11 @@ def read_rows(name: str | os.PathLike) -> Iterator[tuple[str, Row]]:
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[str, Row]]:
     """Pairs ("file:line", row) of a JSONL file. An empty line is malformed JSON."""
-    path = Path(path)
+    path = place(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
     number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    with path.open("rb") as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
         try:
             for number, line in enumerate(file, start=1):
                 yield f"{path}:{number}", _row(line, f"{path}:{number}")
@@ -94,7 +95,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise FileNotFoundError(f"{path}: expected a Parquet file, found nothing")
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1

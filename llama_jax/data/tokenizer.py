@@ -21,6 +21,7 @@ from pathlib import Path
 import sentencepiece
 
 from llama_jax.files import atomic_write
+from llama_jax.paths import place
 
 # Ids that every Llama tokenizer shares; the 256 byte pieces follow at 3..258. There is no pad piece (its id
 # is -1 in the model file): padding is id 0 with weight 0.
@@ -118,7 +119,7 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
     Raises:
       FileNotFoundError: a directory without one.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         return path
     for name in ("tokenizer.json", "tokenizer.model"):

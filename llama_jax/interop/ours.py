@@ -20,6 +20,7 @@ from llama_jax.model.config import ModelConfig
 from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
+from llama_jax.paths import absolute
 from llama_jax.training.checkpoint import (
     POLICY,
     CheckpointError,
@@ -101,7 +102,7 @@ class _LeafReader:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
                 leaf = checkpointer.restore(
-                    (self._step / "params").resolve(),
+                    absolute(self._step / "params"),
                     args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True),
                 )
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
@@ -156,7 +157,7 @@ def write(directory: Path, params: Params, config: ModelConfig, *, tokenizer: st
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
-            (directory / "checkpoints" / "0").resolve(),
+            absolute(directory / "checkpoints" / "0"),
             args=ocp.args.Composite(
                 meta=ocp.args.JsonSave(meta), params=ocp.args.PyTreeSave(params, save_args=how),
             ),

@@ -6,7 +6,6 @@ that adapters are never laid on another model than their own.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from llama_jax.model.lora import LoraConfig, adapter_specs, merged, scale_specs
 from llama_jax.model.params import Params, Specs, init
 from llama_jax.parallel.axes import shardings
+from llama_jax.paths import absolute, place, relative
 from llama_jax.training import checkpoint
 from llama_jax.training.checkpoint import POLICY, CheckpointError, read_meta, saved_parts
 
@@ -70,7 +70,7 @@ def describe_base(config: LoraConfig, base: str | Path, workdir: str | Path) -> 
     return {
         "rank": config.rank, "alpha": config.alpha, "targets": list(config.targets),
         "base": {
-            "workdir": str(Path(base).resolve()), "relative": os.path.relpath(base, workdir),
+            "workdir": str(absolute(base)), "relative": relative(base, workdir),
             "fingerprint": fingerprint(base),
         },
     }  # fmt: skip
@@ -92,13 +92,13 @@ def base_of(workdir: str | Path) -> Path:
       CheckpointError: it is not there, or its parameters are not those that the adapters were trained on.
     """
     base = read_meta(workdir)["lora"]["base"]
-    places = [Path(workdir) / base["relative"], Path(base["workdir"])]
-    present = [place for place in places if (place / "checkpoints").is_dir()]
+    places = [place(place(workdir) / base["relative"]), place(base["workdir"])]
+    present = [path for path in places if (path / "checkpoints").is_dir()]
     if not present:
         raise CheckpointError(f"{workdir} holds adapters of {base['workdir']}, which is not there (nor {places[0]})")
-    for place in present:
-        if fingerprint(place) == base["fingerprint"]:
-            return place
+    for path in present:
+        if fingerprint(path) == base["fingerprint"]:
+            return path
     raise CheckpointError(
         f"{workdir} holds adapters of a model with fingerprint {base['fingerprint'][:12]}; {present[0]} is another "
         f"({fingerprint(present[0])[:12]})"

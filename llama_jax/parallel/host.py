@@ -4,6 +4,8 @@ import ctypes
 import sys
 from pathlib import Path
 
+from llama_jax.paths import place
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
@@ -28,4 +30,4 @@ def keep_compiled(workdir: str | Path) -> None:
     import jax  # the heap is settled before it is there
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(place(workdir) / "compiled"))

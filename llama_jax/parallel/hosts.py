@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import llama_jax
+from llama_jax.paths import place
 
 
 class HostsDiffer(RuntimeError):
@@ -81,12 +82,12 @@ def code_version() -> str:
 
 def file_fact(path: str | Path) -> str:
     """A fingerprint of what lies at a path: a file's content, a directory's manifest, or that nothing does."""
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
         path = path / "manifest.json"
     if not path.is_file():
         return "missing"
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.params import Params
+from llama_jax.paths import place
 from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
@@ -54,7 +55,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     if length > model.max_length:
         raise ConfigError(f"{config.data.corpus}: blocks of {length} tokens, model {model.name} takes {model.max_length}")
     weights = config.data.weights or {name: source["share"] for name, source in manifest["sources"].items()}
-    corpus = Path(config.data.corpus)
+    corpus = place(config.data.corpus)
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,

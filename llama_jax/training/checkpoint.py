@@ -9,9 +9,7 @@ import functools
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import abstract
 from llama_jax.parallel.hosts import first_problem
+from llama_jax.paths import absolute, move, place, remove_tree
 from llama_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Checkpoints:
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
-        self.directory, self.best = directory.resolve(), best
+        self.directory, self.best = absolute(directory), best
         worst = math.inf if best_is_lowest else -math.inf
 
         def measured(metrics: Mapping[str, float]) -> float:
@@ -147,7 +146,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types
             if isinstance(error, CheckpointError) or isinstance(error, jax.errors.JaxRuntimeError):
                 raise
-            steps = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+            steps = steps_in(self.directory)
             left = f"the newest whole one is {steps[-1]}" if steps else "there is none before it"
             raise CheckpointError(f"{self.directory}: {what}; {left}: {_first_line(error)}") from error
 
@@ -210,8 +209,8 @@ class Checkpoints:
             aside = self.directory.parent / where
             aside.mkdir(exist_ok=True)
             for step in steps:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                os.replace(self.directory / str(step), aside / str(step))
+                remove_tree(aside / str(step))
+                move(self.directory / str(step), aside / str(step))
         first_problem("")  # all hosts wait for the move
         self.manager.reload()
 
@@ -232,11 +231,11 @@ def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> No
 
 def newest_step(workdir: str | Path) -> Path:
     """The directory of the newest finished checkpoint of a stage's workdir."""
-    directory = Path(workdir) / "checkpoints"
-    steps = [path for path in directory.glob("*") if path.name.isdigit() and (path / "meta").exists()]
-    if not steps:
-        raise CheckpointError(f"{workdir}: expected a stage's workdir with checkpoints, found none")
-    return max(steps, key=lambda path: int(path.name))
+    directory = place(workdir) / "checkpoints"
+    for step in reversed(steps_in(directory)):
+        if (directory / str(step) / "meta").exists():
+            return directory / str(step)
+    raise CheckpointError(f"{workdir}: expected a stage's workdir with checkpoints, found none")
 
 
 def read_meta(workdir: str | Path) -> dict[str, Any]:
@@ -267,7 +266,7 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             params = checkpointer.restore(
-                (path / "params").resolve(),
+                absolute(path / "params"),
                 args=ocp.args.PyTreeRestore(
                     item=target,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -299,12 +298,18 @@ def saved_parts(workdir: str | Path) -> dict[str, set[str]]:
 
 def written_steps(workdir: str | Path) -> list[int]:
     """The steps of a stage's workdir that have a finished checkpoint, whole or not."""
-    return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").glob("*") if path.name.isdigit())
+    return steps_in(place(workdir) / "checkpoints")
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The finished checkpoints in a directory, by step. (In a bucket the last file of a checkpoint says that it is.)"""
+    found = [path for path in directory.glob("*") if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if ocp.path.step.is_path_finalized(place(path)))
 
 
 def damages(workdir: str | Path, step: int) -> list[str]:
     """What is wrong with a checkpoint, a line for each leaf; reads one leaf at a time and needs no stage."""
-    path = (Path(workdir) / "checkpoints" / str(step)).resolve()
+    path = absolute(place(workdir) / "checkpoints" / str(step))
     try:
         meta = json.loads((path / "meta" / "metadata").read_text())
         expected, said = dict(meta["fingerprints"]), meta["step"]

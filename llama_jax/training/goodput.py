@@ -5,12 +5,12 @@ them. What is left is start, compilation, evaluation, saving, lost steps and wai
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.files import write_json
+from llama_jax.paths import append, seconds_between_writes
 
 
 class Goodput:
@@ -24,11 +24,7 @@ class Goodput:
         attempts = _rows(self.path)
         attempt = {"started": clock(), "from": first, "reached_before": self._reached() if attempts else first}
         if enabled:
-            workdir.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(attempt) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self.path, json.dumps(attempt) + "\n")
         attempts.append(attempt)
         self.begun = attempts[0]["started"]
         self.restarts = len(attempts) - 1
@@ -44,7 +40,7 @@ class Goodput:
         """`done` steps are done, the last in so many seconds; the first of a start compiles and does not count."""
         if done > self.first + 1:
             self.productive += seconds
-        if self.clock() - self.reported >= 1:
+        if self.clock() - self.reported >= seconds_between_writes(self.reached_path):
             self.note(done)
 
     def note(self, done: int) -> None:

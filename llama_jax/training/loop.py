@@ -148,6 +148,7 @@ class _Run:
 
         def save(done: int, held_out: dict[str, float]) -> None:
             self.watchdog.at("saving", done)
+            writer.sync()  # a run that goes on from here must find the lines before
             last = done == config.steps or (patience.on and done == patience.step)  # a stage may end with either
             measured = stage.measure(stage.whole(state.params)) if stage.measure and last else {}
             run = {

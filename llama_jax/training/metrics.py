@@ -18,6 +18,9 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from llama_jax.files import atomic_write
+from llama_jax.paths import Mirror, place
+
 METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("step", "time")
 
@@ -28,13 +31,14 @@ class MetricWriter:
     One line is one flat object: `{"step": 7, "time": 1700000000.0, "loss": 2.5, ...}`, time in seconds since
     the epoch. Non-finite values are written as the strings "nan", "inf" and "-inf", which keeps the file
     strict JSON. With `enabled=False` (every host but the first) all methods do nothing. `resume_step` is the
-    first step that this run will write: see `rewind`; leave it None to append.
+    first step that this run will write: see `rewind`; leave it None to append. In a bucket both logs are there
+    after `sync`, and now and then.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, enabled: bool = True, resume_step: int | None = None):
         self.enabled = enabled
-        self.path = Path(workdir) / METRICS_FILE
-        self._tensorboard_dir = Path(workdir) / "tensorboard"
+        self._workdir = workdir
+        self._mirror: Mirror | None = None
         self._purge_step: int | None = None
         self._file: TextIO | None = None
         self._tensorboard = None
@@ -47,15 +51,12 @@ class MetricWriter:
             return
         self.close()
         self._purge_step = step
-        if not self.path.exists():
+        path = place(self._workdir) / METRICS_FILE
+        if not path.exists():
             return
-        kept = [json.dumps(row) + "\n" for row in _read_rows(self.path) if row["step"] < step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        kept = [json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] < step]
+        with atomic_write(path) as file:
+            file.write("".join(kept).encode())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs `metrics` (numbers or 0-d arrays) of one step; the line is flushed when this returns."""
@@ -82,10 +83,17 @@ class MetricWriter:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others; a degree without pairs has no accuracy
                 self._tensorboard.add_scalar(name, value, step)
+        self._mirror.send_if_due()
+
+    def sync(self) -> None:
+        """Returns when what was written is where it belongs, in a bucket too; to be called before a checkpoint is saved."""
+        if self._file is not None:
+            self._tensorboard.flush()
+            self._mirror.send()
 
     def close(self) -> None:
         """Closes both logs; a later `write` opens them again."""
@@ -94,7 +102,8 @@ class MetricWriter:
             for log in (self._file, self._tensorboard):
                 with contextlib.suppress(OSError):
                     log.close()
-            self._file = self._tensorboard = None
+            self._mirror.close()
+            self._file = self._tensorboard = self._mirror = None
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -107,11 +116,13 @@ class MetricWriter:
             return
         from tensorboardX import SummaryWriter  # half a second of protobuf that readers of a log need not pay
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._mirror = Mirror(self._workdir)
+        self._mirror.local.mkdir(parents=True, exist_ok=True)
+        path = self._mirror.fetch(METRICS_FILE)
+        _cut_torn_line(path)
+        self._file = open(path, "a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
-            str(self._tensorboard_dir), purge_step=self._purge_step, write_to_disk=True, flush_secs=30
+            str(self._mirror.local / "tensorboard"), purge_step=self._purge_step, write_to_disk=True, flush_secs=30
         )
         self._purge_step = None
 
@@ -123,7 +134,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
     be torn (the run was killed while writing it) and is then ignored; any other malformed line is a
     ValueError with file and line.
     """
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
         path = path / METRICS_FILE
     rows = _read_rows(path)

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.paths import Mirror
+
 
 class Profile:
     """Traces the steps first .. end - 1; every host its own."""
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | None):
-        self.directory, self.steps, self.running = workdir / "profile", steps, False
+        self.workdir, self.steps, self.mirror = workdir, steps, None
 
     def before(self, step: int) -> None:
         """Begins or ends the trace; to be called where it is `due`, when the steps before are finished."""
         if step == self.steps[0]:
-            jax.profiler.start_trace(str(self.directory))
-            self.running = True
+            self.mirror = Mirror(self.workdir / "profile")
+            jax.profiler.start_trace(str(self.mirror.local))
         elif step == self.steps[1]:
             self.close()
 
@@ -25,6 +27,7 @@ class Profile:
 
     def close(self) -> None:
         """Ends the trace if it is running."""
-        if self.running:
-            self.running = False
+        if self.mirror is not None:
             jax.profiler.stop_trace()
+            self.mirror.close()
+            self.mirror = None

@@ -21,12 +21,14 @@ from typing import TextIO
 import jax
 
 from llama_jax.parallel.peers import Peers, lost, places
+from llama_jax.paths import Mirror
 
 log = logging.getLogger(__name__)
 
 EXIT_HANGS = 70  # this host made no progress (EX_SOFTWARE)
 EXIT_HOST_LOST = 69  # another host failed, died or stopped (EX_UNAVAILABLE)
 _STOPPED = 60.0  # seconds without a look of the watchdog that count as no time of the run
+_SENDING = 15.0  # seconds for the upload of a log
 _STUCK = 300.0  # seconds without the interpreter's lock until the watchdog of the watchdog acts
 
 
@@ -56,9 +58,9 @@ class Watchdog:
         self.limit = self.start_seconds if step <= self.first + 1 else self.step_seconds
 
     def __enter__(self) -> "Watchdog":
-        path = self.workdir / "logs" / f"host-{self.host}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: TextIO = open(path, "a", encoding="utf-8")
+        self.logs = Mirror(self.workdir / "logs")
+        self.logs.local.mkdir(parents=True, exist_ok=True)
+        self.file: TextIO = open(self.logs.fetch(f"host-{self.host}.log"), "a", encoding="utf-8")
         self.handler = logging.StreamHandler(self.file)
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.handler.setLevel(logging.WARNING)
@@ -85,6 +87,7 @@ class Watchdog:
         logging.getLogger().removeHandler(self.handler)
         with contextlib.suppress(OSError):
             self.file.close()
+        self._send_logs()
 
     def _report_failure(self, error: BaseException) -> None:
         """Keeps an error in the host's log; of several hosts, finds out whose it was, or tells the others that it is ours."""
@@ -149,7 +152,19 @@ class Watchdog:
                     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {message}", file=stream, flush=True)
                     faulthandler.dump_traceback(file=stream, all_threads=True)
                     print(f"error: {message}", file=stream, flush=True)  # once more, where a reader looks first
+            self._send_logs()
             os._exit(code)
+
+    def _send_logs(self) -> None:
+        """Uploads this host's log into a bucket; a network that answers no more may be what ends the run."""
+
+        def send() -> None:
+            with contextlib.suppress(Exception):
+                self.logs.close()
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        sender.join(timeout=_SENDING)
 
     def _on_abort(self) -> None:
         """JAX's service aborts the process when host 0 has gone; its message does not say so, ours does."""

@@ -19,6 +19,9 @@ import jax
 from llama_jax.config import ConfigError, differences, with_defaults
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import first_problem
+from llama_jax.paths import check_bucket, is_remote, move, reason
+from llama_jax.training.checkpoint import steps_in
+from llama_jax.training.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -30,32 +33,45 @@ _NOT_BEGUN = (_LOCK, "config.json", "compiled")  # what a run that was refused m
 def own(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this run: two runs in one workdir would write over each other.
 
-    The kernel lets go of the lock when the process ends, however it ends. Host 0 holds it for all hosts.
+    The kernel lets go of the lock when the process ends, however it ends; in a bucket see `lease`. Host 0 holds it for all.
 
     Raises:
       ConfigError: on every host, if another run has it or host 0 cannot write here.
     """
-    file, problem = None, ""
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            file = open(workdir / _LOCK, "a+", encoding="utf-8")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        except BlockingIOError:
-            file.seek(0)
-            problem = f"{workdir}: another run is writing here ({file.read().strip()}); wait for it, or use another workdir"
-        except OSError as error:
-            problem = f"{workdir}: cannot be written: {error.strerror}"
-    try:
+    problem = ""
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                check_bucket(workdir)
+                if owner := (_lease if is_remote(workdir) else _lock)(workdir / _LOCK, held):
+                    problem = f"{workdir}: another run is writing here ({owner}); wait for it, or use another workdir"
+            except OSError as error:
+                said = reason(error)
+                problem = said if said.startswith(str(workdir)) else f"{workdir}: cannot be written: {said}"
         if problem := first_problem(problem):
             raise ConfigError(problem)
         yield
-    finally:
-        if file is not None:
-            file.close()
+
+
+def _lock(path: Path, held: contextlib.ExitStack) -> str:
+    """Takes the kernel's lock on a file; "" or who has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(open(path, "a+", encoding="utf-8"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip()
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return ""
+
+
+def _lease(path: Path, held: contextlib.ExitStack) -> str:
+    lease = Lease(path)
+    held.callback(lease.release)
+    return lease.take()
 
 
 def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = None) -> None:
@@ -104,7 +120,7 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     if record.exists() and json.loads(record.read_text()) == asked:
         return
     directory = workdir / "checkpoints"
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    steps = steps_in(directory)
     if step and step not in steps:
         raise ConfigError(f"--restart_from={step}: {directory} has no such checkpoint; it holds {steps or 'none'}")
     old = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
@@ -115,10 +131,10 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     aside.mkdir(parents=True)
     for name in ("config.json", "done.json"):
         if (workdir / name).exists():
-            os.replace(workdir / name, aside / name)
+            move(workdir / name, aside / name)
     for later in steps:
         if later > step or not step:  # early stopping keeps the start as checkpoint 0
-            os.replace(directory / str(later), aside / str(later))
+            move(directory / str(later), aside / str(later))
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)
     write_json(record, asked)

@@ -26,6 +26,6 @@ def slowly(batch):
 
 if __name__ == "__main__":
     Feed.batch = slowly(Feed.batch)
-    command.define("configs/<stage>.py:<size>", workdir="directory of checkpoints and logs")
+    command.define("configs/<stage>.py:<size>", buckets=True, workdir=train_command.WORKDIR)
     train_command.define_options()
     command.launch(train_command.main, expected=train_command.EXPECTED)
