@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import small_runs
+from jax.sharding import NamedSharding, PartitionSpec
 from test_rlhf import FROZEN, MODEL, MODELS, RULE
 from test_training import Rollouts, assert_equal, final, loop, mesh_of, stage
 
@@ -161,16 +162,17 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 
 
 def evaluate_with(mesh, *, most, score):
+    frozen, models = jax.device_put((FROZEN, MODELS), NamedSharding(mesh, PartitionSpec()))
     roller = Roller(
         sample=make_sampler(
             MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
         ),
-        judge=None, frozen=FROZEN, keys=None,
+        judge=None, frozen=frozen, keys=None,
     )  # fmt: skip
     examples = [(i % 3 == 0, [1, 3 + i, 4 + i][: 2 + i % 2], i) for i in range(7)]
     batches = held_out_batches(examples, lambda rows: collate_prompts(rows, length=4), most=most, mesh=mesh)
     measure = make_measure(MODEL, FLOAT32, RULE)
-    return make_evaluate(roller, batches, measure, score=score, seed=3, mesh=mesh)(MODELS), batches
+    return make_evaluate(roller, batches, measure, score=score, seed=3, mesh=mesh)(models), batches
 
 
 def test_each_held_out_prompt_counts_once_whatever_the_batches():
@@ -194,6 +196,17 @@ def test_each_held_out_prompt_counts_once_whatever_the_batches():
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5), name
     assert 0 < whole["score/safety"] < 1 and 1 <= whole["response_length"] <= 6
+
+
+@pytest.mark.slow
+def test_on_four_devices_the_held_out_reward_is_the_same():
+    found = []
+    for mesh in (mesh_of(), mesh_of(data=2, fsdp=2)):
+        with jax.set_mesh(mesh):
+            values, batches = evaluate_with(mesh, most=8, score=None)
+            found.append(values)
+    assert [b.weight.tolist() for b in batches] == [[1] * 7 + [0]]  # rows that four devices can divide
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and "score/other" not in found[0]
 
 
 def length_rule(rows, responses):

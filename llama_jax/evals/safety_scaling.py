@@ -26,7 +26,7 @@ def scaling(shares: Shares) -> Plot:
         for i, (key, label) in enumerate((("safety", "adversarial"), ("helpfulness", "helpful"))):
             _line(means, theme, i, [found[key] for found in shares.values()], f"{key}, {label} prompts")
         _by_share(means, shares)
-        means.set_title("(a) mean reward model score", loc="left")
+        means.set_title("(a) mean reward model score", loc="left", color=theme.ink, fontsize=10)
         means.set_ylabel("score")
         legend(means, theme, loc="best")
         for i, (share, found) in enumerate(shares.items()):
@@ -36,7 +36,7 @@ def scaling(shares: Shares) -> Plot:
                 ordered, height, where="post", color=theme.colour(i), linestyle=_STYLES[i % len(_STYLES)], linewidth=1.8,
                 label=f"{share} %",
             )  # fmt: skip
-        tails.set_title("(b) answers with at most this safety score", loc="left")
+        tails.set_title("(b) answers with at most this safety score", loc="left", color=theme.ink, fontsize=10)
         tails.set_xlim(0, 1)
         tails.set_xlabel("safety score, adversarial prompts")
         tails.set_ylabel("answers (%)")
