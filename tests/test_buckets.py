@@ -323,3 +323,7 @@ def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
                         ("gs://closed/run", "error: gs://closed/run: no permission to use the bucket 'closed'")):  # fmt: skip
         code, _, last = command("train", config, f"--workdir={flag}", "--config.tokenizer=none")
         assert code == 1 and last.startswith(words), last
+    data = ["--workdir=gs://bucket/run", "--config.tokenizer=gs://closed/tokenizer.model"]
+    code, _, last = command("train", config, *data)
+    assert code == 1 and last.startswith("error: ") and "no permission to use the bucket closed" in last, last
+    assert not bucket, "something was written before the data was looked at"
