@@ -1,325 +1,77 @@
-"""Runs whose files lie in a bucket, against a server of Google Cloud Storage's API on this machine (`bucket_server`).
-
-Real clients throughout: gcsfs for our own files, TensorStore and Orbax for checkpoints, ArrayRecord for blocks.
-"""
-
-import importlib.util
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""Batches of similar lengths: every example once an epoch, one length on all processes, the same numbers with less padding."""
 
 import numpy as np
 import pytest
 
-if importlib.util.find_spec("gcsfs") is None:  # not imported: it reads the environment that the fixture sets
-    pytest.skip("needs gcsfs (extra [gcs])", allow_module_level=True)
-
-from bucket_server import BucketServer  # noqa: E402 - needs what gcsfs brings
-
-from llama_jax.config import ConfigError  # noqa: E402
-from llama_jax.corpus_build.manifest import FIELDS, CorpusError, check_manifest, file_sha256, write_manifest  # noqa: E402
-from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
-from llama_jax.data.loader import BlockSource  # noqa: E402
-from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
-from llama_jax.files import atomic_write, write_json  # noqa: E402
-from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes  # noqa: E402
-from llama_jax.training import lease as lease_module  # noqa: E402
-from llama_jax.training.lease import Lease  # noqa: E402
-from llama_jax.training.metrics import MetricWriter, read_metrics  # noqa: E402
-from llama_jax.training.workdir import claim, own  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
+from llama_jax.data.buckets import BucketedBatches, padded_lengths
 
 
-@pytest.fixture(scope="module")
-def server():
-    with BucketServer("bucket", forbidden=("closed",)) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        yield server
+def make(examples, batch_size=4, lengths=(8, 16), seed=3, **more):
+    def collate(rows, *, length):
+        return np.array([row + [0] * (length - len(row)) for row in rows])
+
+    return BucketedBatches(
+        examples, collate, batch_size, seed, lengths=lengths, size=len, blank=lambda row: [-1] * len(row), **more
+    )  # fmt: skip
 
 
-@pytest.fixture
-def bucket(server):
-    """The only bucket, empty."""
-    server.buckets["bucket"].clear()
-    return server.buckets["bucket"]
+def rows(count, seed=0):
+    """Row i holds its number, 1 to 16 times."""
+    return [[i] * n for i, n in enumerate(np.random.default_rng(seed).integers(1, 17, count))]
 
 
-def names(bucket):
-    return sorted(bucket)
+def test_lengths_are_even_multiples_of_eight():
+    assert padded_lengths(192, 4) == (48, 96, 144, 192) and padded_lengths(100, 3) == (40, 72, 100)
+    assert padded_lengths(20, 4) == (8, 16, 20) and padded_lengths(128, 1) == (128,)
+    with pytest.raises(ValueError, match="data.buckets"):
+        padded_lengths(128, 0)
 
 
-# ---- files ----
+@pytest.mark.parametrize("count", [40, 640])
+def test_an_epoch_has_every_example_once_and_each_batch_what_it_says(count):
+    source = make(rows(count))
+    epoch = [source.rows(step) for step in range(source.steps_per_epoch)]
+    assert sorted(sum(epoch, [])) == list(range(count))
+    assert epoch != [source.rows(step) for step in range(source.steps_per_epoch, 2 * source.steps_per_epoch)]
+    for step, numbers in enumerate(epoch):
+        batch = source.batch(step)
+        assert batch[:, 0].tolist() == numbers
+        assert batch.shape[1] == (8 if max(len(source.examples[i]) for i in numbers) <= 8 else 16)
 
 
-def test_a_path_is_local_or_an_address():
-    assert type(place("a/b")) is type(Path("a/b")) and place("gs://bucket/c//d/../e").as_posix() == "gs://bucket/c/e"
-    assert str(place("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
-    assert str(absolute("gs://bucket/run")) == "gs://bucket/run" and absolute("run") == Path.cwd() / "run"
-    assert relative("gs://bucket/x/base", "gs://bucket/x/run") == "../base" and relative("x/base", "x/run") == "../base"
-    assert relative("gs://bucket/base", "gs://c/run") == "gs://bucket/base"
-    assert relative("/disk/base", "gs://bucket/run") == "/disk/base"
-    assert str(place(place("gs://bucket/x/run") / "../base")) == "gs://bucket/x/base"
+def test_a_batch_depends_on_its_number_alone():
+    examples = rows(640)
+    late = make(examples).rows(150)
+    source = make(examples)
+    assert [source.rows(step) for step in range(300)][150] == late
+    assert make(examples, seed=4).rows(150) != late
 
 
-def test_files_appear_whole_in_a_bucket(bucket):
-    with pytest.raises(RuntimeError), atomic_write("gs://bucket/dir/file") as file:
-        file.write(b"half of it")
-        raise RuntimeError
-    assert not bucket
-    with atomic_write("gs://bucket/dir/file") as file:
-        file.write(b"x" * (9 << 20))
-    assert len(bucket["dir/file"][0]) == 9 << 20
-    write_json("gs://bucket/dir/value.json", {"a": 1})
-    assert json.loads(bucket["dir/value.json"][0]) == {"a": 1}
-    for line in ("one\n", "two\n"):
-        append(place("gs://bucket/dir/lines"), line)
-    assert bucket["dir/lines"][0] == b"one\ntwo\n"
-    assert sizes(place("gs://bucket/dir")) == {"file": 9 << 20, "value.json": len(bucket["dir/value.json"][0]), "lines": 8}
-    move(place("gs://bucket/dir"), place("gs://bucket/aside/7"))
-    assert names(bucket) == ["aside/7/file", "aside/7/lines", "aside/7/value.json"]
+def test_padding_is_less_than_half_of_what_it_was_and_lengths_come_mixed():
+    source = make(rows(640), lengths=padded_lengths(16, 2))
+    widths = [source.batch(step).shape[1] for step in range(160)]
+    assert sum(width == 8 for width in widths) > 70  # one of 160 shuffled batches of 4 would be so short in 16
+    assert len({tuple(widths[i : i + 20]) for i in range(0, 160, 20)}) == 8
 
 
-def test_a_mirror_uploads_what_has_changed_and_fetches_what_is_appended_to(bucket, server):
-    mirror = Mirror("gs://bucket/logs")
-    (mirror.local / "sub").mkdir()
-    (mirror.local / "sub" / "x").write_text("1")
-    mirror.send()
-    generation = bucket["logs/sub/x"][1]
-    mirror.send()
-    assert bucket["logs/sub/x"] == (b"1", generation), "uploaded again, although nothing has changed"
-    (mirror.local / "sub" / "x").write_text("12")
-    mirror.close()
-    assert bucket["logs/sub/x"][0] == b"12" and not mirror.local.exists()
-    again = Mirror("gs://bucket/logs")
-    assert again.fetch("sub/../missing").exists() is False
-    (again.local / "sub").mkdir()
-    assert again.fetch("sub/x").read_text() == "12"
-    again.close()
+def test_processes_share_a_length_and_their_parts_are_the_global_batch():
+    examples = rows(40)
+    parts = [make(examples, process_index=i, process_count=2) for i in (0, 1)]
+    for step in range(10):
+        both = [part.batch(step) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(both), make(examples).batch(step))
+    for whole, *halves in zip(make(examples).eval_batches(), *(part.eval_batches() for part in parts), strict=True):
+        np.testing.assert_array_equal(np.concatenate(halves), whole)
 
 
-def test_metrics_survive_in_a_bucket_up_to_the_last_sync(bucket):
-    with MetricWriter("gs://bucket/run", resume_step=0) as writer:
-        for step in range(4):
-            writer.write(step, {"loss": float(step)})
-        writer.sync()
-        kept = dict(bucket)
-        writer.write(4, {"loss": 4.0})
-    bucket.clear()
-    bucket |= kept  # what a kill after the sync leaves
-    with MetricWriter("gs://bucket/run", resume_step=3) as writer:
-        writer.write(3, {"loss": 30.0})
-    np.testing.assert_array_equal(read_metrics("gs://bucket/run")["loss"], [0, 1, 2, 30])
-    assert any(name.startswith("run/tensorboard/events") for name in bucket)
+def test_evaluation_is_in_stored_order_and_filled():
+    examples = rows(10)
+    batches = list(make(examples).eval_batches())
+    assert np.concatenate([batch[:, 0] for batch in batches]).tolist() == [*range(10), -1, -1]
 
 
-# ---- data ----
+def test_a_row_that_fits_no_length_is_an_error():
+    with pytest.raises(ValueError, match="17 tokens does not fit into 16"):
+        make([[1] * 17] * 4).batch(0)
 
 
-def test_rows_and_blocks_are_read_from_a_bucket(bucket, tmp_path):
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    prompts = [{"messages": [{"role": "user", "content": f"question {i}"}]} for i in range(3)]
-    for name in ("prompts.jsonl", "prompts.jsonl.gz"):
-        write_jsonl(f"gs://bucket/data/{name}", prompts)
-        assert [row["messages"] for row in read_prompts(f"gs://bucket/data/{name}")] == [row["messages"] for row in prompts]
-        assert next(iter(read_jsonl(f"gs://bucket/data/{name}")))[0] == f"gs://bucket/data/{name}:1"
-    with pytest.raises(FileNotFoundError, match="gs://bucket/data/none.jsonl: expected a JSONL file, found nothing"):
-        read_prompts("gs://bucket/data/none.jsonl")
-    writer = ArrayRecordWriter(str(tmp_path / "web"), "group_size:1")
-    for i in range(8):
-        writer.write(block_record([i] * 5, 4, 96))
-    writer.close()
-    bucket["corpus/web"] = ((tmp_path / "web").read_bytes(), 1)
-    source = BlockSource({"web": ["gs://bucket/corpus/web"]}, {"web": 1.0}, batch_size=4, seed=0)
-    local = BlockSource({"web": [tmp_path / "web"]}, {"web": 1.0}, batch_size=4, seed=0)
-    for step in range(3):
-        np.testing.assert_array_equal(source.batch(step).tokens, local.batch(step).tokens)
-    assert block_ids(source._records["web"][3]).tolist() == [3] * 5
-    with pytest.raises(ValueError, match="source web: cannot read .*No such object"):
-        BlockSource({"web": ["gs://bucket/corpus/none"]}, {"web": 1.0}, batch_size=4, seed=0)
-
-
-def test_a_corpus_in_a_bucket_is_compared_with_its_manifest(bucket, tmp_path):
-    class Known:
-        fingerprint, path = "f" * 64, "tokenizer"
-
-    (tmp_path / "web").write_bytes(b"shard")
-    values = {"tokenizer": Known.fingerprint, "block_length": 4, "sources": {}}
-    write_manifest(tmp_path, {**dict.fromkeys(FIELDS, 0), **values})
-    for path in tmp_path.iterdir():
-        bucket[f"corpus/{path.name}"] = (path.read_bytes(), 1)
-    assert check_manifest("gs://bucket/corpus", Known)["block_length"] == 4
-    assert file_sha256("gs://bucket/corpus/web") == file_sha256(tmp_path / "web")
-    bucket["corpus/web"] = (b"shard and more", 2)
-    with pytest.raises(CorpusError, match="gs://bucket/corpus/web: damaged, expected 5 bytes, got 14"):
-        check_manifest("gs://bucket/corpus", Known)
-    del bucket["corpus/web"]
-    with pytest.raises(CorpusError, match="gs://bucket/corpus/web: expected a shard of the corpus, found nothing"):
-        check_manifest("gs://bucket/corpus", Known)
-
-
-# ---- the workdir ----
-
-
-def test_two_runs_in_one_bucket_directory_are_told_of_each_other(bucket, monkeypatch):
-    monkeypatch.setattr(lease_module, "_is_dead", lambda owner: False)  # both are this process
-    lock = place("gs://bucket/run/.lock")
-    first, second = Lease(lock, period=0.2, patience=3), Lease(lock, period=0.2, patience=3)
-    assert first.take() == ""
-    assert second.take() == f"pid {os.getpid()} on {socket.gethostname()}"
-    first.release()
-    assert not bucket
-    assert second.take() == ""
-    second.release()
-    assert not bucket
-
-
-def left_behind(**changes):
-    owner = {"host": socket.gethostname(), "pid": 2**22 + 1, "owner": "pid 7 on there", "name": "x", "beat": 3}
-    return json.dumps(owner | changes).encode(), 1
-
-
-def test_the_lock_of_a_dead_run_is_taken_over(bucket):
-    bucket["run/.lock"] = left_behind()
-    lease, begun = Lease(place("gs://bucket/run/.lock"), period=0.2, patience=60), time.monotonic()
-    assert lease.take() == "" and time.monotonic() - begun < 30, "a process of this machine that has ended is not waited for"
-    lease.release()
-    bucket["run/.lock"] = left_behind(host="another")
-    lease = Lease(place("gs://bucket/run/.lock"), period=0.2, patience=1)
-    assert lease.take() == "" and lease.name in bucket["run/.lock"][0].decode()
-    lease.release()
-
-
-def test_a_run_whose_workdir_was_taken_over_ends(bucket):
-    code = "from llama_jax.paths import place; from llama_jax.training.lease import Lease; import time\n"
-    code += "Lease(place('gs://bucket/run/.lock'), period=0.2).take(); print('has it', flush=True); time.sleep(60)"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
-    assert process.stdout.readline() == "has it\n"
-    bucket["run/.lock"] = left_behind(host="another")
-    assert process.wait(timeout=30) == 1
-    assert "another run has taken this workdir over" in process.stderr.read()
-
-
-def test_a_bucket_that_is_missing_or_closed_is_one_sentence(bucket):
-    with pytest.raises(ConfigError, match=r"^gs://none/run: the bucket 'none' does not exist$"), own(place("gs://none/run")):
-        pass
-    with pytest.raises(ConfigError, match="^gs://closed/run: no permission to use the bucket 'closed'"), \
-            own(place("gs://closed/run")):  # fmt: skip
-        pass
-
-
-def test_another_config_is_refused_in_a_bucket_too(bucket):
-    with own(place("gs://bucket/run")):
-        claim(place("gs://bucket/run"), {"lr": 1.0})
-        claim(place("gs://bucket/run"), {"lr": 2.0})  # nothing was begun
-        bucket["run/checkpoints/2/commit_success.txt"] = (b"", 1)
-        with pytest.raises(ConfigError, match="gs://bucket/run was begun with another config"):
-            claim(place("gs://bucket/run"), {"lr": 1.0})
-    assert "run/.lock" not in bucket
-
-
-# ---- runs ----
-
-
-def start(workdir, *more, script="tests/toy_run.py", count=1):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": path}
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
-    return [
-        subprocess.Popen([sys.executable, script, f"--workdir={workdir}", *more], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                         env=environment | cluster | ({"JAX_PROCESS_ID": str(host)} if cluster else {}))
-        for host in range(count)
-    ]  # fmt: skip
-
-
-def ends(processes):
-    """Codes and the last words on stderr."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    return [process.returncode for process in processes], said
-
-
-def fingerprints(text):
-    return json.loads(text)["fingerprints"]
-
-
-def command(module, *flags):
-    done = subprocess.run([sys.executable, "-m", f"llama_jax.{module}", *flags], cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr.splitlines()[-1] if done.stderr else ""
-
-
-@pytest.mark.slow
-def test_a_run_in_a_bucket_is_killed_resumes_and_ends_as_on_a_disk(bucket, tmp_path):
-    assert ends(start(tmp_path / "local"))[0] == [0]
-    whole = fingerprints((tmp_path / "local" / "checkpoints" / "8" / "meta" / "metadata").read_text())
-    (process,) = start("gs://bucket/run", "--pause=0.5")
-    while "run/checkpoints/3/commit_success.txt" not in bucket:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    # What a kill in the middle of a save leaves: files of a step, but not the one that says that it is finished.
-    bucket["run/checkpoints/6/meta/metadata"] = (b"{}", 1)
-    bucket.pop("run/checkpoints/6/commit_success.txt", None)
-    codes, said = ends(start("gs://bucket/run"))
-    assert codes == [0], said
-    assert fingerprints(bucket["run/checkpoints/8/meta/metadata"][0]) == whole
-    log = read_metrics("gs://bucket/run")
-    np.testing.assert_array_equal(log["step"], np.arange(8))
-    np.testing.assert_array_equal(log["loss"], read_metrics(tmp_path / "local")["loss"])
-    attempts = [json.loads(line) for line in bucket["run/attempts.jsonl"][0].splitlines()]
-    assert [attempt["from"] for attempt in attempts] == [0, 3]
-    assert "run/.lock" not in bucket and "run/done.json" in bucket and "run/logs/host-0.log" in bucket
-    assert any(name.startswith("run/compiled/") for name in bucket) and not Path("gs:").exists()
-
-    code, out, _ = command("verify", "--workdir=gs://bucket/run")
-    assert code == 0 and out.splitlines() == ["checkpoint 6: whole", "checkpoint 8: whole"]
-    # A damaged checkpoint is named, kept aside, and made again.
-    for name in [name for name in bucket if name.startswith("run/checkpoints/8/params/") and "/d/" in name]:
-        content = bytearray(bucket[name][0])
-        content[len(content) // 2] ^= 1
-        bucket[name] = (bytes(content), 2)
-    bucket.pop("run/done.json")
-    code, out, last = command("verify", "--workdir=gs://bucket/run")
-    assert code == 1 and "checkpoint 8: damaged" in out and "the newest whole one is 6" in last
-    codes, said = ends(start("gs://bucket/run"))
-    assert codes == [0], said
-    assert "checkpoint 8 of gs://bucket/run/checkpoints is damaged" in said[0]
-    assert fingerprints(bucket["run/checkpoints/8/meta/metadata"][0]) == whole
-    assert any(name.startswith("run/damaged/8/params/") for name in bucket)
-    assert b"is damaged" in bucket["run/logs/host-0.log"][0]
-
-
-@pytest.mark.slow
-def test_two_hosts_save_into_one_bucket_and_a_preemption_saves_on_both(bucket, tmp_path):
-    assert ends(start(tmp_path / "local", count=2))[0] == [0, 0]
-    whole = fingerprints((tmp_path / "local" / "checkpoints" / "8" / "meta" / "metadata").read_text())
-    processes = start("gs://bucket/run", "--pause=0.5", count=2)
-    while "run/checkpoints/3/commit_success.txt" not in bucket:
-        assert processes[0].poll() is None, processes[0].communicate()[1]
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    assert ends(processes)[0] == [75, 75]
-    codes, said = ends(start("gs://bucket/run", count=2))
-    assert codes == [0, 0], said
-    assert fingerprints(bucket["run/checkpoints/8/meta/metadata"][0]) == whole
-    assert {"run/logs/host-0.log", "run/logs/host-1.log"} <= set(bucket)
-
-
-@pytest.mark.slow
-def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
-    config = "--config=configs/sft.py:tiny"
-    for flag, words in (("gs://none/run", "error: gs://none/run: the bucket 'none' does not exist"),
-                        ("gs://closed/run", "error: gs://closed/run: no permission to use the bucket 'closed'")):  # fmt: skip
-        code, _, last = command("train", config, f"--workdir={flag}", "--config.tokenizer=none")
-        assert code == 1 and last.startswith(words), last
