@@ -36,7 +36,7 @@ PODS: dict[tuple[str, str], tuple[str, int, dict]] = {
     ("13b", "v5p-256"): ("dots", 2, {}),
     ("34b", "v5p-512"): ("dots", 2, {}),
     ("70b", "v5p-512"): ("attention", 1, {}),
-    ("70b", "v6e-256"): ("full", 2, {}),
+    ("70b", "v6e-256"): ("full", 4, {}),
     ("70b", "tpu7x-128"): ("attention", 2, {}),
 }
 
