@@ -388,6 +388,16 @@ def test_candidates_of_a_search_can_all_be_run():
     assert found[0].mesh == MeshConfig(data=2, fsdp=256) and found[0].compute.remat == "dots"
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_rollout_is_planned_with_its_rows(monkeypatch, stage):
+    config = parse_stage(importlib.import_module(f"configs.{stage}").get_config("tiny"))
+    monkeypatch.setattr(command_of_plan, "make_plan", lambda made, *_, **settings: ((made, settings), None))
+    described = topology.Topology(topology.CHIPS["v5e"], (1, 1), 1, tuple(jax.devices()[:1]))
+    made, settings = command_of_plan.plan(dataclasses.replace(config, mesh=MeshConfig()), described, program="rollout")
+    rows = getattr(config, stage).rollout_size
+    assert settings["batch_size"] == rows and made.tokens == rows * getattr(config, stage).new_tokens
+
+
 def test_a_search_keeps_the_fastest_that_fit_and_asks_nothing_twice(monkeypatch):
     config, compiled = parse_stage(pretrain.get_config("70b")), []
     described = topology.Topology(topology.CHIPS["v5p"], (4, 8, 8), 1, tuple(range(256)))
