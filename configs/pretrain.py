@@ -15,7 +15,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     size, _, pod = argument.partition(",")
     data = {"corpus": "corpus", "weights": {}, "separate_documents": False}
     if size == "tiny":
-        steps, rows = 1300, 8
+        steps, rows = 800, 8
         optim = common.adamw(3e-3, warmup=40)
         loop = common.loop(steps, rows, checkpoint_every=200)
     else:

@@ -30,12 +30,12 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "corpus": "tiny",
         "datasets": {
             "objects": 10_000, "max_characters": 300, "held_out_fraction": 0.1,
-            "sft": 14_000, "sft_safety": 2400,
+            "sft": 8000, "sft_safety": 1400,
             "preferences": 3000, "preferences_safety": 700,
-            "rlhf": 1800, "rlhf_safety": 500,
+            "rlhf": 1150, "rlhf_safety": 350,
             "held_out": 300, "held_out_safety": 100,
         },
-        "versions": ({"preferences": 3700, "prompts": 2300, "answers": 8, "ghost": False, "ppo": True},),
+        "versions": ({"preferences": 3700, "prompts": 1500, "answers": 8, "ghost": False, "ppo": True},),
         "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
         "annotator_noise": 0.03,
@@ -45,6 +45,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "mesh": common.mesh("tiny"),
         "safety_mix": 0.25,  # the paper's 10 % would be 40 pairs here
         "minutes": 20,
+        "ghost_study": "", "distillation": False,
         "overrides": {"sft_variant": {"epochs": 0.25}},
         "seed": 0,
     })  # fmt: skip
@@ -73,6 +74,10 @@ def get_config(argument: str = "tiny") -> ConfigDict:
                 "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
                 "rejection": {"new_tokens": 16, "sampling_batch": 32},
             },
+            "distill": {
+                "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
+                "distill": {"max_prompts": 8, "new_tokens": 16, "sampling_batch": 32},
+            },
             "ppo": {
                 "loop": {"steps": 8, "batch_size": 8, "checkpoint_every": 1},
                 "ppo": {"rollout_size": 16, "new_tokens": 16},
@@ -86,6 +91,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             raise ValueError(f"recipe {argument!r} is unknown; expected {size},versions=1 to 5")
         config.versions = versions(size, int(count))
         config.restart, config.minutes = "base", 60
+        config.ghost_study, config.distillation = (size if int(count) > 3 else ""), True
         tiny = size == "tiny"
         config.overrides.update({
             "rejection": {

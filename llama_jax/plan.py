@@ -34,7 +34,7 @@ def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: s
     result, text = make_plan(
         made, topology, mesh, model=config.model, remat=config.compute.remat,
         microbatches=config.loop.microbatches if program == "train" else 1,
-        batch_size=config.loop.batch_size if program == "train" else config.ppo.rollout_size,
+        batch_size=config.loop.batch_size if program == "train" else getattr(config, config.stage).rollout_size,
     )  # fmt: skip
     if dump_hlo and text is not None:
         path = Path(dump_hlo) / f"{made.name.replace(' ', '_')}-{config.model}-{topology.name.replace(' ', '')}.hlo"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
-from llama_jax import command
+from llama_jax import command, ghost_study
 from llama_jax import corpus as corpus_command
 from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
@@ -31,6 +31,7 @@ from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
+from llama_jax.evals.statistics import mean_interval
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -49,6 +50,7 @@ from llama_jax.rlhf.versions import (
     record,
     spread,
 )
+from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import Steps, change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
@@ -66,6 +68,9 @@ class RecipeConfig:
       restart: what a version's fine-tuning starts from: the base model with the SFT data in the mix, as in the paper, or the
         SFT model with the best answers alone, which is cheaper.
       safety_mix: share of helpfulness pairs in the safety model's data.
+      ghost_study: config of the study of Ghost Attention (configs/ghost_study.py) that the policy before the first version
+        with its dialogs is put to; empty: none.
+      distillation: whether the newest policy goes through safety context distillation, beside the versions.
       minutes: what it should take at most on two CPU cores; the report says whether it did.
     """
 
@@ -82,6 +87,8 @@ class RecipeConfig:
     compute: Compute
     mesh: MeshConfig
     safety_mix: float
+    ghost_study: str
+    distillation: bool
     minutes: float
     overrides: dict[str, dict[str, Any]]
     seed: int = 0
@@ -89,6 +96,8 @@ class RecipeConfig:
     def __post_init__(self):
         prompts = self.datasets.preferences + self.datasets.preferences_safety
         check_plans(self.versions, preference_prompts=prompts)
+        if self.ghost_study and not any(plan.ghost for plan in self.versions):
+            raise ValueError(f"ghost_study={self.ghost_study}: expected a version with ghost=True")
         if len(self.variant_temperatures) != 2:
             raise ValueError(f"variant_temperatures: expected two, got {self.variant_temperatures}")
 
@@ -117,7 +126,12 @@ class Recipe(Steps):
         self.make_base()
         for number, plan in enumerate(self.config.versions, start=1):
             self.make_version(number, plan)
-        return self.report()
+        studies = {}
+        if self.config.ghost_study:
+            studies["ghost_attention"] = self.study_ghost()
+        if self.config.distillation:
+            studies["distillation"] = self.distil()
+        return self.report(studies)
 
     def stage(self, name: str, config: str, changes: dict[str, Any]) -> dict[str, Any]:
         """A training stage, whose summary the report may want."""
@@ -247,6 +261,39 @@ class Recipe(Steps):
         rows = ghost.training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
         return write_jsonl(directory / "ghost.jsonl", rows)
 
+    def study_ghost(self) -> dict[str, Any]:
+        """How long an instruction is kept, without and with Ghost Attention (Table 30)."""
+        before = next(number for number, plan in enumerate(self.config.versions) if plan.ghost)  # V1 is number 0
+        values = load_config(self.configs, f"ghost_study.py:{self.config.ghost_study}")
+        change(values, {
+            "size": self.config.size, "configs": str(self.configs), "start": self.path(f"v{before}", "rejection"),
+            "tokenizer": self.path(self.tokenizer_file), "dialogs": self.data("sft"), "seed": self.config.seed,
+        }, where="ghost_study")  # fmt: skip
+        config = parse(ghost_study.GhostStudyConfig, values)
+        found, self.seconds["ghost_study"] = ghost_study.run(config, self.workdir / "ghost_study")
+        return found
+
+    def distil(self) -> dict[str, Any]:
+        """Safety context distillation of the newest policy (section 4.2.4, Fig. 16); what it was before and after.
+
+        The last round's best answers keep it what it is otherwise.
+        """
+        policy = self.policies[-1]
+        self.stage("distill", f"distill.py:{self.config.size}", {
+            "policy": self.path(policy), "start": self.path(policy), "safety": self.path(self.rewards["safety"]),
+            "distill": {"prompts": self.data("rlhf_prompts")},
+            "data": {"train": (self.path(self.pools[-1], "best.jsonl"),)},
+        })  # fmt: skip
+        self.judged["distilled"] = "distill"
+        self.answer("distilled")
+        samples = [row for _, row in read_jsonl(self.workdir / "distill" / "samples.jsonl")]
+        before = next(name for name, stage in self.judged.items() if stage == policy)
+        return {
+            "prompts": len(samples), "kept": sum(1 for _ in read_jsonl(self.workdir / "distill" / "kept.jsonl")),
+            "safety_score": {kind: mean_interval(scores) for kind, scores in score_distributions(samples).items()},
+            "before": self.standing[before], "after": self.standing["distilled"],
+        }  # fmt: skip
+
     def fitting(self, prompts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The prompts that are not too long."""
         limit = self.config.verdict.prompt_length
@@ -318,10 +365,10 @@ class Recipe(Steps):
             "scores": {n: {**self.standing[n], **progress.win_rates(root, n, "sft")} for n in names},
         }  # fmt: skip
 
-    def report(self) -> dict[str, Any]:
-        """Judges all versions, writes report and figures; returns the results that the report shows."""
+    def report(self, studies: dict[str, Any]) -> dict[str, Any]:
+        """Judges all versions, writes report and figures; returns the results that the report shows, `studies` among them."""
         self.step("scores", self.score_answers)
-        last, names = f"v{len(self.config.versions)}", list(self.judged)
+        last, names = f"v{len(self.config.versions)}", [name for name in self.judged if name != "distilled"]
         versions = {name: {**self.standing[name], **progress.compare(self.workdir, name)} for name in names}
         rates = {name: self.speed(self.results[name]) for name in ("pretrain", "sft")}
         results = {
@@ -333,7 +380,7 @@ class Recipe(Steps):
             **({"ppo": versions[f"{last}_ppo"]} if f"{last}_ppo" in versions else {}),
             "versions": {name: found for name, found in versions.items() if name != "base"},
             "reward_batches": summary.reward_batches(self.workdir, self.batches),
-            "ghost": summary.ghost_samples(self.workdir),
+            "ghost": summary.ghost_samples(self.workdir), **studies,
             "speed": rates,
             "matmul_ceiling_gflops": self.ceiling,
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},

@@ -119,6 +119,7 @@ def test_packed_segments_equal_separate_rows_and_padding_changes_nothing():
 @pytest.mark.parametrize("compute", [
     Compute("float32", "float32", remat="full"),
     Compute("float32", "float32", remat="dots"),
+    Compute("float32", "float32", remat="queries"),
     Compute("float32", "float32", unroll=True, loss_chunks=4),
 ])  # fmt: skip
 def test_ways_of_computing_agree(compute):

@@ -1,23 +1,20 @@
-"""Planning: compiled programs as data, counted arithmetic, topologies, and (with libtpu) the real TPU compiler."""
+"""Planning: compiled programs as data, counted arithmetic, topologies, plans and searches; test_plan_compiled.py compiles."""
 
 import dataclasses
 import importlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common, pretrain
+from llama_jax import plan as command_of_plan
 from llama_jax.config import ConfigError
-from llama_jax.model.config import FLOAT32, SIZES, Compute
+from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -30,7 +27,6 @@ from llama_jax.planning.search import candidates
 from llama_jax.train import parse_stage
 
 ROOT = Path(__file__).parents[1]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
 
 # As the TPU compiler writes it: a loop of 5 with a gather begun beside a product, a kernel whose metadata spans lines, a
 # reduce-scatter as a fusion, and the three ways to name groups.
@@ -163,6 +159,28 @@ ENTRY %main (stack: f32[100,64], i: s32[]) -> f32[64] {
     assert hbm_bytes(Module(text)) == 64 * 4
 
 
+@pytest.mark.parametrize(("batch", "rows"), [("2,", 2), ("", 1)])
+def test_flops_of_kernels_by_hand(batch, rows):
+    # As the compiler writes them: a batch of one is left out, the blocks stand in the metadata, over several lines.
+    text = f"""HloModule m
+
+ENTRY %main (mask: s8[1,4,4], q: bf16[{batch}64,4096,128], k: bf16[{batch}8,4096,128]) -> bf16[{batch}64,4096,128] {{
+  %mask = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[{batch}64,4096,128]{{2,1,0}} parameter(1)
+  %k = bf16[{batch}8,4096,128]{{2,1,0}} parameter(2)
+  %splash_mha_fwd_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 512, \\"block_kv\\": 1024, \\"block_kv_dq\\": 7}}"
+}}}}, metadata={{op_name="jit(step)/causal_tiles/pallas_call"}}
+  ROOT %splash_mha_dq_segmented.1 = bf16[{batch}64,4096,128]{{2,1,0}} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 2048}}"
+}}}}, metadata={{op_name="jit(step)/all_tiles/pallas_call"}}
+}}
+"""
+    pair = 2 * rows * 64 * 4096 * 4096 * 128  # one product over all tiles
+    # Two products over 10 of 16 tiles; three over all.
+    assert [flops for _, flops, _ in kernels(Module(text))] == [2 * pair * 10 // 16, 3 * pair]
+
+
 def test_traced_flops_by_hand():
     a, b = jnp.zeros((4, 8)), jnp.zeros((8, 16))
 
@@ -216,6 +234,40 @@ def test_the_other_stages_have_programs_too(stage):
         assert 1 / 2 < executed / program.model_flops < 2 / 3
     else:
         assert 0.95 < executed / program.model_flops < 1.1, (executed, program.model_flops)
+
+
+@pytest.mark.parametrize(("stage", "beside"), [("sft", []), ("dpo", []), ("ppo", ["safety"]), ("grpo", ["helpfulness", "safety"])])
+def test_adapters_are_planned_with_what_they_leave_as_it_is(stage, beside):
+    module = importlib.import_module(f"configs.{stage}")
+    mesh, found = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1]), {}
+    for rank in (0, 8):
+        values = module.get_config("tiny")
+        values.lora.rank = rank
+        found[rank] = train_program(parse_stage(values), mesh)
+    whole, adapted = found[0], found[8]
+    if stage == "sft":  # no gradients of matrices but the adapters' own
+        with jax.set_mesh(mesh):
+            assert 1 < traced_flops(adapted.trace().jaxpr) / adapted.model_flops < 1.05
+    assert 0.67 < adapted.model_flops / whole.model_flops < 0.75
+    kept = device_bytes(whole.state["parameters"])
+    assert device_bytes(adapted.state["frozen"]) == pytest.approx(kept, rel=1e-3) and "frozen" not in whole.state
+    assert device_bytes(adapted.state["optimizer"]) < 0.05 * device_bytes(whole.state["optimizer"])
+    assert sorted(adapted.beside) == beside  # the reference, and the critic's reward model, are held anyway
+
+
+def test_a_rollout_lies_beside_the_rest_of_its_run():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    config = parse_stage(importlib.import_module("configs.ppo").get_config("tiny"))
+    program = rollout_program(config, mesh)
+    assert sorted(program.beside) == ["critic", "helpfulness", "optimizer", "reference", "safety"]
+    trained = device_bytes(program.state["parameters"]) + device_bytes(program.beside["critic"])
+    assert device_bytes(program.beside["optimizer"]) == pytest.approx(2 * trained, rel=1e-5)
+
+
+def test_a_longer_context_is_planned_at_its_length():
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    program = train_program(dataclasses.replace(config_of("tiny", 4), context=1024), mesh)
+    assert program.tokens == 4 * 1024 and program.model_flops == 4 * 1024 * flops_per_token(SIZES["tiny"], length=1024)
 
 
 def test_state_of_a_program_is_what_a_device_holds():
@@ -336,6 +388,40 @@ def test_candidates_of_a_search_can_all_be_run():
     assert found[0].mesh == MeshConfig(data=2, fsdp=256) and found[0].compute.remat == "dots"
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_rollout_is_planned_with_its_rows(monkeypatch, stage):
+    config = parse_stage(importlib.import_module(f"configs.{stage}").get_config("tiny"))
+    monkeypatch.setattr(command_of_plan, "make_plan", lambda made, *_, **settings: ((made, settings), None))
+    described = topology.Topology(topology.CHIPS["v5e"], (1, 1), 1, tuple(jax.devices()[:1]))
+    made, settings = command_of_plan.plan(dataclasses.replace(config, mesh=MeshConfig()), described, program="rollout")
+    rows = getattr(config, stage).rollout_size
+    assert settings["batch_size"] == rows and made.tokens == rows * getattr(config, stage).new_tokens
+
+
+def test_a_search_keeps_the_fastest_that_fit_and_asks_nothing_twice(monkeypatch):
+    config, compiled = parse_stage(pretrain.get_config("70b")), []
+    described = topology.Topology(topology.CHIPS["v5p"], (4, 8, 8), 1, tuple(range(256)))
+
+    def pretend(candidate, found):
+        assert found is described
+        compiled.append(candidate)
+        rows = candidate.loop.batch_size // 256 // candidate.loop.microbatches  # that a chip works on at a time
+        fits = rows * {"dots": 4, "queries": 2, "attention": 1.5, "full": 1}[candidate.compute.remat] <= 6
+        seconds = {"dots": 3.0, "queries": 3.2, "attention": 3.5, "full": 4.0}[candidate.compute.remat] + 0.1 / rows
+        return plan_of(fits=fits, step_seconds=seconds if fits else None, remat=candidate.compute.remat)
+
+    monkeypatch.setattr(command_of_plan, "plan", pretend)
+    best = command_of_plan.search(config, described, compilations=7, keep=3)
+    assert [(c.compute.remat, c.loop.microbatches) for c, _ in best] == [("queries", 2), ("attention", 1), ("attention", 2)]
+    assert len(compiled) == 7
+    # Eight rows at a time come last; what did not fit with four is not compiled again.
+    compiled.clear()
+    twice = dataclasses.replace(config, loop=dataclasses.replace(config.loop, batch_size=2048))
+    command_of_plan.search(twice, described, compilations=14)
+    assert len(compiled) == 14
+    assert [c.compute.remat for c in compiled if c.loop.microbatches == 1] == ["attention", "full"]
+
+
 @pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
 def test_recommended_settings_parse_and_divide_the_batch(size, tpu):
     config = parse_stage(pretrain.get_config(f"{size},tpu={tpu}"))
@@ -352,103 +438,19 @@ def test_a_slice_without_settings_is_named():
 
 
 def test_the_calibration_stands_beside_its_error():
-    lines = calibration.as_text((calibration.Reference("v5p-128", "full", 2, 700.0, 770.0),
-                                 calibration.Reference("v6e-256", "full", 2, 900.0))).splitlines()  # fmt: skip
-    assert lines[1].endswith("770, published 700 tokens/s/chip: +10%") and "not estimated" in lines[2]
+    known, unknown = (calibration.Reference("v5p-128", "full", 2, 700.0, 0.65, estimated) for estimated in (770.0, None))
+    *_, first, second = calibration.as_text((known, unknown)).splitlines()
+    assert "estimated 770" in first and first.endswith("published 700 tokens/s/chip, MFU 65.0%: +10%")
+    assert "not estimated" in second
+    # MaxText publishes 905 tokens a second as 43.8 %: its way to count is ours.
+    v6e = calibration.REFERENCES[1]
+    assert round(v6e.mfu(v6e.published), 3) == v6e.published_mfu == 0.438
     assert any(reference.estimated for reference in calibration.REFERENCES)
 
 
 def test_a_rollout_is_planned_for_ppo_only():
     with pytest.raises(ConfigError, match="a rollout is planned for ppo and grpo, got 'pretrain'"):
         rollout_program(parse_stage(pretrain.get_config("7b")), make_mesh())
-
-
-# ---- with the TPU compiler ----
-
-
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@needs_libtpu
-def test_gathers_stay_gathers_only_on_a_pod_described_with_its_wires():
-    from jax.experimental import topologies
-
-    def collectives(devices, order):
-        mesh = Mesh(order(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
-                for shape in ((64 * 2048, 4096), (4096, 4096)))  # fmt: skip
-        text = jax.jit(lambda x, w: x @ w).lower(x, w).compile().as_text()
-        return {c.kind for c in Module(text).collectives()}
-
-    found = topology.describe("v5p:4x4x4")
-    ordered = make_mesh(devices=found.devices).devices.flatten()
-    assert collectives(found.devices, lambda _: ordered) == {"all-gather"}
-    assert "all-reduce" in collectives(found.devices, np.array)
-    open_ends = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
-    ordered = make_mesh(devices=open_ends.devices).devices.flatten()
-    assert "all-reduce" in collectives(open_ends.devices, lambda _: ordered)
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
-    arguments = ("--config=configs/pretrain.py:7b", "--config.loop.batch_size=8", "--topology=v5p-16", "--json")
-    found = json.loads(command(*arguments, f"--dump_hlo={tmp_path}"))
-    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
-    assert found["model_flops_per_step"] == 8 * 4096 * flops_per_token(SIZES["7b"], length=4096)
-    assert found["hbm_capacity_bytes"] == pytest.approx(95.74 * 2**30, rel=1e-3)
-    assert 0.2 < found["mfu"] < 0.9 and found["step_seconds"] >= found["roofline_seconds"]
-    assert sum(found["memory"].values()) == found["hbm_bytes_per_chip"]
-    # fsdp gathers every matrix for the forward and again for the backward pass, in bfloat16.
-    matrices = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008))
-    gathered = sum(t["bytes"] for t in found["traffic"] if t["kind"] == "all-gather" and t["dtype"] == "bf16")
-    assert 2 * matrices <= gathered <= 2.1 * matrices
-    (text,) = tmp_path.iterdir()
-    assert kernels(Module(text.read_text()))
-    tight = json.loads(command("--config=configs/pretrain.py:7b", "--config.loop.batch_size=64", "--topology=v5e-8", "--json"))
-    assert not tight["fits"] and tight["hbm_bytes_per_chip"] > tight["hbm_capacity_bytes"] and tight["mfu"] is None
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
-def test_recommended_settings_fit_and_gather_only_weights(size, tpu):
-    found = json.loads(command(f"--config=configs/pretrain.py:{size},tpu={tpu}", f"--topology={tpu}", "--json"))
-    assert found["fits"]
-    assert set(found["collective_bytes"]) == {"fsdp"}
-    gathers = [t for t in found["traffic"] if t["kind"] == "all-gather"]
-    assert any(t["overlapped"] for t in gathers)
-    weights = 2 * count(table(SIZES[size], head="lm_head"))  # bytes, in bfloat16
-    _, microbatches, _ = common.PODS[size, tpu]
-    assert sum(t["bytes"] for t in gathers) <= 2.1 * microbatches * weights
-
-
-@needs_libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize("sequence", ["ring", "all_to_all"])
-def test_long_contexts_are_divided_on_a_pod(sequence):
-    compute = Compute(remat="full", sequence=sequence, loss_chunks=64)
-    config = dataclasses.replace(config_of("7b", 8, sequence=8), compute=compute)
-    long = dataclasses.replace(SIZES["7b"], max_length=131_072, layers=2, name="long")
-    found = topology.describe("v5p:4x4x4")
-    mesh = make_mesh(config.mesh, devices=found.devices)
-    try:
-        SIZES["long"] = long
-        with jax.set_mesh(mesh):
-            program = train_program(dataclasses.replace(config, model="long"), mesh)
-            compiled = program.trace().lower().compile()
-    finally:
-        del SIZES["long"]
-    module = Module(compiled.as_text())
-    kinds = {c.kind for c in module.collectives() if "sequence" in mesh_axes(c, dict(mesh.shape)) and c.bytes > 2**24}
-    assert ("collective-permute" if sequence == "ring" else "all-to-all") in kinds and "all-gather" not in kinds
-    assert kernels(module)  # splash attention, inside the ring's steps too
 
 
 def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch):

@@ -116,6 +116,11 @@ def test_five_versions_are_the_papers(tmp_path):
     assert len(set(prompts)) == len(prompts)  # fresh prompts for each batch
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["versions"]) == ["sft", "v1", "v2", "v3", "v4", "v5", "v5_ppo"]
+    assert list(report["ghost_attention"]["recall"]) == ["baseline", "ghost"]
+    assert list(report["distillation"]["safety_score"]) == ["base", "generic", "category"]
+    assert "Ghost Attention | an instruction of the first turn obeyed at turn 3" in (tmp_path / "report.md").read_text()
+    for name in ("ghost_recall", "ghost_attention", "distillation"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert report["rejection"] == report["versions"]["v5"] and report["ppo"] == report["versions"]["v5_ppo"]
     for judge in ("win_rate_by_track", "win_rate_by_reward_models"):
         assert set(report["ppo"][judge]) == {"helpfulness", "safety"}

@@ -11,7 +11,7 @@ from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.decode import prepare
 from llama_jax.model.transformer import hidden_states
-from llama_jax.sampling.choose import Choice, draw, min_p_filter, penalise, top_k_filter, top_p_filter
+from llama_jax.sampling.choose import Choice, draw, inverse_draw, min_p_filter, penalise, top_k_filter, top_p_filter
 from llama_jax.sampling.generate import generate, make_sampler, pad_left, row_keys
 
 MODEL = dataclasses.replace(
@@ -84,7 +84,30 @@ def test_draws_follow_the_distribution_at_a_temperature():
     expected = np.array([0.36, 0.09, 0.01]) / 0.46
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / 20_000, expected, atol=0.01)
     np.testing.assert_allclose(log_p, np.log(expected)[np.asarray(tokens)], rtol=1e-5)
-    np.testing.assert_array_equal(tokens, jax.vmap(jax.random.categorical)(keys, logits / 0.5))
+
+
+def test_the_inverse_of_the_cumulative_distribution_by_hand():
+    """Tokens without mass are never drawn, at neither end, wherever the blocks of the sum lie."""
+    logits = np.full((5, 300), -1e30, np.float32)
+    for row, tokens in enumerate(([7], [299], [127, 128], [0, 150, 299], [5, 6])):
+        logits[row, tokens] = 0.0
+    almost_one = np.nextafter(np.float32(1), np.float32(0))
+    for uniform, expected in (
+        (0.0, [7, 299, 128, 299, 6]), (0.4, [7, 299, 128, 150, 6]), (0.6, [7, 299, 127, 150, 5]),
+        (almost_one, [7, 299, 127, 0, 5]),
+    ):  # fmt: skip
+        tokens, log_normaliser = inverse_draw(jnp.asarray(logits), jnp.full(5, uniform, jnp.float32))
+        np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_allclose(log_normaliser, np.log([1, 1, 2, 3, 2]), rtol=1e-6)
+
+
+def test_draws_are_those_of_a_sum_in_float64():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(64, 5000)).astype(np.float32) * 3
+    uniform = rng.random(64).astype(np.float32)
+    cumulative = np.cumsum(np.exp(logits.astype(np.float64)), axis=1)
+    expected = np.sum(cumulative < (1 - uniform[:, None].astype(np.float64)) * cumulative[:, -1:], axis=1)
+    np.testing.assert_array_equal(inverse_draw(jnp.asarray(logits), jnp.asarray(uniform))[0], expected)
 
 
 def test_every_row_has_settings_of_its_own():

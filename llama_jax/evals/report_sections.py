@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from llama_jax.evals import ghost_figures
 from llama_jax.evals.figures import DEGREES
 from llama_jax.evals.statistics import over_optimisation
 from llama_jax.evals.targets import lookup, number, percent, share
@@ -46,6 +47,8 @@ def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Sectio
         _rejection(names),
         _ppo(results),
         *([_versions(results)] if results.get("versions") else []),
+        *([_ghost_attention(results["ghost_attention"])] if results.get("ghost_attention") else []),
+        *([_distillation(results["distillation"])] if results.get("distillation") else []),
         _time(results),
         Section(
             "Everything measured", tables=[Table(["figure", "value"], [[k, v] for k, v in flatten(results)])]
@@ -218,6 +221,42 @@ def _batches(reward_batches: Mapping) -> Table:
         for track, versions in reward_batches.items() for name, row in versions.items()
     ]  # fmt: skip
     return Table(["reward model", *batches], rows)
+
+
+def _ghost_attention(found: Mapping) -> Section:
+    return Section(
+        "Ghost Attention",
+        notes=[
+            "How often held-out dialogs obey an instruction of their first turn, decided by a program, with 95 % intervals "
+            "(section 3.3, Table 30; the paper's by people). The policy before the first version with Ghost Attention's "
+            "dialogs is taught to obey in its own turn (the baseline); Ghost Attention samples from it and trains it.",
+            f"The baseline obeys in {percent(found['policy_obeys'])} of the samples that Ghost Attention trains on.",
+        ],
+        tables=[Table(ghost_figures.columns(), ghost_figures.rows(found["recall"]))],
+        figures=["ghost_recall", "ghost_attention"],
+    )
+
+
+def _distillation(found: Mapping) -> Section:
+    scores = [[kind, _with_interval(found, f"safety_score.{kind}", number)] for kind in found["safety_score"]]
+    policies = [
+        [name, _with_interval(found, f"{name}.true_utility", number), share(lookup(found, f"{name}.safety_violations"))]
+        for name in ("before", "after")
+    ]
+    return Section(
+        "Safety context distillation",
+        notes=[
+            "Answers to harmful requests as they stand (base), under a generic safety pre-prompt, and under the answer "
+            "template of their risk; scored by the safety reward model (section 4.2.4, Fig. 16).",
+            f"Of {found['prompts']} prompts, {found['kept']} have an answer under a pre-prompt that the reward model prefers. "
+            "These are fine-tuned on without the pre-prompt, beside the best answers of the last round.",
+        ],
+        tables=[
+            Table(["pre-prompt", "safety score (95 % interval)"], scores),
+            Table(["policy", "true utility (95 % interval)", "safety violations"], policies),
+        ],
+        figures=["distillation"],
+    )
 
 
 def _ppo(results: Mapping) -> Section:

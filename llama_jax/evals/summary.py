@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import read_jsonl
-from llama_jax.evals import figures, progress
+from llama_jax.evals import distillation_figure, figures, ghost_figures, progress
 from llama_jax.rlhf.best_of import expected_max_of_n
 from llama_jax.training.metrics import read_metrics
 
@@ -77,7 +77,10 @@ def label_of(name: str) -> str:
 
 def draw(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
     """All plots of the report, as PNG bytes by name."""
-    return {**_training(workdir, results), **_sampling(workdir, results), **_versions(workdir, results)}
+    return {
+        **_training(workdir, results), **_sampling(workdir, results), **_versions(workdir, results),
+        **_studies(workdir, results),
+    }  # fmt: skip
 
 
 def _training(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
@@ -154,6 +157,18 @@ def _versions(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
         "score_scatter": figures.score_scatter(pairs, before="SFT", after=label_of(last)),
         "accuracy_by_batch": figures.accuracy_by_batch(accuracy),
     }
+
+
+def _studies(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
+    """Fig. 10 and Table 30 of Ghost Attention, Fig. 16 of context distillation."""
+    drawn = {}
+    if "ghost_attention" in results:
+        drawn["ghost_recall"] = ghost_figures.recall(results["ghost_attention"]["recall"]).png()
+        drawn["ghost_attention"] = (workdir / "ghost_study" / "attention.png").read_bytes()
+    if "distillation" in results:
+        samples = [row for _, row in read_jsonl(workdir / "distill" / "samples.jsonl")]
+        drawn["distillation"] = distillation_figure.scores(samples).png()
+    return drawn
 
 
 def _is_round(name: str) -> bool:

@@ -62,8 +62,22 @@ def check_targets(results: Mapping) -> list[Target]:
         _above_base(results),
         *(target for model in ("helpfulness", "safety") for target in _accuracy(results, model)),
         *(target for stage in ("rejection", "ppo") for target in _against_sft(results, stage)),
+        *([_ghost(results)] if results.get("ghost_attention") else []),
         *_time(results),
     ]
+
+
+def _ghost(results: Mapping) -> Target:
+    """At the last turn of Table 30, which is 20 unless a test is shorter."""
+    recall = results["ghost_attention"]["recall"]
+    turn = max(map(int, recall["ghost"]))
+    ours, plain = (lookup(recall, f"{name}.{turn}") for name in ("ghost", "baseline"))
+    return Target(
+        stage="Ghost Attention",
+        asked=f"an instruction of the first turn obeyed at turn {turn}: at least 80 % with it, below 30 % without",
+        measured=f"{percent(ours)} with, {percent(plain)} without",
+        met=None if ours is None or plain is None else ours >= 0.80 and plain < 0.30,
+    )
 
 
 def _compression(results: Mapping) -> Target:

@@ -44,14 +44,15 @@ class Compute:
       hold blocks of them. `auto` takes splash on a TPU, blockwise for long or divided rows, full otherwise.
     sequence: what devices that divide a row exchange: keys and values around a `ring`, or heads for length, `all_to_all`.
     remat: what the backward pass recomputes: nothing (`none`), every block (`full`), all but the results of most products
-      (`dots`), all but those of attention (`attention`); `offload` is `dots` with the products kept in the host's memory.
+      (`dots`), all but those of attention (`attention`), or but those and its queries and keys (`queries`); `offload` is
+      `dots` with the products kept in the host's memory.
     loss_chunks: into how many parts the tokens are cut for the vocabulary projection of the loss, which bounds its memory
       to [B, T / loss_chunks, V].
     """
 
     matmul: Literal["float32", "bfloat16"] = "bfloat16"
     activations: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    remat: Literal["none", "full", "dots", "queries", "attention", "offload"] = "none"
     attention: Literal["auto", "full", "blockwise", "splash"] = "auto"
     sequence: Literal["ring", "all_to_all"] = "ring"
     loss_chunks: int = 1

@@ -9,7 +9,7 @@ B begins as zero: the first step's model is the base to the bit. `scale` is alph
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,16 @@ def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
 def scale_specs(config: LoraConfig) -> Specs:
     """The table of what is not trained of them."""
     return {"scale": ParamSpec((), (), lambda key, shape, dtype: jnp.full(shape, config.alpha / config.rank, dtype))}
+
+
+def divide(specs: Specs, config: LoraConfig, saved: Container[str] = ("trunk", "lm_head")) -> tuple[Specs, Specs]:
+    """(what is trained, what is kept) of a model. With adapters, the trunk and the language-model head are kept, as far as the
+    model that is adapted has `saved` them; scalar heads, and heads that it does not have, are trained whole."""
+    if not config.rank:
+        return specs, {}
+    kept = {part: spec for part, spec in specs.items() if part in saved and part in ("trunk", "lm_head")}
+    heads = {part: spec for part, spec in specs.items() if part not in kept}
+    return {"lora": adapter_specs(specs, config), **heads}, {**kept, "lora": scale_specs(config)}
 
 
 def attach(layer: Params, adapters: Mapping[str, Any], scale: jax.Array | None, axes: Mapping[str, tuple]) -> Params:

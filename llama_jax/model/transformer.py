@@ -27,6 +27,7 @@ _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS, "attention"),
+    "queries": jax.checkpoint_policies.save_only_these_names("query", "key", "attention"),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=["attention"],

@@ -142,7 +142,9 @@ def make_plan(
 ) -> tuple[Plan, str | None]:
     """Compiles a program and reads the plan from it; with it comes the compiled text, for those who want to look."""
     chip = topology.chip
-    state = {name: device_bytes(tree) * chip.devices for name, tree in program.state.items()}
+    state, beside = (
+        {name: device_bytes(tree) * chip.devices for name, tree in trees.items()} for trees in (program.state, program.beside)
+    )
     facts = {
         "program": program.name, "model": model, "topology": topology.name, "chips": topology.chips,
         "mesh": dict(mesh.shape), "remat": remat, "microbatches": microbatches, "batch_size": batch_size,
@@ -153,14 +155,16 @@ def make_plan(
         jaxpr, compiled = compile_program(program)
     except DoesNotFit as error:
         unknown = {name: None for name, hint in typing.get_type_hints(Plan).items() if type(None) in typing.get_args(hint)}
-        sizes = {"hbm_bytes_per_chip": error.used * chip.devices, "hbm_capacity_bytes": error.capacity * chip.devices}
-        return Plan(**facts, **sizes, fits=False, memory=state, **unknown), None
+        used = error.used * chip.devices + sum(beside.values())
+        sizes = {"hbm_bytes_per_chip": used, "hbm_capacity_bytes": error.capacity * chip.devices}
+        return Plan(**facts, **sizes, fits=False, memory={**state, **beside}, **unknown), None
     text = compiled.as_text()
     module = Module(text)
     analysis = compiled.memory_analysis()
     peak = analysis.peak_memory_in_bytes * chip.devices
     activations = saved_bytes(module) * chip.devices
-    memory = {**state, "activations": activations, "temporaries": peak - sum(state.values()) - activations}
+    memory = {**state, "activations": activations, "temporaries": peak - sum(state.values()) - activations, **beside}
+    peak += sum(beside.values())
     available = capacity(topology) * chip.devices
 
     fusions = sum(i.cycles * count for i, count in module if i.computation not in module.fused) / chip.clock

@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
-from llama_jax.model.splash import tile
 from llama_jax.planning.hlo import Instruction, Module
 
 # Matrix products of one visit of a tile, by kernel: scores and out; scores, d_scores and dq; those two with dk and dv.
@@ -18,14 +18,16 @@ _SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "wh
 def traced_flops(jaxpr: Any) -> int:
     """Operations of all matrix products of a closed jaxpr, of all devices together. Pallas kernels are not looked into.
 
-    A `while` of unknown length counts once, of a branch the longer side.
+    A `while` of unknown length counts once, of a branch the longer side. What nobody reads is left out, as the compiler
+    leaves it out: gradients of matrices that adapters keep as they are.
     """
-    return _traced(jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr)
+    used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _traced(used)
 
 
 def _traced(jaxpr: Any) -> int:
     total = 0
-    for equation in jaxpr.eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
@@ -34,12 +36,12 @@ def _traced(jaxpr: Any) -> int:
         elif name == "pallas_call":
             continue
         elif name == "cond":
-            total += max(traced_flops(branch) for branch in parameters["branches"])
+            total += max(map(_traced, parameters["branches"]))
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # its shapes are one device's
                 times = parameters["mesh"].size
-            total += times * sum(traced_flops(inner) for inner in _inner(parameters))
+            total += times * sum(map(_traced, _inner(parameters)))
     return total
 
 
@@ -62,16 +64,24 @@ def kernels(module: Module) -> list[tuple[Instruction, int, int]]:
         kind = next((kind for kind in _KERNEL_PRODUCTS if instruction.name.startswith(kind)), None)
         if kind is None:
             raise ValueError(f"kernel {instruction.name}: its operations are not known")
-        # [B, H, T, E] of the query and [B, K, S, E] of the key: the first two operands of four dimensions, or of three where
-        # the compiler left out a batch of one
+        # The query [..., H, T, E] and the key [..., K, S, E]; the compiler leaves out batches of one.
         operands = (module.operand(instruction, i) for i in range(len(instruction.operands)))
-        shapes = [a.shape for operand in operands if operand is not None for a in operand.arrays[:1]]
-        whole = [shape for shape in shapes if len(shape) == 4] or [(1, *shape) for shape in shapes if len(shape) == 3]
-        (B, H, T, E), (_, _, S, _) = whole[:2]
-        tiles = S // tile(S)
+        shapes = [a.shape for o in operands if o is not None for a in o.arrays[:1] if a.dtype in ("bf16", "f32")]
+        (*B, H, T, E), (*_, S, _) = shapes[:2]
+        tiles = S // _key_block(instruction)
         visited = (tiles + 1) / (2 * tiles) if "causal_tiles" in instruction.op_name else 1.0
-        found.append((instruction, round(_KERNEL_PRODUCTS[kind] * 2 * B * H * T * S * E * visited), count))
+        found.append((instruction, round(_KERNEL_PRODUCTS[kind] * 2 * math.prod(B) * H * T * S * E * visited), count))
     return found
+
+
+def _key_block(kernel: Instruction) -> int:
+    """How many keys a tile of the kernel has, as the kernel itself says for profilers (`block_kv`, `block_kv_dq`, ...)."""
+    own = kernel.name.removeprefix("splash_mha_").split("_")[0]
+    name = "block_kv" if own == "fwd" else f"block_kv_{own}"
+    block = re.search(rf'\\"{name}\\": (\d+)', kernel.attributes)
+    if block is None:
+        raise ValueError(f"kernel {kernel.name}: {name} is not in its metadata")
+    return int(block.group(1))
 
 
 def hbm_bytes(module: Module) -> int:

@@ -9,7 +9,7 @@ from llama_jax.parallel.mesh import MeshConfig
 from llama_jax.pretrain.base import StageConfig
 
 # From the least recomputation to the least memory.
-REMAT = ("dots", "attention", "full")
+REMAT = ("dots", "queries", "attention", "full")
 
 
 def candidates(config: StageConfig, *, devices: int, slices: int = 1) -> Iterator[StageConfig]:

@@ -13,7 +13,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.restore import describe_base, model_parts, restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.model.lora import LoraConfig, adapter_specs, scale_specs
+from llama_jax.model.lora import LoraConfig, divide
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig
@@ -142,17 +142,16 @@ def begin(
         raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
     described = describe_base(config.lora, start, workdir)
     check_base(workdir, name, described)
-    saved = model_parts(start)
-    kept = {part: spec for part, spec in specs.items() if part in saved and part in ("trunk", "lm_head")}
-    heads = {part: spec for part, spec in specs.items() if part not in kept}
-    adapters = {"lora": adapter_specs(specs, config.lora)}
-    frozen = {**restore_model(start, kept, mesh), **fresh({"lora": scale_specs(config.lora)}, mesh, seed=seed)}
+    trained, kept = divide(specs, config.lora, model_parts(start))
+    adapters, heads = {"lora": trained["lora"]}, {part: spec for part, spec in trained.items() if part != "lora"}
+    scale = {"lora": kept.pop("lora")}
+    frozen = {**restore_model(start, kept, mesh), **fresh(scale, mesh, seed=seed)}
 
     def init() -> Params:
         drawn = fresh(adapters, mesh, seed=seed)
         return {**drawn, **starting_params(heads, mesh, start=start, seed=seed)()} if heads else drawn
 
-    return Begin({**adapters, **heads}, init, frozen, {name: described})
+    return Begin(trained, init, frozen, {name: described})
 
 
 def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:

@@ -257,9 +257,12 @@ def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, L
     path = workdir / "samples.jsonl"
     if not path.exists():
         write_jsonl(path, draw_samples(config, mesh, workdir))
-    rows = training_rows([row for _, row in read_jsonl(path)], place=config.ghost.place, keep=config.ghost.keep)
-    if not rows:
-        raise ConfigError(f"{path}: no sample is fit for training")
+    samples = [row for _, row in read_jsonl(path)]
+    rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
+    if not rows and not config.data.train:
+        raise ConfigError(f"{path}: no sample is fit for training; nothing to fine-tune on")
+    log.info("%d of %d samples are fit for training", len(rows), len(samples))
     write_jsonl(workdir / "ghost.jsonl", rows)
-    data = dataclasses.replace(config.data, train=(*config.data.train, str(workdir / "ghost.jsonl")))
+    train = (*config.data.train, *([str(workdir / "ghost.jsonl")] if rows else []))
+    data = dataclasses.replace(config.data, train=train)
     return fine_tuning_stage(config, data, mesh, workdir, name="ghost", epochs=config.epochs)

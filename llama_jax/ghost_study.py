@@ -1,0 +1,216 @@
+"""What Ghost Attention adds: `python -m llama_jax.ghost_study --config=configs/ghost_study.py:tiny --workdir=...` (Table 30).
+
+1. A model of the demo's size knows no instructions. It is fine-tuned on dialogs of 1 to 20 turns, written by a program: most
+   end with a turn that holds an instruction and obeys it, the others have none. No answer obeys an instruction of an earlier
+   turn. This is the baseline, and the policy sampled from.
+2. Ghost Attention samples from it with the instruction in every turn and trains on it in the first turn only.
+3. Both answer held-out dialogs. Their instructions have values of the training rows: a model of this size does not copy
+   others, not even in the turn that names them.
+
+Each stage is resumed and not repeated; the last step writes `study.json`, `study.md` and the figures.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llama_jax import command
+from llama_jax.config import ConfigError, describe, parse
+from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals import drawings, ghost_figures
+from llama_jax.evals.ghost import attention_map, follow, recall_table
+from llama_jax.files import atomic_write, write_json
+from llama_jax.interop.restore import restore_model
+from llama_jax.model import params as table
+from llama_jax.model.config import ModelConfig
+from llama_jax.parallel.host import keep_compiled, keep_heap
+from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.pretrain.base import load_tokenizer
+from llama_jax.rlhf.ghost import Context, in_first_turn
+from llama_jax.rlhf.instructions import VALUES, contexts_of, single_turns, write_instruction_data
+from llama_jax.rlhf.respond import Responder
+from llama_jax.steps import Steps
+from llama_jax.train import parse_stage
+from llama_jax.training.loop import Diverged
+from llama_jax.training.metrics import Progress
+from llama_jax.training.workdir import claim, own
+
+MODELS = ("baseline", "ghost")
+
+
+@dataclasses.dataclass(frozen=True)
+class GhostStudyConfig:
+    """See configs/ghost_study.py.
+
+    Attributes:
+      start: workdir of the chat model that both models come from.
+      dialogs: its SFT data; every eighth of the dialogs that serve is held out.
+      context: tokens of a dialog of all turns; `longest`: of one turn with its answer in the data.
+      turns: where answers are measured.
+      instructions: rows that teach to obey an instruction in its own turn; `samples`: of Ghost Attention.
+      held_out: dialogs that each model is measured on.
+      overrides: changes fields of the stages' configs, `baseline` and `ghost`.
+    """
+
+    size: str
+    configs: str
+    start: str
+    tokenizer: str
+    dialogs: str
+    context: int
+    turns: tuple[int, ...]
+    longest: int
+    instructions: int
+    samples: int
+    held_out: int
+    new_tokens: int
+    overrides: dict[str, dict[str, Any]]
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("context", "longest", "instructions", "samples", "held_out", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.turns or min(self.turns) < 1:
+            raise ValueError(f"turns: expected turns from 1, got {self.turns}")
+
+
+class GhostStudy(Steps):
+    """The steps of the study, each a method; `run` calls them in order."""
+
+    def __init__(self, config: GhostStudyConfig, workdir: Path):
+        tokenizer = str(Path(config.tokenizer).resolve())
+        super().__init__(workdir, configs=Path(config.configs), tokenizer_file=tokenizer, overrides=config.overrides)
+        self.config, self.tokenizer = config, Tokenizer(config.tokenizer)
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns the values of study.json."""
+        config = self.config
+        files = self.step("data", self.write_data)
+        data = {"train": (files["instructions"], files["plain"]), "length": config.context}
+        common = {"context": config.context, "data": data}
+        self.stage("baseline", f"sft.py:{config.size}", {**common, "start": config.start})
+        self.stage("ghost", f"ghost.py:{config.size}", {
+            **common, "start": self.path("baseline"), "policy": self.path("baseline"),
+            "ghost": {"contexts": (files["contexts"],), "values": files["values"], "families": tuple(VALUES),
+                      "turns": (1, max(config.turns)), "samples": config.samples, "new_tokens": config.new_tokens},
+        })  # fmt: skip
+        values = {
+            "turns": list(config.turns),
+            "recall": {name: self.step(f"recall_{name}", lambda name=name: self.recall(name)) for name in MODELS},
+            "policy_obeys": self.policy_obeys(),
+            "attention_by_turn": self.step("attention", self.attention),
+        }
+        write_study({**values, "seconds": self.seconds}, self.workdir)
+        return values
+
+    def dialogs(self) -> tuple[list, list]:
+        """Dialogs of one short turn: for training, and held out."""
+        short = single_turns(self.config.dialogs, self.tokenizer, longest=self.config.longest)
+        if len(short) < 16:
+            raise ConfigError(
+                f"{self.config.dialogs}: expected at least 16 dialogs of one turn and {self.config.longest} tokens, "
+                f"got {len(short)}"
+            )
+        return [dialog for i, dialog in enumerate(short) if i % 8], short[::8]
+
+    def write_data(self) -> dict[str, str]:
+        """What the stages train on; the files by name."""
+        config = self.config
+        return write_instruction_data(
+            self.workdir / "data", self.dialogs()[0], VALUES, rows=config.instructions, plain=max(1, config.instructions // 30),
+            most_turns=max(config.turns), seed=config.seed,
+        )  # fmt: skip
+
+    def contexts(self, count: int) -> list[Context]:
+        """Held-out dialogs with an instruction each."""
+        rng = np.random.default_rng(self.config.seed + 1)
+        return contexts_of(self.dialogs()[1], VALUES, count, turns=max(self.config.turns), rng=rng)
+
+    def policy_obeys(self) -> float:
+        """The share of Ghost Attention's samples that obey; a hobby counts where it is asked for."""
+        return float(np.mean([bool(row["obeyed"]) for _, row in read_jsonl(self.workdir / "ghost" / "samples.jsonl")]))
+
+    def shape(self) -> tuple[Any, ModelConfig]:
+        """The stages' common config and the model with their context."""
+        stage = parse_stage(self.values("ghost", f"ghost.py:{self.config.size}", {"context": self.config.context}))
+        return stage, load_tokenizer(stage)[0]
+
+    def recall(self, name: str) -> dict[str, dict[str, Any]]:
+        """How often a model obeys at each of the turns, {turn: interval}; its answers go to `recall/<name>.jsonl`."""
+        config, (stage, model) = self.config, self.shape()
+        respond = Responder(
+            self.path(name), model, self.tokenizer, compute=stage.compute, mesh=make_mesh(stage.mesh),
+            new_tokens=config.new_tokens, temperature=0.0, batch_size=config.held_out,
+        )  # fmt: skip
+        contexts = self.contexts(config.held_out)
+        probed = sum(any(constraint.probe for constraint in context.constraints) for context in contexts)
+        asked = max(config.turns) * len(contexts) + len(config.turns) * probed
+        with Progress(asked, f"recall ({name})", "answer") as progress:
+            found = follow(contexts, respond, turns=config.turns, seed=config.seed, progress=progress.update)
+        write_jsonl(self.workdir / "recall" / f"{name}.jsonl", map(dataclasses.asdict, found))
+        return {str(turn): dataclasses.asdict(interval) for turn, interval in recall_table(found).items()}
+
+    def attention(self) -> dict[str, list[float]]:
+        """Fig. 10 for a held-out dialog with each model's answers at the measured turns; {model: its attention by turn}."""
+        stage, model = self.shape()
+        (context, *_), mesh, maps = self.contexts(1), make_mesh(stage.mesh), {}
+        for name in MODELS:
+            answers = {row["turn"]: row["answer"] for _, row in read_jsonl(self.workdir / "recall" / f"{name}.jsonl")
+                       if row["context"] == 0}  # fmt: skip
+            messages = [dict(message) for message in context.messages]
+            for turn, answer in answers.items():
+                if answer and 2 * turn - 1 < len(messages):
+                    messages[2 * turn - 1]["content"] = answer
+            while messages[-1]["role"] == "user":
+                messages.pop()
+            with jax.set_mesh(mesh):
+                params = restore_model(self.path(name), table.table(model, head="lm_head"), mesh)
+                maps[ghost_figures.LABELS[name]] = attention_map(
+                    params, in_first_turn(messages, context.instruction, place="user"), context.instruction, self.tokenizer,
+                    config=model, compute=stage.compute,
+                )  # fmt: skip
+        with atomic_write(self.workdir / "attention.png") as file:
+            file.write(drawings.attention_maps(maps))
+        return {name: [float(x) for x in maps[ghost_figures.LABELS[name]].by_turn] for name in MODELS}
+
+
+def run(config: GhostStudyConfig, workdir: Path) -> tuple[dict[str, Any], float]:
+    """The study in a directory; returns its values and how many seconds its steps took."""
+    if not config.start:
+        raise ConfigError("config.start: expected the workdir of a chat model, got nothing")
+    claim(workdir, describe(config))
+    study = GhostStudy(config, workdir)
+    values = study.run()
+    return values, sum(study.seconds.values())
+
+
+def write_study(values: Mapping[str, Any], workdir: Path) -> None:
+    """study.json, study.md and the figure of Table 30; that of the attention is there."""
+    write_json(workdir / "study.json", values)
+    with atomic_write(workdir / "study.md") as file:
+        file.write(ghost_figures.markdown(values).encode())
+    with atomic_write(workdir / "recall.png") as file:
+        file.write(ghost_figures.recall(values["recall"]).png())
+
+
+def main() -> None:
+    """Flags to config to call."""
+    keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
+    start_distributed()
+    config, workdir = parse(GhostStudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    with own(workdir):
+        run(config, workdir)
+    print((workdir / "study.md").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    command.define("configs/ghost_study.py:<size>", workdir="directory of the stages and the report")
+    command.launch(main, expected=(Diverged,))

@@ -1,0 +1,81 @@
+"""Plans by the real TPU compiler: topologies with their wires, the command, its search, long rows on a ring."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tpu_compiler import needs_libtpu, plan
+
+from llama_jax.model.config import SIZES
+from llama_jax.model.params import flops_per_token
+from llama_jax.parallel import topology
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.planning.flops import kernels
+from llama_jax.planning.hlo import Module
+
+
+@needs_libtpu
+def test_gathers_stay_gathers_only_on_a_pod_described_with_its_wires():
+    from jax.experimental import topologies
+
+    def collectives(devices, order):
+        mesh = Mesh(order(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+                for shape in ((64 * 2048, 4096), (4096, 4096)))  # fmt: skip
+        text = jax.jit(lambda x, w: x @ w).lower(x, w).compile().as_text()
+        return {c.kind for c in Module(text).collectives()}
+
+    found = topology.describe("v5p:4x4x4")
+    ordered = make_mesh(devices=found.devices).devices.flatten()
+    assert collectives(found.devices, lambda _: ordered) == {"all-gather"}
+    assert "all-reduce" in collectives(found.devices, np.array)
+    open_ends = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
+    ordered = make_mesh(devices=open_ends.devices).devices.flatten()
+    assert "all-reduce" in collectives(open_ends.devices, lambda _: ordered)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
+    arguments = ("--config=configs/pretrain.py:7b", "--config.loop.batch_size=8", "--topology=v5p-16", "--json")
+    found = json.loads(plan(*arguments, f"--dump_hlo={tmp_path}"))
+    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert found["model_flops_per_step"] == 8 * 4096 * flops_per_token(SIZES["7b"], length=4096)
+    assert found["hbm_capacity_bytes"] == pytest.approx(95.74 * 2**30, rel=1e-3)
+    assert 0.2 < found["mfu"] < 0.9 and found["step_seconds"] >= found["roofline_seconds"]
+    assert sum(found["memory"].values()) == found["hbm_bytes_per_chip"]
+    # fsdp gathers every matrix for the forward and again for the backward pass, in bfloat16.
+    matrices = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008))
+    gathered = sum(t["bytes"] for t in found["traffic"] if t["kind"] == "all-gather" and t["dtype"] == "bf16")
+    assert 2 * matrices <= gathered <= 2.1 * matrices
+    (text,) = tmp_path.iterdir()
+    assert kernels(Module(text.read_text()))
+    tight = json.loads(plan("--config=configs/pretrain.py:7b", "--config.loop.batch_size=64", "--topology=v5e-8", "--json"))
+    assert not tight["fits"] and tight["hbm_bytes_per_chip"] > tight["hbm_capacity_bytes"] and tight["mfu"] is None
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_command_searches():
+    arguments = ("--config=configs/pretrain.py:tiny", "--topology=v5e-4", "--search", "--search_compilations=3")
+    best = json.loads(plan(*arguments, "--json"))["best"]
+    seconds = [found["step_seconds"] for found in best]
+    assert len(best) == 3 and seconds == sorted(seconds) and all(found["fits"] for found in best)
+    assert len({(found["remat"], found["microbatches"], *found["mesh"].values()) for found in best}) == 3
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "sequence", "method"), [(32_768, 4, "all_to_all"), (131_072, 16, "ring")])
+def test_long_rows_are_divided_on_a_pod(length, sequence, method):
+    rows = 64 // sequence  # 8192 tokens a chip
+    found = json.loads(plan(
+        "--config=configs/pretrain.py:7b", f"--config.context={length}", f"--config.loop.batch_size={rows}",
+        f"--config.mesh.sequence={sequence}", f"--config.compute.sequence={method}", "--topology=v5p-128", "--json",
+    ))  # fmt: skip
+    assert found["fits"] and found["tokens_per_step"] == rows * length and found["kernel_seconds"] > 0
+    large = {part["kind"] for part in found["traffic"] if part["axes"] == "sequence" and part["bytes"] > 2**26}
+    assert ("collective-permute" if method == "ring" else "all-to-all") in large and "all-gather" not in large

@@ -1,0 +1,24 @@
+"""The recommended settings of pretraining, each compiled for its slice as it is written in configs/common.py."""
+
+import json
+
+import pytest
+from tpu_compiler import needs_libtpu, plan
+
+from configs import common
+from llama_jax.model.config import SIZES
+from llama_jax.model.params import count, table
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
+def test_recommended_settings_fit_and_gather_only_weights(size, tpu):
+    found = json.loads(plan(f"--config=configs/pretrain.py:{size},tpu={tpu}", f"--topology={tpu}", "--json"))
+    assert found["fits"]
+    assert set(found["collective_bytes"]) == {"fsdp"}
+    gathers = [t for t in found["traffic"] if t["kind"] == "all-gather"]
+    assert any(t["overlapped"] for t in gathers)
+    weights = 2 * count(table(SIZES[size], head="lm_head"))  # bytes, in bfloat16
+    _, microbatches, _ = common.PODS[size, tpu]
+    assert sum(t["bytes"] for t in gathers) <= 2.1 * microbatches * weights
