@@ -4,7 +4,7 @@
 `--config.data.train`, `--config.data.shares` (preference files and the share of each in the mix; 0 is "all of it").
 
 `configs/reward.py:smollm2-135m` is for two CPU cores: adapters on a small public model, short pairs, minutes. The whole path
-from published files to accuracy on held-out conversations is `python tests/benchmarks/reward.py` (its figures stand there).
+from published files to accuracy on held-out conversations is `python tests/benchmarks/reward.py`; it is not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -35,7 +35,7 @@ class RewardData:
     """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all).
 
     validation: by which settings are chosen: measured during training in place of `held_out`, which is measured at the end.
-    buckets: lengths that batches are padded to, in even steps up to `length`; 1: all to `length` (see `data.buckets`).
+    buckets: lengths that batches are padded to, in even steps up to `length`; 1: all to `length` (`data/length_buckets.py`).
     """
 
     train: tuple[str, ...]
