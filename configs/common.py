@@ -82,6 +82,7 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
     return ConfigDict({
         "steps": steps, "batch_size": batch_size, "seed": 0, "microbatches": 1, "log_every": 10, "eval_every": 0,
         "checkpoint_every": 1000, "keep": 2, "keep_every": 0, "keep_best": "", "keep_best_mode": "min",
+        "patience": 0, "least_gain": 0.0,
         "max_skipped_in_a_row": 10, "spike": {"sigma": 0.0, "window": 128, "rewind": False, "skip": 1, "limit": 3}, **changes,
     })  # fmt: skip
 

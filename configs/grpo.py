@@ -1,7 +1,8 @@
 """GRPO (Shao et al. 2024), a baseline: `python -m llama_jax.train --config=configs/grpo.py:7b --workdir=...`.
 
 Give `--config.start`, `--config.tokenizer`, `--config.data.prompts`, and the reward models' workdirs `--config.helpfulness`,
-`--config.safety`, or scorers of your own in their place: `--config.reward.scorers='("my_rules:score",)'`.
+`--config.safety`, or scorers of your own in their place: `--config.reward.scorers='("my_rules:score",)'`. Early stopping as in
+configs/ppo.py.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "beta": 0.04, "clip": 0.2, "normalise": "token", "divide_by_std": True, "temperature": 1.0,
         "safety_threshold": 0.15, "missing_eos_penalty": 1.0, "epochs": 1, "importance_cap": 0.0,
     }  # fmt: skip
-    data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024}
+    data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024, "held_out": ""}
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
     loop = common.loop(72 if tiny else 400, 64 if tiny else 1024, log_every=1, checkpoint_every=40)
     return common.stage(

@@ -37,7 +37,9 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ConfigError, OSError, ModuleNotFoundError, *expected) as error:
+        except OSError as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")  # a service's words may come in several lines
+        except (ConfigError, ModuleNotFoundError, *expected) as error:
             sys.exit(f"error: {error}")
         except ValueError as error:
             if not _raised_by_us(error):

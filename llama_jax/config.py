@@ -116,6 +116,14 @@ def describe(config: Any) -> dict[str, Any]:
     return config
 
 
+def with_defaults(cls: type, described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A described config that may be older than some fields of `cls`: these get defaults. What cannot be read stays."""
+    try:
+        return describe(parse(cls, described))
+    except ConfigError:
+        return described
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> list[str]:
     """Lines `field: old -> new` for every leaf in which two described configs differ."""
     lines = []

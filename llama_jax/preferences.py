@@ -7,11 +7,12 @@
 
 The output directory appears whole or not at all: `report.md`, `report.json`, `rating_shares.png` where there are ratings and
 batches, `best_of_batches.png` for `--samples=batch=samples.jsonl,...` of rejection sampling, and with `--rows` the comparisons
-themselves, `comparisons.jsonl.gz`, as `configs/reward.py` and `configs/dpo.py` take them.
+themselves, `comparisons.jsonl.gz`, as `configs/reward.py` and `configs/dpo.py` take them. `--split=validation=0.1,held_out=0.2`
+also writes them divided, `train.jsonl.gz` and one file for each name, no conversation in two of them (`reward/split.py`).
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llama_jax.evals import figures
 from llama_jax.files import whole_directory, write_json
 from llama_jax.reward.open_sets import LAYOUTS, read_open_set
 from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
+from llama_jax.reward.split import TRAIN, parse_parts, part_of
 from llama_jax.training.metrics import Progress
 
 ROWS = "comparisons.jsonl.gz"
@@ -32,7 +34,7 @@ ROWS = "comparisons.jsonl.gz"
 
 def run(
     data: Sequence[str], output: str | os.PathLike, *, tokenizer: str | os.PathLike, rows: bool = False,
-    samples: Sequence[str] = (), quiet: bool = False,
+    samples: Sequence[str] = (), split: Sequence[str] = (), quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the report of data sets into a new directory and returns its values.
 
@@ -42,24 +44,30 @@ def run(
       tokenizer: whose tokens are counted.
       rows: also write the comparisons.
       samples: `batch=samples.jsonl` of rejection sampling, for Fig. 26.
+      split: `name=share` of the comparisons that lie in a file of their own; the rest is in `train.jsonl.gz`.
 
     Raises:
       ValueError, FileNotFoundError: one sentence; nothing is at `output` then.
     """
     if not data:
         raise ValueError("data: expected at least one file, got none")
-    words = Tokenizer(tokenizer)
+    words, shares = Tokenizer(tokenizer), parse_parts(split)
     left_out: dict[str, dict[str, int]] = {}
     with whole_directory(output) as directory:
         with Progress(len(data), "read", "file", quiet=quiet) as progress:
             stream = _read(data, left_out, progress)
-            if rows:
+            if rows or shares:
                 write_jsonl(directory / ROWS, stream)
                 stream = (row for _, row in read_jsonl(directory / ROWS))
             tallies = tally(stream, lambda texts: [len(ids) for ids in words.encode_many(texts)])
         if not tallies:
             raise ValueError(f"{', '.join(data)}: no usable comparison in them: {left_out}")
+        parts = _divide(directory, shares) if shares else {}
+        if shares and not rows:
+            (directory / ROWS).unlink()
         values = report(tallies) | {"left_out": left_out, "tokenizer": words.fingerprint}
+        if parts:
+            values["split"] = parts
         if samples:
             values["best_of_batches"] = best_of_batches(dict(_samples(samples)))
             (directory / "best_of_batches.png").write_bytes(figures.best_of_batches(values["best_of_batches"]))
@@ -87,6 +95,18 @@ def _read(data: Sequence[str], left_out: dict[str, dict[str, int]], progress: Pr
         progress.update()
 
 
+def _divide(directory: Path, shares: Mapping[str, float]) -> dict[str, int]:
+    """Writes the comparisons by part, one pass over them for each; how many each has."""
+    counts: dict[str, int] = {}
+    for name in (TRAIN, *shares):
+        chosen = [row for _, row in read_jsonl(directory / ROWS) if part_of(row, shares) == name]
+        if not chosen:
+            raise ValueError(f"split: no comparison falls into {name!r}; expected more rows or a larger share")
+        write_jsonl(directory / f"{name}.jsonl.gz", chosen)
+        counts[name] = len(chosen)
+    return counts
+
+
 def _samples(names: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
     for name in names:
         batch, found, path = name.partition("=")
@@ -104,7 +124,7 @@ def _samples(names: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
 def main() -> None:
     """Flags to call."""
     values = flags.FLAGS
-    run(values.data, values.output, tokenizer=values.tokenizer, rows=values.rows, samples=values.samples)
+    run(values.data, values.output, tokenizer=values.tokenizer, rows=values.rows, samples=values.samples, split=values.split)
     print((Path(values.output) / "report.md").read_text(encoding="utf-8"), end="")
 
 
@@ -114,5 +134,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("tokenizer", None, "tokenizer whose tokens are counted")
     flags.DEFINE_bool("rows", False, "also write the comparisons")
     flags.DEFINE_list("samples", [], "batch=samples.jsonl of rejection sampling, for Fig. 26")
+    flags.DEFINE_list("split", [], "name=share,...: comparisons in files of their own, the rest in train.jsonl.gz")
     flags.mark_flags_as_required(["data", "output", "tokenizer"])
     command.launch(main)

@@ -54,7 +54,7 @@ def shared_facts(config: Any) -> dict[str, str]:
     for field in dataclasses.fields(data) if data is not None else ():
         value = getattr(data, field.name)
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, str) and place(path).exists():
+            if isinstance(path, str) and path and place(path).exists():
                 named[f"data.{field.name} {path}"] = path
     files = {name: file_fact(path) for name, path in named.items()}
     return {"config": hashlib.sha256(json.dumps(describe(config), sort_keys=True).encode()).hexdigest()[:16], **files}
@@ -68,7 +68,7 @@ def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | No
     with own(workdir):
         if options.restart_from is not None:
             go_back(workdir, options.restart_from, describe(config))
-        claim(workdir, describe(config))
+        claim(workdir, describe(config), kind=type(config))
         if (summary := finished(workdir)) is not None:
             return summary
         mesh = make_mesh(config.mesh)

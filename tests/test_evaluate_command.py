@@ -306,6 +306,14 @@ def test_averages_of_the_papers_own_columns_are_its_group_columns():
     assert published.published("L2 7B")["math"] == pytest.approx(8.55) and published.TABLE_3["L2 7B"]["math"] == 14.6
 
 
+def test_closed_models_stand_beside_ours():
+    """Table 4 agrees with the paper's other tables where both have Llama 2 70B, and PaLM has no column it was not given."""
+    ours, everything = published.TABLE_4["L2 70B"], published.published("L2 70B")
+    assert {name: everything[name] for name in ours} == ours
+    assert published.published("GPT-4") == {"mmlu": 86.4, "gsm8k": 92.0, "humaneval": 67.0}
+    assert "humaneval" not in published.published("PaLM-2-L")
+
+
 def published_groups():
     from llama_jax.evals.safety import TOXIGEN_GROUPS
 

@@ -10,6 +10,7 @@ from llama_jax.reward.held_out import (
     HeldOutScores,
     ScoreStatistics,
     accuracy_table,
+    baselines,
     calibration,
     histogram,
     markdown,
@@ -25,7 +26,7 @@ SCORES = HeldOutScores(
     source=["a", "a", "b", "b"],
     rating=["significantly", "slightly", "slightly", None],
     safety_bin=["chosen_safe", None, "both_unsafe", "both_safe"],
-    chosen_longer=np.array([True, False, False, True]),
+    longer_by=np.array([3, -1, 0, 2]),
 )
 
 
@@ -80,6 +81,15 @@ def test_score_statistics_standardise():
     np.testing.assert_allclose([standard.mean(), standard.std()], [0, 1], atol=1e-12)
 
 
+def test_a_model_beside_what_knows_only_length_by_hand():
+    found = baselines(SCORES)  # right: 1, 0, 1, 0; the longer: 1, 0, 1/2, 1
+    assert {name: row["share"] for name, row in found.items()} == {
+        "model": 0.5, "longer": 0.625, "shorter": 0.375, "gain": -0.125
+    }  # fmt: skip
+    deviation = np.std([0, 0, 0.5, -1], ddof=1)
+    np.testing.assert_allclose(found["gain"]["high"], -0.125 + 1.959964 * deviation / 2)
+
+
 def test_the_margin_of_a_row():
     assert margin_of({"rating": "better", "margin": None}, "large") == 2
     assert margin_of({"rating": "better", "margin": 0.25}, "small") == 0.25
@@ -90,10 +100,10 @@ def test_the_margin_of_a_row():
 def test_the_markdown_has_every_table_and_no_safety_without_bins():
     text = markdown(report(SCORES) | {"scores": {"mean": 0.5, "std": 1.0}}, title="Reward model")
     assert "| a | 100.0 ±" in text and "| unsafe recall | 66.7 ±" in text and "mean 0.5000" in text
-    plain = HeldOutScores(SCORES.chosen, SCORES.rejected, [""] * 4, [None] * 4, [None] * 4, SCORES.chosen_longer)
+    plain = HeldOutScores(SCORES.chosen, SCORES.rejected, [""] * 4, [None] * 4, [None] * 4, SCORES.longer_by)
     assert "Safety" not in markdown(report(plain), title="x")
 
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="expected as many of each"):
-        HeldOutScores(np.zeros(2), np.zeros(1), ["", ""], [None] * 2, [None] * 2, np.zeros(2, bool))
+        HeldOutScores(np.zeros(2), np.zeros(1), ["", ""], [None] * 2, [None] * 2, np.zeros(2, int))

@@ -1,5 +1,7 @@
 """The launch scripts say in one line what is wrong with a machine, and keep the top level as the design fixed it."""
 
+import functools
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobset_schema import JOBSET
 
 from llama_jax.training.preemption import EXIT_PREEMPTED
 
@@ -139,10 +142,52 @@ def test_flags_reach_the_workers_as_they_were_given(tmp_path):
     ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "many"}, "error: HOSTS=many: expected a number\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"IMAGE": ""},
      "error: IMAGE is not set: the container image (launch/Dockerfile)\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"NAME": "My_run"},
+     "error: NAME=My_run: expected at most 40 small letters, digits and dashes, the first a letter\n"),
 ])  # fmt: skip
 def test_launch_errors_are_one_line(path, arguments, environment, message):
     done = script(path, *arguments, **environment)
     assert done.returncode == 1 and done.stderr == message
+
+
+def manifests():
+    """All kinds of manifests that the script renders, by name."""
+    yaml = pytest.importorskip("yaml")
+    flags = ["train", "--config=configs/pretrain.py:70b,tpu=v5p-512", '--config.data.weights={"web": 0.5}', r"--x=\d: #"]
+    numbers = {"SLICES": "8", "CHIPS": "8", "RESTARTS": "0"}
+    kinds = {"plain": {}, "spot": {"SPOT": "1"}, "shared": {"CLAIM": "runs"}, "numbers": numbers}
+    return {
+        kind: yaml.safe_load(script("launch/gke/jobset.sh", *flags, **(GKE | more)).stdout) for kind, more in kinds.items()
+    }
+
+
+def test_manifests_fit_the_schema_of_a_jobset():
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(JOBSET)
+    rendered = manifests()
+    for kind, manifest in rendered.items():
+        problems = [f"{kind}: {error.json_path}: {error.message}" for error in check.iter_errors(manifest)]
+        assert not problems, problems
+    # The schema does refuse: a word that is none, text for a number, a field that does not exist or is missing.
+    for path, value in (
+        ("spec.failurePolicy.rules.0.action", "Restart"), ("spec.replicatedJobs.0.replicas", "2"),
+        ("spec.replicatedJobs.0.template.spec.template.spec.nodeSelector", {"cloud.google.com/gke-spot": True}),
+        ("spec.replicatedJobs.0.template.spec.restarts", 3),
+        ("spec.replicatedJobs.0.template.spec.template.spec.containers", []),
+        ("spec.replicatedJobs.0.template.spec.podFailurePolicy.rules.0.onExitCodes.values", [0]), ("spec.replicatedJobs", None),
+    ):  # fmt: skip
+        broken = json.loads(json.dumps(rendered["plain"]))
+        *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+        functools.reduce(lambda node, key: node[key], parents, broken)[last] = value
+        assert list(check.iter_errors(broken)), path
+
+
+def test_the_jobs_of_a_manifest_are_kubernetes_jobs():
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs the package kubernetes-validate")
+    for manifest in manifests().values():
+        for job in manifest["spec"]["replicatedJobs"]:
+            whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job["template"]}
+            kubernetes_validate.validate(whole, "1.30", strict=True)
 
 
 def test_the_manifest_is_a_jobset():

@@ -10,6 +10,7 @@ import pytest
 from llama_jax.data.sources import read_comparisons, write_jsonl
 from llama_jax.preferences import run
 from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
+from llama_jax.reward.split import parse_parts, part_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +112,29 @@ def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):
         with pytest.raises(ValueError, match=message):
             run([path], tmp_path / "out", tokenizer=tokenizer, rows=True, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["ours.jsonl"]
+
+
+def test_a_split_keeps_conversations_whole_and_does_not_depend_on_order():
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Question {i % 50}  of \n many"}, *more]}
+        for i in range(100) for more in ([], [{"role": "assistant", "content": str(i)}])
+    ]  # fmt: skip
+    shares = parse_parts(["validation=0.1", "held_out=0.3"])
+    parts = [part_of(row, shares) for row in rows]
+    assert parts[:50] == parts[100:150] and parts == [part_of(row, shares) for row in rows[::-1]][::-1]
+    assert part_of({"prompt": [{"role": "user", "content": " question 3 OF many "}]}, shares) == parts[6]
+    counts = [parts.count(name) / len(parts) for name in ("validation", "held_out", "train")]
+    assert all(abs(found - wanted) < 0.12 for found, wanted in zip(counts, (0.1, 0.3, 0.6)))
+    # A smaller share takes rows from the larger one's part and from no other.
+    less = parse_parts(["validation=0.1", "held_out=0.1"])
+    assert {part_of(row, shares) for row in rows if part_of(row, less) == "held_out"} == {"held_out"}
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [(["train=0.5"], "expected a new name"), (["a=0.5", "a=0.1"], "expected a new name"), (["a"], "expected name=share"),
+     (["a=1"], "between 0 and 1"), (["a=0.5", "b=0.5"], "leave nothing for train")],
+)  # fmt: skip
+def test_impossible_splits_are_named(parts, message):
+    with pytest.raises(ValueError, match=message):
+        parse_parts(parts)

@@ -21,6 +21,8 @@ module="${1:-}"
 [ -n "$module" ] || fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:70b"
 shift
 needed NAME "what to call the run"
+[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "NAME=$NAME: expected at most 40 small letters, digits and dashes, the first a letter"
 needed IMAGE "the container image (launch/Dockerfile)"
 
 if [ "$mode" = xpk ]; then

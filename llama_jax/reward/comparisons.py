@@ -47,6 +47,11 @@ class Comparison:
     source: str = ""
     response_start: int = 1  # index of the first token after the prompt, which both sides share
 
+    @property
+    def tokens(self) -> int:
+        """Length of the longer side."""
+        return max(len(self.chosen), len(self.rejected))
+
 
 def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
     """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted."""

@@ -27,7 +27,7 @@ class HeldOutScores:
     source: Sequence[str]
     rating: Sequence[str | None]
     safety_bin: Sequence[str | None]
-    chosen_longer: np.ndarray  # bool [n]: more tokens than the rejected response
+    longer_by: np.ndarray  # int [n]: tokens that the chosen response has more than the rejected one
 
     def __post_init__(self):
         lengths = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -78,10 +78,29 @@ def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float
         rows[name] = {
             degree: share(correct[inside & (rating == degree)]) for degree in RATINGS if (inside & (rating == degree)).any()
         } | {"all": share(correct[inside])}
-    longer = np.asarray(scores.chosen_longer, bool)
+    longer = np.asarray(scores.longer_by) > 0
     rows["longer"] = {degree: share(longer[rating == degree]) for degree in RATINGS if (rating == degree).any()}
     rows["longer"]["all"] = share(longer)
     return rows
+
+
+def baselines(scores: HeldOutScores) -> dict[str, dict[str, float]]:
+    """The model beside what knows only length, and by how much it beats the better of the two lengths.
+
+    "longer" and "shorter" choose by the number of tokens, and by a coin where both responses have as many: such a pair counts
+    half. "gain" is the mean of the pairs' differences to the better baseline with its 95 % interval (normal approximation of
+    paired differences: both answer the same pairs, so the interval is narrower than those of the two shares). A coin has 0.5.
+    """
+    correct = (scores.chosen > scores.rejected).astype(np.float64)
+    by_length = {"longer": (np.sign(scores.longer_by) + 1) / 2, "shorter": (1 - np.sign(scores.longer_by)) / 2}
+    best = max(by_length, key=lambda name: by_length[name].mean())
+    difference = correct - by_length[best]
+    n = len(difference)
+    gain, spread = float(difference.mean()), 1.959964 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return {
+        "model": share(correct), **{name: share(values) for name, values in by_length.items()},
+        "gain": {"share": gain, "low": gain - spread, "high": gain + spread, "count": n},
+    }  # fmt: skip
 
 
 def safety_table(scores: HeldOutScores) -> dict[str, dict[str, float]]:
@@ -127,7 +146,10 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
 
 def report(scores: HeldOutScores) -> dict[str, Any]:
     """All tables as JSON values."""
-    return {"accuracy": accuracy_table(scores), "safety": safety_table(scores), "histogram": histogram(scores)}
+    return {
+        "accuracy": accuracy_table(scores), "baselines": baselines(scores), "safety": safety_table(scores),
+        "histogram": histogram(scores),
+    }  # fmt: skip
 
 
 def markdown(values: Mapping[str, Any], *, title: str) -> str:
@@ -138,6 +160,11 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
             for name, row in accuracy.items()]  # fmt: skip
     parts = [f"# {title}", "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
              table(["", *degrees, "pairs"], rows)]  # fmt: skip
+    if "baselines" in values:
+        names = {"model": "this model", "longer": "the longer response", "shorter": "the shorter response",
+                 "gain": "this model less the better length"}  # fmt: skip
+        cells = [[text, _percent(values["baselines"][name])] for name, text in names.items()] + [["a coin", "50.0"]]
+        parts += ["## Beside what knows no words", table(["", "%"], cells)]
     if values["safety"]:
         cells = [[name.replace("_", " "), _percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
         parts += ["## Safety (Table 29)", table(["", "%", "count"], cells)]

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError
+from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.rows import write_jsonl
 from llama_jax.files import atomic_write, write_json
@@ -31,12 +32,18 @@ from llama_jax.training.step import put_batch
 
 @dataclasses.dataclass(frozen=True)
 class RewardData:
-    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all)."""
+    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all).
+
+    validation: by which settings are chosen: measured during training in place of `held_out`, which is measured at the end.
+    buckets: lengths that batches are padded to, in even steps up to `length`; 1: all to `length` (see `data.buckets`).
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     length: int
     shares: tuple[float, ...] = ()
+    validation: tuple[str, ...] = ()
+    buckets: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +127,12 @@ class Measure:
 
     def scores(self, params: Params, pairs: Sequence[Comparison]) -> np.ndarray:
         """Scores of (chosen, rejected). # -> float32 [n, 2]"""
-        made = self.batches(pairs, seed=0).eval_batches()
+        order = np.argsort([pair.tokens for pair in pairs], kind="stable")  # batches of one length have little padding
+        made = self.batches([pairs[i] for i in order], seed=0).eval_batches()
         parts = [np.asarray(self.pair_scores(params, put_batch(batch, self.mesh))) for batch in made]
-        return np.concatenate(parts)[: len(pairs)]
+        scores = np.empty((len(pairs), 2), np.float32)
+        scores[order] = np.concatenate(parts)[: len(pairs)]
+        return scores
 
     def __call__(self, params: Params) -> dict[str, Any]:
         measured = {}
@@ -140,17 +150,26 @@ class Measure:
         rows = [
             {"chosen": float(c), "rejected": float(r), "source": pair.source, "safety_bin": pair.safety_bin,
              "rating": DEGREES[pair.degree] if pair.degree >= 0 else None,
-             "chosen_longer": len(pair.chosen) > len(pair.rejected)}
+             "longer_by": len(pair.chosen) - len(pair.rejected)}
             for (c, r), pair in zip(scores, self.held_out, strict=True)
         ]  # fmt: skip
         write_jsonl(self.workdir / "held_out_scores.jsonl", rows)
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        for name in ("chosen", "rejected", "chosen_longer"):
+        for name in ("chosen", "rejected", "longer_by"):
             columns[name] = np.array(columns[name])
         values = report(HeldOutScores(**columns)) | dict(measured)
         write_json(self.workdir / "reward_report.json", values)
         with atomic_write(self.workdir / "reward_report.md") as file:
             file.write(markdown(values, title=self.title).encode())
+
+
+def make_batches(data: RewardData, *, batch_size: int) -> Callable[..., IndexedBatches]:
+    """(pairs, seed=...) -> their batches, all of one length or, with `data.buckets`, of a few."""
+    common = {"batch_size": batch_size, "blank": blank, **process_slice()}
+    if data.buckets == 1:
+        return functools.partial(IndexedBatches, collate=functools.partial(collate, length=data.length), **common)
+    lengths = padded_lengths(data.length, data.buckets)
+    return functools.partial(BucketedBatches, collate=collate, lengths=lengths, size=lambda pair: pair.tokens, **common)
 
 
 def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
@@ -163,18 +182,16 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     shares = config.data.shares or (0.0,) * len(config.data.train)
     train = mix([encode(path) for path in config.data.train], shares)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
-    batches = functools.partial(
-        IndexedBatches, collate=functools.partial(collate, length=length), batch_size=config.loop.batch_size,
-        blank=blank, **process_slice(),
-    )  # fmt: skip
+    validation = [pair for path in config.data.validation for pair in encode(path)] or held_out
+    batches = make_batches(config.data, batch_size=config.loop.batch_size)
     loop = config.loop
     if config.epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
     begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight)
     evaluate = None
-    if held_out:
-        source = batches(held_out, seed=0)
+    if validation:
+        source = batches(sorted(validation, key=lambda pair: pair.tokens), seed=0)
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=f"reward model ({config.name})",

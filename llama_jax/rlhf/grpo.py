@@ -32,6 +32,7 @@ from llama_jax.rlhf.ppo import (
     check_rewards,
     check_settings,
     clipped_policy_loss,
+    held_out_reward,
     make_roller,
     reward_rule,
     rollout_prompts,
@@ -213,9 +214,11 @@ def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     frozen: Frozen = {"reference": policy.completed(policy_specs, mesh, start=config.start)} if settings.beta else {}
     if scored:
         frozen |= {name: restore_model(getattr(config, name), reward_specs, mesh) for name in ("helpfulness", "safety")}
-    judge = make_group_judge(model, config.compute, reward_rule(config, settings), settings)
+    rule = reward_rule(config, settings)
+    judge = make_group_judge(model, config.compute, rule, settings)
+    roller = make_roller(config, settings, judge, frozen, rows, tokenizer, model)
     source = RolloutSource(
-        batches, make_roller(config, settings, judge, frozen, rows, tokenizer, model), mesh=mesh,
+        batches, roller, mesh=mesh,
         empty=empty_rollout(settings.rollout_size // jax.process_count(), length, settings.new_tokens),
         size=settings.rollout_size, rows=config.loop.batch_size, answers=settings.answers, epochs=settings.epochs,
         control=KlControl(settings.beta), seed=config.loop.seed,
@@ -229,6 +232,7 @@ def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
         loss=grpo_loss(model, config.compute, settings),
         source=source,
+        evaluate=held_out_reward(config, settings, roller, rule, tokenizer, model, mesh),
         tokens_per_step=config.loop.batch_size * (length + settings.new_tokens),
         show="reward",
         check=functools.partial(

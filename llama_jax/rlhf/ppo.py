@@ -31,6 +31,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Specs
 from llama_jax.pretrain.base import Begin, StageConfig, begin, check_start, load_tokenizer, meta, process_slice
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers, RewardMix
+from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
 from llama_jax.rlhf.rollout import (
     Frozen,
     Judge,
@@ -51,10 +52,14 @@ from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
 @dataclasses.dataclass(frozen=True)
 class PpoData:
-    """Prompts (JSONL) and the longest one that is taken; longer ones are left out and counted."""
+    """Prompts (JSONL) and the longest one that is taken; longer ones are left out and counted.
+
+    held_out: prompts whose reward is measured every `loop.eval_every` steps and at the end; empty: none.
+    """
 
     prompts: str
     prompt_length: int
+    held_out: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +238,19 @@ def make_roller(
     )  # fmt: skip
 
 
+def held_out_reward(
+    config: Any, settings: Any, roller: Roller, rule: RewardRule, tokenizer: Tokenizer, model: ModelConfig, mesh: Mesh
+) -> Evaluate | None:
+    """The stage's `evaluate`, where it has held-out prompts."""
+    if not config.data.held_out:
+        return None
+    length = config.data.prompt_length
+    return stage_evaluate(
+        config, settings, roller, rule, prompts=encode_prompts(config.data.held_out, tokenizer, length=length),
+        collate=functools.partial(collate_prompts, length=length), tokenizer=tokenizer, model=model, mesh=mesh,
+    )  # fmt: skip
+
+
 def reward_rule(config: Any, settings: Any, *, gamma: float = 1.0, lam: float = 1.0) -> RewardRule:
     """The rule of a stage's settings."""
     return RewardRule(
@@ -266,9 +284,11 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     if scored:
         frozen["helpfulness"] = critic.completed(reward_specs, mesh, start=config.helpfulness)
         frozen["safety"] = restore_model(config.safety, reward_specs, mesh)
-    judge = make_judge(model, config.compute, reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam))
+    rule = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam)
+    judge = make_judge(model, config.compute, rule)
+    roller = make_roller(config, settings, judge, frozen, rows, tokenizer, model)
     source = RolloutSource(
-        batches, make_roller(config, settings, judge, frozen, rows, tokenizer, model), mesh=mesh,
+        batches, roller, mesh=mesh,
         empty=empty_rollout(settings.rollout_size // jax.process_count(), length, settings.new_tokens),
         size=settings.rollout_size, rows=config.loop.batch_size, seed=config.loop.seed, epochs=settings.epochs,
         control=KlControl(settings.beta, settings.kl_target, settings.kl_horizon),
@@ -281,6 +301,7 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
         loss=ppo_loss(model, config.compute, settings),
         source=source,
+        evaluate=held_out_reward(config, settings, roller, rule, tokenizer, model, mesh),
         tokens_per_step=config.loop.batch_size * (length + settings.new_tokens),
         show="reward",
         check=functools.partial(

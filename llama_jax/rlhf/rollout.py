@@ -125,24 +125,37 @@ class Dialogs:
         )
 
 
-def sequence_scores(
+def answer_scores(
     frozen: Frozen, dialogs: Dialogs, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
-    score, metrics = scorer(dialogs.config, dialogs.compute), {}
+    """What each response is rewarded with before whitening, and the scores it is made of. # -> float32 [B], {name: [B]}
+
+    "reward" is what is reported of it: R_c alone, or the sum with other scorers.
+    """
+    score, parts = scorer(dialogs.config, dialogs.compute), {}
     total = 0.0 if other is None else other
     if "helpfulness" in frozen:
         helpful = jax.nn.sigmoid(score(frozen["helpfulness"], dialogs.tokens, dialogs.segment_ids))
         safe = jax.nn.sigmoid(score(frozen["safety"], dialogs.tokens, dialogs.segment_ids))
         combined = combined_reward(helpful, safe, prompts.is_safety, threshold=rule.safety_threshold)
         total += rule.model_weight * logit(combined)
-        metrics = {
-            "reward": jnp.mean(combined),
-            "score/helpfulness": jnp.sum(helpful * ~prompts.is_safety) / jnp.maximum(jnp.sum(~prompts.is_safety), 1),
-            "score/safety": jnp.sum(safe * prompts.is_safety) / jnp.maximum(jnp.sum(prompts.is_safety), 1),
-        }
+        parts = {"helpfulness": helpful, "safety": safe, "reward": combined}
     if other is not None:
-        metrics |= {"reward": jnp.mean(total), "score/other": jnp.mean(other)}
+        parts |= {"other": other, "reward": total}
+    return total, parts
+
+
+def sequence_scores(
+    frozen: Frozen, dialogs: Dialogs, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
+    total, parts = answer_scores(frozen, dialogs, prompts, other, rule)
+    metrics = {"reward": jnp.mean(parts["reward"])}
+    for name, of_track in (("helpfulness", ~prompts.is_safety), ("safety", prompts.is_safety)):
+        if name in parts:
+            metrics[f"score/{name}"] = jnp.sum(parts[name] * of_track) / jnp.maximum(jnp.sum(of_track), 1)
+    if other is not None:
+        metrics["score/other"] = jnp.mean(other)
     return whiten(total) - rule.missing_eos_penalty * ~dialogs.samples.ended, metrics
 
 

@@ -87,21 +87,29 @@ class Checkpoints:
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
         self.directory, self.best = absolute(directory), best
+        worst = math.inf if best_is_lowest else -math.inf
+
+        def measured(metrics: Mapping[str, float]) -> float:
+            value = metrics.get(best, math.nan)  # absent where the run was begun under another metric
+            return value if math.isfinite(value) else worst
+
+        ranking: dict[str, Any] = {}
         if best:
             # Orbax keeps the last of the order. A checkpoint without a measurement, or with NaN, is never the best.
-            worst = math.inf if best_is_lowest else -math.inf
             policies.append(
                 preservation.BestN(
-                    get_metric_fn=lambda metrics: metrics[best] if math.isfinite(metrics[best]) else worst,
-                    reverse=best_is_lowest, n=1, keep_checkpoints_without_metrics=False,
+                    get_metric_fn=measured, reverse=best_is_lowest, n=1, keep_checkpoints_without_metrics=False
                 )
-            )  # fmt: skip
+            )
+            # Without `best_fn` Orbax writes no measurement, and a resumed run would not know its best checkpoint.
+            ranking = {"best_fn": measured, "best_mode": "min" if best_is_lowest else "max"}
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
+                preservation_policy=preservation.AnyPreservationPolicy(policies), create=True,
+                enable_async_checkpointing=True, **ranking,
             ),
-        )
+        )  # fmt: skip
 
     def save(
         self, step: int, state: TrainState, source: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -167,7 +175,7 @@ class Checkpoints:
                 log.warning("checkpoint %d of %s is damaged: %s", step, self.directory, reason)
                 damaged.append(step)
                 continue
-            self._set_aside(damaged)
+            self._set_aside(damaged, "damaged")
             optimizer = found["optimizer"]
             state = TrainState(
                 step=optimizer["step"], params=found["params"], opt_state=optimizer["state"],
@@ -187,12 +195,18 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {step}: meta says step {meta['step']}")
         return found, meta
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
+    def make_newest(self, step: int) -> None:
+        """Moves all checkpoints after `step` into `after_best/`: the next stage takes the newest one."""
+        if step not in self.manager.all_steps():
+            raise CheckpointError(f"{self.directory}: checkpoint {step}, the best by {self.best}, is gone")
+        self._set_aside([later for later in self.manager.all_steps() if later > step], "after_best")
+
+    def _set_aside(self, steps: Sequence[int], where: str) -> None:
         """Moves checkpoints out of the way. They are not deleted: what cannot be read today may be whole tomorrow."""
         if not steps:
             return
         if jax.process_index() == 0:
-            aside = self.directory.parent / "damaged"
+            aside = self.directory.parent / where
             aside.mkdir(exist_ok=True)
             for step in steps:
                 remove_tree(aside / str(step))

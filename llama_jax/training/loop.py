@@ -22,6 +22,7 @@ from llama_jax.training.feed import Feed
 from llama_jax.training.goodput import Goodput
 from llama_jax.training.metrics import Compilations, MetricWriter, Progress
 from llama_jax.training.options import RunOptions
+from llama_jax.training.patience import Patience, Rule
 from llama_jax.training.preemption import Preempted, Terminate
 from llama_jax.training.profile import Profile
 from llama_jax.training.recorder import Diverged, Recorder
@@ -88,6 +89,7 @@ class _Run:
         self.watchdog, self.terminate, self.compilations = watchdog, terminate, compilations
         self.begun, self.is_first_process = time.monotonic(), jax.process_index() == 0
         self.spikes = Spikes(config.spike)
+        self.stopping = Rule(config.keep_best, config.keep_best_mode, config.patience, config.least_gain)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", keep=config.keep, keep_every=config.keep_every, best=config.keep_best,
             best_is_lowest=config.keep_best_mode == "min",
@@ -124,7 +126,8 @@ class _Run:
         stage, config = self.stage, self.config
         state, meta = self.start()
         first, seconds_before = int(meta["step"]), float(meta["seconds"])
-        writes = self.is_first_process
+        writes, patience = self.is_first_process, Patience(self.stopping)
+        patience.restore(meta.get("patience", patience.state()))  # a checkpoint may be older than this field
         goodput = self.goodput = Goodput(self.workdir, first=first, productive=meta["productive"], enabled=writes)
         writer = MetricWriter(self.workdir, enabled=writes, resume_step=first)
         progress = Progress(config.steps, stage.name, done=first, quiet=not writes)
@@ -146,16 +149,22 @@ class _Run:
         def save(done: int, held_out: dict[str, float]) -> None:
             self.watchdog.at("saving", done)
             writer.sync()  # a run that goes on from here must find the lines before
-            measured = stage.measure(stage.whole(state.params)) if stage.measure and done == config.steps else {}
+            last = done == config.steps or (patience.on and done == patience.step)  # a stage may end with either
+            measured = stage.measure(stage.whole(state.params)) if stage.measure and last else {}
             run = {
                 "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
-                "logged": recorder.logged(), "spikes": self.spikes.state(),
+                "logged": recorder.logged(), "spikes": self.spikes.state(), "patience": patience.state(),
             }  # fmt: skip
             self.checkpoints.save(done, state, stage.source.state(), {**stage.meta, **measured, **run}, held_out)
 
         held_out: dict[str, float] = {}
+        done = first
         with writer, progress, feed, contextlib.closing(profile):
+            if patience.on and first == 0 and not patience.seen:
+                save(0, patience.rank(best=patience.see(0, evaluate(0))))
             for step in range(first, config.steps):
+                if patience.exhausted:
+                    break
                 if profile.due(step):
                     recorder.flush()
                     profile.before(step)
@@ -170,23 +179,28 @@ class _Run:
                 done, last = step + 1, step + 1 == config.steps
                 goodput.step(done, time.monotonic() - begun)
                 stop = self.terminate.before(done)
-                saves = stop or done % config.checkpoint_every == 0 or last
+                saves, best = stop or done % config.checkpoint_every == 0 or last, False
                 if saves or (config.eval_every and done % config.eval_every == 0):
                     recorder.flush()
                     due = bool(config.eval_every) and done % config.eval_every == 0 and not last
-                    # What a checkpoint is ranked by belongs to its own parameters.
-                    held_out = evaluate(done) if due or (saves and config.keep_best) else {}
-                if saves:
-                    save(done, held_out)
+                    # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
+                    held_out = evaluate(done) if due or (saves and config.keep_best and (last or not patience.on)) else {}
+                    best = patience.on and bool(held_out) and patience.see(done, held_out)
+                if saves or best:
+                    save(done, patience.rank(best=best) if patience.on else held_out)
                 if stop and not last:
                     raise Preempted
             recorder.flush()
-            held_out = held_out or evaluate(config.steps)
-        self.watchdog.at("the end", config.steps)
+            held_out = patience.held_out or held_out or evaluate(done)
+        self.watchdog.at("the end", done)
         self.checkpoints.wait()  # a stage is done only when its checkpoint is on disk
+        if patience.step is not None:
+            log.warning("%s: %s", stage.name, patience.report(done))
+            self.checkpoints.make_newest(patience.step)
         summary = {
             "seconds": seconds_before + time.monotonic() - self.begun,
-            "steps": config.steps,
+            "steps": done,
+            **({"best_step": patience.step} if patience.on else {}),
             **recorder.logged(),
             "held_out": held_out,
             "compilations": self.compilations.count,

@@ -95,12 +95,23 @@ class LoopConfig:
     keep_every: int = 0  # checkpoints of steps that are a multiple of this stay too; 0: none
     keep_best: str = ""  # the held-out metric by which the best checkpoint stays too; measured before each save
     keep_best_mode: Literal["min", "max"] = "min"
+    patience: int = 0  # evaluations (`eval_every`) in a row without a better `keep_best` until the run stops; 0: never
+    least_gain: float = 0.0  # by how much a better one must be better
     max_skipped_in_a_row: int = 10  # non-finite steps until the run stops
     spike: SpikeConfig = SpikeConfig()
 
     def __post_init__(self):
         if self.keep_every < 0:
             raise ValueError(f"loop.keep_every: expected 0 or more steps, got {self.keep_every}")
+        if self.patience < 0 or self.least_gain < 0:
+            raise ValueError(
+                f"loop.patience, loop.least_gain: expected 0 or more, got {self.patience} and {self.least_gain}"
+            )
+        if self.patience and not (self.keep_best and self.eval_every > 0):
+            raise ValueError(
+                f"loop.patience={self.patience}: expected loop.keep_best, the held-out metric, and loop.eval_every; "
+                f"got {self.keep_best!r} and {self.eval_every}"
+            )
         for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")

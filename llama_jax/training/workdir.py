@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.config import ConfigError, differences
+from llama_jax.config import ConfigError, differences, with_defaults
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import first_problem
 from llama_jax.paths import check_bucket, is_remote, move, reason
@@ -74,15 +74,17 @@ def _lease(path: Path, held: contextlib.ExitStack) -> str:
     return lease.take()
 
 
-def claim(workdir: Path, described: Mapping[str, Any]) -> None:
+def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = None) -> None:
     """Writes the run's config into its workdir, or refuses to go on under another one, naming the fields that differ.
 
-    A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
+    With `kind`, the config's class, a run that an older version of the library began goes on if new fields have their
+    defaults. A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
     """
     path = workdir / "config.json"
     described = json.loads(json.dumps(described))
     if path.exists() and any(other.name not in _NOT_BEGUN for other in workdir.iterdir()):
-        changed = differences(json.loads(path.read_text()), described)
+        old = json.loads(path.read_text())
+        changed = differences(json.loads(json.dumps(with_defaults(kind, old))) if kind else old, described)
         if changed:
             raise ConfigError(
                 f"{workdir} was begun with another config; use a new workdir, go back with --restart_from=STEP, or undo:\n  "
@@ -131,7 +133,7 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
         if (workdir / name).exists():
             move(workdir / name, aside / name)
     for later in steps:
-        if later > step:
+        if later > step or not step:  # early stopping keeps the start as checkpoint 0
             move(directory / str(later), aside / str(later))
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)

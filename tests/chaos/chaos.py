@@ -1,26 +1,31 @@
 """Breaks a run again and again and holds the result against an undisturbed one:
 
-    python tests/chaos/chaos.py --directory=/tmp/chaos [--faults=100] [--processes=2] [--seed=0]
+    python tests/chaos/chaos.py --directory=/tmp/chaos [--faults=100] [--minutes=30] [--processes=2] [--seed=0]
 
 Pretraining, SFT, a reward model and PPO run on several processes. At random moments a process is killed, stopped or asked
-to end, or files of the newest checkpoint are changed, cut or removed; then the same command is started again. In the end
+to end, or files of the newest checkpoint are changed, cut or removed; then the same command is started again. With
+`--minutes` there are as many faults as fit; the same command with the same directory adds what is missing. In the end
 
 1. the parameters and moments of each stage are those of the undisturbed run, to the bit;
 2. no start went on from before the newest checkpoint that was whole at the fault, and none lost more than two intervals;
 3. the processes that were left ended within a minute.
 
 Prints a table of all faults with the seconds until all processes had ended and until the next step was done.
+
+The processes are forks of this one, which has imported everything and computed nothing: that saves half of a restart.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -28,11 +33,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+os.environ |= {  # before jax is imported
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    # Small programs too: a restart then compiles nothing.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}  # fmt: skip
 
 from stages import INTERVAL, NAMES, flags, make_data  # noqa: E402 - after the path
+from worker import preload, run_worker  # noqa: E402
 
 KINDS = ("kill", "kill all", "terminate", "stop", "flip", "truncate", "delete")
-PEER_SECONDS = 15
+UNASKED = "(by itself)"  # an end that a launcher starts again after, without a fault of ours
+PEER_SECONDS = 10
+AGAIN = {69, 70, 75}
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclasses.dataclass
@@ -60,19 +74,16 @@ class Cluster:
         self.processes = []
         for host in range(processes):
             environment = {
-                **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
-                "PYTHONPATH": str(ROOT), "CHAOS_PAUSE": str(pause), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "CHAOS_PAUSE": str(pause), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(host),
             }  # fmt: skip
-            command = [sys.executable, str(Path(__file__).with_name("worker.py")), *arguments, f"--peer_seconds={PEER_SECONDS}"]
-            with open(logs / f"worker-{host}.log", "a") as output:
-                self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                )
+            told = ([*arguments, f"--peer_seconds={PEER_SECONDS}"], environment, logs / f"worker-{host}.log")
+            self.processes.append(FORK.Process(target=run_worker, args=told))
+            self.processes[-1].start()
 
     def codes(self) -> list[int | None]:
         """Return codes; None of those that still run."""
-        return [process.poll() for process in self.processes]
+        return [process.exitcode for process in self.processes]
 
     def wait(self, seconds: float) -> bool:
         """Whether all end in that time."""
@@ -88,7 +99,7 @@ class Cluster:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.join()
 
 
 def reached(workdir: Path) -> int:
@@ -123,9 +134,9 @@ def inject(kind: str, cluster: Cluster, workdir: Path, draw: random.Random) -> i
     if kind == "kill":
         victim.kill()
     elif kind == "terminate":
-        victim.send_signal(signal.SIGTERM)
+        os.kill(victim.pid, signal.SIGTERM)
     elif kind == "stop":
-        victim.send_signal(signal.SIGSTOP)
+        os.kill(victim.pid, signal.SIGSTOP)
     else:
         cluster.kill()  # the next start must read what is on the disk
         steps = saved(workdir)
@@ -150,43 +161,47 @@ def damage(kind: str, checkpoint: Path, draw: random.Random) -> None:
             path.write_bytes(content)
 
 
-def disturb(stage: str, runs: Path, data: Path, *, faults: int, steps: int, processes: int, pause: float, draw: random.Random):
-    """Runs a stage to its end with that many faults on the way; the faults."""
-    workdir, found = runs / stage, []
-    arguments = flags(stage, runs, data, steps=steps)
-    kinds = [KINDS[i % len(KINDS)] for i in range(faults)]
-    draw.shuffle(kinds)
+def disturb(
+    stage: str, runs: Path, data: Path, ledger: "Ledger", *, kinds: list[str], steps: int, processes: int, pause: float,
+    draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
+) -> None:  # fmt: skip
+    """Runs a stage to its end with these faults on the way, or as many of them as come before `until`."""
+    workdir = runs / stage
+    arguments = flags(stage, runs, data, steps=steps, interval=interval)
     last: Fault | None = None
     began = 0.0
     while not (workdir / "done.json").exists():
         starts = len(attempts(workdir))
-        cluster = Cluster(arguments, processes=processes, logs=runs / "logs" / stage, pause=pause)
+        kinds = kinds if time.monotonic() < until else []
+        cluster = Cluster(arguments, processes=processes, logs=runs / "logs" / stage, pause=pause if kinds else 0.0)
         try:
             # One in five faults comes while the processes start, the others after a step.
             early = bool(kinds) and draw.random() < 0.2
-            limit = time.monotonic() + (draw.uniform(0.5, 8) if early else 900)
+            limit = time.monotonic() + (draw.uniform(0.2, 5) if early else 900)
             before = time.time()
             while None in cluster.codes() and time.monotonic() < limit:
                 if last and len(attempts(workdir)) > starts and touched(workdir) > before:
                     last.went_on_from = attempts(workdir)[-1]["from"]
                     last.seconds_to_step = time.monotonic() - began
+                    ledger.keep(last)
                     last = None
                 due = saved(workdir) and reached(workdir) > (attempts(workdir) or [{"from": 0}])[-1]["from"]
                 if kinds and not early and due and len(attempts(workdir)) > starts and last is None:
                     time.sleep(draw.uniform(0, 3 * INTERVAL * pause))
                     break
                 time.sleep(0.05)
-            if not kinds or all(code is not None for code in cluster.codes()):
-                if not cluster.wait(900):
-                    raise AssertionError(f"{stage}: still running after 15 minutes; see {runs / 'logs'}")
-                if kinds:
-                    raise AssertionError(f"{stage}: ended with {cluster.codes()} before its {len(kinds)} last faults")
+            if None in cluster.codes() and not kinds and not cluster.wait(900):
+                raise AssertionError(f"{stage}: still running after 15 minutes; see {runs / 'logs'}")
+            done = reached(workdir)
+            if all(code is not None for code in cluster.codes()):
+                if (workdir / "done.json").exists():
+                    break
+                assert set(cluster.codes()) & AGAIN, f"{stage}: ended with {cluster.codes()}; see {runs / 'logs' / stage}"
+                last, began = Fault(stage, UNASKED, done, (saved(workdir) or [0])[-1], list(cluster.codes())), time.monotonic()
+                ledger.keep(last)
                 continue
-            kind = kinds.pop()
-            done, began = reached(workdir), time.monotonic()
+            kind, began = kinds.pop(), time.monotonic()
             last = Fault(stage, kind, done, inject(kind, cluster, workdir, draw))
-            found.append(last)
-            others = [process for process in cluster.processes if process.poll() is None]
             if kind == "stop":  # the stopped one never ends by itself
                 while sum(code is None for code in cluster.codes()) > 1 and time.monotonic() - began < 60:
                     time.sleep(0.05)
@@ -195,21 +210,59 @@ def disturb(stage: str, runs: Path, data: Path, *, faults: int, steps: int, proc
                 ended = cluster.wait(60)
             last.seconds_to_end = time.monotonic() - began
             last.codes = [code for code in cluster.codes() if code is not None]
-            if not ended:
-                raise AssertionError(f"{stage}: after {kind!r} {len(others)} processes did not end within a minute")
+            ledger.keep(last)
+            assert ended, f"{stage}: after {kind!r} the processes did not end within a minute; see {runs / 'logs' / stage}"
         finally:
             cluster.kill()
-    return found
+    if kinds and until == float("inf"):
+        raise AssertionError(f"{stage}: finished before its {len(kinds)} last faults; more --steps")
+
+
+class Ledger:
+    """The faults so far, on the disk: a later start goes on from there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.faults = [Fault(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+    def of(self, stage: str) -> list[Fault]:
+        """The faults that were injected into a stage."""
+        return [fault for fault in self.faults if fault.stage == stage and fault.kind != UNASKED]
+
+    def keep(self, fault: Fault) -> None:
+        """Adds a fault, or writes down what is new of it."""
+        if not any(fault is known for known in self.faults):
+            self.faults.append(fault)
+        if fault.went_on_from >= 0:
+            print(row(fault), file=sys.stderr, flush=True)
+        new = self.path.with_suffix(".tmp")
+        new.write_text(json.dumps([dataclasses.asdict(known) for known in self.faults], indent=1))
+        new.replace(self.path)
+
+
+def row(f: Fault) -> str:
+    """A fault as a line of the table."""
+    return (
+        f"{f.stage:9} {f.kind:11} {f.reached:5} {f.saved:5} {f.went_on_from:5} {f.seconds_to_end:6.1f} "
+        f"{f.seconds_to_step:7.1f}  {f.codes}"
+    )
 
 
 def table(faults: Sequence[Fault]) -> str:
-    """One line a fault."""
-    lines = [f"{'stage':9} {'fault':10} {'step':>5} {'whole':>5} {'from':>5} {'end s':>6} {'step s':>7}  codes"]
-    lines += [
-        f"{f.stage:9} {f.kind:10} {f.reached:5} {f.saved:5} {f.went_on_from:5} {f.seconds_to_end:6.1f} "
-        f"{f.seconds_to_step:7.1f}  {f.codes}"
-        for f in faults
-    ]  # fmt: skip
+    """One line a fault, then one a kind: medians and the longest."""
+    lines = [f"{'stage':9} {'fault':11} {'step':>5} {'whole':>5} {'from':>5} {'end s':>6} {'step s':>7}  codes"]
+    lines += map(row, faults)
+    kinds: dict[str, list[Fault]] = collections.defaultdict(list)
+    for fault in faults:
+        kinds[fault.kind].append(fault)
+    lines += ["", f"{'fault':11} {'count':>5} {'end s: median':>14} {'longest':>8} {'step s: median':>15} {'longest':>8}"]
+    for kind, some in sorted(kinds.items()):
+        ends = [fault.seconds_to_end for fault in some]
+        again = [fault.seconds_to_step for fault in some if fault.went_on_from >= 0] or [float("nan")]
+        lines.append(
+            f"{kind:11} {len(some):5} {statistics.median(ends):14.1f} {max(ends):8.1f} {statistics.median(again):15.1f} "
+            f"{max(again):8.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -218,25 +271,38 @@ def fingerprints(workdir: Path) -> dict[str, int]:
     return json.loads((workdir / "checkpoints" / str(saved(workdir)[-1]) / "meta" / "metadata").read_text())["fingerprints"]
 
 
-def chaos(directory: Path, *, faults: int, steps: int, processes: int, pause: float, seed: int, stages=NAMES) -> list[Fault]:
+def chaos(
+    directory: Path, *, faults: int, minutes: float, steps: int, processes: int, pause: float, seed: int, stages=NAMES
+) -> list[Fault]:  # fmt: skip
     """All of it; AssertionError if a promise is broken."""
-    make_data(directory)
-    whole, broken, draw = directory / "undisturbed", directory / "disturbed", random.Random(seed)
-    shutil.rmtree(broken, ignore_errors=True)
-    found: list[Fault] = []
+    preload()
+    begun = time.monotonic()
+    maker = FORK.Process(target=make_data, args=(directory,))
+    maker.start()
+    maker.join()
+    assert maker.exitcode == 0, "the data could not be made"
+    whole, broken, ledger = directory / "undisturbed", directory / "disturbed", Ledger(directory / "faults.json")
+    if not ledger.faults:
+        shutil.rmtree(broken, ignore_errors=True)
     for number, stage in enumerate(stages):
-        how = {"steps": steps, "processes": processes, "draw": draw}
-        disturb(stage, whole, directory, faults=0, pause=0.0, **how)
-        share = faults // len(stages) + (number < faults % len(stages))
-        found += disturb(stage, broken, directory, faults=share, pause=pause, **how)
+        draw = random.Random(f"{seed} {stage} {len(ledger.of(stage))}")
+        how = {"steps": steps, "processes": processes, "pause": pause, "draw": draw}
+        now = time.monotonic()
+        share = (begun + 60 * minutes - now) / (len(stages) - number)
+        disturb(stage, whole, directory, ledger, kinds=[], interval=steps, **how)
+        tail = time.monotonic() - now  # a run without faults: what is left to do after the last one
+        count = faults // len(stages) + (number < faults % len(stages)) - len(ledger.of(stage))
+        kinds = [KINDS[i % len(KINDS)] for i in range(max(count, 0))]
+        draw.shuffle(kinds)
+        disturb(stage, broken, directory, ledger, kinds=kinds, until=now + share - tail if minutes else float("inf"), **how)
         assert fingerprints(broken / stage) == fingerprints(whole / stage), f"{stage}: other parameters"
-        print(f"{stage}: {share} faults, parameters and moments equal to the bit", file=sys.stderr, flush=True)
-    for fault in found:
+        print(f"{stage}: {len(ledger.of(stage))} faults, parameters and moments equal to the bit", file=sys.stderr, flush=True)
+    for fault in ledger.faults:
         assert fault.went_on_from < 0 or fault.went_on_from >= fault.saved, f"a whole checkpoint was passed over: {fault}"
         # A damaged checkpoint costs one interval more, a save that was under way another.
         lost = fault.reached - fault.went_on_from
         assert fault.went_on_from < 0 or lost <= 3 * INTERVAL + 1, f"too many steps lost: {fault}"
-    return found
+    return ledger.faults
 
 
 def main() -> None:
@@ -244,7 +310,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=160, help="of each stage")
+    parser.add_argument("--minutes", type=float, default=0.0, help="faults come for about so long; 0: until there are enough")
+    parser.add_argument("--steps", type=int, default=80, help="of each stage")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pause", type=float, default=0.3, help="seconds that a step lasts at least")
     parser.add_argument("--seed", type=int, default=0)

@@ -38,12 +38,12 @@ def make_data(directory: Path) -> None:
     (directory / "made").write_text(json.dumps({"pairs": len(pairs)}))
 
 
-def flags(stage: str, runs: Path | str, directory: Path | str, *, steps: int) -> list[str]:
+def flags(stage: str, runs: Path | str, directory: Path | str, *, steps: int, interval: int = INTERVAL) -> list[str]:
     """The train command's flags for a stage whose predecessors lie in `runs`."""
     data = f"{directory}/data"
     common = [
         f"--config=configs/{stage}.py:tiny", "--config.model=micro", f"--config.tokenizer={directory}/corpus/tokenizer.model",
-        f"--config.loop.steps={steps}", f"--config.loop.checkpoint_every={INTERVAL}", "--config.loop.keep=3",
+        f"--config.loop.steps={steps}", f"--config.loop.checkpoint_every={interval}", "--config.loop.keep=3",
         "--config.loop.log_every=1", "--config.loop.batch_size=8", "--config.compute.unroll=False", "--config.optim.warmup=1",
         f"--workdir={runs}/{stage}",
     ]  # fmt: skip

@@ -1,0 +1,85 @@
+"""Batches of rows of similar length, padded no further than they need.
+
+Preference data are short beside the context: padded to it, most of a batch is padding, and a reward model computes all of it.
+Examples are still drawn in shuffled order; only within a window of some batches they are sorted by length, and the batches of
+the window shuffled again. A batch is padded to the first of a few lengths that it fits, so that few programs are compiled.
+"""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.loader import IndexedBatches
+
+_WINDOW = 64  # batches: enough for batches of one length, few enough that an epoch stays well mixed
+
+
+def padded_lengths(length: int, buckets: int) -> tuple[int, ...]:
+    """`buckets` lengths in even steps up to `length`, each a multiple of 8. # (32, 64, 96, 128) for 128 and 4"""
+    if buckets < 1:
+        raise ValueError(f"data.buckets: expected at least 1, got {buckets}")
+    return tuple(sorted({min(-(-length * (i + 1) // buckets // 8) * 8, length) for i in range(buckets)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketedBatches(IndexedBatches):
+    """`IndexedBatches` of similar lengths; `collate` is called with the `length` to which this batch is padded.
+
+    Batch `step` is a function of seed and step alone, and its length that of the global batch, on every process. A window that
+    an epoch ends in also has examples of the next.
+    """
+
+    lengths: Sequence[int] = dataclasses.field(kw_only=True)  # that batches are padded to, ascending
+    size: Callable[[Any], int] = dataclasses.field(kw_only=True)  # tokens of an example
+
+    @property
+    def window(self) -> int:
+        """Batches that are sorted among themselves: an epoch, or an even part of it."""
+        return math.ceil(self.steps_per_epoch / max(round(self.steps_per_epoch / _WINDOW), 1))
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array([self.size(example) for example in self.examples])
+
+    @functools.cached_property
+    def _sorted(self) -> Callable[[int], np.ndarray]:
+        return functools.lru_cache(maxsize=2)(self._sort)  # steps come in order, and one ahead
+
+    def _sort(self, number: int) -> np.ndarray:
+        """The examples of window `number`, a row for each batch. # int [W, B]"""
+        W, B = self.window, self.batch_size
+        drawn = np.array([self._stream[i] for i in range(number * W * B, (number + 1) * W * B)])
+        drawn = drawn[np.argsort(self._sizes[drawn], kind="stable")].reshape(W, B)
+        return drawn[np.random.default_rng((self.seed, number)).permutation(W)] if self.shuffle else drawn
+
+    def rows(self, step: int) -> list[int]:
+        """Which examples global batch `step` has."""
+        number, part = divmod(step, self.window)
+        return self._sorted(number)[part].tolist()
+
+    def batch(self, step: int) -> Any:
+        """This process's slice of global batch `step`."""
+        return self._padded([self.examples[i] for i in self.rows(step)])
+
+    def eval_batches(self) -> Iterator[Any]:
+        """One epoch in stored order (sort it, and little is padded); the last batch is filled with `blank` examples."""
+        for start in range(0, self.num_examples, self.batch_size):
+            rows = list(self.examples[start : start + self.batch_size])
+            if len(rows) < self.batch_size and self.blank is None:
+                raise ValueError(f"eval_batches: {self.num_examples} examples do not fill batches of {self.batch_size}")
+            yield self._padded(rows + [self.blank(rows[0]) for _ in range(self.batch_size - len(rows))])
+
+    def _padded(self, rows: Sequence[Any]) -> Any:
+        """This process's part of a global batch, padded as far as the longest row of all processes needs."""
+        longest = max(self.size(row) for row in rows)
+        at = bisect.bisect_left(self.lengths, longest)
+        if at == len(self.lengths):
+            raise ValueError(f"a row of {longest} tokens does not fit into {self.lengths[-1]}")
+        local = self.batch_size // self.process_count
+        mine = rows[self.process_index * local : (self.process_index + 1) * local]
+        return self.collate(mine, length=self.lengths[at])
