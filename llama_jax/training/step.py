@@ -12,12 +12,16 @@ from llama_jax.parallel.axes import batch_shardings
 from llama_jax.training.stage import Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
-# Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet.
+# Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet, and reductions of
+# gradients beside that of the layer before. A reduction over three dimensions of a torus stays whole (an all-reduce, of which
+# each device keeps its part): over one or two the compiler scatters as it reduces, over three none of its options makes it.
 COMPILER_OPTIONS = {
     "tpu": {
         "xla_enable_async_all_gather": "true",
+        "xla_enable_async_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
         "xla_tpu_overlap_compute_collective_tc": "true",
     }
