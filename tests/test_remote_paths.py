@@ -37,9 +37,10 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes  # noqa: E402
 from llama_jax.train import run  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
+from llama_jax.training.checkpoint import written_steps  # noqa: E402
 from llama_jax.training.lease import Lease  # noqa: E402
 from llama_jax.training.metrics import MetricWriter, read_metrics  # noqa: E402
-from llama_jax.training.workdir import claim, own  # noqa: E402
+from llama_jax.training.workdir import claim, go_back, own  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,6 +233,23 @@ def test_another_config_is_refused_in_a_bucket_too(bucket):
         with pytest.raises(ConfigError, match="gs://bucket/run was begun with another config"):
             claim(place("gs://bucket/run"), {"lr": 1.0})
     assert "run/.lock" not in bucket
+
+
+def test_going_back_in_a_bucket_moves_what_came_later_aside(bucket):
+    write_json("gs://bucket/run/config.json", {"lr": 1.0})
+    for step in (2, 4, 6):
+        bucket[f"run/checkpoints/{step}/params/d/x"] = (b"x", 1)
+        if step < 6:  # a save that was killed is no checkpoint
+            bucket[f"run/checkpoints/{step}/commit_success.txt"] = (b"", 1)
+    assert written_steps("gs://bucket/run") == [2, 4]
+    for _ in range(2):  # the second time does nothing
+        go_back(place("gs://bucket/run"), 2, {"lr": 2.0})
+    assert json.loads(bucket["run/config.json"][0]) == {"lr": 2.0}
+    aside = {name.removeprefix("run/replaced/1/") for name in bucket if name.startswith("run/replaced/")}
+    assert aside == {"config.json", "4/commit_success.txt", "4/params/d/x"}
+    assert written_steps("gs://bucket/run") == [2]
+    with pytest.raises(ConfigError, match="gs://bucket/run/checkpoints has no such checkpoint"):
+        go_back(place("gs://bucket/run"), 4, {"lr": 2.0})
 
 
 # ---- runs ----

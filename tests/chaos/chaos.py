@@ -44,7 +44,6 @@ from worker import preload, run_worker  # noqa: E402
 
 KINDS = ("kill", "kill all", "terminate", "stop", "flip", "truncate", "delete")
 UNASKED = "(by itself)"  # an end that a launcher starts again after, without a fault of ours
-PEER_SECONDS = 10
 AGAIN = {69, 70, 75}
 FORK = multiprocessing.get_context("fork")
 
@@ -66,7 +65,7 @@ class Fault:
 class Cluster:
     """The processes of one stage."""
 
-    def __init__(self, arguments: Sequence[str], *, processes: int, logs: Path, pause: float):
+    def __init__(self, arguments: Sequence[str], *, processes: int, logs: Path, pause: float, peer_seconds: float):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -77,7 +76,7 @@ class Cluster:
                 "CHAOS_PAUSE": str(pause), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(host),
             }  # fmt: skip
-            told = ([*arguments, f"--peer_seconds={PEER_SECONDS}"], environment, logs / f"worker-{host}.log")
+            told = ([*arguments, f"--peer_seconds={peer_seconds}"], environment, logs / f"worker-{host}.log")
             self.processes.append(FORK.Process(target=run_worker, args=told))
             self.processes[-1].start()
 
@@ -163,7 +162,7 @@ def damage(kind: str, checkpoint: Path, draw: random.Random) -> None:
 
 def disturb(
     stage: str, runs: Path, data: Path, ledger: "Ledger", *, kinds: list[str], steps: int, processes: int, pause: float,
-    draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
+    peer_seconds: float, draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
 ) -> None:  # fmt: skip
     """Runs a stage to its end with these faults on the way, or as many of them as come before `until`."""
     workdir = runs / stage
@@ -173,7 +172,9 @@ def disturb(
     while not (workdir / "done.json").exists():
         starts = len(attempts(workdir))
         kinds = kinds if time.monotonic() < until else []
-        cluster = Cluster(arguments, processes=processes, logs=runs / "logs" / stage, pause=pause if kinds else 0.0)
+        cluster = Cluster(
+            arguments, processes=processes, logs=runs / "logs" / stage, pause=pause if kinds else 0.0, peer_seconds=peer_seconds
+        )
         try:
             # One in five faults comes while the processes start, the others after a step.
             early = bool(kinds) and draw.random() < 0.2
@@ -272,7 +273,8 @@ def fingerprints(workdir: Path) -> dict[str, int]:
 
 
 def chaos(
-    directory: Path, *, faults: int, minutes: float, steps: int, processes: int, pause: float, seed: int, stages=NAMES
+    directory: Path, *, faults: int, minutes: float, steps: int, processes: int, pause: float, peer_seconds: float, seed: int,
+    stages: Sequence[str] = NAMES,
 ) -> list[Fault]:  # fmt: skip
     """All of it; AssertionError if a promise is broken."""
     preload()
@@ -286,7 +288,7 @@ def chaos(
         shutil.rmtree(broken, ignore_errors=True)
     for number, stage in enumerate(stages):
         draw = random.Random(f"{seed} {stage} {len(ledger.of(stage))}")
-        how = {"steps": steps, "processes": processes, "pause": pause, "draw": draw}
+        how = {"steps": steps, "processes": processes, "pause": pause, "peer_seconds": peer_seconds, "draw": draw}
         now = time.monotonic()
         share = (begun + 60 * minutes - now) / (len(stages) - number)
         disturb(stage, whole, directory, ledger, kinds=[], interval=steps, **how)
@@ -314,6 +316,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="of each stage")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pause", type=float, default=0.3, help="seconds that a step lasts at least")
+    parser.add_argument("--peer_seconds", type=float, default=15.0, help="silence of a process that counts as its death; "
+                        "more on a machine with other work")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", default=list(NAMES), choices=NAMES)
     arguments = vars(parser.parse_args())
