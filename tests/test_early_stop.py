@@ -141,9 +141,17 @@ def test_a_run_that_only_gets_worse_ends_with_its_start(mesh, tmp_path):
 
 
 def test_the_best_of_a_run_that_came_to_its_end_is_its_result(mesh, tmp_path):
-    rewards = Rewards((0.1, 0.2, 0.9, 0.3, 0.4))
-    summary = train(stage(mesh, evaluate=rewards), loop(**{**PATIENCE, "steps": 8, "patience": 5}), mesh=mesh, workdir=tmp_path)
+    """What a stage measures of its result is measured of the best, last of all."""
+    rewards, measured = Rewards((0.1, 0.2, 0.9, 0.3, 0.4)), []
+
+    def measure(params):
+        measured.append(rewards(params)["number"])
+        return {"score": measured[-1]}
+
+    made = dataclasses.replace(stage(mesh, evaluate=rewards), measure=measure)
+    summary = train(made, loop(**{**PATIENCE, "steps": 8, "patience": 5}), mesh=mesh, workdir=tmp_path)
     assert (summary["steps"], summary["best_step"], read_meta(tmp_path)["step"]) == (8, 4, 4)
+    assert measured == [0, 1, 2] and read_meta(tmp_path)["score"] == 2
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):

@@ -33,12 +33,22 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_field, batch_sharding
 from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
-from llama_jax.reward.stage import RewardData, mix
+from llama_jax.reward.stage import mix
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Weighted, evaluation
 from llama_jax.training.step import put_batch
 
 Kind = Literal["sigmoid", "hinge", "ipo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoData:
+    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all)."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    length: int
+    shares: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,7 @@ class DpoSettings:
 class DpoConfig(StageConfig):
     """See configs/dpo.py. `start` is the policy's and the reference's checkpoint."""
 
-    data: RewardData
+    data: DpoData
     dpo: DpoSettings
     epochs: float = 1.0
 

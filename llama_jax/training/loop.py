@@ -149,8 +149,8 @@ class _Run:
         def save(done: int, held_out: dict[str, float]) -> None:
             self.watchdog.at("saving", done)
             writer.sync()  # a run that goes on from here must find the lines before
-            last = done == config.steps or (patience.on and done == patience.step)  # a stage may end with either
-            measured = stage.measure(stage.whole(state.params)) if stage.measure and last else {}
+            result = done == (config.steps if patience.step is None else patience.step)  # as far as is known
+            measured = stage.measure(stage.whole(state.params)) if stage.measure and result else {}
             run = {
                 "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
                 "logged": recorder.logged(), "spikes": self.spikes.state(), "patience": patience.state(),
