@@ -269,16 +269,30 @@ def test_code_is_judged_by_running_it(tmp_path):
     assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
 
 
+def test_without_the_hub_the_data_set_and_the_way_out_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # nothing kept from earlier runs
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="^hellaswag: the hub's data set 'Rowan/hellaswag' is not in .*--data_dir"):
+        tasks.build("hellaswag", TaskChoice(0, "acc_norm"))
+
+
 def test_configs_of_every_suite_are_valid(data):
     from configs.evaluate import SUITES, get_config
 
     for suite in SUITES:
         values = get_config(suite).to_dict() | {"models": ("a=b",)}
+        values["tasks"] = tasks.of_groups(values["tasks"], values.pop("groups"))
+        assert suite not in groups.GROUPS or set(values["tasks"]) == set(groups.GROUPS[suite])
         config = parse(evaluate.EvaluateConfig, values)
         for name in config.tasks:
             assert name in tasks.NAMES
         for model in config.paper:
             published.published(model)
+    assert set(groups.GROUPS) <= set(SUITES)
+    with pytest.raises(ValueError, match="groups: 'maths' is unknown; expected some of code, "):
+        tasks.of_groups({}, ("maths",))
     with pytest.raises(ValueError, match="suite 'nope' is unknown"):
         get_config("nope")
     with pytest.raises(ConfigError, match="models: expected at least one"):
