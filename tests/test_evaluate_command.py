@@ -385,6 +385,20 @@ def test_real_rows_become_prompts_with_the_papers_shots(name):
     assert target not in ("", None, [])
 
 
+def test_math_rows_become_prompts_and_answers_are_verified(tmp_path):
+    pytest.importorskip("math_verify", reason="needs the extra [eval]: lm-eval[math]")
+    row = {"subject": "algebra", "problem": "Solve $2x = 1$ for $x$.", "solution": "Halve it: $x = \\boxed{\\frac{1}{2}}$."}
+    write_rows(tmp_path / "math_test.jsonl", [row, {**row, "subject": "geometry"}])
+    task = tasks.build("math:algebra", TaskChoice(4, "math_verify"), data_dir=str(tmp_path))
+    assert len(task.task_docs) == 1
+    task.build_all_requests(limit=1)
+    prompt = task.instances[0].args[0]
+    assert prompt.count("Problem:") == 5 and prompt.endswith("Problem:\nSolve $2x = 1$ for $x$.\n\nSolution:")
+    for said, right in (("$\\frac{1}{2}$", 1), ("$2$", 0)):
+        answer = f" Final Answer: The final answer is {said}. I hope it is correct."
+        assert task.process_results(task.task_docs[0], [answer]) == {"exact_match": right, "math_verify": right}
+
+
 def test_openbookqa_choices_are_split_at_their_letters():
     row = {"Question Stem": "s", "Choices": "(A) one (B) two (or so) (C) three (D) four", "Answer Key": "B"}
     assert local_tasks._openbookqa(row)["choices"]["text"] == ["one", "two (or so)", "three", "four"]
