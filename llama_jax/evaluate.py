@@ -24,7 +24,7 @@ from llama_jax.evals import evaluation_report
 from llama_jax.evals.groups import groups, weights
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
-from llama_jax.evals.tasks import CODE, TaskChoice, choose
+from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
 from llama_jax.files import write_json
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import load
@@ -265,6 +265,7 @@ def main() -> None:
         "models": (*values["models"], *given.checkpoint), "limit": given.limit, "run_code": given.run_code,
         "data_dir": given.data_dir or values["data_dir"],
     }  # fmt: skip
+    values["tasks"] = of_groups(values["tasks"], values.pop("groups"))
     if given.tasks:
         values["tasks"] = choose(values["tasks"], given.tasks)
     run(parse(EvaluateConfig, values), given.output)

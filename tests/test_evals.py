@@ -191,7 +191,7 @@ def test_lookup_and_formats():
 
 def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
     pytest.importorskip("matplotlib")
-    from llama_jax.evals import figures
+    from llama_jax.evals import figures, model_figures
 
     steps = np.arange(120)
     accuracy = {"helpfulness": {"all": 0.8, "significantly": 0.9}, "safety": {"all": None}}
@@ -201,7 +201,7 @@ def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
         lambda: figures.loss_curve({"train": (steps, 5 / (1 + steps)), "held-out": ([0, 60], [5.0, 1.0])}),
         lambda: figures.bits_per_byte({"reference": 1.4, "source_code": 1.2}, {"reference": 1.9}),
         lambda: figures.reward_accuracy(accuracy),
-        lambda: figures.best_of_n({"SFT": best_of.expected_max_of_n(np.random.default_rng(0).random((4, 8)))}),
+        lambda: model_figures.best_of_n({"SFT": best_of.expected_max_of_n(np.random.default_rng(0).random((4, 8)))}).png(),
         lambda: figures.ppo_curves(log),
         lambda: figures.ppo_curves({"step": steps}),
         lambda: figures.verdict({"SFT": interval, "PPO": {"mean": 0.6}}, {"PPO": interval}),
@@ -214,11 +214,11 @@ def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
 
 def test_limits_hold_every_curve_of_a_figure():
     pytest.importorskip("matplotlib")
-    from llama_jax.evals import figures
+    from llama_jax.evals import figures, plots
 
     steps = np.arange(400.0)
     high, low = (steps, np.linspace(0.9, 0.6, 400)), (steps, np.linspace(0.2, 0.1, 400))
-    figure, axes = figures._figure(1, 1, "two models")
+    figure, axes = plots.canvas(plots.LIGHT, "two models")
     for curve in (high, low):  # the second one must not push the first out of sight
         figures._line(axes[0], curve, colour=figures.BLUE)
     figures._limit(axes[0], [high, low])

@@ -269,16 +269,30 @@ def test_code_is_judged_by_running_it(tmp_path):
     assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
 
 
+def test_without_the_hub_the_data_set_and_the_way_out_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # nothing kept from earlier runs
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="^hellaswag: the hub's data set 'Rowan/hellaswag' is not in .*--data_dir"):
+        tasks.build("hellaswag", TaskChoice(0, "acc_norm"))
+
+
 def test_configs_of_every_suite_are_valid(data):
     from configs.evaluate import SUITES, get_config
 
     for suite in SUITES:
         values = get_config(suite).to_dict() | {"models": ("a=b",)}
+        values["tasks"] = tasks.of_groups(values["tasks"], values.pop("groups"))
+        assert suite not in groups.GROUPS or set(values["tasks"]) == set(groups.GROUPS[suite])
         config = parse(evaluate.EvaluateConfig, values)
         for name in config.tasks:
             assert name in tasks.NAMES
         for model in config.paper:
             published.published(model)
+    assert set(groups.GROUPS) <= set(SUITES)
+    with pytest.raises(ValueError, match="groups: 'maths' is unknown; expected some of code, "):
+        tasks.of_groups({}, ("maths",))
     with pytest.raises(ValueError, match="suite 'nope' is unknown"):
         get_config("nope")
     with pytest.raises(ConfigError, match="models: expected at least one"):
@@ -369,6 +383,20 @@ def test_real_rows_become_prompts_with_the_papers_shots(name):
     assert "CANARY" not in prompt.upper()
     target = task.doc_to_target(task.task_docs[0])
     assert target not in ("", None, [])
+
+
+def test_math_rows_become_prompts_and_answers_are_verified(tmp_path):
+    pytest.importorskip("math_verify", reason="needs the extra [eval]: lm-eval[math]")
+    row = {"subject": "algebra", "problem": "Solve $2x = 1$ for $x$.", "solution": "Halve it: $x = \\boxed{\\frac{1}{2}}$."}
+    write_rows(tmp_path / "math_test.jsonl", [row, {**row, "subject": "geometry"}])
+    task = tasks.build("math:algebra", TaskChoice(4, "math_verify"), data_dir=str(tmp_path))
+    assert len(task.task_docs) == 1
+    task.build_all_requests(limit=1)
+    prompt = task.instances[0].args[0]
+    assert prompt.count("Problem:") == 5 and prompt.endswith("Problem:\nSolve $2x = 1$ for $x$.\n\nSolution:")
+    for said, right in (("$\\frac{1}{2}$", 1), ("$2$", 0)):
+        answer = f" Final Answer: The final answer is {said}. I hope it is correct."
+        assert task.process_results(task.task_docs[0], [answer]) == {"exact_match": right, "math_verify": right}
 
 
 def test_openbookqa_choices_are_split_at_their_letters():

@@ -1,6 +1,6 @@
 """Pictures of what goes into a run, for notebooks: loss masks, packed rows, layouts on a mesh, memory, attention (Fig. 10).
 
-In the style of `figures.py`: numbers in, the bytes of a PNG (or HTML) out. Needs the extra [eval].
+In the light theme of `plots.py`: numbers in, the bytes of a PNG (or HTML) out. Needs the extra [eval].
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.data.dialog import EncodedDialog
 from llama_jax.data.loader import TokenBatch
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals.figures import FAINT, GREEN, GREY, INK, ORANGE, _cycle, _figure, _png
+from llama_jax.evals.figures import FAINT, GREEN, GREY, INK, ORANGE, _cycle, _png
 from llama_jax.evals.ghost import AttentionMap
+from llama_jax.evals.plots import LIGHT, canvas, legend
 from llama_jax.parallel.axes import ParamSpec, Rules, partition
 
 _UNSEEN = {"layers", "head"}  # axes that no rule divides: a drawing of two dimensions leaves them out
@@ -70,7 +71,7 @@ def runs(row: TokenBatch) -> list[Run]:
 
 def packed_rows(rows: Sequence[TokenBatch], *, title: str = "Packed rows") -> bytes:
     """One bar a row, one colour a dialog: strong where tokens are trained, pale where they are not, white for padding."""
-    figure, (ax,) = _figure(1, 1, title, panel=(7.2, 0.6 + 0.3 * len(rows)))
+    figure, (ax,) = canvas(LIGHT, title, panel=(7.2, 0.6 + 0.3 * len(rows)))
     for y, row in enumerate(rows):
         for run in runs(row):
             if run.segment:
@@ -105,7 +106,7 @@ def pieces(spec: ParamSpec, mesh: Mesh, rules: Rules) -> tuple[tuple[int, int], 
 
 def layouts(specs: Mapping[str, ParamSpec], mesh: Mesh, tables: Mapping[str, Rules], *, title: str = "Layouts") -> bytes:
     """Which device holds which part of each parameter: a line of drawings for each rule table, {label: rules}."""
-    figure, axes = _figure(len(tables), len(specs), title, panel=(7.6 / len(specs), 2.1))
+    figure, axes = canvas(LIGHT, title, rows=len(tables), columns=len(specs), panel=(7.6 / len(specs), 2.1))
     places = iter(axes)
     for label, rules in tables.items():
         for name, spec in specs.items():
@@ -135,7 +136,7 @@ def stacked_bars(
     limit_label: str = "", number: str = "{:.2f}",
 ) -> bytes:  # fmt: skip
     """Horizontal bars made of parts, {label: {part: size}}, with their sums; `limit` is a line that they should not cross."""
-    figure, (ax,) = _figure(1, 1, title, panel=(7.2, 1.3 + 0.42 * len(bars)))
+    figure, (ax,) = canvas(LIGHT, title, panel=(7.2, 1.3 + 0.42 * len(bars)))
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     for y, parts in enumerate(bars.values()):
         left = 0.0
@@ -161,7 +162,7 @@ def stacked_bars(
 
 def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest attention, all layers and heads") -> bytes:
     """Fig. 10: one map a model, queries downwards; orange lines enclose the instruction's tokens."""
-    figure, axes = _figure(1, len(maps), title, panel=(7.6 / len(maps), 3.3))
+    figure, axes = canvas(LIGHT, title, columns=len(maps), panel=(7.6 / len(maps), 3.3))
     for ax, (label, found) in zip(axes, maps.items()):
         Q, S = found.cells.shape
         ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, S * found.bin_size, Q * found.bin_size, 0))
@@ -176,13 +177,13 @@ def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest at
 
 def attention_by_turn(curves: Mapping[str, Sequence[float]]) -> bytes:
     """How much each turn looks at the instruction, {model: values by turn}; beside `attention_maps`."""
-    figure, (ax,) = _figure(1, 1, "Attention to the instruction by turn", panel=(7.2, 3.0))
+    figure, (ax,) = canvas(LIGHT, "Attention to the instruction by turn", panel=(7.2, 3.0))
     for (label, values), colour in zip(curves.items(), _cycle(len(curves))):
         ax.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=4, label=label)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("turn")
     ax.set_ylabel("mean of the largest weight")
-    ax.legend()
+    legend(ax, LIGHT)
     return _png(figure)
 
 

@@ -32,11 +32,13 @@ class Layout:
     """The rows that are scored, and those of the examples before them; `changes` of the task's settings that this needs.
 
     `fewer`: a task may have fewer examples than are asked for, and then takes all (AGIEval has 3 to 5).
+    `prepared`: rows are the hub's own, and the harness prepares them as it does those (MATH: the answer out of the solution).
     """
 
     test: File
     shots: File | None = None
     fewer: bool = False
+    prepared: bool = False
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -94,7 +96,7 @@ def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]
         few = {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": count}
     return {
         "custom_dataset": load, "dataset_kwargs": None, "test_split": "test", "validation_split": None, "training_split": None,
-        "process_docs": None, "metadata": None, **few, **layout.changes,
+        "metadata": None, **({} if layout.prepared else {"process_docs": None}), **few, **layout.changes,
     }  # fmt: skip
 
 
@@ -208,7 +210,9 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
         File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(None, 5)),
     ),
     "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
-    "math": lambda subject: Layout(File("math_test", ("subject", "problem", "solution"), only=("subject", subject))),
+    "math": lambda subject: Layout(
+        File("math_test", ("subject", "problem", "solution"), only=("subject", subject)), prepared=True
+    ),
     "mmlu": lambda subject: Layout(
         File("mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
         File("mmlu_dev_5shot", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),

@@ -142,9 +142,10 @@ def self_bleu(models: Mapping[str, Mapping[str, Mapping[float, Mapping[str, floa
     return Plot("self_bleu", title, f"Lines with bands of one deviation. {title}. {words}.", draw)
 
 
-def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:
+def calibration(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], *, title: str = "Reward model score by median human rating (Fig. 29)"
+) -> Plot:
     """Mean score at each median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
-    title = "Reward model score by median human rating (Fig. 29)"
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title)
@@ -153,6 +154,7 @@ def calibration(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot:
             colour, marker = theme.colour(index), MARKERS[index % len(MARKERS)]
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
             ax.plot(x, mean, color=colour, marker=marker, markersize=5, label=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("median rating")
         ax.set_ylabel("reward model score")
         legend(ax, theme, loc="upper left")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import read_jsonl
-from llama_jax.evals import distillation_figure, figures, ghost_figures, progress
+from llama_jax.evals import distillation_figure, figures, ghost_figures, model_figures, progress
 from llama_jax.rlhf.best_of import expected_max_of_n
 from llama_jax.training.metrics import read_metrics
 
@@ -122,7 +122,7 @@ def _sampling(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
             title = f"Best of N answers of {label_of(before)} by temperature"
             drawn[f"temperatures_{name}"] = figures.best_by_temperature(json.loads(path.read_text())["curves"], title=title)
         before = name
-    return {"best_of_n": figures.best_of_n(curves), **drawn}
+    return {"best_of_n": model_figures.best_of_n(curves).png(), **drawn}
 
 
 def _versions(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.evals import local_tasks, spans
-from llama_jax.evals.groups import family_of
+from llama_jax.evals.groups import GROUPS, family_of
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
 
 Settings = dict[str, Any]
@@ -76,6 +76,19 @@ def expand(name: str) -> list[str]:
     raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near)}?" if near else f"task {name!r} is unknown")
 
 
+def of_groups(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of a suite's tasks that belong to the named groups of Table 3; without names all of them.
+
+    Raises:
+      ValueError: a group that nobody knows.
+    """
+    for name in names:
+        if name not in GROUPS:
+            raise ValueError(f"groups: {name!r} is unknown; expected some of {', '.join(GROUPS)}")
+    wanted = {family_of(task) for name in names for task in GROUPS[name]}
+    return {name: how for name, how in choices.items() if not names or family_of(name) in wanted}
+
+
 def choose(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy).
 
@@ -105,6 +118,7 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
 
     Raises:
       ValueError, FileNotFoundError: local files that lack rows or columns; code that was not allowed to run.
+      ConnectionError: a data set that is not in the cache, and no hub.
     """
     if name in CODE and not run_code:
         raise ValueError(f"{name} runs code that the model writes, in a sandbox: --run_code allows it")
@@ -126,13 +140,19 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
             raise ValueError(f"{name}: {choice.shots} shots, but its local files have no examples; expected shots=0")
     for key in ("tag", "group", "class", "task_alias"):
         settings.pop(key, None)
-    return _make(settings)
+    return _make(name, settings)
 
 
-def _make(settings: Settings) -> Any:
+def _make(name: str, settings: Settings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
-    task = ConfigurableTask(config=settings)
+    try:
+        task = ConfigurableTask(config=settings)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name}: the hub's data set {settings['dataset_path']!r} is not in the cache, and the hub was not reached; "
+            "expected a network, or local files by --data_dir"
+        ) from error
     task.set_fewshot_seed(1234)  # the harness's own
     return task
 
