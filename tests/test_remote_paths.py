@@ -13,10 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import small_runs
 
 if importlib.util.find_spec("gcsfs") is None:  # not imported: it reads the environment that the fixture sets
     pytest.skip("needs gcsfs (extra [gcs])", allow_module_level=True)
@@ -29,13 +27,7 @@ from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
 from llama_jax.data.loader import BlockSource  # noqa: E402
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
 from llama_jax.files import atomic_write, write_json  # noqa: E402
-from llama_jax.interop.formats import open_source  # noqa: E402
-from llama_jax.interop.restore import restore_model  # noqa: E402
-from llama_jax.model import params  # noqa: E402
-from llama_jax.model.config import SIZES  # noqa: E402
-from llama_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes  # noqa: E402
-from llama_jax.train import run  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
 from llama_jax.training.checkpoint import written_steps  # noqa: E402
 from llama_jax.training.lease import Lease  # noqa: E402
@@ -353,25 +345,3 @@ def test_a_bucket_that_cannot_be_used_is_one_line(bucket):
     code, _, last = command("train", config, *data)
     assert code == 1 and last.startswith("error: ") and "no permission to use the bucket closed" in last, last
     assert not bucket, "something was written before the data was looked at"
-
-
-@pytest.mark.slow
-def test_models_are_read_from_a_bucket_and_adapters_find_their_base_there(bucket, tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "tiny", small_runs.MODEL)
-    small_runs.prepare(tmp_path)
-    run(small_runs.values(tmp_path, "sft", steps=2, lora={"rank": 2}), tmp_path / "sft")
-    for path in [*(tmp_path / "sft").rglob("*"), *(tmp_path / "chat").rglob("*")]:
-        if path.is_file():
-            bucket[f"moved/{path.relative_to(tmp_path).as_posix()}"] = (path.read_bytes(), 1)
-    for step in ("chat/checkpoints/0", "sft/checkpoints/2"):  # what Orbax adds in a bucket, and a local checkpoint lacks
-        for item in ("", "/meta", "/params", "/optimizer"):
-            bucket[f"moved/{step}{item}/commit_success.txt"] = (b"", 1)
-    (tmp_path / "chat").rename(tmp_path / "elsewhere")  # found by its place beside the adapters
-    mesh, specs = make_mesh(MeshConfig()), params.table(small_runs.MODEL, head="lm_head")
-    found = restore_model("gs://bucket/moved/sft", specs, mesh)
-    (tmp_path / "elsewhere").rename(tmp_path / "chat")
-    jax.tree.map(np.testing.assert_array_equal, found, restore_model(tmp_path / "sft", specs, mesh))
-    source = open_source("gs://bucket/moved/sft")
-    np.testing.assert_array_equal(source.read(source.tensors[0]), open_source(tmp_path / "sft").read(source.tensors[0]))
-    with pytest.raises(FileNotFoundError, match="gs://bucket/moved: expected a stage's workdir"):
-        open_source("gs://bucket/moved")
