@@ -1,6 +1,7 @@
 """Supervised fine-tuning (paper section 3.1): `python -m llama_jax.train --config=configs/sft.py:7b --workdir=...`.
 
-Give `--config.start` (the pretraining's workdir), `--config.tokenizer` and `--config.data.train='("dialogs.jsonl",)'`.
+Give `--config.start` (the pretraining's workdir), `--config.tokenizer` and `--config.data.train='("dialogs.jsonl",)'`. For
+a model with a chat format of its own (`sft.py:smollm2-135m`), `--config.data.chat=template` trains in that.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from configs import common
 def get_config(size: str = "tiny") -> ConfigDict:
     """27,540 annotations, 2 epochs (1 at `tiny`), batch 64 rows of 4096, learning rate 2e-5 with cosine."""
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
-    data = {"train": ("dialogs.jsonl",), "held_out": (), "length": length, "train_on": "all"}
+    data = {"train": ("dialogs.jsonl",), "held_out": (), "length": length, "train_on": "all", "chat": "llama2"}
     if size == "tiny":
         optim, loop = common.adamw(1e-3, warmup=10), common.loop(100, 8, checkpoint_every=100)
     else:

@@ -5,9 +5,9 @@
 one, checked before anything is written; the output appears whole or not at all. One process does it.
 """
 
+import functools
 import os
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +18,10 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import whole_directory
 from llama_jax.interop import huggingface, meta, ours, tokenizer_files
 from llama_jax.interop.formats import open_source
-from llama_jax.interop.load import load_params
 from llama_jax.interop.names import leaves
 from llama_jax.interop.source import Source
 from llama_jax.interop.storage import DTYPES, cast, check_finite
 from llama_jax.model.params import count
-from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.metrics import Progress
 
 Target = Literal["huggingface", "meta", "llama_jax"]
@@ -64,10 +62,14 @@ def run(
         fingerprint = ""
         if words is not None:
             fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to)).fingerprint
-        if to == "llama_jax":
-            _write_checkpoint(source, directory, kind, fingerprint, quiet=quiet)
+        if to == "meta":
+            make: Any = functools.partial(meta.Writer, shards=shards)
+        elif to == "huggingface":
+            make = functools.partial(huggingface.Writer, shard_bytes=shard_bytes)
         else:
-            _stream(source, directory, kind, to=to, shards=shards, shard_bytes=shard_bytes, quiet=quiet)
+            origin = {"format": source.format, "path": str(source.path)}
+            make = functools.partial(ours.Writer, tokenizer=fingerprint, origin=origin)
+        _stream(source, make(directory, source.config, source.head, kind), kind, quiet=quiet)
         if to == "huggingface":
             ids = {"bos_id": 1, "eos_id": 2, "pad_id": 0} if words is None else {
                 "bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id,
@@ -95,14 +97,8 @@ def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | N
     return words
 
 
-def _stream(
-    source: Source, directory: Path, kind: np.dtype, *, to: Target, shards: int, shard_bytes: int, quiet: bool
-) -> None:
+def _stream(source: Source, writer: Any, kind: np.dtype, *, quiet: bool) -> None:
     """Reads every tensor twice: to check it, then to write it."""
-    if to == "meta":
-        writer: Any = meta.Writer(directory, source.config, source.head, kind, shards=shards)
-    else:
-        writer = huggingface.Writer(directory, source.config, source.head, kind, shard_bytes=shard_bytes)
     with Progress(len(source.tensors), "check", "array", quiet=quiet) as progress:
         for tensor in source.tensors:
             x = source.fetch(tensor)
@@ -114,14 +110,6 @@ def _stream(
             writer.add(target, cast(source.read(tensor), kind, tensor.name, source.path))
             progress.update()
     writer.close()
-
-
-def _write_checkpoint(source: Source, directory: Path, kind: np.dtype, fingerprint: str, *, quiet: bool) -> None:
-    """The arrays are checked as they are loaded, before the first is written."""
-    with Progress(len(source.tensors), "load", "array", quiet=quiet) as progress:
-        params = load_params(source, make_mesh(), dtype=kind, progress=progress.update)
-    origin = {"format": source.format, "path": str(source.path)}
-    ours.write(directory, params, source.config, tokenizer=fingerprint, origin=origin)
 
 
 def _one_process() -> None:

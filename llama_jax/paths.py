@@ -74,6 +74,15 @@ def absolute(path: str | os.PathLike) -> Path:
     return place(path) if is_remote(path) else Path(path).resolve()
 
 
+def store(directory: str | os.PathLike) -> dict[str, str]:
+    """What TensorStore calls a directory, on a disk or in a bucket."""
+    text = os.fspath(directory).rstrip("/") + "/"
+    if not is_remote(text):
+        return {"driver": "file", "path": text}
+    bucket, _, path = text.removeprefix(GCS).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": path}
+
+
 def relative(path: str | os.PathLike, start: str | os.PathLike) -> str:
     """`path` seen from the directory `start`, where both lie on one disk or in one bucket; else the whole path."""
     if _root(path) != _root(start):

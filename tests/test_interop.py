@@ -1,6 +1,7 @@
 """Weights in and out: parity with transformers, bitwise round trips, and errors that name the tensor."""
 
 import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -21,6 +22,7 @@ from llama_jax.interop.load import load_params
 from llama_jax.interop.source import named
 from llama_jax.interop.torch_file import read_header
 from llama_jax.model import heads, params
+from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import FLOAT32, SIZES, ModelConfig, ffn_size
 from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.model.transformer import hidden_states
@@ -68,14 +70,34 @@ def theirs(config: ModelConfig, *, seed=0, reward=False):
     return model
 
 
-def ours_hidden(tree, tokens, config):
+# Compiling takes most of the time of these models, and optimising most of that.
+quickly = functools.partial(jax.jit, static_argnames="config", compiler_options={"xla_backend_optimization_level": 0})
+
+
+def states(tree, tokens, config):
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     return hidden_states(tree, tokens, jnp.ones((B, T), jnp.int32), positions, config=config, compute=FLOAT32)
 
 
+ours_hidden = quickly(states)
+
+
+@quickly
 def ours_logits(tree, tokens, config):
-    return heads.logits(tree, ours_hidden(tree, jnp.asarray(tokens), config), compute=FLOAT32)
+    return heads.logits(tree, states(tree, tokens, config), compute=FLOAT32)
+
+
+@quickly
+def packed_logits(tree, tokens, segments, positions, config):
+    hidden = hidden_states(tree, tokens, segments, positions, config=config, compute=FLOAT32)
+    return heads.logits(tree, hidden, compute=FLOAT32)
+
+
+def random_tree(config):
+    """Random parameters of a language model, drawn by numpy, which compiles nothing."""
+    rng, specs = np.random.default_rng(0), params.table(config, head="lm_head")
+    return jax.tree.map(lambda spec: rng.normal(0, 0.1, spec.shape).astype(np.float32), specs, is_leaf=is_spec)
 
 
 def random_tokens(config):
@@ -114,9 +136,9 @@ def test_their_model_gives_the_same_logits_here_layer_by_layer(shape, tmp_path):
         expected = model(torch.tensor(tokens), output_hidden_states=True)
         np.testing.assert_allclose(ours_logits(tree, tokens, config), expected.logits.numpy(), atol=1e-4, rtol=1e-4)
         # The stream after k layers, under the final norm, is what a model of the first k layers gives.
-        for k in range(1, config.layers if shape == "GQA" else 2):
-            part = {"trunk": {**tree["trunk"], "layers": jax.tree.map(lambda x, k=k: x[:k], tree["trunk"]["layers"])}}
-            found = ours_hidden(part, jnp.asarray(tokens), dataclasses.replace(config, layers=k))
+        for k in {"GQA": (1, 2), "odd": (1,)}.get(shape, ()):
+            cut = jax.tree.map(lambda x, k=k: np.asarray(x)[:k], tree["trunk"]["layers"])
+            found = ours_hidden({"trunk": {**tree["trunk"], "layers": cut}}, tokens, dataclasses.replace(config, layers=k))
             np.testing.assert_allclose(found, model.model.norm(expected.hidden_states[k]).numpy(), atol=1e-4, rtol=1e-4)
 
 
@@ -138,8 +160,7 @@ def test_half_precision_files_give_their_logits_in_float32(dtype, tmp_path):
 def test_what_we_export_gives_our_logits_there(shape, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = dataclasses.replace(MODEL, **SHAPES[shape])
-    tree, tokens = params.init(params.table(config, head="lm_head"), jax.random.key(0)), random_tokens(config)
-    tree = jax.tree.map(lambda x: 5 * x, tree)
+    tree, tokens = random_tree(config), random_tokens(config)
     export(tree, config, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
@@ -165,10 +186,41 @@ def test_scaled_frequencies_are_those_of_transformers(scaling):
     assert magnitude == scaling.magnitude
 
 
+def test_dynamic_scaling_follows_each_sequences_own_length(tmp_path):
+    """Rows beyond the old context, alone, packed, and within it; transformers scales a whole batch by its longest row."""
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(MODEL, max_length=8, rope_scaling=RopeScaling("dynamic", 4.0, 8))
+    model = theirs(config)
+    model.save_pretrained(tmp_path / "in")
+    source = open_source(tmp_path / "in")
+    assert dataclasses.replace(source.config, name="test") == config
+    tree, tokens = load_params(source, one_device()), random_tokens(config)[:1]
+    lengths = (8, 9, 19)  # in this order: transformers keeps the frequencies of the longest row that it has seen
+    rows = [tokens[:, :length] for length in lengths]
+    with torch.no_grad():
+        expected = [model(torch.tensor(row)).logits.numpy() for row in rows]
+    for row, logits in zip(rows, expected):
+        np.testing.assert_allclose(ours_logits(tree, row, config), logits, atol=1e-4, rtol=1e-4)
+    plain = ours_logits(tree, rows[2], dataclasses.replace(config, rope_scaling=None))
+    assert np.abs(plain - expected[2]).max() > 0.1
+    # All in one row, each keeps its own length.
+    packed = np.concatenate(rows, axis=1)
+    segments, positions = np.repeat([1, 2, 3], lengths)[None], np.concatenate([np.arange(n) for n in lengths])[None]
+    found = packed_logits(tree, packed, segments, positions, config)
+    np.testing.assert_allclose(found, np.concatenate(expected, axis=1), atol=1e-4, rtol=1e-4)
+    # Out again, and what cannot be said or done is refused.
+    assert huggingface.rope_json(config) == {"rope_theta": 10_000.0, "rope_type": "dynamic", "factor": 4.0}
+    longer = dataclasses.replace(config, max_length=32)
+    with pytest.raises(ValueError, match="takes max_length 32 for the old context of its rotary positions, which is 8"):
+        huggingface.rope_json(longer)
+    with pytest.raises(ValueError, match="beyond 8 tokens, which generation cannot follow: expected a max_length of at most"):
+        empty_cache(longer, batch=1, slots=16, dtype=jnp.float32)
+    empty_cache(config, batch=1, slots=8, dtype=jnp.float32)
+
+
 def test_tied_embeddings_are_written_twice_into_metas_layout(tmp_path):
     config = dataclasses.replace(MODEL, tie_embeddings=True)
-    tree, tokens = params.init(params.table(config, head="lm_head"), jax.random.key(0)), random_tokens(config)
-    tree = jax.tree.map(lambda x: 5 * x, tree)
+    tree, tokens = random_tree(config), random_tokens(config)
     export(tree, config, tmp_path / "meta", to="meta", shards=2)
     source = open_source(tmp_path / "meta")
     assert not source.config.tie_embeddings
@@ -444,8 +496,8 @@ def test_tensors_that_are_not_the_configs(hf):
     refused(hf, "tie_word_embeddings is true, but tensor lm_head.weight differs")
     with_fields(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5})
     refused(hf, "low_freq_factor is missing, expected a positive float")
-    with_fields(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=None)
-    refused(hf, "rope_type is 'dynamic'; rotary positions are computed here as one of 'default', 'linear', 'llama3', 'yarn'")
+    with_fields(rope_scaling={"type": "longrope", "factor": 2.0}, rope_parameters=None)
+    refused(hf, "rope_type is 'longrope'; rotary positions are computed here as one of 'default', 'linear', ")
     with_fields(rope_parameters={"rope_type": "yarn", "factor": 2.0, "mscale": 0.7})
     refused(hf, "mscale is 0.7, a feature of rope_type 'yarn' not computed here")
     with_fields(model_type="mistral")

@@ -15,7 +15,7 @@ import pytest
 
 import llama_jax
 from llama_jax import convert, pretrained
-from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import ours, tokenizer_files
@@ -189,6 +189,12 @@ def test_smollm2s_chat_template_is_that_of_transformers(smollm2, peer_tokenizer)
     for dialog in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
         expected = peer_tokenizer.apply_chat_template(dialog, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert encode_chat(dialog, smollm2.tokenizer) == list(expected)
+        answered = [*dialog, {"role": "assistant", "content": "Bon."}]
+        expected = peer_tokenizer.apply_chat_template(answered, tokenize=True, return_dict=False)
+        example = encode_example(answered, smollm2.tokenizer)
+        assert example.ids == list(expected)
+        trained = [token for token, supervised in zip(example.ids, example.supervised) if supervised]
+        assert peer_tokenizer.decode(trained) == "<b><|im_end|>Bon.<|im_end|>"
     with pytest.raises(ValueError, match=r"messages.0..content: holds the control piece '<\|im_end\|>', which could forge"):
         smollm2.chat([{"role": "user", "content": "x<|im_end|>\n"}])
 

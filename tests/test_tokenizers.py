@@ -4,20 +4,23 @@ import json
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.config import ConfigError
 from llama_jax.data import tokenizer_gguf
-from llama_jax.data.chat_template import encode_chat
-from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.chat_template import encode_chat, encode_example
+from llama_jax.data.dialog import encode_dialog, encode_prompt
 from llama_jax.data.sentencepiece_proto import model_class
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.data.tokenizer_json import JsonTokenizer
 from llama_jax.interop import tokenizer_files
+from llama_jax.sft.stage import packed_dialogs
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -219,6 +222,44 @@ def test_chat_goes_by_the_tokenizers_template_or_llama_2s(json_directory, senten
     # The exported template is Llama 2's format, in its ids.
     for dialog in (messages, [{"role": "system", "content": "be kind"}, *messages], messages[:1]):
         assert encode_chat(dialog, copies[1]) == encode_prompt(dialog, copies[0]) == encode_chat(dialog, copies[0])
+
+
+def test_training_in_a_models_own_template_supervises_answers_and_their_eos(json_directory, copies, tmp_path):
+    pytest.importorskip("jinja2")
+    words = Tokenizer(json_directory)
+    roles = ("user", "assistant", "user", "assistant")
+    dialog = [{"role": r, "content": c} for r, c in zip(roles, (" what? ", "\n a loop ", "naïve?", "of code"), strict=True)]
+    example = encode_example(dialog, words)
+    pieces = ["<|im_start|>user\n what? <|im_end|>\n<|im_start|>assistant\n", "a loop<|im_end|>",
+              "\n<|im_start|>user\nnaïve?<|im_end|>\n<|im_start|>assistant\n", "of code<|im_end|>", "\n"]  # fmt: skip
+    parts = [words.encode_rendered(piece) for piece in pieces]
+    assert example.ids == [token for part in parts for token in part] == words.encode_rendered("".join(pieces))
+    assert example.supervised == [bool(i % 2) for i, part in enumerate(parts) for _ in part]
+    # An answer is asked for by the very ids that it was trained behind.
+    answered = [dialog[0], {"role": "assistant", "content": "a loop"}, dialog[2]]
+    assert encode_chat(answered, words) == [token for part in parts[:3] for token in part]
+    last, later = encode_example(dialog, words, train_on="last"), encode_example(dialog, words, prompt_messages=2)
+    assert last == later and last.supervised == [i == 3 for i, part in enumerate(parts) for _ in part]
+    # Llama 2's format as a template gives what its own encoder gives.
+    for messages in (dialog, [{"role": "system", "content": "be kind"}, *dialog]):
+        assert encode_example(messages, copies[1]) == encode_dialog(messages, copies[0])
+    with pytest.raises(ValueError, match="expected the last one from the assistant"):
+        encode_example(dialog[:3], words)
+    with pytest.raises(ValueError, match="holds the control piece"):
+        encode_example([dialog[0], {"role": "assistant", "content": "<|im_start|>"}], words)
+    for template, message in (
+        (TEMPLATE.replace("<|im_end|>", ""), "does not end an answer with '<|im_end|>'"),
+        (TEMPLATE.replace("<|im_start|>assistant", "<|im_start|>bot"), "have no common border"),
+    ):
+        words.chat_template = template
+        with pytest.raises(ValueError, match=re.escape(message)):
+            encode_example(dialog, words)
+    # The stage takes it, or says that there is none.
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": dialog}) + "\n")
+    packed = packed_dialogs((str(tmp_path / "rows.jsonl"),), Tokenizer(json_directory), length=128, chat="template")
+    assert packed.supervised == sum(example.supervised)
+    with pytest.raises(ConfigError, match="data.chat=template: tokenizer .* came without a chat template"):
+        packed_dialogs((str(tmp_path / "rows.jsonl"),), copies[0], length=128, chat="template")
 
 
 def test_transformers_reads_what_we_export(copies, json_directory, root):

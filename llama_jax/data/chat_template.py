@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from llama_jax.data.dialog import Message, check_messages, encode_prompt
+from llama_jax.data.dialog import EncodedDialog, Message, check_finished, check_messages, encode_dialog, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
 
 
@@ -18,14 +18,65 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str
     check_messages(messages, where)
     if messages[-1]["role"] != "user":
         raise ValueError(f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}")
+    _refuse_control(messages, tokenizer, where)
+    return _rendered(messages, tokenizer, opens_answer=True)
+
+
+def encode_example(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: Literal["all", "last"] = "all", prompt_messages: int = 0,
+    where: str = "messages",
+) -> EncodedDialog:  # fmt: skip
+    """`data.dialog.encode_dialog` in the model's own chat format: a finished dialog, and which of its ids are targets.
+
+    An answer is supervised from its first id to its EOS; what the template writes around it is not. Whitespace around an
+    answer is no part of it.
+
+    Raises:
+      ValueError: also where prompt and answer have no common border, or the template ends answers without EOS.
+    """
+    if tokenizer.chat_template is None:
+        return encode_dialog(messages, tokenizer, train_on=train_on, prompt_messages=prompt_messages, where=where)
+    check_finished(messages, train_on, where)
+    _refuse_control(messages, tokenizer, where)
+    stripped = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
+    ids = _rendered(stripped, tokenizer, opens_answer=False)
+    supervised = [False] * len(ids)
+    for i, message in enumerate(stripped):
+        if message["role"] != "assistant":
+            continue
+        start, end = _answer(ids, stripped, i, tokenizer, where)
+        trains = i >= prompt_messages if train_on == "all" else i + 1 == len(stripped)
+        supervised[start:end] = [trains] * (end - start)
+    return EncodedDialog(ids, supervised)
+
+
+def _answer(ids: list[int], messages: Sequence[Message], i: int, tokenizer: Tokenizer, where: str) -> tuple[int, int]:
+    """Where message `i`, an answer, lies in the ids of the whole dialog, its EOS included."""
+    prompt = _rendered(messages[:i], tokenizer, opens_answer=True)
+    upto = len(_rendered(messages[: i + 1], tokenizer, opens_answer=False))
+    if ids[: len(prompt)] != prompt:
+        raise ValueError(
+            f"{where}: messages[{i}]: the chat template of {tokenizer.path} does not begin the dialog as it begins the prompt "
+            f"of the answer {messages[i]['content'][:20]!r}, so the two have no common border"
+        )
+    if tokenizer.eos_id not in ids[len(prompt) : upto]:
+        end = tokenizer.piece(tokenizer.eos_id)
+        raise ValueError(f"{where}: messages[{i}]: the chat template of {tokenizer.path} does not end an answer with {end!r}")
+    return len(prompt), ids.index(tokenizer.eos_id, len(prompt)) + 1
+
+
+def _refuse_control(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> None:
     for i, message in enumerate(messages):
         for piece in tokenizer.special_pieces():
             if piece in message["content"]:
                 raise ValueError(
                     f"{where}: messages[{i}].content: holds the control piece {piece!r}, which could forge a turn"
                 )
+
+
+def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer: bool) -> list[int]:
     text = _compiled(tokenizer.chat_template)(
-        messages=[dict(message) for message in messages], add_generation_prompt=True,
+        messages=[dict(message) for message in messages], add_generation_prompt=opens_answer,
         bos_token=tokenizer.piece(tokenizer.bos_id), eos_token=tokenizer.piece(tokenizer.eos_id),
     )  # fmt: skip
     return tokenizer.encode_rendered(text)

@@ -66,6 +66,15 @@ def check_messages(messages: Any, where: str = "messages") -> None:
             )
 
 
+def check_finished(messages: Any, train_on: str, where: str) -> None:
+    """`check_messages` of a dialog to be trained on: it ends with the assistant."""
+    if train_on not in ("all", "last"):
+        raise ValueError(f"train_on: expected 'all' or 'last', got {train_on!r}")
+    check_messages(messages, where)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}")
+
+
 def find_tag(text: str) -> str | None:
     """The first chat tag inside `text`, or None. A sampled answer with one cannot enter a dialog."""
     return next((tag for tag in TAGS if tag in text), None)
@@ -83,11 +92,7 @@ def encode_dialog(
 
     The first `prompt_messages` messages are a prompt: their answers are not supervised.
     """
-    if train_on not in ("all", "last"):
-        raise ValueError(f"train_on: expected 'all' or 'last', got {train_on!r}")
-    check_messages(messages, where)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}")
+    check_finished(messages, train_on, where)
     ids, supervised = [], []
     turns = _merge_system(messages)
     system = len(messages) - len(turns)

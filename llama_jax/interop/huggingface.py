@@ -36,6 +36,7 @@ _FIXED = {
 # The fields of each way to scale rotary positions, beside its factor, in the order of `RopeScaling`.
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "linear": (),
+    "dynamic": (),
     "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_max_position_embeddings", "beta_slow", "beta_fast", "attention_factor"),
 }
@@ -98,6 +99,8 @@ def _scaling(kind: str, parameters: dict[str, Any], found: dict[str, Any], path:
     factor = float(number(values, "factor", float, path))
     if kind == "linear":
         return RopeScaling(kind, factor)
+    if kind == "dynamic":  # transformers takes the context itself for the old one
+        return RopeScaling(kind, factor, number(found, "max_position_embeddings", int, path, 2048))
     original = number(values, "original_max_position_embeddings", int, path, found.get("max_position_embeddings", 2048))
     if kind == "llama3":
         slow, fast = (float(number(values, name, float, path)) for name in ("low_freq_factor", "high_freq_factor"))
@@ -112,6 +115,11 @@ def rope_json(config: ModelConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
+        if scaling.kind == "dynamic" and scaling.original_length != config.max_length:
+            raise ValueError(
+                f"model {config.name}: Hugging Face's config takes max_length {config.max_length} for the old context of its "
+                f"rotary positions, which is {scaling.original_length}"
+            )
         parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
         values = (scaling.original_length, scaling.slow, scaling.fast, scaling.magnitude)
         parameters |= dict(zip(_ROPE_FIELDS[scaling.kind], values))

@@ -67,7 +67,12 @@ def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    return _zeros_program(shape, dtype, sharding)()
+
+
+@functools.lru_cache(maxsize=64)  # a second model of one shape compiles nothing
+def _zeros_program(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

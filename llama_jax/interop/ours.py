@@ -1,18 +1,18 @@
 """Checkpoints of our own stages as sources, and converted weights as checkpoints that every stage can start from."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from llama_jax.config import describe, parse
-from llama_jax.interop import names
+from llama_jax.files import write_json
+from llama_jax.interop import layered, names
 from llama_jax.interop.names import Tensor, leaves
 from llama_jax.interop.restore import adapter_config, base_of, model_parts
 from llama_jax.interop.source import Source
@@ -20,17 +20,14 @@ from llama_jax.model.config import ModelConfig
 from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
-from llama_jax.paths import absolute
 from llama_jax.training.checkpoint import (
     POLICY,
     CheckpointError,
-    fingerprints,
+    fingerprint_part,
     newest_step,
     read_meta,
     saved_parts,
 )
-
-_CHUNK_BYTES = 256 << 20  # of the stored arrays: a reader of one shard need not decode the whole
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 
@@ -38,7 +35,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 def open_source(workdir: Path) -> Source:
     """Opens the newest checkpoint of a stage's workdir (of PPO: the policy), or a converted one.
 
-    Parameters are read leaf by leaf and compared with their fingerprints; a process holds one leaf of all layers at a time.
+    Leaves are compared with their fingerprints before any of their layers is given out. A process holds one layer at a time,
+    or as many as lie together: all of them, where a stage wrote the leaf from one device.
     """
     meta = read_meta(workdir)
     config = parse(ModelConfig, meta["model"], where=str(workdir))
@@ -53,7 +51,7 @@ def open_source(workdir: Path) -> Source:
     )  # fmt: skip
 
 
-def _reader(workdir: Path, specs: Mapping[str, ParamSpec]) -> "_LeafReader":
+def _reader(workdir: Path, specs: Mapping[str, ParamSpec]) -> "_LeafReader | _MergedReader":
     """Of the leaves of a workdir's model; of adapters, merged with the leaves of their base."""
     meta, parts = read_meta(workdir), saved_parts(workdir)
     prefix = (POLICY,) if POLICY in parts else ()
@@ -72,93 +70,165 @@ def _reader(workdir: Path, specs: Mapping[str, ParamSpec]) -> "_LeafReader":
 
 
 class _LeafReader:
-    """Reads one leaf at a time and remembers the last."""
+    """Reads what is stored together of one leaf at a time, and remembers the last."""
 
     def __init__(self, step: Path, expected: Mapping[str, int], prefix: tuple[str, ...], specs: Mapping[str, Any]):
         self._step, self._expected, self._prefix, self.specs = step, expected, prefix, specs
-        self._path, self._leaf = "", np.empty(0)
+        self._path, self._array, self._at, self._block = "", None, slice(0, 0), np.empty(0)
         for path in specs:
-            if self._key(path) not in expected:
+            if _name(self._keys(path)) not in expected:
                 raise CheckpointError(f"{step}: has no parameter {path}")
-
-    def _key(self, path: str) -> str:
-        return "".join(f"['{part}']" for part in ("params", *self._prefix, *path.split("/")))
 
     def read(self, row: Tensor) -> np.ndarray:
         """One parameter of one layer."""
+        if row.layer is None:
+            return self.leaf(row.path)
         if row.path != self._path:
-            self._path, self._leaf = row.path, np.empty(0)  # the old leaf goes before the new one comes
-            self._leaf = self.leaf(row.path)
-        return self._leaf if row.layer is None else self._leaf[row.layer]
+            self._open(row.path)
+        if not self._at.start <= row.layer < self._at.stop:
+            (at,) = (at for at in layered.blocks(self._array) if at.start <= row.layer < at.stop)
+            self._load(at)
+        return self._block[row.layer - self._at.start]
 
     def leaf(self, path: str) -> np.ndarray:
         """One parameter of all layers."""
-        keys = (*self._prefix, *path.split("/"))
-        spec = self.specs[path]
-        item: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(keys):
-            item, how = {key: item}, {key: how}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            try:
-                leaf = checkpointer.restore(
-                    absolute(self._step / "params"),
-                    args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True),
-                )
-            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-                raise CheckpointError(f"{self._step}: {path} cannot be read: {text}") from None
-        for key in keys:
-            leaf = leaf[key]
-        (found,) = fingerprints(leaf, dtype="float32").values()
-        if found != self._expected[self._key(path)]:
+        self._open(path)
+        if self._at != slice(0, self._array.shape[0]):
+            self._load(slice(0, self._array.shape[0]))
+        return self._block
+
+    def _keys(self, path: str) -> tuple[str, ...]:
+        return (*self._prefix, *path.split("/"))
+
+    def _open(self, path: str) -> None:
+        """Opens a leaf and compares it with its fingerprint; the last of its blocks stays in memory."""
+        self._path, keys = path, self._keys(path)
+        try:
+            self._array = layered.open_array(self._step / "params", keys)
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from None
+        if self._array.shape != self.specs[path].shape:
+            shape = list(self.specs[path].shape)
+            raise CheckpointError(f"{self._step}: {path} has shape {list(self._array.shape)}, expected {shape}")
+        found, size = 0, math.prod(self._array.shape[1:])
+        for at in layered.blocks(self._array):
+            self._load(at)
+            found += fingerprint_part(self._block, at.start * size)
+        if found % 2**32 != self._expected[_name(keys)]:
             raise CheckpointError(f"{self._step}: {path} has another checksum than when it was saved")
-        return leaf
+
+    def _load(self, at: slice) -> None:
+        self._block = np.empty(0)  # the old block goes before the new one comes
+        try:
+            self._block = self._array[at].read().result()
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from None
+        self._at = at
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return CheckpointError(f"{self._step}: {self._path} cannot be read: {text}")
 
 
-class _MergedReader(_LeafReader):
-    """Reads the leaves of a base with a checkpoint's adapters added."""
+class _MergedReader:
+    """Reads the parameters of a base with a checkpoint's adapters added."""
 
-    def __init__(self, adapters: _LeafReader, base: _LeafReader, scale: float):
+    def __init__(self, adapters: _LeafReader, base: "_LeafReader | _MergedReader", scale: float):
         self._adapters, self._base, self._scale = adapters, base, scale
-        self._path, self._leaf = "", np.empty(0)
+        self._path, self._pair = "", None
 
-    def leaf(self, path: str) -> np.ndarray:
-        """One parameter of all layers."""
-        if path in self._adapters.specs:
-            return self._adapters.leaf(path)
-        weight = self._base.leaf(path)
+    def read(self, row: Tensor) -> np.ndarray:
+        """One parameter of one layer."""
+        if row.path in self._adapters.specs:
+            return self._adapters.read(row)
+        weight = self._base.read(row)
+        if row.path != self._path:
+            self._path, self._pair = row.path, self._adapters_of(row.path)
+        if self._pair is None:
+            return weight
+        a, b = (part[row.layer : row.layer + 1] for part in self._pair)
+        return weight + np.asarray(product(a, b, self._scale))[0]
+
+    def _adapters_of(self, path: str) -> tuple[np.ndarray, np.ndarray] | None:
         a, b = (f"lora/layers/{path.split('/')[-1]}/{part}" for part in "ab")
         if a not in self._adapters.specs or not path.startswith("trunk/layers/"):
-            return weight
-        return weight + np.asarray(product(self._adapters.leaf(a), self._adapters.leaf(b), self._scale))
+            return None
+        return self._adapters.leaf(a), self._adapters.leaf(b)
 
 
-def write(directory: Path, params: Params, config: ModelConfig, *, tokenizer: str, origin: Mapping[str, Any]) -> None:
-    """Writes parameters as checkpoint 0 of a workdir.
+def _name(keys: Sequence[str]) -> str:
+    """A leaf as fingerprints name it."""
+    return "".join(f"['{part}']" for part in ("params", *keys))
+
+
+class Writer:
+    """Streams tensors into checkpoint 0 of a workdir, which every stage can start from.
 
     They are stored in their own type; stages read them as float32, and the fingerprints are those of the float32 numbers
     (which hold a bfloat16 or float16 exactly). `tokenizer` is its fingerprint.
     """
+
+    format = "llama_jax"
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, tokenizer: str, origin: Mapping[str, Any]
+    ):
+        self.tensors = names.tensors(config, head, "huggingface")
+        shapes = {path: spec.shape for path, spec in leaves(config, head).items()}
+        self._checkpoint = _Checkpoint(directory, config, shapes, tokenizer, origin)
+        self._dtype = dtype
+
+    def add(self, tensor: Tensor, x: np.ndarray) -> None:
+        """Writes the next tensor of `self.tensors`, in our layout."""
+        self._checkpoint.add(tensor.path, x, tensor.layer, self._dtype)
+
+    def close(self) -> None:
+        """Writes what the checkpoint says of itself."""
+        self._checkpoint.close()
+
+
+def write(directory: Path, params: Params, config: ModelConfig, *, tokenizer: str, origin: Mapping[str, Any]) -> None:
+    """Writes parameters that are in memory as checkpoint 0 of a workdir; see `Writer`."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    checks: dict[str, int] = {}
+    checkpoint = _Checkpoint(directory, config, {path: leaf.shape for path, leaf in flat.items()}, tokenizer, origin)
     for path, leaf in flat.items():
-        checks |= fingerprints({"params": traverse_util.unflatten_dict({path: leaf}, sep="/")}, dtype="float32")
-    dtypes = {np.dtype(leaf.dtype).name for leaf in flat.values()}
-    meta = {
-        "stage": "convert", "model": describe(config), "tokenizer": tokenizer, "step": 0, "seconds": 0.0,
-        "fingerprints": checks, "dtype": dtypes.pop() if len(dtypes) == 1 else "float32", "origin": dict(origin),
-    }  # fmt: skip
-    json.dumps(meta)  # before anything is written
-    # Orbax would hold a copy of everything that it writes; so it holds a gigabyte, or the largest leaf.
-    largest = max(shard.data.nbytes for leaf in flat.values() for shard in leaf.addressable_shards)
-    arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=-(-max(largest, 1) // 10**9))
-    handler = ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), params=arrays)
-    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(
-            absolute(directory / "checkpoints" / "0"),
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta), params=ocp.args.PyTreeSave(params, save_args=how),
-            ),
-        )  # fmt: skip
+        whole = np.asarray(leaf)
+        parts = enumerate(whole) if "layers" in path.split("/") else [(None, whole)]
+        for layer, part in parts:
+            checkpoint.add(path, part, layer, whole.dtype)
+    checkpoint.close()
+
+
+class _Checkpoint:
+    """A checkpoint that is being written, leaf by leaf, and each whole or layer by layer."""
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], tokenizer: str,
+        origin: Mapping[str, Any],
+    ):  # fmt: skip
+        self._shapes, self._dtypes, self._open = dict(shapes), set(), ("", None)
+        self._sums = dict.fromkeys(shapes, 0)
+        self._meta = {
+            "stage": "convert", "model": describe(config), "tokenizer": tokenizer, "step": 0, "seconds": 0.0,
+            "origin": dict(origin),
+        }  # fmt: skip
+        json.dumps(self._meta)  # before anything is written
+        self._step = directory / "checkpoints" / "0"
+        self._params = layered.make_frame(self._step, [path.split("/") for path in shapes])
+
+    def add(self, path: str, x: np.ndarray, layer: int | None, dtype: np.dtype) -> None:
+        """Writes a leaf, or one layer of it; the layers of a leaf follow each other."""
+        if self._open[0] != path:
+            array = layered.create_array(self._params, path.split("/"), self._shapes[path], dtype, layered=layer is not None)
+            self._open = path, array
+            self._dtypes.add(dtype.name)
+        place = ... if layer is None else layer
+        self._open[1][place].write(x).result()
+        part = fingerprint_part(x, (layer or 0) * x.size)
+        self._sums[path] = (self._sums[path] + part) % 2**32
+
+    def close(self) -> None:
+        """Writes the meta."""
+        dtype = self._dtypes.pop() if len(self._dtypes) == 1 else "float32"
+        sums = {_name(path.split("/")): value for path, value in self._sums.items()}
+        write_json(self._step / "meta" / "metadata", self._meta | {"fingerprints": sums, "dtype": dtype})

@@ -12,6 +12,7 @@ from llama_jax.model.attention import attend, training_mask
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import contract, rope_angles
 from llama_jax.model.params import Params
+from llama_jax.model.rope import sequence_lengths
 from llama_jax.model.transformer import _block, _embed
 
 
@@ -56,7 +57,10 @@ def largest_attention(
 
 def _mask_and_angles(segment_ids: jax.Array, config: ModelConfig):
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)  # one segment a row
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling)
+    angles = rope_angles(
+        positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling,
+        lengths=sequence_lengths(segment_ids, positions),
+    )  # fmt: skip
     return training_mask(segment_ids), angles
 
 

@@ -67,8 +67,19 @@ class KVCache:
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """A cache without content; with dtype int8, keys and values have scales."""
+    """A cache without content; with dtype int8, keys and values have scales.
+
+    Raises:
+      ValueError: more slots than the old context of a model with `dynamic` rotary scaling. Beyond it every further token
+        turns all keys anew, and what the layers made of them: no cache gives what a forward pass of the whole row does.
+    """
     B, K, E, S = batch, config.kv_heads, config.head_size, slots
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and config.max_length > scaling.original_length:
+        raise ValueError(
+            f"model {config.name}: its rotary positions are scaled by length (dynamic) beyond {scaling.original_length} "
+            f"tokens, which generation cannot follow: expected a max_length of at most that, got {config.max_length}"
+        )
     lengthwise = platform() == "tpu" and dtype == jnp.bfloat16 and paged.supports(paged.PAGE, E)
 
     def scales():

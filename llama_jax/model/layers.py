@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.model.rope import RopeScaling, stretched
+from llama_jax.model.rope import RopeScaling, growth, stretched
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.mesh import platform
 
@@ -84,13 +84,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
 
 
 def rope_angles(
-    positions: jax.Array, head_size: int, *, theta: float, scaling: RopeScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position * theta^(-2i / E) in float32, i = 0 .. E/2-1. # [B, T] -> 2 x [B, T, E/2]"""
+    positions: jax.Array, head_size: int, *, theta: float, scaling: RopeScaling | None = None,
+    lengths: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Cosine and sine of position * theta^(-2i / E) in float32, i = 0 .. E/2-1. # [B, T] -> 2 x [B, T, E/2]
+
+    `lengths` of the tokens' sequences are read by `dynamic` scaling; without them, none exceeds the old context. # [B, T]
+    """
     if scaling is None:
         frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     else:
         frequencies = stretched(head_size, theta, scaling)
+        if scaling.kind == "dynamic" and lengths is not None:
+            frequencies = frequencies * growth(lengths, head_size, scaling)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     if scaling is None or scaling.magnitude == 1:
         return jnp.cos(angles), jnp.sin(angles)

@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -15,15 +17,16 @@ class RopeScaling:
     """How frequencies are changed.
 
     kind: `linear` divides all of them (Chen et al. 2023); `llama3` divides those of wavelengths beyond the old context, with a
-      smooth border (Llama 3.1); `yarn` does so with a linear border (Peng et al. 2023) and scales the attention's inputs.
-    factor: what they are divided by.
+      smooth border (Llama 3.1); `yarn` does so with a linear border (Peng et al. 2023) and scales the attention's inputs;
+      `dynamic` ("NTK") raises theta with the length of a sequence, from where it exceeds the old context.
+    factor: what they are divided by; of `dynamic`, how fast theta grows.
     original_length: the old context, in tokens.
     slow, fast: the border: frequencies that turn fewer than `slow` times within the old context are divided, those that turn
       more than `fast` times are not.
     magnitude: factor of sine and cosine.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic"]
     factor: float
     original_length: int = 0
     slow: float = 1.0
@@ -33,13 +36,17 @@ class RopeScaling:
     def __post_init__(self):
         if self.factor < 1:
             raise ValueError(f"rope scaling: expected a factor of at least 1, got {self.factor}")
-        if self.kind != "linear" and (self.original_length < 1 or self.fast <= self.slow):
+        if self.kind == "dynamic" and self.original_length < 1:
+            raise ValueError(f"rope scaling dynamic: expected the length of the old context, got {self.original_length}")
+        if self.kind in ("llama3", "yarn") and (self.original_length < 1 or self.fast <= self.slow):
             raise ValueError(f"rope scaling {self.kind}: expected an original length and slow < fast, got {self}")
 
 
 def stretched(head_size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """theta^(-2i / E), i = 0 .. E/2-1, scaled. # float32 [E/2]"""
+    """theta^(-2i / E), i = 0 .. E/2-1, scaled; of `dynamic`, within the old context. # float32 [E/2]"""
     plain = theta ** (-np.arange(0, head_size, 2) / head_size)
+    if scaling.kind == "dynamic":
+        return plain.astype(np.float32)
     if scaling.kind == "linear":
         kept = np.zeros_like(plain)
     elif scaling.kind == "llama3":
@@ -54,3 +61,20 @@ def stretched(head_size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
         low, high = max(math.floor(low), 0), min(math.ceil(high), head_size - 1)
         kept = 1 - np.clip((np.arange(head_size // 2) - low) / max(high - low, 1e-3), 0, 1)
     return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def growth(lengths: jax.Array, head_size: int, scaling: RopeScaling) -> jax.Array:
+    """By what `dynamic` scaling multiplies the frequencies of sequences of some lengths. # int32 [...] -> float32 [..., E/2]
+
+    Theta is multiplied by (factor * length / original - (factor - 1)) ^ (E / (E - 2)), and the lowest frequency thereby
+    divided by the term in brackets. Within the old context that term is 1.
+    """
+    ratio = jnp.maximum(lengths, scaling.original_length) / scaling.original_length
+    exponents = -np.arange(0, head_size, 2) / max(head_size - 2, 1)
+    return (scaling.factor * ratio - (scaling.factor - 1))[..., None] ** exponents.astype(np.float32)
+
+
+def sequence_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """Of each token, the length of its sequence: that of its segment of the row. # int32 [B, T] x 2 -> [B, T]"""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1

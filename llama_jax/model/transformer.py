@@ -14,6 +14,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.lora import attach
 from llama_jax.model.params import Params, table
+from llama_jax.model.rope import sequence_lengths
 from llama_jax.parallel.axes import constrain
 from llama_jax.parallel.ring import ring_order
 from llama_jax.parallel.vocabulary import look_up
@@ -47,7 +48,10 @@ def hidden_states(
     if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
         tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
     attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
-    angles = rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling)
+    angles = rope_angles(
+        positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling,
+        lengths=sequence_lengths(segment_ids, positions),
+    )  # fmt: skip
     if compute.unroll:
         angles = materialise(angles)
 

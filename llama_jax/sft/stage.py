@@ -9,6 +9,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
+from llama_jax.data.chat_template import encode_example
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
 from llama_jax.data.loader import row_source
 from llama_jax.data.packing import Packed, pack_dialogs
@@ -26,12 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class SftData:
-    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
+    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row.
+
+    chat: the format: Llama 2's, or the chat `template` that the tokenizer came with, in which `model.chat` asks such a model.
+      The stages after SFT speak Llama 2's.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     length: int
     train_on: Literal["all", "last"] = "all"
+    chat: Literal["llama2", "template"] = "llama2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,18 +48,23 @@ class SftConfig(StageConfig):
     epochs: float = 0.0
 
 
-def packed_dialogs(paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all") -> Packed:
+def packed_dialogs(
+    paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all", chat: str = "llama2"
+) -> Packed:
     """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log.
 
     A row's own field `train_on` comes before the argument: Ghost Attention's dialogs train their last answer among others that
     train all of theirs.
     """
+    if chat == "template" and tokenizer.chat_template is None:
+        raise ConfigError(f"data.chat=template: tokenizer {tokenizer.path} came without a chat template")
+    encode = encode_example if chat == "template" else encode_dialog
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
             trained = row.get("train_on", train_on)
             examples.append(
-                encode_dialog(
+                encode(
                     row["messages"], tokenizer, train_on=trained, prompt_messages=row["prompt_messages"],
                     where=f"{path}:{number}",
                 )
@@ -73,7 +84,8 @@ def fine_tuning_stage(
     model, tokenizer = load_tokenizer(config)
     if data.length > model.max_length:
         raise ConfigError(f"data.length={data.length}, model {model.name} takes {model.max_length}")
-    packed = packed_dialogs(data.train, tokenizer, length=data.length, train_on=data.train_on)
+    how = {"length": data.length, "train_on": data.train_on, "chat": data.chat}
+    packed = packed_dialogs(data.train, tokenizer, **how)
     batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice())
     loop = config.loop
     if epochs > 0:
@@ -82,7 +94,7 @@ def fine_tuning_stage(
     loss = language_model_loss(model, config.compute)
     evaluate = None
     if data.held_out:
-        held_out = packed_dialogs(data.held_out, tokenizer, length=data.length, train_on=data.train_on)
+        held_out = packed_dialogs(data.held_out, tokenizer, **how)
         source = row_source(held_out.rows, config.loop.batch_size, seed=0, **process_slice())
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(

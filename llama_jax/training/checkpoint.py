@@ -29,6 +29,7 @@ from llama_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+_PIECE = 1 << 18  # elements that are added up at once: they stay in the cache
 POLICY = "policy"  # the model that other stages start from, where a stage trains several
 
 
@@ -49,9 +50,22 @@ def fingerprints(tree: Any, *, dtype: str | None = None) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
 
 
+def fingerprint_part(x: np.ndarray, start: int) -> int:
+    """What elements from number `start` on (row-major) add to their leaf's fingerprint in float32; parts add modulo 2^32.
+
+    On the host and in pieces, for leaves that are larger than memory.
+    """
+    flat, total = x.reshape(-1), 0
+    for first in range(0, flat.size, _PIECE):
+        words = np.ascontiguousarray(flat[first : first + _PIECE], np.float32).view(np.uint32)
+        factors = np.arange(words.size, dtype=np.uint32) * np.uint32(2) + np.uint32((2 * (start + first) + 1) % 2**32)
+        total += int(np.sum(words * factors, dtype=np.uint32))
+    return total % 2**32
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _checksums(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
-    def checksum(x: jax.Array) -> jax.Array:
+    def checksum(x: jax.Array, start: jax.Array) -> jax.Array:
         x = jnp.asarray(x, dtype)
         if x.dtype == jnp.bool_:
             words = x.astype(jnp.uint32)
@@ -61,9 +75,18 @@ def _checksums(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
         index = jnp.zeros(x.shape, jnp.uint32)
         for axis in range(x.ndim):
             index = index * jnp.uint32(x.shape[axis] % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+        return jnp.sum(words * (2 * (index + start) + 1), dtype=jnp.uint32)
 
-    return [checksum(leaf) for leaf in leaves]
+    def by_layers(x: jax.Array) -> jax.Array:
+        """A stack of matrices one by one: XLA's CPU backend holds all the words that it adds up."""
+        size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+        def add(total, layer):
+            return total + checksum(x[layer], layer * size), None
+
+        return jax.lax.scan(add, jnp.uint32(0), jnp.arange(x.shape[0], dtype=jnp.uint32))[0]
+
+    return [by_layers(x) if x.ndim > 2 else checksum(x, jnp.uint32(0)) for x in leaves]
 
 
 def _items(state: TrainState, source: Any) -> dict[str, Any]:

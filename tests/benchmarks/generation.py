@@ -9,9 +9,13 @@ same shape. Peers that are not installed are left out, saying so. Greedy; no EOS
 """
 
 import argparse
+import ctypes
+import functools
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +29,13 @@ from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 
 MODEL = SIZES["smollm2-135m"]
 PROMPT, NEW = 128, 128
+# Operand type of the products and of the weights that are read, and whether these are rounded to 8 bits.
 COMPUTES = {
-    "float32": Compute("float32", "float32"),
-    "bfloat16 products": Compute("bfloat16", "float32"),
+    "float32": (Compute("float32", "float32"), False),
+    "bfloat16 products": (Compute("bfloat16", "float32"), False),
+    "int8 weights": (Compute("bfloat16", "float32"), True),
 }
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_1": 20 / 32}  # of one weight
 Run = Callable[[int], None]  # draws so many tokens after the prompt
 
 
@@ -45,10 +52,10 @@ def bandwidth() -> float:
     return x.nbytes / min(times) / 1e9
 
 
-def ours(tree: params.Params, compute: Compute, prompts: np.ndarray) -> Run:
+def ours(tree: params.Params, compute: Compute, int8: bool, prompts: np.ndarray) -> Run:
     """Our static sampler; one program for each number of new tokens. Weights are laid out beforehand, as an engine has them."""
     specs = params.table(MODEL, head="lm_head")
-    weights = jax.block_until_ready(jax.jit(lambda tree: prepare(tree, specs, compute=compute))(tree))
+    weights = jax.block_until_ready(jax.jit(lambda tree: prepare(tree, specs, compute=compute, int8=int8))(tree))
     samplers = {
         new: make_sampler(MODEL, specs, compute=compute, eos_id=-1, max_new_tokens=new, temperature=0.0) for new in (1, NEW)
     }
@@ -80,15 +87,23 @@ def transformers_peer(tree: params.Params, dtype: str, prompts: np.ndarray) -> R
     return run
 
 
-def llama_cpp_peer(prompts: np.ndarray) -> Run | None:
-    """llama.cpp on its own quantised file, one row at a time (its Python interface has no batches)."""
+def llama_cpp_peer(kind: str, directory: Path, prompts: np.ndarray) -> Run:
+    """llama.cpp on the packaged file (Q4_1), or on what itself makes of that in another type; one row at a time (its Python
+    interface has no batches)."""
     import llama_cpp
 
     from llama_jax.interop.formats import packaged
 
-    model = llama_cpp.Llama(
-        str(packaged("smollm2-135m")), n_ctx=PROMPT + NEW, n_threads=os.cpu_count(), verbose=False
-    )
+    file = packaged("smollm2-135m")
+    if kind != "Q4_1":
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = {"float32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}[kind]
+        settings.allow_requantize = True
+        source, file = file, directory / f"{kind}.gguf"
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
+            raise RuntimeError(f"llama.cpp could not write {file}")
+    threads = os.cpu_count()
+    model = llama_cpp.Llama(str(file), n_ctx=PROMPT + NEW, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def run(new):
         model.reset()
@@ -132,13 +147,17 @@ def main() -> None:
     weights = params.count(params.table(MODEL, head="lm_head"))
     print(f"memory: {speed:.1f} GB/s; decoding one row is bounded by {speed * 1e9 / (4 * weights):.0f} tokens/s in float32, "
           f"{speed * 1e9 / (2 * weights):.0f} in bfloat16")  # fmt: skip
+    directory = Path(tempfile.mkdtemp())
     for batch in map(int, arguments.batches.split(",")):
         prompts = np.random.default_rng(0).integers(10, MODEL.vocab_size, (batch, PROMPT))
-        runs = {f"llama_jax {name}": ours(tree, compute, prompts) for name, compute in COMPUTES.items()}
+        runs = {f"llama_jax {name}": ours(tree, *how, prompts) for name, how in COMPUTES.items()}
         for name, peer in (
             ("transformers float32", lambda prompts: transformers_peer(tree, "float32", prompts)),
             ("transformers bfloat16", lambda prompts: transformers_peer(tree, "bfloat16", prompts)),
-            ("llama.cpp Q4_1", llama_cpp_peer if batch == 1 else None),
+            *(
+                (f"llama.cpp {kind}", functools.partial(llama_cpp_peer, kind, directory) if batch == 1 else None)
+                for kind in ("float32", "Q8_0", "Q4_1")
+            ),
         ):
             try:
                 if peer:
@@ -149,10 +168,10 @@ def main() -> None:
         rates = {}
         for name, (first, whole) in times.items():
             rates[name] = batch * (NEW - 1) / (whole - first)
-            bound = batch * speed * 1e9 / ((4 if "float32" in name else 2) * weights)
-            share = "" if "Q4" in name else f", {rates[name] / bound:.0%} of the bandwidth's bound"
-            print(f"batch {batch:2d} {name:28s} prefill {batch * PROMPT / first:7.0f} tokens/s, "
-                  f"decoding {rates[name]:6.1f} tokens/s{share}")  # fmt: skip
+            (size,) = (size for kind, size in BYTES.items() if kind in name)
+            bound = batch * speed * 1e9 / (size * weights)
+            print(f"batch {batch:2d} {name:28s} prefill {batch * PROMPT / first:7.0f} tokens/s, decoding {rates[name]:6.1f} "
+                  f"tokens/s, {rates[name] / bound:.0%} of the bandwidth's bound of {bound:.0f}")  # fmt: skip
         for mine in (name for name in rates if name.startswith("llama_jax")):
             ratios = ", ".join(
                 f"{rates[mine] / rate:.2f}x {name} (prefill {times[name][0] / times[mine][0]:.2f}x)"
