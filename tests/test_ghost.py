@@ -269,10 +269,10 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Config:
         ghost: GhostSettings
-        data: ghost.SftData
+        data: ghost.DialogData
         epochs: float = 1.0
 
-    config = Config(SETTINGS, ghost.SftData(("sft.jsonl",), (), 64))
+    config = Config(SETTINGS, ghost.DialogData(("sft.jsonl",), (), 64))
     for _ in range(2):
         ghost.make_stage(config, None, tmp_path)
     assert drawn == [1] and trained == [("sft.jsonl", str(tmp_path / "ghost.jsonl"))] * 2

@@ -1,9 +1,23 @@
 """Batches of similar lengths: every example once an epoch, one length on all processes, the same numbers with less padding."""
 
+import dataclasses
+import json
+
+import jax
 import numpy as np
 import pytest
+import small_runs
 
 from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
+from llama_jax.data.sources import write_jsonl
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.restore import restore_model
+from llama_jax.model import params
+from llama_jax.model.config import SIZES
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.reward.comparisons import collate, encode_comparisons
+from llama_jax.reward.score import scorer
+from llama_jax.train import parse_stage, run
 
 
 def make(examples, batch_size=4, lengths=(8, 16), seed=3, **more):
@@ -75,3 +89,25 @@ def test_a_row_that_fits_no_length_is_an_error():
         make([[1] * 17] * 4).batch(0)
 
 
+def test_a_reward_model_trained_in_buckets_reports_each_pair_by_its_own_score(monkeypatch, tmp_path):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    small_runs.prepare(tmp_path)
+    pairs = [{"prompt": "a", "chosen": "bc " * (1 + 5 * i % 11), "rejected": "d " * (1 + 3 * i % 5)} for i in range(11)]
+    write_jsonl(tmp_path / "mixed.jsonl", pairs)
+    files = {name: (str(tmp_path / "mixed.jsonl"),) for name in ("train", "held_out", "validation")}
+    values = small_runs.values(tmp_path, "reward", steps=4, data={**files, "length": 48, "buckets": 4})
+    run(values, tmp_path / "reward")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    encoded = encode_comparisons(files["held_out"][0], tokenizer, length=48, margin="none")
+    widths = {len(ids) for pair in encoded for ids in (pair.chosen, pair.rejected)}
+    assert len(widths) > 3 and min(widths) <= 24 < max(widths), "the pairs do not need several lengths"
+    model, mesh = SIZES["tiny"], make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    trained = restore_model(tmp_path / "reward", params.table(model, head="reward_head"), mesh)
+    score = jax.jit(scorer(model, parse_stage(values).compute))
+    whole = collate(encoded, length=48)
+    expected = np.stack([score(trained, whole.tokens[:, i], whole.segment_ids[:, i]) for i in (0, 1)], axis=1)
+    rows = [json.loads(line) for line in (tmp_path / "reward" / "held_out_scores.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([[row["chosen"], row["rejected"]] for row in rows], expected, atol=1e-4)
+    assert len(np.unique(expected.round(4))) > 11
+    report = json.loads((tmp_path / "reward" / "reward_report.json").read_text())
+    assert report["baselines"]["longer"]["share"] == np.mean([(np.sign(row["longer_by"]) + 1) / 2 for row in rows])

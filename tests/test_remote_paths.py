@@ -27,7 +27,7 @@ from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
 from llama_jax.data.loader import BlockSource  # noqa: E402
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
 from llama_jax.files import atomic_write, write_json  # noqa: E402
-from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes  # noqa: E402
+from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes, store  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
 from llama_jax.training.checkpoint import written_steps  # noqa: E402
 from llama_jax.training.lease import Lease  # noqa: E402
@@ -67,6 +67,11 @@ def test_a_path_is_local_or_an_address():
     assert relative("gs://bucket/base", "gs://c/run") == "gs://bucket/base"
     assert relative("/disk/base", "gs://bucket/run") == "/disk/base"
     assert str(place(place("gs://bucket/x/run") / "../base")) == "gs://bucket/x/base"
+
+
+def test_tensorstore_is_told_where_a_directory_lies():
+    assert store("/a/b") == {"driver": "file", "path": "/a/b/"}
+    assert store("gs://bucket/run/0/params/") == {"driver": "gcs", "bucket": "bucket", "path": "run/0/params/"}
 
 
 def test_files_appear_whole_in_a_bucket(bucket):

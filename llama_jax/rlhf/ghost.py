@@ -23,7 +23,7 @@ from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
 from llama_jax.rlhf.respond import Responder, one_process, usable
-from llama_jax.sft.stage import SftData, fine_tuning_stage
+from llama_jax.sft.stage import DialogData, fine_tuning_stage
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -85,7 +85,7 @@ class GhostSettings:
 class GhostConfig(StageConfig):
     """See configs/ghost.py. `policy` is sampled from; `start` is what is fine-tuned on `data.train` and the samples."""
 
-    data: SftData
+    data: DialogData
     ghost: GhostSettings
     policy: str
     epochs: float = 2.0

@@ -40,7 +40,7 @@ from llama_jax.rlhf.ppo import encode_prompts
 from llama_jax.rlhf.respond import one_process, usable
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
-from llama_jax.sft.stage import SftData, fine_tuning_stage
+from llama_jax.sft.stage import DialogData, fine_tuning_stage
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -98,7 +98,7 @@ class RejectionConfig(StageConfig):
       pools: of earlier versions, from the oldest to the newest.
     """
 
-    data: SftData
+    data: DialogData
     rejection: RejectionSettings
     policy: str
     policy_model: str

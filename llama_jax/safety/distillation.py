@@ -29,7 +29,7 @@ from llama_jax.rlhf.ppo import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
 from llama_jax.rlhf.respond import Responder, one_process, usable
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
-from llama_jax.sft.stage import SftData, fine_tuning_stage
+from llama_jax.sft.stage import DialogData, fine_tuning_stage
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -74,7 +74,7 @@ class DistillSettings:
 class DistillConfig(StageConfig):
     """See configs/distill.py. `policy` answers; `start` is fine-tuned on `data.train` and the kept answers."""
 
-    data: SftData
+    data: DialogData
     distill: DistillSettings
     policy: str
     safety: str

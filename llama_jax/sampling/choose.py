@@ -90,23 +90,28 @@ def inverse_draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.
     the softmax. The sum runs over blocks first and then inside one, which also rounds less than one long sum.
     """
     B, V = logits.shape
+    pieces = shards_of("act_vocab")  # each device sums up its own part of the vocabulary
+    pieces = pieces if V % pieces == 0 else 1
     top = jnp.max(logits, axis=-1)
-    mass = jnp.exp(logits - top[:, None])
-    mass = jnp.pad(mass, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+    mass = jnp.exp(logits - top[:, None]).reshape(B, pieces, V // pieces)
+    mass = jnp.pad(mass, ((0, 0), (0, 0), (0, -(V // pieces) % _BLOCK)))
+    padded = mass.shape[2]
+    mass = mass.reshape(B, pieces * padded // _BLOCK, _BLOCK)
     blocks = jnp.cumsum(jnp.sum(mass, axis=-1), axis=-1)
     total = blocks[:, -1]
     # In (0, total], so the first sum that reaches it ends with a token that has some mass.
     target = ((1 - uniform) * total)[:, None]
     block = jnp.sum(blocks < target, axis=-1, keepdims=True)
     before = jnp.where(block > 0, jnp.take_along_axis(blocks, jnp.maximum(block - 1, 0), axis=-1), 0)
-    if shards_of("act_vocab") == 1:
+    if pieces == 1:
         inside = jnp.take_along_axis(mass, block[..., None], axis=1)[:, 0]
     else:  # a sum over the blocks needs no device to hold all of them
         inside = jnp.sum(jnp.where(jnp.arange(mass.shape[1])[:, None] == block[..., None], mass, 0), axis=1)
     inside = jnp.cumsum(inside, axis=-1)
     # Rounded otherwise than the blocks' sums, the target may lie behind the block's end.
     rest = jnp.minimum(target - before, inside[:, -1:])
-    tokens = block[:, 0] * _BLOCK + jnp.sum(inside < rest, axis=-1)
+    place = block[:, 0] * _BLOCK + jnp.sum(inside < rest, axis=-1)
+    tokens = place // padded * (V // pieces) + place % padded
     return tokens.astype(jnp.int32), top + jnp.log(total)
 
 

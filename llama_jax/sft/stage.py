@@ -26,17 +26,23 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class SftData:
-    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row.
-
-    chat: the format: Llama 2's, or the chat `template` that the tokenizer came with, in which `model.chat` asks such a model.
-      The stages after SFT speak Llama 2's.
-    """
+class DialogData:
+    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     length: int
     train_on: Literal["all", "last"] = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class SftData(DialogData):
+    """Dialogs of SFT.
+
+    chat: the format: Llama 2's, or the chat `template` that the tokenizer came with, in which `model.chat` asks such a model.
+      The stages after SFT speak Llama 2's.
+    """
+
     chat: Literal["llama2", "template"] = "llama2"
 
 
@@ -78,13 +84,13 @@ def packed_dialogs(
 
 
 def fine_tuning_stage(
-    config: StageConfig, data: SftData, mesh: Mesh, workdir: Path, *, name: str, epochs: float
+    config: StageConfig, data: DialogData, mesh: Mesh, workdir: Path, *, name: str, epochs: float, chat: str = "llama2"
 ) -> tuple[Stage, LoopConfig]:
     """A stage that fine-tunes a language model on dialogs, and its loop with the number of steps of `epochs`."""
     model, tokenizer = load_tokenizer(config)
     if data.length > model.max_length:
         raise ConfigError(f"data.length={data.length}, model {model.name} takes {model.max_length}")
-    how = {"length": data.length, "train_on": data.train_on, "chat": data.chat}
+    how = {"length": data.length, "train_on": data.train_on, "chat": chat}
     packed = packed_dialogs(data.train, tokenizer, **how)
     batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice())
     loop = config.loop
@@ -114,6 +120,7 @@ def fine_tuning_stage(
 
 def make_stage(config: SftConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """The SFT stage and its loop."""
-    return fine_tuning_stage(config, config.data, mesh, workdir, name="sft", epochs=config.epochs)
+    data = config.data
+    return fine_tuning_stage(config, data, mesh, workdir, name="sft", epochs=config.epochs, chat=data.chat)
 
 
