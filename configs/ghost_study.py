@@ -22,6 +22,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     })  # fmt: skip
     if size == "smoke":
         steps = {"epochs": 0.0, "loop": {"steps": 2, "batch_size": 4}, "optim": {"warmup": 1}}
-        config.update({"context": 256, "turns": (1, 2, 3), "instructions": 60, "samples": 6, "held_out": 6, "new_tokens": 8})
+        config.update({"context": 384, "longest": 80, "turns": (1, 2, 3)})
+        config.update({"instructions": 60, "samples": 6, "held_out": 6, "new_tokens": 8})
         config.overrides = ConfigDict({"baseline": steps, "ghost": steps})
     return config
