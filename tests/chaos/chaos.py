@@ -8,7 +8,7 @@ to end, or files of the newest checkpoint are changed, cut or removed; then the 
 
 1. the parameters and moments of each stage are those of the undisturbed run, to the bit;
 2. no start went on from before the newest checkpoint that was whole at the fault, and none lost more than two intervals;
-3. the processes that were left ended within a minute.
+3. the processes that were left ended within `--end_seconds`.
 
 Prints a table of all faults with the seconds until all processes had ended and until the next step was done.
 
@@ -162,7 +162,7 @@ def damage(kind: str, checkpoint: Path, draw: random.Random) -> None:
 
 def disturb(
     stage: str, runs: Path, data: Path, ledger: "Ledger", *, kinds: list[str], steps: int, processes: int, pause: float,
-    peer_seconds: float, draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
+    peer_seconds: float, end_seconds: float, draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
 ) -> None:  # fmt: skip
     """Runs a stage to its end with these faults on the way, or as many of them as come before `until`."""
     workdir = runs / stage
@@ -204,15 +204,16 @@ def disturb(
             kind, began = kinds.pop(), time.monotonic()
             last = Fault(stage, kind, done, inject(kind, cluster, workdir, draw))
             if kind == "stop":  # the stopped one never ends by itself
-                while sum(code is None for code in cluster.codes()) > 1 and time.monotonic() - began < 60:
+                while sum(code is None for code in cluster.codes()) > 1 and time.monotonic() - began < end_seconds:
                     time.sleep(0.05)
                 ended = sum(code is None for code in cluster.codes()) <= 1
             else:
-                ended = cluster.wait(60)
+                ended = cluster.wait(end_seconds)
             last.seconds_to_end = time.monotonic() - began
             last.codes = [code for code in cluster.codes() if code is not None]
             ledger.keep(last)
-            assert ended, f"{stage}: after {kind!r} the processes did not end within a minute; see {runs / 'logs' / stage}"
+            logs = runs / "logs" / stage
+            assert ended, f"{stage}: after {kind!r} the processes did not end within {end_seconds:g} s; see {logs}"
         finally:
             cluster.kill()
     if kinds and until == float("inf"):
@@ -273,8 +274,8 @@ def fingerprints(workdir: Path) -> dict[str, int]:
 
 
 def chaos(
-    directory: Path, *, faults: int, minutes: float, steps: int, processes: int, pause: float, peer_seconds: float, seed: int,
-    stages: Sequence[str] = NAMES,
+    directory: Path, *, faults: int, minutes: float, steps: int, processes: int, pause: float, peer_seconds: float,
+    end_seconds: float, seed: int, stages: Sequence[str] = NAMES,
 ) -> list[Fault]:  # fmt: skip
     """All of it; AssertionError if a promise is broken."""
     preload()
@@ -288,7 +289,8 @@ def chaos(
         shutil.rmtree(broken, ignore_errors=True)
     for number, stage in enumerate(stages):
         draw = random.Random(f"{seed} {stage} {len(ledger.of(stage))}")
-        how = {"steps": steps, "processes": processes, "pause": pause, "peer_seconds": peer_seconds, "draw": draw}
+        how = {"steps": steps, "processes": processes, "pause": pause, "draw": draw, "peer_seconds": peer_seconds,
+               "end_seconds": end_seconds}  # fmt: skip
         now = time.monotonic()
         share = (begun + 60 * minutes - now) / (len(stages) - number)
         disturb(stage, whole, directory, ledger, kinds=[], interval=steps, **how)
@@ -318,6 +320,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.3, help="seconds that a step lasts at least")
     parser.add_argument("--peer_seconds", type=float, default=15.0, help="silence of a process that counts as its death; "
                         "more on a machine with other work")  # fmt: skip
+    parser.add_argument("--end_seconds", type=float, default=60.0, help="the longest that the others may take to end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", default=list(NAMES), choices=NAMES)
     arguments = vars(parser.parse_args())
