@@ -14,6 +14,7 @@ import itertools
 import json
 import lzma
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,20 +240,37 @@ def _warc(path: str) -> Rows:
     """Responses of a WARC file as HTML (the step `extract` makes text of them), conversions of a WET file as text."""
     archive, strings = extra("warcio.archiveiterator"), extra("resiliparse.parse.encoding")
     raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
-    with raw as file:  # warcio undoes the compression, which is by record
-        records, number, begin, end = archive.ArchiveIterator(file), 0, 0, 0
-        for number, record in enumerate(_archive(records), start=1):
-            if row := _warc_row(record, strings):
-                yield f"{path}:{number}", row
-            if missing := _missing(record):
-                raise EOFError(f"record {number} is torn, {missing} bytes are missing")
-            begin = records.get_record_offset()
-            end = begin + records.get_record_length()
-        if path.lower().endswith(".gz"):  # a compressed record torn in its header is no record to warcio: read the end again
-            file.seek(begin)
-            gzip.GzipFile(fileobj=file).read()  # raises if the last member is not whole
-        elif (beyond := file.tell() - end) > 4:  # two line ends
-            raise EOFError(f"{beyond:,} bytes after record {number} are no whole record")
+    with raw as file:
+        number = 0
+        # warcio would undo the compression too, but takes a torn member for the end of the file.
+        for part in _gzip_members(file) if path.lower().endswith(".gz") else (file,):
+            records, end = archive.ArchiveIterator(part), 0
+            for number, record in enumerate(_archive(records), start=number + 1):
+                row = _warc_row(record, strings)
+                if missing := _missing(record):
+                    raise EOFError(f"record {number} is torn, {missing} bytes are missing")
+                end = records.get_record_offset() + records.get_record_length()
+                if records.offset == end:  # a length torn to nothing looks like an empty record
+                    raise EOFError(f"record {number} is torn, no line end follows it")
+                if row:
+                    yield f"{path}:{number}", row
+            if (beyond := part.tell() - end) > 4:  # two line ends
+                raise EOFError(f"{beyond:,} bytes after record {number} are no whole record")
+
+
+def _gzip_members(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The content of each gzip member, which holds one record by the standard; EOFError where one is not whole."""
+    rest = b""
+    while rest := (rest or file.read(2**16)).lstrip(b"\0"):  # gzip allows zeros between members
+        unpack = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        with tempfile.SpooledTemporaryFile(max_size=2**26) as content:
+            while not unpack.eof:
+                if not rest:
+                    raise EOFError("the last gzip member is torn")
+                content.write(unpack.decompress(rest))
+                rest = unpack.unused_data if unpack.eof else file.read(2**16)
+            content.seek(0)
+            yield content
 
 
 def _missing(record: Any) -> int | str:
@@ -284,11 +302,11 @@ def _warc_row(record: Any, strings: Any) -> dict[str, Any] | None:
 
 
 def _archive(records: Iterator) -> Iterator:
-    failure = extra("warcio.exceptions").ArchiveLoadFailed
+    """Records; ValueError for whatever warcio raises on a torn header: errors of its own, of types and of attributes."""
     try:
         yield from records
-    except failure as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:
+        raise ValueError(f"no whole record follows ({type(error).__name__}: {error})") from None
 
 
 def _tfds(name: str) -> Rows:
