@@ -14,13 +14,13 @@ def get_config(name: str = "default") -> ConfigDict:
         return _config(
             {
                 "reference": _installation(0.10, 1_000_000),  # all 0.5 MB of it: most factual, seen more than once
-                "stdlib_docs": _installation(0.28, 3_000_000),
-                "package_docs": _installation(0.50, 3_000_000),
-                "source_code": _installation(0.12, 2_000_000, whole=True),
+                "stdlib_docs": _installation(0.22, 3_000_000),
+                "package_docs": _installation(0.58, 3_000_000),
+                "source_code": _installation(0.10, 2_000_000, whole=True),
             },
             vocab_size=4096, block_length=256, tokenizer_bytes=4_000_000,
             analyses=("demographics",),
-            total_tokens=1_638_400,  # 800 steps of 8 rows, as in configs/pretrain.py
+            total_tokens=1_638_400,  # 1,600 steps of 4 rows, as in configs/pretrain.py
             leak_ngram=8,  # docstrings are copied with small changes; so few held-out documents can be strict
         )  # fmt: skip
     if name == "default":

@@ -31,9 +31,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "repeat": 1,
         "safety_threshold": 0.15,
     }
-    optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
+    optim = common.adamw(1e-3 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
     return common.stage(
         "rejection", size, data=data, rejection=rejection, policy="", policy_model="", helpfulness="", safety="",
-        reward_model="", pools=(), epochs=2.0, optim=optim, loop=loop,
+        reward_model="", pools=(), epochs=3.0 if tiny else 2.0, optim=optim, loop=loop,
     )  # fmt: skip

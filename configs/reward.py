@@ -19,6 +19,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     length = {"tiny": 128, "smollm2-135m": 192}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = ConfigDict({"train": (), "shares": (), "held_out": (), "validation": (), "length": length, "buckets": 1})
     if size == "tiny":
+        data.buckets = 3
         optim, loop = common.adamw(5e-4, warmup=5), common.loop(100, 16, checkpoint_every=100)
     elif size == "smollm2-135m":
         # Adapters want ten times the learning rate; a batch of 8 gives a few thousand pairs some hundred steps.
