@@ -13,7 +13,7 @@ def versions(size: str, count: int) -> tuple[dict, ...]:
     """The first of the paper's versions: Ghost Attention's dialogs enter after V3, PPO follows V5's rejection sampling."""
     if not 1 <= count <= 5:
         raise ValueError(f"versions={count}: expected 1 to 5")
-    preferences, prompts, answers = ((1500, *[550] * 4), 1150, 8) if size == "tiny" else ((24, *[4] * 4), 8, 4)
+    preferences, prompts, answers = ((1500, *[450] * 4), 900, 8) if size == "tiny" else ((24, *[4] * 4), 8, 4)
     return tuple(
         {"preferences": preferences[i], "prompts": prompts, "answers": answers, "ghost": i >= 3, "ppo": i == 4}
         for i in range(count)
@@ -32,10 +32,10 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             "objects": 10_000, "max_characters": 300, "held_out_fraction": 0.1,
             "sft": 8000, "sft_safety": 1400,
             "preferences": 3000, "preferences_safety": 700,
-            "rlhf": 1150, "rlhf_safety": 350,
+            "rlhf": 900, "rlhf_safety": 300,
             "held_out": 300, "held_out_safety": 100,
         },
-        "versions": ({"preferences": 3700, "prompts": 1500, "answers": 8, "ghost": False, "ppo": True},),
+        "versions": ({"preferences": 3700, "prompts": 1200, "answers": 8, "ghost": False, "ppo": True},),
         "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
         "annotator_noise": 0.03,

@@ -17,29 +17,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from llama_jax import command
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import drawings, ghost_figures
 from llama_jax.evals.ghost import attention_map, follow, recall_table
+from llama_jax.evals.plots import save
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig
-from llama_jax.parallel.host import keep_compiled, keep_heap
-from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.rlhf.ghost import Context, in_first_turn
 from llama_jax.rlhf.instructions import VALUES, contexts_of, single_turns, write_instruction_data
 from llama_jax.rlhf.respond import Responder
-from llama_jax.steps import Steps
+from llama_jax.steps import Steps, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
 from llama_jax.training.metrics import Progress
-from llama_jax.training.workdir import claim, own
 
 MODELS = ("baseline", "ghost")
 
@@ -74,6 +71,8 @@ class GhostStudyConfig:
     seed: int = 0
 
     def __post_init__(self):
+        if not self.start:
+            raise ValueError("start: expected the workdir of a chat model, got nothing")
         for name in ("context", "longest", "instructions", "samples", "held_out", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -81,13 +80,11 @@ class GhostStudyConfig:
             raise ValueError(f"turns: expected turns from 1, got {self.turns}")
 
 
-class GhostStudy(Steps):
+class GhostStudy(Steps[GhostStudyConfig]):
     """The steps of the study, each a method; `run` calls them in order."""
 
     def __init__(self, config: GhostStudyConfig, workdir: Path):
-        tokenizer = str(Path(config.tokenizer).resolve())
-        super().__init__(workdir, configs=Path(config.configs), tokenizer_file=tokenizer, overrides=config.overrides)
-        self.config, self.tokenizer = config, Tokenizer(config.tokenizer)
+        super().__init__(config, workdir, tokenizer_file=Path(config.tokenizer).resolve())
 
     def run(self) -> dict[str, Any]:
         """All steps; returns the values of study.json."""
@@ -176,38 +173,22 @@ class GhostStudy(Steps):
                     params, in_first_turn(messages, context.instruction, place="user"), context.instruction, self.tokenizer,
                     config=model, compute=stage.compute,
                 )  # fmt: skip
-        with atomic_write(self.workdir / "attention.png") as file:
-            file.write(drawings.attention_maps(maps))
+        drawings.save_maps(self.workdir / "attention.npz", maps)
         return {name: [float(x) for x in maps[ghost_figures.LABELS[name]].by_turn] for name in MODELS}
 
 
-def run(config: GhostStudyConfig, workdir: Path) -> tuple[dict[str, Any], float]:
-    """The study in a directory; returns its values and how many seconds its steps took."""
-    if not config.start:
-        raise ConfigError("config.start: expected the workdir of a chat model, got nothing")
-    claim(workdir, describe(config))
-    study = GhostStudy(config, workdir)
-    values = study.run()
-    return values, sum(study.seconds.values())
-
-
 def write_study(values: Mapping[str, Any], workdir: Path) -> None:
-    """study.json, study.md and the figure of Table 30; that of the attention is there."""
+    """study.json, study.md and the figures."""
     write_json(workdir / "study.json", values)
     with atomic_write(workdir / "study.md") as file:
         file.write(ghost_figures.markdown(values).encode())
-    with atomic_write(workdir / "recall.png") as file:
-        file.write(ghost_figures.recall(values["recall"]).png())
+    maps = drawings.load_maps(workdir / "attention.npz")
+    save([ghost_figures.recall(values["recall"]), drawings.attention_maps(maps)], workdir)
 
 
 def main() -> None:
-    """Flags to config to call."""
-    keep_heap()
-    keep_compiled(flags.FLAGS.workdir)
-    start_distributed()
-    config, workdir = parse(GhostStudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
-    with own(workdir):
-        run(config, workdir)
+    """Flags to config to study to its report."""
+    workdir = run_job(GhostStudyConfig, GhostStudy)
     print((workdir / "study.md").read_text(encoding="utf-8"), end="")
 
 

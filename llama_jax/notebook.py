@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.evals.plots import Plot
 from llama_jax.parallel.host import keep_heap
 from llama_jax.steps import change, load_config
 
@@ -66,11 +67,11 @@ def config_directory() -> Path:
     raise FileNotFoundError("configs: expected them in the checkout or installed with llama_jax; found neither")
 
 
-def show(png: bytes, alt: str, *, width: int = 720) -> None:
-    """Displays a figure of `evals.figures` or `evals.drawings`; `alt` is its text for those who cannot see it."""
+def show(plot: Plot, alt: str = "", *, width: int = 720) -> None:
+    """Displays a plot; `alt` says more than its own text for those who cannot see it."""
     from IPython.display import Image, display  # notebooks have it; the library does not ask for it
 
-    display(Image(fewer_colours(png), width=width, alt=alt))
+    display(Image(fewer_colours(plot.png()), width=width, alt=alt or plot.alt))
 
 
 def fewer_colours(png: bytes) -> bytes:

@@ -22,7 +22,8 @@ from llama_jax import command
 from llama_jax.data.rows import Row, read_rows, write_jsonl
 from llama_jax.data.sources import comparison, read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals import figures
+from llama_jax.evals import reward_figures
+from llama_jax.evals.plots import save
 from llama_jax.files import whole_directory, write_json
 from llama_jax.reward.open_sets import LAYOUTS, read_open_set
 from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
@@ -68,12 +69,14 @@ def run(
         values = report(tallies) | {"left_out": left_out, "tokenizer": words.fingerprint}
         if parts:
             values["split"] = parts
+        plots = []
         if samples:
             values["best_of_batches"] = best_of_batches(dict(_samples(samples)))
-            (directory / "best_of_batches.png").write_bytes(figures.best_of_batches(values["best_of_batches"]))
+            plots.append(reward_figures.best_of_batches(values["best_of_batches"]))
         shares = {batch: row["rating_shares"] for batch, row in values["batches"].items() if row["rating_shares"]}
         if shares:
-            (directory / "rating_shares.png").write_bytes(figures.rating_shares(shares))
+            plots.append(reward_figures.rating_shares(shares))
+        save(plots, directory)
         write_json(directory / "report.json", values)
         (directory / "report.md").write_text(markdown(values), encoding="utf-8")
     return values

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
 
 from llama_jax import command, ghost_study
@@ -28,7 +27,6 @@ from llama_jax.config import describe, parse
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.statistics import mean_interval
@@ -36,8 +34,7 @@ from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.host import keep_compiled, keep_heap
-from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
 from llama_jax.rlhf.rejection import score_responses
@@ -51,10 +48,10 @@ from llama_jax.rlhf.versions import (
     spread,
 )
 from llama_jax.safety.distillation import score_distributions
-from llama_jax.steps import Steps, change, load_config
+from llama_jax.steps import Steps, change, load_config, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
-from llama_jax.training.workdir import claim, own
+from llama_jax.training.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +99,11 @@ class RecipeConfig:
             raise ValueError(f"variant_temperatures: expected two, got {self.variant_temperatures}")
 
 
-class Recipe(Steps):
+class Recipe(Steps[RecipeConfig]):
     """The steps of the recipe, each a method; `run` calls them in order."""
 
     def __init__(self, config: RecipeConfig, workdir: Path):
-        super().__init__(
-            workdir, configs=Path(config.configs), tokenizer_file="corpus/tokenizer.model", overrides=config.overrides
-        )
-        self.config = config
+        super().__init__(config, workdir, tokenizer_file="corpus/tokenizer.model")
         self.mesh: Mesh = make_mesh(config.mesh)
         self.model: ModelConfig = size(config.size)
         self.annotator = SimulatedAnnotator(config.seed, noise=config.annotator_noise)
@@ -148,7 +142,6 @@ class Recipe(Steps):
         self.ceiling = self.step("matmul_ceiling", matmul_ceiling)
         self.step("corpus", self.make_corpus)
         self.step("datasets", lambda: write_datasets(self.workdir / "data", config.datasets, seed=config.seed))
-        self.tokenizer = Tokenizer(self.path(self.tokenizer_file))
         self.stage("pretrain", f"pretrain.py:{config.size}", {"data": {"corpus": self.path("corpus")}})
         self.xz = self.step("xz", self.measure_xz)
         sft = {
@@ -267,10 +260,13 @@ class Recipe(Steps):
         values = load_config(self.configs, f"ghost_study.py:{self.config.ghost_study}")
         change(values, {
             "size": self.config.size, "configs": str(self.configs), "start": self.path(f"v{before}", "rejection"),
-            "tokenizer": self.path(self.tokenizer_file), "dialogs": self.data("sft"), "seed": self.config.seed,
+            "tokenizer": self.tokenizer_file, "dialogs": self.data("sft"), "seed": self.config.seed,
         }, where="ghost_study")  # fmt: skip
-        config = parse(ghost_study.GhostStudyConfig, values)
-        found, self.seconds["ghost_study"] = ghost_study.run(config, self.workdir / "ghost_study")
+        config, workdir = parse(ghost_study.GhostStudyConfig, values), self.workdir / "ghost_study"
+        claim(workdir, describe(config))
+        study = ghost_study.GhostStudy(config, workdir)
+        found = study.run()
+        self.seconds["ghost_study"] = sum(study.seconds.values())
         return found
 
     def distil(self) -> dict[str, Any]:
@@ -415,18 +411,6 @@ def matmul_ceiling() -> float:
     return 2 * n**3 / min(times) / 1e9
 
 
-def main() -> None:
-    """Flags to config to call."""
-    keep_heap()
-    keep_compiled(flags.FLAGS.workdir)
-    start_distributed()
-    config = parse(RecipeConfig, flags.FLAGS.config)
-    workdir = Path(flags.FLAGS.workdir)
-    with own(workdir):
-        claim(workdir, describe(config))
-        Recipe(config, workdir).run()
-
-
 if __name__ == "__main__":
     command.define("configs/recipe.py:<size>[,versions=N]", workdir="directory of everything that the recipe makes")
-    command.launch(main, expected=(Diverged,))
+    command.launch(lambda: run_job(RecipeConfig, Recipe), expected=(Diverged,))

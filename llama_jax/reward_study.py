@@ -25,7 +25,8 @@ from llama_jax.config import ConfigError, describe, parse
 from llama_jax.data.rows import write_jsonl
 from llama_jax.data.sources import RATINGS, read_comparisons
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals import figures
+from llama_jax.evals import reward_figures
+from llama_jax.evals.plots import save
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -195,17 +196,14 @@ def write_study(values: Mapping[str, Any], workdir: Path) -> None:
     write_json(workdir / "study.json", values)
     with atomic_write(workdir / "study.md") as file:
         file.write(markdown(values).encode())
-    drawn = {}
+    plots = []
     if values["margins"]:
-        histograms = {name: report["histogram"] for name, report in values["margins"].items()}
-        drawn["margins"] = figures.margin_histograms(histograms)
+        plots.append(reward_figures.margins({name: report["histogram"] for name, report in values["margins"].items()}))
     if values["scaling"]:
-        drawn["scaling"] = figures.accuracy_scaling(values["scaling"])
+        plots.append(reward_figures.scaling(values["scaling"]))
     if "conflict" in values:
-        drawn["conflict"] = figures.score_conflict(values["conflict"]["scores"])
-    for name, png in drawn.items():
-        with atomic_write(workdir / f"{name}.png") as file:
-            file.write(png)
+        plots.append(reward_figures.conflict(values["conflict"]["scores"]))
+    save(plots, workdir)
 
 
 def markdown(values: Mapping[str, Any]) -> str:

@@ -18,31 +18,28 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from llama_jax import command
 from llama_jax.assistant.dialogs import prompts as as_prompts
 from llama_jax.assistant.refusals import declines, look_alikes
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError
 from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_dialogs, read_jsonl, read_prompts, write_jsonl
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import safety_scaling
+from llama_jax.evals.plots import save
 from llama_jax.evals.statistics import mean_interval
 from llama_jax.evals.verdict import Decoding, chat_answers
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
-from llama_jax.parallel.host import keep_compiled, keep_heap
-from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.safety.red_team import false_refusals
-from llama_jax.steps import Steps
+from llama_jax.steps import Steps, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
-from llama_jax.training.workdir import claim, own
 
 SETS = ("helpful", "adversarial", "borderline")
 Row = dict[str, Any]
@@ -135,13 +132,11 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-class SafetyStudy(Steps):
+class SafetyStudy(Steps[SafetyStudyConfig]):
     """The steps of the study, each a method; `run` calls them in order."""
 
     def __init__(self, config: SafetyStudyConfig, workdir: Path):
-        tokenizer = str(Path(config.tokenizer).resolve())
-        super().__init__(workdir, configs=Path(config.configs), tokenizer_file=tokenizer, overrides=config.overrides)
-        self.config, self.tokenizer = config, Tokenizer(config.tokenizer)
+        super().__init__(config, workdir, tokenizer_file=Path(config.tokenizer).resolve())
 
     def run(self) -> dict[str, Any]:
         """All steps; returns the values of study.json."""
@@ -247,20 +242,12 @@ def write_study(values: Mapping[str, Any], workdir: Path) -> None:
     write_json(workdir / "study.json", values)
     with atomic_write(workdir / "study.md") as file:
         file.write(safety_scaling.markdown(values).encode())
-    for plot in (safety_scaling.scaling(values["shares"]), safety_scaling.false_refusals(values["shares"])):
-        with atomic_write(workdir / f"{plot.name}.png") as file:
-            file.write(plot.png())
+    save([safety_scaling.scaling(values["shares"]), safety_scaling.false_refusals(values["shares"])], workdir)
 
 
 def main() -> None:
-    """Flags to config to call."""
-    keep_heap()
-    keep_compiled(flags.FLAGS.workdir)
-    start_distributed()
-    config, workdir = parse(SafetyStudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
-    with own(workdir):
-        claim(workdir, describe(config))
-        SafetyStudy(config, workdir).run()
+    """Flags to config to study to its report."""
+    workdir = run_job(SafetyStudyConfig, SafetyStudy)
     print((workdir / "study.md").read_text(encoding="utf-8"), end="")
 
 

@@ -3,27 +3,61 @@
 A training stage resumes from its last checkpoint; any other step is done whole or not at all.
 """
 
+import functools
 import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from llama_jax.config import ConfigError
+from absl import flags
+
+from llama_jax.config import ConfigError, describe, parse
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import write_json
+from llama_jax.parallel.host import keep_compiled, keep_heap
+from llama_jax.parallel.mesh import start_distributed
 from llama_jax.train import run as run_stage
 from llama_jax.training.loop import finished
+from llama_jax.training.workdir import claim, own
 
 
-class Steps:
-    """Runs steps in order; `seconds` holds what each took, in whichever run it was done."""
+class StepsConfig(Protocol):
+    """What the config of every job of steps has.
 
-    def __init__(self, workdir: Path, *, configs: Path, tokenizer_file: str, overrides: Mapping[str, Mapping[str, Any]]):
-        self.workdir, self.configs = workdir.resolve(), configs
-        self.tokenizer_file, self.overrides = tokenizer_file, overrides
+    Attributes:
+      configs: directory of the stages' configs.
+      overrides: changes fields of them: {"ppo": {"optim": {"lr": 1e-4}}}.
+    """
+
+    configs: str
+    overrides: dict[str, dict[str, Any]]
+
+
+C = TypeVar("C", bound=StepsConfig)
+
+
+class Steps(Generic[C]):
+    """A job whose method `run` calls its steps in order; `seconds` holds what each took, in whichever run it was done.
+
+    `tokenizer_file` is a path, in the workdir where it is relative.
+    """
+
+    def __init__(self, config: C, workdir: Path, *, tokenizer_file: str | Path):
+        self.config, self.workdir, self.configs = config, workdir.resolve(), Path(config.configs)
+        self.tokenizer_file = self.path(str(tokenizer_file))
         self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns what the report shows."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all stages; a step may have made it."""
+        return Tokenizer(self.tokenizer_file)
 
     def path(self, *parts: str) -> str:
         """A path inside the workdir."""
@@ -45,8 +79,8 @@ class Steps:
         """A stage's config with `changes` (nested), then the overrides of its kind: of "rejection" for "v2/rejection"."""
         kind = name.rpartition("/")[2]
         values = load_config(self.configs, config)
-        change(values, {"tokenizer": self.path(self.tokenizer_file), **changes}, where=name)
-        change(values, self.overrides.get(kind, {}), where=f"overrides.{kind}")
+        change(values, {"tokenizer": self.tokenizer_file, **changes}, where=name)
+        change(values, self.config.overrides.get(kind, {}), where=f"overrides.{kind}")
         return values
 
     def stage(self, name: str, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +104,18 @@ class Steps:
         new.unlink(missing_ok=True)
         new.symlink_to(target)
         new.replace(path)
+
+
+def run_job(config: type[C], job: Callable[[C, Path], Steps[C]]) -> Path:
+    """What the command of a job does with its flags `config` and `workdir`; returns the workdir."""
+    keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
+    start_distributed()
+    parsed, workdir = parse(config, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    with own(workdir):
+        claim(workdir, describe(parsed))
+        job(parsed, workdir).run()
+    return workdir
 
 
 def change(values: Any, changes: Mapping[str, Any], *, where: str) -> None:

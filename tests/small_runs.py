@@ -5,7 +5,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop import ours
@@ -73,3 +75,11 @@ def values(directory: Path, stage: str, *, steps: int, **changes):
     change(config, own, where=stage)
     change(config, changes, where=stage)
     return config
+
+
+def assert_refused(config: type, file: str, changes: dict, message: str) -> None:
+    """A config file with these changes is refused with this message (a pattern)."""
+    values = load_config(ROOT / "configs", file)
+    change(values, changes, where=file)
+    with pytest.raises(ConfigError, match=message):
+        parse(config, values)

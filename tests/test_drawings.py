@@ -32,7 +32,7 @@ def test_runs_of_a_packed_row():
     assert drawings.runs(row()) == [
         Run(0, 2, 1, False), Run(2, 2, 1, True), Run(4, 2, 2, False), Run(6, 1, 2, True), Run(7, 3, 0, False),
     ]  # fmt: skip
-    assert drawings.packed_rows([row(), row()]).startswith(PNG)
+    assert drawings.packed_rows([row(), row()]).png().startswith(PNG)
 
 
 def test_pieces_say_who_holds_what(tiny):
@@ -54,16 +54,22 @@ def test_layouts_are_drawn(tiny):
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     layers = table(tiny, head="lm_head")["trunk"]["layers"]
     specs = {"query": layers["query"], "norm": layers["attention_norm"]}
-    assert drawings.layouts(specs, mesh, {"TRAIN": TRAIN, "DECODE": DECODE}).startswith(PNG)
+    assert drawings.layouts(specs, mesh, {"TRAIN": TRAIN, "DECODE": DECODE}).png().startswith(PNG)
 
 
-def test_bars_and_maps_are_drawn_alike_each_time():
+def test_bars_and_maps_are_drawn_alike_each_time(tmp_path):
     bars = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 0.5}}
-    draw = [drawings.stacked_bars(bars, title="t", xlabel="GiB", limit=2.5, limit_label="limit") for _ in range(2)]
+    draw = [drawings.stacked_bars(bars, title="t", xlabel="GiB", limit=2.5, limit_label="limit").png() for _ in range(2)]
     assert draw[0] == draw[1] and draw[0].startswith(PNG)
     found = AttentionMap(np.eye(4, dtype=np.float32), 2, (1, 3), np.array([0.5, 0.25]))
-    assert drawings.attention_maps({"SFT": found, "GAtt": found}).startswith(PNG)
-    assert drawings.attention_by_turn({"SFT": found.by_turn}).startswith(PNG)
+    maps = {"SFT": found, "GAtt": found}
+    assert drawings.attention_maps(maps).png().startswith(PNG)
+    assert drawings.attention_by_turn(maps).png().startswith(PNG)
+    drawings.save_maps(tmp_path / "maps.npz", maps)
+    again = drawings.load_maps(tmp_path / "maps.npz")
+    assert list(again) == ["SFT", "GAtt"] and (again["GAtt"].bin_size, again["GAtt"].instruction) == (2, (1, 3))
+    np.testing.assert_array_equal(again["SFT"].cells, found.cells)
+    assert drawings.attention_maps(again).png() == drawings.attention_maps(maps).png()
 
 
 def test_the_loss_mask_marks_the_answer_alone(tmp_path):
@@ -94,7 +100,7 @@ def test_configs_are_found_and_changed(monkeypatch, tmp_path):
 
 
 def test_fewer_colours_keep_the_picture():
-    png = drawings.packed_rows([row()] * 3)
+    png = drawings.packed_rows([row()] * 3).png()
     small = notebook.fewer_colours(png)
     assert len(small) < len(png)
     a, b = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int) for data in (png, small))

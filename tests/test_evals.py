@@ -98,9 +98,10 @@ def good_results() -> dict:
         "sft": {"true_utility": utility, "safety_violations": 0.02, "stop_rate": 1.0},
         "reward": {"helpfulness": {"accuracy": accuracy}, "safety": {"accuracy": accuracy}},
         "rejection": stage,
-        "ppo": {
-            **stage,
-            "history": {"iteration": [0, 5, 9], "reward_score": [0.1, 0.2, 0.3], "true_utility": [0.4, 0.6, 0.5]},
+        "ppo": stage,
+        "versions": {
+            name: {**stage, "reward_score": score, "true_utility": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}
+            for name, score, mean in (("sft", 0.1, 0.4), ("v1", 0.2, 0.6), ("v1_ppo", 0.3, 0.5))
         },
     }
 
@@ -117,7 +118,7 @@ def test_all_targets_of_a_good_run_are_met(tmp_path):
     assert document["annotator"] == "simulation"
     for text in (markdown, html):
         assert "annotator of this run is a simulation" in text and "65.0 % (58.0 % to 72.0 %)" in text
-        assert "true utility peaked at iteration 5" in text  # over-optimisation is told, not hidden
+        assert "true utility was highest in V1 and fell by 0.100" in text  # over-optimisation is told, not hidden
     assert "missed" not in markdown
 
 
@@ -164,6 +165,9 @@ def test_missing_values_are_not_run(tmp_path):
 
 
 def test_report_escapes_what_models_wrote_and_inlines_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import figures as plots
+
     sample = {
         "prompt": [{"role": "system", "content": "<b>Be brief</b>"}, {"role": "user", "content": "What is `a|b`?"}],
         "reference": "either",
@@ -171,13 +175,16 @@ def test_report_escapes_what_models_wrote_and_inlines_plots(tmp_path):
         "answers": {"ppo": "<script>alert(1)</script>", "base": "# no heading\n\n| x |"},
         "utility": {"ppo": 0.75},
     }
-    figures = {"verdict": PNG + b"0" * 30, "my_own": PNG + b"1" * 30}
+    figures = {
+        "verdict": plots.verdict({"SFT": {"mean": 0.5}}, {"PPO": {"mean": 0.6}}),
+        "my_own": plots.loss_curve({"a": ([0, 1], [2.0, 1.0])}, name="my_own"),
+    }
     _, markdown, html = report_of(good_results(), tmp_path, samples=[sample], figures=figures)
     assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;Be brief" in html
-    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+    assert html.count("data:image/svg+xml;base64,") == 4 and "http" not in html  # light and dark
     assert html.index(">Base<") < html.index("<h4>PPO<span>utility 0.750")
-    assert "    # no heading" in markdown and "![verdict](figures/verdict.png)" in markdown
-    assert "More figures" in markdown and (tmp_path / "figures" / "my_own.png").read_bytes() == figures["my_own"]
+    assert "    # no heading" in markdown and f"![{figures['verdict'].alt}](figures/verdict.png)" in markdown
+    assert "More figures" in markdown and (tmp_path / "figures" / "my_own.png").read_bytes() == figures["my_own"].png()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -191,25 +198,29 @@ def test_lookup_and_formats():
 
 def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
     pytest.importorskip("matplotlib")
-    from llama_jax.evals import figures, model_figures
+    from llama_jax.evals import figures, model_figures, plots, reward_figures
 
     steps = np.arange(120)
     accuracy = {"helpfulness": {"all": 0.8, "significantly": 0.9}, "safety": {"all": None}}
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
     log = {"step": steps, "reward": np.sqrt(steps), "kl": np.where(steps % 2, np.nan, 0.1), "other": steps}
     draw = [
-        lambda: figures.loss_curve({"train": (steps, 5 / (1 + steps)), "held-out": ([0, 60], [5.0, 1.0])}),
-        lambda: figures.bits_per_byte({"reference": 1.4, "source_code": 1.2}, {"reference": 1.9}),
-        lambda: figures.reward_accuracy(accuracy),
-        lambda: model_figures.best_of_n({"SFT": best_of.expected_max_of_n(np.random.default_rng(0).random((4, 8)))}).png(),
-        lambda: figures.ppo_curves(log),
-        lambda: figures.ppo_curves({"step": steps}),
-        lambda: figures.verdict({"SFT": interval, "PPO": {"mean": 0.6}}, {"PPO": interval}),
-        lambda: figures.over_optimisation([0, 1], [0.1, 0.5], [0.4, 0.3]),
+        figures.loss_curve({"train": (steps, 5 / (1 + steps)), "held-out": ([0, 60], [5.0, 1.0])}),
+        figures.bits_per_byte({"reference": 1.4, "source_code": 1.2}, {"reference": 1.9}),
+        reward_figures.accuracy(accuracy),
+        model_figures.best_of_n({"SFT": best_of.expected_max_of_n(np.random.default_rng(0).random((4, 8)))}),
+        figures.ppo_curves(log),
+        figures.ppo_curves({"step": steps}),
+        figures.verdict({"SFT": interval, "PPO": {"mean": 0.6}}, {"PPO": interval}),
+        figures.over_optimisation(["SFT", "PPO"], [0.1, 0.5], [0.4, 0.3]),
     ]
-    for function in draw:
-        assert function().startswith(PNG)
-    assert draw[1]() == draw[1]()
+    for plot in draw:
+        assert plot.png().startswith(PNG) and plot.svg(plots.DARK).startswith(b"<?xml")
+        assert plot.title.split(" (")[0] in plot.alt
+    assert draw[1].png() == draw[1].png() and draw[1].svg() != draw[1].svg(plots.DARK)
+    assert "train from 5 to 0.0417; held-out from 5 to 1" in draw[0].alt
+    assert "SFT: score 0.100, true utility 0.400" in draw[-1].alt
+    assert "helpfulness: significantly 90.0 %, all 80.0 %" in draw[2].alt and "an answer) from 0.1 to 0.1" in draw[4].alt
 
 
 def test_limits_hold_every_curve_of_a_figure():
@@ -218,11 +229,8 @@ def test_limits_hold_every_curve_of_a_figure():
 
     steps = np.arange(400.0)
     high, low = (steps, np.linspace(0.9, 0.6, 400)), (steps, np.linspace(0.2, 0.1, 400))
-    figure, axes = plots.canvas(plots.LIGHT, "two models")
-    for curve in (high, low):  # the second one must not push the first out of sight
-        figures._line(axes[0], curve, colour=figures.BLUE)
-    figures._limit(axes[0], [high, low])
-    bottom, top = axes[0].get_ylim()
+    # The second one must not push the first out of sight.
+    bottom, top = figures.loss_curve({"high": high, "low": low}).draw(plots.LIGHT).axes[0].get_ylim()
     assert bottom < 0.1 and top > 0.9
 
 
@@ -232,4 +240,4 @@ def test_figures_without_matplotlib_name_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ImportError, match=r"\[eval\]"):
-        figures.bits_per_byte({"a": 1.0}, {"a": 2.0})
+        figures.bits_per_byte({"a": 1.0}, {"a": 2.0}).png()

@@ -6,12 +6,10 @@ The whole study runs in the slow test of the five versions (tests/test_recipe.py
 import pytest
 import small_runs
 
-from llama_jax.config import ConfigError, parse
 from llama_jax.evals import ghost_figures
 from llama_jax.evals.report_sections import build_sections
 from llama_jax.evals.targets import check_targets
-from llama_jax.ghost_study import GhostStudyConfig, run
-from llama_jax.steps import change, load_config
+from llama_jax.ghost_study import GhostStudyConfig
 
 
 def interval(mean, low, high):
@@ -63,12 +61,9 @@ def test_the_figure_is_drawn_and_says_what_it_shows():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({}, "config.start: expected the workdir of a chat model, got nothing"),
-    ({"turns": ()}, "turns: expected turns from 1"),
-    ({"samples": 0}, "samples: expected at least 1, got 0"),
+    ({}, "start: expected the workdir of a chat model, got nothing"),
+    ({"start": "a", "turns": ()}, "turns: expected turns from 1"),
+    ({"start": "a", "samples": 0}, "samples: expected at least 1, got 0"),
 ])  # fmt: skip
-def test_configs_that_cannot_run_are_refused(tmp_path, changes, message):
-    values = load_config(small_runs.ROOT / "configs", "ghost_study.py:tiny")
-    change(values, changes, where="ghost_study")
-    with pytest.raises((ConfigError, ValueError), match=message):
-        run(parse(GhostStudyConfig, values), tmp_path)
+def test_configs_that_cannot_run_are_refused(changes, message):
+    small_runs.assert_refused(GhostStudyConfig, "ghost_study.py:tiny", changes, message)

@@ -100,7 +100,8 @@ def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenize
     assert list(values["left_out"].values()) == [{"chosen and rejected are the same": 1}]
     assert len(read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")) == 5
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "report.md", "report.json", "comparisons.jsonl.gz", "rating_shares.png", "best_of_batches.png",
+        "report.md", "report.json", "comparisons.jsonl.gz",
+        *(f"{name}.{ending}" for name in ("rating_shares", "best_of_batches") for ending in ("png", "svg", "dark.svg")),
     }  # fmt: skip
     assert "## By batch (Table 26)" in done.stdout
 

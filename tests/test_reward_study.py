@@ -10,7 +10,7 @@ import small_runs
 from llama_jax import reward_study
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_comparisons, write_jsonl
-from llama_jax.evals import figures
+from llama_jax.evals import reward_figures
 from llama_jax.model.config import SIZES
 from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown
 from llama_jax.steps import change, load_config
@@ -60,10 +60,11 @@ def test_figures_and_tables():
         "conflict": {"scores": SCORES, "shares": conflict_shares(SCORES)},
     }  # fmt: skip
     drawn = (
-        figures.margin_histograms(dict.fromkeys(("none", "large"), histogram)),
-        figures.accuracy_scaling(values["scaling"]), figures.score_conflict(SCORES),
+        reward_figures.margins(dict.fromkeys(("none", "large"), histogram)), reward_figures.scaling(values["scaling"]),
+        reward_figures.conflict(SCORES),
     )  # fmt: skip
-    assert all(png.startswith(b"\x89PNG") for png in drawn) and len(set(drawn)) == 3
+    assert all(plot.png().startswith(b"\x89PNG") for plot in drawn)
+    assert "70.0 % with 1 to 70.0 % with 2 batches" in drawn[1].alt
     text = markdown(values)
     assert "| large | 70.0 ± 10.0 | 70.0 ± 10.0 |" in text and "| 2 | 2,000 | 70.0 ± 10.0 | 70.0 ± 10.0 |" in text
     assert "| 1 | 1,000 | - | 70.0 ± 10.0 |" in text and "safe but unhelpful" in text
@@ -75,10 +76,7 @@ def test_figures_and_tables():
     ({"train": ("a",), "held_out": ("b",), "safety": "x"}, "expected both workdirs, or neither"),
 ])  # fmt: skip
 def test_configs_that_cannot_run_are_refused(changes, message):
-    values = load_config(small_runs.ROOT / "configs", "reward_study.py:tiny")
-    change(values, changes, where="study")
-    with pytest.raises(ConfigError, match=message):
-        parse(StudyConfig, values)
+    small_runs.assert_refused(StudyConfig, "reward_study.py:tiny", changes, message)
 
 
 @pytest.mark.slow

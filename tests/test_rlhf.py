@@ -11,10 +11,11 @@ from llama_jax.data.loader import IndexedBatches
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.ppo import PpoSettings, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
 from llama_jax.rlhf.rejection import choose_prompts, score_responses
-from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
+from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
@@ -37,12 +38,12 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh, *, rows=4, **more):
+def source(mesh, *, rows=4, scale=UNSCALED, **more):
     roll = Roller(
         sample=make_sampler(
             MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
         ),
-        judge=make_judge(MODEL, FLOAT32, RULE),
+        judge=make_judge(MODEL, FLOAT32, RULE, scale),
         frozen=FROZEN,
         keys=lambda index: row_keys(0, index),
     )
@@ -107,6 +108,17 @@ def test_first_inner_step_has_ratio_one_and_no_kl_and_no_clipping():
     assert float(found["clip_fraction"].mean()) == 0
     assert metrics["sampler_drift"] < 1e-4
     assert objective.weight == batch.mask.sum()
+
+
+def test_the_critic_speaks_in_units_of_the_whitened_reward():
+    """Rollout and loss take the same mean and deviation of the reward model's scores away."""
+    mesh, scale = one_device(), ScoreStatistics(2.0, 4.0)
+    with jax.set_mesh(mesh):
+        plain, scaled = (source(mesh, scale=s).batch(0, MODELS)[0] for s in (ScoreStatistics(0.0, 1.0), scale))
+        np.testing.assert_allclose(scaled.values, np.where(plain.mask, (plain.values - 2) / 4, 0), atol=1e-6)
+        found = jax.jit(ppo_loss(MODEL, FLOAT32, SETTINGS, scale))(MODELS, scaled)[1]["value_loss"]
+    square = np.square(scaled.values - scaled.returns) * scaled.mask  # nothing is clipped before the first update
+    np.testing.assert_allclose(found.mean(), 0.5 * square.sum() / scaled.mask.sum(), rtol=1e-5)
 
 
 def test_a_rollout_keeps_its_books():

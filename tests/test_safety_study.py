@@ -89,10 +89,7 @@ MODELS = {"start": "a", "helpfulness": "b", "safety": "c"}
     ({**MODELS, "most": 0}, "most: expected at least 1"),
 ])  # fmt: skip
 def test_configs_that_cannot_run_are_refused(changes, message):
-    values = load_config(small_runs.ROOT / "configs", "safety_study.py:tiny")
-    change(values, changes, where="study")
-    with pytest.raises(ConfigError, match=message):
-        parse(SafetyStudyConfig, values)
+    small_runs.assert_refused(SafetyStudyConfig, "safety_study.py:tiny", changes, message)
 
 
 def study(directory, **changes):

@@ -87,8 +87,11 @@ def test_the_report_shows_the_way_from_version_to_version(workdir):
     results = results_of(workdir)
     assert results["reward_batches"]["safety"]["v2"]["batch 2"] == {"all": pytest.approx(0.72), "better": 1.0}
     figures = summary.draw(workdir, results)
-    shown = {"version_progress", "score_shift", "score_scatter", "accuracy_by_batch", "temperatures_v2", "best_of_n", "ppo"}
-    assert shown <= set(figures) and all(png.startswith(PNG) for png in figures.values())
+    shown = {
+        "version_progress", "score_shift_helpfulness", "score_shift_safety", "score_scatter", "accuracy_by_batch",
+        "temperature_map", "best_of_n", "ppo", "over_optimisation",
+    }  # fmt: skip
+    assert shown <= set(figures) and all(plot.png().startswith(PNG) for plot in figures.values())
     samples = progress.samples(ROWS, workdir, {"sft": "sft", "rejection": "v2"})
     assert samples[1]["answers"] == {"sft": "Bananas.", "rejection": "It is a small number."}
     paths = write_report(results, workdir, figures=figures, samples=samples)
@@ -101,8 +104,9 @@ def test_the_report_shows_the_way_from_version_to_version(workdir):
     ]  # fmt: skip
     assert "| safety, V2 | 62.0 % | 72.0 % | 60.0 % |" in lines and "66.7 % (" in section
     assert "| Ghost Attention, V2 | 5 | 4 | 75.0 % | 3 |" in lines
-    for name in ("version_progress", "score_shift", "score_scatter", "accuracy_by_batch"):
-        assert f"figures/{name}.png" in section
+    for name in ("version_progress", "score_shift_safety", "score_scatter", "accuracy_by_batch"):
+        assert f"![{figures[name].alt}](figures/{name}.png)" in section
+        assert (workdir / "figures" / f"{name}.dark.svg").exists() and figures[name].html() in paths.html.read_text()
     assert json.loads(paths.json.read_text())["versions"]["v2"]["win_rate_by_track"]["safety"]["n"] == 3
 
 

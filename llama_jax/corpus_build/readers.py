@@ -245,7 +245,8 @@ def _warc(path: str) -> Rows:
         # warcio would undo the compression too, but takes a torn member for the end of the file.
         for part in _gzip_members(file) if path.lower().endswith(".gz") else (file,):
             records, end = archive.ArchiveIterator(part), 0
-            for number, record in enumerate(_archive(records), start=number + 1):
+            for record in _archive(records):
+                number += 1
                 row = _warc_row(record, strings)
                 if missing := _missing(record):
                     raise EOFError(f"record {number} is torn, {missing} bytes are missing")

@@ -1,11 +1,13 @@
 """Pictures of what goes into a run, for notebooks: loss masks, packed rows, layouts on a mesh, memory, attention (Fig. 10).
 
-In the light theme of `plots.py`: numbers in, the bytes of a PNG (or HTML) out. Needs the extra [eval].
+Numbers in, a `Plot` (or HTML) out.
 """
 
 import dataclasses
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -13,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.data.dialog import EncodedDialog
 from llama_jax.data.loader import TokenBatch
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals.figures import FAINT, GREEN, GREY, INK, ORANGE, _cycle, _png
 from llama_jax.evals.ghost import AttentionMap
-from llama_jax.evals.plots import LIGHT, canvas, legend
+from llama_jax.evals.plots import LIGHT, Plot, Theme, canvas, legend, styles
+from llama_jax.files import atomic_write
 from llama_jax.parallel.axes import ParamSpec, Rules, partition
 
 _UNSEEN = {"layers", "head"}  # axes that no rule divides: a drawing of two dimensions leaves them out
@@ -47,7 +49,7 @@ def loss_mask_html(dialog: EncodedDialog, tokenizer: Tokenizer) -> str:
     for token, trains in zip(dialog.ids, dialog.supervised, strict=True):
         piece = tokenizer.piece(token)
         text = html.escape({"<0x0A>": "\u21b5"}.get(piece, piece.replace("\u2581", "\u00b7")))
-        colour, edge = ("#c8ecdd", GREEN) if trains else ("#eceef2", GREY)
+        colour, edge = ("#c8ecdd", LIGHT.colour(2)) if trains else ("#eceef2", LIGHT.grey)
         boxes.append(
             f'<span title="id {token}" style="background:{colour};border-bottom:2px solid {edge};color:#1d2330;'
             f'padding:0 3px;margin:1px;display:inline-block;border-radius:3px">{text}</span>'
@@ -69,25 +71,36 @@ def runs(row: TokenBatch) -> list[Run]:
     ]
 
 
-def packed_rows(rows: Sequence[TokenBatch], *, title: str = "Packed rows") -> bytes:
-    """One bar a row, one colour a dialog: strong where tokens are trained, pale where they are not, white for padding."""
-    figure, (ax,) = canvas(LIGHT, title, panel=(7.2, 0.6 + 0.3 * len(rows)))
-    for y, row in enumerate(rows):
-        for run in runs(row):
-            if run.segment:
-                colour = _cycle(5)[(run.segment - 1) % 5]
-                ax.barh(
-                    y, run.length, left=run.start, height=0.72, color=colour, alpha=1.0 if run.supervised else 0.35,
-                    linewidth=0,
-                )  # fmt: skip
-        for start in np.flatnonzero(np.diff(np.asarray(row.segment_ids))) + 1:
-            ax.plot([start, start], [y - 0.36, y + 0.36], color="white", linewidth=1.5)
-    ax.set_yticks(range(len(rows)), labels=[f"row {y}" for y in range(len(rows))])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(0, len(rows[0].segment_ids))
-    ax.set_xlabel("token")
-    ax.grid(False)
-    return _png(figure)
+def packed_rows(rows: Sequence[TokenBatch], *, title: str = "Packed rows") -> Plot:
+    """One bar a row, one colour a dialog: strong where tokens are trained, pale where they are not, bare for padding."""
+    found = [runs(row) for row in rows]
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(7.2, 0.6 + 0.3 * len(rows)))
+        for y, (row, parts) in enumerate(zip(rows, found)):
+            for run in parts:
+                if run.segment:
+                    colour = theme.colour((run.segment - 1) % 5)
+                    alpha = 1.0 if run.supervised else 0.35
+                    ax.barh(y, run.length, left=run.start, height=0.72, color=colour, alpha=alpha, linewidth=0)
+            for start in np.flatnonzero(np.diff(np.asarray(row.segment_ids))) + 1:
+                ax.plot([start, start], [y - 0.36, y + 0.36], color=theme.page, linewidth=1.5)
+        ax.set_yticks(range(len(rows)), labels=[f"row {y}" for y in range(len(rows))])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_xlim(0, len(rows[0].segment_ids))
+        ax.set_xlabel("token")
+        ax.grid(False)
+        return figure
+
+    dialogs = sum(len({run.segment for run in parts if run.segment}) for parts in found)
+    filled, trained = (
+        sum(run.length for parts in found for run in parts if keep(run))
+        for keep in (lambda run: run.segment, lambda run: run.supervised)
+    )
+    tokens = sum(len(row.segment_ids) for row in rows)
+    filled, trained = (100 * part / tokens for part in (filled, trained))
+    words = f"{dialogs} dialogs fill {filled:.0f} % of {len(rows)} rows; {trained:.0f} % is trained"
+    return Plot("packed_rows", title, f"A bar a row. {title}. {words}.", draw)
 
 
 def pieces(spec: ParamSpec, mesh: Mesh, rules: Rules) -> tuple[tuple[int, int], list[Piece]]:
@@ -104,23 +117,24 @@ def pieces(spec: ParamSpec, mesh: Mesh, rules: Rules) -> tuple[tuple[int, int], 
     return shape, [Piece(rows, columns, tuple(sorted(found))) for (rows, columns), found in sorted(holders.items())]
 
 
-def layouts(specs: Mapping[str, ParamSpec], mesh: Mesh, tables: Mapping[str, Rules], *, title: str = "Layouts") -> bytes:
+def layouts(specs: Mapping[str, ParamSpec], mesh: Mesh, tables: Mapping[str, Rules], *, title: str = "Layouts") -> Plot:
     """Which device holds which part of each parameter: a line of drawings for each rule table, {label: rules}."""
-    figure, axes = canvas(LIGHT, title, rows=len(tables), columns=len(specs), panel=(7.6 / len(specs), 2.1))
-    places = iter(axes)
-    for label, rules in tables.items():
-        for name, spec in specs.items():
-            ax = next(places)
-            (height, width), found = pieces(spec, mesh, rules)
-            for piece in found:
+    found = {
+        (label, name): pieces(spec, mesh, rules) for label, rules in tables.items() for name, spec in specs.items()
+    }  # fmt: skip
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, rows=len(tables), columns=len(specs), panel=(7.6 / len(specs), 2.1))
+        for ax, ((label, name), ((height, width), parts)) in zip(axes, found.items()):
+            for piece in parts:
                 (top, bottom), (left, right) = piece.rows, piece.columns
                 x, w = left / width, (right - left) / width
                 y, h = top / height, (bottom - top) / height
                 ax.add_patch(_box(x, y, w, h, _SHADES[piece.devices[0] % len(_SHADES)]))
                 held = _named(piece.devices)
-                ax.text(x + w / 2, y + h / 2, held, ha="center", va="center", fontsize=8, color=INK)
-            drawn = [axis for axis in spec.axes if axis not in _UNSEEN][:2]
-            ax.set_title(f"{label}: {name}", fontsize=9, color=INK)
+                ax.text(x + w / 2, y + h / 2, held, ha="center", va="center", fontsize=8, color=LIGHT.ink)
+            drawn = [axis for axis in specs[name].axes if axis not in _UNSEEN][:2]
+            ax.set_title(f"{label}: {name}", fontsize=9)
             ax.set_xlabel(f"{drawn[-1]} ({width})")
             ax.set_ylabel(f"{drawn[0]} ({height})" if len(drawn) > 1 else "")
             ax.set_xlim(-0.01, 1.01)
@@ -128,63 +142,112 @@ def layouts(specs: Mapping[str, ParamSpec], mesh: Mesh, tables: Mapping[str, Rul
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines["bottom"].set_visible(False)
-    return _png(figure)
+        return figure
+
+    words = "; ".join(f"{label}, {name}: {len(parts)} pieces" for (label, name), (_, parts) in found.items())
+    return Plot("layouts", title, f"Boxes with the numbers of the devices that hold them. {title}. {words}.", draw)
 
 
 def stacked_bars(
     bars: Mapping[str, Mapping[str, float]], *, title: str, xlabel: str, limit: float | None = None,
     limit_label: str = "", number: str = "{:.2f}",
-) -> bytes:  # fmt: skip
+) -> Plot:  # fmt: skip
     """Horizontal bars made of parts, {label: {part: size}}, with their sums; `limit` is a line that they should not cross."""
-    figure, (ax,) = canvas(LIGHT, title, panel=(7.2, 1.3 + 0.42 * len(bars)))
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
-    for y, parts in enumerate(bars.values()):
-        left = 0.0
-        for name, colour in zip(names, _cycle(len(names))):
-            ax.barh(y, parts.get(name, 0.0), left=left, height=0.66, color=colour, label=name if y == 0 else None)
-            left += parts.get(name, 0.0)
-        ax.annotate(
-            number.format(left), (left, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=INK
-        )
-    if limit is not None:
-        ax.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        ax.annotate(limit_label, (limit, -0.5), xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=9, color=INK)
-    largest = max(sum(parts.values()) for parts in bars.values())
-    ax.set_xlim(0, max(1.14 * largest, 1.05 * (limit or 0.0)))
-    ax.set_yticks(range(len(bars)), labels=list(bars))
-    ax.set_ylim(len(bars) - 0.4, -0.9 if limit is not None else -0.6)
-    ax.grid(True, axis="x", color=FAINT)
-    ax.grid(False, axis="y")
-    ax.set_xlabel(xlabel)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 5), frameon=False)
-    return _png(figure)
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(7.2, 1.3 + 0.42 * len(bars)))
+        small = {"textcoords": "offset points", "fontsize": 9, "color": theme.ink}
+        for y, parts in enumerate(bars.values()):
+            left = 0.0
+            for index, name in enumerate(names):
+                size = parts.get(name, 0.0)
+                ax.barh(y, size, left=left, height=0.66, color=theme.colour(index), label=name if y == 0 else None)
+                left += size
+            ax.annotate(number.format(left), (left, y), xytext=(4, 0), va="center", **small)
+        if limit is not None:
+            ax.axvline(limit, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
+            ax.annotate(limit_label, (limit, -0.5), xytext=(-4, 3), ha="right", **small)
+        largest = max(sum(parts.values()) for parts in bars.values())
+        ax.set_xlim(0, max(1.14 * largest, 1.05 * (limit or 0.0)))
+        ax.set_yticks(range(len(bars)), labels=list(bars))
+        ax.set_ylim(len(bars) - 0.4, -0.9 if limit is not None else -0.6)
+        ax.grid(True, axis="x", color=theme.faint)
+        ax.grid(False, axis="y")
+        ax.set_xlabel(xlabel)
+        shown = {"loc": "outside lower center", "ncols": min(len(names), 5), "frameon": False, "labelcolor": theme.ink}
+        figure.legend(*ax.get_legend_handles_labels(), **shown)
+        return figure
+
+    words = "; ".join(f"{label} {number.format(sum(parts.values()))}" for label, parts in bars.items())
+    bound = "" if limit is None else f" {limit_label}: {number.format(limit)}."
+    return Plot("bars", title, f"Bars of {', '.join(names)}, {xlabel}. {title}. {words}.{bound}", draw)
 
 
-def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest attention, all layers and heads") -> bytes:
+def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest attention of all heads (Fig. 10)") -> Plot:
     """Fig. 10: one map a model, queries downwards; orange lines enclose the instruction's tokens."""
-    figure, axes = canvas(LIGHT, title, columns=len(maps), panel=(7.6 / len(maps), 3.3))
-    for ax, (label, found) in zip(axes, maps.items()):
-        Q, S = found.cells.shape
-        ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, S * found.bin_size, Q * found.bin_size, 0))
-        for token in found.instruction:
-            ax.axvline(token, color=ORANGE, linewidth=1.2)
-        ax.set_title(label, fontsize=10)
-        ax.set_xlabel("key (token)")
-        ax.set_ylabel("query (token)")
-        ax.grid(False)
-    return _png(figure)
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, columns=len(maps), panel=(7.6 / len(maps), 3.3))
+        for ax, (label, found) in zip(axes, maps.items()):
+            Q, S = found.cells.shape
+            ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, S * found.bin_size, Q * found.bin_size, 0))
+            for token in found.instruction:
+                ax.axvline(token, color=theme.colour(1), linewidth=1.2)
+            ax.set_title(label, fontsize=10)
+            ax.set_xlabel("key (token)")
+            ax.set_ylabel("query (token)")
+            ax.grid(False)
+        return figure
+
+    return Plot("attention", title, f"Maps of queries by keys. {title}. {_by_turn(maps)}.", draw)
 
 
-def attention_by_turn(curves: Mapping[str, Sequence[float]]) -> bytes:
-    """How much each turn looks at the instruction, {model: values by turn}; beside `attention_maps`."""
-    figure, (ax,) = canvas(LIGHT, "Attention to the instruction by turn", panel=(7.2, 3.0))
-    for (label, values), colour in zip(curves.items(), _cycle(len(curves))):
-        ax.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=4, label=label)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("turn")
-    ax.set_ylabel("mean of the largest weight")
-    legend(ax, LIGHT)
-    return _png(figure)
+def attention_by_turn(maps: Mapping[str, AttentionMap]) -> Plot:
+    """How much each turn looks at the instruction; beside `attention_maps`."""
+    title = "Attention to the instruction by turn"
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(7.2, 3.0))
+        for (label, found), style in zip(maps.items(), styles(theme, len(maps))):
+            ax.plot(range(1, len(found.by_turn) + 1), found.by_turn, label=label, **style)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel("turn")
+        ax.set_ylabel("mean of the largest weight")
+        legend(ax, theme)
+        return figure
+
+    return Plot("attention_by_turn", title, f"Lines. {title}. {_by_turn(maps)}.", draw)
+
+
+def save_maps(path: Path, maps: Mapping[str, AttentionMap]) -> None:
+    """Keeps maps in one file, to be drawn again in any theme."""
+    arrays = {
+        f"{label}/{name}": np.asarray(value)
+        for label, found in maps.items() for name, value in dataclasses.asdict(found).items()
+    }  # fmt: skip
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_maps(path: Path) -> dict[str, AttentionMap]:
+    """What `save_maps` has kept."""
+    with np.load(path) as arrays:
+        labels = dict.fromkeys(name.rpartition("/")[0] for name in arrays)
+        return {
+            label: AttentionMap(
+                arrays[f"{label}/cells"], int(arrays[f"{label}/bin_size"]), tuple(arrays[f"{label}/instruction"].tolist()),
+                arrays[f"{label}/by_turn"],
+            )
+            for label in labels
+        }  # fmt: skip
+
+
+def _by_turn(maps: Mapping[str, AttentionMap]) -> str:
+    return "; ".join(
+        f"{label}: {found.by_turn[0]:.2f} on the instruction in the first turn, {found.by_turn[-1]:.2f} in the last"
+        for label, found in maps.items()
+    )
 
 
 def _named(devices: Sequence[int]) -> str:

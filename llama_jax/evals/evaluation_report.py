@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_jax.evals import benchmark_figures
 from llama_jax.evals.groups import GROUPS, TITLES, families, family_of
-from llama_jax.evals.plots import DARK
+from llama_jax.evals.plots import save
 from llama_jax.evals.published import MATH_NOTE, published
 from llama_jax.evals.report import markdown_sections
 from llama_jax.evals.report_html import render_page
@@ -34,16 +34,11 @@ def write(values: Mapping[str, Any], output: Path, *, paper: Sequence[str]) -> N
     known = {model: published(model) for model in paper}
     sections = build(values, known)
     figures = benchmark_figures.draw(values, known)
-    # Only what the notes below the title do not say: what a picture shows, for those who do not see it.
-    texts = {name: figure.alt for name, figure in figures.items()}
-    for name, figure in figures.items():
-        for ending, data in (("png", figure.png()), ("svg", figure.svg()), ("dark.svg", figure.svg(DARK))):
-            _write(output / "figures" / f"{name}.{ending}", data)
+    save(figures.values(), output / "figures")
     title = f"Evaluation: {values['suite']}"
     write_json(output / "results.json", values)
-    _write(output / "report.md", markdown_sections(title, _LEAD, sections, alt=texts).encode())
-    page = render_page(title, _LEAD, sections, figures={name: figure.png() for name, figure in figures.items()}, alt=texts)
-    _write(output / "report.html", page.encode())
+    _write(output / "report.md", markdown_sections(title, _LEAD, sections, figures=figures).encode())
+    _write(output / "report.html", render_page(title, _LEAD, sections, figures=figures).encode())
 
 
 def build(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> list[Section]:

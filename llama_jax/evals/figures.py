@@ -1,269 +1,211 @@
-"""The plots of the recipe's report: training curves (Fig. 5), reward models (Table 8), PPO, versions (Figs. 6, 11, 14, 20).
+"""The plots of the recipe's report: training curves (Fig. 5), PPO, and from version to version (Figs. 6, 11, 14).
 
-Each function takes numbers and returns the bytes of a PNG, on the canvas and in the light theme of `plots.py`.
-What scored samples show (Figs. 7, 8, 21, 29) is drawn in `model_figures.py`. Needs the extra [eval].
+Each function takes numbers and returns a `Plot`. What scored samples show (Figs. 7, 8, 20, 21, 29) is drawn in
+`model_figures.py`, what reward models know (Table 8, Figs. 6, 25 to 27, 32) in `reward_figures.py`.
 """
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.plots import LIGHT, MARKERS, canvas, dress, legend, note
+from llama_jax.evals.plots import MARKERS, Plot, Theme, bars, canvas, dress, legend, note, styles
 
-BLUE, ORANGE, GREEN, _, RED, _ = LIGHT.cycle
-INK, FAINT, GREY = LIGHT.ink, LIGHT.faint, LIGHT.grey
-DEGREES = ("significantly", "better", "slightly", "negligibly", "all")
 # Metric name -> panel title, for the small multiples of PPO; a run that lacks one gets one panel less.
 PPO_PANELS = {
-    "reward": "reward model score",
-    "kl": "KL to the start",
-    "entropy": "entropy (nats a token)",
+    "reward": "combined reward R_c",
+    "kl": "KL to the start (nats an answer)",
+    "policy_entropy": "entropy (nats a token)",
     "clip_fraction": "clip fraction",
     "explained_variance": "explained variance",
-    "length": "answer length (tokens)",
+    "response_length": "answer length (tokens)",
     "eos_rate": "answers that end",
-    "loss": "loss",
+    "approx_kl": "approximate KL of an update",
+    "sampler_drift": "largest sampler drift (nats)",
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]
 _LONG = 100  # points from which a curve is smoothed
+_DASHED = {"linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 def loss_curve(
-    curves: Mapping[str, Curve], *, title: str = "Training loss", ylabel: str = "loss (nats a token)", xlabel: str = "step"
-) -> bytes:
+    curves: Mapping[str, Curve], *, name: str = "loss", title: str = "Training loss", ylabel: str = "loss (nats a token)",
+    xlabel: str = "step",
+) -> Plot:  # fmt: skip
     """Lines over optimiser steps, {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
-    figure, axes = canvas(LIGHT, title)
-    for (label, curve), colour in zip(curves.items(), _cycle(len(curves))):
-        _line(axes[0], curve, colour=colour, label=label)
-    _limit(axes[0], curves.values())
-    axes[0].set_xlabel(xlabel)
-    axes[0].set_ylabel(ylabel)
-    if len(curves) > 1:
-        legend(axes[0], LIGHT)
-    return _png(figure)
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title)
+        for index, (label, curve) in enumerate(curves.items()):
+            _line(ax, curve, colour=theme.colour(index), label=label)
+        _limit(ax, curves.values())
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        if len(curves) > 1:
+            legend(ax, theme)
+        return figure
+
+    words = "; ".join(f"{label} {_ends(curve)}" for label, curve in curves.items())
+    return Plot(name, title, f"{ylabel} by {xlabel}. {title}. {words}.", draw)
 
 
-def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> bytes:
+def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> Plot:
     """Bars per source: the model's bits per byte on held-out documents beside those of `xz -9e`."""
-    sources = list(model)
-    figure, axes = canvas(LIGHT, "Bits per byte on held-out documents (lower is better)")
+    title, sources = "Bits per byte on held-out documents (lower is better)", list(model)
     series = {"model": [model[s] for s in sources], "xz -9e": [xz.get(s, np.nan) for s in sources]}
-    _bars(axes[0], sources, series, colours=[BLUE, GREY], number="{:.2f}")
-    axes[0].set_ylabel("bits per byte")
-    legend(axes[0], LIGHT, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    return _png(figure)
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title)
+        bars(ax, theme, sources, series, colours=[theme.colour(0), theme.grey], number="{:.2f}")
+        ax.set_ylabel("bits per byte")
+        legend(ax, theme, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+        return figure
+
+    words = "; ".join(f"{s} {model[s]:.2f} against {xz.get(s, np.nan):.2f}" for s in sources)
+    return Plot("bits_per_byte", title, f"Bars. {title}, the model against xz: {words}.", draw)
 
 
-def reward_accuracy(accuracy: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Bars per degree of preference and reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
-    figure, axes = canvas(LIGHT, "Reward model accuracy by degree of preference")
-    degrees = [d for d in DEGREES if any(d in of_model for of_model in accuracy.values())]
-    series = {name: [100 * _nan(of_model.get(d)) for d in degrees] for name, of_model in accuracy.items()}
-    _bars(axes[0], degrees, series, colours=[BLUE, GREEN], number="{:.0f}")
-    axes[0].axhline(50, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes[0].annotate("chance", (1.005, 50), xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=9)
-    axes[0].set_ylim(0, 108)
-    axes[0].set_ylabel("held-out accuracy (%)")
-    legend(axes[0], LIGHT, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(series))
-    return _png(figure)
-
-
-def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] = PPO_PANELS) -> bytes:
+def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] = PPO_PANELS) -> Plot:
     """Small multiples over PPO iterations from `read_metrics`: those metrics of `panels` that were logged."""
     names = [name for name in panels if name in metrics and np.isfinite(metrics[name]).any()]
     columns = min(3, max(1, len(names)))
-    rows = max(1, -(-len(names) // columns))
-    figure, axes = canvas(LIGHT, "PPO", rows=rows, columns=columns, panel=(3.5, 2.3))
-    for ax, name in zip(axes, names):
-        _line(ax, (metrics["step"], metrics[name]), colour=BLUE)
-        _limit(ax, [(metrics["step"], metrics[name])])
-        ax.set_title(panels[name])
-    for ax in axes[len(names) :]:
-        ax.set_visible(False)
-    return _png(figure)
+
+    def draw(theme: Theme) -> Any:
+        rows = max(1, -(-len(names) // columns))
+        figure, axes = canvas(theme, "PPO", rows=rows, columns=columns, panel=(3.5, 2.3))
+        for ax, name in zip(axes, names):
+            curve = (metrics["step"], metrics[name])
+            _line(ax, curve, colour=theme.colour(0))
+            _limit(ax, [curve])
+            ax.set_title(panels[name])
+        for ax in axes[len(names) :]:
+            ax.set_visible(False)
+        return figure
+
+    words = "; ".join(f"{panels[name]} {_ends((metrics['step'], metrics[name]))}" for name in names)
+    return Plot("ppo", "PPO", f"Lines over the iterations of PPO. {words}.", draw)
 
 
-def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, Mapping[str, float]]) -> bytes:
+def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, Mapping[str, float]]) -> Plot:
     """True utility per version and win rate against SFT, each {label: {"mean", "low", "high"}}."""
-    figure, axes = canvas(
-        LIGHT, "Verdict on held-out prompts (simulated annotator, 95 % intervals)", columns=2, panel=(4.4, 3.5), grid="x"
+    title = "Verdict on held-out prompts (simulated annotator, 95 % intervals)"
+
+    def draw(theme: Theme) -> Any:
+        figure, (left, right) = canvas(theme, title, columns=2, panel=(4.4, 3.5), grid="x")
+        _dots(left, theme, utility, scale=1.0, title="true utility", colour=theme.colour(0))
+        _dots(right, theme, win_rate, scale=100.0, title="win rate against SFT (%)", colour=theme.colour(2))
+        right.axvline(50, color=theme.ink, **_DASHED)
+        low, high = right.get_xlim()
+        right.set_xlim(min(low, 45), max(high, 65))
+        return figure
+
+    words = "; ".join(
+        [f"true utility of {label} {_nan(row.get('mean')):.3f}" for label, row in utility.items()]
+        + [f"win rate of {label} {100 * _nan(row.get('mean')):.1f} %" for label, row in win_rate.items()]
     )
-    _dots(axes[0], utility, scale=1.0, title="true utility", colour=BLUE)
-    _dots(axes[1], win_rate, scale=100.0, title="win rate against SFT (%)", colour=GREEN)
-    axes[1].axvline(50, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    low, high = axes[1].get_xlim()
-    axes[1].set_xlim(min(low, 45), max(high, 65))
-    return _png(figure)
+    return Plot("verdict", title, f"Points with intervals. {title}. {words}.", draw)
 
 
-def over_optimisation(iterations: Sequence[float], reward: Sequence[float], utility: Sequence[float]) -> bytes:
-    """Reward model score and true utility over PPO on two axes: where they part, the score is being gamed."""
-    figure, axes = canvas(LIGHT, "Is the reward model being over-optimised?")
-    left, right = axes[0], axes[0].twinx()
-    dress(right, LIGHT)
-    right.grid(False)
-    left.plot(iterations, reward, color=ORANGE, marker="o", markersize=4)
-    right.plot(iterations, utility, color=BLUE, marker="s", markersize=4)
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.set_xlabel("PPO iteration")
-    left.set_ylabel("reward model score", color=ORANGE)
-    right.set_ylabel("true utility", color=BLUE)
-    return _png(figure)
+def over_optimisation(labels: Sequence[str], reward: Sequence[float], utility: Sequence[float]) -> Plot:
+    """Reward model score and true utility from version to version: where they part, the score is being gamed."""
+    title = "Is the reward model being over-optimised?"
+
+    def draw(theme: Theme) -> Any:
+        figure, (left,) = canvas(theme, title)
+        right = left.twinx()
+        dress(right, theme)
+        right.grid(False)
+        left.plot(range(len(labels)), reward, color=theme.colour(1), marker="o", markersize=5)
+        right.plot(range(len(labels)), utility, color=theme.colour(0), marker="s", markersize=5)
+        left.set_xticks(range(len(labels)), labels=labels)
+        left.set_ylabel("reward model score (o)", color=theme.colour(1))
+        right.set_ylabel("true utility (square)", color=theme.colour(0))
+        return figure
+
+    words = "; ".join(f"{label}: score {r:.3f}, true utility {u:.3f}" for label, r, u in zip(labels, reward, utility))
+    return Plot("over_optimisation", title, f"Two lines. {title} {words}.", draw)
 
 
-def rating_shares(shares: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Share of each degree of preference by batch, {batch: {rating: share}}. (Fig. 25)"""
-    figure, axes = canvas(LIGHT, "Degrees of preference by batch")
-    ratings = list(next(iter(shares.values())))
-    for rating, style in zip(ratings, _styles(len(ratings))):
-        values = [100 * of_batch[rating] for of_batch in shares.values()]
-        axes[0].plot(range(len(shares)), values, label=rating, **style)
-    _batch_axis(axes[0], list(shares))
-    axes[0].set_ylabel("comparisons (%)")
-    return _png(figure)
-
-
-def best_of_batches(scores: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Mean over prompts of the largest and the median score among sampled answers, {batch: {"max", "median"}}. (Fig. 26)"""
-    figure, axes = canvas(LIGHT, "Reward among sampled answers by batch")
-    for name, style in zip(("max", "median"), _styles(2)):
-        values = [of_batch[name] for of_batch in scores.values()]
-        axes[0].plot(range(len(scores)), values, label=name, **style)
-    _batch_axis(axes[0], list(scores))
-    axes[0].set_ylabel("reward model score")
-    return _png(figure)
-
-
-def best_by_temperature(curves: Mapping[str, Mapping[str, Sequence[float]]], *, title: str = "") -> bytes:
-    """Expected maximum among N answers by temperature, {temperature: {"maximum": [K]}}. (Fig. 8)"""
-    figure, axes = canvas(LIGHT, title or "Best of N answers by temperature")
-    for (label, curve), style in zip(curves.items(), _styles(len(curves))):
-        counts = range(1, len(curve["maximum"]) + 1)
-        axes[0].plot(counts, curve["maximum"], label=f"T = {label}", **style)
-    axes[0].set_xlabel("N")
-    axes[0].set_ylabel("expected reward of the best")
-    legend(axes[0], LIGHT)
-    return _png(figure)
-
-
-def accuracy_by_batch(accuracy: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+def accuracy_by_batch(accuracy: Mapping[str, Mapping[str, Sequence[float]]]) -> Plot:
     """Accuracy on one held-out set of reward models trained on ever more batches, {track: {degree: [versions]}}. (Fig. 6)"""
-    figure, axes = canvas(LIGHT, "Reward models by batches of comparisons", columns=max(len(accuracy), 1), panel=(4.4, 3.5))
-    for ax, (track, curves) in zip(axes, accuracy.items()):
-        for (label, values), style in zip(curves.items(), _styles(len(curves))):
-            batches = range(1, len(values) + 1)
-            ax.plot(batches, [100 * _nan(v) for v in values], label=label, **style)
-        ax.set_title(track)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("batches trained on")
-        legend(ax, LIGHT)
-    axes[0].set_ylabel("accuracy on the first held-out batch (%)")
-    return _png(figure)
+    title = "Reward models by batches of comparisons (Fig. 6)"
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, columns=max(len(accuracy), 1), panel=(4.4, 3.5))
+        for ax, (track, curves) in zip(axes, accuracy.items()):
+            for (label, values), style in zip(curves.items(), styles(theme, len(curves))):
+                ax.plot(range(1, len(values) + 1), [100 * _nan(v) for v in values], label=label, **style)
+            ax.set_title(track)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.set_xlabel("batches trained on")
+            legend(ax, theme)
+        axes[0].set_ylabel("accuracy on the first held-out batch (%)")
+        return figure
+
+    words = "; ".join(
+        f"{track}, {degree}: {100 * _nan(values[0]):.1f} to {100 * _nan(values[-1]):.1f} %"
+        for track, curves in accuracy.items() for degree, values in curves.items()
+    )  # fmt: skip
+    return Plot("accuracy_by_batch", title, f"Lines. {title}. {words}.", draw)
 
 
-def version_progress(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
+def version_progress(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot:
     """Win rates against SFT, {judge: {version: {"helpfulness", "safety"}}}: a panel a judge, versions in order. (Fig. 11)"""
-    figure, axes = canvas(LIGHT, "Versions against SFT", columns=max(len(judges), 1), panel=(4.4, 4.0))
-    for ax, (judge, points) in zip(axes, judges.items()):
-        x, y = ([100 * _nan(point.get(key)) for point in points.values()] for key in ("helpfulness", "safety"))
-        ax.plot(x, y, color=BLUE, marker="o", markersize=5, linewidth=1)
-        for label, *place in zip(points, x, y):
-            note(ax, LIGHT, label, tuple(place), xytext=(5, 5))
-        for line in (ax.axhline, ax.axvline):
-            line(50, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        ax.set_title(f"judge: {judge}")
-        ax.set_xlabel("helpfulness win rate (%)")
-        ax.set_ylabel("safety win rate (%)")
-    return _png(figure)
+    title = "Versions against SFT (Fig. 11)"
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, columns=max(len(judges), 1), panel=(4.4, 4.0))
+        for ax, (judge, points) in zip(axes, judges.items()):
+            x, y = ([100 * _nan(point.get(key)) for point in points.values()] for key in ("helpfulness", "safety"))
+            ax.plot(x, y, color=theme.colour(0), marker="o", markersize=5, linewidth=1)
+            for label, *place in zip(points, x, y):
+                note(ax, theme, label, tuple(place), xytext=(5, 5))
+            for line in (ax.axhline, ax.axvline):
+                line(50, color=theme.grey, **_DASHED)
+            ax.set_title(f"judge: {judge}")
+            ax.set_xlabel("helpfulness win rate (%)")
+            ax.set_ylabel("safety win rate (%)")
+        return figure
+
+    words = "; ".join(
+        f"{judge}: " + ", ".join(
+            f"{label} {100 * _nan(at.get('helpfulness')):.0f} % helpful and {100 * _nan(at.get('safety')):.0f} % safe"
+            for label, at in points.items()
+        )
+        for judge, points in judges.items()
+    )  # fmt: skip
+    return Plot("version_progress", title, f"Points joined in order, helpfulness by safety. {title}. {words}.", draw)
 
 
-def score_shift(scores: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
-    """Density of reward model scores in (0, 1), a panel a track and a line a version, {track: {version: [n]}}. (Fig. 20)"""
-    figure, axes = canvas(LIGHT, "Scores of the answers from version to version", columns=max(len(scores), 1), panel=(4.4, 3.5))
-    edges = np.linspace(0, 1, 21)
-    for ax, (track, versions) in zip(axes, scores.items()):
-        for (label, values), colour in zip(versions.items(), _cycle(len(versions))):
-            density, _ = np.histogram(values, edges, density=True)
-            ax.plot((edges[1:] + edges[:-1]) / 2, density, color=colour, label=label)
-        ax.set_title(f"{track} reward model")
-        ax.set_xlabel("score")
-        legend(ax, LIGHT)
-    axes[0].set_ylabel("density")
-    return _png(figure)
-
-
-def score_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, before: str, after: str) -> bytes:
+def score_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, before: str, after: str) -> Plot:
     """Scores of two models' answers to the same prompts, {track: ([n], [n])}: above the diagonal, better after. (Fig. 14)"""
-    figure, axes = canvas(LIGHT, f"{after} against {before}, prompt by prompt", columns=max(len(pairs), 1), panel=(4.0, 3.9))
-    for ax, (track, (x, y)) in zip(axes, pairs.items()):
-        ax.plot(x, y, linestyle="", marker="o", markersize=3, alpha=0.5, color=BLUE)
-        ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        ax.set_title(f"{track} reward model")
-        ax.set_xlabel(f"score of {before}")
-        ax.set_ylabel(f"score of {after}")
-    return _png(figure)
+    title = f"{after} against {before}, prompt by prompt (Fig. 14)"
+
+    def draw(theme: Theme) -> Any:
+        figure, axes = canvas(theme, title, columns=max(len(pairs), 1), panel=(4.0, 3.9))
+        for ax, (track, (x, y)) in zip(axes, pairs.items()):
+            ax.plot(x, y, linestyle="", marker="o", markersize=3, alpha=0.5, color=theme.colour(0))
+            ax.plot([0, 1], [0, 1], color=theme.ink, **_DASHED)
+            ax.set_title(f"{track} reward model")
+            ax.set_xlabel(f"score of {before}")
+            ax.set_ylabel(f"score of {after}")
+        return figure
+
+    words = "; ".join(
+        f"{track}: {100 * np.mean(np.asarray(y) > np.asarray(x)):.0f} % above the diagonal" for track, (x, y) in pairs.items()
+    )
+    return Plot("score_scatter", title, f"Points. {title}. {words}.", draw)
 
 
-def margin_histograms(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Shares of scores by margin, {margin: {"edges": n + 1, "shares": n}}: larger margins push scores outwards. (Fig. 27)"""
-    figure, axes = canvas(LIGHT, "Scores by margin of the ranking loss")
-    for (name, histogram), colour in zip(histograms.items(), _cycle(len(histograms))):
-        axes[0].stairs(100 * np.asarray(histogram["shares"]), histogram["edges"], color=colour, linewidth=1.8, label=name)
-    axes[0].set_xlabel("reward model score")
-    axes[0].set_ylabel("answers (%)")
-    legend(axes[0], LIGHT)
-    return _png(figure)
+def _ends(curve: Curve) -> str:
+    """The first and last finite values of a curve, in words."""
+    y = np.asarray(curve[1], np.float64)
+    y = y[np.isfinite(y)]
+    return f"from {y[0]:.3g} to {y[-1]:.3g}" if len(y) else "not logged"
 
 
-def accuracy_scaling(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Accuracy by number of batches, a line a size, on all and on "significantly better" pairs. (Fig. 6)
-
-    Args:
-      curves: {size: [{"batch", "accuracy": {degree: {"share", "low", "high"}}}]}.
-    """
-    figure, axes = canvas(LIGHT, "Accuracy by data and size", columns=2)
-    for ax, (degree, title) in zip(axes, (("all", "all pairs"), ("significantly", "significantly better"))):
-        for (name, points), style in zip(curves.items(), _styles(len(curves))):
-            known = [point for point in points if degree in point["accuracy"]]
-            x = [point["batch"] for point in known]
-            mean, low, high = ([100 * p["accuracy"][degree][key] for p in known] for key in ("share", "low", "high"))
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            ax.plot(x, mean, label=name, **style)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(title)
-        ax.set_xlabel("batches of pairs")
-        ax.set_ylabel("accuracy (%)")
-    legend(axes[0], LIGHT)
-    return _png(figure)
-
-
-def score_conflict(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Both models' scores of safe and of unsafe answers, {"safe" | "unsafe": {"safety", "helpfulness"}}. (Fig. 32)"""
-    figure, axes = canvas(LIGHT, "Helpfulness against safety", columns=2, panel=(4.2, 3.8))
-    for ax, (kind, colour) in zip(axes, (("safe", BLUE), ("unsafe", RED))):
-        found = scores[kind]
-        size = max(2.0, 12 - len(found["safety"]) ** 0.4)
-        ax.scatter(found["safety"], found["helpfulness"], s=size, color=colour, alpha=0.4, linewidths=0)
-        for line in (ax.axhline, ax.axvline):
-            line(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 2)))
-        ax.set_xlim(-0.02, 1.02)
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_title(f"{kind} answers")
-        ax.set_xlabel("safety score")
-        ax.set_ylabel("helpfulness score")
-    return _png(figure)
-
-
-def _batch_axis(ax, batches: list[str]) -> None:
-    ax.set_xticks(range(len(batches)), labels=batches)
-    ax.set_xlabel("batch")
-    legend(ax, LIGHT, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
-
-
-def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
+def _line(ax: Any, curve: Curve, *, colour: str, label: str | None = None) -> None:
     x, y = (np.asarray(values, np.float64) for values in curve)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) == 0:
@@ -278,7 +220,7 @@ def _line(ax, curve: Curve, *, colour: str, label: str | None = None) -> None:
     ax.plot(x[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.8, label=label)
 
 
-def _limit(ax, curves: Iterable[Curve]) -> None:
+def _limit(ax: Any, curves: Iterable[Curve]) -> None:
     """Limits that hold every curve; the first steps of a long one tower over the rest, which it is about."""
     finite = [y[np.isfinite(y)] for y in (np.asarray(values, np.float64) for _, values in curves)]
     finite = [y for y in finite if len(y)]
@@ -290,44 +232,17 @@ def _limit(ax, curves: Iterable[Curve]) -> None:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
-def _bars(ax, groups: list[str], series: Mapping[str, list[float]], *, colours: list[str], number: str) -> None:
-    width = 0.8 / max(1, len(series))
-    for index, ((label, values), colour) in enumerate(zip(series.items(), colours)):
-        centres = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
-        ax.bar(centres, values, width * 0.92, color=colour, label=label)
-        for centre, value in zip(centres, values):
-            if np.isfinite(value):
-                note(ax, LIGHT, number.format(value), (centre, value), xytext=(0, 3), ha="center")
-    ax.set_xticks(np.arange(len(groups)), labels=[g.replace("_", " ") for g in groups])
-
-
-def _dots(ax, rows: Mapping[str, Mapping[str, float]], *, scale: float, title: str, colour: str) -> None:
+def _dots(ax: Any, theme: Theme, rows: Mapping[str, Mapping[str, float]], *, scale: float, title: str, colour: str) -> None:
     for position, row in enumerate(rows.values()):
         mean, low, high = (scale * _nan(row.get(key, row.get("mean"))) for key in ("mean", "low", "high"))
         ax.plot([low, high], [position, position], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round")
-        ax.plot([mean], [position], color=colour, marker="o", markersize=8)
+        ax.plot([mean], [position], color=colour, marker=MARKERS[0], markersize=8)
         text = f"{mean:.3f}" if scale == 1.0 else f"{mean:.0f}"
-        note(ax, LIGHT, text, (mean, position), xytext=(0, 9), ha="center")
+        note(ax, theme, text, (mean, position), xytext=(0, 9), ha="center")
     ax.set_yticks(range(len(rows)), labels=list(rows))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_title(title)
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
-    """A colour and a marker for each series: no figure says anything by colour alone."""
-    return [{"color": LIGHT.colour(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4} for i in range(count)]
-
-
-def _cycle(count: int) -> list[str]:
-    return [LIGHT.colour(i) for i in range(count)]
-
-
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else float(value)
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    # No software version or date in the file: the same numbers give the same bytes.
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()

@@ -88,9 +88,11 @@ def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
     return Plot("temperature_map", title, f"Lines over N, one for each temperature. {title}. {words}.", draw)
 
 
-def reward_shift(versions: Mapping[str, np.ndarray]) -> Plot:
+def reward_shift(
+    versions: Mapping[str, np.ndarray], *, name: str = "reward_shift",
+    title: str = "Reward of the samples of each version (Fig. 20)",
+) -> Plot:  # fmt: skip
     """Density of the scores of each version, one ridge above the other, with its mean. (Fig. 20)"""
-    title = "Reward of the samples of each version (Fig. 20)"
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title, panel=(7.0, 0.8 * len(versions) + 1.2), grid="x")
@@ -110,8 +112,8 @@ def reward_shift(versions: Mapping[str, np.ndarray]) -> Plot:
         ax.set_xlabel("reward model score (dashed: mean)")
         return figure
 
-    words = ", ".join(f"{name} {scores.mean():.3f}" for name, scores in versions.items())
-    return Plot("reward_shift", title, f"Ridges of densities. {title}. Means: {words}.", draw)
+    words = ", ".join(f"{label} {scores.mean():.3f}" for label, scores in versions.items())
+    return Plot(name, title, f"Ridges of densities. {title}. Means: {words}.", draw)
 
 
 def self_bleu(models: Mapping[str, Mapping[str, Mapping[float, Mapping[str, float]]]]) -> Plot:

@@ -8,10 +8,13 @@ import base64
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from llama_jax.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,12 @@ def _svg(plot: Plot, theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
-def save(plots: Sequence[Plot], directory: Path) -> None:
-    """Writes `name.png`, `name.svg` and `name.dark.svg` of each plot."""
-    directory.mkdir(parents=True, exist_ok=True)
+def save(plots: Iterable[Plot], directory: Path) -> None:
+    """Writes `name.png`, `name.svg` and `name.dark.svg` of each plot, each file whole or not at all."""
     for plot in plots:
-        (directory / f"{plot.name}.png").write_bytes(plot.png())
-        (directory / f"{plot.name}.svg").write_bytes(plot.svg())
-        (directory / f"{plot.name}.dark.svg").write_bytes(plot.svg(DARK))
+        for ending, data in (("png", plot.png()), ("svg", plot.svg()), ("dark.svg", plot.svg(DARK))):
+            with atomic_write(directory / f"{plot.name}.{ending}") as file:
+                file.write(data)
 
 
 def canvas(
@@ -127,3 +129,22 @@ def note(ax: Any, theme: Theme, text: str, xy: tuple[float, float], **options: A
     """A small label at a point of the data."""
     style = {"color": theme.ink, "fontsize": 8.5, "textcoords": "offset points", "xytext": (0, 0), **options}
     ax.annotate(text, xy, **style)
+
+
+def styles(theme: Theme, count: int) -> list[dict[str, Any]]:
+    """A colour and a marker for each series: no figure says anything by colour alone."""
+    return [{"color": theme.colour(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4} for i in range(count)]
+
+
+def bars(
+    ax: Any, theme: Theme, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, colours: Sequence[str], number: str
+) -> None:
+    """Bars side by side in each group, {label: a value a group}, with their values above; one that is not finite is missing."""
+    width = 0.8 / max(1, len(series))
+    for index, ((label, values), colour) in enumerate(zip(series.items(), colours)):
+        for place, value in enumerate(values):
+            centre = place + (index - (len(series) - 1) / 2) * width
+            ax.bar(centre, value, width * 0.92, color=colour, label=label if place == 0 else None)
+            if math.isfinite(value):
+                note(ax, theme, number.format(value), (centre, value), xytext=(0, 3), ha="center")
+    ax.set_xticks(range(len(groups)), labels=[group.replace("_", " ") for group in groups])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.evals.plots import Plot, save
 from llama_jax.evals.report_html import render_html
 from llama_jax.evals.report_sections import (
     SIMULATION_NOTE,
@@ -48,19 +49,17 @@ class ReportPaths:
 
 
 def write_report(
-    results: Mapping, workdir: str | os.PathLike, *, figures: Mapping[str, bytes], samples: Sequence[Mapping]
+    results: Mapping, workdir: str | os.PathLike, *, figures: Mapping[str, Plot], samples: Sequence[Mapping]
 ) -> ReportPaths:
-    """Writes report.json, report.md (plots in `figures/`) and report.html (plots inlined) into `workdir`.
+    """Writes report.json, report.md (plots in `figures/`, each as PNG and SVG, light and dark) and report.html (plots inlined).
 
     results: nested dicts; the keys in `_SCHEMA`, and any others. Utilities and win rates are a number or an
       interval `{"mean", "low", "high"}` (also the dataclasses of `evals.statistics`); accuracies and rates
       lie in [0, 1]; safety violations are a count (int) or a share (float). Read where given: `size`; `base`
       (as `sft`, the model before it); `stop_rate`, `format_rate` and `reward_score` of a version;
-      `ppo.history` (lists `iteration`, `reward_score`, `true_utility`); `speed.<stage>.tokens_per_second` and
-      `.matmul_share`.
-    figures: {name: PNG bytes}. pretrain_loss, loss, bits_per_byte, sft_loss, reward_accuracy, reward_loss,
-      best_of_n, rejection_loss, ppo, over_optimisation and verdict have their place; others are shown at the
-      end.
+      `speed.<stage>.tokens_per_second` and `.matmul_share`.
+    figures: by name. pretrain_loss, bits_per_byte, sft_loss, reward_accuracy, best_of_n, rejection_loss, ppo,
+      over_optimisation and verdict have their place; others are shown at the end.
     samples: `{"prompt": str | messages, "reference": str, "is_safety": bool, "answers": {version: str},
       "utility": {version: float}}` with versions base, sft, rejection, ppo; all but prompt and answers
       optional.
@@ -75,17 +74,16 @@ def write_report(
 
     workdir = Path(workdir)
     paths = ReportPaths(workdir / "report.md", workdir / "report.html", workdir / "report.json")
-    for name, png in figures.items():
-        _write(workdir / "figures" / f"{name}.png", png)
+    save(figures.values(), workdir / "figures")
     document = {**results, "annotator": "simulation", "targets": [dataclasses.asdict(t) for t in targets]}
     _write(paths.json, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
-    _write(paths.markdown, render_markdown(title, targets, sections, samples).encode())
+    _write(paths.markdown, render_markdown(title, targets, sections, samples, figures=figures).encode())
     _write(paths.html, render_html(title, targets, sections, samples, figures=figures).encode())
     return paths
 
 
 def render_markdown(
-    title: str, targets: list[Target], sections: list[Section], samples: list[Mapping]
+    title: str, targets: list[Target], sections: list[Section], samples: list[Mapping], *, figures: Mapping[str, Plot]
 ) -> str:
     """The report as Markdown; figures are links to `figures/<name>.png`."""
     marks = {True: "met", False: "**missed**", None: "not run"}
@@ -96,9 +94,7 @@ def render_markdown(
         "## Targets",
         _markdown_table(Table(["stage", "target", "measured", ""], rows)),
     ]
-    for section in sections:
-        blocks += [f"## {section.title}", *section.notes, *map(_markdown_table, section.tables)]
-        blocks += [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in section.figures]
+    blocks += _markdown_sections(sections, figures)
     if samples:
         blocks.append("## Sample dialogues")
     for index, sample in enumerate(samples, start=1):
@@ -113,13 +109,17 @@ def render_markdown(
     return "\n\n".join(blocks) + "\n"
 
 
-def markdown_sections(title: str, lead: str, sections: Sequence[Section], *, alt: Mapping[str, str]) -> str:
-    """Any sections as Markdown; figures that `alt` describes are links to `figures/<name>.png`."""
-    blocks = [f"# {title}", lead]
+def markdown_sections(title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, Plot]) -> str:
+    """Any sections as Markdown; figures are links to `figures/<name>.png`."""
+    return "\n\n".join([f"# {title}", lead, *_markdown_sections(sections, figures)]) + "\n"
+
+
+def _markdown_sections(sections: Sequence[Section], figures: Mapping[str, Plot]) -> list[str]:
+    blocks = []
     for section in sections:
         blocks += [f"## {section.title}", *section.notes, *map(_markdown_table, section.tables)]
-        blocks += [f"![{alt[name]}](figures/{name}.png)" for name in section.figures if name in alt]
-    return "\n\n".join(blocks) + "\n"
+        blocks += [f"![{figures[name].alt}](figures/{name}.png)" for name in section.figures if name in figures]
+    return blocks
 
 
 def _markdown_table(table: Table) -> str:

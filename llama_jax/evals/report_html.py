@@ -3,10 +3,10 @@
 Readable on a phone and in the dark. Everything that a model, a data file or a config wrote is escaped.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from llama_jax.evals.plots import Plot
 from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, Table, prompt_text
 from llama_jax.evals.targets import Target, lookup, number
 
@@ -49,8 +49,7 @@ tr:last-child td { border-bottom: 0; }
 .missed { color: var(--bad); background: var(--bad-back); }
 .idle, .absent { color: var(--soft); } .idle { background: var(--idle-back); }
 figure { margin: 0 0 14px; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius:
-  10px; padding: 8px; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 details > summary { cursor: pointer; font-weight: 600; font-size: 1.25rem; }
 details[open] > summary { margin-bottom: 14px; }
 .dialogue { border-top: 1px solid var(--line); padding-top: 18px; margin-top: 18px; }
@@ -75,9 +74,9 @@ def render_html(
     sections: Sequence[Section],
     samples: Sequence[Mapping],
     *,
-    figures: Mapping[str, bytes],
+    figures: Mapping[str, Plot],
 ) -> str:
-    """The whole report; `figures` maps the names that the sections use to PNG bytes."""
+    """The whole report; `figures` holds what the sections name."""
     body = [
         f"<header><h1>{escape(title)}</h1>",
         '<p class="lead">From raw text to an aligned chat model: what each stage shows on held-out data.</p>',
@@ -88,25 +87,29 @@ def render_html(
         _samples(samples),
         *(_folded(section) for section in sections[-1:]),
     ]
-    return _page(title, body)
+    return document(title, body)
 
 
-def render_page(
-    title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, bytes], alt: Mapping[str, str]
-) -> str:
-    """A page of any sections; `alt` says in words what each figure shows."""
+def render_page(title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, Plot]) -> str:
+    """A page of any sections."""
     body = [
-        f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>',
-        *(_section(section, figures, alt) for section in sections),
+        header(title, lead),
+        *(_section(section, figures) for section in sections),
     ]
-    return _page(title, body)
+    return document(title, body)
 
 
-def _page(title: str, body: Sequence[str]) -> str:
+def header(title: str, lead: str) -> str:
+    """The top of a page; both texts are escaped."""
+    return f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>'
+
+
+def document(title: str, body: Sequence[str], *, style: str = "") -> str:
+    """A whole file around parts of HTML; `style` is added to the common one."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -146,19 +149,20 @@ def _targets_table(targets: Sequence[Target]) -> str:
     return _grid(["", "stage", "target", "measured"], rows)
 
 
-def _section(section: Section, figures: Mapping[str, bytes], alt: Mapping[str, str] | None = None) -> str:
+def _section(section: Section, figures: Mapping[str, Plot]) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in section.notes)
-    tables = "".join(map(_table, section.tables))
-    plots = "".join(_figure(name, figures[name], (alt or {}).get(name)) for name in section.figures if name in figures)
+    tables = "".join(map(table_html, section.tables))
+    plots = "".join(figures[name].html() for name in section.figures if name in figures)
     return f"<section><h2>{escape(section.title)}</h2>{notes}{tables}{plots}</section>"
 
 
 def _folded(section: Section) -> str:
-    tables = "".join(map(_table, section.tables))
+    tables = "".join(map(table_html, section.tables))
     return f"<section><details><summary>{escape(section.title)}</summary>{tables}</details></section>"
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table whose every cell is escaped."""
     return _grid(
         table.columns,
         ["<tr>" + "".join(f"<td>{_cell(text)}</td>" for text in row) + "</tr>" for row in table.rows],
@@ -173,15 +177,6 @@ def _grid(columns: Sequence[str], rows: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     return f'<span class="absent">{text}</span>' if text in ("not run", "no pairs") else escape(text)
-
-
-def _figure(name: str, png: bytes, text: str | None = None) -> str:
-    data = base64.b64encode(png).decode()
-    # Drawn at 160 dpi; half the pixels is sharp on today's screens.
-    width = int.from_bytes(png[16:20], "big") // 2 if png[:4] == b"\x89PNG" else None
-    size = f' width="{width + 16}"' if width else ""
-    words = escape(text or name.replace("_", " "))
-    return f'<figure><img alt="{words}"{size} src="data:image/png;base64,{data}"></figure>'
 
 
 def _samples(samples: Sequence[Mapping]) -> str:

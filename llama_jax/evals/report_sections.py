@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from llama_jax.evals import ghost_figures
-from llama_jax.evals.figures import DEGREES
+from llama_jax.evals.reward_figures import DEGREES
 from llama_jax.evals.statistics import over_optimisation
 from llama_jax.evals.targets import lookup, number, percent, share
 
@@ -44,7 +44,7 @@ def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Sectio
         _pretraining(results),
         _fine_tuning(results),
         _reward_models(results),
-        _rejection(names),
+        _rejection(),
         _ppo(results),
         *([_versions(results)] if results.get("versions") else []),
         *([_ghost_attention(results["ghost_attention"])] if results.get("ghost_attention") else []),
@@ -167,14 +167,14 @@ def _reward_models(results: Mapping) -> Section:
     )
 
 
-def _rejection(names: Sequence[str]) -> Section:
+def _rejection() -> Section:
     return Section(
         "Rejection sampling",
         notes=[
             "Expected reward of the best and of the median among N answers to one prompt (3.2.3, Fig. 7). Best answers of all "
             "versions, scored again by the newest reward models, are fine-tuned on."
         ],
-        figures=["best_of_n", *(name for name in names if name.startswith("temperatures_")), "rejection_loss"],
+        figures=["best_of_n", "temperature_map", "rejection_loss"],
     )
 
 
@@ -200,7 +200,7 @@ def _versions(results: Mapping) -> Section:
     if results.get("ghost"):
         notes.append("The last table: Ghost Attention's dialogs in the mix, and how often the policy before it obeyed (3.3).")
         tables.append(_ghost(results["ghost"]))
-    names = ["version_progress", "score_shift", "score_scatter", "accuracy_by_batch"]
+    names = ["version_progress", "score_shift_helpfulness", "score_shift_safety", "score_scatter", "accuracy_by_batch"]
     return Section("Versions", notes=notes, tables=tables, figures=names)
 
 
@@ -260,25 +260,29 @@ def _distillation(found: Mapping) -> Section:
 
 
 def _ppo(results: Mapping) -> Section:
-    """`ppo.history` (lists `iteration`, `reward_score`, `true_utility`) tells of over-optimisation."""
-    history = (results.get("ppo") or {}).get("history") or {}
-    notes = [
-        "Clipped objective, penalty per token for the KL to the start, critic from the reward model (3.2.3)."
-    ]
-    reward, utility = history.get("reward_score") or [], history.get("true_utility") or []
-    if len(reward) == len(utility) >= 2 and None not in [*reward, *utility]:
+    notes = ["Clipped objective, penalty per token for the KL to the start, critic from the reward model (3.2.3)."]
+    names, reward, utility = optimisation(results)
+    if len(names) > 1:
         found = over_optimisation(reward, utility)
         if found.detected:
-            iteration = (history.get("iteration") or list(range(len(reward))))[found.peak]
             notes.append(
-                f"The reward model was over-optimised: true utility peaked at iteration {iteration:g} "
-                f"and fell by {found.utility_drop:.3f} since; the score rose by {found.reward_gain:.3f}."
+                f"The reward model was over-optimised: true utility was highest in {names[found.peak]} and fell by "
+                f"{found.utility_drop:.3f} since; the score rose by {found.reward_gain:.3f}."
             )
         else:
-            notes.append(
-                "No over-optimisation seen: true utility did not fall while the reward model score rose."
-            )
+            notes.append("No over-optimisation seen: true utility did not fall while the reward model score rose.")
     return Section("PPO", notes=notes, figures=["ppo", "over_optimisation"])
+
+
+def optimisation(results: Mapping) -> tuple[list[str], list[float], list[float]]:
+    """(versions, their reward model scores, their true utilities), in the order in which they were made."""
+    found = [
+        (name, version["reward_score"], lookup(version, "true_utility"))
+        for name, version in (results.get("versions") or {}).items() if version.get("reward_score") is not None
+    ]  # fmt: skip
+    found = [row for row in found if row[2] is not None]
+    names, reward, utility = ([row[i] for row in found] for i in range(3))
+    return [name.upper().replace("_", " ") for name in names], reward, utility
 
 
 def _time(results: Mapping) -> Section:

@@ -1,28 +1,19 @@
 """From the files of a recipe's workdir to the figures and numbers of its report."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.data.sources import read_jsonl
-from llama_jax.evals import distillation_figure, figures, ghost_figures, model_figures, progress
-from llama_jax.rlhf.best_of import expected_max_of_n
+from llama_jax.evals import distillation_figure, drawings, figures, ghost_figures, model_figures, progress, reward_figures
+from llama_jax.evals.plots import Plot
+from llama_jax.evals.report_sections import optimisation
+from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
 from llama_jax.training.metrics import read_metrics
-
-_PPO_PANELS = {
-    "reward": "combined reward R_c",
-    "kl": "KL to the start (nats an answer)",
-    "policy_entropy": "entropy (nats a token)",
-    "clip_fraction": "clip fraction",
-    "explained_variance": "explained variance",
-    "response_length": "answer length (tokens)",
-    "eos_rate": "answers that end",
-    "approx_kl": "approximate KL of an update",
-    "sampler_drift": "largest sampler drift (nats)",
-}
 
 
 def reward_accuracies(summary: dict[str, Any]) -> dict[str, float]:
@@ -75,57 +66,58 @@ def label_of(name: str) -> str:
     return name.upper().replace("_", " ")
 
 
-def draw(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
-    """All plots of the report, as PNG bytes by name."""
-    return {
-        **_training(workdir, results), **_sampling(workdir, results), **_versions(workdir, results),
-        **_studies(workdir, results),
-    }  # fmt: skip
+def draw(workdir: Path, results: dict[str, Any]) -> dict[str, Plot]:
+    """All plots of the report by name."""
+    plots = [
+        *_training(workdir, results), *_sampling(workdir, results), *_versions(workdir, results), *_studies(workdir, results)
+    ]  # fmt: skip
+    return {plot.name: plot for plot in plots}
 
 
-def _training(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
-    def curve(stage: str, name: str = "loss"):
+def _training(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
+    def curve(stage: str, metric: str = "loss") -> figures.Curve:
         log = read_metrics(workdir / stage)
-        known = np.isfinite(log.get(name, np.array([])))
-        return log["step"][known], log[name][known]
+        known = np.isfinite(log.get(metric, np.array([])))
+        return log["step"][known], log[metric][known]
 
     judged = {name: results[name] for name in ("base", "sft", "rejection", "ppo") if name in results}
     rounds = {label_of(name): curve(f"{name}/rejection") for name in results["versions"] if _is_round(name)}
-    drawn = {
-        "pretrain_loss": figures.loss_curve({"pretraining": curve("pretrain")}, title="Pretraining"),
-        "bits_per_byte": figures.bits_per_byte(
-            results["pretrain"]["bits_per_byte"], results["pretrain"]["xz_bits_per_byte"]
-        ),
-        "sft_loss": figures.loss_curve({"SFT": curve("sft")}, title="Supervised fine-tuning"),
-        "reward_accuracy": figures.reward_accuracy(
-            {name: results["reward"][name]["accuracy"] for name in progress.TRACKS}
-        ),
-        "rejection_loss": figures.loss_curve(rounds, title="Fine-tuning on the best"),
-        "verdict": figures.verdict(
-            {name: version["true_utility"] for name, version in judged.items()},
-            {name: judged[name]["win_rate"] for name in ("rejection", "ppo") if name in judged},
-        ),
-    }
+    yield figures.loss_curve({"pretraining": curve("pretrain")}, name="pretrain_loss", title="Pretraining (Fig. 5)")
+    yield figures.bits_per_byte(results["pretrain"]["bits_per_byte"], results["pretrain"]["xz_bits_per_byte"])
+    yield figures.loss_curve({"SFT": curve("sft")}, name="sft_loss", title="Supervised fine-tuning")
+    yield reward_figures.accuracy({name: results["reward"][name]["accuracy"] for name in progress.TRACKS})
+    yield figures.loss_curve(rounds, name="rejection_loss", title="Fine-tuning on the best")
+    yield figures.verdict(
+        {name: version["true_utility"] for name, version in judged.items()},
+        {name: judged[name]["win_rate"] for name in ("rejection", "ppo") if name in judged},
+    )
+    names, reward, utility = optimisation(results)
+    if len(names) > 1:
+        yield figures.over_optimisation(names, reward, utility)
     if "ppo" in results:
-        drawn["ppo"] = figures.ppo_curves(read_metrics(workdir / "ppo"), panels=_PPO_PANELS)
-    return drawn
+        yield figures.ppo_curves(read_metrics(workdir / "ppo"))
 
 
-def _sampling(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
+def _sampling(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
     """Figs. 7 and 8: the model that a round sampled from is the one before its version."""
-    before, curves, drawn = "sft", {}, {}
+    before, curves, temperatures = "sft", {}, {}
     for name in filter(_is_round, results["versions"]):
-        rewards = rewards_of_samples(workdir / name / "rejection" / "samples.jsonl")
-        curves[f"{label_of(before)} (for {label_of(name)})"] = expected_max_of_n(rewards)
+        label = f"{label_of(before)} (for {label_of(name)})"
+        curves[label] = expected_max_of_n(rewards_of_samples(workdir / name / "rejection" / "samples.jsonl"))
         path = workdir / name / "rejection" / "temperatures.json"
         if path.exists():
-            title = f"Best of N answers of {label_of(before)} by temperature"
-            drawn[f"temperatures_{name}"] = figures.best_by_temperature(json.loads(path.read_text())["curves"], title=title)
+            found = json.loads(path.read_text())["curves"]
+            temperatures[label] = {
+                float(temperature): BestOf(np.array(curve["maximum"]), np.array(curve["median"]))
+                for temperature, curve in found.items()
+            }
         before = name
-    return {"best_of_n": model_figures.best_of_n(curves).png(), **drawn}
+    yield model_figures.best_of_n(curves)
+    if temperatures:
+        yield model_figures.temperature_map(temperatures)
 
 
-def _versions(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
+def _versions(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
     """Figs. 6, 11, 14 and 20."""
     versions = results["versions"]
     judges = {
@@ -135,14 +127,19 @@ def _versions(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
         }
         for judge, key in (("reward models", "win_rate_by_reward_models"), ("simulated annotator", "win_rate_by_track"))
     }  # fmt: skip
+    yield figures.version_progress(judges)
     by_track = {track: {} for track in progress.TRACKS}
     for name in versions:
         scores = progress.scores_of(workdir, name)
         is_safety = np.array([row["is_safety"] for row in progress.read_answers(workdir / "answers" / f"{name}.jsonl")])
         for track, inside in zip(progress.TRACKS, (~is_safety, is_safety), strict=True):
             by_track[track][label_of(name)] = scores[track][inside]
+    for track, scores in by_track.items():
+        title = f"Scores of the {track} reward model (Fig. 20)"
+        yield model_figures.reward_shift(scores, name=f"score_shift_{track}", title=title)
     *_, last = versions
     pairs = {track: (found["SFT"], found[label_of(last)]) for track, found in by_track.items()}
+    yield figures.score_scatter(pairs, before="SFT", after=label_of(last))
     first = next(iter(results["reward_batches"]["helpfulness"]))
     accuracy = {
         track: {
@@ -151,24 +148,18 @@ def _versions(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
         }
         for track, rows in results["reward_batches"].items()
     }  # fmt: skip
-    return {
-        "version_progress": figures.version_progress(judges),
-        "score_shift": figures.score_shift(by_track),
-        "score_scatter": figures.score_scatter(pairs, before="SFT", after=label_of(last)),
-        "accuracy_by_batch": figures.accuracy_by_batch(accuracy),
-    }
+    yield figures.accuracy_by_batch(accuracy)
 
 
-def _studies(workdir: Path, results: dict[str, Any]) -> dict[str, bytes]:
+def _studies(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
     """Fig. 10 and Table 30 of Ghost Attention, Fig. 16 of context distillation."""
-    drawn = {}
     if "ghost_attention" in results:
-        drawn["ghost_recall"] = ghost_figures.recall(results["ghost_attention"]["recall"]).png()
-        drawn["ghost_attention"] = (workdir / "ghost_study" / "attention.png").read_bytes()
+        yield ghost_figures.recall(results["ghost_attention"]["recall"])
+        maps = drawings.load_maps(workdir / "ghost_study" / "attention.npz")
+        yield dataclasses.replace(drawings.attention_maps(maps), name="ghost_attention")
     if "distillation" in results:
         samples = [row for _, row in read_jsonl(workdir / "distill" / "samples.jsonl")]
-        drawn["distillation"] = distillation_figure.scores(samples).png()
-    return drawn
+        yield dataclasses.replace(distillation_figure.scores(samples), name="distillation")
 
 
 def _is_round(name: str) -> bool:

@@ -42,8 +42,8 @@ class ScoreStatistics:
     mean: float
     std: float
 
-    def standardise(self, scores: np.ndarray) -> np.ndarray:
-        """Scores with mean 0 and deviation 1 on the training data. # [n] -> [n]"""
+    def standardise(self, scores: Any) -> Any:
+        """Scores with mean 0 and deviation 1 on the training data. # NumPy's or JAX's [...] -> [...]"""
         return (scores - self.mean) / max(self.std, 1e-8)
 
 

@@ -1,7 +1,7 @@
 """PPO (paper section 3.2.3): maximise E[R~_c] - beta KL(pi || pi_0) with the clipped objective, one pass over each rollout.
 
 What the paper leaves open, and what is done here:
-1. The critic is a model of its own, started from the helpfulness reward model, head included.
+1. The critic is a model of its own, started from the helpfulness reward model, head included, its scores standardised.
 2. The KL term is folded into token rewards, the score stands at the last token; advantages by GAE.
 3. The score is whitened with the batch's mean and deviation before the KL term; a missing EOS costs a constant.
 4. One epoch over each rollout: 512 / 64 = 8 gradient steps an iteration.
@@ -30,9 +30,11 @@ from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Specs
 from llama_jax.pretrain.base import Begin, StageConfig, begin, check_start, load_tokenizer, meta, process_slice
+from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers, RewardMix
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
 from llama_jax.rlhf.rollout import (
+    UNSCALED,
     Frozen,
     Judge,
     KlControl,
@@ -41,12 +43,14 @@ from llama_jax.rlhf.rollout import (
     Roller,
     Rollout,
     RolloutSource,
+    critic_values,
     empty_rollout,
     make_judge,
     response_states,
 )
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer
+from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
 
@@ -112,7 +116,9 @@ class PpoConfig(StageConfig):
     reward: RewardMix = RewardMix()
 
 
-def ppo_loss(config: ModelConfig, compute: Compute, settings: PpoSettings) -> Loss:
+def ppo_loss(
+    config: ModelConfig, compute: Compute, settings: PpoSettings, scale: ScoreStatistics = UNSCALED
+) -> Loss:  # fmt: skip
     """({policy, critic}, Rollout rows) -> clipped policy loss + value_weight * clipped value loss, per response token."""
 
     def loss(params: dict[str, Any], batch: Rollout) -> tuple[Weighted, Metrics]:
@@ -124,7 +130,7 @@ def ppo_loss(config: ModelConfig, compute: Compute, settings: PpoSettings) -> Lo
             params["policy"], states(params["policy"]), batch.tokens[:, -N:], temperature=settings.temperature,
             compute=compute,
         )  # fmt: skip
-        values = heads.scores(params["critic"], states(params["critic"]), head="value_head")
+        values = critic_values(params["critic"], states(params["critic"]), scale)
         mask = batch.mask.astype(jnp.float32)
         policy, ratio, clipped = clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, clip=settings.clip)
         value = clipped_value_loss(values, batch.values, batch.returns, clip=settings.value_clip)
@@ -285,7 +291,8 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         frozen["helpfulness"] = critic.completed(reward_specs, mesh, start=config.helpfulness)
         frozen["safety"] = restore_model(config.safety, reward_specs, mesh)
     rule = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam)
-    judge = make_judge(model, config.compute, rule)
+    scale = critic_scale(config.helpfulness)
+    judge = make_judge(model, config.compute, rule, scale)
     roller = make_roller(config, settings, judge, frozen, rows, tokenizer, model)
     source = RolloutSource(
         batches, roller, mesh=mesh,
@@ -299,7 +306,7 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         init=lambda: {"policy": policy.init(), "critic": critic.init()},
         frozen={"policy": policy.frozen, "critic": critic.frozen},
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
-        loss=ppo_loss(model, config.compute, settings),
+        loss=ppo_loss(model, config.compute, settings, scale),
         source=source,
         evaluate=held_out_reward(config, settings, roller, rule, tokenizer, model, mesh),
         tokens_per_step=config.loop.batch_size * (length + settings.new_tokens),
@@ -322,6 +329,12 @@ def begin_critic(config: PpoConfig, reward_specs: Specs, mesh: Mesh, *, workdir:
         return {("value_head" if name == "reward_head" else name): part for name, part in tree.items()}
 
     return dataclasses.replace(begun, specs=renamed(begun.specs), init=lambda: renamed(begun.init()))
+
+
+def critic_scale(helpfulness: str) -> ScoreStatistics:
+    """The statistics that the reward stage stored beside the model that the critic begins as; none: its scores as they are."""
+    found = read_meta(helpfulness).get("scores") if helpfulness else None
+    return ScoreStatistics(found["mean"], found["std"]) if found else UNSCALED
 
 
 def collate_prompts(examples: Any, *, length: int) -> PromptBatch:

@@ -23,6 +23,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_shardings
+from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.sampling.generate import Samples
@@ -89,6 +90,7 @@ class RewardRule:
     importance_cap: float = 0.0  # 0: no importance weights
 
 
+UNSCALED = ScoreStatistics(0.0, 1.0)
 Frozen = dict[str, Params]  # "reference", and "helpfulness" and "safety" where reward models score
 # (params, frozen, prompts, samples, other scores [B] or None, beta) -> (rollout, metrics)
 Judge = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -188,8 +190,17 @@ def common_metrics(
     }
 
 
-def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule) -> Judge:
-    """PPO's compiled part after sampling."""
+def critic_values(critic: Params, states: jax.Array, scale: ScoreStatistics) -> jax.Array:
+    """What the critic expects from each token on, in units of the whitened reward. # [B, N, D] -> float32 [B, N]
+
+    It begins as a reward model, whose scores have any mean and deviation; `scale` takes them away. Without it the value loss,
+    which moves a value by at most `value_clip` a rollout, would spend dozens of iterations on that difference alone.
+    """
+    return scale.standardise(heads.scores(critic, states, head="value_head"))
+
+
+def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule, scale: ScoreStatistics = UNSCALED) -> Judge:
+    """PPO's compiled part after sampling; `scale` is the critic's."""
 
     @jax.jit
     def judge(params, frozen: Frozen, prompts: PromptBatch, samples: Samples, other, beta):
@@ -203,8 +214,7 @@ def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule) -> Judge
         kl = jnp.where(mask, old - initial, 0.0)
         # 3. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
         rewards = token_rewards(scores, kl, mask, beta=beta)
-        values = heads.scores(params["critic"], dialogs.states(params["critic"]), head="value_head")
-        values = jnp.where(mask, values, 0.0)
+        values = jnp.where(mask, critic_values(params["critic"], dialogs.states(params["critic"]), scale), 0.0)
         advantages, returns = generalised_advantages(rewards, values, mask, gamma=rule.gamma, lam=rule.lam)
         importance = importance_weights(old, samples.log_probs, mask, cap=rule.importance_cap)
         rollout = Rollout(
