@@ -140,7 +140,9 @@ def _versions(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
     *_, last = versions
     pairs = {track: (found["SFT"], found[label_of(last)]) for track, found in by_track.items()}
     yield figures.score_scatter(pairs, before="SFT", after=label_of(last))
-    first = next(iter(results["reward_batches"]["helpfulness"]))
+    first, *later = results["reward_batches"]["helpfulness"]
+    if not later:
+        return
     accuracy = {
         track: {
             degree: [row["batch 1"].get(degree) for row in rows.values()] for degree in ("all", "significantly")
