@@ -16,7 +16,7 @@ from llama_jax.config import ConfigError, describe
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.rlhf.held_out import held_out_batches, make_evaluate, make_measure
-from llama_jax.rlhf.ppo import collate_prompts
+from llama_jax.rlhf.reinforce import collate_prompts
 from llama_jax.rlhf.rollout import Roller
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.train import run

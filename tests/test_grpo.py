@@ -15,7 +15,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.scorers import HostScorers, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import grpo
 from llama_jax.rlhf.grpo import GroupRollout, GrpoSettings, group_advantages, grpo_loss, k3, make_group_judge, token_weights
-from llama_jax.rlhf.ppo import collate_prompts
+from llama_jax.rlhf.reinforce import collate_prompts
 from llama_jax.rlhf.rollout import (
     KlControl,
     RewardRule,

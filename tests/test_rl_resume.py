@@ -28,7 +28,7 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import test_rl_resume as tests
-from llama_jax.rlhf import grpo, ppo, rollout
+from llama_jax.rlhf import reinforce, rollout
 from llama_jax.training import checkpoint, loop
 
 directory, cache, stage, kills = sys.argv[1:4] + [int(sys.argv[4])]
@@ -71,7 +71,7 @@ def arm(workdir, rng):
         watched = {"sample": told("rollout", fields["sample"]), "judge": told("scoring", fields["judge"])}
         return rollout.Roller(**{**fields, **watched})
 
-    ppo.Roller = roller
+    reinforce.Roller = roller
     make_step = loop.make_step
     loop.make_step = lambda *arguments, **named: told("update", make_step(*arguments, **named))
     checkpoint.Checkpoints.save = told("save", checkpoint.Checkpoints.save)

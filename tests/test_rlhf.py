@@ -13,7 +13,8 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
-from llama_jax.rlhf.ppo import PpoSettings, clipped_policy_loss, clipped_value_loss, collate_prompts, ppo_loss
+from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss
+from llama_jax.rlhf.reinforce import clipped_policy_loss, collate_prompts
 from llama_jax.rlhf.rejection import choose_prompts, score_responses
 from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,25 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import heads
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta
+from llama_jax.pretrain.base import StageConfig
 from llama_jax.reward.scorers import RewardMix
-from llama_jax.rlhf.ppo import (
-    PpoData,
-    check_first_step,
-    check_rewards,
-    check_settings,
-    clipped_policy_loss,
-    held_out_reward,
-    make_roller,
-    reward_rule,
-    rollout_prompts,
-    rounding,
-)
+from llama_jax.rlhf.reinforce import Opening, RolloutData, check_settings, clipped_policy_loss, reward_rule
 from llama_jax.rlhf.rollout import (
     Dialogs,
     Frozen,
@@ -45,14 +32,12 @@ from llama_jax.rlhf.rollout import (
     KlControl,
     PromptBatch,
     RewardRule,
-    RolloutSource,
     common_metrics,
     importance_weights,
     response_states,
     sequence_scores,
 )
 from llama_jax.sampling.generate import Samples
-from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
 
@@ -85,7 +70,7 @@ class GrpoSettings:
 class GrpoConfig(StageConfig):
     """See configs/grpo.py. `start` is the policy's and the reference's checkpoint."""
 
-    data: PpoData
+    data: RolloutData
     grpo: GrpoSettings
     helpfulness: str = ""  # workdirs of the reward models, where `reward` names them
     safety: str = ""
@@ -203,40 +188,15 @@ def make_group_judge(config: ModelConfig, compute: Compute, rule: RewardRule, se
 
 def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The GRPO stage."""
-    if not config.start:
-        raise ConfigError("config.start: GRPO starts from a chat model; expected a stage's workdir, got nothing")
-    model, tokenizer = load_tokenizer(config)
-    scored = check_rewards(config, model, tokenizer)
-    settings, length = config.grpo, config.data.prompt_length
-    batches, rows = rollout_prompts(config, settings, tokenizer, model, answers=settings.answers)
-    policy_specs, reward_specs = table.table(model, head="lm_head"), table.table(model, head="reward_head")
-    policy = begin(config, policy_specs, mesh, workdir=workdir)
-    frozen: Frozen = {"reference": policy.completed(policy_specs, mesh, start=config.start)} if settings.beta else {}
-    if scored:
-        frozen |= {name: restore_model(getattr(config, name), reward_specs, mesh) for name in ("helpfulness", "safety")}
-    rule = reward_rule(config, settings)
-    judge = make_group_judge(model, config.compute, rule, settings)
-    roller = make_roller(config, settings, judge, frozen, rows, tokenizer, model)
-    source = RolloutSource(
-        batches, roller, mesh=mesh,
-        empty=empty_rollout(settings.rollout_size // jax.process_count(), length, settings.new_tokens),
-        size=settings.rollout_size, rows=config.loop.batch_size, answers=settings.answers, epochs=settings.epochs,
-        control=KlControl(settings.beta), seed=config.loop.seed,
-    )  # fmt: skip
-    specs = {"policy": policy.specs}
-    return Stage(
-        name="grpo",
-        specs=specs,
-        init=lambda: {"policy": policy.init()},
-        frozen={"policy": policy.frozen},
-        optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
-        loss=grpo_loss(model, config.compute, settings),
-        source=source,
-        evaluate=held_out_reward(config, settings, roller, rule, tokenizer, model, mesh),
-        tokens_per_step=config.loop.batch_size * (length + settings.new_tokens),
-        show="reward",
-        check=functools.partial(
-            check_first_step, minibatches=source.minibatches, tolerance=rounding(config.compute), name="grpo"
-        ),
-        meta=meta(config, model, tokenizer) | policy.meta,
+    settings, opening = config.grpo, Opening.of(config, config.grpo, mesh, workdir, answers=config.grpo.answers)
+    frozen: Frozen = {"reference": opening.reference()} if settings.beta else {}
+    if opening.scored:
+        specs = table.table(opening.model, head="reward_head")
+        frozen |= {name: restore_model(getattr(config, name), specs, mesh) for name in ("helpfulness", "safety")}
+    rule, rows = reward_rule(config, settings), settings.rollout_size // jax.process_count()
+    return opening.stage(
+        judge=make_group_judge(opening.model, config.compute, rule, settings), rule=rule, frozen=frozen,
+        loss=grpo_loss(opening.model, config.compute, settings),
+        empty=empty_rollout(rows, config.data.prompt_length, settings.new_tokens),
+        control=KlControl(settings.beta), answers=settings.answers,
     )  # fmt: skip

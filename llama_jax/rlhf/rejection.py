@@ -36,7 +36,7 @@ from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
-from llama_jax.rlhf.ppo import encode_prompts
+from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.respond import one_process, usable
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice

@@ -25,7 +25,7 @@ from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
-from llama_jax.rlhf.ppo import encode_prompts
+from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
 from llama_jax.rlhf.respond import Responder, one_process, usable
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
