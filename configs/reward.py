@@ -31,7 +31,8 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         loop = common.loop(5700, 512, checkpoint_every=500)
     # The paper prints no weight of the auxiliary loss (A.3.4); it belongs to the safety model.
     config = common.stage(
-        "reward", size, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0, epochs=1.0,
+        "reward", size, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0,
+        center_weight=0.0, epochs=1.0,
         score_pairs=256 if size in ("tiny", "smollm2-135m") else 4096, optim=optim, loop=loop,
     )  # fmt: skip
     config.lora.rank = 16 if size == "smollm2-135m" else 0

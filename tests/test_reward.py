@@ -12,7 +12,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
-from llama_jax.reward.ranking import MARGINS, last_token_scores, ranking_loss, safety_loss
+from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.reward.stage import mix, reward_loss
 from llama_jax.training.step import put_batch
@@ -90,6 +90,16 @@ def test_the_loss_counts_pairs_and_degrees_and_ignores_filling():
     assert filled.weight == objective.weight == 4
     assert [float(metrics[f"accuracy/{d}"].weight) for d in ("significantly", "negligibly")] == [1, 1]
     assert metrics["unsafe_recall"].weight == filled_metrics["unsafe_recall"].weight == 4
+
+
+def test_centring_leads_the_mean_of_the_scores_to_zero():
+    assert centring_loss(jnp.array([2.0, -1.0]), jnp.array([1.0, 1.0])).tolist() == [9.0, 0.0]
+    batch, losses = collate(pairs(16), length=8), {}
+    for weight in (0.0, 0.5):
+        loss = reward_loss(MODEL, FLOAT32, safety_weight=0.0, center_weight=weight)
+        losses[weight] = jax.jit(loss)(TREE, batch)[0].mean()
+    scores = jax.jit(scorer(MODEL, FLOAT32))(TREE, batch.tokens.reshape(32, 8), batch.segment_ids.reshape(32, 8)).reshape(16, 2)
+    np.testing.assert_allclose(losses[0.5] - losses[0.0], 0.5 * jnp.mean(jnp.sum(scores, axis=1) ** 2), rtol=1e-4)
 
 
 def test_a_reward_model_learns_to_rank():

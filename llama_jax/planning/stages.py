@@ -65,7 +65,7 @@ def _language_model(config: Any, model: ModelConfig) -> StageShape:
 
 def _reward(config: Any, model: ModelConfig) -> StageShape:
     rows, length = config.loop.batch_size, config.data.length
-    loss = reward_loss(model, config.compute, safety_weight=config.safety_weight)
+    loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
     return _single("reward_head", model, loss, _comparisons(rows, length), 2 * rows, length)
 
 

@@ -26,6 +26,14 @@ def safety_loss(score: jax.Array, is_safe: jax.Array) -> jax.Array:
     return -(is_safe * jax.nn.log_sigmoid(score) + (1 - is_safe) * jax.nn.log_sigmoid(-score))
 
 
+def centring_loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    """(r(x, y_c) + r(x, y_r))^2: a ranking loss leaves the mean of the scores free, this leads it to 0. # [B] x 2 -> [B]
+
+    Not in the paper; Eisenstein et al. 2023 (arXiv 2312.09244), equation 2, and TRL's `center_rewards_coefficient`.
+    """
+    return jnp.square(chosen + rejected)
+
+
 def last_token_scores(scores: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """The score at each row's last real token, found by the mask: padding on either side changes nothing. # [B, T] -> [B]"""
     positions = jnp.arange(scores.shape[1])

@@ -23,7 +23,7 @@ from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, markdown, report, score_statistics
-from llama_jax.reward.ranking import ranking_loss, safety_loss
+from llama_jax.reward.ranking import centring_loss, ranking_loss, safety_loss
 from llama_jax.reward.score import scorer
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Supervised, Weighted, evaluation
@@ -54,12 +54,13 @@ class RewardConfig(StageConfig):
     name: Literal["helpfulness", "safety"]
     margin: Literal["none", "small", "large"] = "small"
     safety_weight: float = 0.0  # of the auxiliary loss (A.3.4)
+    center_weight: float = 0.0  # of `centring_loss`; scores of several models that are whitened together should share a mean
     epochs: float = 1.0
     score_pairs: int = 4096  # training pairs whose scores' mean and deviation are stored with the last checkpoint; 0: none
 
 
-def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float) -> Loss:
-    """(params, ComparisonBatch) -> ranking loss (+ auxiliary loss) per pair; accuracy overall and by degree."""
+def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, center_weight: float = 0.0) -> Loss:
+    """(params, ComparisonBatch) -> ranking loss (+ auxiliary losses) per pair; accuracy overall and by degree."""
     score = scorer(config, compute)
 
     def loss(params: Params, batch: ComparisonBatch) -> tuple[Weighted, Metrics]:
@@ -67,6 +68,8 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float) 
         flat = score(params, batch.tokens.reshape(2 * B, T), batch.segment_ids.reshape(2 * B, T))
         scores = flat.reshape(B, 2)
         losses = ranking_loss(scores[:, 0], scores[:, 1], batch.margin)
+        if center_weight:
+            losses += center_weight * centring_loss(scores[:, 0], scores[:, 1])
         pairs = jnp.sum(batch.weight)
         correct = (scores[:, 0] > scores[:, 1]) * batch.weight
         metrics = {"accuracy/all": Weighted(jnp.sum(correct), pairs)}
@@ -188,7 +191,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     if config.epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
     begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
-    loss = reward_loss(model, config.compute, safety_weight=config.safety_weight)
+    loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
     evaluate = None
     if validation:
         source = batches(sorted(validation, key=lambda pair: pair.tokens), seed=0)
