@@ -86,7 +86,7 @@ def _config(sources: dict, order: tuple[str, ...], **arms) -> ConfigDict:
         "arms": arms,
         "order": order,
         "block_length": 256,
-        "train": _train(300, eval_every=60),
+        "train": _train(600, eval_every=120),
         "seeds": (0, 1),
         "seed": 0,
     })  # fmt: skip

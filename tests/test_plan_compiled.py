@@ -61,7 +61,8 @@ def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_the_command_searches():
-    arguments = ("--config=configs/pretrain.py:tiny", "--topology=v5e-4", "--search", "--search_compilations=3")
+    tiny = ("--config=configs/pretrain.py:tiny", "--config.loop.batch_size=8")
+    arguments = (*tiny, "--topology=v5e-4", "--search", "--search_compilations=3")
     best = json.loads(plan(*arguments, "--json"))["best"]
     seconds = [found["step_seconds"] for found in best]
     assert len(best) == 3 and seconds == sorted(seconds) and all(found["fits"] for found in best)
