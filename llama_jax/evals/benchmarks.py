@@ -45,8 +45,9 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
         known = sorted({f"{metric} (filter {row['filter']})" for row in rows for metric in row["metrics"]})
         raise ValueError(f"{name}: has no {choice.metric} (filter {choice.filter}); expected one of {', '.join(known)}")
     more = {"cut": sum(getattr(lm, "cut", {}).values()) - cut, "shots": task.config.num_fewshot}
-    others = {f"pass@{k}" for k in choice.k} - {choice.metric} if choice.metric.startswith("pass@") else ()
-    more |= {key: float(np.mean([row[key] for row in rows])) for key in sorted(others)}
+    judged = [row for row in rows if row["filter"] == choice.filter]
+    others = {name for row in judged for name in row["metrics"] if isinstance(row[name], int | float)} - {choice.metric}
+    more |= {name: float(np.mean([row[name] for row in judged])) for name in sorted(others)}
     return summary(choice.metric, scores, **more)
 
 

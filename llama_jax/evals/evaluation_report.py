@@ -102,7 +102,7 @@ def _row(task: str, found: Sequence[Mapping[str, Any] | None], known: Mapping[st
     column = "math_set" if task == "math" else task
     theirs = []
     for columns in known.values():
-        value = columns.get(column)
+        value = columns.get(f"{column}@{first.get('shots')}", columns.get(column))
         theirs.append(_number(value / 100 if value is not None and unit == 1.0 else value, 2 if unit == 1.0 else 1))
     shots = first.get("shots")
     name = task.partition(":")[2] or task

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.rows import Row, read_jsonl
+from llama_jax.evals import long_context
 
 Document = dict[str, Any]
 
@@ -32,7 +33,7 @@ class Layout:
     """The rows that are scored, and those of the examples before them; `changes` of the task's settings that this needs.
 
     `fewer`: a task may have fewer examples than are asked for, and then takes all (AGIEval has 3 to 5).
-    `prepared`: rows are the hub's own, and the harness prepares them as it does those (MATH: the answer out of the solution).
+    `prepared`: rows are the hub's own, and are prepared as those are (MATH: the answer out of the solution).
     """
 
     test: File
@@ -230,5 +231,9 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     "mbpp": Layout(
         File("mbpp_test_11_310", ("text", "code", "test_list")), File("mbpp_prompt_tasks_1_10", ("text", "code", "test_list"))
     ),
+    **{
+        part: Layout(File(f"scrolls_{part}", long_context.COLUMNS, long_context.checked(part)), prepared=True)
+        for part in long_context.PARTS
+    },
     "truthfulqa": Layout(File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers"))),
 }  # fmt: skip

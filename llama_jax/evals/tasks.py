@@ -1,7 +1,8 @@
 """The benchmarks of Tables 3 and 16 to 25 as tasks of the harness: its own prompts and metrics, with the paper's shots.
 
-A task is named "hellaswag", or "mmlu:anatomy" within a family; any other name is the harness's. HumanEval, MBPP, SQuAD and QuAC
-are task settings of ours: the harness has them otherwise (code would run outside a sandbox), or not at all.
+A task is named "hellaswag", or "mmlu:anatomy" within a family; any other name is the harness's. HumanEval, MBPP, SQuAD, QuAC
+and SCROLLS (`long_context.py`) are task settings of ours: the harness has them otherwise (code would run outside a sandbox; a
+script of the hub would score), or not at all.
 Where the paper's own prompts differ is unknown; they were never published (fact sheet 2.3).
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.evals import local_tasks, spans
+from llama_jax.evals import local_tasks, long_context, spans
 from llama_jax.evals.groups import GROUPS, family_of
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
 
@@ -31,7 +32,7 @@ _FOLDERS = {
     "mmlu": ("mmlu/default", "mmlu_"), "bbh": ("bbh/cot_fewshot", ""), "agieval": ("agieval", ""),
     "math": ("minerva_math", "minerva_math_"),
 }  # fmt: skip
-_OURS = ("humaneval", "mbpp", "squad", "quac")
+_OURS = ("humaneval", "mbpp", "squad", "quac", *long_context.PARTS)
 NAMES = (*_FILES, *_FOLDERS, *_OURS)
 
 
@@ -290,4 +291,5 @@ def _reading(judge: Callable, **settings: Any) -> Settings:
 
 _OWN: dict[str, Callable[[TaskChoice], Settings]] = {
     "humaneval": _humaneval, "mbpp": _mbpp, "squad": _squad, "quac": _quac,
+    **{part: lambda choice, part=part: long_context.settings(part) for part in long_context.PARTS},
 }  # fmt: skip
