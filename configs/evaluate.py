@@ -1,7 +1,7 @@
 """The paper's evaluation (sections 2.3, 4.1 and 4.4): `python -m llama_jax.evaluate --config=configs/evaluate.py:academic ...`.
 
 Suites: academic (Table 3), each of its groups by name, context (Tables 16 and 17: SCROLLS and what long contexts may cost),
-pass_at_k (Table 21), safety (Tables 11 and 14), and smoke for tests.
+attention (Table 18: what fewer key heads may cost), pass_at_k (Table 21), safety (Tables 11 and 14), and smoke for tests.
 `--config.models` lists models side by side, each "name=path"; "hf:..." is a Hugging Face model in the harness's own class.
 """
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 _SAFETY = ("truthfulqa", "toxigen", "bold")
 # Their tasks stand in evals/groups.py.
 _GROUPS = ("code", "commonsense", "world_knowledge", "reading", "math", "mmlu", "bbh", "agieval")
-SUITES = (*_GROUPS, "academic", "context", "pass_at_k", "safety", "smoke")
+SUITES = (*_GROUPS, "academic", "context", "attention", "pass_at_k", "safety", "smoke")
 
 
 def _tasks() -> dict[str, dict]:
@@ -59,6 +59,11 @@ def get_config(suite: str = "academic") -> ConfigDict:
             **{name: tasks[name] for name in ("squad", "hellaswag", "gsm8k", "humaneval")},
             **{name: {**tasks[name], "shots": 64} for name in ("nq_open", "triviaqa")},
         }
+    elif suite == "attention":
+        names = ("boolq", "piqa", "siqa", "hellaswag", "arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
+        tasks = {
+            **{name: tasks[name] for name in names}, **{name: {**tasks[name], "shots": 0} for name in ("nq_open", "triviaqa")}
+        }
     elif suite == "smoke":
         tasks = {name: tasks[name] for name in ("hellaswag", "boolq", "mmlu")}
     elif suite == "safety":
@@ -71,7 +76,7 @@ def get_config(suite: str = "academic") -> ConfigDict:
         # Beside which of the paper's models the tables stand.
         "paper": (
             ("L2 7B", "L2 13B", "L2 70B", "L2-Chat 7B", "L2-Chat 70B", "ChatGPT") if suite == "safety"
-            else ("2k context", "4k context") if suite == "context"
+            else ("2k context", "4k context") if suite == "context" else ("MHA", "MQA", "GQA") if suite == "attention"
             else ("MPT 7B", "Falcon 7B", "L1 7B", "L2 7B", "L2 13B", "L2 34B", "L2 70B")
         ),
         # Section 4.1 and A.4.7: temperature 0.1 and top-p 0.9 for all safety benchmarks. Judges: "" for none; a directory of a
