@@ -119,7 +119,7 @@ def test_differences_are_paired(finished):
 def test_the_report_is_one_file_beside_the_papers_numbers(finished):
     output, _ = finished
     page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
-    assert "src=\"http" not in page and "data:image/png;base64" in page
+    assert "src=\"http" not in page and "data:image/svg+xml;base64" in page
     assert "L2 7B (paper)" in page and "77.2" in text and "model1 beside model0" in text
     assert 'alt="Average scores by group of Table 3' in page and (output / "figures/groups.svg").stat().st_size > 1000
 

@@ -1,20 +1,26 @@
 """Seconds of a PPO iteration at 34M parameters, split into rollout, scoring and update; and of GRPO on the same answers.
 
-    python tests/benchmarks/ppo.py [--rewards=1] [--matmul=float32] [--iterations=5] [--lora=0] [--grpo]
+    python tests/benchmarks/ppo.py [--rewards=1] [--matmul=float32] [--iterations=5] [--lora=0] [--grpo] [--trl=PYTHON]
 
 288 wide, 6 layers, vocabulary 49152 untied; 16 prompts of 64 tokens, answers of 64 (none ends earlier), one epoch, one
 mini-batch; policy, critic, reference and reward models of that size. Prints the least seconds of each part, the median
-of an iteration, and tokens per second. TRL 0.24 took 7.3 s on two cores, with policy, critic, reference and one reward model:
-`--rewards=1` (the default) computes what it does, a score of one model for each answer by `Roller.score`; `--rewards=2` is the
-paper's rule, a helpfulness and a safety model and their gate, one forward pass of a fifth model more.
+of an iteration, and tokens per second. With `--trl`, the Python of an environment that has TRL (tests/benchmarks/trl_ppo.py
+says how to make one), the same iterations by TRL's trainer follow in the same run, and the ratio of the medians.
+
+TRL has policy, critic, reference and one reward model: `--rewards=1` (the default) computes what it does, a score of one model
+for each answer by `Roller.score`; `--rewards=2` is the paper's rule, a helpfulness and a safety model and their gate, one
+forward pass of a fifth model more.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +66,19 @@ def drawn(specs: dict, seed: int) -> dict:
     return jax.jit(lambda key: params.init(specs, key))(jax.random.key(seed))
 
 
+def seconds_of_trl(python: str, iterations: int) -> dict:
+    """What tests/benchmarks/trl_ppo.py prints under another Python: `seconds` of each iteration, `versions`, `threads`."""
+    sizes = {
+        "prompts": PROMPTS, "prompt_length": PROMPT_LENGTH, "new_tokens": NEW_TOKENS, "vocab_size": MODEL.vocab_size,
+        "layers": MODEL.layers, "width": MODEL.width, "heads": MODEL.heads, "ffn": MODEL.ffn, "iterations": iterations,
+    }  # fmt: skip
+    command = [python, str(Path(__file__).with_name("trl_ppo.py")), *(f"--{name}={value}" for name, value in sizes.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +87,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all parameters are trained")
     parser.add_argument("--grpo", action="store_true", help="GRPO with 4 answers to each of 4 prompts")
+    parser.add_argument("--trl", default="", metavar="PYTHON", help="the Python of an environment with TRL 0.24, to compare")
     arguments = parser.parse_args()
+    if arguments.trl and arguments.grpo:
+        parser.error("--trl: TRL's PPO is compared with ours, not with GRPO")
     keep_heap()
     compute = Compute(arguments.matmul, "float32", unroll=True)
     mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
@@ -140,7 +162,11 @@ def main() -> None:
     total = PROMPTS * (PROMPT_LENGTH + NEW_TOKENS)
     print(f"{total / min(seconds['iteration']):.0f} tokens/s of prompts and answers; "
           f"{PROMPTS * NEW_TOKENS / min(seconds['rollout']):.0f} tokens/s drawn")  # fmt: skip
-
+    if arguments.trl:
+        trl = seconds_of_trl(arguments.trl, arguments.iterations)
+        ours, theirs = statistics.median(seconds["iteration"]), statistics.median(trl["seconds"])
+        print(f"TRL {trl['versions']['trl']} {theirs:6.2f} s an iteration (median; torch {trl['versions']['torch']}, "
+              f"{trl['threads']} threads): {theirs / ours:.2f}x ours")  # fmt: skip
 
 
 if __name__ == "__main__":
