@@ -13,14 +13,19 @@ def check(size: str) -> str:
 
 
 def compute(size: str) -> ConfigDict:
-    """bfloat16 with recomputation on a pod; float32 activations between bfloat16 products on a CPU."""
+    """bfloat16 with recomputation on a pod; on a CPU float32 activations between products of what is faster there."""
     if size == "tiny":
-        how = {"activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
+        how = {"matmul": "auto", "activations": "float32", "remat": "none", "loss_chunks": 4, "unroll": True}
     elif size == "smollm2-135m":  # thirty layers in one scan: unrolled they would compile for minutes
-        how = {"activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
+        how = {"matmul": "auto", "activations": "float32", "remat": "none", "loss_chunks": 8, "unroll": False}
     else:
-        how = {"activations": "bfloat16", "remat": "full", "loss_chunks": 8, "unroll": False}
-    return ConfigDict({"matmul": "bfloat16", "attention": "auto", "sequence": "ring", **how})
+        how = {"matmul": "bfloat16", "activations": "bfloat16", "remat": "full", "loss_chunks": 8, "unroll": False}
+    return ConfigDict({"attention": "auto", "sequence": "ring", **how})
+
+
+def few(steps: int, **changes) -> dict:
+    """Changes of a stage's config for tests: a handful of steps, by a scan over layers, which compiles in less time."""
+    return {"epochs": 0.0, "loop": {"steps": steps}, "optim": {"warmup": 1}, "compute": {"unroll": False}, **changes}
 
 
 def mesh(size: str) -> ConfigDict:

@@ -5,6 +5,8 @@ Give `--config.start` (a chat model's workdir), `--config.tokenizer` and `--conf
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The turns of Table 30 at `tiny`, whose 20 short turns fit a context of 1024; `smoke` is `tiny` in a minute, for tests."""
@@ -21,8 +23,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         "seed": 0,
     })  # fmt: skip
     if size == "smoke":
-        steps = {"epochs": 0.0, "loop": {"steps": 2, "batch_size": 4}, "optim": {"warmup": 1}}
         config.update({"context": 384, "longest": 80, "turns": (1, 2, 3)})
         config.update({"instructions": 60, "samples": 6, "held_out": 6, "new_tokens": 8})
-        config.overrides = ConfigDict({"baseline": steps, "ghost": steps})
+        loop = {"steps": 2, "batch_size": 4}
+        config.overrides = ConfigDict({name: common.few(2, loop=loop.copy()) for name in ("baseline", "ghost")})
     return config

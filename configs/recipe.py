@@ -62,24 +62,18 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             {"preferences": 40, "prompts": 8, "answers": 4, "ghost": False, "ppo": False},
             {"preferences": 0, "prompts": 8, "answers": 4, "ghost": False, "ppo": True},
         )
+        config.compute.unroll = False
         config.restart = "base"  # models this young never end an answer, so there is no best one
         config.overrides = ConfigDict({
             "corpus": {"total_tokens": 12_288},
-            "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}},
-            "sft": {"epochs": 0.0, "loop": {"steps": 4}, "optim": {"warmup": 1}},
-            "sft_variant": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
-            "reward_helpfulness": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
-            "reward_safety": {"epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1}},
-            "rejection": {
-                "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
-                "rejection": {"new_tokens": 16, "sampling_batch": 32},
-            },
-            "distill": {
-                "epochs": 0.0, "loop": {"steps": 2}, "optim": {"warmup": 1},
-                "distill": {"max_prompts": 8, "new_tokens": 16, "sampling_batch": 32},
-            },
+            "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}, "compute": {"unroll": False}},
+            "sft": common.few(4),
+            **{name: common.few(2) for name in ("sft_variant", "reward_helpfulness", "reward_safety")},
+            "rejection": common.few(2, rejection={"new_tokens": 16, "sampling_batch": 32}),
+            "distill": common.few(2, distill={"max_prompts": 8, "new_tokens": 16, "sampling_batch": 32}),
+            "ghost": {"compute": {"unroll": False}},
             "ppo": {
-                "loop": {"steps": 8, "batch_size": 8, "checkpoint_every": 1},
+                "loop": {"steps": 8, "batch_size": 8, "checkpoint_every": 1}, "compute": {"unroll": False},
                 "ppo": {"rollout_size": 16, "new_tokens": 16},
             },
         })  # fmt: skip
@@ -105,6 +99,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
                 },
             },
             "ghost": {
+                **config.overrides.get("ghost", {}),
                 # Programs decide these two; the context is that of the rows of the mix.
                 "context": 256,
                 "ghost": {

@@ -7,6 +7,8 @@ Give, of a recipe's workdir RUN: `--config.start=RUN/pretrain --config.helpfulne
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The paper's shares of safety data, of 0.1M rows beside 0.9M helpful ones; `smoke` is `tiny` in a minute, for tests."""
@@ -24,5 +26,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size == "smoke":
         config.update({"helpful_rows": 24, "safety_rows": 12, "most": 6, "shares": (0.0, 10.0, 100.0)})
         config.decoding.update({"new_tokens": 8, "batch_size": 8})
-        config.overrides.sft = ConfigDict({"epochs": 0.0, "loop": {"steps": 2, "batch_size": 4}, "optim": {"warmup": 1}})
+        config.overrides.sft = ConfigDict(common.few(2, loop={"steps": 2, "batch_size": 4}))
     return config

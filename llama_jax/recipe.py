@@ -139,7 +139,7 @@ class Recipe(Steps[RecipeConfig]):
     def make_base(self) -> None:
         """Corpus, data sets, the base model and the SFT models."""
         config = self.config
-        self.ceiling = self.step("matmul_ceiling", matmul_ceiling)
+        self.ceiling = self.step("matmul_ceiling", lambda: matmul_ceiling(config.compute))
         self.step("corpus", self.make_corpus)
         self.step("datasets", lambda: write_datasets(self.workdir / "data", config.datasets, seed=config.seed))
         self.stage("pretrain", f"pretrain.py:{config.size}", {"data": {"corpus": self.path("corpus")}})
@@ -397,10 +397,10 @@ class Recipe(Steps[RecipeConfig]):
         return {"tokens_per_second": rate, "matmul_share": rate * flops / (self.ceiling * 1e9)}
 
 
-def matmul_ceiling() -> float:
-    """The best rate of a large bfloat16 matrix product on this machine, in GFLOP/s."""
+def matmul_ceiling(compute: Compute) -> float:
+    """The best rate of a large matrix product of the type that `compute` takes on this machine, in GFLOP/s."""
     n = 2048
-    x = jnp.ones((n, n), jnp.bfloat16)
+    x = jnp.ones((n, n), compute.matmul_dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     product(x, x).block_until_ready()
     times = []

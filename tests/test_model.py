@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.model import config as model_config
 from llama_jax.model import decode, heads, params
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
@@ -245,3 +246,13 @@ def test_the_flax_module_gives_the_functions_numbers():
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(lambda spec: spec.shape, specs, is_leaf=is_spec)
     tree = random_params(MODEL)
     np.testing.assert_array_equal(module.apply({"params": tree}, tokens), logits_of(tree, tokens))
+
+
+@pytest.mark.parametrize(
+    ("platform", "has", "expected"), [("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("tpu", False, "bfloat16")]
+)
+def test_auto_multiplies_in_what_the_machine_has(monkeypatch, platform, has, expected):
+    monkeypatch.setattr(model_config, "platform", lambda: platform)
+    monkeypatch.setattr(model_config, "multiplies_bfloat16", lambda: has)
+    assert Compute(matmul="auto").matmul_dtype == jnp.dtype(expected)
+    assert Compute(matmul="float32").matmul_dtype == jnp.float32 and Compute(matmul="bfloat16").matmul_dtype == jnp.bfloat16

@@ -56,14 +56,17 @@ def check_ledger(workdir, names):
     return found
 
 
-def environment():
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One cache of compiled programs for all runs: they are those of one size."""
+    kept = tmp_path_factory.mktemp("compiled")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(kept)}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, environment):
     workdir = tmp_path_factory.mktemp("recipe") / "run"
-    subprocess.run(command(workdir), cwd=ROOT, check=True, env=environment(), timeout=900)
+    subprocess.run(command(workdir), cwd=ROOT, check=True, env=environment, timeout=900)
     return workdir
 
 
@@ -78,7 +81,7 @@ def test_the_report_has_every_figure_of_the_issue(finished):
         assert 0 <= report[version]["safety_violations"] <= 1
     assert report["seconds"]["total"] > 0
     html = (finished / "report.html").read_text()
-    assert "simulat" in html and "data:image/png;base64" in html
+    assert "simulat" in html and "data:image/svg+xml;base64" in html
     # With so few pairs a degree of preference may have none; everything else was measured.
     assert all(target["met"] is not None for target in report["targets"] if "degree" not in target["asked"])
     assert not list(finished.rglob("*.tmp"))
@@ -93,8 +96,8 @@ def test_the_ledger_of_two_versions(finished):
     assert (finished / "rejection").readlink() == Path("v2/rejection")
 
 
-def test_five_versions_are_the_papers(tmp_path):
-    subprocess.run(command(tmp_path, size="smoke,versions=5"), cwd=ROOT, check=True, env=environment(), timeout=1800)
+def test_five_versions_are_the_papers(tmp_path, environment):
+    subprocess.run(command(tmp_path, size="smoke,versions=5"), cwd=ROOT, check=True, env=environment, timeout=1800)
     versions = check_ledger(tmp_path, [f"v{n}" for n in range(1, 6)])
     assert [v["sampled_from"] for v in versions.values()] == ["sft", *(f"v{n}/rejection" for n in range(1, 5))]
     prompts = []
@@ -126,26 +129,26 @@ def test_five_versions_are_the_papers(tmp_path):
         assert set(report["ppo"][judge]) == {"helpfulness", "safety"}
     assert list(report["reward_batches"]["helpfulness"]) == ["v1", "v2", "v3", "v4", "v5"]
     html = (tmp_path / "report.html").read_text()
-    assert "V5 PPO" in html and html.count("data:image/png;base64") >= 16
+    assert "V5 PPO" in html and html.count("data:image/svg+xml;base64") >= 16
 
 
-def test_chat_answers_each_question_with_ppos_policy(finished):
+def test_chat_answers_each_question_with_ppos_policy(finished, environment):
     done = subprocess.run(
         [
             sys.executable, "-m", "llama_jax.chat", f"--workdir={finished / 'ppo'}",
             f"--tokenizer={finished / 'corpus' / 'tokenizer.model'}", "--max_tokens=8", "--seed=3",
         ],
-        cwd=ROOT, env=environment(), input="What does `math.sqrt` do?\nWhat is `[INST]`?\n", capture_output=True,
+        cwd=ROOT, env=environment, input="What does `math.sqrt` do?\nWhat is `[INST]`?\n", capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "chat tag" in done.stdout  # the forged turn is refused, the session goes on
 
 
-def test_a_finished_recipe_is_not_run_again(finished):
+def test_a_finished_recipe_is_not_run_again(finished, environment):
     begun = time.monotonic()
     before = {stage: fingerprints(finished, stage) for stage in ("pretrain", "ppo")}
-    subprocess.run(command(finished), cwd=ROOT, check=True, env=environment(), timeout=300)
+    subprocess.run(command(finished), cwd=ROOT, check=True, env=environment, timeout=300)
     assert time.monotonic() - begun < 60
     assert {stage: fingerprints(finished, stage) for stage in before} == before
 
@@ -156,17 +159,17 @@ def test_nothing_is_compiled_after_the_warm_up(finished):
         assert done["compilations"] > 0 == done["compilations_after_warm_up"], stage
 
 
-def test_another_config_is_refused_with_the_difference(finished):
+def test_another_config_is_refused_with_the_difference(finished, environment):
     done = subprocess.run(
-        command(finished, "--config.seed=1"), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command(finished, "--config.seed=1"), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode != 0 and "seed: 0 -> 1" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_killed_in_pretraining_sampling_and_ppo_it_ends_with_the_same_parameters(finished, tmp_path):
+def test_killed_in_pretraining_sampling_and_ppo_it_ends_with_the_same_parameters(finished, tmp_path, environment):
     workdir = tmp_path / "run"
     for name in ("pretrain/checkpoints/3", "v1/rejection/pool.jsonl", "v2/ppo/checkpoints/1", "v2/ppo/checkpoints/3"):
-        process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         sign = workdir / name
         limit = time.monotonic() + 600
         while not sign.exists():
@@ -175,7 +178,7 @@ def test_killed_in_pretraining_sampling_and_ppo_it_ends_with_the_same_parameters
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (workdir / "v2" / "ppo" / "done.json").exists()
-    subprocess.run(command(workdir), cwd=ROOT, check=True, env=environment(), timeout=900)
+    subprocess.run(command(workdir), cwd=ROOT, check=True, env=environment, timeout=900)
     for stage in ("pretrain", "sft", "reward_helpfulness", "reward_safety", "rejection", "ppo"):
         assert fingerprints(workdir, stage) == fingerprints(finished, stage), stage
     for name in ("v1", "v2"):  # but for the paths, which are relative, nothing differs

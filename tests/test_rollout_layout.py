@@ -37,7 +37,7 @@ def gathers(config, mesh) -> tuple[list[Collective], list[Collective]]:
 def matrices(config, mesh) -> list[int]:
     """Bytes of each layer's matrices, and of the head, on one device in the layout of decoding."""
     specs = params.table(SIZES["tiny"], head="lm_head")
-    width = {"float32": 4, "bfloat16": 2}[config.compute.matmul]
+    width = config.compute.matmul_dtype.itemsize
     sizes = []
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
         axes, shape = (spec.axes[1:], spec.shape[1:]) if spec.axes[0] == "layers" else (spec.axes, spec.shape)

@@ -6,6 +6,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from llama_jax.model.rope import RopeScaling
+from llama_jax.parallel.host import multiplies_bfloat16
+from llama_jax.parallel.mesh import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class ModelConfig:
 class Compute:
     """*How* a model is computed; none of it changes the parameters.
 
-    matmul: operand type of every contraction; products are accumulated in float32.
+    matmul: operand type of every contraction; products are accumulated in float32. `auto` takes bfloat16 but on a CPU whose
+      arithmetic has none, where it would only be converted to float32 and back.
     activations: type of the residual stream and of everything element-wise outside the float32 islands (norms, softmax,
       losses). TPUs want bfloat16; CPUs are faster on float32 even between bfloat16 matrix products.
     attention: how training computes attention: `full` holds all scores of a row; `blockwise` (XLA) and `splash` (Pallas, TPU)
@@ -50,7 +53,7 @@ class Compute:
       to [B, T / loss_chunks, V].
     """
 
-    matmul: Literal["float32", "bfloat16"] = "bfloat16"
+    matmul: Literal["auto", "float32", "bfloat16"] = "bfloat16"
     activations: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "full", "dots", "queries", "attention", "offload"] = "none"
     attention: Literal["auto", "full", "blockwise", "splash"] = "auto"
@@ -60,8 +63,11 @@ class Compute:
 
     @property
     def matmul_dtype(self) -> jnp.dtype:
-        """The operand type of contractions."""
-        return jnp.dtype(self.matmul)
+        """The operand type of contractions in the program that is being traced."""
+        if self.matmul != "auto":
+            return jnp.dtype(self.matmul)
+        converted = platform() == "cpu" and not multiplies_bfloat16()
+        return jnp.dtype(jnp.float32 if converted else jnp.bfloat16)
 
     @property
     def activation_dtype(self) -> jnp.dtype:

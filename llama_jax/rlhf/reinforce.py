@@ -232,7 +232,7 @@ def rounding(compute: Compute) -> float:
 
     bfloat16 keeps 8 bits: a product rounded the other way moves a log-probability by a few thousandths.
     """
-    return 1e-4 if compute.matmul == "float32" else 0.1
+    return 1e-4 if compute.matmul_dtype == jnp.float32 else 0.1
 
 
 def collate_prompts(examples: Any, *, length: int) -> PromptBatch:
