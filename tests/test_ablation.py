@@ -184,7 +184,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "w" / "report.json").read_text())
     raw, cleaned = results["arms"]
-    assert (raw["name"], cleaned["name"]) == ("raw", "cleaned") and results["tokens"] == 6 * 8 * 256
+    assert (raw["name"], cleaned["name"]) == ("raw", "cleaned") and results["tokens"] == 6 * 4 * 256
     assert done.stdout.strip() == "\n".join(verdicts(results))
     assert cleaned["corpus"]["documents"] < raw["corpus"]["documents"]
     assert len(raw["curve"]) == 2 and 2 < raw["bits_per_byte"] < 9

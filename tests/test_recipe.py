@@ -146,11 +146,12 @@ def test_chat_answers_each_question_with_ppos_policy(finished, environment):
 
 
 def test_a_finished_recipe_is_not_run_again(finished, environment):
-    begun = time.monotonic()
-    before = {stage: fingerprints(finished, stage) for stage in ("pretrain", "ppo")}
+    made = [*finished.rglob("done.json"), *finished.rglob("pool.jsonl"), *finished.glob("answers/*.jsonl"),
+            *finished.glob("v1/preferences/*.jsonl"), *finished.glob("*/checkpoints/*/meta/metadata")]  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert len(before) > 20
     subprocess.run(command(finished), cwd=ROOT, check=True, env=environment, timeout=300)
-    assert time.monotonic() - begun < 60
-    assert {stage: fingerprints(finished, stage) for stage in before} == before
+    assert {path: path.stat().st_mtime_ns for path in made} == before
 
 
 def test_nothing_is_compiled_after_the_warm_up(finished):
