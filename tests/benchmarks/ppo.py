@@ -7,6 +7,8 @@ mini-batch; policy, critic, reference and reward models of that size. Prints the
 of an iteration, and tokens per second. With `--trl`, the Python of an environment that has TRL (tests/benchmarks/trl_ppo.py
 says how to make one), the same iterations by TRL's trainer follow in the same run, and the ratio of the medians.
 
+Measured with `--iterations=3 --trl=...` on two cores without bfloat16 products: 7.66 s an iteration, TRL 15.42 s (2.01x).
+
 TRL has policy, critic, reference and one reward model: `--rewards=1` (the default) computes what it does, a score of one model
 for each answer by `Roller.score`; `--rewards=2` is the paper's rule, a helpfulness and a safety model and their gate, one
 forward pass of a fifth model more.
