@@ -23,9 +23,10 @@ def compute(size: str) -> ConfigDict:
     return ConfigDict({"attention": "auto", "sequence": "ring", **how})
 
 
-def few(steps: int, **changes) -> dict:
+def few(steps: int, *, loop: dict | None = None, **changes) -> dict:
     """Changes of a stage's config for tests: a handful of steps, by a scan over layers, which compiles in less time."""
-    return {"epochs": 0.0, "loop": {"steps": steps}, "optim": {"warmup": 1}, "compute": {"unroll": False}, **changes}
+    loop = {"steps": steps, **(loop or {})}
+    return {"epochs": 0.0, "loop": loop, "optim": {"warmup": 1}, "compute": {"unroll": False}, **changes}
 
 
 def mesh(size: str) -> ConfigDict:

@@ -25,6 +25,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size == "smoke":
         config.update({"context": 384, "longest": 80, "turns": (1, 2, 3)})
         config.update({"instructions": 60, "samples": 6, "held_out": 6, "new_tokens": 8})
-        loop = {"steps": 2, "batch_size": 4}
-        config.overrides = ConfigDict({name: common.few(2, loop=loop.copy()) for name in ("baseline", "ghost")})
+        config.overrides = ConfigDict({name: common.few(2, loop={"batch_size": 4}) for name in ("baseline", "ghost")})
     return config

@@ -26,5 +26,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size == "smoke":
         config.update({"helpful_rows": 24, "safety_rows": 12, "most": 6, "shares": (0.0, 10.0, 100.0)})
         config.decoding.update({"new_tokens": 8, "batch_size": 8})
-        config.overrides.sft = ConfigDict(common.few(2, loop={"steps": 2, "batch_size": 4}))
+        config.overrides.sft = ConfigDict(common.few(2, loop={"batch_size": 4}))
     return config
