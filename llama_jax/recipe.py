@@ -25,7 +25,7 @@ from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.assistant.datasets import DatasetSizes, write_datasets
 from llama_jax.config import describe, parse
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
-from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
@@ -334,7 +334,8 @@ class Recipe(Steps[RecipeConfig]):
                     continue
                 answers = progress.read_answers(self.workdir / "answers" / f"{name}.jsonl")
                 scores = score_responses(
-                    self.model, self.config.compute, models, prompts, [answer["ids"] for answer in answers],
+                    self.model, self.config.compute, models, prompts,
+                    [encode_response(answer["ids"], self.tokenizer, limit=how.new_tokens) for answer in answers],
                     [row["is_safety"] for row in rows], length=how.prompt_length + how.new_tokens,
                     batch_size=how.batch_size, threshold=0.15,
                 )  # fmt: skip

@@ -23,7 +23,7 @@ from llama_jax import command
 from llama_jax.assistant.dialogs import prompts as as_prompts
 from llama_jax.assistant.refusals import declines, look_alikes
 from llama_jax.config import ConfigError
-from llama_jax.data.dialog import encode_prompt
+from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import safety_scaling
 from llama_jax.evals.plots import save
@@ -210,7 +210,8 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
             rewards = {name: restore_model(getattr(config, name), specs, mesh) for name in ("helpfulness", "safety")}
             scores = score_responses(
                 model, stage.compute, rewards,
-                [encode_prompt(row["messages"], self.tokenizer) for row in rows], [answer.ids for answer in answers],
+                [encode_prompt(row["messages"], self.tokenizer) for row in rows],
+                [encode_response(answer.ids, self.tokenizer, limit=decoding.new_tokens) for answer in answers],
                 [row["is_safety"] for row in rows], length=decoding.prompt_length + decoding.new_tokens,
                 batch_size=decoding.batch_size, threshold=SAFETY_THRESHOLD,
             )  # fmt: skip

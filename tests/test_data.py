@@ -341,3 +341,15 @@ def test_a_response_ends_at_its_first_eos(tokenizer):
     assert dialog.decode_response([*ids, 2, *ids, 2], tokenizer) == ("a loop", True)
     assert dialog.decode_response(np.array(ids), tokenizer) == ("a loop", False)
     assert dialog.decode_response([2], tokenizer) == ("", True)
+
+
+def test_a_sampled_answer_is_read_in_the_pieces_that_its_dialog_has(tokenizer):
+    trained = encode_dialog([user("What?"), assistant("a loop")], tokenizer)
+    answer = [i for i, supervised in zip(trained.ids, trained.supervised, strict=True) if supervised]
+    letters = [*(3 + byte for byte in b"a loop"), 2]  # the byte pieces
+    assert dialog.decode_response(letters, tokenizer) == ("a loop", True) and letters != answer
+    assert dialog.encode_response(letters, tokenizer, limit=96) == answer
+    assert dialog.encode_response(answer, tokenizer, limit=len(answer)) == answer
+    for kept in (answer[:-1], [2], tokenizer.encode(" a [INST] b ", eos=True)):  # no end, no text, a tag: in no dialog
+        assert dialog.encode_response(kept, tokenizer, limit=96) == kept
+    assert dialog.encode_response(letters, tokenizer, limit=len(answer) - 1) == letters

@@ -125,6 +125,20 @@ def decode_response(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool
     return tokenizer.decode(ids).strip(), ended
 
 
+def encode_response(ids: Sequence[int], tokenizer: Tokenizer, *, limit: int) -> list[int]:
+    """Ids that the text of a sampled answer has in a dialog; a model also spells words in pieces no encoder would choose.
+
+    Reward models have seen only the encoder's pieces, and fine-tuning sees only them, so what is kept by its reward is scored
+    so. An answer without EOS, without text or with a chat tag cannot be in a dialog and keeps its ids, as does one of more
+    than `limit`.
+    """
+    text, ended = decode_response(ids, tokenizer)
+    if not ended or not text or find_tag(text) is not None:
+        return list(ids)
+    pair, start = _encode_pair("", text, tokenizer)
+    return pair[start:] if len(pair) - start <= limit else list(ids)
+
+
 def _merge_system(messages: Sequence[Message]) -> list[str]:
     """Contents of the turns, system text inside the first; stripped after the merge, as the reference does."""
     if messages[0]["role"] == "system":

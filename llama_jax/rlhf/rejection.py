@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
-from llama_jax.data.dialog import decode_response, encode_dialog
+from llama_jax.data.dialog import decode_response, encode_dialog, encode_response
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.files import write_json
 from llama_jax.interop.restore import restore_model
@@ -235,7 +235,8 @@ class Round:
         rows = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(self.config.rejection.answers)]
         encoded = [ids for _, _, ids in rows]
         responses = self.respond(encoded, temperature=temperature, seed=seed, label=label)
-        scores = self.score(encoded, responses, [row["is_safety"] for _, row, _ in rows])
+        read = [encode_response(ids, self.tokenizer, limit=self.config.rejection.new_tokens) for ids in responses]
+        scores = self.score(encoded, read, [row["is_safety"] for _, row, _ in rows])
         found = []
         for i, (number, row, _) in enumerate(rows):
             text, ended = decode_response(responses[i], self.tokenizer)

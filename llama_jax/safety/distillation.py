@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
-from llama_jax.data.dialog import decode_response
+from llama_jax.data.dialog import decode_response, encode_response
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -159,7 +159,8 @@ def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
     with jax.set_mesh(mesh):
         reward = restore_model(config.safety, table.table(model, head="reward_head"), mesh)
         scores = sigmoid_scores(
-            model, config.compute, reward, [ids for *_, ids in asked], responses,
+            model, config.compute, reward, [ids for *_, ids in asked],
+            [encode_response(ids, tokenizer, limit=settings.new_tokens) for ids in responses],
             length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
         )  # fmt: skip
     samples = [
