@@ -20,7 +20,7 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
-from llama_jax.evals import evaluation_report
+from llama_jax.evals import evaluation_report, sandbox
 from llama_jax.evals.groups import groups, weights
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
@@ -114,6 +114,8 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
 
     quiet_harness()
     names = {task: choice for name, choice in config.tasks.items() for task in table.expand(name)}
+    if config.run_code and any(name in CODE for name in names):
+        sandbox.require()
     built, notes = {}, []
     for name, choice in names.items():
         if name in CODE and not config.run_code:

@@ -21,7 +21,7 @@ from test_evaluate import MODEL, SPECS, write_words  # noqa: E402
 from llama_jax import evaluate  # noqa: E402
 from llama_jax.config import ConfigError, parse  # noqa: E402
 from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
-from llama_jax.evals import benchmarks, groups, local_tasks, published, tasks  # noqa: E402
+from llama_jax.evals import benchmarks, groups, local_tasks, published, sandbox, tasks  # noqa: E402
 from llama_jax.evals.tasks import TaskChoice  # noqa: E402
 from llama_jax.interop import ours  # noqa: E402
 from llama_jax.model import params  # noqa: E402
@@ -245,11 +245,9 @@ def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
 
 
 def test_code_is_judged_by_running_it(tmp_path):
-    from llama_jax.evals.sandbox import run_code
-
     try:
-        run_code("pass")
-    except RuntimeError as error:
+        sandbox.require()
+    except sandbox.UnconfinedError as error:
         pytest.skip(str(error))
     row = {
         "task_id": "x/0", "prompt": "def double(x):\n", "entry_point": "double", "canonical_solution": "    return 2 * x\n",
@@ -267,6 +265,17 @@ def test_code_is_judged_by_running_it(tmp_path):
     task = tasks.build("mbpp", TaskChoice(0, "pass@1"), data_dir=str(tmp_path), run_code=True)
     assert task.process_results(task.task_docs[0], ["def double(x): return 2 * x"]) == {"pass@1": 1.0}
     assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
+
+
+def test_where_code_cannot_be_confined_nothing_begins(checkpoints, tmp_path, monkeypatch):
+    def refuse(code):
+        raise sandbox.UnconfinedError("model-written code was not run: it cannot be confined here")
+
+    monkeypatch.setattr(sandbox, "run_code", refuse)
+    config = config_of(checkpoints, tmp_path, tasks={"humaneval": {"shots": 0, "metric": "pass@1"}}, run_code=True)
+    with pytest.raises(sandbox.UnconfinedError, match="cannot be confined here"):
+        evaluate.run(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_hub_the_data_set_and_the_way_out_are_named(monkeypatch, tmp_path):

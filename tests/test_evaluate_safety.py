@@ -6,8 +6,8 @@ import platform
 import numpy as np
 import pytest
 
-from llama_jax.evals import safety
-from llama_jax.evals.sandbox import Limits, pass_at_k, run_all, run_code
+from llama_jax.evals import safety, sandbox
+from llama_jax.evals.sandbox import Limits, UnconfinedError, pass_at_k, run_all, run_code
 from llama_jax.evals.spans import exact, f1, f1_of_raters
 
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="the sandbox is Linux's")
@@ -17,7 +17,7 @@ def confined():
     """Whether this machine can confine code at all; the sandbox refuses where it cannot."""
     try:
         return run_code("pass").passed
-    except RuntimeError:
+    except UnconfinedError:
         return False
 
 
@@ -45,15 +45,53 @@ def test_code_runs_and_its_verdict_is_its_own():
     ("import os; os.remove('{victim}')", "Permission denied"),
     ("open('big', 'w').write('x' * (2 << 20))", "File too large"),
     ("x = 'x' * (1 << 31)", "MemoryError"),
+    ("import os; os.truncate('{victim}', 0)", "Permission denied"),
+    ("import os; os.open('{victim}', os.O_RDONLY | os.O_TRUNC)", "Permission denied"),
+    ("import os; os.chmod('{victim}', 0)", "Operation not permitted"),
+    ("import os; os.chmod(os.open('{victim}', os.O_RDONLY), 0)", "Operation not permitted"),
+    ("import os; os.chown('{victim}', os.getuid(), os.getgid())", "Operation not permitted"),
+    ("import os; os.utime('{victim}', (0, 0))", "Operation not permitted"),
+    ("import os; os.setxattr('{victim}', 'user.x', b'x')", "Operation not permitted"),
+    ("import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0))", "Operation not permitted"),
 ])  # fmt: skip
 def test_what_code_may_not_do(code, reason, tmp_path):
     if not confined():
         pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
     victim = tmp_path / "victim"
     victim.write_text("kept")
+    before = victim.stat()
     outcome = run_code(code.replace("{victim}", str(victim)), Limits(seconds=30))
     assert not outcome.passed and reason in outcome.reason, outcome
-    assert victim.read_text() == "kept"
+    after = victim.stat()
+    assert victim.read_text() == "kept" and (after.st_mode, after.st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
+
+
+@linux
+def test_files_of_its_own_are_the_programs():
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    code = "import os; open('a', 'w').write('hi'); os.truncate('a', 1); os.rename('a', 'b'); assert os.path.getsize('b') == 1"
+    assert run_code(code).passed
+
+
+@linux
+def test_what_a_program_says_is_limited_like_its_files():
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    code = "import os; block = b'x' * 65536\nfor _ in range(40): os.write(2, block)"
+    assert not run_code(code, Limits(seconds=30)).passed  # 2.5 MB into a file of 1 MB
+    many = "import sys; sys.stderr.write('x' * 100_000 + chr(10)); raise ValueError('the last line')"
+    assert run_code(many, Limits(seconds=30)).reason == "ValueError: the last line"
+
+
+@pytest.mark.parametrize("version, found", [(2, "found version 2"), (-1, "found none")])
+def test_an_older_kernel_is_refused_in_one_sentence(version, found, tmp_path):
+    class Kernel:
+        def syscall(self, *arguments):
+            return version
+
+    with pytest.raises(OSError, match=rf"^expected Landlock of version 3 or later \(Linux 6.2\), {found}$"):
+        sandbox._only_write_in(Kernel(), str(tmp_path), None)
 
 
 @linux

@@ -2,8 +2,9 @@
 
 Every program has a process of its own: Python in isolated mode, without capabilities, in an empty directory that is removed
 afterwards. Limits on processor time, wall-clock time, memory, file size, open files. A seccomp filter refuses sockets, further
-processes, signals to others and looking into them; Landlock (Linux 5.13) refuses to write outside the directory. Where one of
-the two cannot be set, nothing is run. What the program may do is read files that we can read, and use its limits up.
+processes, reaching into others, and changing a file's mode, owner, times or attributes; Landlock (Linux 6.2) refuses to write
+or truncate outside the directory. Where one of the two cannot be set, nothing is run, and `require` says so beforehand. What
+the program may do is read files that we can read, and use its limits up.
 """
 
 import ctypes
@@ -23,19 +24,43 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# By machine: its number in seccomp, capset, and the refused calls: socket, connect, bind, io_uring_setup (network); clone,
-# fork, vfork, clone3, execve, execveat (processes); kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal
-# (signals); ptrace, process_vm_readv, process_vm_writev (others' memory). aarch64 has no fork and vfork.
+# By machine: its number in seccomp, the number of capset, and the calls that are refused; aarch64 lacks the older ones.
 _SYSTEM = {
     "x86_64": (0xC000003E, 126, (
-        41, 42, 49, 425, 56, 57, 58, 435, 59, 322, 62, 200, 234, 129, 297, 424, 101, 310, 311,
+        41, 42, 49, 425,  # network: socket, connect, bind, io_uring_setup
+        56, 57, 58, 435, 59, 322,  # processes: clone, fork, vfork, clone3, execve, execveat
+        62, 200, 234, 129, 297, 424,  # signals: kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal
+        101, 310, 311,  # others' memory: ptrace, process_vm_readv, process_vm_writev
+        302, 141, 251, 142, 144, 203, 314,  # others' limits and turns: prlimit64, setpriority, ioprio_set,
+        # sched_setparam, sched_setscheduler, sched_setaffinity, sched_setattr
+        # What Landlock leaves open of files anywhere:
+        90, 91, 268, 452,  # modes: chmod, fchmod, fchmodat, fchmodat2
+        92, 93, 94, 260,  # owners: chown, fchown, lchown, fchownat
+        132, 235, 261, 280,  # times: utime, utimes, futimesat, utimensat
+        188, 189, 190, 463, 197, 198, 199, 466, 469,  # attributes: setxattr, l, f, at; removexattr, l, f, at; file_setattr
     )),
-    "aarch64": (0xC00000B7, 91, (198, 203, 200, 425, 220, 435, 221, 281, 129, 130, 131, 138, 240, 424, 117, 270, 271)),
+    "aarch64": (0xC00000B7, 91, (
+        198, 203, 200, 425,
+        220, 435, 221, 281,
+        129, 130, 131, 138, 240, 424,
+        117, 270, 271,
+        261, 140, 30, 118, 119, 122, 274,
+        52, 53, 452,
+        54, 55,
+        88,
+        5, 6, 7, 463, 14, 15, 16, 466, 469,
+    )),
 }  # fmt: skip
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
 _ERRNO_EPERM, _ALLOW = 0x00050000 | 1, 0x7FFF0000
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_WRITES = 0x1FF2  # of Landlock's first version: all rights that change files or directories
+_LANDLOCK_VERSION = 3  # before it, files may be truncated anywhere
+_WRITES = 0x5FF2  # its rights to change files and directories; a move between directories is never allowed
+_REASON = 4096  # bytes of what a program said last, in which its error is looked for
+
+
+class UnconfinedError(OSError):
+    """This machine cannot confine a program; nothing was run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,29 +85,31 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
     """Runs one program.
 
     Raises:
-      RuntimeError: this machine cannot confine it.
+      UnconfinedError: this machine cannot confine it.
     """
     if platform.system() != "Linux" or platform.machine() not in _SYSTEM:
-        raise RuntimeError(f"model-written code runs on Linux (x86_64, aarch64) only, this is {platform.platform()}")
+        raise UnconfinedError(f"model-written code runs on Linux (x86_64, aarch64) only, this is {platform.platform()}")
     directory = tempfile.mkdtemp(prefix="sandbox-")
     try:
         # The confining program is this file, read before it gives up its rights.
         command = [sys.executable, "-I", "-c", Path(__file__).read_text(encoding="utf-8"), "run"]
-        process = subprocess.Popen(
-            command, cwd=directory, env={"HOME": directory, "TMPDIR": directory, "PATH": "/usr/bin:/bin"},
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
         job = json.dumps({"code": code, "directory": directory, **dataclasses.asdict(limits)}).encode()
-        try:
-            _, errors = process.communicate(job, timeout=limits.seconds + 5)  # its own start is not the program's time
-        except subprocess.TimeoutExpired:
-            return Outcome(False, "timed out")
-        finally:
-            _end(process)
-        text = errors.decode("utf-8", "replace").strip()
+        with tempfile.TemporaryFile() as errors:  # a file, where the limit of its size holds; a pipe would fill our memory
+            process = subprocess.Popen(
+                command, cwd=directory, env={"HOME": directory, "TMPDIR": directory, "PATH": "/usr/bin:/bin"},
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            try:
+                process.communicate(job, timeout=limits.seconds + 5)  # its own start is not the program's time
+            except subprocess.TimeoutExpired:
+                return Outcome(False, "timed out")
+            finally:
+                _end(process)
+            errors.seek(max(errors.seek(0, os.SEEK_END) - _REASON, 0))
+            text = errors.read().decode("utf-8", "replace").strip()
         reason = text.splitlines()[-1][:300] if text else ""
         if process.returncode == _UNCONFINED:
-            raise RuntimeError(f"model-written code was not run: {reason}")
+            raise UnconfinedError(f"model-written code was not run: {reason}")
         if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
             return Outcome(False, "timed out")
         if process.returncode == 0:
@@ -90,6 +117,11 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
         return Outcome(process.returncode == _FINISHED, reason)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def require() -> None:
+    """Raises UnconfinedError where this machine cannot confine a program."""
+    run_code("pass")
 
 
 def run_all(programs: Sequence[str], limits: Limits = Limits(), *, workers: int = 0) -> list[Outcome]:  # noqa: B008
@@ -162,6 +194,10 @@ def _confine(job: dict) -> None:
 
 
 def _only_write_in(libc: ctypes.CDLL, directory: str, check) -> None:
+    version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    if version < _LANDLOCK_VERSION:
+        found = f"version {version}" if version > 0 else "none"
+        raise OSError(f"expected Landlock of version {_LANDLOCK_VERSION} or later (Linux 6.2), found {found}")
     writes = ctypes.c_char_p(struct.pack("Q", _WRITES))
     ruleset = check(libc.syscall(_LANDLOCK_CREATE, writes, ctypes.c_size_t(8), 0), "landlock")
     beneath = os.open(directory, os.O_PATH)
