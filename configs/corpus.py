@@ -4,6 +4,7 @@ The paper names neither its sources nor their weights; it up-samples the most fa
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(name: str = "default") -> ConfigDict:
@@ -83,7 +84,9 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: dict | None = N
             "languages": ("en",),
             "language_threshold": 0.5,  # A.4.3
             "private_density": 1.0,  # findings per 1,000 characters
+            "private_least": 3,  # findings that a document is allowed whatever its length
             "mask": False,
+            "block_list": placeholder(str),  # a file of domains and reasons instead of the built-in list
         },
         "deduplication": {
             "boilerplate": boilerplate,
@@ -92,9 +95,9 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: dict | None = N
             "leak_ngram": leak_ngram,  # words; GPT-3 decontaminates by 13
             "repeated_paragraph": 80,  # characters
         },
-        "tokenizer": None,
-        "temperature": None,
-        "max_epochs": None,
+        "tokenizer": placeholder(str),  # a SentencePiece model instead of training one
+        "temperature": placeholder(float),  # of the mixture
+        "max_epochs": placeholder(float),  # cap on how often a source is seen
         "shards": 1,
         "max_bad_rows": 0,
         "analyses": (),

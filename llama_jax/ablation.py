@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -37,6 +38,7 @@ from llama_jax.steps import change, load_config
 from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.loop import Diverged, claim, finished, train
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.workdir import own
 
 _ALL = "bits_per_byte"
 
@@ -242,7 +244,11 @@ def main() -> None:
     """Flags to config to call."""
     keep_heap()
     start_distributed()
-    results = run(parse(AblationConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir))
+    if jax.process_count() > 1:
+        raise ConfigError(f"an ablation builds its corpora and trains in one process; got {jax.process_count()}")
+    config, workdir = parse(AblationConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    with own(workdir):
+        results = run(config, workdir)
     print("\n".join(verdicts(results)))
     print(f"report: {Path(flags.FLAGS.workdir) / 'report.html'} (report.md, report.json beside it)", file=sys.stderr)
 

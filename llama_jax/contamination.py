@@ -38,7 +38,7 @@ class Samples:
     scores: np.ndarray | None  # [samples]
 
 
-def read_samples(path: str, tokenizer: Tokenizer) -> Samples:
+def read_samples(path: str, tokenizer: Tokenizer, name: str = "") -> Samples:
     """The samples of a JSONL file. ValueError that names file, line and field for a row that is none."""
     texts: list[str] = []
     scores: list[float] = []
@@ -54,7 +54,7 @@ def read_samples(path: str, tokenizer: Tokenizer) -> Samples:
         scores += [] if score is None else [float(score)]
     if not texts:
         raise ValueError(f"{path}: no samples: the file is empty")
-    return Samples(Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None)
+    return Samples(name or Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None)
 
 
 def corpus_documents(shard: str | Path) -> Iterator[np.ndarray]:
@@ -64,6 +64,8 @@ def corpus_documents(shard: str | Path) -> Iterator[np.ndarray]:
     reader = ArrayRecordReader(str(shard))
     blocks = [block_ids(record) for record in reader.read_all()]
     reader.close()
+    if not blocks:  # every shard exists, also those without documents
+        return
     # The last id of a block is the first of the next.
     ids = np.concatenate([*(block[:-1] for block in blocks), blocks[-1][-1:]])
     for document in np.split(ids, np.flatnonzero(ids == BOS_ID)[1:]):
@@ -93,7 +95,11 @@ def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
     tokenizer = Tokenizer(Path(corpus) / "tokenizer.model")
     manifest = check_manifest(corpus, tokenizer, checksums=False)
     shards = [str(Path(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
-    sets = [read_samples(path, tokenizer) for path in expand(samples)]
+    paths = expand(samples)
+    stems = [Path(path).stem for path in paths]
+    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):  # told apart by their paths, then
+        stems = [path if Path(path).stem in repeated else Path(path).stem for path in paths]
+    sets = [read_samples(path, tokenizer, name) for path, name in zip(paths, stems, strict=True)]
     index = match(Index([ids for part in sets for ids in part.ids]), shards, workers=workers)
     result, start = {}, 0
     for part in sets:

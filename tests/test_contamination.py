@@ -176,3 +176,15 @@ def test_a_wrong_sample_is_named(corpus, tmp_path, row, problem):
     write_jsonl(tmp_path / "s.jsonl", [{"text": "a", "score": 1}, row])
     with pytest.raises(ValueError, match=problem):
         command.run(str(corpus), str(tmp_path / "s.jsonl"))
+
+
+def test_empty_shards_and_samples_of_one_name(tmp_path):
+    documents = [Document(str(i), f"number {i} is a text of some words that {i} nobody reads", "web") for i in range(30)]
+    settings = Settings(
+        vocab_size=300, block_length=32, held_out=HeldOut(0.1, 0, 10**6), weights={"web": 1.0}, shards=64
+    )  # fmt: skip
+    build_corpus({"web": documents}, tmp_path / "corpus", settings)
+    for name in ("arc", "boolq"):
+        write_jsonl(tmp_path / name / "test.jsonl", [{"text": documents[3].text}])
+    found = command.run(str(tmp_path / "corpus"), f"{tmp_path}/*/test.jsonl")
+    assert list(found) == [f"{tmp_path}/arc/test.jsonl", f"{tmp_path}/boolq/test.jsonl"]

@@ -1,5 +1,6 @@
 """Apache Beam carries the same functions: the corpus is that of one process, byte for byte (needs the extra [data])."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     assert counts["docs"]["withheld_documents"] and counts["docs"]["evaluation_paragraphs"] and counts["code"]["leaks"]
     assert counts["web"]["bad_rows"] == 1 and counts["web"]["filtered_by"] == {"read: blank": 1}
     assert corpus.run(config, tmp_path / "beam", beam=options) == manifest
+    assert files(tmp_path / "beam") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_many_shards_is_that_of_one_process(config, tmp_path):
+    config = dataclasses.replace(config, shards=8, tokenizer_bytes=30_000)
+    corpus.run(config, tmp_path / "one")
+    corpus.run(config, tmp_path / "beam", beam=[])
     assert files(tmp_path / "beam") == files(tmp_path / "one")
 
 

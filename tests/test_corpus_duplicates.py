@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from llama_jax.corpus_build.dedup import drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import (
     NearDuplicates,
@@ -18,6 +19,7 @@ from llama_jax.corpus_build.near_duplicates import (
 )
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats, split_paragraphs
 from llama_jax.corpus_build.shingles import ngram_hashes, shingles, word_hashes
+from llama_jax.corpus_build.split import split
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -177,3 +179,20 @@ def test_nothing_left_of_a_leak():
     kept, _ = drop_leaks({"s": train}, secret, ngram=8)
     runs = {run for text in secret for run in itertools.pairwise(text.split())}
     assert len(kept["s"]) == 20 and not any(runs & set(itertools.pairwise(d.text.split())) for d in kept["s"])
+
+
+def test_a_leak_over_blank_lines_is_cut_with_all_its_paragraphs():
+    question = ["What does the loop do?", "(a) it counts all", "(b) it ends early", "(c) it never ends"]
+    own = " ".join(words(3, 40))
+    document = Document("1", "\n\n".join([own, *question, own]), "web")
+    kept, cuts = drop_leaks({"web": [document]}, ["\n".join(question)], ngram=8, least=50)
+    assert kept["web"][0].text == f"{own}\n\n{own}" and cuts["web"].paragraphs == 4
+
+
+def test_documents_of_one_id_are_told_apart_by_their_texts():
+    documents = {"web": [Document("0", " ".join(words(i, 60)), "web") for i in range(200)]}
+    parts = split(documents, fraction=0.05, maximum_bytes=3000)["web"]
+    assert 0 < sum(len(d.text) for d in parts.held_out) <= 3000
+    assert 160 < len(parts.train) and len(parts.train) + len(parts.held_out) + len(parts.withheld) == 200
+    same = [Document("0", "one  two", "web"), Document("0", "one two", "web")]
+    assert drop_duplicates({"web": same})[0] == drop_duplicates({"web": same[::-1]})[0]

@@ -1,6 +1,7 @@
 """Documents from files of every format, and what becomes of damage in them."""
 
 import bz2
+import datetime
 import gzip
 import json
 import lzma
@@ -216,3 +217,50 @@ def test_a_torn_file_gives_what_comes_before(tmp_path):
     *rows, last = read_file(str(path), "s")
     assert len(rows) > 100 and all(isinstance(row, Document) for row in rows)
     assert isinstance(last, BadRow) and "cannot be read beyond this" in last.problem
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"url": "http://[www.example.com]/"}, "does not appear to be an IPv4 or IPv6 address"),
+        ({"url": "http://ex\u2100ample.com/"}, "contains invalid characters under NFKC"),
+        ({"url": "http://x.org/\ud800"}, "surrogates not allowed"),
+        ({"metadata": {"score": float("nan")}}, "Out of range float values"),
+    ],
+)
+def test_what_cannot_be_written_again_is_a_bad_row(tmp_path, row, problem):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one", **row}) + '\n{"text": "two"}\n')
+    bad, good = read_file(str(tmp_path / "x.jsonl"), "s")
+    assert bad.where == f"{tmp_path}/x.jsonl:1" and problem in bad.problem and good.text == "two"
+
+
+def test_dates_of_parquet_are_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "one", "metadata": {"when": datetime.datetime(2026, 1, 2)}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert documents(tmp_path / "x.parquet")[0].metadata == {"when": "2026-01-02 00:00:00"}
+
+
+def test_zstd_reads_all_frames_and_names_damage(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"line {i} of a long text\n" for i in range(200_000))
+    half = len(text) // 2
+    frames = b"".join(zstandard.compress(part.encode()) for part in (text[:half], text[half:]))
+    path = tmp_path / "x.txt.zst"
+    path.write_bytes(frames)
+    assert documents(path)[0].text == text
+    for damaged in (frames[:-20], frames[:-20] + b"not of a frame" * 2, b"not zstd at all"):
+        path.write_bytes(damaged)
+        (row,) = read_file(str(path), "s")
+        assert isinstance(row, BadRow) and row.where == f"{path}:0" and "cannot be read" in row.problem
+
+
+def test_array_records_of_any_file_system(tmp_path):
+    pytest.importorskip("fsspec")
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "x.array_record"))
+    writer.write(b'{"text": "one"}')
+    writer.close()
+    assert [d.text for d in documents(f"file://{tmp_path}/x.array_record")] == ["one"]

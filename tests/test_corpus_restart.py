@@ -193,3 +193,33 @@ def test_a_beam_build_killed_eight_times_ends_with_the_bytes_of_one_process(tmp_
         corpus.run(config, tmp_path / "out", beam=[])
     corpus.run(config, tmp_path / "one")
     assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+def test_a_full_disk_keeps_what_is_done_and_two_builds_do_not_meet(tmp_path):
+    made = []
+    with pytest.raises(OSError, match="no space"), unfinished(tmp_path / "out", {"of": "this"}) as (_, stages):
+        stages.once("part", lambda: made.append(1) or 7)
+        raise OSError("no space left")
+    with unfinished(tmp_path / "out", {"of": "this"}) as (directory, stages):
+        assert stages.once("part", _must_not_run) == 7
+        (directory / "manifest.json").write_text("{}")
+        for of in ({"of": "this"}, {"of": "that"}, None):
+            with pytest.raises(ValueError, match="another build is writing here"), unfinished(tmp_path / "out", of):
+                raise AssertionError("entered")
+        assert (directory / "manifest.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(made) == 1
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_read(tmp_path):
+    config = config_in(tmp_path)
+    corpus.run(config, tmp_path / "out")
+    model = str(tmp_path / "out" / "tokenizer.model")
+    (tmp_path / "words.json").write_text("{}")
+    for tokenizer, size, problem in (
+        (model, 361, "vocab_size: expected the 360 of"), (str(tmp_path / "none"), 360, "none: expected"),
+        (str(tmp_path / "web-0.jsonl"), 360, "not a SentencePiece model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=problem):
+            parse(corpus.CorpusConfig, {**corpus.describe(config), "tokenizer": tokenizer, "vocab_size": size})
+    values = get_config("jsonl")
+    values.tokenizer, values.temperature, values.max_epochs, values.clean.block_list = model, 2.0, 6.0, model  # as by flags

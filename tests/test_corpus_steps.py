@@ -332,3 +332,10 @@ def test_a_crawl_and_a_cleaned_source_come_out_as_they_should():
             if isinstance(result, Document):
                 assert normalise(result.text) == result.text and result.metadata["language"] == "en"
     assert kept["commoncrawl_raw"] < 0.4 < 0.75 < kept["c4_sample"]
+
+
+def test_long_runs_cost_one_pass():
+    """Each of these took minutes when every place of a run was a new beginning; a page of spaces is ordinary."""
+    assert normalise("a" + " " * 1_000_000 + "b  \n \t\nc ") == "a" + " " * 1_000_000 + "b\n\nc"
+    assert privacy.find("x@y " + "a." * 500_000 + " me.you@example.org")["email"] == [(1_000_005, 1_000_023)]
+    assert len(quality._WITH_LETTER.findall("1" * 1_000_000 + " a1 1a -½- 1")) == 3

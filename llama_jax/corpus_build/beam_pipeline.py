@@ -153,8 +153,9 @@ class _Samples(Mapping):
         for path in sorted((self._work / source).glob("*.jsonl")):  # ranges of the hash, in their order
             if left <= 0:
                 break
-            documents += _read_documents(path)
-            left -= sum(len(d.text.encode()) for d in documents)
+            part = _read_documents(path)
+            documents += part
+            left -= sum(len(d.text.encode()) for d in part)
         return documents
 
 

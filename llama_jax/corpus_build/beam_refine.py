@@ -74,7 +74,8 @@ class Refinement:
             )
             train = self._leaks(train, "leaks", beam.pvalue.AsSingleton(secret))
             if rules.evaluation:
-                train = self._leaks(train, "evaluation", secret_ngrams(evaluation_texts(rules.evaluation), rules.leak_ngram))
+                samples = evaluation_texts(rules.evaluation, rules.leak_ngram)
+                train = self._leaks(train, "evaluation", secret_ngrams(samples, rules.leak_ngram))
         if rules.repeated_paragraph:
             train = self._repeats(train)
         self._write(pipeline, train, held_out)
@@ -318,13 +319,13 @@ def _hashed(item: tuple[None, Document], rank: Mapping[str, int]) -> tuple[bytes
 
 
 def _best(copies: Iterable[tuple[int, str, Document]]) -> tuple[int, str, Document]:
-    return min(copies, key=lambda found: found[:2])
+    return min(copies, key=lambda found: (*found[:2], found[2].text))
 
 
-def _quality(item: tuple[Place, Document]) -> tuple[int, int, str]:
+def _quality(item: tuple[Place, Document]) -> tuple[int, int, str, str]:
     """The order in which a document of a cluster is chosen: as in `near_duplicates.drop_near_duplicates`."""
     place, document = item
-    return place[0], -len(document.text), document.id
+    return place[0], -len(document.text), document.id, place[1]
 
 
 def _bands(items: Sequence[tuple[Place, Document]], settings: NearDuplicates) -> Iterator:

@@ -25,7 +25,7 @@ from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
-from llama_jax.corpus_build.write import write_corpus
+from llama_jax.corpus_build.write import given_tokenizer, write_corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Settings:
             raise ValueError(f"analyses: expected some of {', '.join(ANALYSES)}, got {', '.join(sorted(unknown))}")
         for names in self.steps.values():
             make_steps(names, self.clean)
+        if self.tokenizer_path is not None:
+            given_tokenizer(self.tokenizer_path, self.vocab_size)
 
 
 def build_corpus(

@@ -32,7 +32,7 @@ def drop_duplicates(
             key = checked_hash(document)
             if key in seen or key in best:
                 dropped[source] += 1
-            if key not in seen and (key not in best or document.id < best[key].id):
+            if key not in seen and (key not in best or (document.id, document.text) < (best[key].id, best[key].text)):
                 best[key] = document
         seen.update(best)
         kept[source] = [best[key] for key in sorted(best)]

@@ -11,8 +11,8 @@ from typing import Any
 class Document:
     """One text of the corpus.
 
-    `id` is unique within its source and does not change from run to run; `metadata` holds plain JSON values
-    only.
+    `id` names the document to people and does not change from run to run; it comes from the row if that has one, so it may
+    repeat, and documents are told apart by their texts. `metadata` holds plain JSON values only.
     """
 
     id: str

@@ -1,5 +1,6 @@
 """What a corpus will hold, from samples: the table of `--dry_run`, printed before anything runs."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def estimate_table(
         if files is None:
             whole = read
         elif complete:  # the smallest file tells how much text a byte of file holds
-            whole = read * _total(files) / max(_size(min(files, key=_size)), 1)
+            whole = read * _total(files) / max(_size(_smallest(files)), 1)
         else:
             whole = max(read, sum(_size(path) * _COMPRESSION.get(Path(path).suffix, 1.0) for path in files))
         factor = min(whole, budget) / max(read, 1) * (1 - settings.held_out.fraction)
@@ -58,7 +59,7 @@ def _sample(
     """Documents sampled, those that pass, bytes of both, the texts that pass, and whether the file (or source) is complete."""
     steps = make_steps(settings.steps.get(name, ()), settings.clean)
     if rows is None:
-        rows = read_file(min(files, key=_size), name)
+        rows = read_file(_smallest(files), name)
     sampled = read = left = 0
     texts = []
     for row in rows:
@@ -73,6 +74,11 @@ def _sample(
             texts.append(result.text)
             left += len(result.text.encode())
     return sampled, len(texts), read, left, texts, True
+
+
+def _smallest(files: Sequence[str]) -> str:
+    """The smallest file that is not empty: distributed writers leave empty parts."""
+    return min(files, key=lambda path: _size(path) or math.inf)
 
 
 def _total(files: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from llama_jax.corpus_build.dedup import content_hash
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.shingles import shingles
@@ -117,11 +118,12 @@ def drop_near_duplicates(
 ) -> tuple[dict[str, list[Document]], dict[str, dict[str, str]]]:
     """Documents without near duplicates, and by source {id of a dropped one: "source:id" of the one that stands for it}.
 
-    Of a cluster stays the document of the earliest source; within that the longest, then the one with the smallest id.
+    Of a cluster stays the document of the earliest source; within that the longest, then the one with the smallest id,
+    then, where ids repeat, the smallest hash.
     """
     documents = [d for of_source in documents_by_source.values() for d in of_source]
     rank = {source: i for i, source in enumerate(documents_by_source)}
-    documents.sort(key=lambda d: (rank[d.source], -len(d.text), d.id))
+    documents.sort(key=lambda d: (rank[d.source], -len(d.text), d.id, content_hash(d.text)))
     first = clusters([d.text for d in documents], settings)
     dropped: dict[str, dict[str, str]] = {source: {} for source in documents_by_source}
     gone = set()

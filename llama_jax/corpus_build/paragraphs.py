@@ -109,8 +109,9 @@ def shared(text: str, secret: np.ndarray, ngram: int) -> np.ndarray:
 def without_leaks(
     document: Document, secret: np.ndarray, *, ngram: int, least: int = LEAST, whole: bool = False
 ) -> tuple[Document | None, int]:
-    """The document without the paragraphs that share an n-gram with `secret`, and their number.
+    """The document without the paragraphs that have part in an n-gram of `secret`, and their number.
 
+    A secret run may reach over blank lines: a question and its answers stand in paragraphs of their own.
     With `whole` it loses nothing, or goes altogether where more than LARGEST_LEAK of its n-grams are secret.
     """
     found = shared(document.text, secret, ngram)
@@ -118,7 +119,12 @@ def without_leaks(
         return document, 0
     if whole:
         return (None if found.mean() > LARGEST_LEAK else document), 0
-    numbers = {i for i, paragraph in enumerate(split_paragraphs(document.text)) if shared(paragraph, secret, ngram).any()}
+    edges = np.zeros(len(found) + ngram, np.int64)  # one more than words
+    edges[: len(found)] += found
+    edges[ngram:] -= found
+    inside = np.cumsum(edges)[:-1] > 0  # for each word whether it is in a secret run
+    owner = np.repeat(*zip(*((i, len(word_hashes(p))) for i, p in enumerate(split_paragraphs(document.text))), strict=True))
+    numbers = set(owner[inside].tolist())
     return without_paragraphs(document, numbers, least=least), len(numbers)
 
 

@@ -106,7 +106,7 @@ _DIGIT = re.compile(r"\d").search
 _STREET = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|square|sq|terrace|way)"
 # A cheap look before the pattern, the pattern, a check of what it found.
 _KINDS: dict[str, tuple[Callable[[str], object], re.Pattern[str], Callable[[str], bool] | None]] = {
-    "email": (lambda t: "@" in t, re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,24}\b"), None),
+    "email": (lambda t: "@" in t, re.compile(r"\b[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,24}\b"), None),
     "iban": (_DIGIT, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
     "credit card": (_DIGIT, re.compile(r"\b[3-6]\d{3}[ -]?(?:\d{4}[ -]?){2}\d{1,7}\b|\b3\d{3}[ -]?\d{6}[ -]?\d{5}\b"), _luhn),
     "identity number": (_DIGIT, re.compile(r"\b(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}\b"), None),

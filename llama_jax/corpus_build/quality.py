@@ -16,7 +16,7 @@ import numpy as np
 Failure = tuple[str, float]  # rule, value
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
-_WITH_LETTER = re.compile(r"\S*[^\W\d_]\S*")
+_WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from its first letter on: one match a word
 _BULLETS = ("-", "*", "•", "●", "‣", "·", "▪", "◦")
 _PARAGRAPH = re.compile(r"\n{2,}")
 _MULTIPLIER = np.int64(6364136223846793005)

@@ -6,6 +6,7 @@ cannot be read comes as `BadRow`, for the caller to count: one torn line must no
 """
 
 import bz2
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import lzma
+import shutil
 import struct
 import tempfile
 import zlib
@@ -105,8 +107,16 @@ def _document(row: dict[str, Any], where: str, source: str) -> Document | BadRow
         text.encode()
     except UnicodeEncodeError as error:
         return BadRow(where, f"text: an escape \\ud800 to \\udfff without its other half (character {error.start})")
-    key = row.get("id")
-    return Document(where if key is None else str(key), text, source, url=str(row.get("url") or ""), metadata=metadata)
+    key, url = row.get("id"), str(row.get("url") or "")
+    key = where if key is None else str(key)
+    try:
+        urlsplit(url if "//" in url else f"//{url}").hostname  # noqa: B018  # raises for what is no address
+        if metadata:  # dates of Parquet become text
+            metadata = json.loads(json.dumps(metadata, default=str, allow_nan=False, ensure_ascii=False).encode())
+        f"{key}{url}".encode()
+    except (ValueError, TypeError) as error:
+        return BadRow(where, f"id, url or metadata: {error}")
+    return Document(key, text, source, url=url, metadata=metadata)
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -114,8 +124,44 @@ def open_binary(path: str) -> BinaryIO:
     raw = extra("fsspec").open(path, "rb").open() if "://" in path else open(path, "rb")
     suffix = Path(path).suffix.lower()
     if suffix == ".zst":
-        return io.BufferedReader(extra("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_ZstdFile(raw), 2**20)
     return _OPENERS[suffix](raw, "rb") if suffix in _OPENERS else raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of all frames of a zstd file; EOFError where the last one is torn, which its own reader passes over."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw, self._zstandard = raw, extra("zstandard")
+        self._frame: Any = None  # the frame that is being read
+        self._data = b""  # of the file, not unpacked yet
+        self._left = memoryview(b"")  # content that nobody has taken yet
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            self._data = self._data or self._raw.read(2**17)
+            if not self._data:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is torn")
+                return 0
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._left = memoryview(self._frame.decompress(self._data))
+            except self._zstandard.ZstdError as error:
+                raise ValueError(str(error)) from None
+            self._data = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 def _jsonl(path: str) -> Rows:
@@ -173,13 +219,26 @@ def _array_record(path: str) -> Rows:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
-        reader = ArrayRecordReader(path)
-        for number in range(reader.num_records()):
-            (record,) = reader.read([number])
-            yield f"{path}:{number + 1}", _record(record, f"{path}:{number + 1}")
-        reader.close()
+        with _local_copy(path) as name:
+            reader = ArrayRecordReader(name)
+            for number in range(reader.num_records()):
+                (record,) = reader.read([number])
+                yield f"{path}:{number + 1}", _record(record, f"{path}:{number + 1}")
+            reader.close()
     except RuntimeError as error:
         raise ValueError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _local_copy(path: str) -> Iterator[str]:
+    """A local file with the content of `path`, for a library that reads local files by offset; itself if it is one."""
+    if "://" not in path:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".array_record") as copy, extra("fsspec").open(path, "rb") as file:
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        yield copy.name
 
 
 def _record(record: bytes, where: str) -> dict[str, Any] | BadRow:

@@ -6,8 +6,8 @@ changes a result, which is what lets `beam_pipeline` do the same over many machi
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
-from pathlib import Path
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
 from llama_jax.corpus_build.dedup import drop_duplicates
@@ -15,7 +15,10 @@ from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.shingles import word_hashes
 from llama_jax.corpus_build.split import lines_seen, split
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,10 @@ class Deduplication:
         if self.evaluation and self.leak_ngram is None:
             raise ValueError("leak_ngram: expected a number of words, by which evaluation samples are found")
         for path in self.evaluation:
-            if "://" not in path and not Path(path).exists():
-                raise ValueError(f"evaluation: expected a file of samples with a text each, found nothing at {path!r}")
+            try:
+                expand(path)
+            except FileNotFoundError as error:
+                raise ValueError(f"evaluation: expected files of samples with a text each; {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ def refine(
         secrets = [d.text for part in splits.values() for d in part.held_out]
         train, cuts["leaks"] = drop_leaks(train, secrets, ngram=ngram, whole=whole)
         if deduplication.evaluation:
-            samples = evaluation_texts(deduplication.evaluation)
+            samples = evaluation_texts(deduplication.evaluation, ngram)
             train, cuts["evaluation"] = drop_leaks(train, samples, ngram=ngram, whole=whole)
     if shortest := deduplication.repeated_paragraph:
         train, cuts["repeats"] = drop_repeats(train, shortest=shortest, whole=whole)
@@ -127,11 +132,18 @@ def drop_boilerplate(documents: list[Document], settings: Boilerplate) -> tuple[
     return kept, total
 
 
-def evaluation_texts(paths: Iterable[str]) -> Iterator[str]:
-    """The texts of evaluation files; ValueError for a row that is none, since one missed sample would stay in training."""
+def evaluation_texts(paths: Iterable[str], ngram: int) -> Iterator[str]:
+    """The texts of evaluation files; ValueError for a row that is none, since one missed sample would stay in training.
+
+    Samples of fewer than `ngram` words cannot be found by runs of so many; a warning says how many those are.
+    """
+    short = 0
     for pattern in paths:
         for path in expand(pattern):
             for row in read_file(path, "evaluation"):
                 if isinstance(row, BadRow):
                     raise ValueError(f"{row.where}: {row.problem}")
+                short += len(word_hashes(row.text)) < ngram
                 yield row.text
+    if short:
+        log.warning("%d evaluation samples have fewer than leak_ngram=%d words and are not looked for", short, ngram)

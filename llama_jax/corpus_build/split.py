@@ -27,7 +27,7 @@ class Split:
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a text is among the share `fraction` that no model trains on; what is held out at 1 % is so at 2 %."""
-    return _position(text) < fraction
+    return _position(content_hash(text)) < fraction
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,20 @@ class Candidate:
 
     position: float  # of the text's hash between 0 and 1
     size: int  # bytes
-    key: str  # the document's id
+    key: bytes  # of the text: ids come from the rows, which may repeat them
     group: str | None
 
 
 def candidate(document: Document, group_key: str = "module") -> Candidate:
     """A document as a candidate; documents with the same metadata[group_key] are never on both sides."""
     size = len(document.text.encode())
-    return Candidate(_position(document.text), size, document.id, document.metadata.get(group_key))
+    key = content_hash(document.text)
+    return Candidate(_position(key), size, key, document.metadata.get(group_key))
 
 
 def choose(
     candidates: Iterable[Candidate], whole: int, *, fraction: float, minimum_bytes: int = 0, maximum_bytes: int = 2**63
-) -> tuple[set[str], set[str]]:
+) -> tuple[set[bytes], set[bytes]]:
     """Keys of the documents of one source that are held out, and of those held out beyond what an evaluation reads.
 
     Args:
@@ -103,12 +104,13 @@ def split(
 
 
 def side_of(
-    document: Document, held_out: Set[str], beyond: Set[str], unseen: Set[str | None], group_key: str = "module"
+    document: Document, held_out: Set[bytes], beyond: Set[bytes], unseen: Set[str | None], group_key: str = "module"
 ) -> str:
     """One of train, held_out, withheld; `unseen` are the groups of the documents that are not trained on."""
-    if document.id in held_out:
+    key = content_hash(document.text)
+    if key in held_out:
         return "held_out"
-    return "withheld" if document.id in beyond or document.metadata.get(group_key) in unseen else "train"
+    return "withheld" if key in beyond or document.metadata.get(group_key) in unseen else "train"
 
 
 def lines_seen(splits: Mapping[str, Split]) -> dict[str, float]:
@@ -122,9 +124,9 @@ def lines_seen(splits: Mapping[str, Split]) -> dict[str, float]:
     return {s: sum(line in seen for line in lines[s]) / max(len(lines[s]), 1) for s in splits}
 
 
-def _position(text: str) -> float:
-    """Where a text stands between 0 and 1."""
-    return int.from_bytes(content_hash(text)[:8], "big") / 2**64
+def _position(key: bytes) -> float:
+    """Where a text of this hash stands between 0 and 1."""
+    return int.from_bytes(key[:8], "big") / 2**64
 
 
 def long_lines(text: str) -> list[str]:

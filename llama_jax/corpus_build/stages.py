@@ -9,6 +9,7 @@ A product is a value of its inputs alone, so going on gives the same bytes as an
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -72,32 +73,37 @@ class Stages:
 def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None) -> Iterator[tuple[Path, Stages]]:
     """A directory that becomes `output` when the block ends well, and the stages of an earlier run with this fingerprint.
 
-    An error leaves nothing behind; a kill or Ctrl-C leaves what the next run goes on with. Without a fingerprint nothing is
-    kept and every run starts clean.
+    Wrong input (ValueError) leaves nothing behind; a kill, Ctrl-C, a full disk or a failed runner leaves what the next run goes
+    on with. Without a fingerprint nothing is kept and every run starts clean.
+
+    Raises:
+      FileExistsError: `output` is there already.
+      ValueError: another process is building it.
     """
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
     place = _place(output)
-    keeps = fingerprint is not None and _belongs(place, fingerprint)
-    if not keeps:
-        shutil.rmtree(place, ignore_errors=True)
-    whole = False
-    try:
-        directory = place / "corpus"
-        directory.mkdir(parents=True, exist_ok=True)
-        _sweep(directory)
-        if fingerprint is not None:
-            write_json(place / "fingerprint.json", dict(fingerprint))
-        yield directory, Stages(None if fingerprint is None else place / "work")
-        os.rename(directory, output)
-        whole = True
-    except Exception:
-        whole = True
-        raise
-    finally:
-        if whole or fingerprint is None:
-            shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    with _held(place):
+        if fingerprint is None or not _belongs(place, fingerprint):
+            _empty(place)
+        done = False
+        try:
+            directory = place / "corpus"
+            directory.mkdir(exist_ok=True)
+            _sweep(directory)
+            if fingerprint is not None:
+                write_json(place / "fingerprint.json", dict(fingerprint))
+            yield directory, Stages(None if fingerprint is None else place / "work")
+            os.rename(directory, output)
+            done = True
+        except ValueError:
+            done = True
+            raise
+        finally:
+            if done or fingerprint is None:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def discard(output: str | os.PathLike) -> None:
@@ -107,6 +113,28 @@ def discard(output: str | os.PathLike) -> None:
 
 def _place(output: Path) -> Path:
     return output.with_name(f".{output.name}.unfinished")
+
+
+@contextlib.contextmanager
+def _held(place: Path) -> Iterator[None]:
+    """Holds the kernel's lock on a directory, which goes when the process does; ValueError if another process has it."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{place}: another build is writing here; wait for it, or use another --output") from None
+    else:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _empty(place: Path) -> None:
+    for path in place.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _belongs(place: Path, fingerprint: Mapping[str, Any]) -> bool:

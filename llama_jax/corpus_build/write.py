@@ -20,7 +20,7 @@ from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.tables import cleaning_table
 from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.files import atomic_write
 
 if TYPE_CHECKING:
@@ -149,15 +149,23 @@ def make_tokenizer(
 
         content = stages.once("tokenizer", trained)
     else:
-        tokenizer = Tokenizer(settings.tokenizer_path)
-        if tokenizer.vocab_size != settings.vocab_size:
-            raise ValueError(
-                f"vocab_size: expected the {tokenizer.vocab_size} of {settings.tokenizer_path}, got {settings.vocab_size}"
-            )
-        content = Path(settings.tokenizer_path).read_bytes()
+        content = given_tokenizer(settings.tokenizer_path, settings.vocab_size).serialized()
     with atomic_write(model) as file:
         file.write(content)
     return Tokenizer(model)
+
+
+def given_tokenizer(path: str, vocab_size: int) -> SentencePieceTokenizer:
+    """The tokenizer that a corpus is told to use. ValueError for one of another kind or size, or for none."""
+    try:
+        tokenizer = Tokenizer(path)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise ValueError(f"tokenizer: expected a SentencePiece model, as a corpus keeps one, got {tokenizer.path}")
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(f"vocab_size: expected the {tokenizer.vocab_size} of {path}, got {vocab_size}")
+    return tokenizer
 
 
 def sample_budget(settings: "Settings", source: str) -> float:

@@ -116,6 +116,6 @@ def document_rows(text: str, tokenizer: Tokenizer, length: int) -> list[TokenBat
         batch = block_batch([block_record(block, length, tokenizer.vocab_size)], length)
         row = TokenBatch(**{field.name: getattr(batch, field.name)[0] for field in dataclasses.fields(TokenBatch)})
         if start:
-            row.weights[:stride] = 0.0  # counted in the row before
+            row.weights[: length - stride] = 0.0  # counted in the row before
         rows.append(row)
     return rows
