@@ -7,7 +7,8 @@ A model is `name=checkpoint`, or `name=answers.jsonl` with its answers (`evals/a
 models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a language model, or `--judge=http://host/v1`, an
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
 losses and garbage over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one half; `report.html` shows
-them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the same command.
+them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the same command. Answers
+that another checkpoint gave under this name, or this one under other settings, are refused.
 """
 
 import functools
@@ -30,6 +31,7 @@ from llama_jax.evals import judges, plots
 from llama_jax.evals.answer_files import Answered, pair_up, prompt_key, read_answers
 from llama_jax.evals.endpoint import Endpoint
 from llama_jax.evals.model_figures import win_rate_axes
+from llama_jax.evals.origin import claim, origin
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.reward_scores import score_dialogs
@@ -51,11 +53,15 @@ def collect(
     """A model's answers: read from a file, or drawn by a checkpoint (see `draw_answers`) and kept in `answers_<name>.jsonl`.
 
     Prompts that do not fit a checkpoint's context get no answer; nothing is cut.
+
+    Raises:
+      ConfigError: what is kept was drawn by another checkpoint, or otherwise.
     """
-    if place.endswith((".jsonl", ".jsonl.gz")):
+    if _is_file(place):
         return read_answers(place)
     if not prompts:
         raise ValueError("--prompts: missing; a checkpoint needs prompts to answer")
+    check_kept(name, place, directory, **how)
     kept = RowFile(directory / f"answers_{name}.jsonl")
     try:
         if missing := _unanswered(prompts, kept):
@@ -65,6 +71,20 @@ def collect(
     wanted = {prompt_key(row["messages"]) for row in prompts}
     answers = read_answers(kept.path) if kept.rows else []
     return [answer for answer in answers if prompt_key(answer.messages) in wanted]
+
+
+def check_kept(name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, **how: Any) -> None:
+    """Refuses to go on with answers that another checkpoint gave under this name, or this one under other settings."""
+    del how  # the slots: what is drawn together changes no answer
+    if not _is_file(place):
+        claim(
+            directory / f"model_{name}.json", place, temperature=choice.temperature, top_p=choice.top_p,
+            max_tokens=max_tokens, seed=seed,
+        )  # fmt: skip
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _unanswered(prompts: Sequence[dict[str, Any]], kept: RowFile) -> list[tuple[int, dict[str, Any]]]:
@@ -184,6 +204,8 @@ def main() -> None:
         raise ValueError(f"--second: named {second!r} like the first; name them: --first=new=... --second=old=...")
     how = {"load_model": load_model, "choice": Choice(values.temperature, top_p=values.top_p).check(), "slots": values.slots,
            "max_tokens": values.max_tokens, "seed": values.seed}  # fmt: skip
+    for name, place in ((first, one), (second, two)):  # before the first one answers
+        check_kept(name, place, directory, **how)
     answers = [collect(name, place, prompts, directory, **how) for name, place in ((first, one), (second, two))]
     shared = set.intersection(*({prompt_key(answer.messages) for answer in some} for some in answers))
     asked = len(prompts) if prompts else len(shared)
@@ -206,14 +228,15 @@ def _judge(pairs: Sequence[judges.Pair], directory: Path, values: Any, load_mode
         write_json(directory / "scores.json", [judges.finite(row) for row in rows])
         return outcomes
     if values.judge.startswith(("http://", "https://")):
-        key = os.environ.get("OPENAI_API_KEY", "")
+        key, weights = os.environ.get("OPENAI_API_KEY", ""), ""
         ask = Endpoint(values.judge, model=values.judge_model or "default", api_key=key, max_tokens=values.judge_tokens)
     else:
         ask = model_as_judge(load_model(values.judge), max_tokens=values.judge_tokens)
+        weights = origin(values.judge).get("weights", "")
     kept = RowFile(directory / "verdicts.jsonl")
     try:
         with Progress(len(pairs), "verdicts", "pair") as progress:
-            name = f"{values.judge} {values.judge_model}".strip()
+            name = f"{values.judge} {values.judge_model or weights}".strip()
             return judges.ask_judge(pairs, ask, kept, name=name, seed=values.seed, done=progress.update)
     finally:
         kept.close()

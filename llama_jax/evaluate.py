@@ -6,7 +6,8 @@
 
 `--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
 Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
-`results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped.
+`results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped, and further models
+may be added. A name stands for one model: results of another under it are refused.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.evals import evaluation_report, sandbox
 from llama_jax.evals.groups import groups, weights
 from llama_jax.evals.likelihood import ScoringConfig
+from llama_jax.evals.origin import claim
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
 from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
 from llama_jax.files import write_json
@@ -82,6 +84,8 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     output, models = Path(output), _named(config.models)
     tasks, notes = _build(config)
     _same_config(output, config)
+    for name, path in models.items():
+        claim(output / name / "model.json", path)
     records: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
         records[name], said = _run_model(name, path, config, tasks, output / name, quiet=quiet)

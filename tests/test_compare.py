@@ -1,5 +1,7 @@
 """Models behind the desk and comparisons: answers by the engine, kept and resumed; scores; streams; the commands' refusals."""
 
+import functools
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,10 +14,13 @@ from llama_jax import compare, desk
 from llama_jax.annotation.drawing import Draw, Pair
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.chat import make_engine
+from llama_jax.config import ConfigError
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.evals.answer_files import Answered
+from llama_jax.evals.origin import claim
 from llama_jax.evals.reward_scores import score_dialogs
+from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
 from llama_jax.parallel.mesh import make_mesh
@@ -74,6 +79,42 @@ def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_pat
     assert collect(tmp_path / "b", prompts[:2]).keys() == {"the loop 0", "the loop 1"} and len(loads) == before
     with pytest.raises(ValueError, match="--prompts: missing"):
         collect(tmp_path / "c", [])
+
+
+def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_path):
+    how = {"load_model": lambda place: model, "choice": Choice(1.0), "max_tokens": 4, "slots": 2, "seed": 3}
+    collect = functools.partial(compare.collect, "x", prompts=[prompt(0)], directory=tmp_path)
+    before = collect("runs/v2", **how)
+    assert collect("runs/v2", **{**how, "slots": 1}) == before
+    changes = (
+        ("runs/v3", {}, "path: 'runs/v2' -> 'runs/v3'"), ("runs/v2", {"choice": Choice(0.0)}, "temperature: 1.0 -> 0.0"),
+        ("runs/v2", {"choice": Choice(1.0, top_p=0.5)}, "top_p: 1.0 -> 0.5"),
+        ("runs/v2", {"max_tokens": 5}, "max_tokens: 4 -> 5"), ("runs/v2", {"seed": 4}, "seed: 3 -> 4"),
+    )  # fmt: skip
+    for place, change, words in changes:
+        with pytest.raises(ConfigError, match=f"model_x.json: .* of other settings: {words}; give this one a name of its own"):
+            collect(place, **how | change)
+
+
+def test_a_checkpoint_that_was_trained_on_is_another_model(model, tmp_path):
+    def train(step, seed, at="run"):
+        tree = params.init(params.table(CONFIG, head="lm_head"), jax.random.key(seed))
+        shutil.rmtree(tmp_path / at, ignore_errors=True)
+        ours.write(tmp_path / at, tree, CONFIG, tokenizer="", origin={})
+        (tmp_path / at / "checkpoints/0").rename(tmp_path / at / f"checkpoints/{step}")
+
+    file = tmp_path / "out/model.json"
+    for at in ("run", "moved"):
+        train(100, 0, at)
+        claim(file, tmp_path / at)  # the same weights wherever they lie
+    train(100, 1)
+    with pytest.raises(ConfigError, match="other settings: weights: "):
+        claim(file, tmp_path / "run")  # trained anew to the same step
+    train(200, 1)
+    with pytest.raises(ConfigError, match="other settings: step: 100 -> 200; weights: "):
+        claim(file, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    claim(file, tmp_path / "run")  # its results outlive it
 
 
 def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenizer):

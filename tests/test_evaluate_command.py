@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,22 @@ def test_a_finished_task_is_not_run_again_and_another_config_is_refused(finished
     assert evaluate.run(config_of(checkpoints, data), output, quiet=True) == values
     with pytest.raises(ConfigError, match="holds an evaluation under another config: limit: 0 -> 3"):
         evaluate.run(config_of(checkpoints, data, limit=3), output, quiet=True)
+
+
+def test_a_name_stands_for_one_model(finished, checkpoints, data, tmp_path, monkeypatch):
+    output, values = finished
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    config = config_of(checkpoints, data, ("model0",))
+    other = dataclasses.replace(config, models=(f"model0={checkpoints / 'model1'}",))
+    with pytest.raises(ConfigError, match="model0/model.json: results .* are of another model.*weights: '.*' -> '"):
+        evaluate.run(other, output, quiet=True)
+    shutil.copytree(checkpoints / "model0", tmp_path / "moved")  # the same weights at another place
+    again = evaluate.run(dataclasses.replace(config, models=(f"model0={tmp_path / 'moved'}",)), output, quiet=True)
+    assert again["tasks"] == values["tasks"]
+    further = dataclasses.replace(config, models=(*config.models, f"more={checkpoints / 'model1'}"))
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        evaluate.run(further, output, quiet=True)
+    assert json.loads((output / "more/model.json").read_text())["step"] == 0
 
 
 def test_a_task_that_was_killed_takes_finished_requests_from_the_cache(finished, checkpoints, data):
