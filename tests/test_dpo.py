@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import ConfigError
+from llama_jax.data.dialog import encode_dialog
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
@@ -248,12 +250,31 @@ def test_sft_dpo_and_reward_model_through_train(tmp_path, monkeypatch):
     words = Tokenizer(tokenizer)
     found = encode_comparisons(str(tmp_path / "pairs.jsonl"), words, length=64, margin="small")[0]
     prompt = words.encode("[INST] aa [/INST]", bos=True)
-    assert found.chosen[: found.response_start] == found.rejected[: found.response_start] == prompt
+    assert found.chosen[: found.response_start].tolist() == found.rejected[: found.response_start].tolist() == prompt
     assert found.source == "one" and found.margin == 2 / 3
 
     values = stage_values("dpo", tokenizer, tmp_path, {**stages(tmp_path, tokenizer, steps=12)["dpo"], "start": ""})
     with pytest.raises(ValueError, match="start: DPO starts from a chat model"):
         run(values, tmp_path / "nothing")
+    for name, changes in stages(tmp_path, tokenizer, steps=12).items():
+        changes["data"]["length"] = 128
+        with pytest.raises(ConfigError, match="data.length=128, model tiny takes 64"):
+            run(stage_values(name, tokenizer, tmp_path, changes), tmp_path / f"long_{name}")
+
+
+def test_pairs_are_held_as_arrays_of_the_ids_of_whole_dialogs(tmp_path):
+    words = Tokenizer(make_tokenizer(tmp_path, 304))
+    user, assistant = ({"role": role, "content": "ab"} for role in ("user", "assistant"))
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[user], [system, user], [user, assistant, user], [system, *[user, assistant] * 2, user]]
+    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no, never"} for prompt in prompts]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    found = encode_comparisons(str(tmp_path / "pairs.jsonl"), words, length=128, margin="none")
+    for pair, row in zip(found, rows, strict=True):
+        for side in ("chosen", "rejected"):
+            whole = encode_dialog([*row["prompt"], {"role": "assistant", "content": row[side]}], words, train_on="last")
+            ids = getattr(pair, side)
+            assert ids.dtype == np.int32 and ids.tolist() == whole.ids and pair.response_start == whole.supervised.index(True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import ConfigError
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.axes import shardings
@@ -14,7 +15,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
-from llama_jax.reward.stage import mix, reward_loss
+from llama_jax.reward.stage import mix, mixed_pairs, reward_loss
 from llama_jax.training.step import put_batch
 
 MODEL = dataclasses.replace(
@@ -117,12 +118,27 @@ def test_a_reward_model_learns_to_rank():
     assert metrics["accuracy/all"].mean() > 0.85
 
 
-def test_the_mixes_of_the_paper():
-    own, other = pairs(90), pairs(200)
-    assert len(mix([own, other], [0.0, 0.1])) == 100
-    assert len(mix([own, other], [0.0, 0.5])) == 180
-    with pytest.raises(ValueError, match="leave nothing"):
-        mix([own, other], [0.5, 0.5])
+def test_the_mixes_of_the_paper(caplog):
+    own, other, names = pairs(90), pairs(200), ("own.jsonl", "other.jsonl")
+    files = dict(zip(names, (own, other)))
+    assert len(mix([own, other], [0.0, 0.1], names=names, seed=0)) == 100
+    mixed = mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=0)
+    assert len(mixed) == 180 and mixed[:90] == own and not caplog.records
+    drawn = [other.index(pair) for pair in mixed[90:]]
+    assert len(set(drawn)) == 90 and 80 < np.mean(drawn) < 120  # out of the whole file, which may be sorted
+    assert mixed == mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=0)
+    assert mixed != mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=1)
+    assert len(mix([own, other[:30]], [0.0, 0.5], names=names, seed=0)) == 120
+    assert "other.jsonl: a share of 0.5 is 90 pairs, and it has 30: all are taken" in caplog.text
+    assert len(mixed_pairs(names, (), files.__getitem__, seed=0)) == 290
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4), (0.0, 1.0), (0.0, -0.1)])
+def test_shares_that_make_no_mix_are_refused_before_a_file_is_read(shares):
+    with pytest.raises(ConfigError, match=r"data.shares: expected 0 for a file that is taken whole"):
+        mixed_pairs(("a.jsonl", "b.jsonl"), shares, None, seed=0)
+    with pytest.raises(ConfigError, match="data.shares: expected one for each of the 1 files of data.train, got 2"):
+        mixed_pairs(("a.jsonl",), shares, None, seed=0)
 
 
 def test_labels_of_the_safety_bins():

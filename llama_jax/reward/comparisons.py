@@ -9,7 +9,8 @@ import flax.struct
 import numpy as np
 
 from llama_jax.data.dialog import encode_dialog
-from llama_jax.data.sources import read_comparisons
+from llama_jax.data.rows import read_rows
+from llama_jax.data.sources import comparison
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_field
 from llama_jax.reward.ranking import MARGINS
@@ -34,12 +35,12 @@ class ComparisonBatch:
     safe_known: Any  # [B] float32: 1 where there is one
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """One encoded pair."""
 
-    chosen: list[int]
-    rejected: list[int]
+    chosen: np.ndarray  # [n] int32: a list of Python's integers would take nine times the memory
+    rejected: np.ndarray  # [n] int32
     margin: float
     degree: int
     safety_bin: str | None
@@ -54,36 +55,48 @@ class Comparison:
 
 
 def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
-    """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted."""
-    comparisons, overlong = [], 0
-    rows = read_comparisons(path)
-    for number, row in enumerate(rows, start=1):
-        encoded = [
-            encode_dialog(
-                [*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer, train_on="last",
-                where=f"{path}:{number}",
-            )
-            for side in ("chosen", "rejected")
-        ]  # fmt: skip
-        dialogs = [dialog.ids for dialog in encoded]
-        if max(map(len, dialogs)) > length:
-            overlong += 1
+    """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted.
+
+    Rows are read one by one: a set of millions is held as ids alone.
+    """
+    comparisons, rows = [], 0
+    for where, raw in read_rows(path):
+        rows += 1
+        row = comparison(raw, where)
+        chosen, rejected, response_start = encode_sides(row, tokenizer, where=where)
+        if max(chosen.size, rejected.size) > length:
             continue
-        rating = row.get("rating")
+        rating = row["rating"]
         comparisons.append(
             Comparison(
-                chosen=dialogs[0], rejected=dialogs[1],
-                margin=margin_of(row, margin),
+                chosen=chosen, rejected=rejected, margin=margin_of(row, margin),
                 degree=DEGREES.index(rating) if rating else -1,
-                safety_bin=row.get("safety_bin"), source=row.get("source") or "",
-                response_start=encoded[0].supervised.index(True),
+                safety_bin=row["safety_bin"], source=row["source"], response_start=response_start,
             )
         )  # fmt: skip
-    if overlong:
-        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, overlong, len(rows), length)
+    if not rows:
+        raise ValueError(f"{path}: no comparisons: the file is empty")
+    if len(comparisons) < rows:
+        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, rows - len(comparisons), rows, length)
     if not comparisons:
         raise ValueError(f"{path}: no comparison fits into {length} tokens")
     return comparisons
+
+
+def encode_sides(row: Mapping[str, Any], tokenizer: Tokenizer, *, where: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids of the dialogs that end with the chosen and with the rejected answer, and where their answers begin.
+
+    Finished turns are the same before both and encoded once: each has a BOS of its own, so the ids are those of whole dialogs.
+    """
+    prompt = row["prompt"]
+    turn = len(prompt) - 1 if len(prompt) > 2 else 0  # where the open turn begins; a system message is part of the first
+    earlier = encode_dialog(prompt[:turn], tokenizer, where=where).ids if turn else []
+    chosen, rejected = (
+        encode_dialog([*prompt[turn:], {"role": "assistant", "content": row[side]}], tokenizer, where=where)
+        for side in ("chosen", "rejected")
+    )
+    ids = (np.array([*earlier, *last.ids], np.int32) for last in (chosen, rejected))
+    return *ids, len(earlier) + chosen.supervised.index(True)
 
 
 def margin_of(row: Mapping[str, Any], margin: str) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from llama_jax.reward.score import scorer
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Supervised, Weighted, evaluation
 from llama_jax.training.step import put_batch
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +92,41 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, 
     return loss
 
 
-def mix(files: Sequence[list[Comparison]], shares: Sequence[float]) -> list[Comparison]:
-    """One epoch of pairs: files with share 0 whole; of another as many (from its start) as give it its share.
+def mixed_pairs(
+    paths: Sequence[str], shares: Sequence[float], encode: Callable[[str], list[Comparison]], *, seed: int
+) -> list[Comparison]:
+    """One epoch of the pairs of `data.train` in the shares of `data.shares`; what cannot be mixed is said before reading."""
+    if not paths:
+        raise ConfigError("data.train: expected at least one preference file, got none")
+    shares = shares or (0.0,) * len(paths)
+    if len(paths) != len(shares):
+        raise ConfigError(f"data.shares: expected one for each of the {len(paths)} files of data.train, got {len(shares)}")
+    if min(shares) < 0 or sum(shares) >= 1 or 0 not in shares:
+        raise ConfigError(
+            f"data.shares: expected 0 for a file that is taken whole, at least one of them, and of the others less than 1 "
+            f"in all; got {shares}"
+        )
+    return mix([encode(path) for path in paths], shares, names=paths, seed=seed)
 
-    The paper's mixes (section 3.2.2): helpfulness = all helpfulness data and an equal amount of the rest; safety = 90 %
-    safety data and 10 % helpfulness data.
+
+def mix(
+    files: Sequence[list[Comparison]], shares: Sequence[float], *, names: Sequence[str], seed: int
+) -> list[Comparison]:
+    """Files with share 0 whole, then of each other as many pairs, drawn at random, as give it its share.
+
+    The paper's mixes (section 3.2.2): helpfulness = all helpfulness data and an equal amount of the rest, sampled uniformly;
+    safety = 90 % safety data and 10 % helpfulness data. A file that has too few pairs for its share gives all, with a warning.
     """
-    if len(files) != len(shares):
-        raise ConfigError(f"data.shares: expected one for each of the {len(files)} files of data.train, got {len(shares)}")
-    rest = sum(shares)
-    if rest >= 1:
-        raise ConfigError(f"data.shares: {shares} leave nothing for the files that are taken whole")
-    whole = [pair for pairs, share in zip(files, shares) if not share for pair in pairs]
-    parts = [pairs[: round(len(whole) * share / (1 - rest))] for pairs, share in zip(files, shares) if share]
-    return [*whole, *(pair for part in parts for pair in part)]
+    mixed = [pair for pairs, share in zip(files, shares, strict=True) if not share for pair in pairs]
+    total = len(mixed) / (1 - sum(shares))
+    for number, (name, pairs, share) in enumerate(zip(names, files, shares, strict=True)):
+        wanted = round(total * share)
+        if wanted > len(pairs):
+            log.warning("%s: a share of %g is %d pairs, and it has %d: all are taken", name, share, wanted, len(pairs))
+        # A file may be sorted by source or kind, so its first pairs would not stand for the others.
+        drawn = np.random.default_rng((seed, number)).permutation(len(pairs))[:wanted]
+        mixed += [pairs[i] for i in sorted(drawn)]
+    return mixed
 
 
 class Measure:
@@ -179,11 +203,10 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     """The stage of one reward model, and its loop with the number of steps of its epochs."""
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
+    if length > model.max_length:
+        raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
-    if not config.data.train:
-        raise ConfigError("data.train: expected at least one preference file, got none")
-    shares = config.data.shares or (0.0,) * len(config.data.train)
-    train = mix([encode(path) for path in config.data.train], shares)
+    train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     validation = [pair for path in config.data.validation for pair in encode(path)] or held_out
     batches = make_batches(config.data, batch_size=config.loop.batch_size)

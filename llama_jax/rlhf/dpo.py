@@ -33,7 +33,7 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_field, batch_sharding
 from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
-from llama_jax.reward.stage import mix
+from llama_jax.reward.stage import mixed_pairs
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Weighted, evaluation
 from llama_jax.training.step import put_batch
@@ -228,15 +228,12 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     """The DPO stage, and its loop with the number of steps of its epochs."""
     if not config.start:
         raise ConfigError("config.start: DPO starts from a chat model; expected a stage's workdir, got nothing")
-    if not config.data.train:
-        raise ConfigError("data.train: expected at least one preference file, got none")
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
     if length > model.max_length:
         raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.dpo.margin)
-    shares = config.data.shares or (0.0,) * len(config.data.train)
-    train = mix([encode(path) for path in config.data.train], shares)
+    train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     loop = config.loop
     if config.epochs > 0:
