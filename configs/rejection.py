@@ -14,7 +14,7 @@ from configs import common
 def get_config(size: str = "tiny") -> ConfigDict:
     """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT."""
     tiny = size == "tiny"
-    length = 256 if tiny else 4096
+    length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
     rejection = {
         "prompts": "prompts.jsonl",

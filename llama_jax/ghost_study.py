@@ -131,8 +131,10 @@ class GhostStudy(Steps[GhostStudyConfig]):
         return contexts_of(self.dialogs()[1], VALUES, count, turns=max(self.config.turns), rng=rng)
 
     def policy_obeys(self) -> float:
-        """The share of Ghost Attention's samples that obey; a hobby counts where it is asked for."""
-        return float(np.mean([bool(row["obeyed"]) for _, row in read_jsonl(self.workdir / "ghost" / "samples.jsonl")]))
+        """The share that obeys, of Ghost Attention's samples that a program can judge: a hobby shows where it is asked for."""
+        samples = [row["obeyed"] for _, row in read_jsonl(self.workdir / "ghost" / "samples.jsonl")]
+        decided = [obeyed for obeyed in samples if obeyed is not None]
+        return float(np.mean(decided)) if decided else float("nan")
 
     def shape(self) -> tuple[Any, ModelConfig]:
         """The stages' common config and the model with their context."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ConfigError
+from llama_jax.data.dialog import EncodedDialog
 from llama_jax.data.sources import read_dialogs, write_jsonl
 from llama_jax.evals.ghost import (
     attention_by_turn,
@@ -241,7 +242,11 @@ def test_a_rows_own_train_on_comes_first(tmp_path, monkeypatch):
     from llama_jax.sft import stage
 
     seen = []
-    monkeypatch.setattr(stage, "encode_dialog", lambda messages, tokenizer, *, train_on, **_: seen.append(train_on))
+    def encode(messages, tokenizer, *, train_on, **_):
+        seen.append(train_on)
+        return EncodedDialog([1], [True])
+
+    monkeypatch.setattr(stage, "encode_dialog", encode)
     monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length, overlong: stage.Packed([1], [], 0, 0))
     rows = [{"messages": dialog("a", 1)}, {"messages": dialog("b", 1), "train_on": "last"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)

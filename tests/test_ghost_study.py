@@ -6,10 +6,13 @@ The whole study runs in the slow test of the five versions (tests/test_recipe.py
 import pytest
 import small_runs
 
+from llama_jax.config import parse
+from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import ghost_figures
 from llama_jax.evals.report_sections import build_sections
 from llama_jax.evals.targets import check_targets
-from llama_jax.ghost_study import GhostStudyConfig
+from llama_jax.ghost_study import GhostStudy, GhostStudyConfig
+from llama_jax.steps import load_config
 
 
 def interval(mean, low, high):
@@ -52,6 +55,13 @@ def test_the_report_has_both_studies_where_they_were_made():
     scores, policies = sections["Safety context distillation"].tables
     assert scores.rows[1] == ["generic", "0.600 (0.500 to 0.700)"] and policies.rows[1][2] == "5.0 %"
     assert "Ghost Attention" not in {section.title for section in build_sections({}, [])}
+
+
+def test_samples_that_no_program_can_judge_count_neither_way(tmp_path):
+    write_jsonl(tmp_path / "ghost" / "samples.jsonl", [{"obeyed": obeyed} for obeyed in (True, True, False, None, None, True)])
+    values = load_config(small_runs.ROOT / "configs", "ghost_study.py:tiny")
+    values.start = "chat"
+    assert GhostStudy(parse(GhostStudyConfig, values), tmp_path).policy_obeys() == 0.75
 
 
 def test_the_figure_is_drawn_and_says_what_it_shows():

@@ -1,25 +1,29 @@
 """PPO and rejection sampling: GAE against a loop, clipping by hand, the first inner step, one rollout's bookkeeping."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
+from llama_jax.data.sources import write_jsonl
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss
-from llama_jax.rlhf.reinforce import clipped_policy_loss, collate_prompts
+from llama_jax.rlhf.reinforce import Opening, clipped_policy_loss, collate_prompts, encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, score_responses
 from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.stage import LoopConfig
 from llama_jax.training.state import abstract_state, create
 from llama_jax.training.step import make_step
 
@@ -197,6 +201,29 @@ def test_ppo_on_eight_devices_gives_the_losses_of_one(sizes):
 def test_a_rollout_must_divide_into_minibatches():
     with pytest.raises(ValueError, match="rollout_size=8 is no multiple"):
         RolloutSource(None, None, mesh=one_device(), empty=None, size=8, rows=3, control=KlControl(0.1), seed=0)
+
+
+@pytest.mark.parametrize(("sizes", "counts", "message"), [
+    ((1, 8), (12, 4), "rollout_size=12 cannot be divided into 8 shards"),
+    ((2, 4), (16, 4), "loop.batch_size=4 cannot be divided into 8 shards"),
+])  # fmt: skip
+def test_a_rollout_that_the_mesh_cannot_divide_is_refused_before_a_model_is_loaded(sizes, counts, message):
+    config = types.SimpleNamespace(start="chat", stage="ppo", loop=LoopConfig(steps=1, batch_size=counts[1]))
+    settings = dataclasses.replace(SETTINGS, rollout_size=counts[0])
+    with pytest.raises(ConfigError, match=message):
+        Opening.of(config, settings, make_mesh(MeshConfig(*sizes)), None)
+
+
+def test_prompts_that_are_too_long_are_counted_in_the_log(tmp_path, caplog):
+    class Letters:
+        def encode(self, text, *, bos):
+            return [1] * bos + [3 + ord(letter) % 90 for letter in text]
+
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a" * (1 if i % 4 else 40)} for i in range(8)])
+    kept = encode_prompts(str(tmp_path / "prompts.jsonl"), Letters(), length=30)
+    assert len(kept) == 6 and "prompts.jsonl: 2 of 8 prompts are longer than 30 tokens and left out" in caplog.text
+    caplog.clear()
+    assert len(encode_prompts(str(tmp_path / "prompts.jsonl"), Letters(), length=60)) == 8 and not caplog.records
 
 
 def test_scores_do_not_depend_on_which_rows_are_scored_together(tiny):

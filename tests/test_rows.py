@@ -58,6 +58,12 @@ def test_answers_inside_a_prompt_are_not_supervised(tmp_path, tokenizer, system)
     assert packed_dialogs((str(path),), tokenizer, length=128).supervised == sum(last.supervised)
 
 
+def test_a_dialog_that_is_all_prompt_is_an_error_with_its_line(tmp_path, tokenizer):
+    path = written(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "prompt_messages": 2})
+    with pytest.raises(ValueError, match=rf"^{path}:2: prompt_messages: expected an answer after the prompt.*got 2 of 2"):
+        packed_dialogs((str(path),), tokenizer, length=128)
+
+
 def test_a_prompt_may_be_a_text(tmp_path):
     found = sources.read_prompts(written(tmp_path, {"prompt": "q"}, {"prompt": [USER]}, {"messages": [USER]}))
     assert found[0] == found[1] == found[2] and found[0]["messages"] == [USER]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from llama_jax.model.params import Params
 from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, meta, process_slice
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
-from llama_jax.rlhf.rollout import Frozen, Judge, KlControl, PromptBatch, RewardRule, Roller, RolloutSource
+from llama_jax.rlhf.rollout import Frozen, Judge, KlControl, PromptBatch, RewardRule, Roller, RolloutSource, check_size
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Opening:
         if not config.start:
             name = config.stage.upper()
             raise ConfigError(f"config.start: {name} starts from a chat model; expected a stage's workdir, got nothing")
+        check_size(settings.rollout_size, config.loop.batch_size, mesh, answers=answers)
         model, tokenizer = load_tokenizer(config)
         scored = check_rewards(config, model, tokenizer)
         batches, rows = rollout_prompts(config, settings, tokenizer, model, answers=answers)
@@ -148,12 +152,19 @@ def check_first_step(step: int, metrics: Mapping[str, float], *, minibatches: in
 
 
 def encode_prompts(path: str, tokenizer: Tokenizer, *, length: int) -> list[tuple[dict[str, Any], list[int]]]:
-    """The prompts of a file that have at most `length` tokens, with their ids; ConfigError if there is none."""
+    """The prompts of a file that have at most `length` tokens, with their ids; longer ones are counted in the log.
+
+    ConfigError if there is none.
+    """
     rows = read_prompts(path)
     encoded = [(row, encode_prompt(row["messages"], tokenizer, where=path)) for row in rows]
     kept = [(row, ids) for row, ids in encoded if len(ids) <= length]
     if not kept:
         raise ConfigError(f"{path}: none of {len(rows)} prompts fits into {length} tokens")
+    if len(kept) < len(rows):
+        log.warning(
+            "%s: %d of %d prompts are longer than %d tokens and left out", path, len(rows) - len(kept), len(rows), length
+        )
     return kept
 
 

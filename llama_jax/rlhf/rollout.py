@@ -22,7 +22,7 @@ from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shardings
+from llama_jax.parallel.axes import batch_shardings, batch_shards
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
@@ -270,6 +270,17 @@ class KlControl:
         return beta * (1 + min(max(kl / self.target - 1, -0.2), 0.2) * responses / self.horizon)
 
 
+def check_size(size: int, rows: int, mesh: Mesh, *, answers: int = 1) -> None:
+    """ConfigError for a rollout that cannot be divided into mini-batches of `rows`, over the mesh, or over the processes."""
+    if size % rows:
+        raise ConfigError(f"rollout_size={size} is no multiple of loop.batch_size={rows}")
+    for name, count in (("rollout_size", size), ("loop.batch_size", rows)):
+        if count % batch_shards(mesh):
+            raise ConfigError(f"{name}={count} cannot be divided into {batch_shards(mesh)} shards of the mesh")
+    if size // answers % (hosts := jax.process_count()):
+        raise ConfigError(f"rollout_size={size}: {size // answers} prompts cannot be divided over {hosts} processes")
+
+
 class RolloutSource:
     """Rolls out when an iteration begins and hands out its mini-batches; a checkpoint holds the rollout between them.
 
@@ -282,8 +293,7 @@ class RolloutSource:
         self, prompts: IndexedBatches, roll: Roller, *, mesh: Mesh, empty: Any, size: int, rows: int, control: KlControl,
         seed: int, answers: int = 1, epochs: int = 1,
     ):  # fmt: skip
-        if size % rows:
-            raise ConfigError(f"rollout_size={size} is no multiple of loop.batch_size={rows}")
+        check_size(size, rows, mesh, answers=answers)
         self.prompts, self.roll, self.mesh, self.rows, self.seed = prompts, roll, mesh, rows, seed
         self.size, self.answers, self.control = size, answers, control
         self.parts = size // rows  # of one pass

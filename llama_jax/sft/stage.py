@@ -68,13 +68,14 @@ def packed_dialogs(
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
-            trained = row.get("train_on", train_on)
-            examples.append(
-                encode(
-                    row["messages"], tokenizer, train_on=trained, prompt_messages=row["prompt_messages"],
-                    where=f"{path}:{number}",
+            trained, prompt, where = row.get("train_on", train_on), row["prompt_messages"], f"{path}:{number}"
+            example = encode(row["messages"], tokenizer, train_on=trained, prompt_messages=prompt, where=where)
+            if not any(example.supervised):
+                raise ValueError(
+                    f"{where}: prompt_messages: expected an answer after the prompt, which is not trained on; got {prompt} of "
+                    f"{len(row['messages'])} messages"
                 )
-            )  # fmt: skip
+            examples.append(example)
     packed = pack_dialogs(examples, length, overlong="report")
     if packed.overlong:
         log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)
