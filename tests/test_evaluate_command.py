@@ -22,7 +22,7 @@ from test_evaluate import MODEL, SPECS, write_words  # noqa: E402
 from llama_jax import evaluate  # noqa: E402
 from llama_jax.config import ConfigError, parse  # noqa: E402
 from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
-from llama_jax.evals import benchmarks, groups, local_tasks, published, sandbox, tasks  # noqa: E402
+from llama_jax.evals import benchmarks, evaluation_report, groups, local_tasks, published, sandbox, tasks  # noqa: E402
 from llama_jax.evals.tasks import TaskChoice  # noqa: E402
 from llama_jax.interop import ours  # noqa: E402
 from llama_jax.model import params  # noqa: E402
@@ -205,6 +205,38 @@ def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints,
     monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
     again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
     assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
+
+
+def test_where_less_is_better_a_rise_is_worse(tmp_path):
+    def records(toxic, right):
+        judged = {"metric": "toxic", "lower_is_better": True, "cut": 0}
+        scores = {name: [float(i < share) for i in range(100)] for name, share in (("toxic", toxic), ("right", right))}
+        return {**{f"toxigen:{group}": benchmarks.summary(scores=scores["toxic"], **judged) for group in ("women", "black")},
+                "boolq": benchmarks.summary("acc", scores["right"], cut=0), "wer": benchmarks.summary(
+                    scores=scores["toxic"], **judged)}  # fmt: skip
+
+    config = parse(evaluate.EvaluateConfig, {"suite": "x", "tasks": {}, "models": ("a=a", "b=b"), "bootstrap": 200})
+    for first, second, words in ((records(10, 10), records(60, 60), ("better", "worse")),
+                                 (records(60, 60), records(10, 10), ("worse", "better"))):  # fmt: skip
+        values = evaluate._report(config, {"a": "a", "b": "b"}, {"a": first, "b": second}, [], tmp_path)
+        (table,) = evaluation_report._differences(values)[0].tables
+        verdicts = {row[0]: row[2] for row in table.rows}
+        assert verdicts == {"Reading comprehension": words[0], "ToxiGen (less is better)": words[1], "boolq": words[0],
+                            "wer": words[1]}  # fmt: skip
+
+
+def test_the_harness_says_where_less_is_better():
+    class Task:
+        config = type("Config", (), {"task": "t", "num_fewshot": 0})
+
+        def higher_is_better(self):
+            return {"acc": True, "wer": False}
+
+    rows = [{"filter": "none", "acc": 1.0, "wer": 0.25, "metrics": ["acc", "wer"]}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.evaluate", lambda **_: {"samples": {"t": rows}})
+        found = {m: benchmarks.run_task(None, "t", Task(), TaskChoice(0, m), limit=None) for m in ("acc", "wer")}
+    assert found["wer"]["lower_is_better"] and "lower_is_better" not in found["acc"]
 
 
 # ---- wrong input ----

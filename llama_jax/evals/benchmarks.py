@@ -13,7 +13,7 @@ from llama_jax.evals import safety
 from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
 
-Record = dict[str, Any]  # {"metric", "value", "stderr", "n", "scores", ...}: one finished task
+Record = dict[str, Any]  # {"metric", "value", "stderr", "n", "scores", ...}: one finished task, a `groups.Result`
 
 
 def summary(metric: str, scores: Sequence[float], **more: Any) -> Record:
@@ -45,6 +45,8 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
         known = sorted({f"{metric} (filter {row['filter']})" for row in rows for metric in row["metrics"]})
         raise ValueError(f"{name}: has no {choice.metric} (filter {choice.filter}); expected one of {', '.join(known)}")
     more = {"cut": sum(getattr(lm, "cut", {}).values()) - cut, "shots": task.config.num_fewshot}
+    if not task.higher_is_better().get(choice.metric, True):
+        more["lower_is_better"] = True
     judged = [row for row in rows if row["filter"] == choice.filter]
     others = {name for row in judged for name in row["metrics"] if isinstance(row[name], int | float)} - {choice.metric}
     more |= {name: float(np.mean([row[name] for row in judged])) for name in sorted(others)}
@@ -69,7 +71,7 @@ def run_safety(
     if drawn["prompts"] != [item.prompt for item in wanted]:
         raise ValueError(f"{answers}: holds answers to other prompts; remove it to draw them again")
     scored, notes = safety.score(name, wanted, drawn["answers"], judges)
-    return {task: summary(found["metric"], found["scores"], cut=drawn["cut"]) for task, found in scored.items()}, notes
+    return {task: summary(**found, cut=drawn["cut"]) for task, found in scored.items()}, notes
 
 
 def kept(path: Path, run: Callable[[], Any]) -> Any:

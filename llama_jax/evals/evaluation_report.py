@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.evals import benchmark_figures
-from llama_jax.evals.groups import GROUPS, TITLES, families, family_of
+from llama_jax.evals.groups import GROUPS, TITLES, families, family_of, lower_is_better
 from llama_jax.evals.plots import save
 from llama_jax.evals.published import MATH_NOTE, published
 from llama_jax.evals.report import markdown_sections
@@ -120,7 +120,8 @@ def _differences(values) -> list[Section]:
             for name, row in found[kind].items():
                 if kind == "tasks" and (family_of(name) != name or name in found["groups"]):
                     continue
-                clear = "" if row["low"] <= 0 <= row["high"] else ("better" if row["low"] > 0 else "worse")
+                better = (row["low"] > 0) != lower_is_better(name, values["tasks"])
+                clear = "" if row["low"] <= 0 <= row["high"] else "better" if better else "worse"
                 text = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
                 rows.append([TITLES.get(name, name.replace("_", " ")), text, clear])
         notes = [

@@ -20,13 +20,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
 TITLES = {
     "code": "Code", "commonsense": "Commonsense reasoning", "world_knowledge": "World knowledge",
     "reading": "Reading comprehension", "math": "Math", "mmlu": "MMLU", "bbh": "BBH", "agieval": "AGI Eval",
-    "truthfulqa": "TruthfulQA", "toxigen": "ToxiGen", "bold": "BOLD",
+    "truthfulqa": "TruthfulQA", "toxigen": "ToxiGen (less is better)", "bold": "BOLD",
 }  # fmt: skip
 # Families whose average weighs every question alike; ToxiGen's 13 groups and BBH's tasks count the same each. MATH is one set
 # in the paper, so its average is over questions.
 BY_QUESTION = ("mmlu", "agieval", "math")
 
-Result = Mapping[str, Any]  # {"value", "stderr", "n", ...}
+Result = Mapping[str, Any]  # {"value", "stderr", "n", ...}, and "lower_is_better": True where it is
 
 
 def average(results: Sequence[Result], *, by_question: bool) -> dict[str, float]:
@@ -41,6 +41,11 @@ def average(results: Sequence[Result], *, by_question: bool) -> dict[str, float]
 def family_of(task: str) -> str:
     """"mmlu" of "mmlu:anatomy"; a task of its own otherwise."""
     return task.partition(":")[0]
+
+
+def lower_is_better(name: str, results: Mapping[str, Result]) -> bool:
+    """Whether less of a task's metric, or of its family's, is better: of toxic answers, say."""
+    return any(row.get("lower_is_better", False) for task, row in results.items() if name in (task, family_of(task)))
 
 
 def families(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
