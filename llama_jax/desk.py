@@ -5,12 +5,15 @@
 In the browser raters give a name, write a message (or are given those of `--prompts`), see two answers grow side by side, not
 knowing which model wrote which, and choose. With `--mode=preference` rows are what `configs/reward.py` trains on; `comparison`
 and `safety` are the protocols that `llama_jax.human_evaluation` reports on. Each judgement is on the disk before the page goes
-on; a reload or a kill goes on where it was. Listens on 127.0.0.1; on any other address a password is required (`--password`, or
-LLAMA_JAX_DESK_PASSWORD in the environment). Needs the extra [web].
+on; a reload or a kill goes on where it was. Prompts that do not fit a context are counted and left out, never cut. Listens on
+127.0.0.1; on any other address a password is required (`--password`, or LLAMA_JAX_DESK_PASSWORD in the environment). Needs the
+extra [web].
 """
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
 
 import jax
 from absl import flags
@@ -21,6 +24,7 @@ from llama_jax.annotation.session import Desk
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.annotation.tasks import Settings, read_prompt_list
 from llama_jax.chat import make_engine
+from llama_jax.evals.origin import claim
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import load
 from llama_jax.sampling.engine import EngineConfig
@@ -58,6 +62,14 @@ def serve_models(
     return served
 
 
+def check_kept(desk: Desk, places: Mapping[str, str], **how: Any) -> None:
+    """Refuses answers that other checkpoints gave under these names, or these otherwise, where raters are shown kept ones."""
+    if desk.listed and desk.settings.mode != "preference":
+        for name, path in places.items():
+            file = desk.directory / f"model_{quote(name, safe='')}.json"
+            claim(file, path, temperature=desk.settings.temperatures[0], **how)
+
+
 def main() -> None:
     """Checks everything cheap first, then loads, compiles, listens."""
     values = flags.FLAGS
@@ -77,9 +89,14 @@ def main() -> None:
     desk = Desk(values.output, settings, engines, prompts=prompts)  # opens the output before anything is loaded
     keep_heap()
     try:
+        check_kept(desk, places, top_p=values.top_p, max_tokens=values.max_tokens)
         engines.models |= serve_models(
             places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length
         )
+        if desk.listed and not desk.tasks:
+            raise ValueError(f"{values.prompts}: none of its prompts fits --max_length={values.max_length} with an answer")
+        if desk.too_long:
+            print(f"{values.prompts}: {desk.too_long} of {len(desk.listed)} are too long for a model and left out", flush=True)
         page.serve(desk, host=values.host, port=values.port, password=password)
     finally:
         desk.close()

@@ -12,6 +12,7 @@ import pytest
 from llama_jax.annotation import forms
 from llama_jax.annotation.drawing import Draw, Pair
 from llama_jax.annotation.forms import Record, Shown
+from llama_jax.annotation.look import header_html
 from llama_jax.annotation.session import Desk
 from llama_jax.annotation.tasks import Settings, read_prompt_list
 from llama_jax.data.row_file import RowFile
@@ -30,12 +31,15 @@ class Fake:
 
     def start(self, draw, deliver):
         self.draws.append(draw)
-        if len(draw.messages) > 7:
+        if not self.fits(draw.model, draw.messages):
             raise ValueError("The dialog is too long.")
         self.waiting.append((draw, deliver))
         if not self.held:
             self.go()
         return lambda: None
+
+    def fits(self, model, messages):
+        return len(messages) <= 7
 
     def go(self):
         while self.waiting:
@@ -277,6 +281,68 @@ def test_raters_of_a_list_compare_the_same_answers_in_their_own_order(tmp_path):
     ratings = read_pair_ratings(tmp_path / "r.jsonl")
     assert len(ratings) == 12 and len({r.id for r in ratings}) == 4 and {r.category for r in ratings} == {"facts"}
     assert {(r.first, r.rating) for r in ratings} in ({("one", 3)}, {("two", -3)})
+
+
+def test_prompts_that_do_not_fit_are_counted_and_nobody_is_stopped_by_them(tmp_path):
+    long = {"messages": [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(9)]}
+    write_jsonl(tmp_path / "list.jsonl", [long, *({"messages": [{"role": "user", "content": f"q{i}"}]} for i in range(3))])
+    session = desk(tmp_path / "r.jsonl", "comparison", prompts=read_prompt_list(tmp_path / "list.jsonl")).session("Ann")
+    session.begin()
+    while session.view().phase != "done":
+        view = settle(session)
+        assert view.too_long == 1 and "1 left out, too long" in header_html("Ann", view)
+        session.rate(view.shown_id, "3")
+    assert session.view().rated == 3 and session.view().left == 0
+    write_jsonl(tmp_path / "long.jsonl", [long])
+    session = desk(tmp_path / "s.jsonl", "comparison", prompts=read_prompt_list(tmp_path / "long.jsonl")).session("Ann")
+    session.begin()
+    assert session.view().phase == "done" and session.view().too_long == 1  # and not a desk without a list
+
+
+def test_a_judgement_is_stored_whatever_keeps_the_next_prompt_away(tmp_path):
+    class Busy(Fake):
+        busy = False
+
+        def start(self, draw, deliver):
+            if self.busy:
+                raise ValueError("The model is busy.")
+            return super().start(draw, deliver)
+
+    fake = Busy()
+    at = desk(tmp_path / "r.jsonl", "comparison", fake=fake, prompts=prompt_list(tmp_path / "list.jsonl"))
+    session = at.session("Ann")
+    session.begin()
+    for number in range(3):
+        fake.busy = True
+        row = session.rate(session.view().shown_id, "3")
+        view = session.view()
+        assert row["rating"] == 3 and (view.rated, view.phase, view.error) == (number + 1, "write", "The model is busy.")
+        fake.busy = False
+        session.begin()
+        assert session.view().error == "" and session.view().phase == "rate"
+    fake.busy = True
+    session.skip(session.view().shown_id)
+    assert session.view().phase == "done" and session.view().error == ""
+
+
+def test_a_second_try_that_cannot_begin_is_said_and_tried_again(tmp_path):
+    class Full(Fake):
+        room = 2
+
+        def start(self, draw, deliver):
+            if not self.room:
+                raise ValueError("The model is busy.")
+            self.room -= 1
+            return super().start(draw, deliver)
+
+    fake = Full(text=lambda draw: "same" if draw.index < 2 else f"try {draw.index}")
+    session = desk(tmp_path / "p.jsonl", fake=fake).session("Ann")
+    session.ask("question")
+    *_, view = session.stream(5)  # returns when the second try has failed, in a thread of its own
+    assert (view.phase, view.error) == ("answer", "The model is busy.")
+    fake.room = 4
+    session.begin()
+    assert set(settle(session).texts) == {"try 2", "try 3"}
 
 
 def test_single_answers_on_the_safety_scale(tmp_path):

@@ -12,7 +12,9 @@ import pytest
 
 from llama_jax import compare, desk
 from llama_jax.annotation.drawing import Draw, Pair
+from llama_jax.annotation.session import Desk
 from llama_jax.annotation.streams import Engines, Served
+from llama_jax.annotation.tasks import Settings
 from llama_jax.chat import make_engine
 from llama_jax.config import ConfigError
 from llama_jax.data.row_file import RowFile
@@ -168,6 +170,7 @@ def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model
     try:
         texts = pair()
         assert len(set(texts)) == 2 and all(texts) and pair() == texts
+        assert engines.fits("one", prompt(0)["messages"]) and not engines.fits("one", prompt(0, "a line " * 60)["messages"])
         with pytest.raises(ValueError, match="dialog has become too long"):
             engines.start(Draw("one", tuple(prompt(0, "a line " * 60)["messages"]), 1.0, 0, 0), lambda *_: None)
     finally:
@@ -189,3 +192,13 @@ def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 1 and "another process writes to it" in second.stderr.splitlines()[-1]
     held.close()
+
+
+def test_raters_are_not_shown_what_another_checkpoint_of_that_name_answered(tmp_path):
+    at = Desk(tmp_path / "r.jsonl", Settings("comparison", ("a", "b")), None, prompts=[prompt(0)])
+    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
+    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
+    for places, top_p, words in (({"a": "runs/1", "b": "runs/3"}, 0.9, "path: 'runs/2' -> 'runs/3'"),
+                                 ({"a": "runs/1"}, 1.0, "top_p: 0.9 -> 1.0")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            desk.check_kept(at, places, top_p=top_p)

@@ -35,6 +35,9 @@ class Typist:  # two models that type
         threading.Thread(target=run, daemon=True).start()
         return lambda: None
 
+    def fits(self, model, messages):
+        return True
+
 page.serve(Desk(sys.argv[1], Settings("preference", ("one", "two")), Typist()), host="127.0.0.1", port=int(sys.argv[2]),
            password=sys.argv[3])
 """

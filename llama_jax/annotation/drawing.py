@@ -28,7 +28,11 @@ class Answerer(Protocol):
     """Whatever answers: engines here, a fake in tests."""
 
     def start(self, draw: Draw, deliver: Deliver) -> Callable[[], None]:
-        """Begins to answer and returns at once, with a function that stops it. ValueError if the dialog is too long."""
+        """Begins to answer and returns at once, with a function that stops it. ValueError, with words for the rater, if it
+        cannot: the dialog is too long, or the model busy."""
+
+    def fits(self, model: str, messages: Sequence[Message]) -> bool:
+        """Whether the model's context has room for the dialog and an answer."""
 
 
 class Pair:
@@ -109,16 +113,26 @@ class Pair:
             with self._changed:
                 self._try += 1
             # Not in the thread that delivers: it is the engine's, which a new request would wait for.
-            threading.Thread(target=self._begin, daemon=True).start()
+            threading.Thread(target=self._begin_again, daemon=True).start()
             return
         if any(find_tag(text) for text in texts):
-            with self._changed:
-                self.error = "The model wrote a tag of the chat format in every answer. Ask something else."
-                self._changed.notify_all()
+            self._fail("The model wrote a tag of the chat format in every answer. Skip this, or ask something else.")
             return
         self._done(texts)
         with self._changed:
             self._finished = True
+            self._changed.notify_all()
+
+    def _begin_again(self) -> None:
+        try:
+            self._begin()
+        except ValueError as error:
+            self._fail(str(error))
+            self.stop()
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            self.error = self.error or reason
             self._changed.notify_all()
 
     def _fit(self, texts: tuple[str, ...]) -> bool:

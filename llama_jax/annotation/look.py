@@ -17,6 +17,8 @@ def header_html(rater: str, view: View | None) -> str:
     if view is None:
         return "<header><b>Desk</b></header>"
     left = "" if view.left is None else f" · {view.left} left"
+    if view.too_long:
+        left += f" · {view.too_long} left out, too long for the model"
     return f'<header><b>Desk</b><span>{escape(rater)} · <i id="rated">{view.rated}</i> judged{left}</span></header>'
 
 
@@ -30,6 +32,8 @@ def dialog_html(view: View) -> str:
     if view.phase == "done":
         return '<div class="done"><h1>That was all.</h1><p>Every prompt has been judged. Thank you.</p></div>'
     if not view.messages:
+        if view.error:  # the next prompt of a list, which cannot be answered now
+            return ""
         return '<div class="done"><h1>What would you like to ask?</h1><p>What is answered will appear below.</p></div>'
     turns = "".join(f'<div class="turn {m["role"]}"><div>{escape(m["content"])}</div></div>' for m in view.messages)
     return f'<div class="dialog">{turns}</div>'
@@ -99,10 +103,11 @@ h1 { font-size: 1.7rem; letter-spacing: -.02em; margin: 0 0 .3em; } h2 { font-si
 #choice label:has(:checked), #bins label:has(:checked) { border-color: #3b6fd4; background: #3b6fd4; color: #fff; }
 #choice label:has(:checked)::before, #bins label:has(:checked)::before { color: #dbe6ff; }
 #choice label:has(:focus-visible), #bins label:has(:focus-visible) { outline: 3px solid #86acf5; outline-offset: 2px; }
-#decide, #writing .row { justify-content: flex-end; padding-top: 4px; }
-#skip, #submit, #ask, #fresh, #begin { flex: 0 0 auto; min-width: 8rem; border-radius: 12px; font-size: .95rem;
+#decide, #stuck, #writing .row { justify-content: flex-end; padding-top: 4px; }
+#skip, #submit, #leave, #again, #ask, #fresh, #begin { flex: 0 0 auto; min-width: 8rem; border-radius: 12px; font-size: .95rem;
   box-shadow: none; }
-#submit, #ask, #begin { background: #3b6fd4; color: #fff; } #submit:hover, #ask:hover, #begin:hover { background: #2f5fbf; }
+#submit, #again, #ask, #begin { background: #3b6fd4; color: #fff; }
+#submit:hover, #again:hover, #ask:hover, #begin:hover { background: #2f5fbf; }
 #writing { max-width: 760px; margin: 0 auto; width: 100%; padding-top: 10px; }
 #message textarea, #name input, #name textarea { border: 1px solid var(--border-color-primary); border-radius: 12px;
   background: var(--background-fill-primary); padding: 12px 14px; line-height: 1.5; }

@@ -71,6 +71,9 @@ def build(desk: Desk, *, login: bool) -> Any:
                 with gr.Row(elem_id="decide"):
                     skip = gr.Button("Skip", elem_id="skip")
                     submit = gr.Button("Submit", variant="primary", elem_id="submit")
+            with gr.Row(elem_id="stuck", visible=False) as stuck:
+                leave = gr.Button("Skip", elem_id="leave")
+                again = gr.Button("Try again", variant="primary", elem_id="again")
             with gr.Column(elem_id="writing", visible=False) as writing:
                 message = gr.Textbox(show_label=False, lines=3, elem_id="message", placeholder="Write a message …")
                 track = gr.Radio(_TRACKS, value=_TRACKS[desk.settings.safety_track], show_label=False, elem_id="track",
@@ -79,15 +82,16 @@ def build(desk: Desk, *, login: bool) -> Any:
                     fresh = gr.Button("New dialog", elem_id="fresh", visible=False)
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
 
-        outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, writing, fresh,
-                   message, track]  # fmt: skip
+        outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, stuck, leave, writing,
+                   fresh, message, track]  # fmt: skip
 
         def render(session: Session, view: View, *, written: str | None = None) -> tuple:
             return (
                 session.rater, view.shown_id, header_html(session.rater, view), gr.update(visible=False),
                 gr.update(visible=True), dialog_html(view), answers_html(view), gr.update(visible=view.phase == "rate"),
                 gr.update(value=None), gr.update(value=None, visible=mode == "preference" and view.is_safety),
-                gr.update(visible=view.phase == "write"), gr.update(visible=bool(view.messages)),
+                gr.update(visible=bool(view.error)), gr.update(visible=view.phase == "answer"),
+                gr.update(visible=view.phase == "write" and not view.error), gr.update(visible=bool(view.messages)),
                 gr.skip() if written is None else written,
                 _TRACKS[view.is_safety] if view.phase == "write" else gr.skip(),
             )  # fmt: skip
@@ -139,6 +143,8 @@ def build(desk: Desk, *, login: bool) -> Any:
         page.load(on_load, [remembered], **how)
         for event in (begin.click, name.submit):
             event(on_enter, [name], **how).then(lambda given: given, [name_here], [remembered], api_visibility="private")
+        again.click(on_enter, [name_here], **how)
+        leave.click(on_skip, [name_here, shown_id], **how)
         ask.click(on_ask, [name_here, message, track], **how)
         submit.click(on_rate, [name_here, shown_id, choice, safe], **how)
         skip.click(on_skip, [name_here, shown_id], **how)

@@ -6,6 +6,7 @@ written whole at each step, and `answers.jsonl` with the answers that all raters
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import random
@@ -42,6 +43,7 @@ class View:
     is_safety: bool = False
     rated: int = 0
     left: int | None = None  # prompts of the list that this rater has not judged; None without a list
+    too_long: int = 0  # prompts of the list that nobody is shown, since they do not fit
     error: str = ""
 
 
@@ -58,9 +60,19 @@ class Desk:
         check_rows(self.output.rows, settings, str(output))
         self.directory = Path(f"{output}.desk")
         self.shared = RowFile(self.directory / "answers.jsonl")
-        self.tasks = [task for row in prompts for task in tasks_of(row, settings)]
+        self.listed = [task for row in prompts for task in tasks_of(row, settings)]
         self._sessions: dict[str, Session] = {}
         self._lock = threading.RLock()
+
+    @functools.cached_property
+    def tasks(self) -> list[Task]:
+        """What is listed and fits the context of each model that is to answer; looked at once, when the models are there."""
+        return [task for task in self.listed if all(self.answerer.fits(model, task.messages) for model in set(task.models))]
+
+    @property
+    def too_long(self) -> int:
+        """How many of the list nobody is shown."""
+        return len(self.listed) - len(self.tasks)
 
     def session(self, rater: str) -> "Session":
         """The session of a rater, as it was left; ValueError for a name that is none."""
@@ -116,10 +128,10 @@ class Session:
     def view(self) -> View:
         """What to show now."""
         with self._lock:
-            left = None if not self.desk.tasks else len(self._open_tasks())
-            shared = {"rated": self._rated, "left": left, "error": self._error}
+            left = None if not self.desk.listed else len(self._open_tasks())
+            shared = {"rated": self._rated, "left": left, "too_long": self.desk.too_long, "error": self._error}
             if self._shown is None:
-                phase = "done" if self.desk.tasks and not left and not self._messages else "write"
+                phase = "done" if left == 0 and not self._messages else "write"
                 return View(phase, self._messages, is_safety=self._track, **shared)
             shown = self._shown
             texts = shown.texts if shown.texts is not None else self._pair.texts if self._pair else ()
@@ -129,13 +141,19 @@ class Session:
             return View(phase, shown.messages, texts, shown.id, shown.is_safety, **shared)
 
     def begin(self) -> None:
-        """Goes on where the session was left: takes the next prompt of the list, or draws again what a kill interrupted."""
+        """Goes on where the session was left: takes the next prompt of the list, or draws again what a kill interrupted.
+
+        If that cannot be now, the view says why: what the rater did before is stored, and no error of that.
+        """
         with self._lock:
             self._error = ""
-            if self._shown is None and not self._messages and (tasks := self._open_tasks()):
-                self._show(tasks[0])
-            elif self._shown is not None and self._shown.texts is None and (self._pair is None or self._pair.error):
-                self._draw()
+            try:
+                if self._shown is None and not self._messages and (tasks := self._open_tasks()):
+                    self._show(tasks[0])
+                elif self._shown is not None and self._shown.texts is None and (self._pair is None or self._pair.error):
+                    self._draw()
+            except ValueError as error:
+                self._error = str(error)
 
     def ask(self, text: str, *, is_safety: bool | None = None) -> None:
         """The rater's next message; ValueError if it cannot be asked."""
@@ -226,14 +244,14 @@ class Session:
         )  # fmt: skip
         try:
             self._draw()
-        except ValueError:  # the dialog is too long: nothing has happened
+        except ValueError:  # the dialog is too long, or the model busy: nothing has happened
             self._shown, self._messages = before
             raise
         finally:
             self._save()
 
     def _draw(self) -> None:
-        shown = self._shown
+        shown, self._pair = self._shown, None
         if self._shares(shown) and (texts := self.desk.known_answers(shown.prompt_id, shown.models)):
             self._shown = dataclasses.replace(shown, texts=texts)
             return

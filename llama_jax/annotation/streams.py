@@ -1,10 +1,11 @@
 """Engines as answerers of the desk: draws go to a model's worker, text comes back as it is settled."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from llama_jax.annotation.drawing import Deliver, Draw
 from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import Message
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.sampling.choose import Choice
@@ -28,8 +29,7 @@ class Engines:
     def start(self, draw: Draw, deliver: Deliver) -> Callable[[], None]:
         """See `drawing.Answerer`."""
         served = self.models[draw.model]
-        prompt = encode_chat(list(draw.messages), served.tokenizer)
-        room = served.worker.engine.settings.max_length - len(prompt)
+        prompt, room = self._prompt(draw.model, draw.messages)
         if room < 1:
             raise ValueError(f"The dialog has become too long: {len(prompt)} tokens for a context of {len(prompt) + room}.")
         stream = TextStream(served.tokenizer)
@@ -49,3 +49,13 @@ class Engines:
         except QueueFull as error:
             raise ValueError(f"The model is busy: {error}.") from None
         return lambda: served.worker.cancel(ticket)
+
+    def fits(self, model: str, messages: Sequence[Message]) -> bool:
+        """See `drawing.Answerer`."""
+        return self._prompt(model, messages)[1] >= 1
+
+    def _prompt(self, model: str, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """The ids of a dialog, and how many tokens are left for its answer."""
+        served = self.models[model]
+        prompt = encode_chat(list(messages), served.tokenizer)
+        return prompt, served.worker.engine.settings.max_length - len(prompt)
