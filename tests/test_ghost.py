@@ -197,29 +197,64 @@ def test_the_instruction_stands_in_every_turn_for_sampling_and_in_the_first_for_
     assert in_first_turn(messages, "Do.", place="system") == [{"role": "system", "content": "Do."}, *messages]
 
 
-def echo(conversations, *, seed, progress=None):
+def echo(conversations, *, seed, numbers, progress=None):
     """Answers with the number of messages and the last one."""
     return [(f"{len(c)}: {c[-1]['content']}", True) for c in conversations]
 
 
+def always(conversation):
+    return True
+
+
+CONTEXTS = [
+    Context([*dialog("a", 2), user("x?")], (Constraint("opening", "5"),), "I."),
+    Context([*dialog("b", 1), user("y?")], (Constraint("opening", "5"),), "J."),
+]
+
+
 def test_one_sample_a_context_or_one_a_turn():
-    contexts = [
-        Context([*dialog("a", 2), user("x?")], (Constraint("opening", "5"),), "I."),
-        Context([*dialog("b", 1), user("y?")], (Constraint("opening", "5"),), "J."),
-    ]
-    kept = answer_contexts(contexts, echo, resample=False, seed=0)
+    contexts = CONTEXTS
+    kept = answer_contexts(contexts, echo, fits=always, resample=False, seed=0)
     assert [row["response"] for row in kept] == ["5: I. x?", "3: J. y?"]
     assert [row["obeyed"] for row in kept] == [True, False]
     assert kept[0]["messages"] == contexts[0].messages
-    drawn = answer_contexts(contexts, echo, resample=True, seed=0)
+    drawn = answer_contexts(contexts, echo, fits=always, resample=True, seed=0)
     assert [m["content"] for m in drawn[0]["messages"]] == ["a q0", "1: I. a q0", "a q1", "3: I. a q1", "x?"]
     assert [m["content"] for m in drawn[1]["messages"]] == ["b q0", "1: J. b q0", "y?"]
     assert contexts[0].messages == [*dialog("a", 2), user("x?")]
 
-    def cut(conversations, *, seed, progress=None):
+    def cut(conversations, *, seed, numbers, progress=None):
         return [("half", False) for _ in conversations]
 
-    assert answer_contexts(contexts, cut, resample=True, seed=0)[0]["messages"] == contexts[0].messages
+    assert answer_contexts(contexts, cut, fits=always, resample=True, seed=0)[0]["messages"] == contexts[0].messages
+
+
+def test_an_earlier_answer_that_leaves_no_room_for_the_rest_is_not_taken(caplog):
+    def fits(conversation):
+        return sum(len(m["content"]) for m in conversation) <= 35
+
+    def respond(conversations, *, seed, numbers, progress=None):
+        assert all(map(fits, conversations))  # the sampler refuses longer ones, and with one of them all
+        return [("a long answer" if len(c) == 1 else "short", True) for c in conversations]
+
+    (row, other) = answer_contexts(CONTEXTS, respond, fits=fits, resample=True, seed=0)
+    # 19 letters are questions with the instruction: with 13 and 4 of answers they would be 36.
+    assert [m["content"] for m in row["messages"]] == ["a q0", "a a0", "a q1", "short", "x?"]
+    assert other["messages"][1]["content"] == "a long answer"
+    assert "1 earlier answers left no room for the rest of their dialogs" in caplog.text
+
+
+def test_contexts_may_be_answered_in_portions():
+    def respond(conversations, *, seed, numbers, progress=None):
+        return [(f"{seed} {number}: {len(c)}", True) for number, c in zip(numbers, conversations, strict=True)]
+
+    contexts = [CONTEXTS[i % 3 % 2] for i in range(7)]
+    whole = answer_contexts(contexts, respond, fits=always, resample=True, seed=5)
+    parts = [(0, 3), (3, 4), (4, 7)]
+    assert whole == [
+        row for start, end in parts
+        for row in answer_contexts(contexts[start:end], respond, fits=always, resample=True, seed=5, first=start)
+    ]  # fmt: skip
 
 
 def test_training_rows_train_the_last_answer_only_and_can_be_chosen(tmp_path):
@@ -262,9 +297,10 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
     def draw(config, mesh, workdir):
         drawn.append(1)
         found = make_contexts([dialog("a", 2)], VALUES, SETTINGS, seed=0)
-        return answer_contexts(found, echo, resample=False, seed=0)
+        write_jsonl(workdir / "samples.jsonl", answer_contexts(found, echo, fits=always, resample=False, seed=0))
 
     monkeypatch.setattr(ghost, "draw_samples", draw)
+    monkeypatch.setattr(ghost, "check_fine_tuning", lambda *_, **how: drawn.append(how["most"]))
 
     def fine_tune(config, data, mesh, workdir, *, name, epochs):
         trained.append(data.train)
@@ -280,7 +316,7 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
     config = Config(SETTINGS, ghost.DialogData(("sft.jsonl",), (), 64))
     for _ in range(2):
         ghost.make_stage(config, None, tmp_path)
-    assert drawn == [1] and trained == [("sft.jsonl", str(tmp_path / "ghost.jsonl"))] * 2
+    assert drawn == [40, 1] and trained == [("sft.jsonl", str(tmp_path / "ghost.jsonl"))] * 2
     rows = [json.loads(line) for line in (tmp_path / "ghost.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and rows[0]["messages"][0]["content"].endswith(" a q0")
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
@@ -15,12 +16,18 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
+from llama_jax.rlhf import ghost, rejection
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
+from llama_jax.rlhf.pool import read_pool
 from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss
 from llama_jax.rlhf.reinforce import Opening, clipped_policy_loss, collate_prompts, encode_prompts
-from llama_jax.rlhf.rejection import choose_prompts, score_responses
+from llama_jax.rlhf.rejection import choose_prompts, gather_pool, score_responses
+from llama_jax.rlhf.respond import write_in_portions
 from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
+from llama_jax.safety import distillation
 from llama_jax.sampling.generate import make_sampler, row_keys
+from llama_jax.steps import change, load_config
+from llama_jax.train import parse_stage
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig
@@ -224,6 +231,119 @@ def test_prompts_that_are_too_long_are_counted_in_the_log(tmp_path, caplog):
     assert len(kept) == 6 and "prompts.jsonl: 2 of 8 prompts are longer than 30 tokens and left out" in caplog.text
     caplog.clear()
     assert len(encode_prompts(str(tmp_path / "prompts.jsonl"), Letters(), length=60)) == 8 and not caplog.records
+
+
+def drawn_in_portions(path, *, dies_at=None):
+    """Writes eight rows in portions of three; which of them were drawn, as (first item, items)."""
+    drawn = []
+
+    def draw(items, first, progress):
+        if first == dies_at:
+            raise KeyboardInterrupt
+        drawn.append((first, len(items)))
+        return [{"item": item, "number": first + i} for i, item in enumerate(items)]
+
+    write_in_portions(path, "abcdefgh", draw, answers=lambda _: 2, label="test", size=3)
+    return drawn
+
+
+def test_a_killed_sampling_draws_no_portion_again(tmp_path):
+    assert drawn_in_portions(tmp_path / "whole" / "samples.jsonl") == [(0, 3), (3, 3), (6, 2)]
+    for dies_at, left in ((0, [(0, 3), (3, 3), (6, 2)]), (3, [(3, 3), (6, 2)]), (6, [(6, 2)])):
+        path = tmp_path / str(dies_at) / "samples.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            drawn_in_portions(path, dies_at=dies_at)
+        assert not path.exists() and drawn_in_portions(path) == left
+        assert path.read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+        assert [file.name for file in path.parent.iterdir()] == ["samples.jsonl"]
+
+
+def test_a_killed_round_repeats_no_step_whose_file_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(rejection, "policy_hash", lambda workdir: "0123456789abcdef")
+    monkeypatch.setattr(rejection, "encode_prompts", lambda path, tokenizer, *, length: [({"is_safety": False}, [1])] * 3)
+    made, dies_in = [], ["search", "samples", "best"]
+
+    def step(name, result):
+        if name == dies_in[0]:
+            raise KeyboardInterrupt
+        made.append(name)
+        return result
+
+    def samples(prompts, *, temperature, seed, first, progress):
+        assert temperature == 0.9
+        return step("samples", [
+            {"prompt": first + i, "messages": [{"role": "user", "content": "?"}], "is_safety": False, "response": "yes",
+             "ended": True, "reward": 0.5, "helpfulness": 0.5, "safety": 0.9} for i in range(len(prompts))
+        ])  # fmt: skip
+
+    settings = rejection.RejectionSettings("prompts.jsonl", 8, 4, 2, 8, 1.0, (0.9, 1.0), 2, 4, "v1")
+    config = types.SimpleNamespace(policy="policy", rejection=settings, loop=LoopConfig(steps=1, batch_size=1))
+    models = types.SimpleNamespace(
+        config=config, tokenizer=None, samples=samples, search=lambda _: step("search", {"temperature": 0.9})
+    )
+    best_samples = rejection.best_samples
+    monkeypatch.setattr(rejection, "best_samples", lambda *a, **k: step("best", best_samples(*a, **k)))
+    while dies_in[0]:
+        with pytest.raises(KeyboardInterrupt):
+            gather_pool(models, tmp_path)
+        dies_in = dies_in[1:] or [""]
+    gather_pool(models, tmp_path)
+    assert made == ["search", "samples", "best"]
+    assert [(row["version"], row["temperature"]) for row in read_pool(str(tmp_path / "pool.jsonl"))] == [("v1", 0.9)] * 3
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tokenizer and data for stages of `small_runs.MODEL`."""
+    path = tmp_path_factory.mktemp("small")
+    small_runs.make_tokenizer(path)
+    write_jsonl(path / "dialogs.jsonl", [{"prompt": a, "completion": "yes"} for a in "abcdefgh"])
+    write_jsonl(path / "prompts.jsonl", [{"prompt": a, "is_safety": True} for a in "abcdefgh"])
+    write_jsonl(path / "damaged.jsonl", [{"prompt": "a"}])
+    return path
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data": {"train": ("typo.jsonl",)}}, "typo.jsonl: expected a JSONL file, found nothing"),
+    ({"data": {"held_out": ("damaged.jsonl",)}}, "damaged.jsonl:1: messages: missing"),
+    ({"data": {"length": 128}}, "data.length=128, model tiny takes 64"),
+    ({"data": {"length": 4}}, "no dialog fits into 4 tokens"),
+    ({"optim": {"warmup": 2}}, "optim.warmup=2 leaves nothing of loop.steps=2"),
+    ({"epochs": 1.0, "optim": {"warmup": 3}}, "optim.warmup=3 leaves nothing of loop.steps=2"),  # 8 prompts and one packed row
+    ({"loop": {"batch_size": 12}}, "loop.batch_size=12 cannot be divided into 8 shards"),
+    ({"loop": {"keep_best": "loss"}}, "loop.keep_best=loss: expected dialogs in data.held_out"),
+    ({"lora": {"rank": 4}}, "adapters .* need a model to adapt"),
+])  # fmt: skip
+@pytest.mark.parametrize(("module", "own"), [
+    (rejection, {"policy": "chat", "helpfulness": "h", "safety": "s", "rejection": {"prompts": "prompts.jsonl"}}),
+    (ghost, {"policy": "chat", "context": 0, "ghost": {"contexts": ("dialogs.jsonl",), "samples": 8}}),
+    (distillation, {"policy": "chat", "safety": "s", "context": 0, "distill": {"prompts": "prompts.jsonl"}}),
+], ids=["rejection", "ghost", "distill"])  # fmt: skip
+def test_what_fine_tuning_would_refuse_is_refused_before_anything_is_drawn(
+    small, tmp_path, monkeypatch, module, own, changes, message
+):  # fmt: skip
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.chdir(small)
+    for name in ("gather", "draw_samples"):
+        monkeypatch.setattr(module, name, None, raising=False)
+    stage = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module]
+    values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
+    change(values, {"data": {"train": ("dialogs.jsonl",), "length": 64}, "epochs": 0.0, "optim": {"warmup": 1}}, where=stage)
+    change(values, {"loop": {"steps": 2, "batch_size": 8}, **own}, where=stage)
+    change(values, changes, where=stage)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        module.make_stage(parse_stage(values), make_mesh(MeshConfig(fsdp=8)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_every_stage_fit_the_model_by_default():
+    for stage in ("sft", "reward", "dpo", "rejection", "ghost", "distill", "ppo", "grpo"):
+        for name in ("7b", "70b", "llama1-7b", "llama1-65b", "smollm2-135m", "tiny"):
+            config = load_config(small_runs.ROOT / "configs", f"{stage}.py:{name}")
+            most = config.context or SIZES[name].max_length
+            own = config.get(stage, {})
+            prompt = own.get("prompt_length", config.data.get("prompt_length", 0))
+            assert config.data.get("length", 0) <= most and prompt + own.get("new_tokens", 0) <= most, (stage, name)
 
 
 def test_scores_do_not_depend_on_which_rows_are_scored_together(tiny):

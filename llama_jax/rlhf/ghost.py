@@ -4,7 +4,8 @@
 2. The instruction is joined to *every* user message, and the policy's answer to the last one is sampled.
 3. For training it stays in the first turn only, and the loss is zero on all earlier turns, answers included: these were not
    given under the instruction. With `resample` they are drawn too, each after the drawn ones before it.
-4. The rows join the SFT data. All samples stand in `samples.jsonl`, written whole once, and what is trained in `ghost.jsonl`.
+4. The rows join the SFT data. All samples stand in `samples.jsonl`, written whole once (they are drawn in portions, none of
+   which a kill draws again), and what is trained in `ghost.jsonl`.
 
 The paper keeps every sample. `keep="obeyed"` leaves out those which a program finds disobeying, as rejection sampling would.
 """
@@ -22,9 +23,8 @@ from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
-from llama_jax.rlhf.respond import Responder, one_process, usable
-from llama_jax.sft.stage import DialogData, fine_tuning_stage
-from llama_jax.training.metrics import Progress
+from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
+from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
 
 log = logging.getLogger(__name__)
@@ -143,27 +143,38 @@ def in_first_turn(messages: Sequence[Mapping[str, str]], text: str, *, place: st
 
 
 def answer_contexts(
-    contexts: Sequence[Context], respond: Callable[..., list[tuple[str, bool]]], *, resample: bool, seed: int,
-    progress: Callable[[int], None] | None = None,
+    contexts: Sequence[Context], respond: Callable[..., list[tuple[str, bool]]], *, fits: Callable[[Messages], bool],
+    resample: bool, seed: int, first: int = 0, progress: Tell | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Sample rows in the order of the contexts. `respond`: (conversations, seed=, progress=) -> [(text, ended)].
+    """Sample rows in the order of the contexts.
 
-    An earlier answer that was drawn but cannot stand in a dialog leaves the context's own in place.
+    An earlier answer that was drawn but cannot stand in a dialog, or would leave no room for the rest of it, leaves the
+    context's own in place.
+
+    Args:
+      respond: (conversations, seed=, numbers=, progress=) -> [(text, ended)].
+      fits: whether a conversation leaves room for an answer; those of `contexts` do.
+      first: the number of the first context among all.
     """
-    dialogs = [[dict(m) for m in context.messages] for context in contexts]
+    dialogs, too_long = [[dict(m) for m in context.messages] for context in contexts], 0
     if resample:
         for turn in range(max(len(dialog) for dialog in dialogs) // 2):
             rows = [i for i, dialog in enumerate(dialogs) if len(dialog) > 2 * turn + 1]
             asked = [in_every_turn(dialogs[i][: 2 * turn + 1], contexts[i].instruction) for i in rows]
-            drawn = respond(asked, seed=seed + turn + 1, progress=progress)
+            drawn = respond(asked, seed=seed + turn + 1, numbers=[first + i for i in rows], progress=progress)
             for i, (text, ended) in zip(rows, drawn, strict=True):
-                if usable(text, ended):
-                    dialogs[i][2 * turn + 1]["content"] = text
+                if not usable(text, ended):
+                    continue
+                answer = dialogs[i][2 * turn + 1]
+                own, answer["content"] = answer["content"], text
+                if not fits(in_every_turn(dialogs[i], contexts[i].instruction)):
+                    answer["content"], too_long = own, too_long + 1
+    if too_long:
+        log.warning("%d earlier answers left no room for the rest of their dialogs: the contexts' own stay", too_long)
     asked = [in_every_turn(dialog, c.instruction) for dialog, c in zip(dialogs, contexts, strict=True)]
+    answers = respond(asked, seed=seed, numbers=range(first, first + len(asked)), progress=progress)
     samples = []
-    for context, dialog, (text, ended) in zip(
-        contexts, dialogs, respond(asked, seed=seed, progress=progress), strict=True
-    ):
+    for context, dialog, (text, ended) in zip(contexts, dialogs, answers, strict=True):
         samples.append({
             "instruction": context.instruction,
             "constraints": [dataclasses.asdict(c) for c in context.constraints],
@@ -190,7 +201,7 @@ def training_rows(samples: Sequence[Mapping[str, Any]], *, place: str, keep: str
     ]
 
 
-def read_values(path: str, families: Sequence[str]) -> dict[str, list[str]]:
+def read_values(path: str | Path, families: Sequence[str]) -> dict[str, list[str]]:
     """Values of the families that have some, from JSONL rows {"kind", "value"}; rows of other kinds are passed over."""
     found: dict[str, list[str]] = {name: [] for name in families}
     for where, row in read_jsonl(path):
@@ -221,8 +232,8 @@ def ask_for_values(
     return list(entries.values())
 
 
-def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[str, Any]]:
-    """All samples of a run, and `values.jsonl` if the policy was asked for lists."""
+def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
+    """Writes `samples.jsonl`, and `values.jsonl` if the policy is asked for lists."""
     model, tokenizer = load_tokenizer(config)
     if not config.policy:
         raise ConfigError("config.policy: expected the workdir of the model that is sampled from, got nothing")
@@ -235,34 +246,36 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[st
         config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
         temperature=settings.temperature, batch_size=settings.sampling_batch,
     )  # fmt: skip
-    path = settings.values
-    if not path:
-        path = str(workdir / "values.jsonl")
-        write_jsonl(path, ask_for_values(respond, settings.families, rounds=32, seed=seed))
-    contexts = make_contexts(dialogs, read_values(path, settings.families), settings, seed=seed)
+    values = settings.values or workdir / "values.jsonl"
+    if not settings.values and not all(exist([values])):
+        on_host_0(write_jsonl, values, ask_for_values(respond, settings.families, rounds=32, seed=seed))
+    contexts = make_contexts(dialogs, read_values(values, settings.families), settings, seed=seed)
     fitting = [c for c in contexts if respond.fits(in_every_turn(c.messages, c.instruction))]
     if len(fitting) < len(contexts):
         left_out = len(contexts) - len(fitting)
         log.warning("%d of %d contexts leave no room for an answer and are left out", left_out, len(contexts))
     if not fitting:
         raise ConfigError(f"ghost.turns: no context of {settings.turns} turns fits into {model.max_length} tokens")
-    answers = sum((len(c.messages) + 1) // 2 if settings.resample else 1 for c in fitting)
-    with Progress(answers, "ghost: sampling", "answer") as progress:
-        return answer_contexts(fitting, respond, resample=settings.resample, seed=seed, progress=progress.update)
+    write_in_portions(
+        workdir / "samples.jsonl", fitting, lambda some, first, progress: answer_contexts(
+            some, respond, fits=respond.fits, resample=settings.resample, seed=seed, first=first, progress=progress
+        ),
+        answers=lambda context: (len(context.messages) + 1) // 2 if settings.resample else 1, label="ghost: sampling",
+    )  # fmt: skip
 
 
 def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Draws the samples unless they are there, and makes the fine-tuning stage on them and the SFT data."""
-    one_process("Ghost Attention")
     path = workdir / "samples.jsonl"
-    if not path.exists():
-        write_jsonl(path, draw_samples(config, mesh, workdir))
+    if not all(exist([path])):
+        check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=config.ghost.samples)
+        draw_samples(config, mesh, workdir)
     samples = [row for _, row in read_jsonl(path)]
     rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
     if not rows and not config.data.train:
         raise ConfigError(f"{path}: no sample is fit for training; nothing to fine-tune on")
     log.info("%d of %d samples are fit for training", len(rows), len(samples))
-    write_jsonl(workdir / "ghost.jsonl", rows)
+    on_host_0(write_jsonl, workdir / "ghost.jsonl", rows)
     train = (*config.data.train, *([str(workdir / "ghost.jsonl")] if rows else []))
     data = dataclasses.replace(config.data, train=train)
     return fine_tuning_stage(config, data, mesh, workdir, name="ghost", epochs=config.epochs)

@@ -11,7 +11,7 @@ the best samples of *all* earlier ones. A row of a pool (JSONL) names who answer
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.data.dialog import check_messages
@@ -35,7 +35,7 @@ def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
     return json.dumps([[message["role"], message["content"]] for message in messages])
 
 
-def best_samples(samples: Sequence[Mapping[str, Any]], *, version: str, policy: str, temperature: float) -> list[Row]:
+def best_samples(samples: Iterable[Mapping[str, Any]], *, version: str, policy: str, temperature: float) -> list[Row]:
     """The best usable sample of each prompt as a pool row, in the order of the prompts.
 
     Answers that did not end, say nothing or hold a chat tag cannot win.

@@ -1,6 +1,7 @@
 """Rejection-sampling fine-tuning (paper section 3.2.3): K answers a prompt, the best by reward model, then fine-tuning as SFT.
 
-A round, in the paper's order; each step leaves a file, written whole, and is not done again where its file is there:
+A round, in the paper's order; each step leaves a file, written whole, and is not done again where its file is there. Step 2, by
+far the longest, is drawn in portions, none of which is drawn again (`respond.write_in_portions`).
 
 1. `temperatures.json`: the temperature at which the best of K is highest, on a few prompts; it moves with the model (Fig. 8).
 2. `samples.jsonl`: K answers to each prompt from the policy at the start of the round, with their rewards (Fig. 7).
@@ -14,6 +15,7 @@ the smaller ones on the best of these answers. With `answers=0` nothing is sampl
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +24,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response, encode_dialog, encode_response
-from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.files import write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -37,10 +39,9 @@ from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
 from llama_jax.rlhf.reinforce import encode_prompts
-from llama_jax.rlhf.respond import one_process, usable
-from llama_jax.sampling.answers import Answerer
+from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
 from llama_jax.sampling.choose import Choice
-from llama_jax.sft.stage import DialogData, fine_tuning_stage
+from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.metrics import Progress
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -145,29 +146,33 @@ def sigmoid_scores(
     config: ModelConfig, compute: Compute, reward: Params, prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]], *, length: int, batch_size: int,
 ) -> np.ndarray:  # fmt: skip
-    """Scores of one reward model, in (0, 1), of each (prompt, response). # -> float32 [n]
+    """Scores of one reward model, in (0, 1), of each (prompt, response); on several hosts, the same in all. # -> float32 [n]
 
     Rows of similar length are scored together, in a third, two thirds or all of `length`: most are much shorter than that.
     """
-    score = _jitted_scorer(config, compute)
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = np.zeros(len(rows), np.float32)
-    for start in range(0, len(rows), batch_size):
+    score = _jitted_scorer(config, compute, jax.sharding.get_mesh())
+    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    scores = np.zeros(len(sizes), np.float32)
+    for start in range(0, len(sizes), batch_size):
         part = order[start : start + batch_size]
-        width = next(w for w in (-(-length // 3), -(-2 * length // 3), length) if len(rows[part[-1]]) <= w or w == length)
+        width = next(w for w in (-(-length // 3), -(-2 * length // 3), length) if sizes[part[-1]] <= w or w == length)
         tokens = np.zeros((batch_size, width), np.int32)
         segment_ids = np.zeros_like(tokens)
         for row, i in enumerate(part):
-            tokens[row, : len(rows[i])] = rows[i]
-            segment_ids[row, : len(rows[i])] = 1
-        scores[part] = np.asarray(jax.nn.sigmoid(score(reward, tokens, segment_ids)))[: len(part)]
+            tokens[row, : len(prompts[i])] = prompts[i]
+            tokens[row, len(prompts[i]) : sizes[i]] = responses[i]
+            segment_ids[row, : sizes[i]] = 1
+        scores[part] = np.asarray(score(reward, tokens, segment_ids))[: len(part)]
     return scores
 
 
 @functools.cache
-def _jitted_scorer(config: ModelConfig, compute: Compute):
-    return jax.jit(scorer(config, compute))
+def _jitted_scorer(config: ModelConfig, compute: Compute, mesh: Mesh):
+    score = scorer(config, compute)
+    # Every host needs all scores, not only those of its rows.
+    everywhere = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda *arguments: jax.nn.sigmoid(score(*arguments)), out_shardings=everywhere)
 
 
 def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
@@ -196,13 +201,13 @@ class Round:
                 )
 
     @functools.cached_property
-    def answerer(self) -> Answerer:
+    def respond(self) -> Responder:
         """The model that is sampled from."""
-        settings, specs = self.config.rejection, table.table(self.policy, head="lm_head")
-        return Answerer(
-            restore_model(self.config.policy, specs, self.mesh), self.policy, compute=self.config.compute,
-            prompt_length=settings.prompt_length, new_tokens=settings.new_tokens, eos_id=self.tokenizer.eos_id,
-            slots=settings.sampling_batch,
+        settings = self.config.rejection
+        return Responder(
+            self.config.policy, self.policy, self.tokenizer, compute=self.config.compute, mesh=self.mesh,
+            prompt_length=settings.prompt_length, new_tokens=settings.new_tokens, temperature=settings.temperature,
+            batch_size=settings.sampling_batch,
         )  # fmt: skip
 
     @functools.cached_property
@@ -212,12 +217,6 @@ class Round:
         paths = {"helpfulness": self.config.helpfulness, "safety": self.config.safety}
         with jax.set_mesh(self.mesh):
             return {name: restore_model(path, specs, self.mesh) for name, path in paths.items()}
-
-    def respond(self, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int, label: str) -> list[list[int]]:
-        """Sampled ids for each prompt."""
-        with jax.set_mesh(self.mesh), Progress(len(prompts), label, "answer", quiet=jax.process_index() > 0) as progress:
-            answers = self.answerer(prompts, choice=Choice(temperature=temperature), seed=seed, progress=progress.update)
-            return [answer.tokens for answer in answers]
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], is_safety: Sequence[bool]
@@ -230,11 +229,17 @@ class Round:
                 batch_size=settings.sampling_batch, threshold=settings.safety_threshold,
             )  # fmt: skip
 
-    def samples(self, prompts: Sequence[Prompt], *, temperature: float, seed: int, label: str) -> list[Row]:
-        """K scored answers to each prompt, in prompt order."""
-        rows = [(number, row, ids) for number, (row, ids) in enumerate(prompts) for _ in range(self.config.rejection.answers)]
+    def samples(
+        self, prompts: Sequence[Prompt], *, temperature: float, seed: int, progress: Tell, first: int = 0
+    ) -> list[Row]:
+        """K scored answers to each prompt, in prompt order; `first` is the first one's number among all prompts."""
+        K = self.config.rejection.answers
+        rows = [(number, row, ids) for number, (row, ids) in enumerate(prompts, start=first) for _ in range(K)]
         encoded = [ids for _, _, ids in rows]
-        responses = self.respond(encoded, temperature=temperature, seed=seed, label=label)
+        responses = self.respond.ids(
+            encoded, choice=Choice(temperature=temperature), seed=seed, numbers=range(first * K, first * K + len(rows)),
+            progress=progress,
+        )  # fmt: skip
         read = [encode_response(ids, self.tokenizer, limit=self.config.rejection.new_tokens) for ids in responses]
         scores = self.score(encoded, read, [row["is_safety"] for _, row, _ in rows])
         found = []
@@ -251,8 +256,11 @@ class Round:
         settings, rewards = self.config.rejection, {}
         few = prompts[: settings.search_prompts]  # in random order already
         for temperature in settings.temperatures:
-            label = f"rejection: temperature {temperature:g}"
-            found = self.samples(few, temperature=temperature, seed=self.config.loop.seed + 1, label=label)
+            label, total = f"rejection: temperature {temperature:g}", len(few) * settings.answers
+            with Progress(total, label, "answer", quiet=jax.process_index() > 0) as progress:
+                found = self.samples(
+                    few, temperature=temperature, seed=self.config.loop.seed + 1, progress=progress.update
+                )
             worth = [row["reward"] if usable(row["response"], row["ended"]) else 0.0 for row in found]
             rewards[temperature] = np.reshape(worth, (len(few), settings.answers))
         best, curves = best_temperature(rewards)
@@ -284,32 +292,57 @@ def _sized(name: str, model: ModelConfig) -> ModelConfig:
 def gather(config: RejectionConfig, mesh: Mesh, workdir: Path) -> None:
     """Steps 1 to 4: makes those files of a round that are not there yet."""
     earlier = [read_pool(path) for path in config.pools]  # what is wrong with them is said before a model is loaded
-    settings, seed = config.rejection, config.loop.seed
     models, pool = Round(config, mesh), workdir / "pool.jsonl"
-    if settings.answers and not pool.exists():
-        encoded = encode_prompts(settings.prompts, models.tokenizer, length=settings.prompt_length)
-        prompts = choose_prompts(encoded, settings.max_prompts, seed)
-        temperature = settings.temperature
-        if settings.temperatures:
-            found = models.search(prompts)
-            write_json(workdir / "temperatures.json", found)
-            temperature = found["temperature"]
-        samples = models.samples(prompts, temperature=temperature, seed=seed, label="rejection: sampling")
-        write_jsonl(workdir / "samples.jsonl", samples)
-        best = best_samples(samples, version=settings.version, policy=policy_hash(config.policy), temperature=temperature)
-        write_jsonl(pool, best)
-    own = [row for _, row in read_jsonl(pool)] if settings.answers else []
-    write_jsonl(workdir / "best.jsonl", dialogs(select([*(models.again(rows) for rows in earlier), own])))
+    if config.rejection.answers and not all(exist([pool])):
+        gather_pool(models, workdir)
+    scored = [models.again(rows) for rows in earlier]
+
+    def write_best() -> None:
+        own = [row for _, row in read_jsonl(pool)] if config.rejection.answers else []
+        write_jsonl(workdir / "best.jsonl", dialogs(select([*scored, own])))
+
+    on_host_0(write_best)
+
+
+def gather_pool(models: Round, workdir: Path) -> None:
+    """Steps 1 to 3."""
+    config, settings, seed = models.config, models.config.rejection, models.config.loop.seed
+    searched, sampled = workdir / "temperatures.json", workdir / "samples.jsonl"
+    encoded = encode_prompts(settings.prompts, models.tokenizer, length=settings.prompt_length)
+    prompts = choose_prompts(encoded, settings.max_prompts, seed)
+    temperature = settings.temperature
+    if settings.temperatures:
+        if not all(exist([searched])):
+            on_host_0(write_json, searched, models.search(prompts))
+        temperature = json.loads(searched.read_text())["temperature"]
+    if not all(exist([sampled])):
+        write_in_portions(
+            sampled, prompts, lambda some, first, progress: models.samples(
+                some, temperature=temperature, seed=seed, first=first, progress=progress
+            ),
+            answers=lambda _: settings.answers, label="rejection: sampling",
+        )  # fmt: skip
+
+    def write_pool() -> None:
+        samples = (row for _, row in read_jsonl(sampled))
+        policy = policy_hash(config.policy)
+        best = best_samples(samples, version=settings.version, policy=policy, temperature=temperature)
+        write_jsonl(workdir / "pool.jsonl", best)
+
+    on_host_0(write_pool)
 
 
 def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Gathers the round's best answers unless they are there, and makes the fine-tuning stage on them."""
-    one_process("rejection sampling")
     check_models(config)
     path = workdir / "best.jsonl"
-    if not path.exists():
+    if not all(exist([path])):
+        settings, most = config.rejection, sum(len(read_pool(pool)) for pool in config.pools)
+        if settings.answers:
+            most += min(len(read_prompts(settings.prompts)), settings.max_prompts)
+        check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most * settings.repeat)
         gather(config, mesh, workdir)
-    found = path.stat().st_size > 0
+    found = any(True for _ in read_jsonl(path))
     if not found and not config.data.train:
         raise ConfigError(f"{path}: no answer ended by itself, so there is nothing to fine-tune on")
     train = (*config.data.train, *([str(path)] * config.rejection.repeat if found else []))

@@ -6,7 +6,8 @@
 3. An answer is kept only where it is scored above the one without pre-prompt; the best of them is fine-tuned on, again without.
 
 Prompts that are not marked `is_safety` are never distilled: on helpful prompts pre-prompts teach vague answers and false
-refusals (Table 40). `samples.jsonl` holds every answer and score, written whole once: the data of Fig. 16.
+refusals (Table 40). `samples.jsonl` holds every answer and score, written whole once (they are drawn in portions, none of which
+a kill draws again): the data of Fig. 16.
 """
 
 import dataclasses
@@ -21,16 +22,15 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response, encode_response
-from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
-from llama_jax.rlhf.respond import Responder, one_process, usable
+from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
-from llama_jax.sft.stage import DialogData, fine_tuning_stage
-from llama_jax.training.metrics import Progress
+from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
 
 log = logging.getLogger(__name__)
@@ -120,8 +120,34 @@ def score_gains(samples: Sequence[Mapping[str, Any]], kind: str) -> tuple[np.nda
     return original, scores - original
 
 
-def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
-    """All answers to all chosen prompts with their safety scores, in prompt order."""
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of one prompt.
+
+    Attributes:
+      number: of the prompt; `first`: of its first answer, among those of all prompts.
+      ids: the prompt without pre-prompt, as the reward model reads it.
+      asked: (kind, pre-prompt, ids of the conversation) of each answer.
+    """
+
+    number: int
+    first: int
+    row: Mapping[str, Any]
+    ids: list[int]
+    asked: list[tuple[str, str, list[int]]]
+
+    def answered(self, found: Sequence[tuple[str, bool, float]]) -> dict[str, Any]:
+        """The row of `samples.jsonl`; `found` begins with this prompt's (response, ended, safety score)."""
+        answers = [
+            {"kind": kind, "preprompt": preprompt, "response": text, "ended": ended, "safety": safety}
+            for (kind, preprompt, _), (text, ended, safety) in zip(self.asked, found)
+        ]
+        named = {name: self.row.get(name, "") for name in ("messages", "risk", "attack")}
+        return {"prompt": self.number, **named, "answers": answers}
+
+
+def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
+    """Writes all answers to all chosen prompts with their safety scores, in prompt order."""
     model, tokenizer = load_tokenizer(config)
     for name in ("policy", "safety"):
         if not getattr(config, name):
@@ -143,49 +169,52 @@ def draw_samples(config: DistillConfig, mesh: Mesh) -> list[dict[str, Any]]:
         temperature=settings.temperature, batch_size=settings.sampling_batch,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
-    asked, too_long = [], 0
+    questions, answers, too_long = [], 0, 0
     for number, (row, ids) in enumerate(chosen):
+        asked = []
         for kind, preprompt in preprompts_of(row, settings, rng=rng):
-            messages = with_preprompt(row["messages"], preprompt) if preprompt else row["messages"]
-            if respond.fits(messages):
-                asked.append((number, kind, preprompt, messages, ids))
+            prompt = respond.encode(with_preprompt(row["messages"], preprompt) if preprompt else row["messages"])
+            if len(prompt) <= respond.room:
+                asked.append((kind, preprompt, prompt))
             else:
                 too_long += 1
+        questions.append(Question(number, answers, row, ids, asked))
+        answers += len(asked)
     if too_long:
         log.warning("%d pre-prompts leave no room for an answer and are left out", too_long)
-    with Progress(len(asked), "distill: sampling", "answer") as progress:
-        prompts = [respond.encode(messages) for _, _, _, messages, _ in asked]
-        responses = respond.ids(prompts, seed=seed, progress=progress.update)
     with jax.set_mesh(mesh):
         reward = restore_model(config.safety, table.table(model, head="reward_head"), mesh)
-        scores = sigmoid_scores(
-            model, config.compute, reward, [ids for *_, ids in asked],
-            [encode_response(ids, tokenizer, limit=settings.new_tokens) for ids in responses],
-            length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
-        )  # fmt: skip
-    samples = [
-        {"prompt": number, **{name: row.get(name, "") for name in ("messages", "risk", "attack")}, "answers": []}
-        for number, (row, _) in enumerate(chosen)
-    ]
-    for (number, kind, preprompt, _, _), ids, score in zip(asked, responses, scores, strict=True):
-        text, ended = decode_response(ids, tokenizer)
-        answer = {"kind": kind, "preprompt": preprompt, "response": text, "ended": ended, "safety": float(score)}
-        samples[number]["answers"].append(answer)
-    return samples
+
+    def draw(some: Sequence[Question], _: int, progress: Tell) -> list[dict[str, Any]]:
+        prompts = [prompt for question in some for *_, prompt in question.asked]
+        numbers = range(some[0].first, some[0].first + len(prompts))
+        responses = respond.ids(prompts, seed=seed, numbers=numbers, progress=progress)
+        with jax.set_mesh(mesh):
+            scores = sigmoid_scores(
+                model, config.compute, reward, [question.ids for question in some for _ in question.asked],
+                [encode_response(ids, tokenizer, limit=settings.new_tokens) for ids in responses],
+                length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
+            )  # fmt: skip
+        found = [(*decode_response(ids, tokenizer), float(score)) for ids, score in zip(responses, scores, strict=True)]
+        return [question.answered(found[question.first - some[0].first :]) for question in some]
+
+    write_in_portions(path, questions, draw, answers=lambda question: len(question.asked), label="distill: sampling")
 
 
 def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Draws the answers unless they are there, and makes the fine-tuning stage on the kept ones and `data.train`."""
-    one_process("context distillation")
     path = workdir / "samples.jsonl"
-    if not path.exists():
-        write_jsonl(path, draw_samples(config, mesh))
+    if not all(exist([path])):
+        asked = sum(row["is_safety"] for row in read_prompts(config.distill.prompts))
+        most = min(asked, config.distill.max_prompts)
+        check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most)
+        draw_samples(config, mesh, path)
     samples = [row for _, row in read_jsonl(path)]
     rows = keep_preferred(samples, least_gain=config.distill.least_gain)
     if not rows and not config.data.train:
         raise ConfigError(f"{path}: the safety reward model prefers no answer under a pre-prompt; nothing to fine-tune on")
     log.info("%d of %d prompts have an answer that the safety reward model prefers", len(rows), len(samples))
-    write_jsonl(workdir / "kept.jsonl", rows)
+    on_host_0(write_jsonl, workdir / "kept.jsonl", rows)
     train = (*config.data.train, *([str(workdir / "kept.jsonl")] if rows else []))
     data = dataclasses.replace(config.data, train=train)
     return fine_tuning_stage(config, data, mesh, workdir, name="distill", epochs=config.epochs)
