@@ -222,6 +222,44 @@ def test_what_does_not_fit_is_cut_as_in_the_harness_and_counted(model, peer):
         lm.loglikelihood(requests_of("loglikelihood", [("the", " " + long)]))
 
 
+class Killed(dict):
+    """Keeps so many results, and then the process ends."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key, value):
+        if len(self) == self.most:
+            raise KeyboardInterrupt
+        super().__setitem__(key, value)
+
+
+def test_a_killed_task_keeps_each_finished_answer_and_counts_cut_prompts_alike(model):
+    long = " ".join(TEXTS[:30])
+    jobs = [(text, {"until": ["\n"], "max_gen_toks": 4, "do_sample": sampled, "temperature": 1.0})
+            for text in (*TEXTS[:3], long) for sampled in (False, True)]  # fmt: skip
+    jobs.append(jobs[-1])  # the same question, drawn again
+    pairs = [(long, " tokens"), ("the loop", " counts")]
+    requests = {"generate_until": requests_of("generate_until", jobs), "loglikelihood": requests_of("loglikelihood", pairs),
+                "loglikelihood_rolling": requests_of("loglikelihood_rolling", [(TEXTS[3],)])}  # fmt: skip
+    lm = HarnessModel(model, slots=2, quiet=True, kept={}, scoring=ScoringConfig(row=64))
+    whole = {kind: getattr(lm, kind)(some) for kind, some in requests.items()}
+    assert len(set(whole["generate_until"][-2:])) == 2 and len(lm.kept) == len(jobs) + 3
+    cut = {"generate_until": 3, "loglikelihood": 1}
+    assert lm.cut == cut
+    everything, lm.kept = lm.kept, Killed(5)
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate_until(requests["generate_until"])
+    again = HarnessModel(model, slots=2, quiet=True, kept=dict(lm.kept), scoring=ScoringConfig(row=64))
+    assert len(again.kept) == 5 and again.generate_until(requests["generate_until"]) == whole["generate_until"]
+    assert again._engine.finished == len(jobs) - 5
+    assert again.kept.items() <= everything.items()
+    done = HarnessModel(model, slots=2, quiet=True, kept=everything)
+    assert {kind: getattr(done, kind)(some) for kind, some in requests.items()} == whole  # nothing is left to do
+    assert done.cut == cut and done._engine is None and done.scorer.cost["requests"] == 0
+
+
 def test_a_reward_model_is_refused(model):
     with pytest.raises(ValueError, match="benchmarks need a language model, this is a reward model"):
         HarnessModel(dataclasses.replace(model, head="reward_head"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.evals import safety
+from llama_jax.evals.harness import HarnessModel
 from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
 
@@ -84,12 +85,16 @@ def kept(path: Path, run: Callable[[], Any]) -> Any:
 
 
 def with_cache(lm: Any, path: Path) -> Any:
-    """The model behind the harness's cache of finished requests."""
+    """The model with its finished requests kept in a file: by itself if it is ours, else by the harness's cache."""
     from lm_eval.api.model import CachingLM
+    from sqlitedict import SqliteDict
 
     quiet_harness()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return CachingLM(lm, str(path))
+    if not isinstance(lm, HarnessModel):
+        return CachingLM(lm, str(path))
+    lm.kept = SqliteDict(str(path), autocommit=True)
+    return lm
 
 
 def quiet_harness() -> None:

@@ -5,18 +5,20 @@
 
 The harness brings tasks, prompts and metrics, we bring the arithmetic: `evals/likelihood.py` and the engine of `sampling/`.
 Text becomes tokens as in the harness's own Hugging Face model, so that both give the same numbers. What exceeds the context
-is cut from the left as there, and counted in `cut`.
+is cut from the left as there, and counted in `cut`. Finished requests may be kept, and are taken from there when asked again.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import json
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
 
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.likelihood import Pair, Score, Scorer, ScoringConfig
 from llama_jax.model.decode import prepare
 from llama_jax.model.params import table
@@ -42,11 +44,13 @@ class HarnessModel:
       slots: answers drawn together; default: 16 on each shard of the batch.
       chat: a prompt to continue is put into the chat format, as the user's only message.
       seed: of sampled answers.
+      kept: results of finished requests, put there as they come. The harness's own cache has sampled answers drawn again and
+        hides from `cut` what it knows; here an answer depends on its seed and place alone, and `cut` is that of all requests.
     """
 
     def __init__(
         self, model: Any, *, scoring: ScoringConfig | None = None, slots: int = 0, chat: bool = False, seed: int = 0,
-        quiet: bool = False,
+        quiet: bool = False, kept: MutableMapping[str, Any] | None = None,
     ):  # fmt: skip
         try:
             from lm_eval.api.model import LM, CacheHook
@@ -59,6 +63,7 @@ class HarnessModel:
         if model.tokenizer is None:
             raise ValueError(f"{model.path}: missing tokenizer: benchmarks are texts")
         self.model, self.words, self.chat, self.seed, self.quiet = model, model.tokenizer, chat, seed, quiet
+        self.kept = kept
         specs = table(model.config, head="lm_head")
         with jax.set_mesh(model.mesh):
             self._weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute))(model.params)
@@ -72,7 +77,7 @@ class HarnessModel:
     rank, world_size, device = 0, 1, None  # one model over all devices and hosts
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Where finished requests are to be kept."""
+        """Where the harness's own cache wants finished requests to be told."""
         self.cache_hook = cache_hook
 
     @property
@@ -114,11 +119,14 @@ class HarnessModel:
         results: list[Score] = []
         with Progress(len(requests), "log-likelihoods", "request", quiet=self.quiet or disable_tqdm) as progress:
             for start in range(0, len(requests), _SLICE):
-                texts = [request.args for request in requests[start : start + _SLICE]]
-                scores = self._score(self._encode_all(texts), "loglikelihood", progress.update)
-                for args, score in zip(texts, scores):
-                    self.cache_hook.add_partial("loglikelihood", args, score)
-                results += scores
+                asked = [request.args for request in requests[start : start + _SLICE]]
+                pairs = [self._fitting(*pair, "loglikelihood") for pair in self._encode_all(asked)]
+                known = self._known([_key("loglikelihood", args) for args in asked])
+                progress.update(len(known))
+                open_ones = [i for i in range(len(asked)) if i not in known]
+                for i, score in zip(open_ones, self.scorer([pairs[i] for i in open_ones], progress=progress.update)):
+                    known[i] = self._keep("loglikelihood", asked[i], score)
+                results += [known[i] for i in range(len(asked))]
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -132,16 +140,27 @@ class HarnessModel:
             )]
             for request in requests
         ]  # fmt: skip
-        flat = [window for group in windows for window in group]
+        windows = [[self._fitting(*window, "loglikelihood_rolling") for window in group] for group in windows]
+        known = self._known([_key("loglikelihood_rolling", request.args) for request in requests])
+        open_ones = [i for i in range(len(requests)) if i not in known]
+        flat = [window for i in open_ones for window in windows[i]]
         with Progress(len(flat), "rolling log-likelihoods", "window", quiet=self.quiet or disable_tqdm) as progress:
-            scores = iter(self._score(flat, "loglikelihood_rolling", progress.update))
-        totals = [sum(next(scores)[0] for _ in group) for group in windows]
-        for request, total in zip(requests, totals):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+            scores = iter(self.scorer(flat, progress=progress.update))
+        for i in open_ones:
+            total = sum(next(scores)[0] for _ in windows[i])
+            known[i] = self._keep("loglikelihood_rolling", requests[i].args, total)
+        return [known[i] for i in range(len(requests))]
 
-    def _score(self, pairs: Sequence[Pair], kind: str, progress: Callable[[int], None] | None) -> list[Score]:
-        return self.scorer([self._fitting(*pair, kind) for pair in pairs], progress=progress)
+    def _known(self, keys: Sequence[str]) -> dict[int, Any]:
+        """{place: result} of the requests that are kept."""
+        kept = {} if self.kept is None else self.kept
+        return {i: kept[key] for i, key in enumerate(keys) if key in kept}
+
+    def _keep(self, kind: str, args: tuple, result: Any, *more: Any) -> Any:
+        if self.kept is not None:
+            self.kept[_key(kind, args, *more)] = result
+        self.cache_hook.add_partial(kind, args, result)
+        return result
 
     def _fitting(self, context: Sequence[int], continuation: Sequence[int], kind: str) -> Pair:
         over = len(context) + len(continuation) - 1 - self.max_length
@@ -178,33 +197,36 @@ class HarnessModel:
         """Texts that continue each request's context, up to a stop string, EOS or the greatest length."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        answers: list[str] = [""] * len(requests)
-        jobs = []
+        jobs, draws = [], []
         for index, request in enumerate(requests):
             context, arguments = request.args
             arguments = normalize_gen_kwargs(arguments, _ANSWER)
             prompt, room = self._prompt(context, arguments["max_gen_toks"])
             jobs.append((index, prompt, room, arguments))
+            draws.append((self.seed, index) if arguments.get("do_sample") else ())  # what an answer depends on, too
+        answers = self._known([_key("generate_until", request.args, *draw) for request, draw in zip(requests, draws)])
+        jobs = [job for job in jobs if job[0] not in answers]
         if not jobs:
-            return answers
+            return [answers[index] for index in range(len(requests))]
+
+        def done(index: int, text: str) -> None:
+            answers[index] = self._keep("generate_until", requests[index].args, text, *draws[index])
+
         with (
             jax.set_mesh(self.model.mesh),
-            Progress(len(jobs), "answers", "answer", quiet=self.quiet or disable_tqdm) as progress,
+            Progress(len(requests), "answers", "answer", done=len(answers), quiet=self.quiet or disable_tqdm) as progress,
         ):
             engine = self._engine_for(max(len(prompt) + room for _, prompt, room, _ in jobs))
-            streams = {}
+            submitted = []
             for index, prompt, room, arguments in sorted(jobs, key=lambda job: job[1]):  # what begins alike, side by side
-                stream = _Answer(engine, self.words, prompt, [stop for stop in arguments["until"] if stop])
-                streams[index] = stream
-                stream.request = engine.submit(
+                stops = [stop for stop in arguments["until"] if stop]
+                answer = _Answer(engine, TextStream(self.words, stops, after=prompt), functools.partial(done, index))
+                submitted.append(engine.submit(
                     prompt, max_tokens=room, choice=_choice(arguments), seed=self.seed, index=index,
-                    stop_ids=(self.words.eos_id,), on_token=stream.push,
-                )  # fmt: skip
-            engine.run([stream.request for stream in streams.values()], progress=progress.update)
-        for index, request in enumerate(requests):
-            answers[index] = streams[index].text()
-            self.cache_hook.add_partial("generate_until", request.args, answers[index])
-        return answers
+                    stop_ids=(self.words.eos_id,), on_token=answer.push,
+                ))  # fmt: skip
+            engine.run(submitted, progress=progress.update)
+        return [answers[index] for index in range(len(requests))]
 
     def _prompt(self, context: str, most: int) -> tuple[list[int], int]:
         """Ids of a prompt, and how many tokens its answer may have."""
@@ -231,11 +253,10 @@ class HarnessModel:
 
 
 class _Answer:
-    """An answer on its way: it ends itself at a stop string."""
+    """An answer on its way: it ends itself at a stop string, and is told, without that, when it has ended."""
 
-    def __init__(self, engine: Engine, words: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
-        self._engine, self._stream, self._pieces = engine, TextStream(words, stops, after=prompt), []
-        self.request: Request | None = None
+    def __init__(self, engine: Engine, stream: TextStream, done: Callable[[str], None]):
+        self._engine, self._stream, self._done, self._pieces = engine, stream, done, []
 
     def push(self, request: Request, token: int) -> None:
         """Takes a token."""
@@ -243,11 +264,13 @@ class _Answer:
             self._pieces.append(self._stream.push(token))
         if self._stream.stopped and not request.finish:
             self._engine.cancel(request)
+        if request.finish:
+            self._done("".join([*self._pieces, self._stream.finish()]))
 
-    def text(self) -> str:
-        """All of it, without the stop string."""
-        self._pieces.append(self._stream.finish())
-        return "".join(self._pieces)
+
+def _key(kind: str, args: tuple, *more: Any) -> str:
+    """Under what a request's result is kept."""
+    return hashlib.sha256(json.dumps([kind, args, more], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _choice(arguments: dict[str, Any]) -> Choice:
