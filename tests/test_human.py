@@ -11,7 +11,7 @@ import pytest
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import human, sheets
 from llama_jax.evals.answer_files import Answered, pair_up, read_answers
-from llama_jax.evals.ratings import PairRating, SafetyRating, read_pair_ratings, read_safety_ratings
+from llama_jax.evals.ratings import PairRating, SafetyRating, read_key, read_pair_ratings, read_safety_ratings
 from llama_jax.human_evaluation import export, report
 
 
@@ -134,6 +134,18 @@ def test_what_raters_write_on_sheets_comes_back_unblinded(tmp_path, form):
     for plot in values["figures"]:
         assert (tmp_path / "report" / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / "report" / "figures" / f"{plot}.svg").read_bytes()
+
+
+def test_what_a_spreadsheet_makes_of_ids_is_understood(tmp_path):
+    made = sheets.comparison_sheets({"ours": answers("x"), "theirs": answers("y")}, ["Ann"], seed=1)
+    assert {row["id"] for row in made.by_rater["Ann"]} == {f"row{place:04d}" for place in range(1, 13)}
+    for written, back in (("row{:04d}", "row{:04d}"), ("{:04d}", "{}"), ("{:04d}", " {:04d} ")):
+        key = [{**row, "sheet_id": written.format(place)} for place, row in enumerate(made.key, start=1)]
+        write_jsonl(tmp_path / "key.jsonl", key)
+        rows = [{"id": back.format(place), "rater": "Ann", "rating": place % 7 + 1} for place in range(1, 13)]
+        (tmp_path / "Ann.csv").write_text(sheets.as_csv(rows), encoding="utf-8-sig")
+        found = read_pair_ratings(tmp_path / "Ann.csv", read_key(tmp_path / "key.jsonl"))
+        assert [rating.id for rating in found] == [row["id"] for row in made.key]
 
 
 def test_wrong_files_are_told_with_line_and_field(tmp_path):

@@ -148,7 +148,8 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _unblind(row: Mapping[str, Any], key: Key, where: str) -> dict[str, Any]:
     """The row with what its sheet hid."""
-    found = key.get((str(row.get("id")), str(row.get("rater"))))
+    sheet_id, rater = str(row.get("id")).strip(), str(row.get("rater")).strip()
+    found = key.get((sheet_id, rater), key.get((sheet_id.zfill(4), rater)))  # where ids are 0001, spreadsheets make 1 of it
     if found is None:
         raise ValueError(f"{where}: id: {row.get('id')!r} of rater {row.get('rater')!r} is not in the key file")
     return {**row, **{name: value for name, value in found.items() if name != "sheet_id"}}

@@ -68,7 +68,7 @@ def _sheets(cases: Sequence[tuple[str, Any]], rows, raters: Sequence[str], *, se
         for place, case in enumerate(rng.permutation(len(cases)), start=1):
             true_id, content = cases[case]
             shown, hidden = rows(content, bool(swaps[case]))
-            sheet_id = f"{place:04d}"
+            sheet_id = f"row{place:04d}"  # of a number alone a spreadsheet drops the zeros
             by_rater[rater].append({"id": sheet_id, "rater": rater, **shown, "rating": None})
             key.append({"sheet_id": sheet_id, "rater": rater, "id": true_id, **hidden})
     return Sheets(by_rater, key)
