@@ -33,10 +33,12 @@ from llama_jax.model import params as table
 from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.pretrain.base import check_start
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, share
 from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.rlhf.rejection import sigmoid_scores
+from llama_jax.rlhf.respond import exist, on_host_0
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage
@@ -77,6 +79,7 @@ class StudyConfig:
 
 def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
     """All runs, then the report; returns its values."""
+    labelled = labelled_answers(config) if config.helpfulness else {}  # what is wrong with them is said before days of training
     first, start = config.sizes[0], config.starts[0]
     margins = {
         margin: train_one(config, workdir / f"margin_{margin}", first, start, config.train, {"margin": margin})
@@ -94,8 +97,8 @@ def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
         "scaling": scaling,
     }
     if config.helpfulness:
-        values["conflict"] = conflict(config)
-    write_study(values, workdir)
+        values["conflict"] = conflict(config, labelled)
+    on_host_0(write_study, values, workdir)
     return values
 
 
@@ -148,23 +151,36 @@ def cumulative_batches(paths: Sequence[str], directory: Path, count: int) -> dic
     for number, end in enumerate(ends, start=1):
         path = directory / f"first_{number}.jsonl"
         kept = [{key: value for key, value in row.items() if value is not None} for row in rows[:end]]
-        if not path.exists():
-            write_jsonl(path, kept)
+        if not all(exist([path])):
+            on_host_0(write_jsonl, path, kept)
         files[str(path)] = int(end)
     return files
 
 
-def conflict(config: StudyConfig) -> dict[str, Any]:
-    """Scores in (0, 1) of both models on the held-out answers with a safety label, by label (Fig. 32)."""
-    stage = parse_stage(stage_values(config, config.sizes[0], config.starts[0], config.train, {}))
-    model, mesh, words = size(stage.model), make_mesh(stage.mesh), Tokenizer(config.tokenizer)
-    answers: dict[str, list[list[int]]] = {"safe": [], "unsafe": []}
+def labelled_answers(config: StudyConfig) -> dict[str, list[np.ndarray]]:
+    """Ids of the held-out dialogs with a safety label, "safe" and "unsafe"; ConfigError if `conflict` cannot be made."""
+    stage, words = conflict_stage(config), Tokenizer(config.tokenizer)
+    for path in (config.helpfulness, config.safety):
+        check_start(path, size(stage.model), words)
+    answers: dict[str, list[np.ndarray]] = {"safe": [], "unsafe": []}
     for path in config.held_out:
         for pair in encode_comparisons(path, words, length=stage.data.length, margin="none"):
             for ids, safe in zip((pair.chosen, pair.rejected), SAFE.get(pair.safety_bin, ())):
                 answers["safe" if safe else "unsafe"].append(ids)
     if not all(answers.values()):
         raise ConfigError(f"held_out: expected answers of both kinds by `safety_bin`, got {_counts(answers)}")
+    return answers
+
+
+def conflict_stage(config: StudyConfig) -> Any:
+    """The reward stage's config for the first size, the one of both judging models."""
+    return parse_stage(stage_values(config, config.sizes[0], config.starts[0], config.train, {}))
+
+
+def conflict(config: StudyConfig, answers: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Any]:
+    """Scores in (0, 1) of both models on the held-out answers with a safety label, by label (Fig. 32)."""
+    stage = conflict_stage(config)
+    model, mesh = size(stage.model), make_mesh(stage.mesh)
     specs, scores = table.table(model, head="reward_head"), {kind: {} for kind in answers}
     with jax.set_mesh(mesh):
         for name in ("helpfulness", "safety"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import jax
 from absl import flags
 
 from llama_jax.config import ConfigError, describe, parse
@@ -107,10 +108,18 @@ class Steps(Generic[C]):
 
 
 def run_job(config: type[C], job: Callable[[C, Path], Steps[C]]) -> Path:
-    """What the command of a job does with its flags `config` and `workdir`; returns the workdir."""
+    """What the command of a job does with its flags `config` and `workdir`; returns the workdir.
+
+    ConfigError on several hosts, which would all write the files of the steps that are no stages.
+    """
     keep_heap()
     keep_compiled(flags.FLAGS.workdir)
     start_distributed()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"a job of steps runs in one process, got {jax.process_count()}: on several hosts run its stages one by one, with "
+            "llama_jax.train"
+        )
     parsed, workdir = parse(config, flags.FLAGS.config), Path(flags.FLAGS.workdir)
     with own(workdir):
         claim(workdir, describe(parsed))

@@ -4,16 +4,21 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import small_runs
 
 from llama_jax import reward_study
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_comparisons, write_jsonl
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
+from llama_jax.interop import ours
+from llama_jax.model import params
 from llama_jax.model.config import SIZES
 from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown
 from llama_jax.steps import change, load_config
+from llama_jax.training.checkpoint import CheckpointError
 
 
 def rows(count, batches=None):
@@ -77,6 +82,28 @@ def test_figures_and_tables():
 ])  # fmt: skip
 def test_configs_that_cannot_run_are_refused(changes, message):
     small_runs.assert_refused(StudyConfig, "reward_study.py:tiny", changes, message)
+
+
+@pytest.mark.parametrize(("bins", "safety", "message"), [
+    (("both_safe",), "safety", "held_out: expected answers of both kinds by `safety_bin`, got 2 safe, 0 unsafe"),
+    (("chosen_safe", "both_safe"), "nothing", "nothing: expected a stage's workdir with checkpoints"),
+])  # fmt: skip
+def test_what_the_conflict_lacks_is_said_before_anything_is_trained(tmp_path, monkeypatch, bins, safety, message):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.setattr(reward_study, "train_one", None)
+    tokenizer = Tokenizer(small_runs.make_tokenizer(tmp_path))
+    for name in ("helpfulness", "safety"):
+        tree = params.init(params.table(small_runs.MODEL, head="reward_head"), jax.random.key(0))
+        ours.write(tmp_path / name, tree, small_runs.MODEL, tokenizer=tokenizer.fingerprint, origin={})
+    write_jsonl(tmp_path / "pairs.jsonl", [{**row, "safety_bin": name} for row, name in zip(rows(len(bins)), bins)])
+    values = load_config(small_runs.ROOT / "configs", "reward_study.py:tiny")
+    change(values, {
+        "configs": str(small_runs.ROOT / "configs"), "tokenizer": str(tmp_path / "tokenizer.model"),
+        "train": (str(tmp_path / "pairs.jsonl"),), "held_out": (str(tmp_path / "pairs.jsonl"),),
+        "starts": (str(tmp_path / "chat"),), "helpfulness": str(tmp_path / "helpfulness"), "safety": str(tmp_path / safety),
+    }, where="study")  # fmt: skip
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        reward_study.run(parse(StudyConfig, values), tmp_path / "study")
 
 
 @pytest.mark.slow

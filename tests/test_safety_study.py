@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import small_runs
 
+from llama_jax import steps
 from llama_jax.assistant.refusals import look_alikes
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_jsonl, write_jsonl
@@ -37,6 +39,16 @@ def test_a_smaller_share_is_part_of_a_larger_one():
     assert split_rows(rows, left_out=set(), helpful=5, safety=5, seed=2) != split_rows(
         rows, left_out=set(), helpful=5, safety=5, seed=3
     )
+
+
+def test_a_job_of_steps_is_refused_on_several_hosts(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(workdir=str(tmp_path), config=None)))
+    for name in ("keep_heap", "keep_compiled", "start_distributed"):
+        monkeypatch.setattr(steps, name, lambda *_: None)
+    monkeypatch.setattr(steps.jax, "process_count", lambda: 4)
+    with pytest.raises(ConfigError, match="a job of steps runs in one process, got 4: on several hosts run its stages"):
+        steps.run_job(SafetyStudyConfig, SafetyStudy)
+    assert not list(tmp_path.iterdir())
 
 
 def answer(name, *, safety=0.5, helpfulness=0.5, declined=False):
