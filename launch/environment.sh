@@ -1,5 +1,5 @@
-# shellcheck shell=bash
 # Sourced by demo.sh, test.sh and .ci/run: finds a Python and keeps one virtual environment up to date.
+# shellcheck shell=bash
 #
 #   PYTHON=...           the interpreter to use (default: the first of python3.12 python3.11 python3 that really runs)
 #   LLAMA_JAX_VENV=...   where the environment lies (default: .venv in the checkout)
