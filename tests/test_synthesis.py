@@ -5,14 +5,19 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import small_runs
+from test_hosts import launch
 
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.model import params
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start
+from llama_jax.rlhf import respond
 from llama_jax.rlhf.constraints import Constraint, instruction
 from llama_jax.rlhf.pool import policy_hash, read_pool
 from llama_jax.rlhf.rejection import Round
@@ -20,9 +25,9 @@ from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import load_config
 from llama_jax.train import parse_stage, run
-from llama_jax.training.checkpoint import read_meta
+from llama_jax.training.checkpoint import read_meta, restore_params
 
-pytestmark = pytest.mark.slow  # four trainings, each compiled for eight devices
+pytestmark = pytest.mark.slow  # trainings, most of them compiled for eight devices
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WORDS = "red green blue list dict set tuple string file loop".split()
@@ -124,7 +129,31 @@ def test_context_distillation_keeps_what_the_reward_model_prefers(base, tmp_path
         run(stage("distill", base, distill=helpful, data=data, **how), tmp_path / "none")
 
 
-def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alone(base, tmp_path):
+def check_that_a_kill_costs_one_portion(values, workdir, monkeypatch, *, whole):
+    """A round in portions of three prompts, killed in the second: its answers are those of one that was drawn whole."""
+    monkeypatch.setitem(respond.write_in_portions.__kwdefaults__, "size", 3)
+    real, drawn = Round.samples, []
+
+    def samples(self, prompts, **how):
+        if how.get("first") == 3 and len(drawn) < 4:
+            raise KeyboardInterrupt
+        drawn.append(how.get("first"))
+        return real(self, prompts, **how)
+
+    monkeypatch.setattr(Round, "samples", samples)
+    with pytest.raises(KeyboardInterrupt):
+        run(values, workdir)
+    assert drawn == [None, None, 0]  # a search at two temperatures, and the first portion
+    drawn.append("killed")
+    run(values, workdir)
+    assert drawn[4:] == [3, 6]
+    found = [row for _, row in read_jsonl(workdir / "samples.jsonl")]
+    for a, b in zip(found, whole, strict=True):
+        scores = {name: pytest.approx(b.pop(name), rel=1e-5) for name in ("helpfulness", "safety", "reward")}
+        assert a == {**b, **scores}  # rows are scored beside others, which rounds otherwise
+
+
+def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alone(base, tmp_path, monkeypatch):
     sft, reward = str(base / "sft"), str(base / "safety")
     small = dataclasses.replace(SIZES["tiny"], name="small", width=16, heads=2, kv_heads=1, ffn=32)
     rejection = {"prompts": str(base / "prompts.jsonl"), "prompt_length": 48, "max_prompts": 8, "answers": 3, "new_tokens": 12,
@@ -162,6 +191,9 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
         old, new = (row["reward"] for row in scored.again([older[0], pool[0]]))
         assert again[0]["version"] == ("v0" if old > new else "v1")
         assert new == pytest.approx(pool[0]["reward"], abs=1e-5)  # the same model says the same again
+        check_that_a_kill_costs_one_portion(
+            stage("rejection", base, rejection=rejection, **models, **sizes), tmp_path / "killed", monkeypatch, whole=samples
+        )
         for changes, error in (
             ({**models, "policy": ""}, "config.policy: expected the workdir of a stage"),
             ({**models, "safety": ""}, "config.safety: expected the workdir of a stage"),
@@ -171,3 +203,46 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
         ):
             with pytest.raises(ConfigError, match=error):
                 run(stage("rejection", base, **{"rejection": rejection, **sizes, **changes}), tmp_path / "wrong")
+
+
+def test_two_processes_make_the_files_and_parameters_of_one(tmp_path):
+    """Rejection sampling in portions, on a mesh of two devices: of one process, and of two with one each."""
+    small_runs.prepare(tmp_path)
+    script = """
+        import os
+        from pathlib import Path
+        import jax
+        from llama_jax.parallel.mesh import start_distributed
+        count = int(os.environ["JAX_NUM_PROCESSES"])
+        jax.config.update("jax_num_cpu_devices", 2 // count)
+        start_distributed()
+        import small_runs
+        from llama_jax.model.config import SIZES
+        from llama_jax.rlhf import respond
+        from llama_jax.steps import change, load_config
+        from llama_jax.train import run
+        SIZES["tiny"] = small_runs.MODEL
+        respond.write_in_portions.__kwdefaults__["size"] = 5
+        at = Path(os.environ["AT"])
+        values = load_config(small_runs.ROOT / "configs", "rejection.py:tiny")
+        models = {name: str(at / name) for name in ("helpfulness", "safety")}
+        change(values, {
+            **models, "start": str(at / "chat"), "policy": str(at / "chat"), "tokenizer": str(at / "tokenizer.model"),
+            "compute": small_runs.COMPUTE, "epochs": 0.0, "data": {"train": (str(at / "dialogs.jsonl"),), "length": 64},
+            "loop": {"steps": 2, "batch_size": 4}, "optim": {"warmup": 1},
+            "rejection": {"prompts": str(at / "prompts.jsonl"), "prompt_length": 20, "answers": 2, "new_tokens": 8,
+                          "temperatures": (0.8, 1.0), "search_prompts": 4, "max_prompts": 12, "sampling_batch": 8},
+        }, where="rejection")
+        run(values, at / f"by_{count}")
+    """
+    path = f"{small_runs.ROOT}:{small_runs.ROOT / 'tests'}"
+    for count in (1, 2):
+        done = launch(script, count, AT=str(tmp_path), PYTHONPATH=path, XLA_FLAGS="--xla_backend_optimization_level=0")
+        assert [code for code, _, _ in done] == [0] * count, done
+    one, two = tmp_path / "by_1", tmp_path / "by_2"
+    assert len((one / "samples.jsonl").read_text().splitlines()) == 24
+    for name in ("temperatures.json", "samples.jsonl", "pool.jsonl", "best.jsonl"):
+        assert (one / name).read_text() == (two / name).read_text(), name
+    specs, mesh = params.table(small_runs.MODEL, head="lm_head"), one_device()
+    a, b = (restore_params(workdir, specs, mesh) for workdir in (one, two))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
