@@ -15,7 +15,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data import tokenizer_gguf
 from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import encode_dialog, encode_prompt
-from llama_jax.data.sentencepiece_proto import model_class
+from llama_jax.data.sentencepiece_proto import USER_DEFINED, model_class
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.data.tokenizer_json import JsonTokenizer
@@ -343,7 +343,22 @@ def test_vocabularies_of_ggufs_that_are_not_known_are_refused(root):
 def test_a_ggufs_bos_is_added_where_it_says_so(root):
     words = Tokenizer(write_gguf_bpe(bpe(cut_smollm()), root / "bos.gguf", "smollm", add_add_bos_token=True))
     assert words.adds_bos and words.encode("a")[0] != 1
-    assert not Tokenizer(write_gguf_bpe(bpe(cut_smollm()), root / "none.gguf", "smollm", add_add_bos_token=False)).adds_bos
+    for pre, cut, says, adds in (  # where the file says nothing, llama.cpp goes by the pre-tokenizer
+        ("smollm", cut_smollm, {"add_add_bos_token": False}, False), ("smollm", cut_smollm, {}, False),
+        ("llama-bpe", cut_llama3, {}, True), ("llama-bpe", cut_llama3, {"add_add_bos_token": False}, False),
+    ):  # fmt: skip
+        assert Tokenizer(write_gguf_bpe(bpe(cut()), root / "bos.gguf", pre, **says)).adds_bos == adds
+
+
+def test_user_defined_pieces_are_not_exported_as_others(copies, tmp_path):
+    model = model_class().FromString(copies[0].serialized())
+    model.pieces[300].piece, model.pieces[300].type = "<|im_start|>", USER_DEFINED
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    words = Tokenizer(tmp_path / "tokenizer.model")
+    assert 300 in words.encode("<|im_start|>the loop")
+    with pytest.raises(ValueError, match=r"tokenizer.model: its piece '<\|im_start\|>' is user-defined"):
+        tokenizer_files.write(words, tmp_path, to="huggingface")
+    assert tokenizer_files.write(words, tmp_path, to="meta") == tmp_path / "tokenizer.model"
 
 
 def test_a_rewritten_gguf_is_read_anew(root):

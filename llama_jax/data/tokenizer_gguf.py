@@ -101,7 +101,10 @@ def json_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
     ]  # fmt: skip
     declared = _declared(fields, tokens)
     processor: dict[str, Any] = {**_BYTE_LEVEL, "trim_offsets": False}
-    if fields.get("ggml.add_bos_token", False):
+    # Where the field is missing, llama.cpp goes by the pre-tokenizer: Llama 3's files come without it.
+    if fields.get("ggml.add_bos_token", cut == "llama-bpe"):
+        if "ggml.bos_token_id" not in fields:
+            raise ValueError(f"{path}: BOS comes before its texts, but the file has no field tokenizer.ggml.bos_token_id")
         bos = declared["bos_token"]
         single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         special = {bos: {"id": bos, "ids": [fields["ggml.bos_token_id"]], "tokens": [bos]}}

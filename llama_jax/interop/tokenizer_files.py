@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_jax.data.sentencepiece_proto import BPE, NORMAL, model_class
+from llama_jax.data.sentencepiece_proto import BPE, NORMAL, USER_DEFINED, model_class
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from llama_jax.interop.huggingface import write_json
 from llama_jax.model.config import ModelConfig
@@ -92,6 +92,9 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
     The file holds no list of merges: SentencePiece merges the pair whose joined piece has the best score. So the merges are
     all pairs of pieces that join to a piece, in the order of its score.
+
+    Raises:
+      ValueError: another kind of model, one that normalises text, or one with user-defined pieces.
     """
     model = model_class().FromString(tokenizer.serialized())
     if model.trainer_spec.model_type != BPE:
@@ -99,6 +102,11 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     normalizer = model.normalizer_spec
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
         raise ValueError(f"tokenizer {tokenizer.path}: normalises text, which the exported tokenizer.json would not")
+    if own := [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]:
+        raise ValueError(
+            f"tokenizer {tokenizer.path}: its piece {own[0]!r} is user-defined, which comes before all merges; the exported "
+            "tokenizer.json would give other ids, and --tokenizer=none leaves it out"
+        )
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     merges = sorted(
