@@ -10,7 +10,6 @@ import os
 import sys
 from typing import Any, Literal
 
-import numpy as np
 from absl import flags
 
 from llama_jax import command
@@ -40,7 +39,7 @@ def run(
       path: the checkpoint, of any format; see `interop.formats.open_source`.
       output: the directory to be made.
       to: its format.
-      dtype: "float32", "bfloat16" or "float16"; None: as it is stored in the input (float32 for quantised ones).
+      dtype: "float32", "bfloat16" or "float16"; None: each tensor as it is stored in the input (float32 if quantised).
       tokenizer: a tokenizer that is not beside the weights; "none": the output has none.
       shards: tensor-parallel shards of Meta's layout.
       shard_bytes: largest file of Hugging Face's.
@@ -56,7 +55,8 @@ def run(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source = open_source(path)
-    kind = DTYPES[dtype] if dtype else source.dtype
+    stored = {(tensor.path, tensor.layer): source.dtype_of(tensor) for tensor in source.tensors}
+    kind = DTYPES[dtype] if dtype else lambda tensor: stored[tensor.path, tensor.layer]
     words = _tokenizer(source, tokenizer)
     with whole_directory(output) as directory:
         fingerprint = ""
@@ -69,16 +69,19 @@ def run(
         else:
             origin = {"format": source.format, "path": str(source.path)}
             make = functools.partial(ours.Writer, tokenizer=fingerprint, origin=origin)
-        _stream(source, make(directory, source.config, source.head, kind), kind, quiet=quiet)
+        writer = make(directory, source.config, source.head, kind)
+        _stream(source, writer, quiet=quiet)
+        kinds = [writer.kinds[tensor.name] for tensor in writer.tensors]  # the first is that of the embedding
         if to == "huggingface":
             ids = {"bos_id": 1, "eos_id": 2, "pad_id": 0} if words is None else {
                 "bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id,
             }  # fmt: skip
-            config = huggingface.config_json(source.config, source.head, kind, **ids)
+            config = huggingface.config_json(source.config, source.head, kinds[0], **ids)
             huggingface.write_json(directory / huggingface.CONFIG, config)
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {
-        "model": source.config.name, "format": source.format, "head": source.head, "dtype": kind.name,
+        "model": source.config.name, "format": source.format, "head": source.head,
+        "dtype": " and ".join(dict.fromkeys(kind.name for kind in kinds)),
         "parameters": count(leaves(source.config, source.head)), "bytes": size,
         "tokenizer": str(words.path) if words is not None else NO_TOKENIZER,
     }  # fmt: skip
@@ -97,33 +100,38 @@ def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | N
     return words
 
 
-def _stream(source: Source, writer: Any, kind: np.dtype, *, quiet: bool) -> None:
+def _stream(source: Source, writer: Any, *, quiet: bool) -> None:
     """Reads every tensor twice: to check it, then to write it."""
     with Progress(len(source.tensors), "check", "array", quiet=quiet) as progress:
-        for tensor in source.tensors:
+        for tensor, target in zip(source.tensors, writer.tensors, strict=True):
             x = source.fetch(tensor)
             check_finite(x, tensor.name, source.path)
-            cast(x, kind, tensor.name, source.path)
+            cast(x, writer.kinds[target.name], tensor.name, source.path)
             progress.update()
     with Progress(len(source.tensors), "convert", "array", quiet=quiet) as progress:
         for tensor, target in zip(source.tensors, writer.tensors, strict=True):
-            writer.add(target, cast(source.read(tensor), kind, tensor.name, source.path))
+            writer.add(target, cast(source.read(tensor), writer.kinds[target.name], tensor.name, source.path))
             progress.update()
     writer.close()
 
 
-def _one_process() -> None:
-    """Ends every process of a cluster, the first of them with a sentence: each would write the same files."""
+def one_process(name: str) -> None:
+    """Ends a command in every process of a cluster, in the first of them with a sentence: each would do the same."""
     processes = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
-    if processes > 1:
-        if os.environ.get("JAX_PROCESS_ID", "0") != "0":
-            sys.exit(1)
-        raise ValueError(f"convert runs in one process, and JAX_NUM_PROCESSES is {processes}: start it on one host, without it")
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    for described, number, own in (
+        (f"JAX_NUM_PROCESSES is {processes}", processes, "JAX_PROCESS_ID"),
+        (f"TPU_WORKER_HOSTNAMES names {hosts} hosts", hosts, "TPU_WORKER_ID"),
+    ):
+        if number > 1:
+            if os.environ.get(own, "0") != "0":
+                sys.exit(1)
+            raise ValueError(f"{name} runs in one process, and {described}: start it on one host, without it")
 
 
 def main() -> None:
     """Flags to call."""
-    _one_process()
+    one_process("convert")
     values = flags.FLAGS
     done = run(values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards)
     print(

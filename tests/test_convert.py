@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +46,16 @@ def words(tmp_path_factory) -> Tokenizer:
     return train_tokenizer(TEXTS, tmp_path_factory.mktemp("words") / "tokenizer.model", vocab_size=PIECES)
 
 
-def write_hf(directory: Path, config=MODEL, *, dtype=ml_dtypes.bfloat16, head="lm_head", words=None) -> dict:
+def write_hf(
+    directory: Path, config=MODEL, *, dtype=ml_dtypes.bfloat16, vectors=None, head="lm_head", words=None
+) -> dict:
     """Random weights in Hugging Face's files; returns them by (leaf, layer)."""
     directory.mkdir(parents=True)
-    writer = huggingface.Writer(directory, config, head, np.dtype(dtype))
+    kind = lambda row: np.dtype(vectors if vectors and len(row.ours) == 1 else dtype)  # noqa: E731
+    writer = huggingface.Writer(directory, config, head, kind)
     rng, values = np.random.default_rng(0), {}
     for row in writer.tensors:
-        values[row.path, row.layer] = rng.standard_normal(row.ours).astype(dtype)
+        values[row.path, row.layer] = rng.standard_normal(row.ours).astype(kind(row))
         writer.add(row, values[row.path, row.layer])
     writer.close()
     described = huggingface.config_json(config, head, np.dtype(dtype), bos_id=1, eos_id=2, pad_id=0)
@@ -133,7 +137,9 @@ def test_gguf_tensors_are_what_the_package_dequantises_in_our_order(kind, tmp_pa
     source = open_source(tmp_path / "x.gguf")
     assert source.config.tie_embeddings == (kind == "Q4_1")
     assert dataclasses.replace(source.config, name="small", tie_embeddings=False) == WIDE
-    assert source.dtype.name == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    kinds = {row.name: source.dtype_of(row).name for row in source.tensors}
+    assert kinds["blk.0.ffn_up.weight"] == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    assert kinds["output_norm.weight"] == "float32"
     convert.run(tmp_path / "x.gguf", tmp_path / "hf", to="huggingface", tokenizer="none", dtype="float32", quiet=True)
     state = pytest.importorskip("safetensors.numpy").load_file(tmp_path / "hf/model.safetensors")
     assert state.keys() == values.keys()
@@ -182,6 +188,26 @@ def test_ggufs_that_cannot_be_read_are_refused(tmp_path):
     refused(r"tensor blk.1.ffn_up.weight holds nan at \[0, 0\]")
 
 
+def test_headers_of_ggufs_that_promise_more_than_the_file_has_are_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+
+    def refused(match, *, fields=(), tensors=0, rest=b""):
+        head = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields))
+        path.write_bytes(head + b"".join(struct.pack("<Q", 1) + b"x" + field for field in fields) + rest)
+        with pytest.raises(ValueError, match=match):
+            gguf_file.read_header(path)
+
+    for kind in (0, 8, 12):  # bytes, texts, numbers of eight bytes
+        for count in (2**40, 2**62):
+            refused("truncated inside its header", fields=[struct.pack("<IIQ", 9, kind, count)])
+    refused("an array of values of type 9", fields=[struct.pack("<IIQ", 9, 9, 1)])
+    refused("tensor x has 4,294,967,295 dimensions", tensors=1, rest=struct.pack("<Q", 1) + b"x" + struct.pack("<I", 2**32 - 1))
+    name = b"general.alignment"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(name)) + name + struct.pack("<II", 4, 0))
+    with pytest.raises(ValueError, match="general.alignment is 0, expected a positive int"):
+        gguf_file.read_header(path)
+
+
 def _rewritten(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -216,6 +242,19 @@ def test_stages_start_from_a_converted_checkpoint(dtype, words, tmp_path):
     # A reward model takes the trunk and draws its head.
     reward = starting_params(params.table(model, head="reward_head"), mesh, start=str(tmp_path / "start"), seed=0)()
     np.testing.assert_array_equal(reward["trunk"]["embedding"], tree["trunk"]["embedding"])
+
+
+@pytest.mark.parametrize("to", ["huggingface", "meta", "llama_jax"])
+def test_each_tensor_keeps_its_type(to, tmp_path):
+    values = write_hf(tmp_path / "hf", vectors=np.float32)
+    done = convert.run(tmp_path / "hf", tmp_path / "out", to=to, tokenizer="none", quiet=True)
+    source = open_source(tmp_path / "out")
+    assert done["dtype"] == "bfloat16 and float32"
+    for row in source.tensors:
+        assert source.dtype_of(row) == source.read(row).dtype == values[row.path, row.layer].dtype
+        np.testing.assert_array_equal(source.read(row), values[row.path, row.layer])
+    one = convert.run(tmp_path / "hf", tmp_path / "one", to=to, tokenizer="none", dtype="bfloat16", quiet=True)
+    assert one["dtype"] == "bfloat16" and one["bytes"] < done["bytes"]
 
 
 def test_a_smollm2_sized_checkpoint_starts_the_preset(tmp_path):
@@ -284,6 +323,21 @@ def test_the_command_converts_and_says_so_or_gives_one_line(words, tmp_path):
     assert said == ["error: convert runs in one process, and JAX_NUM_PROCESSES is 2: start it on one host, without it"]
 
 
+def test_commands_of_one_process_notice_the_hosts_of_a_pod(monkeypatch):
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    for hosts, worker in ((None, None), ("localhost", "0")):
+        if hosts:
+            monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+            monkeypatch.setenv("TPU_WORKER_ID", worker)
+        convert.one_process("serve")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
+    with pytest.raises(ValueError, match="^serve runs in one process, and TPU_WORKER_HOSTNAMES names 4 hosts: start it on one"):
+        convert.one_process("serve")
+    monkeypatch.setenv("TPU_WORKER_ID", "3")
+    with pytest.raises(SystemExit):
+        convert.one_process("serve")
+
+
 # Memory
 
 MEASURE = """
@@ -310,11 +364,12 @@ def sparse_hf(directory: Path, config: ModelConfig) -> int:
     """Hugging Face's files of a shape, as holes: all weights are zero and take no disk. Returns their bytes."""
     directory.mkdir()
     dtype, total = np.dtype(ml_dtypes.bfloat16), 0
-    plan = huggingface._plan(names.tensors(config, "lm_head", "huggingface"), dtype, huggingface.SHARD_BYTES)
+    rows = names.tensors(config, "lm_head", "huggingface")
+    plan = huggingface._plan(rows, names.kinds(rows, dtype), huggingface.SHARD_BYTES)
     index = {}
     for i, shard in enumerate(plan):
         file = directory / f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
-        with huggingface.write_file(file, {row.name: row.shape for row in shard}, dtype):
+        with huggingface.write_file(file, {row.name: (row.shape, dtype) for row in shard}):
             pass
         size = sum(math.prod(row.shape) * 2 for row in shard)
         with open(file, "r+b") as opened:

@@ -148,7 +148,7 @@ def test_half_precision_files_give_their_logits_in_float32(dtype, tmp_path):
     model, tokens = theirs(MODEL), random_tokens(MODEL)
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    assert source.dtype.name == dtype
+    assert {source.dtype_of(row).name for row in source.tensors} == {dtype}
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = again(torch.tensor(tokens)).logits.numpy()
@@ -559,6 +559,22 @@ def test_pickles_that_are_more_than_tensors_are_refused(content, tmp_path, capsy
     with pytest.raises(ValueError, match=r"is refused|is no tensor|expected a dictionary"):
         read_header(pth_of(content, tmp_path / "x.pth"))
     assert capsys.readouterr().out == ""
+
+
+def test_damaged_archives_are_one_sentence_with_the_file(tmp_path):
+    write_meta(tmp_path / "m", dataclasses.replace(MODEL, layers=1))
+    whole = (tmp_path / "m/consolidated.00.pth").read_bytes()
+    central, end = whole.index(b"PK\x01\x02"), whole.rindex(b"PK\x05\x06")
+    for at, value, match in (
+        (central + 6, b"\xff", "truncated, or not a file"),  # a version of zip that does not exist
+        (central + 8, b"\x01", "is refused"),  # encrypted
+        (central + 10, b"\x63", "truncated, or not a file|is refused"),  # an unknown compression
+        (central + 42, b"\xff\xff\xff\x7f", "truncated, or not a file|is refused"),  # a record far behind the end
+        (end + 16, b"\xff\xff\xff\x7f", "truncated, or not a file|is refused"),  # so is the directory
+    ):
+        (tmp_path / "x.pth").write_bytes(whole[:at] + value + whole[at + len(value) :])
+        with pytest.raises(ValueError, match=f"x.pth: .*({match})"):
+            read_header(tmp_path / "x.pth")
 
 
 def test_other_paths_are_sentences(tmp_path, hf):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 # The format's types of values, in the order of their codes; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_STRING = 1 << 28
+_MAX_STRING, _MAX_DIMENSIONS = 1 << 28, 4
 # Elements and bytes of a block by type code; the sizes of ggml's types that model files use.
 _BLOCKS = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
@@ -45,14 +45,13 @@ class Header:
 
 
 class _Cursor:
-    def __init__(self, path: Path, file: BinaryIO):
-        self._path, self._file = path, file
+    def __init__(self, path: Path, file: BinaryIO, size: int):
+        self._path, self._file, self._size = path, file, size
 
     def take(self, count: int) -> bytes:
-        data = self._file.read(count)
-        if len(data) != count:
+        if count > self._size - self._file.tell():
             raise ValueError(f"{self._path}: truncated inside its header")
-        return data
+        return self._file.read(count)
 
     def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
@@ -71,6 +70,8 @@ class _Cursor:
             if item in _SCALARS:
                 width = struct.calcsize(f"<{_SCALARS[item]}")
                 return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(count * width)))
+            if item != _STRING:  # arrays of arrays are allowed, and used by no model
+                raise ValueError(f"{self._path}: damaged: an array of values of type {item}")
             return [self.value(item) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"{self._path}: damaged: a value of unknown type {kind}")
@@ -84,7 +85,7 @@ def read_header(path: Path) -> Header:
     """Fields and tensors of a file; ValueError if it is none, damaged, or ends before one of its tensors."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        cursor = _Cursor(path, file)
+        cursor = _Cursor(path, file, size)
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file")
         version = cursor.scalar("I")
@@ -98,9 +99,13 @@ def read_header(path: Path) -> Header:
         entries = {}
         for _ in range(tensor_count):
             name, dimensions = cursor.string(), cursor.scalar("I")
+            if dimensions > _MAX_DIMENSIONS:
+                raise ValueError(f"{path}: damaged: tensor {name} has {dimensions:,} dimensions")
             shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
             entries[name] = (shape, cursor.scalar("I"), cursor.scalar("Q"))
         alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"{path}: general.alignment is {alignment!r}, expected a positive int")
         start = -(-cursor.position() // alignment) * alignment
     tensors = {}
     for name, (shape, kind, offset) in entries.items():

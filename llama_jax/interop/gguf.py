@@ -79,15 +79,17 @@ def open_source(path: Path) -> Source:
     config, head = read_config(header, path)
     rows = names.tensors(config, head, "gguf")
     names.check(rows, {name: stored.shape for name, stored in header.tensors.items()}, path)
-    kinds = {header.tensors[row.name].kind_name for row in rows if len(row.ours) > 1}
-    dtype = _PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.dtype(np.float32)
+
+    def dtype_of(tensor: Tensor) -> np.dtype:
+        return _PLAIN.get(header.tensors[tensor.name].kind_name, np.dtype(np.float32))
 
     def fetch(tensor: Tensor) -> np.ndarray:
         return read_tensor(header.tensors[tensor.name]).reshape(tensor.shape)
 
     return Source(
-        path=path, format="gguf", config=config, head=head, dtype=dtype, tensors=tuple(rows), fetch=fetch, tokenizer=path
-    )
+        path=path, format="gguf", config=config, head=head, tensors=tuple(rows), dtype_of=dtype_of, fetch=fetch,
+        tokenizer=path,
+    )  # fmt: skip
 
 
 def read_tensor(stored: Quantised) -> np.ndarray:

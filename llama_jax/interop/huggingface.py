@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,9 @@ def open_source(directory: Path) -> Source:
     names.check(rows, shapes, directory)
     tokenizer = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
     return Source(
-        path=directory, format="huggingface", config=config, head=head, dtype=found[rows[0].name].dtype,
-        tensors=tuple(rows), fetch=lambda tensor: found[tensor.name].read(), tokenizer=tokenizer,
+        path=directory, format="huggingface", config=config, head=head, tensors=tuple(rows),
+        dtype_of=lambda tensor: found[tensor.name].dtype, fetch=lambda tensor: found[tensor.name].read(),
+        tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -221,16 +222,17 @@ def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int
 
 
 class Writer:
-    """Streams tensors into numbered safetensors files of at most `shard_bytes`."""
+    """Streams tensors into numbered safetensors files of at most `shard_bytes`; see `names.kinds` for `dtype`."""
 
     format = "huggingface"
 
     def __init__(
-        self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, shard_bytes: int = SHARD_BYTES
+        self, directory: Path, config: ModelConfig, head: Head, dtype: names.Kind, *, shard_bytes: int = SHARD_BYTES
     ):
         self.tensors = names.tensors(config, head, "huggingface")
-        self._directory, self._dtype, self._stack = directory, dtype, contextlib.ExitStack()
-        self._shards = _plan(self.tensors, dtype, shard_bytes)
+        self.kinds = names.kinds(self.tensors, dtype)
+        self._directory, self._stack = directory, contextlib.ExitStack()
+        self._shards = _plan(self.tensors, self.kinds, shard_bytes)
         self._names = [WEIGHTS] if len(self._shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))
         ]  # fmt: skip
@@ -242,15 +244,15 @@ class Writer:
         shard = self._places[tensor.name]
         if self._open is None or self._open[0] != shard:
             self._stack.close()
-            plan = {row.name: row.shape for row in self._shards[shard]}
-            self._open = shard, self._stack.enter_context(write_file(self._directory / self._names[shard], plan, self._dtype))
+            plan = {row.name: (row.shape, self.kinds[row.name]) for row in self._shards[shard]}
+            self._open = shard, self._stack.enter_context(write_file(self._directory / self._names[shard], plan))
         self._open[1].add(tensor.name, tensor.from_ours(x))
 
     def close(self) -> None:
         """Ends the files and writes their index."""
         self._stack.close()
         if len(self._shards) > 1:
-            total = sum(_bytes(row, self._dtype) for row in self.tensors)
+            total = sum(_bytes(row, self.kinds[row.name]) for row in self.tensors)
             index = {
                 "metadata": {"total_size": total},
                 "weight_map": {name: self._names[shard] for name, shard in self._places.items()},
@@ -262,15 +264,15 @@ def _bytes(row: Tensor, dtype: np.dtype) -> int:
     return int(np.prod(row.shape, dtype=np.int64)) * dtype.itemsize
 
 
-def _plan(rows: Iterable[Tensor], dtype: np.dtype, shard_bytes: int) -> list[list[Tensor]]:
+def _plan(rows: Iterable[Tensor], kinds: Mapping[str, np.dtype], shard_bytes: int) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = []
     size = 0
     for row in rows:
-        if not shards or size + _bytes(row, dtype) > shard_bytes:
+        if not shards or size + _bytes(row, kinds[row.name]) > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(row)
-        size += _bytes(row, dtype)
+        size += _bytes(row, kinds[row.name])
     return shards
 
 

@@ -108,8 +108,8 @@ def open_source(directory: Path) -> Source:
         (folder / TOKENIZER for folder in (directory, directory.parent) if (folder / TOKENIZER).is_file()), None
     )
     return Source(
-        path=directory, format="meta", config=config, head=head, dtype=shards[0][rows[0].name].dtype, tensors=tuple(rows),
-        fetch=fetch, tokenizer=tokenizer,
+        path=directory, format="meta", config=config, head=head, tensors=tuple(rows),
+        dtype_of=lambda tensor: shards[0][tensor.name].dtype, fetch=fetch, tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -181,23 +181,27 @@ def _ffn(width: int, ffn: int) -> dict[str, Any]:
 class Writer:
     """Streams tensors into `shards` files at once, each tensor cut as tensor parallelism cuts it.
 
-    The layout knows no tied embeddings: the matrix of such a model is written twice, and read again as two.
+    The layout knows no tied embeddings: the matrix of such a model is written twice, and read again as two. See
+    `names.kinds` for `dtype`.
     """
 
     format = "meta"
 
-    def __init__(self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, shards: int = 1):
+    def __init__(self, directory: Path, config: ModelConfig, head: Head, dtype: names.Kind, *, shards: int = 1):
         self.tensors = names.tensors(config, head, "meta")
-        self._dtype, self._shards = dtype, shards
+        self.kinds = names.kinds(self.tensors, dtype)
+        self._shards = shards
         rows = list(self.tensors)
         self._copy: Tensor | None = None  # of the embedding, as the output
         if config.tie_embeddings and head == "lm_head":
             untied = names.tensors(dataclasses.replace(config, tie_embeddings=False), head, "meta")
             self._copy = next(row for row in untied if row.path == "lm_head/kernel")
-            rows.insert(1 + next(i for i, row in enumerate(rows) if row.path == "trunk/embedding"), self._copy)
+            at, embedding = next((i, row) for i, row in enumerate(rows) if row.path == "trunk/embedding")
+            rows.insert(at + 1, self._copy)
+            self.kinds[self._copy.name] = self.kinds[embedding.name]
         write_json(directory / PARAMS, params_json(config))
-        plan = {row.name: self._part(row) for row in rows}
-        self._files = [TorchWriter(directory / f"consolidated.{i:02d}.pth", plan, dtype) for i in range(shards)]
+        plan = {row.name: (self._part(row), self.kinds[row.name]) for row in rows}
+        self._files = [TorchWriter(directory / f"consolidated.{i:02d}.pth", plan) for i in range(shards)]
 
     def _part(self, row: Tensor) -> tuple[int, ...]:
         """The shape of one shard's part; heads are not cut in two."""

@@ -11,6 +11,7 @@ formats differ in the order of the rows of the query and key projections, in whi
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -121,6 +122,14 @@ def tensors(config: ModelConfig, head: Head, file_format: Format) -> list[Tensor
                 )
             )  # fmt: skip
     return rows
+
+
+Kind = np.dtype | Callable[[Tensor], np.dtype]  # of all tensors, or of each
+
+
+def kinds(rows: Iterable[Tensor], dtype: Kind) -> dict[str, np.dtype]:
+    """The type of each tensor, by its name."""
+    return {row.name: dtype if isinstance(dtype, np.dtype) else dtype(row) for row in rows}
 
 
 def _layout(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], int | None]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -46,8 +45,8 @@ def open_source(workdir: Path) -> Source:
     reader = _reader(workdir, leaves(config, head))
     tokenizer = next((workdir / name for name in TOKENIZERS if (workdir / name).is_file()), None)
     return Source(
-        path=workdir, format="llama_jax", config=config, head=head, dtype=np.dtype(jnp.dtype(meta.get("dtype", "float32"))),
-        tensors=tuple(rows), fetch=lambda row: row.from_ours(reader.read(row)), tokenizer=tokenizer,
+        path=workdir, format="llama_jax", config=config, head=head, tensors=tuple(rows),
+        dtype_of=lambda row: reader.dtype(row.path), fetch=lambda row: row.from_ours(reader.read(row)), tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -74,6 +73,7 @@ class _LeafReader:
 
     def __init__(self, step: Path, expected: Mapping[str, int], prefix: tuple[str, ...], specs: Mapping[str, Any]):
         self._step, self._expected, self._prefix, self.specs = step, expected, prefix, specs
+        self._dtypes: dict[str, np.dtype] = {}
         self._path, self._array, self._at, self._block = "", None, slice(0, 0), np.empty(0)
         for path in specs:
             if _name(self._keys(path)) not in expected:
@@ -90,6 +90,12 @@ class _LeafReader:
             self._load(at)
         return self._block[row.layer - self._at.start]
 
+    def dtype(self, path: str) -> np.dtype:
+        """The type that a parameter is stored in."""
+        if path not in self._dtypes:
+            self._dtypes[path] = self._opened(path).dtype.numpy_dtype
+        return self._dtypes[path]
+
     def leaf(self, path: str) -> np.ndarray:
         """One parameter of all layers."""
         self._open(path)
@@ -102,11 +108,7 @@ class _LeafReader:
 
     def _open(self, path: str) -> None:
         """Opens a leaf and compares it with its fingerprint; the last of its blocks stays in memory."""
-        self._path, keys = path, self._keys(path)
-        try:
-            self._array = layered.open_array(self._step / "params", keys)
-        except (ValueError, OSError) as error:
-            raise self._unreadable(error) from None
+        self._path, self._array = path, self._opened(path)
         if self._array.shape != self.specs[path].shape:
             shape = list(self.specs[path].shape)
             raise CheckpointError(f"{self._step}: {path} has shape {list(self._array.shape)}, expected {shape}")
@@ -114,20 +116,26 @@ class _LeafReader:
         for at in layered.blocks(self._array):
             self._load(at)
             found += fingerprint_part(self._block, at.start * size)
-        if found % 2**32 != self._expected[_name(keys)]:
+        if found % 2**32 != self._expected[_name(self._keys(path))]:
             raise CheckpointError(f"{self._step}: {path} has another checksum than when it was saved")
+
+    def _opened(self, path: str) -> Any:
+        try:
+            return layered.open_array(self._step / "params", self._keys(path))
+        except (ValueError, OSError) as error:
+            raise self._unreadable(path, error) from None
 
     def _load(self, at: slice) -> None:
         self._block = np.empty(0)  # the old block goes before the new one comes
         try:
             self._block = self._array[at].read().result()
         except (ValueError, OSError) as error:
-            raise self._unreadable(error) from None
+            raise self._unreadable(self._path, error) from None
         self._at = at
 
-    def _unreadable(self, error: Exception) -> CheckpointError:
+    def _unreadable(self, path: str, error: Exception) -> CheckpointError:
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return CheckpointError(f"{self._step}: {self._path} cannot be read: {text}")
+        return CheckpointError(f"{self._step}: {path} cannot be read: {text}")
 
 
 class _MergedReader:
@@ -149,11 +157,19 @@ class _MergedReader:
         a, b = (part[row.layer : row.layer + 1] for part in self._pair)
         return weight + np.asarray(product(a, b, self._scale))[0]
 
+    def dtype(self, path: str) -> np.dtype:
+        """The type that a parameter is given out in; adapters are added in float32."""
+        if path in self._adapters.specs:
+            return self._adapters.dtype(path)
+        return np.dtype(np.float32) if self._names_of(path) else self._base.dtype(path)
+
     def _adapters_of(self, path: str) -> tuple[np.ndarray, np.ndarray] | None:
+        found = self._names_of(path)
+        return found and (self._adapters.leaf(found[0]), self._adapters.leaf(found[1]))
+
+    def _names_of(self, path: str) -> tuple[str, str] | None:
         a, b = (f"lora/layers/{path.split('/')[-1]}/{part}" for part in "ab")
-        if a not in self._adapters.specs or not path.startswith("trunk/layers/"):
-            return None
-        return self._adapters.leaf(a), self._adapters.leaf(b)
+        return (a, b) if a in self._adapters.specs and path.startswith("trunk/layers/") else None
 
 
 def _name(keys: Sequence[str]) -> str:
@@ -164,23 +180,28 @@ def _name(keys: Sequence[str]) -> str:
 class Writer:
     """Streams tensors into checkpoint 0 of a workdir, which every stage can start from.
 
-    They are stored in their own type; stages read them as float32, and the fingerprints are those of the float32 numbers
-    (which hold a bfloat16 or float16 exactly). `tokenizer` is its fingerprint.
+    They are stored in their own type (see `names.kinds`; of layers that differ in theirs, as float32); stages read them as
+    float32, and the fingerprints are those of the float32 numbers (which hold a bfloat16 or float16 exactly). `tokenizer` is
+    its fingerprint.
     """
 
     format = "llama_jax"
 
     def __init__(
-        self, directory: Path, config: ModelConfig, head: Head, dtype: np.dtype, *, tokenizer: str, origin: Mapping[str, Any]
-    ):
+        self, directory: Path, config: ModelConfig, head: Head, dtype: names.Kind, *, tokenizer: str,
+        origin: Mapping[str, Any],
+    ):  # fmt: skip
         self.tensors = names.tensors(config, head, "huggingface")
+        self.kinds = names.kinds(self.tensors, dtype)
+        for rows in names.by_leaf(self.tensors).values():
+            if len({self.kinds[row.name] for row in rows}) > 1:
+                self.kinds |= names.kinds(rows, np.dtype(np.float32))
         shapes = {path: spec.shape for path, spec in leaves(config, head).items()}
         self._checkpoint = _Checkpoint(directory, config, shapes, tokenizer, origin)
-        self._dtype = dtype
 
     def add(self, tensor: Tensor, x: np.ndarray) -> None:
         """Writes the next tensor of `self.tensors`, in our layout."""
-        self._checkpoint.add(tensor.path, x, tensor.layer, self._dtype)
+        self._checkpoint.add(tensor.path, x, tensor.layer, self.kinds[tensor.name])
 
     def close(self) -> None:
         """Writes what the checkpoint says of itself."""
@@ -229,6 +250,6 @@ class _Checkpoint:
 
     def close(self) -> None:
         """Writes the meta."""
-        dtype = self._dtypes.pop() if len(self._dtypes) == 1 else "float32"
+        dtype = " and ".join(sorted(self._dtypes))
         sums = {_name(path.split("/")): value for path, value in self._sums.items()}
         write_json(self._step / "meta" / "metadata", self._meta | {"fingerprints": sums, "dtype": dtype})

@@ -64,11 +64,11 @@ def read_header(path: Path) -> dict[str, Stored]:
 class SafetensorsWriter:
     """Takes the tensors of one file in the order in which they were planned."""
 
-    def __init__(self, file: BinaryIO, plan: Mapping[str, tuple[int, ...]], dtype: np.dtype):
-        self._file, self._dtype, self._plan = file, dtype, iter(plan.items())
-        code = next(code for code, known in _CODES.items() if known == dtype)
+    def __init__(self, file: BinaryIO, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+        self._file, self._plan = file, iter(plan.items())
         header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape in plan.items():
+        for name, (shape, dtype) in plan.items():
+            code = next(code for code, known in _CODES.items() if known == dtype)
             end = offset + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
@@ -78,14 +78,14 @@ class SafetensorsWriter:
 
     def add(self, name: str, x: np.ndarray) -> None:
         """Writes the next tensor."""
-        expected, shape = next(self._plan)
-        if (name, x.shape, x.dtype) != (expected, shape, self._dtype):
-            raise ValueError(f"expected tensor {expected} {shape} {self._dtype}, got {name} {x.shape} {x.dtype}")
+        expected, (shape, dtype) = next(self._plan)
+        if (name, x.shape, x.dtype) != (expected, shape, dtype):
+            raise ValueError(f"expected tensor {expected} {shape} {dtype}, got {name} {x.shape} {x.dtype}")
         np.ascontiguousarray(x).tofile(self._file)
 
 
 @contextlib.contextmanager
-def write_file(path: Path, plan: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[SafetensorsWriter]:
-    """Yields a writer of the planned tensors (name -> shape)."""
+def write_file(path: Path, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[SafetensorsWriter]:
+    """Yields a writer of the planned tensors (name -> shape and type)."""
     with open(path, "wb") as file:
-        yield SafetensorsWriter(file, plan, dtype)
+        yield SafetensorsWriter(file, plan)

@@ -20,8 +20,8 @@ class Source:
     Attributes:
       path, format: where it lies and what it is.
       config, head: the model.
-      dtype: the type that its matrices are stored in; float32 for quantised ones.
       tensors: every tensor, leaf by leaf.
+      dtype_of: the type that one of them is stored in; float32 for quantised ones.
       fetch: reads one of them, in the file's layout.
       tokenizer: the file of its tokenizer, if there is one.
     """
@@ -30,8 +30,8 @@ class Source:
     format: Literal["huggingface", "meta", "gguf", "llama_jax"]
     config: ModelConfig
     head: Head
-    dtype: np.dtype
     tensors: tuple[Tensor, ...]
+    dtype_of: Callable[[Tensor], np.dtype]
     fetch: Callable[[Tensor], np.ndarray]
     tokenizer: Path | None = None
 

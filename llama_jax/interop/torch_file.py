@@ -11,6 +11,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ _STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "HalfStorage": np.dtype(np.float16),
 }
+# What reading a damaged archive or pickle raises: a seek outside the file, a record that claims to be encrypted, ...
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, TypeError, ValueError, IndexError, AttributeError, KeyError, OSError, RuntimeError,
+    OverflowError, MemoryError, zlib.error, struct.error,
+)  # fmt: skip
 _MAX_PICKLE = 1 << 28  # bytes; the description of the largest model has less than one percent of it
 _ALIGN = 64
 
@@ -95,23 +101,23 @@ class _Reader(pickle.Unpickler):
 def read_header(path: Path) -> dict[str, Stored]:
     """Name -> tensor of a file of `torch.save`; ValueError if it is none, damaged, or wants code to be run."""
     size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-            if "data.pkl" not in records or records["data.pkl"].file_size > _MAX_PICKLE:
-                raise pickle.UnpicklingError("there is no data.pkl inside")
-            state = _Reader(io.BytesIO(archive.read(records["data.pkl"]))).load()
-            if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-                raise pickle.UnpicklingError("its tensors are big-endian")
-    except zipfile.BadZipFile:
-        raise ValueError(
-            f"{path}: truncated, or not a file of torch.save since version 1.6 (a zip archive of {size:,} bytes)"
-        ) from None
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: is refused, its pickle is no plain description of tensors: {error}") from None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got a {type(state).__name__}")
     with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+                if "data.pkl" not in records or records["data.pkl"].file_size > _MAX_PICKLE:
+                    raise pickle.UnpicklingError("there is no data.pkl inside")
+                state = _Reader(io.BytesIO(archive.read(records["data.pkl"]))).load()
+                if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+                    raise pickle.UnpicklingError("its tensors are big-endian")
+        except (zipfile.BadZipFile, NotImplementedError):  # as is a version or a compression that no such file has
+            raise ValueError(
+                f"{path}: truncated, or not a file of torch.save since version 1.6 (a zip archive of {size:,} bytes)"
+            ) from None
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: is refused, its pickle is no plain description of tensors: {error}") from None
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{path}: expected a dictionary of tensors, got a {type(state).__name__}")
         return {name: _locate(path, file, name, value, records, size) for name, value in state.items()}
 
 
@@ -131,9 +137,9 @@ def _locate(path: Path, file: io.BufferedReader, name: str, value: Any, records:
             f"its storage has {record.file_size:,}"
         )
     # The name and extra field before a record may differ in length from those in the directory at the end.
-    file.seek(record.header_offset)
+    file.seek(max(record.header_offset, 0))
     header = file.read(30)
-    if header[:4] != b"PK\x03\x04":
+    if header[:4] != b"PK\x03\x04" or len(header) < 30:
         raise ValueError(f"{path}: the record of tensor {name} is damaged")
     start = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30])) + value.offset * itemsize
     stored = Stored(path, start, value.storage.dtype, value.shape)
@@ -142,20 +148,20 @@ def _locate(path: Path, file: io.BufferedReader, name: str, value: Any, records:
 
 
 class TorchWriter:
-    """Writes tensors of planned names and shapes as `torch.save` would write their dictionary, in that order."""
+    """Writes tensors of planned names, shapes and types as `torch.save` would write their dictionary, in that order."""
 
-    def __init__(self, path: Path, plan: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+    def __init__(self, path: Path, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
         self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
-        self._plan, self._dtype = list(plan.items()), dtype
+        self._plan = list(plan.items())
         self._folder, self._next = path.stem, 0
-        self._record("data.pkl", _pickled(plan, dtype))
+        self._record("data.pkl", _pickled(plan))
         self._record("byteorder", b"little")
 
     def add(self, name: str, x: np.ndarray) -> None:
         """Writes the next tensor."""
-        expected, shape = self._plan[self._next]
-        if (name, x.shape, x.dtype) != (expected, shape, self._dtype):
-            raise ValueError(f"expected tensor {expected} {shape} {self._dtype}, got {name} {x.shape} {x.dtype}")
+        expected, (shape, dtype) = self._plan[self._next]
+        if (name, x.shape, x.dtype) != (expected, shape, dtype):
+            raise ValueError(f"expected tensor {expected} {shape} {dtype}, got {name} {x.shape} {x.dtype}")
         self._record(f"data/{self._next}", memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8)))
         self._next += 1
 
@@ -180,11 +186,11 @@ class TorchWriter:
         self._archive.close()
 
 
-def _pickled(plan: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+def _pickled(plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
     """The pickle of {name: tensor}, written opcode by opcode, since Python's pickler would have to import torch."""
-    storage = next(name for name, known in _STORAGES.items() if known == dtype)
     out = [b"\x80\x02", b"}", b"("]  # protocol 2, an empty dict, a mark
-    for index, (name, shape) in enumerate(plan.items()):
+    for index, (name, (shape, dtype)) in enumerate(plan.items()):
+        storage = next(name for name, known in _STORAGES.items() if known == dtype)
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         out += [
             _string(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"(",
