@@ -3,38 +3,51 @@
 Any checkpoint that `llama_jax.load` reads: a workdir of ours, Meta's or Hugging Face's files, a GGUF, `smollm2-135m`. The
 answer streams; `/reset` begins anew, `/system TEXT` sets the system message, `/save FILE` writes the dialog, `/quit` ends.
 
-A pipe of JSONL requests (`{"messages": [...]}`, with any fields of OpenAI's API) is answered line by line, many at a time:
+JSONL requests (`{"messages": [...]}`, with any fields of OpenAI's API) in a file or through a pipe are answered line by line,
+many at a time:
 
     python -m llama_jax.chat --checkpoint=... --requests=in.jsonl --answers=out.jsonl
+
+On a pod the same command runs on every host; the first one reads and writes.
 """
 
+import dataclasses
+import itertools
 import json
+import os
+import queue
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import jax
+import numpy as np
 from absl import flags
 
-from llama_jax import command, requests
+from llama_jax import command
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import write_json
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.source import require_language_model
 from llama_jax.model.decode import prepare
 from llama_jax.model.params import table
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.mesh import start_distributed
 from llama_jax.pretrained import Model, load
-from llama_jax.requests import Ask, RequestError
+from llama_jax.requests import PAUSE, answer_lines, resume
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request
-from llama_jax.training.metrics import Progress
 
 HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"
+_AHEAD = 1024  # lines of a pipe that are read before they are asked for
 
 
 def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> Engine:
@@ -47,11 +60,34 @@ def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> 
     return Engine(model.config, weights, settings, compute=model.compute).warm_up()
 
 
-class Dialog:
-    """A dialog with a model: its messages, and how an answer is drawn."""
+def open_engine(
+    place: str, settings: Callable[[Model], EngineConfig], *, tokenizer: str | None, int8: bool = False
+) -> tuple[Engine, Model]:
+    """An engine over a checkpoint, and its model without parameters: the engine has its own copy, one is enough.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, system: str, max_tokens: int, choice: Choice, seed: int):
+    Raises:
+      ValueError: before a tensor is read, where it is no language model or has no tokenizer.
+    """
+    source = open_source(place)
+    require_language_model(source)
+    if tokenizer is None and source.tokenizer is None:
+        raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
+    # Eight bits are rounded from what is stored; else the engine casts to the type of the products anyway.
+    model = load(place, tokenizer=tokenizer, dtype="float32" if int8 else "compute")
+    with jax.set_mesh(model.mesh):
+        engine = make_engine(model, settings(model), int8=int8)
+    return engine, dataclasses.replace(model, params={})
+
+
+class Dialog:
+    """A dialog with a model: its messages, and how an answer is drawn. `interrupted`, asked between steps, ends one."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, system: str, max_tokens: int, choice: Choice, seed: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
         self.engine, self.tokenizer, self.max_tokens, self.choice, self.seed = engine, tokenizer, max_tokens, choice, seed
+        self._interrupted = interrupted
         self.number = 0  # answers so far
         self.reset(system)
 
@@ -64,7 +100,8 @@ class Dialog:
         """Answers; `show` is given the text as it comes. Returns the number of tokens and the seconds they took.
 
         Raises:
-          ValueError: a message that the chat format refuses, or a dialog that has become too long; nothing is added then.
+          ValueError: a question or an answer that the chat format refuses, or a dialog that has become too long; nothing is
+            added then.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = encode_chat(messages, self.tokenizer)
@@ -88,13 +125,22 @@ class Dialog:
             stop_ids=(self.tokenizer.eos_id,), on_token=on_token,
         )  # fmt: skip
         try:
-            self.engine.run([request])
+            while not request.finish:
+                if self._interrupted():
+                    raise KeyboardInterrupt
+                self.engine.step()
         except KeyboardInterrupt:  # what was said so far stays
             self.engine.cancel(request)
         rest = stream.finish()
         show(rest)
         self.number += 1
-        self.messages = [*messages, {"role": "assistant", "content": ("".join(pieces) + rest).strip()}]
+        answered = [*messages, {"role": "assistant", "content": ("".join(pieces) + rest).strip()}]
+        try:  # no later question could be asked after an answer with a chat tag
+            encode_chat([*answered, {"role": "user", "content": ""}], self.tokenizer)
+        except ValueError as error:
+            show("\n")
+            raise ValueError(f"question and answer are left out of the dialog: {error}") from None
+        self.messages = answered
         return len(request.tokens), time.monotonic() - began
 
     def command(self, line: str) -> str:
@@ -108,16 +154,23 @@ class Dialog:
             self.reset(rest)
             return "(a new dialog under this system message)" if rest else "(a new dialog without system message)"
         if name == "/save" and rest:
-            write_json(Path(rest), {"messages": self.messages})
+            if jax.process_index() == 0:
+                write_json(Path(rest), {"messages": self.messages})
             return f"(saved to {rest})"
         if name == "/help":
             return HELP
         raise ValueError(f"{name} is unknown or incomplete; {HELP}")
 
 
-def talk(dialog: Dialog, lines: Iterable[str], out: TextIO, *, rates: bool) -> None:
-    """Answers questions one by one until `/quit`, an empty line or their end; `rates` shows tokens per second."""
+def talk(dialog: Dialog, lines: Iterable[str | None], out: TextIO, *, rates: bool) -> None:
+    """Answers questions one by one until `/quit`, an empty line or their end; `rates` shows tokens per second.
+
+    A line is None where none has come yet.
+    """
     for line in lines:
+        if line is None:
+            time.sleep(PAUSE)
+            continue
         line = line.strip()
         if not line or line in ("/quit", "/exit"):
             return
@@ -131,81 +184,152 @@ def talk(dialog: Dialog, lines: Iterable[str], out: TextIO, *, rates: bool) -> N
             print(f"({error})", file=out, flush=True)
 
 
-def answer_requests(
-    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str], out: TextIO, *, done: int = 0, defaults: dict[str, Any],
-    max_tokens: int, total: int = 0, where: str = "requests",
-) -> int:  # fmt: skip
-    """Answers JSONL requests, one line each, in their order and many at a time; the first `done` were answered before.
+# ---- where lines come from ----
 
-    A request that cannot be answered gives a line `{"error": ...}` and does not stop the others. Lines are written as soon as
-    all before them are, so that a killed run leaves whole answers. Returns the number of errors.
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What is read, and where answers go."""
+
+    kind: Literal["requests", "questions", "terminal"]
+    lines: Iterable[str | None]
+    out: TextIO
+    total: int = 0  # lines, where that is known
+    done: int = 0  # of those, answered before
+
+
+def open_input(path: str, answers: str, *, waits: bool) -> Input:
+    """The requests of a file or of standard input ("-"), or without a path what a terminal or a pipe says.
+
+    `waits` says whether a reader may wait for the next line; otherwise a line is None while none has come.
     """
-    window: list[tuple[int, dict[str, Any], list[tuple[Request, Ask]]]] = []
-    errors = number = 0
-
-    def flush(limit: int) -> None:
-        nonlocal errors
-        while len(window) > limit or (window and all(request.finish for request, _ in window[0][2])):
-            n, head, drawn = window[0]
-            if not all(request.finish for request, _ in drawn):
-                engine.step()
-                continue
-            window.pop(0)
-            row = head if "error" in head else {**head, **_result(drawn, tokenizer)}
-            errors += "error" in row
-            print(json.dumps({"line": n, **row}, ensure_ascii=False), file=out, flush=True)
-            progress.update()
-
-    with Progress(total, "requests", "answer", done=done) as progress:
-        for number, line in enumerate(lines, 1):
-            if number <= done:
-                continue
-            try:
-                body = json.loads(line)
-                asks = requests.parse(
-                    {**defaults, **body} if isinstance(body, dict) else body, tokenizer,
-                    context=engine.settings.max_length, default_tokens=max_tokens,
-                )  # fmt: skip
-                drawn = [
-                    (
-                        engine.submit(
-                            ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids,
-                            seed=ask.seed or 0, index=number * 64 + i,
-                        ),
-                        ask,
-                    )
-                    for ask in asks for i in range(ask.n)
-                ]  # fmt: skip
-                window.append((number, {"id": body["id"]} if "id" in body else {}, drawn))
-            except (json.JSONDecodeError, RequestError) as error:
-                window.append((number, {"error": f"{where}:{number}: {error}"}, []))
-            flush(4 * engine.settings.slots)
-        flush(0)
-    return errors
+    if path and path != "-":
+        # Lines end at "\n" alone: JSON may hold the other ends of lines that Python knows.
+        whole = Path(path).read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n")
+        lines = whole.split("\n") if whole else []
+        return _requests(lines, answers, total=len(lines))
+    typed = _piped(0)
+    if path == "-":
+        return _requests(arriving(typed), answers)
+    if sys.stdin.isatty():
+        return Input("terminal", _typed() if waits else _prompted(arriving(typed)), sys.stdout)
+    begin = list(itertools.islice(typed, 1))
+    typed = itertools.chain(begin, typed)
+    if begin and begin[0].startswith("{"):
+        return _requests(arriving(typed), answers)
+    return Input("questions", typed if waits else arriving(typed), sys.stdout)
 
 
-def _result(drawn: list[tuple[Request, Ask]], tokenizer: Tokenizer) -> dict[str, Any]:
-    answers = []
-    for request, ask in drawn:
-        stream = TextStream(tokenizer, ask.stops)
-        text = "".join(stream.push(token) for token in request.tokens if token not in ask.stop_ids) + stream.finish()
-        answers.append({
-            "text": text.strip(), "finish_reason": "stop" if stream.stopped else request.finish,
-            "tokens": len(request.tokens),
-        })  # fmt: skip
-    return answers[0] if len(answers) == 1 else {"answers": answers}
+def _requests(lines: Iterable[str | None], answers: str, *, total: int = 0) -> Input:
+    if answers == "-":
+        return Input("requests", lines, sys.stdout, total)
+    done = resume(Path(answers))
+    return Input("requests", lines, open(answers, "a", encoding="utf-8"), total, done)  # noqa: SIM115 - ends with the process
 
 
-def resume(path: Path) -> int:
-    """How many requests a file of answers already holds; an unfinished last line is cut off."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.count(b"\n")
+def _piped(descriptor: int) -> Iterator[str]:
+    """Lines of a descriptor. Python's own file would stay locked by a thread that waits for it, and abort the exit."""
+    begun = b""
+    while data := os.read(descriptor, 1 << 16):
+        *whole, begun = (begun + data).split(b"\n")
+        yield from (line.decode("utf-8", "surrogateescape") for line in whole)
+    if begun:
+        yield begun.decode("utf-8", "surrogateescape")
+
+
+def _typed() -> Iterator[str]:
+    try:
+        import readline  # noqa: F401 - history and editing, where the platform has it
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _prompted(lines: Iterable[str | None]) -> Iterator[str | None]:
+    print("> ", end="", flush=True)
+    for line in lines:
+        yield line
+        if line is not None:
+            print("> ", end="", flush=True)
+
+
+def arriving(lines: Iterable[str]) -> Iterator[str | None]:
+    """Lines as a thread reads them; None whenever none has come yet."""
+    read: queue.Queue[str | Exception] = queue.Queue(_AHEAD)
+
+    def fill() -> None:
+        try:
+            for line in lines:
+                read.put(line)
+            read.put(EOFError())
+        except Exception as error:
+            read.put(error)
+
+    threading.Thread(target=fill, name="reader", daemon=True).start()
+    while True:
+        try:
+            line = read.get_nowait()
+        except queue.Empty:
+            yield None
+            continue
+        if isinstance(line, EOFError):
+            return
+        if isinstance(line, Exception):
+            raise line
+        yield line
+
+
+# ---- several processes ----
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives in process 0, in every process, by way of JSON; where it fails, all do."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    data = b""
+    if jax.process_index() == 0:
+        try:
+            answer = [make(), ""]
+        except (ValueError, OSError) as error:
+            answer = [None, str(error)]
+        data = json.dumps(answer).encode()
+    size = int(broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros((1 << size.bit_length(),), np.uint8)  # so that few programs are compiled
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    found, problem = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8)[:size].tobytes())
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def shared(lines: Iterable[str | None], interrupted: Callable[[], bool]) -> Iterator[str | None]:
+    """Lines that process 0 reads, in every process, until their end or an interrupt."""
+    own = iter(lines)
+    while (line := from_first(lambda: False if interrupted() else next(own, False))) is not False:
+        yield line
+
+
+class Interrupts:
+    """Ctrl-C of process 0 as a question, asked where all processes are at one point; unasked, the second ends the process."""
+
+    def __init__(self):
+        self._came = False
+        signal.signal(signal.SIGINT, self._note if jax.process_index() == 0 else signal.SIG_IGN)
+
+    def _note(self, *_: Any) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True
+
+    def __call__(self) -> bool:
+        came, self._came = self._came, False
+        return came
 
 
 def main() -> None:
@@ -216,64 +340,49 @@ def main() -> None:
     place = values.checkpoint or values.workdir
     if not place:
         raise ValueError("--checkpoint: missing; expected a workdir, a directory of weights, a .gguf, or smollm2-135m")
-    lines, total, piped = _requests(values.requests)
-    model = load(place, tokenizer=values.tokenizer)
-    if model.tokenizer is None:
-        raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
-    length = min(values.max_length or model.config.max_length, model.config.max_length)
+    start_distributed()
+    alone, first = jax.process_count() == 1, jax.process_index() == 0
+    own: Input | None = None
+
+    def look() -> tuple[str, int, int]:
+        nonlocal own
+        own = open_input(values.requests, values.answers, waits=alone)
+        return own.kind, own.total, own.done
+
+    kind, total, done = from_first(look)
+    lines, out = (own.lines, own.out) if own else ((), open(os.devnull, "w"))  # noqa: SIM115
+    interrupted = (lambda: False) if alone else Interrupts()
+    if not alone:
+        lines = shared(lines, interrupted)
+
+    def settings(model: Model) -> EngineConfig:
+        length, shards = min(values.max_length or model.config.max_length, model.config.max_length), batch_shards(model.mesh)
+        if kind == "requests":
+            slots = -(-values.slots // shards) * shards
+            return EngineConfig(slots=slots, max_length=length, int8_cache=values.int8_cache)
+        return EngineConfig(
+            slots=shards, max_length=length, chunks=((32, 1), (256, 1)), steps=4 if kind == "terminal" else 16,
+            int8_cache=values.int8_cache,
+        )  # fmt: skip
+
+    engine, model = open_engine(place, settings, tokenizer=values.tokenizer, int8=values.int8_weights)
     with jax.set_mesh(model.mesh):
-        if piped:
-            settings = EngineConfig(slots=values.slots, max_length=length, int8_cache=values.int8_cache)
-            engine = make_engine(model, settings, int8=values.int8_weights)
-            out, done = sys.stdout, 0
-            if values.answers != "-":
-                done = resume(Path(values.answers))
-                out = open(values.answers, "a", encoding="utf-8")  # noqa: SIM115 - closed by the end of the process
+        if kind == "requests":
             defaults = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
-            errors = answer_requests(
+            errors = answer_lines(
                 engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
                 max_tokens=values.max_tokens, where=values.requests or "stdin",
             )  # fmt: skip
             if errors:
-                sys.exit(f"error: {errors} requests could not be answered; their lines say why")
+                sys.exit(f"error: {errors} requests could not be answered; their lines say why" if first else 1)
             return
-        terminal = sys.stdin.isatty()
-        settings = EngineConfig(
-            slots=batch_shards(model.mesh), max_length=length, chunks=((32, 1), (256, 1)), steps=4 if terminal else 16,
-            int8_cache=values.int8_cache,
-        )  # fmt: skip
-        engine = make_engine(model, settings, int8=values.int8_weights)
         dialog = Dialog(
             engine, model.tokenizer, system=values.system, max_tokens=values.max_tokens, choice=choice,
-            seed=values.seed,
+            seed=values.seed, interrupted=lambda: from_first(interrupted),
         )  # fmt: skip
-        if terminal:
-            print(HELP)
-        talk(dialog, _typed() if terminal else lines, sys.stdout, rates=terminal)
-
-
-def _requests(path: str) -> tuple[Iterable[str], int, bool]:
-    """The lines to read, how many they are (0: unknown), and whether they are JSONL requests."""
-    if path and path != "-":
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-        return lines, len(lines), True
-    if sys.stdin.isatty():
-        return (), 0, False
-    lines = sys.stdin.read().splitlines() if path != "-" else sys.stdin
-    return lines, len(lines) if isinstance(lines, list) else 0, path == "-" or bool(lines and lines[0].startswith("{"))
-
-
-def _typed() -> Iterable[str]:
-    try:
-        import readline  # noqa: F401 - history and editing, where the platform has it
-    except ImportError:
-        pass
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
+        if kind == "terminal":
+            print(HELP, file=out)
+        talk(dialog, lines, out, rates=kind == "terminal")
 
 
 if __name__ == "__main__":

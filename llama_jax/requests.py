@@ -1,21 +1,36 @@
-"""What a request may ask for: the fields of OpenAI's API, checked, as the engine's settings. For the server and for batches."""
+"""What a request may ask for: the fields of OpenAI's API, checked, as the engine's settings. For the server and for batches.
 
+Batches have one request a line; `answer_lines` answers them.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
 
 from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.request import Request
 from llama_jax.sampling.slots import STOPS
+from llama_jax.training.metrics import Progress
+
+PAUSE = 0.02  # seconds until an idle reader looks for a line again
 
 # Fields that change nothing here; clients send them.
-_IGNORED = {"model", "user", "metadata", "store", "service_tier", "stream_options", "id"}
+_IGNORED = {"model", "user", "metadata", "store", "service_tier", "id"}
 _NUMBERS = {  # field of a Choice -> (type, default of the API)
     "temperature": (float, 1.0), "top_p": (float, 1.0), "top_k": (int, 0), "min_p": (float, 0.0),
     "repetition_penalty": (float, 1.0),
 }  # fmt: skip
-_COMMON = {*_NUMBERS, "max_tokens", "n", "seed", "stop", "stop_token_ids", "stream", "logprobs"}
+_COMMON = {*_NUMBERS, "max_tokens", "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs"}
 _OFF = {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": 0, "best_of": 1, "echo": False, "suffix": None}
 
 
@@ -29,7 +44,10 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A checked request: one prompt, `n` answers."""
+    """A checked request: one prompt, `n` answers.
+
+    Those of a dialog (`chat`) are stripped; those that continue a text keep the space between the two.
+    """
 
     prompt: list[int]
     max_tokens: int
@@ -39,7 +57,23 @@ class Ask:
     n: int = 1
     seed: int | None = None
     stream: bool = False
+    usage: bool = False  # a last chunk of the stream counts the tokens
     logprobs: bool = False
+    chat: bool = False
+
+
+def decode(text: str | bytes) -> Any:
+    """The JSON of a request; RequestError for what is none, or what could not be written as JSON again."""
+    try:
+        body = json.loads(text)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("body", "holds a lone surrogate or a byte outside UTF-8") from None
+    except RecursionError:
+        raise RequestError("body", "not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise RequestError("body", f"not JSON: {error}") from None
+    return body
 
 
 def parse(
@@ -73,6 +107,9 @@ def parse(
     if n * len(prompts) > most_answers:
         raise RequestError("n", f"expected at most {most_answers} answers a request, got {n * len(prompts)}")
     stops, stop_ids = _stops(body, tokenizer)
+    options = body.get("stream_options", {})
+    if not isinstance(options, Mapping):
+        raise RequestError("stream_options", f"expected an object, got {options!r}")
     asks = []
     for prompt in prompts:
         room = context - len(prompt)
@@ -87,6 +124,7 @@ def parse(
             Ask(
                 prompt=prompt, max_tokens=wanted, choice=_choice(body), stop_ids=stop_ids, stops=stops, n=n,
                 seed=_integer(body, "seed", None, least=0), stream=_boolean(body, "stream"),
+                usage=_boolean(options, "include_usage"), chat="messages" in body,
                 # Chat asks for true, completions for a number of alternatives, of which we give the drawn one.
                 logprobs=body.get("logprobs", False) is not False,
             )
@@ -111,7 +149,10 @@ def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
 
 def _ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        try:
+            ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        except ValueError as error:
+            raise RequestError("prompt", str(error)) from None
     elif isinstance(prompt, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in prompt):
         ids = prompt
     else:
@@ -127,8 +168,10 @@ def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ..
     if stops is None or not all(isinstance(text, str) and text for text in stops):
         raise RequestError("stop", f"expected a text or a list of texts, got {stop!r}")
     ids = body.get("stop_token_ids", [])
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids) or len(ids) >= STOPS:
-        raise RequestError("stop_token_ids", f"expected fewer than {STOPS} ids, got {ids!r}")
+    known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
+    if not known or len(ids) >= STOPS:
+        limits = f"fewer than {STOPS} ids in 0..{tokenizer.vocab_size - 1}"
+        raise RequestError("stop_token_ids", f"expected {limits}, got {ids!r}")
     return stops, (tokenizer.eos_id, *ids)
 
 
@@ -138,7 +181,10 @@ def _choice(body: Mapping[str, Any]) -> Choice:
         value = body.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise RequestError(name, f"expected a number, got {value!r}")
-        values[name] = kind(value) if kind is float else value
+        try:
+            values[name] = kind(value) if kind is float else value
+        except OverflowError:
+            raise RequestError(name, f"expected a number, got {value!r}") from None
     try:
         return Choice(**values).check()
     except ValueError as error:
@@ -160,3 +206,102 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise RequestError(name, f"expected true or false, got {value!r}")
     return value
+
+
+# ---- many of them, one a line ----
+
+
+def answer_lines(
+    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *, done: int = 0,
+    defaults: dict[str, Any], max_tokens: int, total: int = 0, where: str = "requests",
+) -> int:  # fmt: skip
+    """Answers JSONL requests, one line each, in their order and many at a time; the first `done` were answered before.
+
+    While a line is None, since none has come yet, the engine goes on. A request that cannot be answered gives a line
+    `{"error": ...}` and does not stop the others. Lines are written as soon as all before them are, so that a killed run
+    leaves whole answers. Returns the number of errors.
+    """
+    window: collections.deque[tuple[int, dict[str, Any], list[_Answer]]] = collections.deque()
+    errors = number = 0
+
+    def flush(limit: int) -> None:
+        nonlocal errors
+        while window and (len(window) > limit or all(answer.request.finish for answer in window[0][2])):
+            n, row, answers = window[0]
+            if not all(answer.request.finish for answer in answers):
+                engine.step()
+                continue
+            window.popleft()
+            found = [answer.row() for answer in answers]
+            row |= found[0] if len(found) == 1 else {"answers": found} if found else {}
+            errors += "error" in row
+            print(json.dumps({"line": n, **row}, ensure_ascii=False), file=out, flush=True)
+            progress.update()
+
+    with Progress(total, "requests", "answer", done=done, quiet=jax.process_index() > 0) as progress:
+        for line in lines:
+            if line is None:
+                if window:
+                    engine.step()
+                else:
+                    time.sleep(PAUSE)
+            else:
+                number += 1
+                progress.total = max(total, number)  # of a pipe it is not known beforehand
+                if number <= done:
+                    continue
+                row: dict[str, Any] = {}
+                answers = []
+                try:
+                    body = decode(line)
+                    if isinstance(body, dict):
+                        row |= {"id": body["id"]} if "id" in body else {}
+                        body = {**defaults, **body}
+                    asks = parse(body, tokenizer, context=engine.settings.max_length, default_tokens=max_tokens)
+                    answers = [
+                        _Answer(engine, tokenizer, ask, index=number * 64 + i) for ask in asks for i in range(ask.n)
+                    ]
+                except ValueError as error:
+                    row["error"] = f"{where}:{number}: {error}"
+                window.append((number, row, answers))
+            flush(4 * engine.settings.slots)
+        flush(0)
+    return errors
+
+
+class _Answer:
+    """An answer on its way: it ends itself at a stop string."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
+        self._engine, self._chat, self._text = engine, ask.chat, ""
+        self._stream = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
+        self.request = engine.submit(
+            ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
+            on_token=self._push,
+        )  # fmt: skip
+
+    def _push(self, request: Request, token: int) -> None:
+        if token not in request.stop_ids:
+            self._text += self._stream.push(token)
+        if self._stream.stopped:
+            self._engine.cancel(request)
+
+    def row(self) -> dict[str, Any]:
+        """What is written of a finished one."""
+        text = self._text + self._stream.finish()
+        return {
+            "text": text.strip() if self._chat else text,
+            "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),
+        }  # fmt: skip
+
+
+def resume(path: Path) -> int:
+    """How many requests a file of answers already holds; an unfinished last line is cut off."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.count(b"\n")

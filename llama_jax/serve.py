@@ -6,7 +6,7 @@
 
 `/v1/chat/completions` and `/v1/completions` (streaming too), `/v1/models`, `/health`, `/metrics` for Prometheus. Listens on
 127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). Requests beyond
-the queue get 429; a client that leaves frees its slot.
+the queue get 429; a client that leaves frees its slot. One process serves; it may have many devices.
 """
 
 import asyncio
@@ -24,17 +24,19 @@ import jax
 from absl import flags
 
 from llama_jax import command, requests
-from llama_jax.chat import make_engine
+from llama_jax.chat import open_engine
+from llama_jax.convert import one_process
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.host import keep_heap
-from llama_jax.pretrained import load
+from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
 from llama_jax.sampling.request import EngineConfig
-from llama_jax.sampling.worker import QueueFull, Worker
+from llama_jax.sampling.worker import EngineStopped, QueueFull, Worker
 
 log = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "::1", "localhost")
+_FAILED = "the engine failed; the server's log says how"
 
 
 class Server:
@@ -101,14 +103,12 @@ class Server:
         if refused := self._refuse(request):
             return refused
         try:
-            body = json.loads(await self._body(request))
+            body = requests.decode(await self._body(request))
             if not isinstance(body, dict) or field not in body:
                 raise RequestError(field, "missing")
             asks = requests.parse(
                 body, self.tokenizer, context=self.worker.engine.settings.max_length, default_tokens=self.default_tokens
             )
-        except json.JSONDecodeError as error:
-            return _error(400, f"body: not JSON: {error}")
         except RequestError as error:
             too_large = error.field == "content-length"
             return _error(413 if too_large else 400, str(error), param=error.field)
@@ -116,6 +116,8 @@ class Server:
         try:
             for answer, ticket in zip(answers, self.worker.submit([answer.job() for answer in answers]), strict=True):
                 answer.ticket = ticket
+        except EngineStopped as error:
+            return _error(503, str(error), kind="server_error")
         except QueueFull as error:
             return _error(429, str(error), kind="rate_limit_error", headers={"Retry-After": "1"})
         head = {
@@ -123,13 +125,14 @@ class Server:
             "model": self.name,
         }  # fmt: skip
         if asks[0].stream:
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(self._stream(answers, head, field, usage), media_type="text/event-stream")
+            return StreamingResponse(self._stream(answers, head, field), media_type="text/event-stream")
         try:
             if not await self._finish(request, answers):
                 return _error(499, "the client has left")
         finally:
             self._cancel(answers)
+        if any(answer.finish == "error" for answer in answers):
+            return _error(500, _FAILED, kind="server_error")
         kind = "chat.completion" if field == "messages" else "text_completion"
         choices = [answer.choice(field) for answer in answers]
         return _json({**head, "object": kind, "choices": choices, "usage": _usage(asks, answers)})
@@ -153,7 +156,7 @@ class Server:
         finally:
             work.cancel()
 
-    async def _stream(self, answers: list["Answer"], head: dict, field: str, usage: bool) -> AsyncIterator[str]:
+    async def _stream(self, answers: list["Answer"], head: dict, field: str) -> AsyncIterator[str]:
         kind = "chat.completion.chunk" if field == "messages" else "text_completion"
         queue: asyncio.Queue = asyncio.Queue()
 
@@ -173,9 +176,12 @@ class Server:
             left = len(answers)
             while left:
                 answer, piece = await queue.get()
+                if piece is None and answer.finish == "error":
+                    yield f"data: {json.dumps(_described(500, _FAILED, kind='server_error'))}\n\n"
+                    return
                 left -= piece is None
                 yield chunk([answer.delta(field, piece)])
-            if usage:
+            if answers[0].ask.usage:
                 yield chunk([], usage=_usage([answer.ask for answer in answers], answers))
             yield "data: [DONE]\n\n"
         finally:  # also when the client leaves
@@ -211,8 +217,8 @@ class Answer:
     def __init__(self, server: Server, ask: Ask, index: int):
         self.ask, self.index, self.ticket = ask, index, None
         self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
-        self._server, self._strip = server, True
-        self._stream = TextStream(server.tokenizer, ask.stops)
+        self._server, self._strip, self._told = server, True, 0
+        self._stream = TextStream(server.tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
         self._events: asyncio.Queue = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -251,27 +257,30 @@ class Answer:
         """The finished answer in the form of the API."""
         base = {"index": self.index, "finish_reason": self.finish}
         if field == "messages":
-            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._chat_log_probs()}
-        log_probs = {"tokens": self._pieces(), "token_logprobs": self.log_probs, "top_logprobs": None, "text_offset": []}
-        return {**base, "text": self.text, "logprobs": log_probs if self.ask.logprobs else None}
+            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._log_probs(field)}
+        return {**base, "text": self.text, "logprobs": self._log_probs(field)}
 
     def delta(self, field: str, piece: str | None) -> dict[str, Any]:
         """A chunk with a piece of text, or the last one."""
         base = {"index": self.index, "finish_reason": self.finish if piece is None else None}
+        base["logprobs"] = self._log_probs(field)
         if field == "prompt":
-            return {**base, "text": piece or "", "logprobs": None}
+            return {**base, "text": piece or ""}
         if piece is not None and self._strip:  # an answer does not begin with a space
             piece = piece.lstrip()
             self._strip = not piece
         return {**base, "delta": {} if piece is None else {"content": piece}}
 
-    def _pieces(self) -> list[str]:
-        return [self._server.tokenizer.piece(token) for token in self.tokens]
-
-    def _chat_log_probs(self) -> dict[str, Any] | None:
+    def _log_probs(self, field: str) -> dict[str, Any] | None:
+        """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
         if not self.ask.logprobs:
             return None
-        rows = zip(self._pieces(), self.log_probs, strict=True)
+        pieces = [self._server.tokenizer.piece(token) for token in self.tokens[self._told :]]
+        log_probs = self.log_probs[self._told :]
+        self._told = len(self.tokens)
+        if field == "prompt":
+            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": []}
+        rows = zip(pieces, log_probs, strict=True)
         return {"content": [{"token": piece, "logprob": p, "bytes": None, "top_logprobs": []} for piece, p in rows]}
 
 
@@ -290,7 +299,11 @@ def _error(
     status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> Any:  # fmt: skip
-    return _json({"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers)
+    return _json(_described(status, message, kind=kind, param=param), status, headers)
+
+
+def _described(status: int, message: str, *, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def main() -> None:
@@ -301,20 +314,20 @@ def main() -> None:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs the package {error.name}: pip install 'llama_jax[serve]'") from None
+    one_process("serve")
     keep_heap()
     values = flags.FLAGS
     key = values.api_key or os.environ.get("LLAMA_JAX_API_KEY", "")
     if values.host not in LOCAL and not key:
         raise ValueError(f"--host={values.host}: others can reach it, which needs an API key: --api_key or LLAMA_JAX_API_KEY")
-    model = load(values.checkpoint, tokenizer=values.tokenizer)
-    if model.tokenizer is None:
-        raise ValueError(f"{values.checkpoint}: missing tokenizer: --tokenizer names one")
-    length = min(values.max_length or model.config.max_length, model.config.max_length)
-    with jax.set_mesh(model.mesh):
-        settings = EngineConfig(
-            slots=values.slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache
-        )
-        engine = make_engine(model, settings, int8=values.int8_weights)
+    if (hosts := jax.process_count()) > 1:  # those of a TPU VM know each other without the environment
+        raise ValueError(f"serve runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
+
+    def settings(model: Model) -> EngineConfig:
+        length = min(values.max_length or model.config.max_length, model.config.max_length)
+        return EngineConfig(slots=values.slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache)
+
+    engine, model = open_engine(values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights)
     worker = Worker(engine, model.mesh, queue=values.queue)
     server = Server(
         worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,

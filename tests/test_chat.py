@@ -1,21 +1,34 @@
 """Text as tokens come, dialogs, requests in files: with a small random model and a real tokenizer."""
 
+import gc
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llama_jax import chat, requests
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.interop import ours
 from llama_jax.model import params
-from llama_jax.model.config import FLOAT32, ModelConfig
+from llama_jax.model.config import FLOAT32, Compute, ModelConfig
 from llama_jax.model.decode import prepare
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
-from llama_jax.sampling.request import EngineConfig
+from llama_jax.sampling.request import EngineConfig, Request
 
+ROOT = Path(__file__).parents[1]
 PIECES = 320
 MODEL = ModelConfig(
     name="small", vocab_size=PIECES, layers=1, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=128
@@ -61,6 +74,28 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer):
     assert cut.push(first) == "" and "\ufffd" in cut.finish()
 
 
+class Script:
+    """An engine that draws given tokens, one a step."""
+
+    settings = EngineConfig(slots=1, max_length=96)
+
+    def __init__(self, ids):
+        self.ids, self.request = list(ids), None
+
+    def submit(self, prompt, *, max_tokens, choice, seed, index, stop_ids, on_token):
+        self.request = Request(prompt, max_tokens, choice, np.zeros(2), tuple(stop_ids), on_token)
+        return self.request
+
+    def step(self):
+        request = self.request
+        request.tokens.append(self.ids[len(request.tokens)])
+        request.finish = "length" if len(request.tokens) == len(self.ids) else ""
+        request.on_token(request, request.tokens[-1])
+
+    def cancel(self, request):
+        request.finish = request.finish or "cancelled"
+
+
 def new_dialog(engine, tokenizer, **changes):
     how = {"system": "", "max_tokens": 6, "choice": Choice(temperature=0.0), "seed": 1, **changes}
     return chat.Dialog(engine, tokenizer, **how)
@@ -86,9 +121,23 @@ def test_a_dialog_keeps_its_history_and_takes_commands(engine, tokenizer, tmp_pa
     assert "the context 96" in out.getvalue() and len(dialog.messages) == 1
 
 
+def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer):
+    out = io.StringIO()
+    dialog = new_dialog(Script(tokenizer.encode("it is [INST] a line")), tokenizer)
+    chat.talk(dialog, ["what is it?"], out, rates=False)
+    assert out.getvalue().startswith("it is [INST] a line\n(question and answer are left out of the dialog: ")
+    assert "holds the chat tag '[INST]'" in out.getvalue() and dialog.messages == []
+    dialog.engine = Script(tokenizer.encode("a line of text"))
+    chat.talk(dialog, [None, "and then?"], out, rates=False)
+    assert [message["content"] for message in dialog.messages] == ["and then?", "a line of text"]
+    asked = iter([False, True])
+    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer, interrupted=lambda: next(asked))
+    assert dialog.ask("what is it?", lambda text: None)[0] == 1 and dialog.messages[-1]["content"] == "a"
+
+
 def ask(engine, tokenizer, lines, *, done=0):
     out = io.StringIO()
-    errors = chat.answer_requests(
+    errors = requests.answer_lines(
         engine, tokenizer, lines, out, done=done, defaults={"temperature": 0.0, "seed": 1}, max_tokens=5, where="in.jsonl"
     )
     return [json.loads(line) for line in out.getvalue().splitlines()], errors
@@ -105,10 +154,180 @@ def test_requests_are_answered_in_order_and_a_killed_run_goes_on(engine, tokeniz
     assert rows[7]["id"] == 7 and rows[7]["tokens"] <= 1 and len(rows[5]["answers"]) == 3
     path = tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + '{"line": 10, "te')
-    assert chat.resume(path) == 9 and path.read_text().count("\n") == 9 and path.read_text().endswith("}\n")
-    assert chat.resume(tmp_path / "none.jsonl") == 0
+    assert requests.resume(path) == 9 and path.read_text().count("\n") == 9 and path.read_text().endswith("}\n")
+    assert requests.resume(tmp_path / "none.jsonl") == 0
     rest, _ = ask(engine, tokenizer, lines, done=9)
     assert rest == rows[9:]
+
+
+def test_completions_continue_their_prompt_and_answers_are_stripped(tokenizer):
+    ids = tokenizer.encode("a line")
+    for body, expected in (
+        ({"prompt": "the loop"}, " a line"), ({"messages": [{"role": "user", "content": "what is it?"}]}, "a line"),
+        ({"prompt": "the loop", "stop": ["in"]}, " a l"),
+    ):  # fmt: skip
+        ((row,), _) = ask(Script(ids), tokenizer, [json.dumps(body)])
+        assert row["text"] == expected and row["finish_reason"] == ("stop" if "stop" in body else "length")
+
+
+def test_stop_strings_end_the_drawing(engine, tokenizer):
+    ((whole,), _) = ask(engine, tokenizer, ['{"prompt": "the loop", "max_tokens": 80}'])
+    stop, before = whole["text"][5:8], engine.drawn_tokens
+    ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "max_tokens": 80, "stop": stop})])
+    assert row["text"] == whole["text"][: whole["text"].index(stop)] and row["finish_reason"] == "stop"
+    assert row["tokens"] <= engine.drawn_tokens - before < 24 < whole["tokens"]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ('{"prompt": "the", "id": 7, "stop_token_ids": [1099511627776]}', "stop_token_ids: expected fewer than 8 ids in 0..319"),
+    ('{"prompt": "the", "id": 7, "top_k": 1099511627776}', "top_k: expected an integer in 0..2147483647"),
+    ('{"prompt": "the", "id": 7, "temperature": 1' + "0" * 400 + "}", "temperature: expected a number"),
+    ('{"prompt": "the", "id": 7, "max_tokens": 0}', "max_tokens: expected an integer"),
+    ('{"prompt": "the", "top_k": Infinity}', "body: not JSON: Out of range float"),
+    ('{"prompt": "the", "id": 1e400}', "body: not JSON: Out of range float"),
+    ('{"prompt": "\\ud800"}', "body: holds a lone surrogate"),
+    ('{"prompt": "the", "id": "\\ud800"}', "body: holds a lone surrogate"),
+    ('{"prompt": "\udcff"}', "body: holds a lone surrogate or a byte outside UTF-8"),
+    ("[" * 100_000, "body: not JSON: nested too deeply"),
+    ("", "body: not JSON: Expecting value"),
+])  # fmt: skip
+def test_a_line_that_is_no_request_is_an_error_row_with_its_id_and_the_others_go_on(engine, tokenizer, line, words):
+    fine = '{"prompt": "the loop", "max_tokens": 1}'
+    rows, errors = ask(engine, tokenizer, [fine, line, fine])
+    assert errors == 1 and [row.get("tokens") for row in rows] == [1, None, 1]
+    assert rows[1]["error"].startswith(f"in.jsonl:2: {words}") and rows[1].get("id") == (7 if '"id": 7' in line else None)
+    json.dumps(rows[1], ensure_ascii=False).encode()
+
+
+def test_lines_of_a_file_end_at_newlines_alone(tmp_path):
+    texts = ["the loop", "a line\u2028of text", "a\x85b", "counts"]
+    rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "in.jsonl").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8", newline="")
+    found = chat.open_input(str(tmp_path / "in.jsonl"), "-", waits=True)
+    assert found.total == 4 and [json.loads(line)["prompt"] for line in found.lines] == texts
+    (tmp_path / "none.jsonl").write_text("")
+    assert chat.open_input(str(tmp_path / "none.jsonl"), "-", waits=True).total == 0
+
+
+def test_a_live_pipe_is_answered_line_by_line(engine, tokenizer):
+    reading, writing = os.pipe()
+    out = io.StringIO()
+    how = {"defaults": {"temperature": 0.0}, "max_tokens": 2}
+    lines = chat.arriving(chat._piped(reading))
+    thread = threading.Thread(target=requests.answer_lines, args=(engine, tokenizer, lines, out), kwargs=how, daemon=True)
+    thread.start()
+    for count in range(1, 4):
+        os.write(writing, b'{"prompt": "a\xc2\x85b"}\n{"pro')
+        limit = time.monotonic() + 60
+        while out.getvalue().count("\n") < count:  # before anything else is written
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        os.write(writing, b'mpt": "the loop"}\n')
+    os.close(writing)
+    thread.join(60)
+    assert not thread.is_alive() and out.getvalue().count('"tokens": 2') == 6
+    os.close(reading)
+    with pytest.raises(OSError):
+        list(chat.arriving(chat._piped(reading)))
+
+
+def workdir(path, tokenizer, *, head="lm_head"):
+    """A checkpoint of ours with its tokenizer; values of the size that sampling needs."""
+    tree = jax.tree.map(lambda x: 3 * x, params.init(params.table(MODEL, head=head), jax.random.key(0)))
+    ours.write(path, tree, MODEL, tokenizer=tokenizer.fingerprint, origin={})
+    (path / "tokenizer.model").write_bytes(tokenizer.serialized())
+    return str(path)
+
+
+def test_what_cannot_talk_is_refused_before_it_is_loaded(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "load", lambda *_, **__: pytest.fail("loaded"))
+    reward = workdir(tmp_path / "reward", tokenizer, head="reward_head")
+    with pytest.raises(ValueError, match="reward: this is a reward model: it has `score.weight` and no `lm_head`"):
+        chat.open_engine(reward, lambda model: Script.settings, tokenizer=None)
+    (tmp_path / "reward/tokenizer.model").unlink()
+    mute = tmp_path / "mute"
+    workdir(mute, tokenizer)
+    (mute / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="mute: missing tokenizer: --tokenizer names one"):
+        chat.open_engine(str(mute), lambda model: Script.settings, tokenizer=None)
+    # So is a place where answers cannot go.
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    given = {"temperature": 0.0, "top_p": 1.0, "checkpoint": str(mute), "workdir": None, "requests": str(tmp_path / "in.jsonl")}
+    given |= {"answers": str(tmp_path / "nowhere/out.jsonl"), "tokenizer": None, "int8_weights": False}
+    monkeypatch.setattr(chat.flags, "FLAGS", SimpleNamespace(**given))
+    monkeypatch.setattr(chat, "keep_heap", lambda: None)
+    with pytest.raises(FileNotFoundError, match="nowhere/out.jsonl"):
+        chat.main()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_parameters_go_once_the_engine_has_its_copy(tokenizer, tmp_path, monkeypatch, int8):
+    loaded, load, place = [], chat.load, workdir(tmp_path / "chat", tokenizer)
+
+    def make_engine(model, settings, *, int8):
+        loaded.append({leaf.dtype for leaf in jax.tree.leaves(model.params)})
+
+    def held():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    monkeypatch.setattr(chat, "make_engine", make_engine)
+    monkeypatch.setattr(chat, "load", lambda *args, **how: load(*args, compute=Compute(), **how))
+    before = held()
+    engine, model = chat.open_engine(place, lambda model: Script.settings, tokenizer=None, int8=int8)
+    float32 = jnp.dtype(jnp.float32)  # eight bits are rounded from what is stored
+    assert loaded == [{float32} if int8 else {float32, jnp.dtype(jnp.bfloat16)}]
+    assert engine is None and model.params == {} and held() == before
+
+
+COMMAND = ["--temperature=0.0", "--max_tokens=12", "--max_length=64", "--slots=3"]
+
+
+def talk_in(processes, place, *more, typed=""):
+    """Runs the command in some processes; [(code, output, errors)]. All but the first have no standard input."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for index in range(processes):
+        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
+                   "JAX_PROCESS_ID": str(index)} if processes > 1 else {}  # fmt: skip
+        line = [sys.executable, "-m", "llama_jax.chat", f"--checkpoint={place}", *COMMAND, *more]
+        started.append(subprocess.Popen(
+            line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cluster},
+        ))  # fmt: skip
+    texts = [process.communicate(typed if not index else "", timeout=300) for index, process in enumerate(started)]
+    return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(tokenizer, tmp_path):
+    place = workdir(tmp_path / "chat", tokenizer)
+    lines = [json.dumps({"id": i, "prompt": f"the loop {i}", "n": 1 + i % 2}) for i in range(9)]
+    lines[2], lines[4] = "no json", json.dumps({"prompt": "a line\u2028", "stop": ["e", "4"]}, ensure_ascii=False)
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    rows = {}
+    for count in (1, 2):
+        out = tmp_path / f"{count}.jsonl"
+        files = [f"--requests={tmp_path / 'in.jsonl'}", f"--answers={out}"]
+        done = talk_in(count, place, *files)
+        assert [code for code, *_ in done] == [1] * count, done
+        assert "1 requests could not be answered" in done[0][2]
+        rows[count] = [json.loads(line) for line in out.read_text().splitlines()]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[2][:5]))  # killed, it goes on
+    assert [code for code, *_ in talk_in(2, place, *files)] == [0, 0]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows[2]
+    assert rows[1] == rows[2] and [row["line"] for row in rows[1]] == list(range(1, 10))
+    said = {}
+    for count in (1, 2):
+        done = talk_in(count, place, typed="what is it?\nand then?\n/what\n/quit\n")
+        assert [code for code, *_ in done] == [0] * count, done
+        said[count], *others = [[line for line in out.splitlines() if "[Gloo]" not in line] for _, out, _ in done]
+        assert others == [[]] * (count - 1)
+    assert said[1] == said[2] and len(said[1]) >= 3 and "/what is unknown" in said[1][-1]
+    done = talk_in(2, place, "--requests=nowhere.jsonl")  # what fails in the first ends both
+    assert [code for code, *_ in done] == [1, 1] and all("nowhere.jsonl" in errors for _, _, errors in done)
 
 
 @pytest.mark.parametrize(("body", "words"), [
@@ -125,6 +344,14 @@ def test_requests_are_answered_in_order_and_a_killed_run_goes_on(engine, tokeniz
     ({"prompt": "the loop " * 60}, "prompt: has .* leaves no room"),
     ({"prompt": "a", "n": 9}, "n: expected at most 8 answers a request, got 9"),
     ({"prompt": "a", "stop": [1]}, "stop: expected a text or a list of texts"),
+    ({"prompt": "a", "stop_token_ids": [PIECES]}, r"stop_token_ids: expected fewer than 8 ids in 0..319, got \[320\]"),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids: expected fewer"),
+    ({"prompt": "a", "top_k": 2**31}, "top_k: expected an integer in 0..2147483647, got 2147483648"),
+    ({"prompt": "a", "top_k": float("inf")}, "top_k: expected an integer"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature: expected a number"),
+    ({"prompt": "\ud800"}, "prompt: encode: lone surrogate"),
+    ({"prompt": "a", "stream_options": "x"}, "stream_options: expected an object, got 'x'"),
+    ({"prompt": "a", "stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got 1"),
     ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty: is not supported"),
     ({"prompt": "a", "tempratur": 0.5}, "tempratur: is unknown"),
     ({"messages": [{"role": "user"}]}, r"messages\[0\].content: missing"),

@@ -220,6 +220,11 @@ def test_what_does_not_fit_is_refused(engine, weights):
         engine.submit([1, 24], max_tokens=10)
     with pytest.raises(ValueError, match="top_p: expected above 0"):
         engine.submit([1], max_tokens=10, choice=Choice(top_p=0.0))
+    with pytest.raises(ValueError, match=r"top_k: expected an integer in 0..2147483647, got 1099511627776"):
+        engine.submit([1], max_tokens=10, choice=Choice(top_k=2**40))
+    for wrong in (2**40, 24, -1):
+        with pytest.raises(ValueError, match=rf"stop_ids: expected ids in 0..23, got \[2, {wrong}\]"):
+            engine.submit([1], max_tokens=10, stop_ids=(2, wrong))
     with pytest.raises(ValueError, match="max_length 65 exceeds the model's context of 64"):
         Engine(MODEL, weights, EngineConfig(max_length=65), compute=FLOAT32)
 

@@ -1,5 +1,6 @@
 """`llama_jax.load`: every format behind one front, and SmolLM2 against transformers on the weights that we exported."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -17,10 +18,12 @@ import llama_jax
 from llama_jax import convert, pretrained
 from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
+from llama_jax.data.text_stream import continuation
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import ours, tokenizer_files
 from llama_jax.model import params
-from llama_jax.model.config import FLOAT32, SIZES, ModelConfig
+from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
+from llama_jax.model.decode import prepare
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.generate import generate, make_sampler
@@ -87,7 +90,13 @@ def test_generate_and_chat_are_the_samplers(workdir):
     ids = [model.tokenizer.encode(prompt, bos=True) for prompt in prompts]
     expected = generate(sampler, model.params, ids, prompt_length=40, batch_size=4, seed=3)
     found = model.generate(prompts, max_tokens=10, temperature=0.8, seed=3)
-    assert found == [model.tokenizer.decode(response) for response in expected]
+    # A prompt and its continuation are one text: the space between them is kept.
+    words = model.tokenizer
+    assert [prompt + text for prompt, text in zip(prompts, found)] == [
+        words.decode([*prompt, *response]) for prompt, response in zip(ids, expected, strict=True)
+    ]
+    loop = words.encode("the loop")
+    assert continuation(loop, words, after=words.encode("a line of text")) == " the loop" != words.decode(loop)
     # Rows stand alone, settings compile nothing, ids are as good as texts.
     programs = pretrained._sampler(MODEL, FLOAT32, 2, 10)._cache_size()
     greedy = model.generate(prompts, max_tokens=10)
@@ -98,6 +107,16 @@ def test_generate_and_chat_are_the_samplers(workdir):
     messages = [{"role": "user", "content": "it"}]
     (answer,) = model.respond([encode_prompt(messages, model.tokenizer)], Choice(0.0), max_tokens=10)
     assert model.chat(messages, max_tokens=10, temperature=0.0) == decode_response(answer, model.tokenizer)[0]
+
+
+def test_parameters_for_generation_are_rounded_as_generation_rounds_them(workdir):
+    how = {"mesh": one_device(), "compute": Compute()}
+    exact, rounded = (llama_jax.load(workdir, dtype=dtype, **how) for dtype in ("float32", "compute"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded.params)} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    specs = params.table(MODEL, head="lm_head")
+    found, expected = (prepare(model.params, specs, compute=Compute()) for model in (rounded, exact))
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), found, expected)
+    assert sum(x.nbytes for x in jax.tree.leaves(rounded.params)) < 0.51 * sum(x.nbytes for x in jax.tree.leaves(exact.params))
 
 
 def test_a_sharded_model_answers_as_one_device_does(workdir):

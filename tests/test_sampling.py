@@ -127,7 +127,8 @@ def test_every_row_has_settings_of_its_own():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1),
+    ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 10**40), ("top_k", -1),
+    ("top_k", 1.5), ("top_k", float("inf")), ("top_k", float("nan")), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1),
     ("min_p", 2.0), ("repetition_penalty", 0.0),
 ])  # fmt: skip
 def test_impossible_settings_are_named(field, value):

@@ -1,7 +1,9 @@
 """The HTTP endpoint through OpenAI's own client: answers, streams, limits, a full queue, clients that leave."""
 
+import json
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -18,6 +20,10 @@ openai = pytest.importorskip("openai", reason="needs openai (extra [test])")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client")
+from starlette.testclient import TestClient  # noqa: E402
+
+from llama_jax.sampling.worker import EngineStopped, Worker  # noqa: E402
+from llama_jax.serve import Server  # noqa: E402
 
 PIECES = 320
 MODEL = ModelConfig(
@@ -29,12 +35,13 @@ LONG = {"prompt": "the loop", "max_tokens": 4000, "temperature": 0.0, "extra_bod
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A running server with two slots and two places in the queue: (base URL, its worker)."""
-    from llama_jax.sampling.worker import Worker
-    from llama_jax.serve import Server
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("serve") / "tokenizer.model", vocab_size=PIECES)
 
-    tokenizer = train_tokenizer(TEXTS, tmp_path_factory.mktemp("serve") / "tokenizer.model", vocab_size=PIECES)
+
+@pytest.fixture(scope="module")
+def served(tokenizer):
+    """A running server with two slots and two places in the queue: (base URL, its worker)."""
     specs, mesh = params.table(MODEL, head="lm_head"), make_mesh(devices=jax.devices()[:1])
     tree = jax.tree.map(lambda x: 3 * x, params.init(specs, jax.random.key(0)))
     # EOS is made unlikely, so that long answers stay long.
@@ -112,11 +119,87 @@ def test_wrong_requests_are_400_with_the_field(client, served):
     with pytest.raises(openai.APIStatusError, match="at most 20000 bytes") as large:
         client.completions.create(model="small", prompt="a" * 30_000)
     assert large.value.status_code == 413
-    head = {"Authorization": "Bearer secret"}
-    assert httpx.post(f"{served[0]}/v1/completions", content="{", headers=head).status_code == 400
+    for content, words in (
+        (b"{", "body: not JSON"), (b'{"prompt": "\xff"}', "body: not JSON"), (b'{"prompt": ' + b"[" * 9000, "body: not JSON"),
+        (b'{"prompt": "\\ud800"}', "body: holds a lone surrogate"), (b'{"prompt": "a", "\\ud800": 1}', "body: holds a lone"),
+        (b'{"prompt": "a", "top_k": Infinity}', "body: not JSON: Out of range"),
+        (b'{"prompt": "a", "top_k": 1099511627776}', "top_k: expected an integer in 0..2147483647"),
+        (b'{"prompt": "a", "stop_token_ids": [1099511627776]}', "stop_token_ids: expected fewer than 8 ids in 0..319"),
+        (b'{"prompt": "a", "stream": true, "stream_options": "x"}', "stream_options: expected an object"),
+    ):  # fmt: skip
+        answer = httpx.post(f"{served[0]}/v1/completions", content=content, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(words), answer.text
+    assert served[1].waiting == 0 and httpx.get(f"{served[0]}/health").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served[0]}/v1", api_key="wrong", max_retries=0).models.list()
     assert [model.id for model in client.models.list()] == ["small"]
+
+
+def test_streams_carry_the_log_probs_of_their_tokens(client):
+    how = {"model": "small", "temperature": 0.0, "max_tokens": 9}
+    whole = client.completions.create(prompt="the loop", logprobs=1, **how).choices[0].logprobs
+    chunks = [chunk.choices[0] for chunk in client.completions.create(prompt="the loop", logprobs=1, stream=True, **how)]
+    assert [token for chunk in chunks for token in chunk.logprobs.tokens] == whole.tokens
+    assert [p for chunk in chunks for p in chunk.logprobs.token_logprobs] == whole.token_logprobs
+    whole = client.chat.completions.create(messages=QUESTION, logprobs=True, **how).choices[0].logprobs
+    chunks = client.chat.completions.create(messages=QUESTION, logprobs=True, stream=True, **how)
+    found = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert found == whole.content and len(found) == 9
+
+
+def test_a_completion_continues_its_prompt(client, served):
+    for seed in range(100):
+        how = {"model": "small", "prompt": "the loop", "max_tokens": 2, "seed": seed, "logprobs": 1}
+        choice = client.completions.create(**how).choices[0]
+        first = choice.logprobs.tokens[0]
+        if first.startswith("\u2581") and len(first) > 1:
+            break
+    assert choice.text.startswith(first.replace("\u2581", " "))
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**how, stream=True)) == choice.text
+
+
+class Broken:
+    """A worker whose engine fails at each request, or has ended."""
+
+    def __init__(self, *, alive):
+        self.alive, self.registry = alive, None
+        self.engine = types.SimpleNamespace(settings=EngineConfig(slots=1, max_length=64))
+
+    def start(self):
+        pass
+
+    stop = start
+
+    def cancel(self, ticket):
+        pass
+
+    def submit(self, jobs):
+        if not self.alive:
+            raise EngineStopped("the engine has stopped")
+        for job in jobs:
+            job["deliver"](None, 0.0, "error")
+        return list(range(len(jobs)))
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_engine_that_fails_is_no_answer_and_one_that_has_ended_asks_for_no_patience(tokenizer, alive):
+    app = Server(Broken(alive=alive), tokenizer, name="small").app()
+    with TestClient(app) as http:
+        body = {"prompt": "the loop", "max_tokens": 2}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == (500 if alive else 503) and "retry-after" not in answer.headers
+        assert answer.json()["error"]["type"] == "server_error" and http.get("/health").status_code == (200 if alive else 503)
+        if alive:
+            (event,) = http.post("/v1/completions", json={**body, "stream": True}).text.strip().split("\n\n")
+            assert json.loads(event.removeprefix("data: "))["error"]["code"] == 500
+
+
+def test_a_job_that_the_engine_cannot_take_leaves_the_others(client, served):
+    told = []
+    served[1].submit([{"prompt": [5], "max_tokens": 2, "seed": 2**70, "deliver": lambda *what: told.append(what)}])
+    wait(lambda: told)
+    assert told == [(None, 0.0, "error")]
+    assert client.completions.create(model="small", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
 def test_a_client_that_leaves_frees_its_slot_and_a_full_queue_is_429(client, served, monkeypatch):

@@ -1,6 +1,6 @@
 """Text of tokens as they come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -58,6 +58,12 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def continuation(ids: Iterable[int], tokenizer: Tokenizer, *, after: Sequence[int]) -> str:
+    """The text that tokens add to that of the tokens before them."""
+    stream = TextStream(tokenizer, after=after)
+    return "".join([*map(stream.push, ids), stream.finish()])
 
 
 def _overlap(text: str, stop: str) -> int:

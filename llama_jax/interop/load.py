@@ -18,8 +18,9 @@ from llama_jax.parallel.axes import TRAIN, ParamSpec, Rules, partition
 
 
 def load_params(
-    source: Source, mesh: Mesh, *, dtype: Any = None, rules: Rules = TRAIN, progress: Callable[[int], None] | None = None
-) -> Params:
+    source: Source, mesh: Mesh, *, dtype: Any = None, vectors: Any = None, rules: Rules = TRAIN,
+    progress: Callable[[int], None] | None = None,
+) -> Params:  # fmt: skip
     """The parameters of a checkpoint, laid out by a rule table on this mesh.
 
     On top of the arrays' own shards a process holds one tensor of one layer at a time; every process reads all files and
@@ -27,6 +28,7 @@ def load_params(
 
     Args:
       dtype: of the arrays; None: the parameter table's (float32).
+      vectors: of those that are vectors (in each layer), where it is another.
       progress: called with the number of tensors read.
 
     Raises:
@@ -36,7 +38,8 @@ def load_params(
     flat = {}
     for path, rows in by_leaf(list(source.tensors)).items():
         spec = specs[path]
-        kind = jnp.dtype(dtype or spec.dtype)
+        vector = len([axis for axis in spec.axes if axis != "layers"]) == 1
+        kind = jnp.dtype((vectors if vector else None) or dtype or spec.dtype)
 
         def read(row, kind=kind):
             x = source.read(row)

@@ -14,6 +14,7 @@ import numpy as np
 from llama_jax.parallel.axes import shards_of
 
 _REMOVED = -1e30
+_LARGEST = float(np.finfo(np.float32).max)
 _BLOCK = 128  # tokens
 
 
@@ -34,12 +35,12 @@ class Choice:
         """Itself, if the settings (of one request, on the host) make sense; ValueError with field and range otherwise."""
         for name, fine, expected in (
             ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "an integer of at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31 and self.top_k == int(self.top_k), f"an integer in 0..{2**31 - 1}"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
-            if not fine or not np.isfinite(getattr(self, name)):
+            if not fine or not abs(getattr(self, name)) <= _LARGEST:  # nor NaN
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
         return self
 

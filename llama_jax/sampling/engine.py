@@ -80,6 +80,8 @@ class Engine:
             raise ValueError(f"prompt: expected ids in 0..{V - 1}, got {min(prompt)}..{max(prompt)}")
         if len(stop_ids) > device.STOPS:
             raise ValueError(f"stop_ids: expected at most {device.STOPS}, got {len(stop_ids)}")
+        if not all(0 <= token < V for token in stop_ids):
+            raise ValueError(f"stop_ids: expected ids in 0..{V - 1}, got {list(stop_ids)}")
         if key is None:
             key = key_data(seed, [index])[0]
         choice = Choice() if choice is None else choice.check()

@@ -24,6 +24,10 @@ class QueueFull(RuntimeError):
     """There is no room for another request."""
 
 
+class EngineStopped(QueueFull):
+    """There never will be: the engine's thread has ended."""
+
+
 class Worker:
     """Runs an engine in a thread of its own.
 
@@ -80,11 +84,11 @@ class Worker:
         """Queues requests together, all or none; each job has the arguments of `Engine.submit` and `deliver`.
 
         Raises:
-          QueueFull: if they do not all fit.
+          QueueFull: if they do not all fit; EngineStopped, if no later try can succeed.
         """
         with self._ready:
             if not self.alive:
-                raise QueueFull("the engine has stopped")
+                raise EngineStopped("the engine has stopped")
             free = self.engine.settings.slots - self.engine.active
             if self.waiting + len(jobs) > self._queue + max(free, 0):
                 self._requests.labels("refused").inc(len(jobs))
@@ -147,7 +151,7 @@ class Worker:
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
         try:
             request = self.engine.submit(seed=seed, on_token=on_token, **job)
-        except ValueError:  # the caller's checks should have found it
+        except Exception:  # the caller's checks should have found it; the requests of others go on
             log.exception("the engine refused a request")
             deliver(None, 0.0, "error")
         else:
