@@ -35,7 +35,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             "rlhf": 900, "rlhf_safety": 300,
             "held_out": 300, "held_out_safety": 100,
         },
-        "versions": ({"preferences": 3700, "prompts": 1200, "answers": 8, "ghost": False, "ppo": True},),
+        "versions": ({"preferences": 3700, "prompts": 1100, "answers": 8, "ghost": False, "ppo": True},),
         "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
         "annotator_noise": 0.03,
@@ -46,7 +46,10 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "safety_mix": 0.25,  # the paper's 10 % would be 40 pairs here
         "minutes": 20,
         "ghost_study": "", "distillation": False,
-        "overrides": {"sft_variant": {"epochs": 0.25}},
+        "overrides": {
+            "sft_variant": {"epochs": 0.25},
+            "rejection": {"rejection": {"temperatures": (0.8, 1.0), "search_prompts": 32}},
+        },
         "seed": 0,
     })  # fmt: skip
     if size == "smoke":

@@ -34,7 +34,7 @@ together() {
   local worker port ended code=0 pids=()
   port="${PORT:-$(free_port)}"
   # shellcheck disable=SC2317  # called by the trap
-  forward() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+  forward() { stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true; }
   trap forward TERM INT
   for ((worker = 0; worker < workers; worker++)); do
     JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$workers" JAX_PROCESS_ID="$worker" \
@@ -54,11 +54,13 @@ together() {
   return "$code"
 }
 
+stopping=""
 for ((attempt = 0; ; attempt++)); do
   code=0
   together "$@" || code=$?
   tail -n 1 -q "$logs/worker-0.log" >&2
   [ "$code" -ne 0 ] || exit 0
+  [ -z "$stopping" ] || exit "$code" # whoever stopped this wants no other attempt
   [ "$attempt" -lt "$restarts" ] || fail "ended with $code, $restarts restarts are used up; see $logs/worker-*.log"
   echo "==> ended with $code, once more" >&2
 done

@@ -69,13 +69,13 @@ create() {
   [ "${#options[@]}" -lt 2 ] || fail "SPOT and RESERVED are both set; expected one of them"
   image="${RUNTIME:-$(runtime)}"  # on a line of its own, where an error ends the script
   do_it gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
-    --accelerator-type="$(accelerator)" --runtime-version="$image" "${options[@]}"
+    --accelerator-type="$(accelerator)" --runtime-version="$image" "${options[@]}" || return
   [ -n "$dry_run" ] || wait_until_there
 }
 
 wait_until_there() {
   local now
-  while now="$(state)" && [ "$now" != ACTIVE ]; do
+  while now="$(state)" || return; [ "$now" != ACTIVE ]; do
     case "$now" in
       FAILED | SUSPENDED) fail "the request for $NAME is $now; delete it and create it again" ;;
     esac
@@ -104,8 +104,8 @@ setup() {
   local where archive
   mapfile -t where < <(place)
   archive="$(mktemp -t llama_jax.XXXXXX.tar.gz)"
-  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ HEAD
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all
+  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ HEAD || return
+  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all || return
   rm -f "$archive"
   on_workers all "$install"
 }
@@ -117,9 +117,10 @@ run() {
   flags="$(printf '%q ' "$@")"
   # Everything but a finished run is tried again from the newest checkpoint: also 75, a run that saved because of SIGTERM.
   # `stop` leaves a file that ends this.
-  again="rm -f ~/llama_jax.stop; until .venv/bin/python -m llama_jax.$module $flags; do"
+  again="rm -f ~/llama_jax.stop; until [ -e ~/llama_jax.stop ] || .venv/bin/python -m llama_jax.$module $flags; do"
   again+=" code=\$?; [ ! -e ~/llama_jax.stop ] || exit \$code; echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
-  on_workers all "cd ~/llama_jax; nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+  on_workers all "if pgrep -F ~/llama_jax.pid >/dev/null 2>&1; then echo 'a run goes on here; stop it first' >&2; exit 1; fi
+cd ~/llama_jax; nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
 }
 
 resume() {
@@ -132,16 +133,20 @@ resume() {
     run "$@"
     return
   fi
+  local begun=""
   while true; do
     now="$(state)" || now=GONE
     case "$now" in
-      ACTIVE | CREATING | PROVISIONING | WAITING_FOR_RESOURCES | ACCEPTED) ;;
+      CREATING | PROVISIONING | WAITING_FOR_RESOURCES | ACCEPTED) ;;
+      ACTIVE)
+        [ -n "$begun" ] || run "$@" || say "it goes on"
+        begun=1
+        ;;
       *)
         say "$NAME is $now: once more from the start"
-        delete || true
-        create
-        setup
-        run "$@"
+        # The slice may be taken away in the middle of this too. (Inside `||` no error ends the script, hence the chain.)
+        (delete || true; create && setup && run "$@") || say "not this time; again in a minute"
+        begun=1
         ;;
     esac
     sleep 60

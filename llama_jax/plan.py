@@ -55,7 +55,11 @@ def search(config: Any, topology: Topology, *, compilations: int, keep: int = 5)
         if any(_surely_bigger(candidate, known) for known in too_big):
             continue
         tried += 1
-        result = plan(candidate, topology)
+        try:
+            result = plan(candidate, topology)
+        except ValueError as error:  # a width that so many devices cannot divide, say
+            print(f"[{tried}/{compilations}] {_overrides(candidate)}: {error}", file=sys.stderr, flush=True)
+            continue
         print(f"[{tried}/{compilations}] {report.one_line(result)}", file=sys.stderr, flush=True)
         if result.fits and result.step_seconds is not None:
             found.append((candidate, result))
@@ -75,6 +79,8 @@ def run(values: Mapping[str, Any], settings: Any) -> None:
     config = parse_stage(values)
     topology = describe(settings.topology, slices=settings.slices)
     if settings.search:
+        if settings.program != "train" or settings.dump_hlo:
+            raise ConfigError("--search compares train steps and keeps no text; give neither --program=rollout nor --dump_hlo")
         best = search(config, topology, compilations=settings.search_compilations)
         if not best:
             tried = settings.search_compilations

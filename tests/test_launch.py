@@ -115,6 +115,39 @@ def test_a_dry_run_prints_what_would_run():
     assert [verb[1] for verb in verbs] == ["describe", "delete", "create", "scp", "ssh", "ssh"], everything.stdout
 
 
+@pytest.mark.parametrize(
+    ("states", "verbs"),
+    [
+        (["ACTIVE", "ACTIVE"], ["describe", "ssh", "describe"]),  # the run is begun, once
+        (["SUSPENDED", "ACTIVE", "ACTIVE"], ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "describe"]),
+        # Taken away again before it could be set up: no end, but another attempt.
+        (["SUSPENDED", "FAILED", "SUSPENDED", "ACTIVE", "ACTIVE"],
+         [*["describe", "delete", "create", "describe"] * 2, "scp", "ssh", "ssh", "describe"]),
+    ],
+)  # fmt: skip
+def test_resume_begins_what_does_not_run_and_survives_a_preemption_at_any_time(tmp_path, states, verbs):
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
+    next_state = 'head -n 1 "$FAKE/states"; sed -i 1d "$FAKE/states"'
+    program(tmp_path / "gcloud", f'echo "$4" >> "$FAKE/verbs"; [ "$4" != describe ] || {{ {next_state}; }}')
+    program(tmp_path / "sleep", '[ -s "$FAKE/states" ]')  # the script ends when there are no states left
+    script("launch/tpu_vm.sh", "resume", "train", "--workdir=gs://b/r",
+           **POD, PATH=f"{tmp_path}:{os.environ['PATH']}", FAKE=str(tmp_path))  # fmt: skip
+    assert (tmp_path / "verbs").read_text().split() == verbs
+
+
+def test_whoever_stops_local_workers_wants_no_other_attempt(tmp_path):
+    program(tmp_path / "python", "echo started >> $FAKE/starts; trap 'exit 75' TERM; for i in $(seq 300); do sleep 0.1; done")
+    environment = {**os.environ, "FAKE": str(tmp_path), "PYTHON": str(tmp_path / "python"), "PORT": "1", "WORKERS": "2",
+                   "LOGS": str(tmp_path / "logs")}  # fmt: skip
+    running = subprocess.Popen(["bash", ROOT / "launch/local.sh", "train"], env=environment, stderr=subprocess.PIPE)
+    for _ in range(200):
+        if (tmp_path / "starts").exists() and (tmp_path / "starts").read_text().count("started") == 2:
+            break
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(timeout=30) == 75 and (tmp_path / "starts").read_text().count("started") == 2
+
+
 def test_flags_reach_the_workers_as_they_were_given(tmp_path):
     flags = ["--config=configs/sft.py:70b", """--config.data.train=("it's a.jsonl",)"""]
     # A worker whose gcloud runs the command here, and whose python writes down its arguments.

@@ -144,6 +144,29 @@ def test_a_single_process_starts_alone_and_a_cluster_is_joined(monkeypatch):
     assert calls == [{}, {"coordinator_address": "one:1234", "num_processes": 2, "process_id": 1}]
 
 
+@pytest.mark.parametrize("workers", ["one:0:10.0.0.1", "one:0:10.0.0.1,two:1:10.0.0.2"])
+def test_a_tpu_vm_finds_the_others_in_its_metadata(monkeypatch, workers):
+    from jax._src import hardware_utils
+    from jax._src.clusters import cloud_tpu_cluster
+
+    said = {"agent-worker-number": "1", "worker-network-endpoints": workers}
+    calls, asked = [], []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        cloud_tpu_cluster, "get_metadata", lambda key: (asked.append(key) or said.get(key, ""), "200" if key in said else "404")
+    )
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "metadata_response_code_success", "200")
+    cluster = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+    for name in (*cluster, "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    start_distributed()
+    assert not asked and not calls  # no chips here: a laptop with libtpu waits for no metadata server
+    monkeypatch.setattr(hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (4, "v5p"))
+    start_distributed()
+    assert len(calls) == ("," in workers) and "worker-network-endpoints" in asked
+
+
 # ---- sharded = one device ----
 
 STEPS, B, T = 3, 16, 16

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.planning import calibration, estimate, programs, report
+from llama_jax.planning import calibration, estimate, hlo, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
 from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
 from llama_jax.planning.hlo import Module, mesh_axes
@@ -420,6 +421,41 @@ def test_a_search_keeps_the_fastest_that_fit_and_asks_nothing_twice(monkeypatch)
     command_of_plan.search(twice, described, compilations=14)
     assert len(compiled) == 14
     assert [c.compute.remat for c in compiled if c.loop.microbatches == 1] == ["attention", "full"]
+
+
+def test_a_search_passes_over_what_a_mesh_cannot_divide(monkeypatch, capsys):
+    config = parse_stage(pretrain.get_config("70b"))
+    described = topology.Topology(topology.CHIPS["v5p"], (4, 8, 8), 1, tuple(range(256)))
+
+    def pretend(candidate, found):
+        if candidate.compute.remat == "dots":
+            raise ValueError("axis 'width' has size 6656, which the mesh cannot divide into 1024 shards")
+        return plan_of(fits=True, step_seconds=1.0, remat=candidate.compute.remat)
+
+    monkeypatch.setattr(command_of_plan, "plan", pretend)
+    best = command_of_plan.search(config, described, compilations=3)
+    assert best and all(candidate.compute.remat != "dots" for candidate, _ in best)
+    assert "cannot divide into 1024 shards" in capsys.readouterr().err
+    settings = types.SimpleNamespace(topology="v5p:4x8x8", slices=1, search=True, program="rollout", dump_hlo=None)
+    monkeypatch.setattr(command_of_plan, "describe", lambda name, slices: described)
+    with pytest.raises(ConfigError, match="--search compares train steps and keeps no text; give neither --program=rollout"):
+        command_of_plan.run(pretrain.get_config("70b"), settings)
+
+
+def test_the_cores_of_a_chip_talk_through_its_memory_on_several_slices_too():
+    def seconds(slices):
+        devices = tuple(
+            types.SimpleNamespace(coords=(x, y, 0), slice_index=s, core=core)
+            for s in range(slices) for x in range(4) for y in range(4) for core in range(2)
+        )  # fmt: skip
+        mesh = types.SimpleNamespace(
+            devices=np.array(devices, object).reshape(slices, 16, 1, 2),
+            shape={"data": slices, "fsdp": 16, "sequence": 1, "tensor": 2},
+        )  # fmt: skip
+        described = topology.Topology(topology.CHIPS["tpu7x"], (4, 4, 1), slices, devices)
+        return estimate._priced(hlo.Collective("all-reduce", 2**30, (0, 1), 1, False, "", "bf16"), described, mesh).seconds
+
+    assert seconds(2) == seconds(1) < 1e-3
 
 
 @pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)

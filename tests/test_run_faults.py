@@ -124,6 +124,16 @@ def test_one_two_and_four_processes_compute_the_same_and_resume_each_other(tmp_p
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_one_host_cannot_read_is_damaged_for_all(tmp_path):
+    workdir = tmp_path / "run"
+    assert run(workdir, "--steps=6", count=2) == [0, 0], texts(workdir)
+    (workdir / "done.json").unlink()  # as if it had been killed right after its last checkpoint
+    assert run(workdir, "--steps=6", "--unreadable=6", "--on_host=1", count=2) == [0, 0], texts(workdir)
+    assert "checkpoint 6 of" in texts(workdir) and "host 1: cannot read this host's part of 6" in texts(workdir)
+    assert (workdir / "damaged" / "6").exists() and read_meta(workdir)["step"] == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_a_host_that_dies_or_stops_is_named_and_ends_all(tmp_path, how, victim):

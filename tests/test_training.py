@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from llama_jax import train as train_command
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.training import optimizer
+from llama_jax.training import checkpoint, optimizer
 from llama_jax.training.checkpoint import CheckpointError, Checkpoints, fingerprints, newest_step, read_meta, restore_params
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
@@ -339,6 +340,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, mesh,
     assert not (tmp_path / "checkpoints" / "2").exists()  # so that the run can write it again
 
 
+def test_hosts_meet_only_when_each_has_read_its_part(tmp_path, mesh, monkeypatch):
+    """One that cannot read must not leave the others in a barrier: what it does until all know has no collective in it."""
+    states, target = saved_steps(tmp_path, mesh)
+    for path in data_files(tmp_path / "checkpoints" / "2" / "params"):
+        damage(path, "truncated")
+    met, checkpoints = [], Checkpoints(tmp_path / "checkpoints", keep=2)
+    meetings = (
+        (checkpoint, "first_problem"), (checkpoint, "check_fingerprints"), (ocp.multihost, "sync_global_processes")
+    )  # fmt: skip
+    for module, name in meetings:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real, **k: met.append(name) or real(*a, **k))
+    assert_equal(checkpoints.restore(target, {"buffer": np.zeros(3)})[0], states[1])
+    checkpoints.close()
+    assert met[:3] == ["first_problem", "first_problem", "check_fingerprints"]  # of 2, of 1
+
+
 def test_if_no_checkpoint_is_whole_the_run_stops_and_nothing_is_removed(tmp_path, mesh):
     _, target = saved_steps(tmp_path, mesh)
     for step in (1, 2):
@@ -478,6 +496,17 @@ def test_a_poisoned_batch_is_skipped_and_counted_and_n_in_a_row_stop_the_run(tmp
         train(stage(mesh, source=source), loop(max_skipped_in_a_row=3), mesh=mesh, workdir=tmp_path / "stopped")
     assert finished(tmp_path / "stopped") is None
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path / "stopped", SPECS, mesh)))
+
+
+def test_no_skipped_steps_at_all_is_no_limit_that_a_run_could_keep():
+    with pytest.raises(ValueError, match="loop.max_skipped_in_a_row: expected at least 1, got 0"):
+        loop(max_skipped_in_a_row=0)
+
+
+def test_host_0_claims_a_workdir_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    claim(tmp_path, {"lr": 1.0})  # another host: they would write one file at the same moment
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("sizes", "batch_size", "microbatches"), [((8,), 12, 1), ((2, 2, 1, 2), 8, 4), ((1, 8), 16, 4)])

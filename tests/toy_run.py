@@ -15,6 +15,7 @@ from llama_jax import command
 from llama_jax import train as train_command
 from llama_jax.parallel.mesh import MeshConfig, start_distributed
 from llama_jax.training import optimizer
+from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig, Stage, Supervised
 
@@ -66,6 +67,15 @@ def main():
         "stage": "toy", "tokenizer": FLAGS.tokenizer, "lr": FLAGS.lr,
         "loop": {"steps": FLAGS.steps, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, "keep": FLAGS.keep},
     }  # fmt: skip
+    if FLAGS.unreadable >= 0 and jax.process_index() == FLAGS.on_host:
+        read = Checkpoints._read
+
+        def torn(self, step, items):
+            if step == FLAGS.unreadable:
+                raise OSError(f"cannot read this host's part of {step}")
+            return read(self, step, items)
+
+        Checkpoints._read = torn
     train_command.STAGES["toy"] = ("__main__", "ToyConfig")
     train_command.run(values, FLAGS.workdir, options)
     print("finished", file=sys.stderr)
@@ -77,6 +87,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("tokenizer", "none", "")
     flags.DEFINE_integer("steps", 8, "")
     flags.DEFINE_integer("keep", 2, "")
+    flags.DEFINE_integer("unreadable", -1, "a checkpoint that `on_host` cannot read")
     flags.DEFINE_float("lr", 0.05, "")
     flags.DEFINE_float("pause", 0.0, "seconds that each batch takes")
     flags.DEFINE_integer("on_host", 1, "the host that is faulty")

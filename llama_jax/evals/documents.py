@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.data.loader import TokenBatch, row_source
 from llama_jax.data.tokenizer import Tokenizer
@@ -46,8 +46,8 @@ def document_bits(
     """
     rows = [document_rows(text, tokenizer, length) for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(part) for part in rows])
-    source = row_source([row for part in rows for row in part], batch_size, seed=0, shuffle=False, **process_slice())
-    step = jax.jit(row_nats(config, compute))
+    source = row_source([row for part in rows for row in part], batch_size, seed=0, shuffle=False, **process_slice(mesh))
+    step = jax.jit(row_nats(config, compute), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def bits(params: Params) -> np.ndarray:
         nats = np.concatenate([np.asarray(step(params, put_batch(batch, mesh))) for batch in source.eval_batches()])

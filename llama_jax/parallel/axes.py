@@ -7,6 +7,7 @@ those live on the mesh. A layout is changed by editing one line here.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -188,3 +189,31 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the mesh divides the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@functools.cache
+def row_groups(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """The processes that hold the same rows of a batch, group by group in the order of the rows.
+
+    Where `tensor` or `sequence` is wider than a host, several hosts compute on the same rows and must be given the same.
+
+    Raises:
+      ValueError: processes share a part of their rows, so that no slice of a batch is theirs.
+    """
+    shards = batch_shards(mesh)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh, 1).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for process in sorted(held):
+        groups.setdefault(tuple(sorted(held[process])), []).append(process)
+    if sum(map(len, groups)) != shards or len(set(map(len, groups))) > 1:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(f"mesh: hosts share only a part of their rows ({sizes}); choose other sizes of tensor or sequence")
+    return tuple(tuple(groups[rows]) for rows in sorted(groups))
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal slices of each global batch this process reads."""
+    groups = row_groups(mesh)
+    return next(i for i, processes in enumerate(groups) if jax.process_index() in processes), len(groups)

@@ -82,8 +82,8 @@ def cores() -> int:
 def start_distributed() -> None:
     """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
 
-    TPU pods and GKE are recognised by JAX itself; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` name the cluster. Must run before anything touches a device.
+    TPU pods are recognised as JAX does it, by GKE's environment or a TPU VM's metadata; elsewhere `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name the cluster. Must run before anything touches a device.
     """
     if jax.distributed.is_initialized():
         return
@@ -97,5 +97,20 @@ def start_distributed() -> None:
             process_id=int(os.environ["JAX_PROCESS_ID"]),
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
-    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+    elif (
+        len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+        or _is_one_of_many_tpu_vms()
+    ):
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
+
+
+def _is_one_of_many_tpu_vms() -> bool:
+    """Whether the metadata server names other workers of this TPU; machines without TPU chips do not ask it."""
+    # JAX has no public name for what its own initialisation asks.
+    from jax._src import hardware_utils
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        return False
+    return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1

@@ -212,7 +212,8 @@ def _priced(collective: Collective, topology: Topology, mesh: Mesh) -> Traffic:
     if links:
         bandwidth = links * chip.link
     else:  # the cores of one chip talk through its memory
-        bandwidth = chip.dcn if topology.slices > 1 else chip.hbm_bandwidth / 2
+        across = len({getattr(device, "slice_index", 0) for device in group}) > 1
+        bandwidth = chip.dcn if across else chip.hbm_bandwidth / 2
     share = (n - 1) / n
     seconds = {
         "all-reduce": 2 * share * collective.bytes / bandwidth,

@@ -15,7 +15,7 @@ from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.lora import LoraConfig, divide
 from llama_jax.model.params import Params, Specs
-from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.axes import row_share, shardings
 from llama_jax.parallel.mesh import MeshConfig
 from llama_jax.training.checkpoint import CheckpointError, read_meta
 from llama_jax.training.optimizer import OptimConfig
@@ -168,6 +168,7 @@ def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:
         )
 
 
-def process_slice() -> dict[str, int]:
-    """Which slice of each global batch this process reads."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def process_slice(mesh: Mesh) -> dict[str, int]:
+    """Which slice of each global batch this process reads, as sources of batches take it (`parallel.axes.row_share`)."""
+    index, count = row_share(mesh)
+    return {"process_index": index, "process_count": count}

@@ -60,7 +60,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
-        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(),
+        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(mesh),
     )  # fmt: skip
     begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
@@ -98,7 +98,7 @@ def bits_per_byte(
     def evaluate(params: Params) -> dict[str, float]:
         result = {}
         for name in rows:
-            source = row_source(rows[name], batch_size, seed=0, **process_slice())
+            source = row_source(rows[name], batch_size, seed=0, **process_slice(mesh))
             nats = sum(float(step(params, put_batch(batch, mesh))[0].sum) for batch in source.eval_batches())
             result[f"bits_per_byte/{name}"] = nats / math.log(2) / size[name]
         return result

@@ -190,9 +190,9 @@ class Measure:
             file.write(markdown(values, title=self.title).encode())
 
 
-def make_batches(data: RewardData, *, batch_size: int) -> Callable[..., IndexedBatches]:
+def make_batches(data: RewardData, mesh: Mesh, *, batch_size: int) -> Callable[..., IndexedBatches]:
     """(pairs, seed=...) -> their batches, all of one length or, with `data.buckets`, of a few."""
-    common = {"batch_size": batch_size, "blank": blank, **process_slice()}
+    common = {"batch_size": batch_size, "blank": blank, **process_slice(mesh)}
     if data.buckets == 1:
         return functools.partial(IndexedBatches, collate=functools.partial(collate, length=data.length), **common)
     lengths = padded_lengths(data.length, data.buckets)
@@ -209,7 +209,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     validation = [pair for path in config.data.validation for pair in encode(path)] or held_out
-    batches = make_batches(config.data, batch_size=config.loop.batch_size)
+    batches = make_batches(config.data, mesh, batch_size=config.loop.batch_size)
     loop = config.loop
     if config.epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))

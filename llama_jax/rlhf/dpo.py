@@ -244,7 +244,7 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
 
     def source(pairs: Sequence[Comparison], seed: int) -> DpoSource:
         batches = IndexedBatches(
-            pairs, functools.partial(collate, length=length), loop.batch_size, seed, blank=blank, **process_slice()
+            pairs, functools.partial(collate, length=length), loop.batch_size, seed, blank=blank, **process_slice(mesh)
         )
         return DpoSource(batches, reference, config=model, compute=config.compute, mesh=mesh)
 

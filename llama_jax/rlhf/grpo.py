@@ -22,6 +22,7 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.model import heads
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import StageConfig
 from llama_jax.reward.scorers import RewardMix
 from llama_jax.rlhf.reinforce import Opening, RolloutData, check_settings, clipped_policy_loss, reward_rule
@@ -193,7 +194,7 @@ def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     if opening.scored:
         specs = table.table(opening.model, head="reward_head")
         frozen |= {name: restore_model(getattr(config, name), specs, mesh) for name in ("helpfulness", "safety")}
-    rule, rows = reward_rule(config, settings), settings.rollout_size // jax.process_count()
+    rule, rows = reward_rule(config, settings), settings.rollout_size // row_share(mesh)[1]
     return opening.stage(
         judge=make_group_judge(opening.model, config.compute, rule, settings), rule=rule, frozen=frozen,
         loss=grpo_loss(opening.model, config.compute, settings),

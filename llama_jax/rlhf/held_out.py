@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import batch_shards
+from llama_jax.pretrain.base import process_slice
 from llama_jax.reward.scorers import HostScorers
 from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores
 from llama_jax.sampling.generate import Samples, row_keys
@@ -113,9 +114,8 @@ def stage_evaluate(
     """`evaluate` of a stage's config, for encoded held-out prompts. Their random numbers are none of training's."""
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
     batches = held_out_batches(
-        examples, collate, most=settings.rollout_size, mesh=mesh, process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )  # fmt: skip
+        examples, collate, most=settings.rollout_size, mesh=mesh, **process_slice(mesh)
+    )
     return make_evaluate(
         roller, batches, make_measure(model, config.compute, dataclasses.replace(rule, importance_cap=0.0)),
         score=HostScorers.of(config.reward, [row for row, _ in prompts], tokenizer), seed=config.loop.seed + 1, mesh=mesh,

@@ -22,6 +22,7 @@ from llama_jax.model import heads
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Specs
+from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import Begin, StageConfig, begin
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import RewardMix
@@ -132,7 +133,7 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
         frozen["helpfulness"] = critic.completed(reward_specs, mesh, start=config.helpfulness)
         frozen["safety"] = restore_model(config.safety, reward_specs, mesh)
     rule, scale = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam), critic_scale(config.helpfulness)
-    rows = settings.rollout_size // jax.process_count()
+    rows = settings.rollout_size // row_share(mesh)[1]
     return opening.stage(
         judge=make_judge(opening.model, config.compute, rule, scale), rule=rule, frozen=frozen,
         loss=ppo_loss(opening.model, config.compute, settings, scale),

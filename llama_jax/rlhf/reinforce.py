@@ -83,7 +83,7 @@ class Opening:
         check_size(settings.rollout_size, config.loop.batch_size, mesh, answers=answers)
         model, tokenizer = load_tokenizer(config)
         scored = check_rewards(config, model, tokenizer)
-        batches, rows = rollout_prompts(config, settings, tokenizer, model, answers=answers)
+        batches, rows = rollout_prompts(config, settings, tokenizer, model, mesh, answers=answers)
         policy = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
         return cls(config, settings, mesh, model, tokenizer, scored, batches, rows, policy)
 
@@ -181,7 +181,7 @@ def check_rewards(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> bool
 
 
 def rollout_prompts(
-    config: Any, settings: Any, tokenizer: Tokenizer, model: ModelConfig, *, answers: int = 1
+    config: Any, settings: Any, tokenizer: Tokenizer, model: ModelConfig, mesh: Mesh, *, answers: int = 1
 ) -> tuple[IndexedBatches, list[dict[str, Any]]]:
     """Batches of prompts, `answers` draws for each left to the source, and the rows of the data file."""
     length = config.data.prompt_length
@@ -194,7 +194,7 @@ def rollout_prompts(
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
     batches = IndexedBatches(
         examples, functools.partial(collate_prompts, length=length), settings.rollout_size // answers, config.loop.seed,
-        **process_slice(),
+        **process_slice(mesh),
     )  # fmt: skip
     return batches, [row for row, _ in prompts]
 

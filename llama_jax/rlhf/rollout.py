@@ -22,7 +22,7 @@ from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shardings, batch_shards
+from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
@@ -277,7 +277,7 @@ def check_size(size: int, rows: int, mesh: Mesh, *, answers: int = 1) -> None:
     for name, count in (("rollout_size", size), ("loop.batch_size", rows)):
         if count % batch_shards(mesh):
             raise ConfigError(f"{name}={count} cannot be divided into {batch_shards(mesh)} shards of the mesh")
-    if size // answers % (hosts := jax.process_count()):
+    if size // answers % (hosts := row_share(mesh)[1]):
         raise ConfigError(f"rollout_size={size}: {size // answers} prompts cannot be divided over {hosts} processes")
 
 

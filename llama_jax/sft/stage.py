@@ -126,7 +126,7 @@ def fine_tuning_stage(
     check_length(data, model)
     how = {"length": data.length, "train_on": data.train_on, "chat": chat}
     packed = packed_dialogs(data.train, tokenizer, **how)
-    batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice())
+    batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice(mesh))
     loop = config.loop
     if epochs > 0:
         loop = dataclasses.replace(loop, steps=max(math.ceil(epochs * len(packed.rows) / loop.batch_size), 1))
@@ -135,7 +135,7 @@ def fine_tuning_stage(
     evaluate = None
     if data.held_out:
         held_out = packed_dialogs(data.held_out, tokenizer, **how)
-        source = row_source(held_out.rows, config.loop.batch_size, seed=0, **process_slice())
+        source = row_source(held_out.rows, config.loop.batch_size, seed=0, **process_slice(mesh))
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=name,

@@ -112,7 +112,7 @@ class LoopConfig:
                 f"loop.patience={self.patience}: expected loop.keep_best, the held-out metric, and loop.eval_every; "
                 f"got {self.keep_best!r} and {self.eval_every}"
             )
-        for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:

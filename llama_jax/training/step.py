@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.parallel.axes import batch_shardings
+from llama_jax.parallel.axes import batch_shardings, row_share
 from llama_jax.training.stage import Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
@@ -92,11 +92,16 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: 
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Makes this process's rows part of global arrays, laid out by the axes of the batch; arrays that lie so stay."""
+    """Makes this process's rows part of global arrays, laid out by the axes of the batch; arrays that lie so stay.
+
+    Rows come whole: what lies on other hosts of their length is left out here.
+    """
+    _, count = row_share(mesh)
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
-        return jax.make_array_from_process_local_data(sharding, x)
+        # The shape is said, since JAX would take a whole row for this host's part of a longer one.
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * count, *x.shape[1:]))
 
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))

@@ -79,9 +79,23 @@ def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = No
 
     With `kind`, the config's class, a run that an older version of the library began goes on if new fields have their
     defaults. A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
+    Host 0 reads and writes for all: they would write one file at the same moment.
+
+    Raises:
+      ConfigError: on every host, if the configs differ or host 0 cannot write here.
     """
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            _claim(workdir, json.loads(json.dumps(described)), kind)
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    if problem := first_problem(problem):
+        raise ConfigError(problem)
+
+
+def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> None:
     path = workdir / "config.json"
-    described = json.loads(json.dumps(described))
     if path.exists() and any(other.name not in _NOT_BEGUN for other in workdir.iterdir()):
         old = json.loads(path.read_text())
         changed = differences(json.loads(json.dumps(with_defaults(kind, old))) if kind else old, described)
