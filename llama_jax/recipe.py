@@ -249,8 +249,10 @@ class Recipe(Steps[RecipeConfig]):
             "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
         })  # fmt: skip
         config, directory = parse_stage(values), self.workdir / name / "ghost"
-        samples = ghost.draw_samples(config, self.mesh, directory)
-        write_jsonl(directory / "samples.jsonl", samples)
+        path = directory / "samples.jsonl"
+        if not path.exists():
+            ghost.draw_samples(config, self.mesh, directory)
+        samples = [row for _, row in read_jsonl(path)]
         rows = ghost.training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
         return write_jsonl(directory / "ghost.jsonl", rows)
 
