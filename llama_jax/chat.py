@@ -12,20 +12,14 @@ On a pod the same command runs on every host; the first one reads and writes.
 """
 
 import dataclasses
-import itertools
-import json
 import os
-import queue
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import jax
-import numpy as np
 from absl import flags
 
 from llama_jax import command
@@ -35,19 +29,20 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
+from llama_jax.lines import Input, Interrupts, open_input, shared
 from llama_jax.model.decode import prepare
 from llama_jax.model.params import table
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import from_host_0
 from llama_jax.parallel.mesh import start_distributed
 from llama_jax.pretrained import Model, load
-from llama_jax.requests import PAUSE, answer_lines, resume
+from llama_jax.requests import PAUSE, answer_lines
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request
 
 HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"
-_AHEAD = 1024  # lines of a pipe that are read before they are asked for
 
 
 def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> Engine:
@@ -184,154 +179,6 @@ def talk(dialog: Dialog, lines: Iterable[str | None], out: TextIO, *, rates: boo
             print(f"({error})", file=out, flush=True)
 
 
-# ---- where lines come from ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """What is read, and where answers go."""
-
-    kind: Literal["requests", "questions", "terminal"]
-    lines: Iterable[str | None]
-    out: TextIO
-    total: int = 0  # lines, where that is known
-    done: int = 0  # of those, answered before
-
-
-def open_input(path: str, answers: str, *, waits: bool) -> Input:
-    """The requests of a file or of standard input ("-"), or without a path what a terminal or a pipe says.
-
-    `waits` says whether a reader may wait for the next line; otherwise a line is None while none has come.
-    """
-    if path and path != "-":
-        # Lines end at "\n" alone: JSON may hold the other ends of lines that Python knows.
-        whole = Path(path).read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n")
-        lines = whole.split("\n") if whole else []
-        return _requests(lines, answers, total=len(lines))
-    typed = _piped(0)
-    if path == "-":
-        return _requests(arriving(typed), answers)
-    if sys.stdin.isatty():
-        return Input("terminal", _typed() if waits else _prompted(arriving(typed)), sys.stdout)
-    begin = list(itertools.islice(typed, 1))
-    typed = itertools.chain(begin, typed)
-    if begin and begin[0].startswith("{"):
-        return _requests(arriving(typed), answers)
-    return Input("questions", typed if waits else arriving(typed), sys.stdout)
-
-
-def _requests(lines: Iterable[str | None], answers: str, *, total: int = 0) -> Input:
-    if answers == "-":
-        return Input("requests", lines, sys.stdout, total)
-    done = resume(Path(answers))
-    return Input("requests", lines, open(answers, "a", encoding="utf-8"), total, done)  # noqa: SIM115 - ends with the process
-
-
-def _piped(descriptor: int) -> Iterator[str]:
-    """Lines of a descriptor. Python's own file would stay locked by a thread that waits for it, and abort the exit."""
-    begun = b""
-    while data := os.read(descriptor, 1 << 16):
-        *whole, begun = (begun + data).split(b"\n")
-        yield from (line.decode("utf-8", "surrogateescape") for line in whole)
-    if begun:
-        yield begun.decode("utf-8", "surrogateescape")
-
-
-def _typed() -> Iterator[str]:
-    try:
-        import readline  # noqa: F401 - history and editing, where the platform has it
-    except ImportError:
-        pass
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-
-
-def _prompted(lines: Iterable[str | None]) -> Iterator[str | None]:
-    print("> ", end="", flush=True)
-    for line in lines:
-        yield line
-        if line is not None:
-            print("> ", end="", flush=True)
-
-
-def arriving(lines: Iterable[str]) -> Iterator[str | None]:
-    """Lines as a thread reads them; None whenever none has come yet."""
-    read: queue.Queue[str | Exception] = queue.Queue(_AHEAD)
-
-    def fill() -> None:
-        try:
-            for line in lines:
-                read.put(line)
-            read.put(EOFError())
-        except Exception as error:
-            read.put(error)
-
-    threading.Thread(target=fill, name="reader", daemon=True).start()
-    while True:
-        try:
-            line = read.get_nowait()
-        except queue.Empty:
-            yield None
-            continue
-        if isinstance(line, EOFError):
-            return
-        if isinstance(line, Exception):
-            raise line
-        yield line
-
-
-# ---- several processes ----
-
-
-def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` gives in process 0, in every process, by way of JSON; where it fails, all do."""
-    if jax.process_count() == 1:
-        return make()
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    data = b""
-    if jax.process_index() == 0:
-        try:
-            answer = [make(), ""]
-        except (ValueError, OSError) as error:
-            answer = [None, str(error)]
-        data = json.dumps(answer).encode()
-    size = int(broadcast_one_to_all(np.int32(len(data))))
-    padded = np.zeros((1 << size.bit_length(),), np.uint8)  # so that few programs are compiled
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    found, problem = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8)[:size].tobytes())
-    if problem:
-        raise ValueError(problem)
-    return found
-
-
-def shared(lines: Iterable[str | None], interrupted: Callable[[], bool]) -> Iterator[str | None]:
-    """Lines that process 0 reads, in every process, until their end or an interrupt."""
-    own = iter(lines)
-    while (line := from_first(lambda: False if interrupted() else next(own, False))) is not False:
-        yield line
-
-
-class Interrupts:
-    """Ctrl-C of process 0 as a question, asked where all processes are at one point; unasked, the second ends the process."""
-
-    def __init__(self):
-        self._came = False
-        signal.signal(signal.SIGINT, self._note if jax.process_index() == 0 else signal.SIG_IGN)
-
-    def _note(self, *_: Any) -> None:
-        if self._came:
-            raise KeyboardInterrupt
-        self._came = True
-
-    def __call__(self) -> bool:
-        came, self._came = self._came, False
-        return came
-
-
 def main() -> None:
     """Talks on a terminal; answers what comes through a pipe or a file."""
     keep_heap()
@@ -349,7 +196,7 @@ def main() -> None:
         own = open_input(values.requests, values.answers, waits=alone)
         return own.kind, own.total, own.done
 
-    kind, total, done = from_first(look)
+    kind, total, done = from_host_0(look)
     lines, out = (own.lines, own.out) if own else ((), open(os.devnull, "w"))  # noqa: SIM115
     interrupted = (lambda: False) if alone else Interrupts()
     if not alone:
@@ -378,7 +225,7 @@ def main() -> None:
             return
         dialog = Dialog(
             engine, model.tokenizer, system=values.system, max_tokens=values.max_tokens, choice=choice,
-            seed=values.seed, interrupted=lambda: from_first(interrupted),
+            seed=values.seed, interrupted=lambda: from_host_0(interrupted),
         )  # fmt: skip
         if kind == "terminal":
             print(HELP, file=out)

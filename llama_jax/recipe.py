@@ -248,13 +248,7 @@ class Recipe(Steps[RecipeConfig]):
         values = self.values(f"{name}/ghost", f"ghost.py:{self.config.size}", {
             "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
         })  # fmt: skip
-        config, directory = parse_stage(values), self.workdir / name / "ghost"
-        path = directory / "samples.jsonl"
-        if not path.exists():
-            ghost.draw_samples(config, self.mesh, directory)
-        samples = [row for _, row in read_jsonl(path)]
-        rows = ghost.training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
-        return write_jsonl(directory / "ghost.jsonl", rows)
+        return len(ghost.gather(parse_stage(values), self.mesh, self.workdir / name / "ghost"))
 
     def study_ghost(self) -> dict[str, Any]:
         """How long an instruction is kept, without and with Ghost Attention (Table 30)."""

@@ -32,13 +32,13 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.base import check_start
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, share
 from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.rlhf.rejection import sigmoid_scores
-from llama_jax.rlhf.respond import exist, on_host_0
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage

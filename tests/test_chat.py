@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from llama_jax import chat, requests
+from llama_jax import lines as lines_of
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import ours
@@ -203,17 +204,17 @@ def test_lines_of_a_file_end_at_newlines_alone(tmp_path):
     texts = ["the loop", "a line\u2028of text", "a\x85b", "counts"]
     rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "in.jsonl").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8", newline="")
-    found = chat.open_input(str(tmp_path / "in.jsonl"), "-", waits=True)
+    found = lines_of.open_input(str(tmp_path / "in.jsonl"), "-", waits=True)
     assert found.total == 4 and [json.loads(line)["prompt"] for line in found.lines] == texts
     (tmp_path / "none.jsonl").write_text("")
-    assert chat.open_input(str(tmp_path / "none.jsonl"), "-", waits=True).total == 0
+    assert lines_of.open_input(str(tmp_path / "none.jsonl"), "-", waits=True).total == 0
 
 
 def test_a_live_pipe_is_answered_line_by_line(engine, tokenizer):
     reading, writing = os.pipe()
     out = io.StringIO()
     how = {"defaults": {"temperature": 0.0}, "max_tokens": 2}
-    lines = chat.arriving(chat._piped(reading))
+    lines = lines_of.arriving(lines_of._piped(reading))
     thread = threading.Thread(target=requests.answer_lines, args=(engine, tokenizer, lines, out), kwargs=how, daemon=True)
     thread.start()
     for count in range(1, 4):
@@ -228,7 +229,7 @@ def test_a_live_pipe_is_answered_line_by_line(engine, tokenizer):
     assert not thread.is_alive() and out.getvalue().count('"tokens": 2') == 6
     os.close(reading)
     with pytest.raises(OSError):
-        list(chat.arriving(chat._piped(reading)))
+        list(lines_of.arriving(lines_of._piped(reading)))
 
 
 def workdir(path, tokenizer, *, head="lm_head"):

@@ -9,8 +9,9 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,6 +70,48 @@ def first_problem(problem: str) -> str:
         return problem
     found = [(host, text) for host, text in enumerate(_gather(problem)) if text]
     return f"host {found[0][0]}: {found[0][1]}" if found else ""
+
+
+def from_host_0(make: Callable[[], Any]) -> Any:
+    """What `make` gives on host 0, on every host, by way of JSON; where it fails (ValueError, OSError), all do."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    data = b""
+    if jax.process_index() == 0:
+        try:
+            answer = [make(), ""]
+        except (ValueError, OSError) as error:
+            answer = [None, str(error)]
+        data = json.dumps(answer).encode()
+    size = int(broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros((1 << size.bit_length(),), np.uint8)  # so that few programs are compiled
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    found, problem = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8)[:size].tobytes())
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def exist(paths: Sequence[Path]) -> list[bool]:
+    """Which of these files there are, as host 0 sees it: hosts that saw different ones would wait for each other for ever."""
+    return from_host_0(lambda: [path.exists() for path in paths])
+
+
+def on_host_0(act: Callable[..., Any], *arguments: Any) -> None:
+    """Calls `act` on host 0, which alone writes files; the others wait, and end with it if it fails."""
+    failed: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            act(*arguments)
+        except Exception as error:  # whatever it is, the others must hear of it
+            failed = error
+    problem = first_problem(f"{type(failed).__name__}: {failed}" if failed else "")
+    if failed:
+        raise failed
+    if problem:
+        raise RuntimeError(problem)
 
 
 def code_version() -> str:

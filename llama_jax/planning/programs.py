@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError
 from llama_jax.model import params as table
 from llama_jax.model.lora import divide
-from llama_jax.parallel.axes import abstract, batch_shardings, batch_shards, is_spec
+from llama_jax.parallel.axes import abstract, batch_shardings, is_spec
 from llama_jax.planning.stages import StageShape, model_of, stage_shape
 from llama_jax.pretrain.base import StageConfig
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.training import optimizer
 from llama_jax.training.state import TrainState, abstract_state, overlay
-from llama_jax.training.step import make_step
+from llama_jax.training.step import check_batch, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,7 @@ class Program:
 
 def train_program(config: StageConfig, mesh: Mesh) -> Program:
     """The train step of a stage's config; with adapters (`config.lora`), the step that trains them."""
-    shards = batch_shards(mesh) * config.loop.microbatches
-    if config.loop.batch_size % shards:
-        raise ConfigError(
-            f"loop.batch_size={config.loop.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh x "
-            f"{config.loop.microbatches} microbatches"
-        )
+    check_batch(config.loop, mesh)
     shape = stage_shape(config)
     optim, state, frozen = _abstract(config, shape, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)

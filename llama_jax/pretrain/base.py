@@ -138,8 +138,7 @@ def begin(
     start, seed = start or config.start, config.loop.seed
     if not config.lora.rank:
         return Begin(specs, starting_params(specs, mesh, start=start, seed=seed), {}, {})
-    if not start:
-        raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
+    check_adapters(config.lora, start)
     described = describe_base(config.lora, start, workdir)
     check_base(workdir, name, described)
     trained, kept = divide(specs, config.lora, model_parts(start))
@@ -166,6 +165,18 @@ def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:
             f"{workdir} was begun on {before['workdir']} with fingerprint {before['fingerprint'][:12]}, which now is "
             f"{now['fingerprint'][:12]}"
         )
+
+
+def check_adapters(lora: LoraConfig, start: str) -> None:
+    """ConfigError for adapters of nothing."""
+    if lora.rank and not start:
+        raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
+
+
+def check_length(length: int, model: ModelConfig) -> None:
+    """ConfigError for rows of data that are longer than the model's context."""
+    if length > model.max_length:
+        raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
 
 
 def process_slice(mesh: Mesh) -> dict[str, int]:

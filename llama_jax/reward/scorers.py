@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.parallel.axes import row_groups
+from llama_jax.parallel.axes import row_groups, row_share
 
 Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Sequence[float]]
 
@@ -78,12 +78,12 @@ class HostScorers:
     def __call__(self, numbers: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Scores of a batch of responses. # int32 [B] (of rows), int32 [B, N], bool [B, N] -> float32 [B]"""
         rows = [self.rows[number] for number in local_rows(numbers)]
-        ids = [row[inside] for row, inside in zip(local_rows(tokens), local_rows(mask), strict=True)]
-        responses = [decode_response(row.tolist(), self.tokenizer)[0] for row in ids]
         total = np.zeros(len(rows), np.float32)
-        groups = row_groups(numbers.sharding.mesh)
-        own = next(group for group in groups if jax.process_index() in group)
+        mesh = numbers.sharding.mesh
+        own = row_groups(mesh)[row_share(mesh)[0]]
         if jax.process_index() == own[0]:
+            ids = [row[inside] for row, inside in zip(local_rows(tokens), local_rows(mask), strict=True)]
+            responses = [decode_response(row.tolist(), self.tokenizer)[0] for row in ids]
             for name, (scorer, weight) in self.scorers.items():
                 total += weight * check_scores(scorer(rows, responses), len(rows), name)
         if len(own) > 1:  # a scorer need not say the same twice, and hosts with the same rows must have the same scores

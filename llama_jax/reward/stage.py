@@ -21,7 +21,7 @@ from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, markdown, report, score_statistics
 from llama_jax.reward.ranking import centring_loss, ranking_loss, safety_loss
@@ -203,8 +203,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     """The stage of one reward model, and its loop with the number of steps of its epochs."""
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
-    if length > model.max_length:
-        raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
+    check_length(length, model)
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
     train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]

@@ -31,7 +31,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_field, batch_sharding
-from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_slice
 from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
 from llama_jax.reward.stage import mixed_pairs
 from llama_jax.training import optimizer
@@ -230,8 +230,7 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
         raise ConfigError("config.start: DPO starts from a chat model; expected a stage's workdir, got nothing")
     model, tokenizer = load_tokenizer(config)
     length = config.data.length
-    if length > model.max_length:
-        raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
+    check_length(length, model)
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.dpo.margin)
     train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
+from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
-from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
+from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -264,18 +265,26 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
     )  # fmt: skip
 
 
+def gather(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[str, Any]]:
+    """The dialogs to train on, which `ghost.jsonl` holds too; their samples are drawn unless they are there."""
+    path = workdir / "samples.jsonl"
+    if not all(exist([path])):
+        draw_samples(config, mesh, workdir)
+    samples = [row for _, row in read_jsonl(path)]
+    rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
+    log.info("%d of %d samples are fit for training", len(rows), len(samples))
+    on_host_0(write_jsonl, workdir / "ghost.jsonl", rows)
+    return rows
+
+
 def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Draws the samples unless they are there, and makes the fine-tuning stage on them and the SFT data."""
     path = workdir / "samples.jsonl"
     if not all(exist([path])):
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=config.ghost.samples)
-        draw_samples(config, mesh, workdir)
-    samples = [row for _, row in read_jsonl(path)]
-    rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
+    rows = gather(config, mesh, workdir)
     if not rows and not config.data.train:
         raise ConfigError(f"{path}: no sample is fit for training; nothing to fine-tune on")
-    log.info("%d of %d samples are fit for training", len(rows), len(samples))
-    on_host_0(write_jsonl, workdir / "ghost.jsonl", rows)
     train = (*config.data.train, *([str(workdir / "ghost.jsonl")] if rows else []))
     data = dataclasses.replace(config.data, train=train)
     return fine_tuning_stage(config, data, mesh, workdir, name="ghost", epochs=config.epochs)

@@ -34,12 +34,13 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.params import Params
+from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.reward.score import combined_reward, scorer
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
 from llama_jax.rlhf.reinforce import encode_prompts
-from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
+from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.metrics import Progress

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
@@ -19,7 +18,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.parallel.hosts import first_problem
+from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.paths import remove_tree
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
@@ -124,28 +123,3 @@ def write_in_portions(
                 on_host_0(write_jsonl, file, rows)
     on_host_0(write_jsonl, path, (row for file in files for _, row in read_jsonl(file)))
     on_host_0(remove_tree, directory)
-
-
-def exist(paths: Sequence[Path]) -> list[bool]:
-    """Which of these files there are, as host 0 sees it: hosts that saw different ones would wait for each other for ever."""
-    found = np.array([jax.process_index() == 0 and path.exists() for path in paths], np.int32)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
-    return [bool(there) for there in found]
-
-
-def on_host_0(act: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `act` on host 0, which alone writes files; the others wait, and end with it if it fails."""
-    failed: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            act(*arguments)
-        except Exception as error:  # whatever it is, the others must hear of it
-            failed = error
-    problem = first_problem(f"{type(failed).__name__}: {failed}" if failed else "")
-    if failed:
-        raise failed
-    if problem:
-        raise RuntimeError(problem)

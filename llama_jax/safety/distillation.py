@@ -25,10 +25,11 @@ from llama_jax.data.dialog import decode_response, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
+from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
-from llama_jax.rlhf.respond import Responder, Tell, exist, on_host_0, usable, write_in_portions
+from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage

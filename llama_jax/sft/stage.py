@@ -16,13 +16,19 @@ from llama_jax.data.packing import Packed, pack_dialogs
 from llama_jax.data.sources import read_dialogs
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
-from llama_jax.model.config import ModelConfig
-from llama_jax.parallel.axes import batch_shards
-from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import (
+    StageConfig,
+    begin,
+    check_adapters,
+    check_length,
+    load_tokenizer,
+    meta,
+    process_slice,
+)
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, evaluation
-from llama_jax.training.step import put_batch
+from llama_jax.training.step import check_batch, put_batch
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +98,12 @@ def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epoc
     `most` of them are drawn at most: with `epochs`, the number of steps follows from theirs.
     """
     model, tokenizer = load_tokenizer(config)
-    loop, shards = config.loop, batch_shards(mesh) * config.loop.microbatches
-    check_length(data, model)
-    if loop.batch_size % shards:
-        raise ConfigError(
-            f"loop.batch_size={loop.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh x "
-            f"{loop.microbatches} microbatches"
-        )
+    loop = config.loop
+    check_length(data.length, model)
+    check_batch(loop, mesh)
     if loop.keep_best and not data.held_out:
         raise ConfigError(f"loop.keep_best={loop.keep_best}: expected dialogs in data.held_out, got none")
-    if config.lora.rank and not config.start:
-        raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
+    check_adapters(config.lora, config.start)
     rows = {
         paths: len(packed_dialogs(paths, tokenizer, length=data.length, train_on=data.train_on).rows)
         for paths in (data.train, data.held_out) if paths
@@ -112,18 +113,12 @@ def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epoc
         optimizer.schedule(config.optim, steps)
 
 
-def check_length(data: DialogData, model: ModelConfig) -> None:
-    """ConfigError for rows that are longer than the model's context."""
-    if data.length > model.max_length:
-        raise ConfigError(f"data.length={data.length}, model {model.name} takes {model.max_length}")
-
-
 def fine_tuning_stage(
     config: StageConfig, data: DialogData, mesh: Mesh, workdir: Path, *, name: str, epochs: float, chat: str = "llama2"
 ) -> tuple[Stage, LoopConfig]:
     """A stage that fine-tunes a language model on dialogs, and its loop with the number of steps of `epochs`."""
     model, tokenizer = load_tokenizer(config)
-    check_length(data, model)
+    check_length(data.length, model)
     how = {"length": data.length, "train_on": data.train_on, "chat": chat}
     packed = packed_dialogs(data.train, tokenizer, **how)
     batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice(mesh))

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.files import write_json
-from llama_jax.parallel.axes import batch_shards
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.feed import Feed
 from llama_jax.training.goodput import Goodput
@@ -29,7 +28,7 @@ from llama_jax.training.recorder import Diverged, Recorder
 from llama_jax.training.spikes import Spike, Spikes
 from llama_jax.training.stage import LoopConfig, Stage
 from llama_jax.training.state import TrainState, abstract_state, born_sharded
-from llama_jax.training.step import make_step
+from llama_jax.training.step import check_batch, make_step
 from llama_jax.training.watchdog import Watchdog
 from llama_jax.training.workdir import claim, finished
 
@@ -59,12 +58,7 @@ def train(
 
 
 def _check(stage: Stage, config: LoopConfig, mesh: Mesh) -> None:
-    shards = batch_shards(mesh) * config.microbatches
-    if config.batch_size % shards:
-        raise ConfigError(
-            f"loop.batch_size={config.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh "
-            f"x {config.microbatches} microbatches"
-        )
+    check_batch(config, mesh)
     if config.spike.rewind and stage.source.looks_at_params:
         raise ConfigError(f"loop.spike.rewind: {stage.name} makes its batches with its own parameters; none can be left out")
     if config.keep_best and stage.evaluate is None:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.parallel.axes import batch_shardings, row_share
-from llama_jax.training.stage import Loss, Metrics, Weighted
+from llama_jax.config import ConfigError
+from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
+from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
 # Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet, and reductions of
@@ -89,6 +90,15 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
     return total
+
+
+def check_batch(config: LoopConfig, mesh: Mesh) -> None:
+    """ConfigError for a batch that the mesh and the microbatches cannot divide."""
+    if config.batch_size % (batch_shards(mesh) * config.microbatches):
+        raise ConfigError(
+            f"loop.batch_size={config.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh x "
+            f"{config.microbatches} microbatches"
+        )
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,15 @@ def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = No
     Raises:
       ConfigError: on every host, if the configs differ or host 0 cannot write here.
     """
+    _for_all(_claim, workdir, json.loads(json.dumps(described)), kind)
+
+
+def _for_all(act: Callable[..., None], *arguments: Any) -> None:
+    """Calls `act` on host 0; ConfigError on every host if it refuses or cannot write."""
     problem = ""
     if jax.process_index() == 0:
         try:
-            _claim(workdir, json.loads(json.dumps(described)), kind)
+            act(*arguments)
         except (ConfigError, OSError) as error:
             problem = str(error)
     if problem := first_problem(problem):
@@ -118,14 +123,7 @@ def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: on every host, if there is no such checkpoint.
     """
-    problem = ""
-    if jax.process_index() == 0:
-        try:
-            _go_back(workdir, step, json.loads(json.dumps(described)))
-        except (ConfigError, OSError) as error:
-            problem = str(error)
-    if problem := first_problem(problem):
-        raise ConfigError(problem)
+    _for_all(_go_back, workdir, step, json.loads(json.dumps(described)))
 
 
 def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
