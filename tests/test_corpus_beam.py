@@ -24,9 +24,10 @@ def config(tmp_path) -> corpus.CorpusConfig:
     """Two sources with copies, near copies, repeated paragraphs and lines, modules, evaluation samples and a torn row."""
     draw = random.Random(0)
     texts = [text(draw, 4) for _ in range(80)]
-    docs = [{"text": t, "url": f"http://site{i % 3}.org/", "metadata": {"module": f"m{i % 30}"}} for i, t in enumerate(texts)]
-    web = [{"id": f"w{i}", "text": texts[i] + "and three more words"} for i in range(15)]
-    web += [{"text": texts[20]}, {"text": " "}]
+    again = [t + "\n" + t.split("\n\n")[0] + "\n" for t in texts]  # the first paragraph at the end too, held out as well
+    docs = [{"text": t, "url": f"http://site{i % 3}.org/", "metadata": {"module": f"m{i % 30}"}} for i, t in enumerate(again)]
+    web = [{"id": f"w{i}", "text": again[i] + "and three more words"} for i in range(15)]
+    web += [{"text": again[20]}, {"text": " "}]
     web += [{"text": "Accept all the cookies\n\n" + text(draw, 2) + "\n" + texts[i].split("\n\n")[2]} for i in range(30, 70)]
     write_jsonl(tmp_path / "docs.jsonl", docs)
     code = [{"text": text(draw, 3) + "\n" + texts[i % 9].split("\n\n")[0]} for i in range(40)]
@@ -71,6 +72,7 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     assert counts["web"]["near_duplicates"] and counts["web"]["duplicates"] and counts["web"]["boilerplate_lines"] >= 40
     assert counts["web"]["repeats_paragraphs"] + counts["web"]["leaks_paragraphs"] > 10
     assert counts["docs"]["withheld_documents"] and counts["docs"]["evaluation_paragraphs"] and counts["code"]["leaks"]
+    assert counts["docs"]["repeats_paragraphs"] > counts["docs"]["documents"]  # of held-out documents too
     assert counts["web"]["bad_rows"] == 1 and counts["web"]["filtered_by"] == {"read: blank": 1}
     assert corpus.run(config, tmp_path / "beam", beam=options) == manifest
     assert files(tmp_path / "beam") == files(tmp_path / "one")

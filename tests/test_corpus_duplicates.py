@@ -18,8 +18,9 @@ from llama_jax.corpus_build.near_duplicates import (
     signatures,
 )
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats, split_paragraphs
+from llama_jax.corpus_build.refine import Deduplication, HeldOut, held_out_repeats, refine
 from llama_jax.corpus_build.shingles import ngram_hashes, shingles, word_hashes
-from llama_jax.corpus_build.split import split
+from llama_jax.corpus_build.split import is_held_out, split
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -155,6 +156,19 @@ def test_a_repeated_paragraph_stands_once_where_it_came_first():
     }  # fmt: skip
     before = sum(len(d.text) for of in documents.values() for d in of)
     assert before == sum(map(len, texts.values())) + sum(cut.bytes for cut in cuts.values())
+
+
+def test_held_out_text_has_lost_its_repeats_as_training_text_has():
+    documents = [Document(str(i), f"{i} {4 * LONG}\n\n{LONG}\n\n{LONG}\n", "books") for i in range(20)]
+    rules = Deduplication(repeated_paragraph=40)
+    refined = refine({"books": documents}, HeldOut(0.5, 0, 10**6), rules)["books"]
+    for side in (refined.train, refined.held_out):
+        assert len(side) > 3 and sum(d.text.count(f"\n\n{LONG}\n") for d in side) == 1
+    assert refined.counts["repeats_paragraphs"] == 38 and refined.counts["repeats"] == 0
+    assert len(refined.held_out) == sum(is_held_out(d.text, 0.5) for d in documents)  # one without repeats is not lost
+    again = refine({"books": documents[::-1]}, HeldOut(0.5, 0, 10**6), rules)["books"]
+    assert again.held_out == refined.held_out
+    assert held_out_repeats(documents, Deduplication()) == (documents, Cut())
 
 
 def test_what_shares_a_run_of_words_with_a_held_out_text_is_cut():

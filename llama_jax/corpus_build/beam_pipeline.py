@@ -23,7 +23,7 @@ from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.manifest import file_sha256
 from llama_jax.corpus_build.paragraphs import Cut
 from llama_jax.corpus_build.profile import Profile
-from llama_jax.corpus_build.refine import Refined, counts
+from llama_jax.corpus_build.refine import Refined, counts, held_out_repeats
 from llama_jax.corpus_build.split import long_lines
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.write import (
@@ -75,7 +75,7 @@ def build_with_beam(
         profiles = {source: summary["profiles"].get(source, Profile()) for source in files}
         for source, profile in profiles.items():
             check_bad_rows(source, sorted(profile.bad_rows), settings.max_bad_rows)
-        refined = {source: _refined(source, summary, work) for source in files}
+        refined = {source: _refined(source, summary, work, settings) for source in files}
         for source, part in refined.items():
             check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
 
@@ -117,10 +117,11 @@ def _read_documents(path: Path) -> list[Document]:
         return [Document(**json.loads(line)) for line in file]
 
 
-def _refined(source: str, summary: Mapping[str, Any], work: Path) -> Refined:
+def _refined(source: str, summary: Mapping[str, Any], work: Path, settings: Settings) -> Refined:
     """The counts and held-out documents of a source. Its train documents stay on disk."""
     path = work / "held_out" / source / "held_out.jsonl"
     held_out = _read_documents(path) if path.exists() else []
+    held_out, repeats = held_out_repeats(held_out, settings.deduplication, whole=settings.whole)
     number = summary["counts"].get
     lines = [line for document in held_out for line in long_lines(document.text)]
     cleaned, exact, unique = (number((source, name), 0) for name in ("cleaned", "exact", "unique"))
@@ -128,6 +129,7 @@ def _refined(source: str, summary: Mapping[str, Any], work: Path) -> Refined:
         kind: Cut(*(number((source, kind, field.name), 0) for field in dataclasses.fields(Cut)))
         for kind in ("leaks", "evaluation", "repeats")
     }
+    cuts["repeats"] += repeats
     return Refined(
         train=[], held_out=held_out, withheld=[], unique=unique,
         lines_seen=sum(line in summary["seen"] for line in lines) / max(len(lines), 1),

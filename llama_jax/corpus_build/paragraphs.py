@@ -34,6 +34,9 @@ class Cut:
         self.bytes += len(before.text.encode()) - (len(after.text.encode()) if after else 0)
         self.documents += after is None
 
+    def __add__(self, other: "Cut") -> "Cut":
+        return Cut(self.paragraphs + other.paragraphs, self.bytes + other.bytes, self.documents + other.documents)
+
 
 def split_paragraphs(text: str) -> list[str]:
     """Paragraphs, each with the blank lines before it: joined they are the text again."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
-from llama_jax.corpus_build.dedup import drop_duplicates
+from llama_jax.corpus_build.dedup import content_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
@@ -29,7 +29,7 @@ class Deduplication:
     near: NearDuplicates | None = None  # whole documents, before the split
     leak_ngram: int | None = None  # words: train paragraphs that share such a run with a held-out document are cut
     evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them
-    repeated_paragraph: int | None = None  # characters: of copies so long, the first stays; train documents only
+    repeated_paragraph: int | None = None  # characters: of copies so long, the first stays, on each side of the split
 
     def __post_init__(self):
         for name in ("leak_ngram", "repeated_paragraph"):
@@ -97,7 +97,10 @@ def refine(
     if shortest := deduplication.repeated_paragraph:
         train, cuts["repeats"] = drop_repeats(train, shortest=shortest, whole=whole)
 
-    splits = {source: dataclasses.replace(part, train=train[source]) for source, part in splits.items()}
+    for source, part in splits.items():
+        kept, cut = held_out_repeats(part.held_out, deduplication, whole=whole)
+        cuts["repeats"][source] += cut
+        splits[source] = dataclasses.replace(part, train=train[source], held_out=kept)
     seen = lines_seen(splits)
     return {
         source: Refined(
@@ -106,6 +109,21 @@ def refine(
         )
         for source, part in splits.items()
     }  # fmt: skip
+
+
+def held_out_repeats(
+    documents: list[Document], deduplication: Deduplication, *, whole: Set[str] = frozenset()
+) -> tuple[list[Document], Cut]:
+    """The held-out documents of one source without their repeated paragraphs: text as the model is trained on.
+
+    Otherwise a figure on them would be on other text than the training's: what sees all documents of a source at once, as `xz`
+    does, gets each copy for nothing. The first is that of the smallest hash, whatever the order of the documents.
+    """
+    if not documents or not deduplication.repeated_paragraph:
+        return documents, Cut()
+    source, documents = documents[0].source, sorted(documents, key=lambda d: (content_hash(d.text), d.id))
+    kept, cuts = drop_repeats({source: documents}, shortest=deduplication.repeated_paragraph, least=1, whole=whole)
+    return kept[source], cuts[source]
 
 
 def counts(duplicates: int, near: int, lines: int, cuts: Mapping[str, Cut]) -> dict[str, int]:
