@@ -68,7 +68,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         config.compute.unroll = False
         config.restart = "base"  # models this young never end an answer, so there is no best one
         config.overrides = ConfigDict({
-            "corpus": {"total_tokens": 12_288},
+            "corpus": {"total_tokens": 12_288, "held_out_minimum": 4000, "held_out_maximum": 6000},
             "pretrain": {"loop": {"steps": 6, "checkpoint_every": 3}, "optim": {"warmup": 2}, "compute": {"unroll": False}},
             "sft": common.few(4),
             **{name: common.few(2) for name in ("sft_variant", "reward_helpfulness", "reward_safety")},
