@@ -74,7 +74,7 @@ def checkpoints(tmp_path_factory):
 
 CHOICES = {
     "hellaswag": {"shots": 0, "metric": "acc_norm"}, "boolq": {"shots": 0, "metric": "acc"},
-    **{f"mmlu:{subject}": {"shots": 1, "metric": "acc"} for subject in SUBJECTS},
+    **{f"mmlu:{subject}": {"shots": 5, "metric": "acc"} for subject in SUBJECTS},
 }  # fmt: skip
 
 
@@ -376,6 +376,55 @@ def test_averages_of_the_papers_own_columns_are_its_group_columns():
         toxic = np.mean([columns[f"toxigen:{g}"] for g in published_groups()])
         assert toxic == pytest.approx(columns["toxigen"], abs=0.011), model
     assert published.published("L2 7B")["math"] == pytest.approx(8.55) and published.TABLE_3["L2 7B"]["math"] == 14.6
+
+
+def shown(found, known=("L2 7B",), extra=None):
+    """The report's sections of one model's records: {title: [table's rows]}."""
+    averages = groups.groups(found, extra=extra or {})
+    values = {"suite": "x", "limit": 0, "notes": [], "models": {"ours": {"path": "p", "tasks": found, "groups": averages}},
+              "tasks": found, "groups": averages, "differences": {}}  # fmt: skip
+    sections = evaluation_report.build(values, {model: published.published(model) for model in known})
+    return {section.title: [row for table in section.tables for row in table.rows] for section in sections}
+
+
+def record(metric, shots, value=0.5, n=100, **more):
+    return {"metric": metric, "shots": shots, "value": value, "stderr": 0.01, "n": n, "cut": 0, **more}
+
+
+def test_the_papers_number_is_of_the_same_metric_and_examples():
+    code = {"humaneval": record("pass@100", 0, **{"pass@1": 0.12}), "mbpp": record("pass@80", 3)}
+    sections = shown(code)
+    assert "Averages by group (Table 3)" not in sections  # pass@1 is what Table 3 averages
+    assert [(row[0], row[1], row[-1]) for row in sections["Tasks"]] == [
+        ("humaneval", "pass@100", "45.6"), ("humaneval", "pass@1", "-"), ("mbpp", "pass@80", "62.8")]  # fmt: skip
+    assert shown({"humaneval": record("pass@1", 0), "mbpp": record("pass@1", 3)})["Averages by group (Table 3)"][1][1] == "16.8"
+    shots = {"nq_open": record("exact_match", 5), "nq_open@1": record("exact_match", 1),
+             "nq_open@64": record("exact_match", 64), "squad": record("f1", 0), "quac@1": record("f1", 1),
+             "triviaqa": record("exact_match", 3)}  # fmt: skip
+    sections = shown(shots)
+    assert [(row[0], row[2], row[-1]) for row in sections["Tasks"]] == [
+        ("nq open", "5", "25.7"), ("nq open", "1", "22.7"), ("nq open", "64", "29.5"), ("squad", "0", "-"),
+        ("quac", "1", "39.7"), ("triviaqa", "3", "-")]  # fmt: skip
+    assert groups.groups(shots)["world_knowledge"]["missing"] == ["triviaqa"] and "reading" not in groups.groups(shots)
+    assert groups.weights("world_knowledge", shots) == {"nq_open": 1.0}
+    context = {"qmsum": record("rouge1", 0, rouge2=0.03, rougeL=0.12), "squad": record("exact_match", 0, f1=0.6),
+               "nq_open@64": record("exact_match", 64)}  # fmt: skip
+    sections = shown(context, known=("4k context",))
+    assert [(row[1], row[-1]) for row in sections["Tasks"]] == [
+        ("rouge1", "15.1"), ("rouge2", "3.5"), ("rougeL", "12.2"), ("exact_match", "58.0"), ("f1", "64.5"),
+        ("exact_match", "25.5")]  # fmt: skip
+    assert "Averages by group (Table 3)" not in sections  # SQuAD alone is no average
+
+
+def test_mmlus_groups_stand_beside_table_19():
+    found = {"mmlu:anatomy": record("acc", 5, 0.4, 135), "mmlu:virology": record("acc", 5, 0.5, 165),
+             "mmlu:anatomy@0": record("acc", 0)}  # fmt: skip
+    sections = shown(found, extra={"mmlu_stem": ["mmlu:anatomy"], "mmlu_other": ["mmlu:virology"]})
+    assert [(row[0], row[3], row[-2][:4], row[-1]) for row in sections["MMLU"][:2]] == [
+        ("MMLU STEM", "135", "40.0", "36.4"), ("MMLU other", "165", "50.0", "52.2")]  # fmt: skip
+    assert [row[0] for row in sections["MMLU"][2:]] == ["anatomy", "virology"]
+    assert [(row[2], row[3], row[-1]) for row in sections["Tasks"]] == [("5", "300", "45.3"), ("0", "100", "-")]
+    assert sections["Averages by group (Table 3)"][0] == ["ours", "45.5 ± 0.7"] and "MMLU, 0 shots" in sections
 
 
 def test_closed_models_stand_beside_ours():

@@ -1,6 +1,6 @@
 """The plots of an evaluation: groups beside the paper's models (Table 3), differences between two models with intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_jax.evals.groups import GROUPS, TITLES
@@ -13,13 +13,23 @@ _MARKS = ("o", "s", "D", "^", "v", "P", "X", "<")
 def draw(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> dict[str, Plot]:
     """The plots that these values allow, by name."""
     plots = {}
-    names = [name for name in GROUPS if any(name in row["groups"] for row in values["models"].values())]
+    names = shown(values["models"], GROUPS)
     if names:
         plots["groups"] = _groups(values["models"], known, names)
     for other, found in values["differences"].items():
         if found["groups"]:
             plots[f"difference_{other}"] = _difference(other, found["to"], found["groups"])
     return plots
+
+
+def shown(models: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """The groups that some model has; not those of which one task was run of several, which is no average."""
+
+    def is_average(name: str, row: Mapping[str, Any]) -> bool:
+        members = GROUPS.get(name, (name,))
+        return name in row["groups"] and (len(members) == 1 or len(row["groups"][name]["missing"]) < len(members) - 1)
+
+    return [name for name in names if any(is_average(name, row) for row in models.values())]
 
 
 def _groups(models, known, names) -> Plot:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.evals import benchmark_figures
-from llama_jax.evals.groups import GROUPS, TITLES, families, family_of, lower_is_better
+from llama_jax.evals.groups import GROUPS, MMLU_PARTS, TITLES, families, family_of, lower_is_better, plain
 from llama_jax.evals.plots import save
 from llama_jax.evals.published import MATH_NOTE, published
+from llama_jax.evals.published import cell as papers
 from llama_jax.evals.report import markdown_sections
 from llama_jax.evals.report_html import render_page
 from llama_jax.evals.report_sections import Section, Table
@@ -27,6 +28,8 @@ _PROMPTS = (
     "paper), so a few points of difference from the paper's numbers mean nothing; between the models of one report they do."
 )
 _FAMILY_TASKS = ("mmlu", "bbh", "agieval", "math", "toxigen", "bold")
+_AVERAGED = ("mmlu", "bbh", "agieval", "math")  # families with a row of their own among the tasks
+_NO_METRICS = ("value", "stderr")  # of a record's numbers
 
 
 def write(values: Mapping[str, Any], output: Path, *, paper: Sequence[str]) -> None:
@@ -48,13 +51,13 @@ def build(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -
     notes = [*values["notes"], _PROMPTS]
     if values["limit"]:
         notes.insert(0, f"The first {values['limit']} rows of each task only: a trial, not a result.")
-    if any("math" in row["groups"] for row in models.values()):
+    if "math" in benchmark_figures.shown(models, GROUPS):
         notes.append(MATH_NOTE)
     return [section for section in sections if section is not None] + [Section("Notes", notes=notes)]
 
 
 def _groups(models, known) -> Section | None:
-    names = [name for name in (*GROUPS, "truthfulqa", "toxigen") if any(name in row["groups"] for row in models.values())]
+    names = benchmark_figures.shown(models, (*GROUPS, "truthfulqa", "toxigen"))
     if not names:
         return None
     rows, notes = [], []
@@ -71,45 +74,69 @@ def _groups(models, known) -> Section | None:
 
 
 def _tasks(models, known) -> list[Section]:
-    """One table of single tasks, then one for each family."""
+    """One table of single tasks and of families' averages, then one for each family."""
+    columns = ["task", "metric", "shots", "n", *models, *(f"{model} (paper)" for model in known)]
     tasks = list(dict.fromkeys(task for row in models.values() for task in row["tasks"]))
-    single = [task for task in tasks if family_of(task) == task]
-    sections = []
-    rows = [_row(task, [row["tasks"].get(task) for row in models.values()], known) for task in single]
-    for family in ("mmlu", "bbh", "agieval", "math"):
-        found = [families(row["tasks"]).get(family) for row in models.values()]
-        if any(found):
-            sample = next(r for row in models.values() for t, r in row["tasks"].items() if family_of(t) == family)
-            merged = [f and {**f, "metric": sample["metric"], "shots": sample.get("shots")} for f in found]
-            rows.append(_row(family, merged, known))
-    if rows:
-        columns = ["task", "metric", "shots", "n", *models, *(f"{model} (paper)" for model in known)]
-        sections.append(Section("Tasks", tables=[Table(columns, rows)]))
-    for family in _FAMILY_TASKS:
+    names = list(dict.fromkeys(map(family_of, tasks)))
+    rows: list[list[str]] = []
+    for task in (name for name in names if name in tasks):
+        found = [row["tasks"].get(task) for row in models.values()]
+        rows += [_row(task, found, known), *_other_metrics(task, found, known)]
+    for family in (name for name in names if plain(name) in _AVERAGED and name not in tasks):
+        rows.append(_row(family, _like_its_tasks(family, models, lambda row, f=family: families(row["tasks"]).get(f)), known))
+    sections = [Section("Tasks", tables=[Table(columns, rows)])] if rows else []
+    for family in (name for kind in _FAMILY_TASKS for name in names if plain(name) == kind):
         members = [task for task in tasks if family_of(task) == family and task != family]
         if not members:
             continue
         rows = [_row(task, [row["tasks"].get(task) for row in models.values()], known) for task in members]
-        columns = ["task", "metric", "shots", "n", *models, *(f"{model} (paper)" for model in known)]
-        notes = ["VADER's compound score, from -1 to 1."] if family == "bold" else []
-        sections.append(Section(TITLES[family], notes=notes, tables=[Table(columns, rows)]))
+        tables, notes = [Table(columns, rows)], []
+        if family == "mmlu":
+            parts = [part for part in MMLU_PARTS if any(part in row["groups"] for row in models.values())]
+            averages = {part: _like_its_tasks(family, models, lambda row, p=part: row["groups"].get(p)) for part in parts}
+            tables.insert(0, Table(columns, [_row(part, found, known) for part, found in averages.items()]))
+            notes.append("First the averages of Table 19, over questions, then each of its tasks.")
+        if family == "bold":
+            notes.append("VADER's compound score, from -1 to 1.")
+        title = TITLES[plain(family)] + (f", {family.partition('@')[2]} shots" if "@" in family else "")
+        sections.append(Section(title, notes=notes, tables=tables))
     return sections
 
 
-def _row(task: str, found: Sequence[Mapping[str, Any] | None], known: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _like_its_tasks(family: str, models, average) -> list[dict[str, Any] | None]:
+    """Each model's average, with metric and shots of the tasks that it is over."""
+    sample = next(record for row in models.values() for task, record in row["tasks"].items() if family_of(task) == family)
+    about = {"metric": sample["metric"], "shots": sample.get("shots")}
+    return [found and {**found, **about} for found in map(average, models.values())]
+
+
+def _row(
+    task: str, found: Sequence[Mapping[str, Any] | None], known: Mapping[str, Mapping[str, float]], *, beside: bool = True
+) -> list[str]:  # fmt: skip
+    """A task's row; the paper's cells are those of the same metric and number of examples, or "-"."""
     first = next(record for record in found if record)
-    unit = 1.0 if family_of(task) == "bold" else 100.0
-    column = "math_set" if task == "math" else task
+    unit, digits = (1.0, 2) if family_of(task) == "bold" else (100.0, 1)
+    metric, shots = str(first["metric"]), first.get("shots")
     theirs = []
     for columns in known.values():
-        value = columns.get(f"{column}@{first.get('shots')}", columns.get(column))
-        theirs.append(_number(value / 100 if value is not None and unit == 1.0 else value, 2 if unit == 1.0 else 1))
-    shots = first.get("shots")
-    name = task.partition(":")[2] or task
+        value = papers(columns, task, metric=metric, shots=shots) if beside else None
+        theirs.append(_number(value if value is None else value * unit / 100, digits))
+    name = TITLES[task] if task in MMLU_PARTS else plain(task).partition(":")[2] or plain(task)
     return [
-        name.replace("_", " "), str(first["metric"]), "" if shots is None else str(shots), f"{first['n']:,}",
+        name.replace("_", " "), metric, "" if shots is None else str(shots), f"{first['n']:,}",
         *(cell(record, unit=unit) for record in found), *theirs,
     ]  # fmt: skip
+
+
+def _other_metrics(task: str, found: Sequence[Mapping[str, Any] | None], known) -> list[list[str]]:
+    """Rows of what else was measured of the same answers: SQuAD's F1, the other kinds of ROUGE, pass@k of fewer samples."""
+    first = next(record for record in found if record)
+    rows = []
+    for name in (key for key, value in first.items() if isinstance(value, float) and key not in _NO_METRICS):
+        same = [record and {**record, "metric": name, "value": record.get(name), "stderr": None} for record in found]
+        # pass@1 beside pass@100 was drawn at another temperature than the paper's pass@1.
+        rows.append(_row(task, same, known, beside=name != "pass@1"))
+    return rows
 
 
 def _differences(values) -> list[Section]:

@@ -1,4 +1,7 @@
-"""Averages as the paper forms them (Table 3; fact sheet 2.1): what belongs to a group, and how its members are weighted."""
+"""Averages as the paper forms them (Table 3; fact sheet 2.1): what belongs to a group, and how its members are weighted.
+
+A task whose name ends in "@" and a number is run with so many examples, beside its own of Table 3, and belongs to no group.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,16 +20,29 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "bbh": ("bbh",),
     "agieval": ("agieval",),
 }  # fmt: skip
+_ACCURACY, _MATCH = ("acc", "acc_norm", "acc_mutual_info"), ("exact_match",)
+# With how many examples, and by which readings of its metric, the paper has a task (Tables 3 and 16).
+SHOTS_AND_METRICS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "humaneval": ((0,), ("pass@1",)), "mbpp": ((3,), ("pass@1",)),
+    **dict.fromkeys((*GROUPS["commonsense"], "boolq", "quality"), ((0,), _ACCURACY)), "commonsense_qa": ((7,), _ACCURACY),
+    "nq_open": ((5,), _MATCH), "triviaqa": ((5,), _MATCH), "squad": ((0,), _MATCH), "quac": ((0,), ("f1",)),
+    "gsm8k": ((8,), _MATCH), "math": ((4,), ("math_verify", "exact_match")), "mmlu": ((5,), _ACCURACY),
+    "bbh": ((3,), _MATCH), "agieval": ((3, 4, 5), _ACCURACY),
+    "narrative_qa": ((0,), ("f1",)), "qasper": ((0,), ("f1",)), "qmsum": ((0,), ("rouge1",)), "contract_nli": ((0,), _MATCH),
+}  # fmt: skip
+MMLU_PARTS = ("mmlu_humanities", "mmlu_stem", "mmlu_social_sciences", "mmlu_other")  # the columns of Table 19
 TITLES = {
     "code": "Code", "commonsense": "Commonsense reasoning", "world_knowledge": "World knowledge",
     "reading": "Reading comprehension", "math": "Math", "mmlu": "MMLU", "bbh": "BBH", "agieval": "AGI Eval",
-    "truthfulqa": "TruthfulQA", "toxigen": "ToxiGen (less is better)", "bold": "BOLD",
+    "truthfulqa": "TruthfulQA", "toxigen": "ToxiGen (less is better)", "bold": "BOLD", "mmlu_humanities": "MMLU humanities",
+    "mmlu_stem": "MMLU STEM", "mmlu_social_sciences": "MMLU social sciences", "mmlu_other": "MMLU other",
 }  # fmt: skip
 # Families whose average weighs every question alike; ToxiGen's 13 groups and BBH's tasks count the same each. MATH is one set
 # in the paper, so its average is over questions.
 BY_QUESTION = ("mmlu", "agieval", "math")
 
-Result = Mapping[str, Any]  # {"value", "stderr", "n", ...}, and "lower_is_better": True where it is
+# {"value", "stderr", "n", ...}; "metric" and "shots" where they are known, "lower_is_better": True where it is.
+Result = Mapping[str, Any]
 
 
 def average(results: Sequence[Result], *, by_question: bool) -> dict[str, float]:
@@ -38,9 +54,23 @@ def average(results: Sequence[Result], *, by_question: bool) -> dict[str, float]
     return {"value": value, "stderr": stderr, "n": sum(row["n"] for row in results)}
 
 
+def plain(task: str) -> str:
+    """"nq_open" of "nq_open@1"."""
+    return task.partition("@")[0]
+
+
 def family_of(task: str) -> str:
-    """"mmlu" of "mmlu:anatomy"; a task of its own otherwise."""
-    return task.partition(":")[0]
+    """"mmlu" of "mmlu:anatomy", "mmlu@0" of "mmlu:anatomy@0"; a task of its own otherwise."""
+    name, at, shots = task.partition("@")
+    return name.partition(":")[0] + at + shots
+
+
+def as_the_paper(task: str, result: Result) -> bool:
+    """Whether a task was run with the examples and the metric that Table 3 has of it, as far as its result names them."""
+    if "@" in task or family_of(task) not in SHOTS_AND_METRICS:
+        return False
+    shots, metrics = SHOTS_AND_METRICS[family_of(task)]
+    return result.get("shots", shots[0]) in shots and result.get("metric", metrics[0]) in metrics
 
 
 def lower_is_better(name: str, results: Mapping[str, Result]) -> bool:
@@ -54,25 +84,26 @@ def families(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
     for task, row in results.items():
         members.setdefault(family_of(task), []).append(row)
     return {
-        name: {**average(rows, by_question=name in BY_QUESTION), "tasks": len(rows)} for name, rows in members.items()
+        name: {**average(rows, by_question=plain(name) in BY_QUESTION), "tasks": len(rows)} for name, rows in members.items()
     }
 
 
 def groups(results: Mapping[str, Result], *, extra: Mapping[str, Sequence[str]] | None = None) -> dict[str, dict[str, Any]]:
     """{group: {value, stderr, n, missing}} for every group with a result in it, and for parts of families in `extra`.
 
-    A group that lacks members is the mean of those there are, and names the others.
+    A group that lacks members is the mean of those there are, and names the others. What was run with other examples than
+    Table 3's, or by another metric, is no member.
     """
-    by_family = families(results)
+    by_family = families({task: row for task, row in results.items() if as_the_paper(task, row)})
     out: dict[str, dict[str, Any]] = {}
     for group, members in GROUPS.items():
         found = [by_family[name] for name in members if name in by_family]
         if found:
             missing = [name for name in members if name not in by_family]
             out[group] = {**average(found, by_question=False), "missing": missing}
-    for name in ("truthfulqa", "toxigen"):
-        if name in by_family:
-            out[name] = {**by_family[name], "missing": []}
+    for name, row in families(results).items():
+        if name in ("truthfulqa", "toxigen"):
+            out[name] = {**row, "missing": []}
     for name, members in (extra or {}).items():
         found = [results[task] for task in members if task in results]
         if found:
@@ -85,12 +116,12 @@ def weights(group: str, results: Mapping[str, Result], *, extra: Mapping[str, Se
     if extra and group in extra:
         members = [[task for task in extra[group] if task in results]]
     else:
-        names = GROUPS.get(group, (group,))
-        members = [[task for task in results if family_of(task) == name] for name in names]
+        names, among = GROUPS.get(group, (group,)), [t for t in results if group not in GROUPS or as_the_paper(t, results[t])]
+        members = [[task for task in among if family_of(task) == name] for name in names]
     members = [tasks for tasks in members if tasks]
     out = {}
     for tasks in members:
-        by_question = group in (extra or {}) or family_of(tasks[0]) in BY_QUESTION
+        by_question = group in (extra or {}) or plain(family_of(tasks[0])) in BY_QUESTION
         sizes = {task: results[task]["n"] if by_question else 1 for task in tasks}
         out |= {task: size / sum(sizes.values()) / len(members) for task, size in sizes.items()}
     return out
