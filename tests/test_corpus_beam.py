@@ -25,9 +25,14 @@ def config(tmp_path) -> corpus.CorpusConfig:
     draw = random.Random(0)
     texts = [text(draw, 4) for _ in range(80)]
     again = [t + "\n" + t.split("\n\n")[0] + "\n" for t in texts]  # the first paragraph at the end too, held out as well
-    docs = [{"text": t, "url": f"http://site{i % 3}.org/", "metadata": {"module": f"m{i % 30}"}} for i, t in enumerate(again)]
-    web = [{"id": f"w{i}", "text": again[i] + "and three more words"} for i in range(15)]
-    web += [{"text": again[20]}, {"text": " "}]
+    # Ids repeat, as in files that count from 0 each.
+    docs = [
+        {"id": str(i % 9), "text": t, "url": f"http://site{i % 3}.org/", "metadata": {"module": f"m{i % 30}"}}
+        for i, t in enumerate(again)
+    ]
+    web = [{"id": str(i % 4), "text": again[i] + f"and three more {word}"} for i in range(15) for word in ("words", "of it")]
+    web += [{"text": again[20]}, {"text": " "}, {"id": "0", "text": again[21], "url": "a.org"}]
+    web += [{"id": "0", "text": texts[70] + f"{word}\n", "url": word} for word in ("short", "brief", "brief")]
     web += [{"text": "Accept all the cookies\n\n" + text(draw, 2) + "\n" + texts[i].split("\n\n")[2]} for i in range(30, 70)]
     write_jsonl(tmp_path / "docs.jsonl", docs)
     code = [{"text": text(draw, 3) + "\n" + texts[i % 9].split("\n\n")[0]} for i in range(40)]

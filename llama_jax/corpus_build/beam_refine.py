@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, without_lines
 from llama_jax.corpus_build.build import Settings
-from llama_jax.corpus_build.dedup import checked_hash
+from llama_jax.corpus_build.dedup import checked_hash, preference
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, signatures
@@ -319,7 +319,7 @@ def _hashed(item: tuple[None, Document], rank: Mapping[str, int]) -> tuple[bytes
 
 
 def _best(copies: Iterable[tuple[int, str, Document]]) -> tuple[int, str, Document]:
-    return min(copies, key=lambda found: (*found[:2], found[2].text))
+    return min(copies, key=lambda found: (found[0], preference(found[2])))
 
 
 def _quality(item: tuple[Place, Document]) -> tuple[int, int, str, str]:

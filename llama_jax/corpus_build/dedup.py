@@ -1,6 +1,7 @@
 """Exact duplicates: of texts that differ in white space alone, one stays, by a declared order of sources."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 
 from llama_jax.corpus_build.document import Document
@@ -16,8 +17,8 @@ def drop_duplicates(
 ) -> tuple[dict[str, list[Document]], dict[str, int]]:
     """Documents without exact copies, in the order of their hashes, and the number dropped by source.
 
-    Of copies stays that of the earliest source, within it the one with the smallest id: the result does not depend on the
-    order of reading, and it is shuffled.
+    Of copies stays that of the earliest source, within it the first by `preference`: the result does not depend on the order of
+    reading, and it is shuffled.
 
     Raises:
       ValueError: naming source and document, for a text that is blank or cannot be written as UTF-8.
@@ -32,11 +33,16 @@ def drop_duplicates(
             key = checked_hash(document)
             if key in seen or key in best:
                 dropped[source] += 1
-            if key not in seen and (key not in best or (document.id, document.text) < (best[key].id, best[key].text)):
+            if key not in seen and (key not in best or preference(document) < preference(best[key])):
                 best[key] = document
         seen.update(best)
         kept[source] = [best[key] for key in sorted(best)]
     return kept, dropped
+
+
+def preference(document: Document) -> tuple[str, ...]:
+    """Which of several copies comes first: by id, and since ids repeat (files that count from 0 each) by all else it says."""
+    return document.id, document.text, document.url, json.dumps([document.metadata, document.findings], sort_keys=True)
 
 
 def checked_hash(document: Document) -> bytes:

@@ -12,7 +12,8 @@ class Document:
     """One text of the corpus.
 
     `id` names the document to people and does not change from run to run; it comes from the row if that has one, so it may
-    repeat, and documents are told apart by their texts. `metadata` holds plain JSON values only.
+    repeat, and documents are told apart by their texts. `metadata` is the row's own, plain JSON values only; what the pipeline
+    learns stands in `findings`, which no row can fill in: the `language`, and how much is `private` by kind.
     """
 
     id: str
@@ -20,6 +21,7 @@ class Document:
     source: str
     url: str = ""
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

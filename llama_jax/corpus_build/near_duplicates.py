@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from llama_jax.corpus_build.dedup import content_hash
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.shingles import shingles
@@ -115,21 +114,21 @@ def clusters(texts: Sequence[str], settings: NearDuplicates) -> list[int]:
 
 def drop_near_duplicates(
     documents_by_source: Mapping[str, Sequence[Document]], settings: NearDuplicates
-) -> tuple[dict[str, list[Document]], dict[str, dict[str, str]]]:
-    """Documents without near duplicates, and by source {id of a dropped one: "source:id" of the one that stands for it}.
+) -> tuple[dict[str, list[Document]], dict[str, list[tuple[Document, Document]]]]:
+    """Documents without near duplicates, and by source those that were dropped, each with the one that stands for it.
 
-    Of a cluster stays the document of the earliest source; within that the longest, then the one with the smallest id,
-    then, where ids repeat, the smallest hash.
+    Of a cluster stays the document of the earliest source; within that the longest, then the one with the smallest id, then,
+    where ids repeat, the one that comes first (`drop_duplicates` puts documents in the order of their hashes).
     """
     documents = [d for of_source in documents_by_source.values() for d in of_source]
     rank = {source: i for i, source in enumerate(documents_by_source)}
-    documents.sort(key=lambda d: (rank[d.source], -len(d.text), d.id, content_hash(d.text)))
+    documents.sort(key=lambda d: (rank[d.source], -len(d.text), d.id))
     first = clusters([d.text for d in documents], settings)
-    dropped: dict[str, dict[str, str]] = {source: {} for source in documents_by_source}
+    dropped: dict[str, list[tuple[Document, Document]]] = {source: [] for source in documents_by_source}
     gone = set()
     for document, head in zip(documents, first, strict=True):
         if documents[head] is not document:
-            dropped[document.source][document.id] = f"{documents[head].source}:{documents[head].id}"
+            dropped[document.source].append((document, documents[head]))
             gone.add(id(document))
     kept = {source: [d for d in of_source if id(d) not in gone] for source, of_source in documents_by_source.items()}
     return kept, dropped

@@ -54,9 +54,9 @@ class Profile:
         rule, document = (removed.step, removed.rule), removed.document
         self.removed[rule] += 1
         if removed.step == "language":
-            self.removed_languages[document.metadata["language"]] += 1
+            self.removed_languages[document.findings["language"]] += 1
         self.removed_bytes[rule] += len(document.text.encode(errors="replace"))
-        self.private.update(document.metadata.get("private", {}))
+        self.private.update(document.findings.get("private", {}))
         excerpt = document.text[:_EXCERPT].encode(errors="replace").decode()
         key = hashlib.blake2b(f"{document.source}:{document.id}".encode(errors="replace"), digest_size=8).hexdigest()
         self._sample(rule, [(key, document.id, removed.detail, excerpt)])
@@ -67,12 +67,12 @@ class Profile:
         self.analysed += len(documents)
         english = documents
         if "language" in analyses:
-            found = [d.metadata.get("language") or language.identify(d.text)[0] for d in documents]
+            found = [d.findings.get("language") or language.identify(d.text)[0] for d in documents]
             self.languages.update(found)
             english = [d for d, name in zip(documents, found, strict=True) if name == "en"]
         self.english += len(english)
         for document in documents:
-            self.private.update(document.metadata.get("private", {}))
+            self.private.update(document.findings.get("private", {}))
         if "demographics" in analyses:
             for document in english:
                 self.mentions.update(demographics.mentions(document.text))

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
-from llama_jax.corpus_build.dedup import content_hash, drop_duplicates
+from llama_jax.corpus_build.dedup import content_hash, drop_duplicates, preference
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
@@ -79,7 +79,7 @@ def refine(
     if deduplication.boilerplate:
         for source in documents.keys() - whole:
             documents[source], lines[source] = drop_boilerplate(documents[source], deduplication.boilerplate)
-    near: dict[str, dict[str, str]] = {source: {} for source in documents}
+    near: dict[str, list[tuple[Document, Document]]] = {source: [] for source in documents}
     if deduplication.near:
         documents, near = drop_near_duplicates(documents, deduplication.near)
 
@@ -121,7 +121,7 @@ def held_out_repeats(
     """
     if not documents or not deduplication.repeated_paragraph:
         return documents, Cut()
-    source, documents = documents[0].source, sorted(documents, key=lambda d: (content_hash(d.text), d.id))
+    source, documents = documents[0].source, sorted(documents, key=lambda d: (content_hash(d.text), preference(d)))
     kept, cuts = drop_repeats({source: documents}, shortest=deduplication.repeated_paragraph, least=1, whole=whole)
     return kept[source], cuts[source]
 

@@ -1,7 +1,7 @@
 """The cleaning of one document as a chain of named steps, each a pure function (paper section 2.1).
 
 A source names the steps it goes through, in their order: web pages all of them, books and documentation few. What a step
-learns stays in the document's metadata (`language`, `private`); what it leaves out comes back as `Removed`, with the reason.
+learns stays in the document's findings (`language`, `private`); what it leaves out comes back as `Removed`, with the reason.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ def clean(document: Document, steps: Sequence[Step]) -> Document | Removed:
     return document
 
 
-def _with(document: Document, text_: str, **metadata) -> Document:
-    if text_ == document.text and not metadata:
+def _with(document: Document, text_: str, **findings) -> Document:
+    if text_ == document.text and not findings:
         return document
-    return dataclasses.replace(document, text=text_, metadata={**document.metadata, **metadata})
+    return dataclasses.replace(document, text=text_, findings={**document.findings, **findings})
 
 
 def _extract(config: CleanConfig) -> Step:
