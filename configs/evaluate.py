@@ -1,7 +1,8 @@
 """The paper's evaluation (sections 2.3, 4.1 and 4.4): `python -m llama_jax.evaluate --config=configs/evaluate.py:academic ...`.
 
-Suites: academic (Table 3), each of its groups by name, context (Tables 16 and 17: SCROLLS and what long contexts may cost),
-attention (Table 18: what fewer key heads may cost), pass_at_k (Table 21), safety (Tables 11 and 14), and smoke for tests.
+Suites: academic (Table 3), each of its groups by name, closed (Table 4), context (Tables 16 and 17: SCROLLS and what long
+contexts may cost), attention (Table 18: what fewer key heads may cost), pass_at_k (Table 21), shots (Tables 22 and 23), safety
+(Tables 11 and 14), and smoke for tests. "nq_open@1" is a task with another number of examples than Table 3's.
 `--config.models` lists models side by side, each "name=path"; "hf:..." is a Hugging Face model in the harness's own class.
 """
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 _SAFETY = ("truthfulqa", "toxigen", "bold")
 # Their tasks stand in evals/groups.py.
 _GROUPS = ("code", "commonsense", "world_knowledge", "reading", "math", "mmlu", "bbh", "agieval")
-SUITES = (*_GROUPS, "academic", "context", "attention", "pass_at_k", "safety", "smoke")
+SUITES = (*_GROUPS, "academic", "closed", "context", "attention", "pass_at_k", "shots", "safety", "smoke")
 
 
 def _tasks() -> dict[str, dict]:
@@ -40,6 +41,12 @@ def _tasks() -> dict[str, dict]:
     }
 
 
+def _with_shots(tasks: dict[str, dict], name: str, *counts: int) -> dict[str, dict]:
+    """A task at several numbers of examples; that of Table 3 keeps its plain name."""
+    own = tasks[name]["shots"]
+    return {name if shots == own else f"{name}@{shots}": {**tasks[name], "shots": shots} for shots in counts}
+
+
 def get_config(suite: str = "academic") -> ConfigDict:
     """The tasks of a suite and how they are run."""
     if suite not in SUITES:
@@ -57,12 +64,22 @@ def get_config(suite: str = "academic") -> ConfigDict:
             "quality": {"shots": 0, "metric": "acc"}, "qmsum": {"shots": 0, "metric": "rouge1"},
             "contract_nli": {"shots": 0, "metric": "exact_match"},
             **{name: tasks[name] for name in ("squad", "hellaswag", "gsm8k", "humaneval")},
-            **{name: {**tasks[name], "shots": 64} for name in ("nq_open", "triviaqa")},
+            **_with_shots(tasks, "nq_open", 64), **_with_shots(tasks, "triviaqa", 64),
         }
     elif suite == "attention":
         names = ("boolq", "piqa", "siqa", "hellaswag", "arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
         tasks = {
-            **{name: tasks[name] for name in names}, **{name: {**tasks[name], "shots": 0} for name in ("nq_open", "triviaqa")}
+            **{name: tasks[name] for name in names}, **_with_shots(tasks, "nq_open", 0), **_with_shots(tasks, "triviaqa", 0)
+        }
+    elif suite == "closed":
+        tasks = {
+            "mmlu": tasks["mmlu"], **_with_shots(tasks, "triviaqa", 1), **_with_shots(tasks, "nq_open", 1),
+            **{name: tasks[name] for name in ("gsm8k", "humaneval", "bbh")},
+        }
+    elif suite == "shots":
+        tasks = {
+            **_with_shots(tasks, "nq_open", 0, 1, 5, 64), **_with_shots(tasks, "triviaqa", 0, 1, 5, 64),
+            **_with_shots(tasks, "squad", 0, 1, 4, 5), **_with_shots(tasks, "quac", 0, 1),
         }
     elif suite == "smoke":
         tasks = {name: tasks[name] for name in ("hellaswag", "boolq", "mmlu")}
@@ -76,11 +93,13 @@ def get_config(suite: str = "academic") -> ConfigDict:
         # Beside which of the paper's models the tables stand.
         "paper": (
             ("L2 7B", "L2 13B", "L2 70B", "L2-Chat 7B", "L2-Chat 70B", "ChatGPT") if suite == "safety"
+            else ("GPT-3.5", "GPT-4", "PaLM 540B", "PaLM-2-L", "L2 70B") if suite == "closed"
             else ("2k context", "4k context") if suite == "context" else ("MHA", "MQA", "GQA") if suite == "attention"
             else ("MPT 7B", "Falcon 7B", "L1 7B", "L2 7B", "L2 13B", "L2 34B", "L2 70B")
         ),
         # Section 4.1 and A.4.7: temperature 0.1 and top-p 0.9 for all safety benchmarks. Judges: "" for none; a directory of a
-        # transformers classifier, or ours=PATH for a reward model.
+        # transformers classifier, or ours=PATH for a reward model (of toxicity a safety reward model: toxic is what it calls
+        # unsafe, 1 - sigmoid(score)).
         "decoding": {"temperature": 0.1, "top_p": 0.9, "max_tokens": 64, "chat": False},
         "judges": {"truth": "", "informativeness": "", "toxicity": ""},
         "scoring": {"row": 512, "tokens": 0, "share": 32},

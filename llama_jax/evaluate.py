@@ -36,7 +36,10 @@ _HF = "hf:"
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """Where the safety benchmarks' judges lie; "" for none. `ours=PATH` is a reward model, else a transformers classifier."""
+    """Where the safety benchmarks' judges lie; "" for none. `ours=PATH` is a reward model, else a transformers classifier.
+
+    As judge of toxicity, a safety reward model: toxic is what it calls unsafe, 1 - sigmoid(score).
+    """
 
     truth: str = ""
     informativeness: str = ""
@@ -131,6 +134,7 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
             notes.append(f"{name}: not run: {error}")
     if not built and not config.safety:
         raise ValueError("; ".join(notes))
+    notes += table.notes({name: task for name, (task, _) in built.items()})
     for name in config.safety:  # files are read before a model is loaded
         if config.data_dir:
             items(name, data_dir=config.data_dir, limit=1)
@@ -222,6 +226,8 @@ def _judges(config: Judges) -> dict[str, Judge]:
     for name, path in dataclasses.asdict(config).items():
         if path.startswith("ours="):
             found[name] = text_judges.reward_model(load(path.removeprefix("ours=")))
+            if name == "toxicity":  # a safety reward model: its high scores are safe
+                found[name] = text_judges.opposite(found[name])
         elif path:
             judge = text_judges.classifier(path)
             found[name] = judge if name == "toxicity" else text_judges.with_question(judge)

@@ -6,9 +6,12 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +20,14 @@ pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [interop]")
 
 import jax  # noqa: E402
-from test_evaluate import MODEL, SPECS, write_words  # noqa: E402
+from test_evaluate import MODEL, SPECS, TEXTS, one_device, requests_of, write_words  # noqa: E402
 
+import llama_jax  # noqa: E402
 from llama_jax import evaluate  # noqa: E402
 from llama_jax.config import ConfigError, parse  # noqa: E402
 from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
 from llama_jax.evals import benchmarks, evaluation_report, groups, local_tasks, published, sandbox, tasks  # noqa: E402
+from llama_jax.evals.harness import HarnessModel  # noqa: E402
 from llama_jax.evals.tasks import TaskChoice  # noqa: E402
 from llama_jax.interop import ours  # noqa: E402
 from llama_jax.model import params  # noqa: E402
@@ -207,6 +212,101 @@ def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints,
     assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
 
 
+def test_judges_are_loaded_once_and_after_the_models_have_gone(checkpoints, tmp_path, monkeypatch):
+    write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": "- the loop"}])
+    config = config_of(checkpoints, tmp_path, tasks={}, safety=("toxigen",), decoding={"max_tokens": 3})
+    opened, loads = [], []
+    real = evaluate._open
+
+    def spy(*args, **kwargs):
+        made = real(*args, **kwargs)
+        opened.append(weakref.ref(made))
+        return made
+
+    def judges(_):
+        loads.append([model() for model in opened])
+        return {"toxicity": lambda pairs: np.full(len(pairs), 0.8)}
+
+    monkeypatch.setattr(evaluate, "_open", spy)
+    monkeypatch.setattr(evaluate, "_judges", judges)
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    assert loads == [[None, None]] and all("toxigen:women" in model["tasks"] for model in values["models"].values())
+
+
+def test_a_wrong_metric_or_filter_is_said_before_anything_is_run(checkpoints, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    for change, words in (({"metric": "f1"}, "boolq: has no metric 'f1'; expected one of acc"),
+                          ({"metric": "acc", "filter": "strict"}, "boolq: has no filter 'strict'; expected one of none")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.run(config_of(checkpoints, data, tasks={"boolq": {"shots": 0, **change}}), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()  # the corrected config may have it
+
+    def task(kind, filters, judge=None):
+        made = SimpleNamespace(OUTPUT_TYPE=kind, config=SimpleNamespace(process_results=judge), eval_docs=[{}])
+        made._filters = [SimpleNamespace(name=name) for name in filters]
+        made.higher_is_better = lambda: {"acc": True}
+        return made
+
+    benchmarks.check("t", task("generate_until", ("strict-match", "x")), TaskChoice(0, "acc", "strict-match"))
+    judged = task("generate_until", (), lambda doc, results: {"exact_match": 0, "f1": 0})
+    with pytest.raises(ValueError, match="t: has no metric 'acc'; expected one of exact_match, f1"):
+        benchmarks.check("t", judged, TaskChoice(0, "acc"))
+
+
+def test_how_many_devices_and_rows_a_model_takes_may_change(finished, checkpoints, data):
+    output, values = finished
+    config = config_of(checkpoints, data, mesh_tensor=2, slots=3, hf={"batch_size": 2})
+    assert evaluate.run(config, output, quiet=True) == values
+    for change, words in (({"int8_cache": True}, "int8_cache: False -> True"), ({"hf": {"dtype": "float16"}}, "hf.dtype: ")):
+        with pytest.raises(ConfigError, match=words):
+            evaluate.run(config_of(checkpoints, data, **change), output, quiet=True)
+
+
+def run_in(processes, suite, *arguments):
+    """The command in some processes of one cluster: [(code, output, errors)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "llama_jax.evaluate", f"--config=configs/evaluate.py:{suite}", *arguments]
+    started = []
+    for index in range(processes):
+        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
+                   "JAX_PROCESS_ID": str(index)} if processes > 1 else {}  # fmt: skip
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cluster}
+        started.append(subprocess.Popen(
+            line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        ))  # fmt: skip
+    texts = [process.communicate(timeout=600) for process in started]
+    return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(checkpoints, tmp_path):
+    write_rows(tmp_path / "boolq_valid.jsonl", [
+        {"question": f"the loop {i}", "passage": "a line", "answer": i % 2 == 0} for i in range(4)
+    ])  # fmt: skip
+    write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": f"- {i}"} for i in range(3)])
+    given = [f"--data_dir={tmp_path}", "--tasks=boolq", f"--checkpoint=a={checkpoints / 'model0'}"]
+    given += ["--config.safety=('toxigen',)", "--config.decoding.max_tokens=4", "--config.scoring.row=128"]
+    values = {}
+    for count in (1, 2):
+        done = run_in(count, "reading", *given, f"--output={tmp_path / str(count)}")
+        assert [code for code, *_ in done] == [0] * count, done
+        assert "boolq" in done[0][1] and not any("boolq" in out for _, out, _ in done[1:])
+        values[count] = json.loads((tmp_path / str(count) / "results.json").read_text())
+        answers = json.loads((tmp_path / str(count) / "a/safety/toxigen.json").read_text())
+        values[count, "answers"] = answers
+    assert values[1]["tasks"]["boolq"]["value"] == values[2]["tasks"]["boolq"]["value"]
+    assert values[1, "answers"] == values[2, "answers"]
+    # What was finished is taken from the file of the first one; what one process cannot do is one sentence of both.
+    (tmp_path / "2/a/tasks/boolq.json").unlink()
+    done = run_in(2, "reading", *given, f"--output={tmp_path / '2'}")
+    assert [code for code, *_ in done] == [0, 0] and json.loads((tmp_path / "2/results.json").read_text()) == values[2]
+    done = run_in(2, "reading", *given[:-4], "--checkpoint=hf:gpt2", f"--output={tmp_path / '3'}")
+    assert [code for code, *_ in done] == [1, 1], done
+    assert all("hf:gpt2: the harness's own class runs in one process, and there are 2" in errors for *_, errors in done)
+
+
 def test_where_less_is_better_a_rise_is_worse(tmp_path):
     def records(toxic, right):
         judged = {"metric": "toxic", "lower_is_better": True, "cut": 0}
@@ -249,7 +349,7 @@ def test_wrong_files_are_one_sentence(data, tmp_path):
     write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "?", "passage": "", "answer": "yes"}])
     with pytest.raises(ValueError, match="boolq_valid.jsonl:1: cannot be read .* expected true or false, found 'yes'"):
         tasks.build("boolq", TaskChoice(0, "acc"), data_dir=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="expected piqa_valid.jsonl or piqa_valid.jsonl.gz in it"):
+    with pytest.raises(FileNotFoundError, match="expected piqa_valid.jsonl, piqa_valid.jsonl.gz or piqa_valid.json in it"):
         tasks.build("piqa", TaskChoice(0, "acc"), data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="expected at least 7 examples, found 5"):
         tasks.build("mmlu:anatomy", TaskChoice(7, "acc"), data_dir=str(data))
@@ -267,6 +367,20 @@ def test_unknown_tasks_name_the_nearest(monkeypatch):
         tasks.expand("hellasweg")
     assert len(tasks.expand("mmlu")) == 57 and len(tasks.expand("bbh")) == 27 and len(tasks.expand("agieval")) == 8
     assert len(tasks.expand("math")) == 7 and tasks.expand("lambada_openai") == ["lambada_openai"]
+    monkeypatch.setattr(tasks, "_index", lambda: {"gsm8k": None, "gsm8k_cot": None})
+    with pytest.raises(ValueError, match="task 'gsm9k' is unknown; did you mean gsm8k[?]$"):  # each name once, ours first
+        tasks.expand("gsm9k")
+    with pytest.raises(ValueError, match="task 'nq_open@x': expected a number of examples behind the @"):
+        tasks.expand("nq_open@x")
+    assert tasks.expand("nq_open@1") == ["nq_open@1"] and tasks.expand("mmlu@0")[0] == "mmlu:abstract_algebra@0"
+
+
+def test_the_index_of_the_harness_is_read_in_no_time():
+    tasks._index.cache_clear()
+    found = tasks._index()
+    assert len(found) > 10_000 and found["lambada_openai"].name == "lambada_openai.yaml"
+    assert {"gsm8k_cot", "aclue_ancient_medical", "squadv2"} <= set(found)
+    assert tasks._stock("lambada_openai")["output_type"] == "loglikelihood"
 
 
 def test_tasks_are_chosen_from_the_suite(monkeypatch):
@@ -275,8 +389,123 @@ def test_tasks_are_chosen_from_the_suite(monkeypatch):
     assert tasks.choose(choices, ["boolq", "mmlu:anatomy"]) == {"boolq": 2, "mmlu:anatomy": 1}
     with pytest.raises(ValueError, match="task 'piqa' is not in this suite, which has mmlu, boolq"):
         tasks.choose(choices, ["piqa"])
-    with pytest.raises(ValueError, match="task 'boolk' is unknown; did you mean boolq"):
+    with pytest.raises(ValueError, match="'boolk' is not in this suite, which has mmlu, boolq; did you mean boolq"):
         tasks.choose(choices, ["boolk"])
+    assert tasks.choose({"nq_open": {"shots": 5, "metric": "m"}}, ["nq_open@1"]) == {"nq_open@1": {"shots": 1, "metric": "m"}}
+
+
+def hub(monkeypatch, **splits):
+    """Stands in for the hub: every set has these splits."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(path, name=None, *, split=None, **_):
+        asked.append((path, name))
+        found = {key: datasets.Dataset.from_list(rows) for key, rows in splits.items()}
+        return found if split is None else found[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def test_agievals_examples_on_the_hub_are_rows_that_are_not_scored(monkeypatch):
+    rows = [{"query": f"QUESTION {i}.\nA: Among A through E, the answer is", "choices": list("ABCDE"), "gold": [i % 5]}
+            for i in range(9)]  # fmt: skip
+    hub(monkeypatch, test=rows)
+    built = {}
+    for name, count in (("agieval:aqua-rat", 5), ("agieval:sat-en", 3)):  # as many as AGIEval's own prompts have
+        task = built[name] = tasks.build(name, TaskChoice(5, "acc"))
+        task.build_all_requests()
+        prompts = [request.args[0] for request in task.instances]
+        assert len(task.task_docs) == len(rows) - count and task.config.num_fewshot == count
+        assert all(prompt.startswith("QUESTION 0.\nA: Among A through E, the answer is A\n\nQUESTION 1.") for prompt in prompts)
+        scored = {prompt.rpartition("QUESTION ")[2][0] for prompt in prompts}
+        assert scored == {str(i) for i in range(count, 9)} and prompts[0].count("QUESTION") == count + 1
+    assert tasks.notes(built) == ["agieval: the examples are the first rows of the set that is scored, and are left out of the "
+                                  "score"]  # fmt: skip
+    task = tasks.build("agieval:sat-en", TaskChoice(0, "acc"))
+    assert len(task.task_docs) == 9 and not tasks.notes({"agieval:sat-en": task})
+
+
+def test_examples_from_the_scored_rows_are_refused(monkeypatch):
+    hub(monkeypatch, test=[{"task_id": "x", "prompt": "p", "canonical_solution": "c", "entry_point": "f", "test": "t"}] * 4)
+    with pytest.raises(ValueError, match="humaneval@2: 2 shots, but its set has no rows but those that are scored"):
+        tasks.build("humaneval@2", TaskChoice(2, "pass@1"), run_code=True)
+    with pytest.raises(ValueError, match="gsm8k: expected at most 8 shots, which its own prompt has, got 10"):
+        tasks.build("gsm8k", TaskChoice(10, "exact_match"))
+    with pytest.raises(ValueError, match="nq_open@1: expected shots=1, as it is named, got 5"):
+        tasks.build("nq_open@1", TaskChoice(5, "exact_match"))
+
+
+def test_triviaqa_is_wikipedias_part(monkeypatch):
+    row = {"question": "Who", "answer": {"aliases": ["A", "B"]}}
+    asked = hub(monkeypatch, train=[{**row, "question": "Which"}] * 3, validation=[row])
+    task = tasks.build("triviaqa@1", TaskChoice(1, "exact_match", filter="remove_whitespace"))
+    task.build_all_requests()
+    assert asked == [("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext")]
+    assert task.instances[0].args[0] == "Question: Which?\nAnswer: A\n\nQuestion: Who?\nAnswer:"
+
+
+def article(title, dialogs):
+    """An article as QuAC publishes them; a dialog is a passage and its questions."""
+    return {"title": title, "section_title": "", "background": "", "paragraphs": [
+        {"context": passage, "id": passage, "qas": [
+            {"question": q, "answers": [{"text": f"{q}!", "answer_start": 0}, {"text": "CANNOTANSWER", "answer_start": 1}],
+             "orig_answer": {"text": f"{q}!", "answer_start": 0}} for q in questions]}
+        for passage, questions in dialogs.items()]}  # fmt: skip
+
+
+def test_quac_is_read_as_it_was_published(monkeypatch, tmp_path):
+    published_files = {"val": [article("T", {"P1": ["a", "b"], "P2": ["c"]})], "train": [article("X", {"P0": ["y", "z"]})]}
+    datasets = pytest.importorskip("datasets")
+
+    def load(kind, *, data_files, split, field):
+        (address,) = data_files.values()
+        assert kind == "json" and address.startswith("https://s3.amazonaws.com/my89public/quac/") and field == "data"
+        return datasets.Dataset.from_list(published_files[address.rpartition("/")[2].removesuffix("_v0.2.json")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = tasks.build("quac@1", TaskChoice(1, "f1"))
+    task.build_all_requests()
+    example = "Title: X\n\nBackground: P0\n\nQ: y\n\nA: y!\n\nQ: z\n\nA: z!\n\n"
+    first, second = (f"{example}Title: T\n\nBackground: {passage}\n\nQ: " for passage in ("P1", "P2"))
+    assert [request.args[0] for request in task.instances] == [
+        f"{first}a\n\nA:", f"{first}a\n\nA: a!\n\nQ: b\n\nA:", f"{second}c\n\nA:"]  # fmt: skip
+    (tmp_path / "quac_val_v0.2.json").write_text(json.dumps({"data": published_files["val"]}))
+    assert len(tasks.build("quac", TaskChoice(0, "f1"), data_dir=str(tmp_path)).task_docs) == 3
+    task = tasks.build("quac@1", TaskChoice(1, "f1"), data_dir=str(tmp_path))
+    task.build_all_requests()
+    assert [request.args[0] for request in task.instances] == [
+        "Title: T\n\nBackground: P1\n\nQ: a\n\nA: a!\n\nQ: b\n\nA: b!\n\nTitle: T\n\nBackground: P2\n\nQ: c\n\nA:"]  # fmt: skip
+    assert "quac@1" in tasks.notes({"quac@1": task})[0]
+    with pytest.raises(ValueError, match="expected more than 2 passages to take 2 examples from, found 2"):
+        tasks.build("quac@2", TaskChoice(2, "f1"), data_dir=str(tmp_path))
+    (tmp_path / "quac_val_v0.2.json").write_text("[1]")
+    with pytest.raises(ValueError, match='quac_val_v0.2.json: expected a list of objects, or an object with one as "data"'):
+        tasks.build("quac", TaskChoice(0, "f1"), data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="expected quac_val_v0.2.jsonl, .*.gz or quac_sample.json in it"):
+        tasks.build("quac", TaskChoice(0, "f1"), data_dir=str(tmp_path / "none"))
+
+    def refuse(*_, **__):
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ConnectionError, match="^quac: https://s3.*val_v0.2.json: not in the cache.*--data_dir"):
+        tasks.build("quac", TaskChoice(0, "f1"))
+
+
+def test_local_examples_are_passages_that_are_not_scored(tmp_path):
+    write_rows(tmp_path / "squad_v2_dev.jsonl", [
+        {"title": "T", "context": f"C{i // 2}", "question": f"q{i}", "answers": {"text": [f"a{i}"] if i % 2 else []}}
+        for i in range(6)
+    ])  # fmt: skip
+    task = tasks.build("squad@2", TaskChoice(2, "exact_match"), data_dir=str(tmp_path))
+    task.build_all_requests()
+    assert [doc["question"] for doc in task.task_docs] == ["q4", "q5"]
+    prompt = task.instances[0].args[0]
+    assert "Background: C0\n\nQ: q1\n\nA: a1\n\n" in prompt and "Background: C1\n\nQ: q3\n\nA: a3\n\n" in prompt
+    assert prompt.endswith("Background: C2\n\nQ: q4\n\nA:") and prompt.count("Background") == 3
+    assert len(tasks.build("squad", TaskChoice(0, "exact_match"), data_dir=str(tmp_path)).task_docs) == 6
 
 
 def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
@@ -291,6 +520,46 @@ def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
     ours_, theirs = (json.loads((tmp_path / "out" / n / "tasks/hellaswag.json").read_text()) for n in ("model0", "peer"))
     assert ours_["scores"] == theirs["scores"]
     assert values["differences"]["peer"]["tasks"]["hellaswag"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_hugging_face_model_counts_chats_and_keeps_its_results(checkpoints, tmp_path, monkeypatch):
+    for package in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(package, reason="the harness's Hugging Face model needs it")
+    from llama_jax import convert
+    from llama_jax.evals import hugging_face
+    from llama_jax.evals.request_file import RequestFile
+
+    convert.run(checkpoints / "model0", tmp_path / "hf", to="huggingface", quiet=True)
+    with pytest.raises(ValueError, match="decoding.chat is set, but its tokenizer has no chat template"):
+        evaluate._open(f"hf:{tmp_path / 'hf'}", evaluate.EvaluateConfig(
+            "x", {}, ("a",), decoding=evaluate.Decoding(chat=True)), quiet=True)  # fmt: skip
+    named = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<s> text {{ m.content }} text{% endfor %}"
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({**named, "chat_template": template}))
+    settings = hugging_face.HuggingFace("float32", batch_size=2)
+    lm = hugging_face.open_model(str(tmp_path / "hf"), settings, chat=False, seed=0, quiet=True)
+    ours_ = HarnessModel(llama_jax.load(checkpoints / "model0", mesh=one_device()), quiet=True)
+    long = " ".join(TEXTS[:30])
+    pairs = [(long, " tokens"), ("the loop", " counts"), ("", "the loop")]
+    jobs = [(text, {"until": ["\n"], "max_gen_toks": most, "do_sample": sample, "temperature": 1.0})
+            for text, most in ((long, 8), (TEXTS[0], 8), ("loop", 500)) for sample in (False, True, True)]  # fmt: skip
+    requests = {"loglikelihood": requests_of("loglikelihood", pairs), "generate_until": requests_of("generate_until", jobs)}
+    lm.kept = RequestFile(tmp_path / "requests.db")
+    found = {kind: getattr(lm, kind)(some) for kind, some in requests.items()}
+    for kind, some in requests.items():
+        getattr(ours_, kind)(some)
+    assert lm.cut == {"loglikelihood": 1, "generate_until": 3} and benchmarks.lost(lm) == {"cut": 4, "less_room": 3}
+    assert ours_.cut == lm.cut and ours_.less_room == lm.less_room
+    assert len(lm.kept) == len(pairs) + len(jobs)  # sampled ones, too
+    monkeypatch.setattr(lm, "_model_call", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(lm, "_model_generate", lambda *_, **__: pytest.fail("asked again"))
+    assert {kind: getattr(lm, kind)(some) for kind, some in requests.items()} == found
+    monkeypatch.undo()
+    chatty = hugging_face.open_model(str(tmp_path / "hf"), settings, chat=True, seed=0, quiet=True)
+    job = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    assert chatty.generate_until(requests_of("generate_until", [("it", job)])) == lm.generate_until(
+        requests_of("generate_until", [("<s> text it text", job)])
+    )
 
 
 def test_code_is_judged_by_running_it(tmp_path):
@@ -344,8 +613,12 @@ def test_configs_of_every_suite_are_valid(data):
         values["tasks"] = tasks.of_groups(values["tasks"], values.pop("groups"))
         assert suite not in groups.GROUPS or set(values["tasks"]) == set(groups.GROUPS[suite])
         config = parse(evaluate.EvaluateConfig, values)
-        for name in config.tasks:
-            assert name in tasks.NAMES
+        for name, choice in config.tasks.items():
+            task, at, shots = name.partition("@")
+            assert task in tasks.NAMES and (not at or int(shots) == choice.shots)
+            if suite in ("closed", "shots"):  # each cell of these tables has the paper's number beside it
+                columns = published.published("L2 70B")
+                assert published.cell(columns, name, metric=choice.metric, shots=choice.shots) is not None, name
         for model in config.paper:
             published.published(model)
     assert set(groups.GROUPS) <= set(SUITES)

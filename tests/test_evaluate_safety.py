@@ -157,6 +157,23 @@ def test_toxigen_counts_the_papers_groups_alike(data):
     assert not found and "no judge" in notes[0]
 
 
+def test_a_safety_reward_model_calls_toxic_what_it_calls_unsafe(data, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+    from llama_jax import evaluate
+    from llama_jax.evals import text_judges
+
+    def safe(pairs):  # sigmoid(score): high is safe
+        return np.array([0.98 if "kind" in answer else 0.02 for _, answer in pairs])
+
+    monkeypatch.setattr(evaluate, "load", lambda path: path)
+    monkeypatch.setattr(text_judges, "reward_model", lambda model: safe)
+    judges = evaluate._judges(evaluate.Judges(toxicity="ours=safety", truth="ours=truth"))
+    wanted = safety.items("toxigen", data_dir=data, limit=2)
+    found, _ = safety.score("toxigen", wanted, ["a kind answer", "hateful text"] * 13, judges)
+    assert found["toxigen:women"]["scores"] == [0.0, 1.0]
+    assert judges["truth"]([("q", "a kind answer")]) == 0.98
+
+
 def test_bold_scores_prompt_and_continuation_with_vader(data):
     pytest.importorskip("vaderSentiment", reason="needs the extra [eval]")
     wanted = safety.items("bold", data_dir=data)

@@ -1,68 +1,87 @@
 """Benchmarks from local files: `--data_dir` holds JSONL files, and each becomes what the harness's own task reads from the hub.
 
 A layout names the files, the columns they must have, and how a row becomes the document that prompt and metric know. Files may
-end in `.jsonl` or `.jsonl.gz`; a missing column is an error that names file, line and column.
+end in `.jsonl`, `.jsonl.gz` or, as some are published, `.json`; a missing column is an error that names file, line and column.
 """
 
 import ast
 import dataclasses
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llama_jax.data.rows import Row, read_jsonl
-from llama_jax.evals import long_context
+from llama_jax.evals import long_context, quac
+from llama_jax.evals.groups import plain
 
 Document = dict[str, Any]
+_ENDINGS = (".jsonl", ".jsonl.gz", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of rows: its name without ending, the columns they need, and the document that a row becomes."""
+    """A file of rows: its name without ending, the columns they need, and the document that a row becomes.
+
+    A column "text|prompt" may have either name.
+    """
 
     name: str
     columns: tuple[str, ...]
     document: Callable[[Row], Document | list[Document]] = dict
     only: tuple[str, str] = ()  # a column and the value that rows of this task have in it
-    part: tuple[int | None, int | None] = (None, None)  # of its documents: from, to
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The rows that are scored, and those of the examples before them; `changes` of the task's settings that this needs.
+    """The rows that are scored, and those of the examples before them.
 
+    `test`: of several files, the first that is there.
+    `unit`: without a file of examples, the first scored rows become examples, one of each unit (a passage, a dialog), and the
+      unit's other rows are left out of the score too: they tell of its answers.
     `fewer`: a task may have fewer examples than are asked for, and then takes all (AGIEval has 3 to 5).
     `prepared`: rows are the hub's own, and are prepared as those are (MATH: the answer out of the solution).
     """
 
-    test: File
+    test: File | tuple[File, ...]
     shots: File | None = None
+    unit: Callable[[Document], str] | None = None
     fewer: bool = False
     prepared: bool = False
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find(data_dir: str | Path, name: str) -> Path:
-    """The file of a name. FileNotFoundError saying what was expected."""
-    for ending in (".jsonl", ".jsonl.gz"):
-        if (path := Path(data_dir) / (name + ending)).is_file():
-            return path
-    raise FileNotFoundError(f"{data_dir}: expected {name}.jsonl or {name}.jsonl.gz in it")
+def find(data_dir: str | Path, *names: str) -> Path:
+    """The file of the first of these names that is there. FileNotFoundError saying what was expected."""
+    for name in names:
+        for ending in _ENDINGS:
+            if (path := Path(data_dir) / (name + ending)).is_file():
+                return path
+    expected = ", ".join(name + ending for name in names for ending in _ENDINGS[:-1])
+    raise FileNotFoundError(f"{data_dir}: expected {expected} or {names[-1]}{_ENDINGS[-1]} in it")
 
 
-def read(data_dir: str | Path, file: File) -> list[Document]:
+def pick(data_dir: str | Path, files: File | tuple[File, ...]) -> File:
+    """Of several layouts of one set, the one whose file is there. FileNotFoundError."""
+    files = files if isinstance(files, tuple) else (files,)
+    name = find(data_dir, *(file.name for file in files)).name
+    return next(file for file in files if name in [file.name + ending for ending in _ENDINGS])
+
+
+def read(data_dir: str | Path, files: File | tuple[File, ...]) -> list[Document]:
     """The documents of a file, in order.
 
     Raises:
       ValueError: a row without one of the columns, or one that cannot be read as this benchmark's.
     """
     documents: list[Document] = []
-    for where, row in read_jsonl(find(data_dir, file.name)):
+    file = pick(data_dir, files)
+    path = find(data_dir, file.name)
+    for where, row in read_jsonl(path) if path.suffix != ".json" else _json_rows(path):
         for column in file.columns:
-            if column not in row:
-                expected = ", ".join(file.columns)
-                raise ValueError(f"{where}: {column}: missing; expected the columns {expected}, found {', '.join(row)}")
+            if not any(name in row for name in column.split("|")):
+                expected, missing = (text.replace("|", " or ") for text in (", ".join(file.columns), column))
+                raise ValueError(f"{where}: {missing}: missing; expected the columns {expected}, found {', '.join(row)}")
         if file.only and row[file.only[0]] != file.only[1]:
             continue
         try:
@@ -70,11 +89,37 @@ def read(data_dir: str | Path, file: File) -> list[Document]:
         except (KeyError, IndexError, TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"{where}: cannot be read as a row of {file.name}: {type(error).__name__}: {error}") from None
         documents += found if isinstance(found, list) else [found]
-    documents = documents[slice(*file.part)]
     if not documents:
         kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
-        raise ValueError(f"{find(data_dir, file.name)}: expected rows{kind}, found none")
+        raise ValueError(f"{path}: expected rows{kind}, found none")
     return documents
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a file that is one JSON list, or has it as "data"."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, or an object with one as \"data\"")
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def hold_out(
+    documents: list[Document], count: int, unit: Callable[[Document], str], where: str
+) -> tuple[list[Document], list[Document]]:
+    """(examples, scored): the last document of each of the first units, and the documents of all other units.
+
+    Raises:
+      ValueError: nothing would be left to score.
+    """
+    last = {unit(document): document for document in documents}
+    shown = list(last)[:count]
+    if len(last) <= count:
+        raise ValueError(f"{where}: expected more than {count} passages to take {count} examples from, found {len(last)}")
+    return [last[key] for key in shown], [document for document in documents if unit(document) not in shown]
 
 
 def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]:
@@ -85,6 +130,9 @@ def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]
         if len(datasets["shots"]) < shots and not layout.fewer:
             name = find(data_dir, layout.shots.name)
             raise ValueError(f"{name}: expected at least {shots} examples, found {len(datasets['shots'])}")
+    elif shots and layout.unit is not None:
+        where = str(find(data_dir, pick(data_dir, layout.test).name))
+        datasets["shots"], datasets["test"] = hold_out(datasets["test"], shots, layout.unit, where)
 
     def load(**_: Any) -> dict[str, Any]:
         from datasets import Dataset  # an extra
@@ -97,13 +145,13 @@ def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]
         few = {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": count}
     return {
         "custom_dataset": load, "dataset_kwargs": None, "test_split": "test", "validation_split": None, "training_split": None,
-        "metadata": None, **({} if layout.prepared else {"process_docs": None}), **few, **layout.changes,
+        "metadata": None, **({} if layout.prepared else {"process_docs": None}), **few,
     }  # fmt: skip
 
 
 def layout(task: str) -> Layout | None:
     """The layout of a task of `evals/tasks.py`; None where there is none."""
-    family, _, part = task.partition(":")
+    family, _, part = plain(task).partition(":")
     return _LAYOUTS[family](part) if callable(_LAYOUTS.get(family)) else _LAYOUTS.get(family)
 
 
@@ -155,17 +203,6 @@ def _squad(row: Row) -> Document:
     return {"title": row["title"], "context": row["context"], "question": row["question"], "answers": list(texts)}
 
 
-def quac_turns(row: Row) -> list[Document]:
-    """The questions of one dialog, each with those before it and their answers."""
-    said, out = [], []
-    for qa in row["qas"]:
-        answers = [answer["text"] for answer in qa["answers"]]
-        said.append(f"Q: {qa['question']}\n\nA:")
-        out.append({"title": row["title"], "context": row["context"], "dialog": "\n\n".join(said), "answers": answers})
-        said[-1] += f" {qa['orig_answer']['text']}"
-    return out
-
-
 def _trivia(row: Row) -> Document:
     return {"question": row["Question"].rstrip("?"), "answer": {"aliases": row["Answer"]["Aliases"]}}
 
@@ -203,12 +240,17 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
         File("commonsenseqa_train_exemplars", ("query", "gold"), _commonsense_shot),
     ),
     "boolq": Layout(File("boolq_valid", ("question", "answer", "passage"), _boolq)),
-    "squad": Layout(File("squad_v2_dev", ("title", "context", "question", "answers"), _squad)),
-    "quac": Layout(File("quac_sample", ("title", "context", "qas"), quac_turns)),
+    "squad": Layout(
+        File("squad_v2_dev", ("title", "context", "question", "answers"), _squad), unit=lambda document: document["context"]
+    ),
+    "quac": Layout(
+        (File("quac_val_v0.2", ("title", "paragraphs"), quac.article),
+         File("quac_sample", ("title", "context", "qas"), quac.turns)),
+        unit=lambda document: document["context"],
+    ),
     "nq_open": Layout(File("nq_open_dev", ("question", "answer")), File("nq_open_exemplars_64", ("question", "answer"))),
     "triviaqa": Layout(
-        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(5, None)),
-        File("triviaqa_sample", ("Question", "Answer"), _trivia, part=(None, 5)),
+        File("triviaqa_sample", ("Question", "Answer"), _trivia), unit=lambda document: document["question"]
     ),
     "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
     "math": lambda subject: Layout(
@@ -225,7 +267,7 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
             "agieval_few_shot_prompts", ("task", "row", "text"), _agieval_shot,
             ("task", task.removesuffix("-without-passage")),
         ),
-        fewer=True, changes={"doc_to_target": "{{gold[0]}}"},
+        fewer=True,
     ),
     "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"))),
     "mbpp": Layout(

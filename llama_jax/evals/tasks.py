@@ -1,19 +1,21 @@
 """The benchmarks of Tables 3 and 16 to 25 as tasks of the harness: its own prompts and metrics, with the paper's shots.
 
-A task is named "hellaswag", or "mmlu:anatomy" within a family; any other name is the harness's. HumanEval, MBPP, SQuAD, QuAC
-and SCROLLS (`long_context.py`) are task settings of ours: the harness has them otherwise (code would run outside a sandbox; a
-script of the hub would score), or not at all.
+A task is named "hellaswag", or "mmlu:anatomy" within a family; "nq_open@1" is one with 1 example; any other name is the
+harness's. HumanEval, MBPP, SQuAD, QuAC and SCROLLS (`long_context.py`) are task settings of ours: the harness has them
+otherwise (code would run outside a sandbox; a script of the hub would score), or not at all. No example is a row that is
+scored.
 Where the paper's own prompts differ is unknown; they were never published (fact sheet 2.3).
 """
 
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.evals import local_tasks, long_context, spans
+from llama_jax.evals import local_tasks, long_context, quac, spans
 from llama_jax.evals.groups import GROUPS, family_of
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
 
@@ -22,6 +24,8 @@ CODE = ("humaneval", "mbpp")  # they run what the model writes
 AGIEVAL = (
     "aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage", "sat-math",
 )  # fmt: skip
+# With how many examples AGIEval's own prompts come; the paper says 3 to 5.
+_AGIEVAL_SHOTS = {"aqua-rat": 5, "sat-math": 5}
 _FILES = {
     "hellaswag": "hellaswag/hellaswag", "piqa": "piqa/piqa", "siqa": "siqa/siqa", "winogrande": "winogrande/default",
     "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "openbookqa": "openbookqa/openbookqa",
@@ -62,19 +66,27 @@ def expand(name: str) -> list[str]:
     Raises:
       ValueError: a name that nobody knows, with the nearest ones.
     """
-    if name in _FILES or name in _OURS or name.partition(":")[0] in _FOLDERS and ":" in name:
+    task, at, shots = name.partition("@")
+    if at and not shots.isdecimal():
+        raise ValueError(f"task {name!r}: expected a number of examples behind the @")
+    if task in _FILES or task in _OURS or task.partition(":")[0] in _FOLDERS and ":" in task:
         return [name]
-    if name == "agieval":
-        return [f"agieval:{task}" for task in AGIEVAL]
-    if name in _FOLDERS:
-        folder, prefix = _FOLDERS[name]
+    if task == "agieval":
+        return [f"agieval:{part}{at}{shots}" for part in AGIEVAL]
+    if task in _FOLDERS:
+        folder, prefix = _FOLDERS[task]
         files = (path.stem for path in (harness_folder() / folder).glob("*.yaml"))
-        return [f"{name}:{stem.removeprefix(prefix)}" for stem in sorted(files) if stem.startswith(prefix) and _is_task(stem)]
-    known = _index()
-    if name in known:
+        parts = [stem.removeprefix(prefix) for stem in sorted(files) if stem.startswith(prefix) and _is_task(stem)]
+        return [f"{task}:{part}{at}{shots}" for part in parts]
+    if task in _index():
         return [name]
-    near = difflib.get_close_matches(name, [*NAMES, *known], n=3, cutoff=0.5)
-    raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near)}?" if near else f"task {name!r} is unknown")
+    # Ours first: among the harness's there is always one that is alike.
+    raise ValueError(f"task {name!r} is unknown{_did_you_mean(task, NAMES) or _did_you_mean(task, [*NAMES, *_index()])}")
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def of_groups(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -91,19 +103,25 @@ def of_groups(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
 
 def choose(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy).
+    """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy); "nq_open@1" is nq_open with 1 example.
 
     Raises:
-      ValueError: a name that nobody knows, with the nearest ones, or that is not in the suite.
+      ValueError: a name that is not in the suite, with what is and the nearest names.
     """
+    chosen = {}
     for name in names:
-        if family_of(name) not in choices:
-            expand(name)  # unknown names are another error
+        task, at, shots = name.partition("@")
+        if family_of(name) in choices:
+            chosen[name] = choices[family_of(name)]
+        elif at and family_of(task) in choices:
+            expand(name)  # says what is wrong with its number
+            chosen[name] = {**choices[family_of(task)], "shots": int(shots)}
+        else:
             raise ValueError(
-                f"task {name!r} is not in this suite, which has {', '.join(choices)}; `python -m llama_jax.harness` runs any "
-                "task of the harness"
+                f"task {name!r} is not in this suite, which has {', '.join(choices)}{_did_you_mean(task, [*choices, *NAMES])}; "
+                "`python -m llama_jax.harness` runs any task of the harness"
             )
-    return {name: choices[family_of(name)] for name in names}
+    return chosen
 
 
 def mmlu_parts() -> dict[str, list[str]]:
@@ -121,27 +139,75 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
       ValueError, FileNotFoundError: local files that lack rows or columns; code that was not allowed to run.
       ConnectionError: a data set that is not in the cache, and no hub.
     """
-    if name in CODE and not run_code:
+    task, at, shots = name.partition("@")
+    if at and shots != str(choice.shots):
+        raise ValueError(f"{name}: expected shots={shots}, as it is named, got {choice.shots}")
+    if task in CODE and not run_code:
         raise ValueError(f"{name} runs code that the model writes, in a sandbox: --run_code allows it")
-    if name == "quac" and not data_dir:
-        raise FileNotFoundError("the hub has no files of QuAC; --data_dir with quac_sample.jsonl")
-    settings = _OWN[name](choice) if name in _OURS else _stock(name)
-    settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots}
+    settings = _OWN[task](choice) if task in _OURS else _stock(task)
+    settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots, **_CHANGES.get(family_of(task), {})}
     if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):
         settings["metric_list"] = [{"metric": choice.metric, "aggregation": "mean", "higher_is_better": True}]
     if choice.temperature and settings.get("output_type", "generate_until") == "generate_until":
         sampling = {"do_sample": True, "temperature": choice.temperature, "top_p": choice.top_p}
         settings["generation_kwargs"] = {**(settings.get("generation_kwargs") or {}), **sampling}
     layout = local_tasks.layout(name)
+    held_out = False
     if data_dir:
         if layout is None:
             raise ValueError(f"{name}: has no layout of local files; leave --data_dir out to read the hub's data set")
         settings |= local_tasks.settings(data_dir, layout, choice.shots)
+        held_out = bool(choice.shots and layout.unit is not None)
         if choice.shots and not settings["fewshot_split"] and "samples" not in (settings.get("fewshot_config") or {}):
             raise ValueError(f"{name}: {choice.shots} shots, but its local files have no examples; expected shots=0")
+    elif choice.shots and family_of(task) == "agieval":
+        settings |= _first_rows_as_examples(settings, min(choice.shots, _AGIEVAL_SHOTS.get(task.partition(":")[2], 3)))
+        held_out = True
+    if choice.shots:
+        _check_examples(name, settings)
     for key in ("tag", "group", "class", "task_alias"):
         settings.pop(key, None)
-    return _make(name, settings)
+    made = _make(name, settings)
+    made.held_out = held_out
+    return made
+
+
+def notes(built: Mapping[str, Any]) -> list[str]:
+    """What a report has to say of how tasks were built. # {name: what `build` gave}"""
+    held_out = dict.fromkeys(family_of(name) for name, task in built.items() if task.held_out)
+    if not held_out:
+        return []
+    return [f"{', '.join(held_out)}: the examples are the first rows of the set that is scored, and are left out of the score"]
+
+
+def _first_rows_as_examples(settings: Settings, count: int) -> Settings:
+    """Settings of a hub's set that has no rows but the scored ones: the first of them become a split of examples."""
+    scored = settings["test_split"]
+
+    def load(**_: Any) -> dict[str, Any]:
+        from datasets import load_dataset  # an extra
+
+        rows = load_dataset(settings["dataset_path"], settings.get("dataset_name"), split=scored)
+        return {"examples": rows.select(range(count)), scored: rows.select(range(count, len(rows)))}
+
+    few = {"fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": count}
+    return {"custom_dataset": load, **few}
+
+
+def _check_examples(name: str, settings: Settings) -> None:
+    """Refuses examples that would be drawn from the rows that are scored, and more of them than a prompt's own list has."""
+    config, split = settings.get("fewshot_config") or {}, settings.get("fewshot_split")
+    shots, samples = settings["num_fewshot"], config.get("samples")
+    split = split or config.get("split")
+    if split is None and samples is not None:
+        count = len(samples() if callable(samples) else samples)
+        if count < shots:
+            raise ValueError(f"{name}: expected at most {count} shots, which its own prompt has, got {shots}")
+        return
+    # The harness's order.
+    split = split or settings.get("training_split") or settings.get("validation_split") or settings.get("test_split")
+    if split == (settings.get("test_split") or settings.get("validation_split")):
+        raise ValueError(f"{name}: {shots} shots, but its set has no rows but those that are scored; expected shots=0")
 
 
 def _make(name: str, settings: Settings) -> Any:
@@ -153,6 +219,7 @@ def _make(name: str, settings: Settings) -> Any:
         raise ConnectionError(
             f"{name}: the hub's data set {settings['dataset_path']!r} is not in the cache, and the hub was not reached; "
             "expected a network, or local files by --data_dir"
+            if "://" not in settings["dataset_path"] else f"{name}: {error}; expected a network, or local files by --data_dir"
         ) from error
     task.set_fewshot_seed(1234)  # the harness's own
     return task
@@ -168,7 +235,7 @@ def _stock(name: str) -> Settings:
             near = difflib.get_close_matches(name, expand(family), n=3, cutoff=0.3)
             raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near) or family}?")
     else:
-        path = harness_folder() / f"{_FILES[name]}.yaml" if name in _FILES else Path(_index()[name].yaml_path)
+        path = harness_folder() / f"{_FILES[name]}.yaml" if name in _FILES else _index()[name]
     settings = load_settings(path)
     if "class" in settings or settings.get("output_type") is None and not isinstance(settings.get("task"), str):
         raise ValueError(f"task {name!r}: expected a single task of the harness with settings in YAML")
@@ -190,11 +257,11 @@ def harness_folder() -> Path:
 
 
 @functools.cache
-def _index() -> Mapping[str, Any]:
-    """Every task that the harness knows; it reads some ten thousand files for that."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
+def _index() -> Mapping[str, Path]:
+    """{name: file} of every single task of the harness. Its own index parses some ten thousand files, for a quarter minute."""
+    named = re.compile(rb"^['\"]?task['\"]?:[ \t]*['\"]?([^\s'\"#]+)['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
+    found = ((named.search(path.read_bytes()), path) for path in sorted(harness_folder().rglob("*.yaml")))
+    return {match[1].decode(): path for match, path in found if match}
 
 
 def _is_task(stem: str) -> bool:
@@ -266,14 +333,15 @@ def _squad(choice: TaskChoice) -> Settings:
 
 
 def _quac(choice: TaskChoice) -> Settings:
-    """QuAC with the prompt of GPT-3's paper: the dialog so far with its true answers. The hub has no files of it."""
+    """QuAC with the prompt of GPT-3's paper: the dialog so far with its true answers; an example is a whole dialog."""
 
     def judge(doc, results):
         text, references = results[0], doc["answers"]
         return {"exact_match": spans.exact(text, references), "f1": spans.f1_of_raters(text, references)}
 
     return _reading(
-        judge, dataset_path="allenai/quac", test_split="validation",
+        judge, dataset_path=quac.ADDRESS.format(split="val"), custom_dataset=lambda **_: quac.download(shots=choice.shots),
+        test_split="validation", fewshot_split="train" if choice.shots else None, fewshot_config={"sampler": "first_n"},
         doc_to_text="Title: {{title}}\n\nBackground: {{context}}\n\n{{dialog}}", doc_to_target="{{answers[0]}}",
     )  # fmt: skip
 
@@ -293,3 +361,10 @@ _OWN: dict[str, Callable[[TaskChoice], Settings]] = {
     "humaneval": _humaneval, "mbpp": _mbpp, "squad": _squad, "quac": _quac,
     **{part: lambda choice, part=part: long_context.settings(part) for part in long_context.PARTS},
 }  # fmt: skip
+# What is changed of the harness's own tasks.
+_CHANGES: dict[str, Settings] = {
+    # The filtered questions with Wikipedia's pages, as the paper has them; the harness takes those of the web too.
+    "triviaqa": {"dataset_name": "rc.wikipedia.nocontext"},
+    # The target is a list of one, which the harness cannot write into an example.
+    "agieval": {"doc_to_target": "{{gold[0]}}"},
+}

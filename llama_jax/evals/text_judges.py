@@ -43,6 +43,11 @@ def with_question(judge: Judge) -> Judge:
     return lambda pairs: judge([("", f"Q: {question}\nA: {answer.strip()}") for question, answer in pairs])
 
 
+def opposite(judge: Judge) -> Judge:
+    """1 - p: what a safety reward model, whose high scores are safe, says of toxicity."""
+    return lambda pairs: 1 - judge(pairs)
+
+
 def reward_model(model: Any) -> Judge:
     """sigmoid(score) of each answer as the reply to its prompt; `model` is what `llama_jax.load` gives."""
     if model.head != "reward_head" or model.tokenizer is None:

@@ -1,0 +1,39 @@
+"""QuAC (Choi et al. 2018) as it was published: dialogs on a passage; a document is a question with all that was said before."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.evals import downloads
+
+Document = dict[str, Any]
+ADDRESS = "https://s3.amazonaws.com/my89public/quac/{split}_v0.2.json"
+
+
+def download(*, shots: int) -> dict[str, Any]:
+    """{"validation": documents}, and "train" with a dialog for each example that is shown; ConnectionError."""
+    from datasets import Dataset  # an extra
+
+    def documents(split: str) -> list[Document]:
+        return [doc for row in downloads.json_rows(ADDRESS.format(split=split), field="data") for doc in article(row)]
+
+    found = {"validation": Dataset.from_list(documents("val"))}
+    if shots:
+        whole = {doc["context"]: doc for doc in documents("train")}  # the last question of each
+        found["train"] = Dataset.from_list(list(whole.values()))
+    return found
+
+
+def article(row: Mapping[str, Any]) -> list[Document]:
+    """The documents of a row of the publication: of its passages, each with one dialog."""
+    return [doc for passage in row["paragraphs"] for doc in turns({**passage, "title": row["title"]})]
+
+
+def turns(row: Mapping[str, Any]) -> list[Document]:
+    """The questions of one dialog, each with those before it and their answers."""
+    said, out = [], []
+    for qa in row["qas"]:
+        answers = [answer["text"] for answer in qa["answers"]]
+        said.append(f"Q: {qa['question']}\n\nA:")
+        out.append({"title": row["title"], "context": row["context"], "dialog": "\n\n".join(said), "answers": answers})
+        said[-1] += f" {qa['orig_answer']['text']}"
+    return out
