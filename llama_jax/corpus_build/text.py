@@ -7,6 +7,7 @@ the same here: NFC, line feeds, plain spaces, no control characters, and no U+25
 import functools
 import re
 import unicodedata
+from collections import Counter
 
 from llama_jax.corpus_build.extras import extra
 
@@ -23,6 +24,17 @@ _MANY_LINES = re.compile(r"\n{4,}")
 _ASCII_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 META_SYMBOL = "\u2581"
 _MARKUP = re.compile(r"\s*<[a-zA-Z!?]")
+_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:-]*")
+_LONG_TAG = re.compile(r"<[a-zA-Z][^<>]{2000,}+")
+_ATTRIBUTE = re.compile(r"[^\s=]+(?:\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s\"']+))?")
+# Elements that hold nothing, those that the next of their kind closes, and the shapes of SVG, which close themselves.
+_FLAT = frozenset(
+    "area base br col embed hr img input link meta param source track wbr p li dt dd tr td th thead tbody tfoot option "
+    "optgroup colgroup html body head path circle ellipse line polygon polyline rect stop use image".split()
+)
+# Elements that a parser opens again in every block until they are closed.
+_REOPENED = frozenset("a b big code em font i nobr s small strike strong tt u".split())
+MOST_PARSING, MOST_SEARCH = 1e6, 5e6  # about a second each; pages that authors and programs write are far below
 
 
 def is_markup(text: str) -> bool:
@@ -30,13 +42,57 @@ def is_markup(text: str) -> bool:
     return _MARKUP.match(text) is not None
 
 
-def extract_text(html: str, *, extractor: str = "resiliparse") -> str:
+def parsing_cost(html: str) -> tuple[float, float]:
+    """Steps beyond one pass that a page costs a parser, and that the search for its main part costs then; bounds from above.
+
+    Malformed pages cost minutes: an element that is never closed stands again in each block after it, a tag's attributes are
+    compared with each other, and the search climbs from each element to the root. All three are counted here in one pass.
+    """
+    tags = _TAG.findall(html)
+    # Attributes that a tag names are compared in some 10 ns, elements are made in 0.5 us.
+    attributes = sum(len(_ATTRIBUTE.findall(tag)) ** 2 for tag in _LONG_TAG.findall(html)) / 50
+    counts = Counter(tags)
+    kinds = {tag: tag.lstrip("</").lower() for tag in counts}
+    flat = {tag for tag, name in kinds.items() if name in _FLAT}
+    opened = {tag: count for tag, count in counts.items() if tag[1] != "/" and tag not in flat}
+    most, deepest = sum(count for tag, count in opened.items() if kinds[tag] in _REOPENED), sum(opened.values())
+    if most * len(tags) + attributes <= MOST_PARSING and deepest * len(tags) <= MOST_SEARCH:
+        return most * len(tags) + attributes, deepest * len(tags)  # as if nothing were closed: true of most pages, and fast
+    open_: Counter[str] = Counter()
+    depth = deepest = reopened = most = 0
+    for tag in tags:
+        if tag in flat:
+            continue
+        name = kinds[tag]
+        if tag[1] != "/":
+            open_[name] += 1
+            depth += 1
+            if depth > deepest:
+                deepest = depth
+            if name in _REOPENED:
+                reopened += 1
+                if reopened > most:
+                    most = reopened
+        elif open_[name]:
+            open_[name] -= 1
+            depth -= 1
+            reopened -= name in _REOPENED
+    return most * len(tags) + attributes, deepest * len(tags)
+
+
+def extract_text(html: str, *, extractor: str = "resiliparse") -> str | None:
     """The main text of an HTML page, without navigation and other boilerplate; "" if there is none.
 
-    `resiliparse` takes milliseconds a page; `trafilatura` is slower by an order of magnitude and more precise.
+    `resiliparse` takes milliseconds a page; `trafilatura` is slower by an order of magnitude and more precise. Where the search
+    for the main part would take too long all text comes, and None for a page that cannot be parsed in time (`parsing_cost`).
     """
+    parsing, search = parsing_cost(html)
+    if parsing > MOST_PARSING:
+        return None
     if extractor == "resiliparse":
-        return extra("resiliparse.extract.html2text").extract_plain_text(html, main_content=True, alt_texts=False)
+        return extra("resiliparse.extract.html2text").extract_plain_text(
+            html, main_content=search <= MOST_SEARCH, alt_texts=False
+        )
     if extractor == "trafilatura":
         return extra("trafilatura").extract(html, include_comments=False, include_tables=True, favor_precision=True) or ""
     raise ValueError(f"extractor: expected resiliparse or trafilatura, got {extractor!r}")
