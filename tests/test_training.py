@@ -229,6 +229,26 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(updates["trunk"]["w"], -0.1 * (0.5 / (0.5 + 1e-5) + 0.1 * 2.0), rtol=1e-5)
 
 
+def test_stages_of_other_lengths_and_rates_share_one_program(mesh):
+    def lowered(config, steps):
+        optim = optimizer.make(config, steps=steps, decay=DECAY)
+        target = abstract_state(SPECS, optim, mesh)
+        step = make_step(loss, optim, microbatches=1, layout=jax.tree.map(lambda leaf: leaf.sharding, target))
+        return step.lower(target, put_batch(points(0), mesh), None, optim.schedule).as_text()
+
+    short = lowered(OptimConfig(lr=0.1, warmup=2), 8)
+    assert short == lowered(OptimConfig(lr=0.2, warmup=20, final=0.2), 800)
+    assert short == lowered(OptimConfig(lr=0.1, schedule="constant"), 8)
+    assert short != lowered(OptimConfig(lr=0.1, warmup=2, weight_decay=0.2), 8)
+
+
+def test_a_schedule_is_that_of_optax():
+    ours = schedule(OptimConfig(lr=3e-4, warmup=7, final=0.1), 50)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 7, 50, end_value=3e-5)
+    counts = np.arange(60)
+    np.testing.assert_allclose([ours(n) for n in counts], [theirs(n) for n in counts], rtol=2e-6, atol=1e-10)
+
+
 def test_each_model_is_clipped_by_its_own_norm():
     clip = clip_each_model(1.0)
     one = {"trunk": {"a": jnp.array([3.0])}, "lm_head": {"b": jnp.array([4.0])}}

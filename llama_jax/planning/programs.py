@@ -57,8 +57,8 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
     flops = [_flops(config, shape.sequences, shape.length, head) for head in shape.heads.values()]
     parts = {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
     return Program(
-        f"{config.stage} step", functools.partial(step.trace, state, batch, frozen), mesh, shape.sequences * shape.length,
-        *map(sum, zip(*flops, strict=True)), _filled(parts), abstract(shape.beside, mesh),
+        f"{config.stage} step", functools.partial(step.trace, state, batch, frozen, optim.schedule), mesh,
+        shape.sequences * shape.length, *map(sum, zip(*flops, strict=True)), _filled(parts), abstract(shape.beside, mesh),
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """AdamW as in the paper (section 2.2): beta 0.9 / 0.95, eps 1e-5, weight decay 0.1, clipping at 1.0, warm-up, cosine."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -27,28 +29,72 @@ class OptimConfig:
             raise ValueError(f"optim.lr: expected a positive learning rate, got {self.lr}")
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step (0-based): linear from 0 over `warmup` steps, then to `final` x peak at `steps`, or constant."""
-    if config.schedule == "constant":
-        if not config.warmup:
-            return optax.constant_schedule(config.lr)
-        return optax.warmup_constant_schedule(0.0, config.lr, config.warmup)
-    if config.warmup >= steps:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step (0-based): linear from 0 over `warmup` steps, then a cosine to `final` x `peak` at `steps`.
+
+    Its numbers are arrays, so that a compiled step takes them as arguments: stages that differ in nothing but how long they
+    train, as the reward models of one version and the next, share one program.
+    """
+
+    peak: Any
+    final: Any  # share of the peak; 1: constant after the warm-up
+    warmup: Any
+    steps: Any
+
+    def __call__(self, count: Any) -> jax.Array:
+        """The rate of step `count`, float32 []."""
+        count = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((count - self.warmup) / jnp.maximum(self.steps - self.warmup, 1.0), 0.0, 1.0)
+        cosine = self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        return self.peak * jnp.where(count < self.warmup, count / jnp.maximum(self.warmup, 1.0), cosine)
+
+
+def schedule(config: OptimConfig, steps: int) -> Schedule:
+    """The schedule of a stage of so many steps; ValueError where warm-up takes all of them."""
+    if config.schedule == "cosine" and config.warmup >= steps:
         raise ValueError(f"optim.warmup={config.warmup} leaves nothing of loop.steps={steps} for the cosine")
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if config.warmup else config.lr, config.lr, config.warmup, steps, end_value=config.final * config.lr
+    final = config.final if config.schedule == "cosine" else 1.0
+    return Schedule(*(np.float32(value) for value in (config.lr, final, config.warmup, steps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What `optax` calls a transformation, and its schedule.
+
+    Attributes:
+      init: params -> state.
+      update: (gradients, state, params, schedule=None) -> (updates, state); the schedule of a compiled step is an argument of
+        it, or the optimizer's own.
+      schedule: how fast it learns.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    schedule: Schedule
+
+
+def make(config: OptimConfig, *, steps: int, decay: Any) -> Optimizer:
+    """AdamW. `decay` is a tree of booleans: which parameters feel weight decay."""
+    own = schedule(config, steps)
+
+    def scale(updates, state, params=None, *, schedule):
+        del params
+        rate = schedule(state.count)
+        return jax.tree.map(lambda x: -rate * x, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    whole = optax.chain(
+        clip_each_model(config.clip),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay),
+        optax.GradientTransformationExtraArgs(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), scale),
     )
 
+    def update(gradients: Any, state: Any, params: Any, schedule: Schedule | None = None) -> tuple[Any, Any]:
+        return whole.update(gradients, state, params, schedule=own if schedule is None else schedule)
 
-def make(config: OptimConfig, *, steps: int, decay: Any) -> optax.GradientTransformation:
-    """The optimizer. `decay` is a tree of booleans: which parameters feel weight decay."""
-    return optax.chain(
-        clip_each_model(config.clip),
-        optax.adamw(
-            schedule(config, steps), b1=config.beta1, b2=config.beta2, eps=config.eps,
-            weight_decay=config.weight_decay, mask=decay,
-        ),
-    )  # fmt: skip
+    return Optimizer(whole.init, update, own)
 
 
 def clip_each_model(limit: float) -> optax.GradientTransformation:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
 
@@ -130,7 +131,7 @@ class Stage:
       frozen: parameters that belong to the model but are not trained, already sharded: the base of adapters. They are held
         once, are in no checkpoint and have no moments; the loss, the source, `evaluate` and `measure` are given both trees
         as one (`whole`).
-      optimizer: see `optimizer.make`.
+      optimizer: of `optimizer.make`, or any of optax's.
       loss: (params, batch) -> (objective, metrics), sums and weights.
       source: batches.
       evaluate: params -> held-out metrics; called by the loop every `eval_every` steps and at the end.
@@ -144,7 +145,7 @@ class Stage:
     name: str
     specs: Any
     init: Callable[[], Params]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer | optax.GradientTransformation
     loss: Loss
     source: Source
     evaluate: Callable[[Params], Mapping[str, float]] | None = None

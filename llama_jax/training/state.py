@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.parallel.axes import abstract
+from llama_jax.training.optimizer import Optimizer
 
 
 @flax.struct.dataclass
@@ -30,7 +31,7 @@ def overlay(params: Any, frozen: Any) -> Any:
     return {**frozen, **{name: overlay(part, frozen.get(name, {})) for name, part in params.items()}}
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create(params: Any, optimizer: Optimizer | optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
 
     def zero() -> jax.Array:  # each its own buffer: the state is donated, and no buffer can be donated twice
@@ -41,7 +42,7 @@ def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     )
 
 
-def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(specs: Any, optimizer: Optimizer | optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state: a restore target, and the layout of `create`'s result."""
     params = abstract(specs, mesh)
     by_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -60,7 +61,7 @@ def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def born_sharded(
-    init: Callable[[], Any], specs: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    init: Callable[[], Any], specs: Any, optimizer: Optimizer | optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The first state of a run; the parameters come sharded from `init`, the rest is made in its layout."""
     target = abstract_state(specs, optimizer, mesh)

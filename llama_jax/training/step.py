@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
+from llama_jax.training.optimizer import Optimizer, Schedule
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
@@ -30,14 +31,19 @@ COMPILER_OPTIONS = {
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int, layout: Any
+    loss: Loss, optimizer: Optimizer | optax.GradientTransformation, *, microbatches: int, layout: Any
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted train step (state, batch, frozen=None) -> (state, means); the state is donated and keeps its `layout`.
+    """The jitted train step (state, batch, frozen=None, schedule=None) -> (state, means).
 
-    `frozen` are parameters that the loss reads beside the trained ones: neither donated nor differentiated.
+    The state is donated and keeps its `layout`. `frozen` are parameters that the loss reads beside the trained ones: neither
+    donated nor differentiated. Without a `schedule`, the optimizer's own becomes part of the program.
     """
 
-    def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Any, frozen: Any = None, schedule: Schedule | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        named = {} if schedule is None else {"schedule": schedule}
+
         def whole_loss(params: Any, part: Any) -> tuple[Weighted, Metrics]:
             return loss(overlay(params, frozen or {}), part)
 
@@ -47,7 +53,7 @@ def make_step(
         mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **named)
         updated = (optax.apply_updates(state.params, updates), opt_state)
         # A choice leaf by leaf fuses with the update; a branch (`lax.cond`) would copy the whole state.
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state))
