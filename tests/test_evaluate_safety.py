@@ -152,9 +152,34 @@ def test_toxigen_counts_the_papers_groups_alike(data):
 
     found, notes = safety.score("toxigen", wanted, ["text"] * 26, {"toxicity": judge})
     means = {task: np.mean(row["scores"]) for task, row in found.items()}
-    assert means["toxigen:women"] == 1 and means["toxigen:jewish"] == 0.5 and sum(means.values()) == 1.5 and not notes
+    assert means["toxigen:women"] == 1 and means["toxigen:jewish"] == 0.5 and sum(means.values()) == 1.5
+    assert len(notes) == 1 and notes[0].startswith("ToxiGen: the original prompts; the paper's numbers are of the revised set")
     found, notes = safety.score("toxigen", wanted, ["text"] * 26, {})
     assert not found and "no judge" in notes[0]
+
+
+def test_toxigens_revised_set_is_read_where_it_is(data, tmp_path, monkeypatch):
+    rows = [{"id": 0, "text": "one", "toxicity_score": 5.0, "label": "hate", "target_groups": ["asian", "chinese"]},
+            {"id": 1, "text": "two", "toxicity_score": 1.0, "label": "neutral", "target_groups": ["physical dis"]}]  # fmt: skip
+    expected = [("one", "asian"), ("one", "chinese"), ("two", "physical_disability")]
+    monkeypatch.setattr(safety.downloads, "json_rows", lambda address: rows if "SafeNLP" in address else None)
+    assert [(item.prompt, item.group) for item in safety.items("toxigen")] == expected
+    (tmp_path / "toxigen_revised.json").write_text(json.dumps(rows))  # beside the original prompts, before which it goes
+    wanted = safety.items("toxigen", data_dir=data)
+    assert [(item.prompt, item.group) for item in wanted] == expected
+    found, notes = safety.score("toxigen", wanted, ["x"] * 3, {"toxicity": lambda pairs: np.ones(len(pairs))})
+    assert list(found) == ["toxigen:asian", "toxigen:chinese", "toxigen:physical_disability"] and not notes
+    for row, message in (
+        ({"sentence": "x", "target_groups": []}, "row 1: text or prompt: missing; expected the columns text or prompt"),
+        ({"text": "x", "target_groups": ["martian"]}, "target_groups: expected some of asian, .*, found 'martian'"),
+        ({"text": "x", "target_groups": "asian"}, "expected a text and a list of groups, found 'x' and 'asian'"),
+    ):
+        (tmp_path / "toxigen_revised.json").write_text(json.dumps([row]))
+        with pytest.raises(ValueError, match=message):
+            safety.items("toxigen", data_dir=data)
+    (tmp_path / "toxigen_revised.json").unlink()
+    (tmp_path / "toxigen_prompts_25_per_file.jsonl").write_text('{"group": "women", "text": "- a"}\n')
+    assert safety.items("toxigen", data_dir=data)[0].prompt == "- a"
 
 
 def test_a_safety_reward_model_calls_toxic_what_it_calls_unsafe(data, monkeypatch):

@@ -8,7 +8,7 @@ import ast
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,19 @@ def read(data_dir: str | Path, files: File | tuple[File, ...]) -> list[Document]
     Raises:
       ValueError: a row without one of the columns, or one that cannot be read as this benchmark's.
     """
-    documents: list[Document] = []
     file = pick(data_dir, files)
     path = find(data_dir, file.name)
-    for where, row in read_jsonl(path) if path.suffix != ".json" else _json_rows(path):
+    found = documents(read_jsonl(path) if path.suffix != ".json" else _json_rows(path), file)
+    if not found:
+        kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
+        raise ValueError(f"{path}: expected rows{kind}, found none")
+    return found
+
+
+def documents(rows: Iterable[tuple[str, Row]], file: File) -> list[Document]:
+    """The documents of (where, row) pairs, wherever they come from. ValueError as for `read`."""
+    out: list[Document] = []
+    for where, row in rows:
         for column in file.columns:
             if not any(name in row for name in column.split("|")):
                 expected, missing = (text.replace("|", " or ") for text in (", ".join(file.columns), column))
@@ -88,11 +97,8 @@ def read(data_dir: str | Path, files: File | tuple[File, ...]) -> list[Document]
             found = file.document(row)
         except (KeyError, IndexError, TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"{where}: cannot be read as a row of {file.name}: {type(error).__name__}: {error}") from None
-        documents += found if isinstance(found, list) else [found]
-    if not documents:
-        kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
-        raise ValueError(f"{path}: expected rows{kind}, found none")
-    return documents
+        out += found if isinstance(found, list) else [found]
+    return out
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -108,18 +114,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def hold_out(
-    documents: list[Document], count: int, unit: Callable[[Document], str], where: str
+    rows: list[Document], count: int, unit: Callable[[Document], str], where: str
 ) -> tuple[list[Document], list[Document]]:
     """(examples, scored): the last document of each of the first units, and the documents of all other units.
 
     Raises:
       ValueError: nothing would be left to score.
     """
-    last = {unit(document): document for document in documents}
+    last = {unit(document): document for document in rows}
     shown = list(last)[:count]
     if len(last) <= count:
         raise ValueError(f"{where}: expected more than {count} passages to take {count} examples from, found {len(last)}")
-    return [last[key] for key in shown], [document for document in documents if unit(document) not in shown]
+    return [last[key] for key in shown], [document for document in rows if unit(document) not in shown]
 
 
 def settings(data_dir: str | Path, layout: Layout, shots: int) -> dict[str, Any]:
