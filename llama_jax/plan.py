@@ -8,11 +8,13 @@ chip, and what 2T tokens take. Needs libtpu (`pip install 'llama_jax[tpu]'`) and
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from llama_jax import command
@@ -23,7 +25,7 @@ from llama_jax.parallel.topology import Topology, describe
 from llama_jax.planning import calibration, report
 from llama_jax.planning.estimate import Plan, make_plan
 from llama_jax.planning.programs import rollout_program, train_program
-from llama_jax.planning.search import candidates
+from llama_jax.planning.search import Setting, space
 from llama_jax.train import parse_stage
 
 
@@ -44,34 +46,31 @@ def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: s
     return result
 
 
-def search(config: Any, topology: Topology, *, compilations: int, keep: int = 5) -> list[tuple[Any, Plan]]:
-    """Compiles up to so many candidates and returns the best that fit, the fastest first."""
-    found: list[tuple[Any, Plan]] = []
-    tried = 0
-    too_big: list[Any] = []
-    for candidate in candidates(config, devices=len(topology.devices), slices=topology.slices):
-        if tried == compilations:
+def search(config: Any, topology: Topology, *, compilations: int, keep: int = 5) -> list[tuple[Setting, Plan]]:
+    """Compiles up to so many settings and returns the best that fit, the fastest first."""
+    devices = len(topology.devices)
+    settings = space(config, devices=devices, slices=topology.slices)
+    if not settings.meshes:
+        raise ConfigError(f"no mesh of the {devices} devices divides {config.model} and {settings.rows} rows a batch")
+    known: dict[Setting, float | None] = {}
+    plans: dict[Setting, Plan] = {}
+    while len(known) < compilations:
+        setting = settings.next(known, compilations=compilations)
+        if setting is None:
             break
-        if any(_surely_bigger(candidate, known) for known in too_big):
-            continue
-        tried += 1
+        head = f"[{len(known) + 1}/{compilations}]"
         try:
-            result = plan(candidate, topology)
-        except ValueError as error:  # a width that so many devices cannot divide, say
-            print(f"[{tried}/{compilations}] {_overrides(candidate)}: {error}", file=sys.stderr, flush=True)
+            result = plan(setting.of(config), topology)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:  # a width that so many devices cannot divide, say
+            known[setting] = None if isinstance(error, ValueError) else math.inf
+            print(f"{head} {_overrides(setting)}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             continue
-        print(f"[{tried}/{compilations}] {report.one_line(result)}", file=sys.stderr, flush=True)
-        if result.fits and result.step_seconds is not None:
-            found.append((candidate, result))
-        else:
-            too_big.append(candidate)
-    return sorted(found, key=lambda pair: pair[1].step_seconds)[:keep]
-
-
-def _surely_bigger(candidate: Any, known: Any) -> bool:
-    """The same mesh and remat with no fewer rows at a time than one that does not fit."""
-    same = candidate.mesh == known.mesh and candidate.compute.remat == known.compute.remat
-    return same and candidate.loop.microbatches <= known.loop.microbatches
+        print(f"{head} {report.one_line(result)}", file=sys.stderr, flush=True)
+        fits = result.fits and result.step_seconds is not None
+        known[setting] = result.step_seconds if fits else math.inf
+        if fits:
+            plans[setting] = result
+    return sorted(plans.items(), key=lambda pair: pair[1].step_seconds)[:keep]
 
 
 def run(values: Mapping[str, Any], settings: Any) -> None:
@@ -96,15 +95,14 @@ def run(values: Mapping[str, Any], settings: Any) -> None:
     print(report.as_text(results[0], runs[0]))
     if settings.search:
         print("\nthe best of the search")
-        for (candidate, _), result in zip(best, results, strict=True):
-            print(f"  {report.one_line(result)}")
-            print(f"    {_overrides(candidate)}")
+        for setting, result in best:
+            print(f"  {report.one_line(result)}\n    {_overrides(setting)}")
     print(f"\n{report.assumptions()}\n\n{calibration.as_text()}")
 
 
-def _overrides(config: Any) -> str:
-    mesh = " ".join(f"--config.mesh.{name}={size}" for name, size in dataclasses.asdict(config.mesh).items())
-    return f"{mesh} --config.compute.remat={config.compute.remat} --config.loop.microbatches={config.loop.microbatches}"
+def _overrides(setting: Setting) -> str:
+    mesh = " ".join(f"--config.mesh.{name}={size}" for name, size in dataclasses.asdict(setting.mesh).items())
+    return f"{mesh} --config.compute.remat={setting.remat} --config.loop.microbatches={setting.microbatches}"
 
 
 def main() -> None:

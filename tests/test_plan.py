@@ -24,7 +24,7 @@ from llama_jax.planning.estimate import Plan, Traffic
 from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
 from llama_jax.planning.hlo import Module, mesh_axes
 from llama_jax.planning.programs import rollout_program, train_program
-from llama_jax.planning.search import candidates
+from llama_jax.planning.search import REMAT, Setting, space
 from llama_jax.train import parse_stage
 
 ROOT = Path(__file__).parents[1]
@@ -378,15 +378,70 @@ def test_reports_hold_the_named_keys_and_say_what_does_not_fit():
     assert "does not fit, 32.00 too much" in report.as_text(tight, tight.run(2e12)) and tight.run(2e12) == {}
 
 
-def test_candidates_of_a_search_can_all_be_run():
-    config = parse_stage(pretrain.get_config("70b"))
-    found = list(candidates(config, devices=512, slices=2))
-    assert len(found) > 50
-    for candidate in found:
-        sizes = candidate.mesh.sizes(512)
-        assert sizes[0] == 2 and 1024 % (sizes[0] * sizes[1] * candidate.loop.microbatches) == 0
-    # Weights divided over all chips come first, and the least recomputation.
-    assert found[0].mesh == MeshConfig(data=2, fsdp=256) and found[0].compute.remat == "dots"
+def tried(found, cost, *, compilations):
+    """{setting: seconds} of a search whose programs take `cost(setting)`; infinity is one that does not fit."""
+    known = {}
+    while len(known) < compilations and (setting := found.next(known, compilations=compilations)) is not None:
+        assert setting not in known
+        known[setting] = cost(setting)
+    return known
+
+
+def test_settings_of_a_search_can_all_be_run():
+    found = space(parse_stage(pretrain.get_config("70b")), devices=512, slices=2)
+    # Weights divided over all chips come first; every copy of them within a slice after all that have none.
+    assert found.meshes[0] == MeshConfig(data=2, fsdp=256)
+    copies = [mesh.data // 2 for mesh in found.meshes]
+    assert copies == sorted(copies) and set(copies) == {1, 2, 4}
+    # All of a smaller slice.
+    config = parse_stage(pretrain.get_config("7b"))
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, batch_size=32))
+    found = space(config, devices=16, slices=2)
+    known = tried(found, lambda setting: 1.0, compilations=10_000)
+    assert len(known) > 200 and {setting.mesh for setting in known} == set(found.meshes)
+    assert {setting.remat for setting in known} == {*REMAT, "offload"}
+    for setting in known:
+        sizes = setting.mesh.sizes(16)
+        assert sizes[0] % 2 == 0 and 32 % (sizes[0] * sizes[1] * setting.microbatches) == 0
+
+
+@pytest.mark.parametrize(("size", "tpu"), [
+    ("7b", "v5p-128"), ("13b", "v5p-256"), ("34b", "v5e-256"), ("70b", "v6e-256"), ("llama1-33b", "v5p-256"),
+])  # fmt: skip
+def test_a_search_of_few_programs_tries_several_meshes(size, tpu):
+    chip, shape = topology.parse(tpu)
+    found = space(parse_stage(pretrain.get_config(size)), devices=chip.devices * int(np.prod(shape)))
+    for known in (
+        tried(found, lambda setting: 1.0, compilations=12),
+        tried(found, lambda setting: 1.0 if setting.remat == "full" else float("inf"), compilations=12),
+        tried(found, lambda setting: float("inf"), compilations=12),
+    ):
+        assert len(known) == 12 and len({setting.mesh for setting in known}) >= 4
+    assert found.meshes[0] in {setting.mesh for setting in known}
+
+
+@pytest.mark.parametrize("wanted", [
+    Setting(MeshConfig(fsdp=256), "attention", 2),
+    Setting(MeshConfig(fsdp=128, tensor=2), "queries", 2),
+    Setting(MeshConfig(fsdp=128, sequence=2), "full", 1),
+    Setting(MeshConfig(fsdp=128, tensor=2), "none", 2),
+], ids=lambda wanted: f"{wanted.mesh.fsdp}, {wanted.remat}")  # fmt: skip
+def test_a_search_finds_the_best_of_another_mesh(wanted):
+    found = space(parse_stage(pretrain.get_config("70b")), devices=256)
+    kept = {"none": 300, "dots": 160, "queries": 50, "attention": 33, "full": 16, "offload": 40}
+
+    def memory(setting):
+        return kept[setting.remat] / setting.microbatches
+
+    def cost(setting):
+        other = (setting.mesh != wanted.mesh) + 0.1 * abs(setting.mesh.tensor - wanted.mesh.tensor)
+        recomputed = {name: i for i, name in enumerate((*REMAT, "offload"))}[setting.remat]
+        fits = memory(setting) <= memory(wanted)
+        return 10 + other + 0.1 * recomputed + 0.05 * setting.microbatches if fits else float("inf")
+
+    known = tried(found, cost, compilations=12)
+    assert min(known, key=known.get).mesh == wanted.mesh
+    assert min(known.values()) < 1.02 * cost(wanted)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
@@ -405,41 +460,61 @@ def test_a_search_keeps_the_fastest_that_fit_and_asks_nothing_twice(monkeypatch)
 
     def pretend(candidate, found):
         assert found is described
-        compiled.append(candidate)
+        compiled.append((candidate.mesh, candidate.compute.remat, candidate.loop.microbatches))
         rows = candidate.loop.batch_size // 256 // candidate.loop.microbatches  # that a chip works on at a time
-        fits = rows * {"dots": 4, "queries": 2, "attention": 1.5, "full": 1}[candidate.compute.remat] <= 6
-        seconds = {"dots": 3.0, "queries": 3.2, "attention": 3.5, "full": 4.0}[candidate.compute.remat] + 0.1 / rows
+        fits = rows * {"dots": 4, "queries": 2, "attention": 1.5, "full": 1}.get(candidate.compute.remat, 8) <= 6
+        seconds = {"dots": 3.0, "queries": 3.2, "attention": 3.5, "full": 4.0}.get(candidate.compute.remat, 2.9) + 0.1 / rows
+        seconds += 0.2 * (candidate.mesh.fsdp != 256)
         return plan_of(fits=fits, step_seconds=seconds if fits else None, remat=candidate.compute.remat)
 
     monkeypatch.setattr(command_of_plan, "plan", pretend)
-    best = command_of_plan.search(config, described, compilations=7, keep=3)
-    assert [(c.compute.remat, c.loop.microbatches) for c, _ in best] == [("queries", 2), ("attention", 1), ("attention", 2)]
-    assert len(compiled) == 7
-    # Eight rows at a time come last; what did not fit with four is not compiled again.
-    compiled.clear()
-    twice = dataclasses.replace(config, loop=dataclasses.replace(config.loop, batch_size=2048))
-    command_of_plan.search(twice, described, compilations=14)
-    assert len(compiled) == 14
-    assert [c.compute.remat for c in compiled if c.loop.microbatches == 1] == ["attention", "full"]
+    best = command_of_plan.search(config, described, compilations=12, keep=3)
+    assert len(compiled) == len(set(compiled)) == 12
+    seconds = [result.step_seconds for _, result in best]
+    assert seconds == sorted(seconds) and all(result.fits for _, result in best)
+    first = best[0][0]
+    assert (first.mesh, first.remat, first.microbatches) == (MeshConfig(fsdp=256), "dots", 4)
+    for number in (1, 3):
+        compiled.clear()
+        command_of_plan.search(config, described, compilations=number)
+        assert len(compiled) == number
 
 
-def test_a_search_passes_over_what_a_mesh_cannot_divide(monkeypatch, capsys):
+def test_what_is_surely_bigger_than_one_that_does_not_fit_is_not_compiled():
+    found = space(parse_stage(pretrain.get_config("70b")), devices=256)
+    known = tried(found, lambda setting: float("inf"), compilations=60)
+    before = {}
+    for setting in known:
+        for other in before:
+            if other.mesh == setting.mesh and "offload" not in (setting.remat, other.remat):
+                less = REMAT.index(setting.remat) > REMAT.index(other.remat)
+                assert less or setting.microbatches > other.microbatches, (setting, other)
+        before[setting] = None
+
+
+def test_a_search_passes_over_what_cannot_be_compiled(monkeypatch, capsys):
     config = parse_stage(pretrain.get_config("70b"))
     described = topology.Topology(topology.CHIPS["v5p"], (4, 8, 8), 1, tuple(range(256)))
 
     def pretend(candidate, found):
-        if candidate.compute.remat == "dots":
+        if candidate.mesh.fsdp == 256:
             raise ValueError("axis 'width' has size 6656, which the mesh cannot divide into 1024 shards")
+        if candidate.compute.remat == "dots":
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such program\nat length")
         return plan_of(fits=True, step_seconds=1.0, remat=candidate.compute.remat)
 
     monkeypatch.setattr(command_of_plan, "plan", pretend)
-    best = command_of_plan.search(config, described, compilations=3)
-    assert best and all(candidate.compute.remat != "dots" for candidate, _ in best)
-    assert "cannot divide into 1024 shards" in capsys.readouterr().err
+    best = command_of_plan.search(config, described, compilations=40, keep=40)
+    assert best and all(setting.mesh.fsdp < 256 and setting.remat != "dots" for setting, _ in best)
+    told = capsys.readouterr().err
+    assert "cannot divide into 1024 shards" in told and "no such program\n" in told
     settings = types.SimpleNamespace(topology="v5p:4x8x8", slices=1, search=True, program="rollout", dump_hlo=None)
     monkeypatch.setattr(command_of_plan, "describe", lambda name, slices: described)
     with pytest.raises(ConfigError, match="--search compares train steps and keeps no text; give neither --program=rollout"):
         command_of_plan.run(pretrain.get_config("70b"), settings)
+    odd = topology.Topology(topology.CHIPS["v5p"], (4, 4, 12), 1, tuple(range(192)))
+    with pytest.raises(ConfigError, match="no mesh of the 192 devices divides 70b and 1024 rows a batch"):
+        command_of_plan.search(config, odd, compilations=2)
 
 
 def test_the_cores_of_a_chip_talk_through_its_memory_on_several_slices_too():
