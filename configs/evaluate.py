@@ -103,4 +103,8 @@ def get_config(suite: str = "academic") -> ConfigDict:
         "decoding": {"temperature": 0.1, "top_p": 0.9, "max_tokens": 64, "chat": False},
         "judges": {"truth": "", "informativeness": "", "toxicity": ""},
         "scoring": {"row": 512, "tokens": 0, "share": 32},
+        # Devices that share each matrix (0: as few as hold the model), answers drawn together (0: as many as fit, at most 16 on
+        # each shard of the batch), keys and values in 8 bits; and how "hf:" models are run.
+        "mesh_tensor": 0, "slots": 0, "int8_cache": False,
+        "hf": {"dtype": "auto", "batch_size": 8, "trust_remote_code": False},
     })  # fmt: skip

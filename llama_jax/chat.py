@@ -56,9 +56,11 @@ def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> 
 
 
 def open_engine(
-    place: str, settings: Callable[[Model], EngineConfig], *, tokenizer: str | None, int8: bool = False
+    place: str, settings: Callable[[Model], EngineConfig], *, tokenizer: str | None, int8: bool = False, mesh_tensor: int = 0
 ) -> tuple[Engine, Model]:
     """An engine over a checkpoint, and its model without parameters: the engine has its own copy, one is enough.
+
+    `mesh_tensor` is that of `llama_jax.load`.
 
     Raises:
       ValueError: before a tensor is read, where it is no language model or has no tokenizer.
@@ -68,7 +70,7 @@ def open_engine(
     if tokenizer is None and source.tokenizer is None:
         raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
     # Eight bits are rounded from what is stored; else the engine casts to the type of the products anyway.
-    model = load(place, tokenizer=tokenizer, dtype="float32" if int8 else "compute")
+    model = load(place, tokenizer=tokenizer, dtype="float32" if int8 else "compute", mesh_tensor=mesh_tensor)
     with jax.set_mesh(model.mesh):
         engine = make_engine(model, settings(model), int8=int8)
     return engine, dataclasses.replace(model, params={})

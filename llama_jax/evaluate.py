@@ -7,7 +7,9 @@
 `--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
 Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
 `results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped, and further models
-may be added. A name stands for one model: results of another under it are refused.
+may be added. A name stands for one model: results of another under it are refused. A model that one device cannot hold is
+split over several (`--config.mesh_tensor`), and a pod evaluates it together: the same command on every host, the first one
+reads and writes.
 """
 
 import dataclasses
@@ -17,21 +19,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.evals import evaluation_report, sandbox
 from llama_jax.evals.groups import groups, weights
+from llama_jax.evals.hugging_face import HuggingFace, open_model
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.origin import claim
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
 from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
 from llama_jax.files import write_json
 from llama_jax.parallel.host import keep_heap
-from llama_jax.pretrained import load
+from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
+from llama_jax.parallel.mesh import start_distributed
+from llama_jax.pretrained import device_memory, load
 
-_HF = "hf:"
+_HF, _OURS = "hf:", "ours="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,8 @@ class EvaluateConfig:
 
     tasks: {task or family: how}; safety: of BENCHMARKS. models: "name=path" each.
     bootstrap: resamples of intervals of differences. paper: models of the paper's tables to stand beside ours.
+    mesh_tensor: devices that share each matrix; 0: as few as hold a model. slots: answers drawn together; 0: as many as fit,
+    at most 16 on each shard of the batch. int8_cache: keys and values in 8 bits. hf: how Hugging Face models are run.
     """
 
     suite: str
@@ -67,10 +75,16 @@ class EvaluateConfig:
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
     judges: Judges = dataclasses.field(default_factory=Judges)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    mesh_tensor: int = 0
+    slots: int = 0
+    int8_cache: bool = False
+    hf: HuggingFace = dataclasses.field(default_factory=HuggingFace)
 
     def __post_init__(self):
         if not self.models:
             raise ValueError("models: expected at least one: --checkpoint=PATH, or name=PATH for several")
+        if self.mesh_tensor < 0 or self.slots < 0:
+            raise ValueError(f"expected mesh_tensor and slots of at least 0, got {self.mesh_tensor}, {self.slots}")
         if self.limit < 0 or self.bootstrap < 1:
             raise ValueError(f"expected limit of at least 0 and bootstrap of at least 1, got {self.limit}, {self.bootstrap}")
         unknown = [name for name in self.safety if name not in BENCHMARKS]
@@ -85,15 +99,41 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
       ValueError, FileNotFoundError, ModuleNotFoundError: one sentence; before a model is loaded wherever that can be.
     """
     output, models = Path(output), _named(config.models)
-    tasks, notes = _build(config)
-    _same_config(output, config)
+    _check_hosts(config, models)
+    tasks, notes = _build_alike(config)
+    from_host_0(lambda: _same_config(output, config))
     for name, path in models.items():
-        claim(output / name / "model.json", path)
+        from_host_0(lambda name=name, path=path: claim(output / name / "model.json", path))
     records: dict[str, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
-        records[name], said = _run_model(name, path, config, tasks, output / name, quiet=quiet)
-        notes += [note for note in said if note not in notes]
-    return _report(config, models, records, notes, output)
+        records[name], answers[name] = _run_model(path, config, tasks, output / name, quiet=quiet)
+    values: dict[str, Any] = {}
+
+    def finish() -> None:  # judges come when the models have gone
+        judges = _judges(config.judges) if config.safety else {}
+        for name, drawn in answers.items():
+            said = _judge(records[name], drawn, judges) + _lost(name, records[name])
+            notes.extend(note for note in said if note not in notes)
+        values.update(_report(config, models, records, notes, output))
+
+    on_host_0(finish)
+    return from_host_0(lambda: values)
+
+
+def _check_hosts(config: EvaluateConfig, models: Mapping[str, str]) -> None:
+    """What runs in one process only is refused on several hosts."""
+    if (hosts := jax.process_count()) == 1:
+        return
+    for path in models.values():
+        if path.startswith(_HF):
+            raise ValueError(f"{path}: the harness's own class runs in one process, and there are {hosts}: evaluate it alone")
+    for name, path in dataclasses.asdict(config.judges).items():
+        if config.safety and path.startswith(_OURS):
+            raise ValueError(
+                f"judges.{name}: a reward model judges in one process, and there are {hosts}: leave it out, and give it to the "
+                "same command in one process, which finds the answers"
+            )
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
@@ -117,7 +157,7 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
-    from llama_jax.evals.benchmarks import quiet_harness
+    from llama_jax.evals.benchmarks import check, quiet_harness
 
     quiet_harness()
     names = {task: choice for name, choice in config.tasks.items() for task in table.expand(name)}
@@ -129,7 +169,9 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
             notes.append(f"{name}: not run: it runs code that the model writes; --run_code allows that, in a sandbox")
             continue
         try:
-            built[name] = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code), choice
+            task = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code)
+            check(name, task, choice)
+            built[name] = task, choice
         except FileNotFoundError as error:
             notes.append(f"{name}: not run: {error}")
     if not built and not config.safety:
@@ -141,10 +183,26 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
     return built, notes
 
 
+def _build_alike(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], list[str]]:
+    """`_build` on each host, since tasks hold functions; where it fails on one, all end."""
+    failed: Exception | None = None
+    try:
+        built = _build(config)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        failed = error
+    problem = first_problem(str(failed) if failed else "")
+    if failed or problem:
+        raise failed or ValueError(problem)
+    return built
+
+
 def _same_config(output: Path, config: EvaluateConfig) -> None:
-    """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything."""
-    path, free = output / "config.json", ("models", "judges", "paper", "bootstrap", "run_code")
+    """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything, and
+    in how many devices, answers and rows a model takes at once."""
+    path = output / "config.json"
+    free = ("models", "judges", "paper", "bootstrap", "run_code", "mesh_tensor", "slots")
     new = {key: value for key, value in describe(config).items() if key not in free}
+    new["hf"] = {key: value for key, value in new["hf"].items() if key != "batch_size"}
     if path.exists():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(new)))
         if changed:
@@ -153,34 +211,50 @@ def _same_config(output: Path, config: EvaluateConfig) -> None:
 
 
 def _run_model(
-    name: str, path: str, config: EvaluateConfig, tasks: Mapping[str, tuple[Any, TaskChoice]], output: Path, *, quiet: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """The records of one model, {task: record}, and notes. It is loaded if a task is left to do, and dropped afterwards."""
+    path: str, config: EvaluateConfig, tasks: Mapping[str, tuple[Any, TaskChoice]], output: Path, *, quiet: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of one model, {task: record}, and its answers to the safety benchmarks, {benchmark: `benchmarks.Drawn`}.
+
+    It is loaded if something is left to do, and dropped afterwards.
+    """
     from llama_jax.evals import benchmarks
 
-    model = _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db"))
-    limit, records, notes = config.limit or None, {}, []
-    for task, (built, choice) in tasks.items():
-        file = output / "tasks" / f"{task.replace(':', '.')}.json"
-        records[task] = benchmarks.kept(
-            file, lambda task=task, built=built, choice=choice: benchmarks.run_task(
-                model.get(), task, built, choice, limit=limit
+    limit, records, answers = config.limit or None, {}, {}
+    with _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
+        for task, (built, choice) in tasks.items():
+            file = output / "tasks" / f"{task.replace(':', '.')}.json"
+            records[task] = benchmarks.kept(
+                file, lambda task=task, built=built, choice=choice: benchmarks.run_task(
+                    model.get(), task, built, choice, limit=limit
+                )
+            )  # fmt: skip
+        for name in config.safety:
+            answers[name] = benchmarks.draw_safety(
+                model, name, config.decoding, data_dir=config.data_dir, limit=limit, answers=output / "safety" / f"{name}.json"
             )
-        )  # fmt: skip
-    judges = _judges(config.judges) if config.safety else {}
-    for benchmark in config.safety:
-        found, said = benchmarks.run_safety(
-            model, benchmark, config.decoding, judges, data_dir=config.data_dir, limit=limit,
-            answers=output / "safety" / f"{benchmark}.json",
-        )  # fmt: skip
+    return records, answers
+
+
+def _judge(records: dict[str, Any], answers: Mapping[str, Any], judges: Mapping[str, Judge]) -> list[str]:
+    """Adds the records of the safety benchmarks; notes on what could not be judged."""
+    from llama_jax.evals.benchmarks import judge_safety
+
+    notes = []
+    for name, drawn in answers.items():
+        found, said = judge_safety(name, drawn, judges)
         records |= found
         notes += said
-    cut = {task: record["cut"] for task, record in records.items() if record.get("cut")}
-    if cut:
-        listed = ", ".join(f"{task} {count}" for task, count in cut.items())
-        notes.append(f"{name}: requests longer than the context lost their beginning: {listed}")
-    model.drop()
-    return records, notes
+    return notes
+
+
+def _lost(name: str, records: Mapping[str, Any]) -> list[str]:
+    """A note on what did not fit a model's context, if anything did not."""
+    said = []
+    for how, words in (("cut", "requests lost their beginning"), ("less_room", "answers had less room than was asked for")):
+        counts = {task: record[how] for task, record in records.items() if record.get(how)}
+        if counts:
+            said.append(f"{words}: {', '.join(f'{task} {count:,}' for task, count in counts.items())}")
+    return [f"{name}: longer than the context: {'; '.join(said)}"] if said else []
 
 
 class _Lazy:
@@ -195,8 +269,13 @@ class _Lazy:
             self._made = self._make()
         return self._made
 
-    def drop(self) -> None:
+    def __enter__(self) -> "_Lazy":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         """Frees it."""
+        if self._made is not None and self._made.kept is not None:
+            self._made.kept.close()
         self._made = None
         gc.collect()
 
@@ -205,17 +284,17 @@ class _Lazy:
 
 
 def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
-    if not path.startswith(_HF):
-        from llama_jax.evals.harness import HarnessModel
+    if path.startswith(_HF):
+        return open_model(
+            path.removeprefix(_HF), config.hf, chat=config.decoding.chat, seed=config.seed, quiet=quiet
+        )
+    from llama_jax.evals.harness import HarnessModel
 
-        return HarnessModel(load(path), scoring=config.scoring, chat=config.decoding.chat, seed=config.seed, quiet=quiet)
-    try:
-        import torch
-        from lm_eval.models.huggingface import HFLM
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: needs {error.name}: pip install torch transformers accelerate") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HFLM(pretrained=path.removeprefix(_HF), batch_size=8, device=device)
+    # The type of the products is all that is used of the weights, and nobody else holds them.
+    return HarnessModel(
+        load(path, dtype="compute", mesh_tensor=config.mesh_tensor), scoring=config.scoring, slots=config.slots,
+        int8_cache=config.int8_cache, memory=device_memory(), chat=config.decoding.chat, seed=config.seed, quiet=quiet,
+    )  # fmt: skip
 
 
 def _judges(config: Judges) -> dict[str, Judge]:
@@ -224,8 +303,8 @@ def _judges(config: Judges) -> dict[str, Judge]:
 
     found = {}
     for name, path in dataclasses.asdict(config).items():
-        if path.startswith("ours="):
-            found[name] = text_judges.reward_model(load(path.removeprefix("ours=")))
+        if path.startswith(_OURS):
+            found[name] = text_judges.reward_model(load(path.removeprefix(_OURS)))
             if name == "toxicity":  # a safety reward model: its high scores are safe
                 found[name] = text_judges.opposite(found[name])
         elif path:
@@ -271,6 +350,7 @@ def _report(
 def main() -> None:
     """Flags to call."""
     keep_heap()
+    start_distributed()
     given = flags.FLAGS
     values = given.config.to_dict()
     values |= {
@@ -281,7 +361,8 @@ def main() -> None:
     if given.tasks:
         values["tasks"] = choose(values["tasks"], given.tasks)
     run(parse(EvaluateConfig, values), given.output)
-    print((Path(given.output) / "report.md").read_text(encoding="utf-8"), end="")
+    if jax.process_index() == 0:
+        print((Path(given.output) / "report.md").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

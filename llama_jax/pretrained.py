@@ -11,6 +11,7 @@ Thin, over functions that can be called alone: `interop.formats.open_source`, `i
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,8 +32,8 @@ from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Head, Params, table
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shards
-from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.axes import batch_shards, is_spec
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.ranking import last_token_scores
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.generate import Samples, generate, make_sampler
@@ -162,7 +163,7 @@ class Model:
 
 def load(
     path: str | os.PathLike, *, dtype: str = "float32", tokenizer: str | os.PathLike | None = None,
-    compute: Compute | None = None, mesh: Mesh | None = None,
+    compute: Compute | None = None, mesh: Mesh | None = None, mesh_tensor: int = 0,
 ) -> Model:  # fmt: skip
     """Loads a model and its tokenizer from Meta's files, Hugging Face's, a GGUF, a workdir of ours, or by preset name.
 
@@ -173,7 +174,8 @@ def load(
         in float32.
       tokenizer: one that is not beside the weights.
       compute: types of the computation; default: float32 on a CPU, bfloat16 elsewhere.
-      mesh: the devices; default: all of them, with the parameters split over their width.
+      mesh: the devices; default: all of them, with the parameters split over their width, and for generation over
+        `mesh_tensor` devices; 0: over as few as hold them (`parts_of_matrices`).
 
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong with the files.
@@ -185,13 +187,37 @@ def load(
         check_vocabulary(words, source.config)
     if compute is None:
         compute = Compute("float32", "float32") if jax.default_backend() == "cpu" else Compute()
-    mesh = make_mesh() if mesh is None else mesh
+    if mesh is None:
+        itemsize = jnp.dtype(compute.matmul_dtype if dtype == "compute" else dtype).itemsize
+        mesh = make_mesh(MeshConfig(tensor=mesh_tensor or parts_of_matrices(
+            source.config, head=source.head, itemsize=itemsize, devices=jax.device_count(), memory=device_memory()
+        )))  # fmt: skip
     matrices: Any = dtype
     if dtype == "compute":  # as `model.decode.prepare` has them
         with jax.set_mesh(mesh):
             matrices = compute.matmul_dtype
     params = load_params(source, mesh, dtype=matrices, vectors="float32" if dtype == "compute" else None)
     return Model(params, source.config, source.head, words, compute, mesh, str(path))
+
+
+def parts_of_matrices(config: ModelConfig, *, head: Head, itemsize: int, devices: int, memory: int) -> int:
+    """Over how many devices generation splits each matrix: as few as hold them in half of the memory of each.
+
+    Generation gathers what is split over the width, so that only this makes a model fit. The other half is for caches, and
+    before that for the parameters as they were read. 1 where the memory is unknown, as on a CPU.
+    """
+    if not memory:
+        return 1
+    specs = jax.tree.leaves(table(config, head=head), is_leaf=is_spec)
+    size = itemsize * sum(math.prod(spec.shape) for spec in specs)
+    split = (devices, config.heads, config.ffn, config.vocab_size)
+    possible = [parts for parts in range(1, devices + 1) if not any(count % parts for count in split)]
+    return next((parts for parts in possible if size / parts <= memory / 2), possible[-1])
+
+
+def device_memory() -> int:
+    """Bytes of memory that a device has for arrays; 0 if the backend does not tell."""
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
 
 
 def _bucket(size: int, least: int) -> int:

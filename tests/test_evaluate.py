@@ -1,6 +1,7 @@
 """Likelihoods and generation for benchmarks, beside the plain forward pass and the harness's own Hugging Face model."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -21,14 +22,16 @@ from llama_jax.model import heads, params
 from llama_jax.model.config import SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.axes import abstract, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [interop]")
 
+from llama_jax.evals import harness  # noqa: E402
 from llama_jax.evals.harness import HarnessModel  # noqa: E402
 from llama_jax.evals.likelihood import Scorer, ScoringConfig, bucket, plan  # noqa: E402
+from llama_jax.evals.request_file import RequestFile  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PIECES = 320
@@ -217,25 +220,48 @@ def test_what_does_not_fit_is_cut_as_in_the_harness_and_counted(model, peer):
     np.testing.assert_allclose([p for p, _ in ours_], [p for p, _ in theirs], atol=1e-3)
     assert lm.cut == {"loglikelihood": 1} and lm.get_model_info()["cut_requests"] == {"loglikelihood": 1}
     lm.generate_until(requests_of("generate_until", [(long, {"until": ["\n"], "max_gen_toks": 500})]))
-    assert lm.cut["generate_until"] == 1
+    assert lm.cut["generate_until"] == 1 and lm.less_room["generate_until"] == 1
+    # A prompt that is whole, and leaves less than was asked for.
+    lm.generate_until(requests_of("generate_until", [(TEXTS[0], {"until": ["\n"], "max_gen_toks": most}) for most in (3, 120)]))
+    assert lm.cut["generate_until"] == 1 and lm.less_room["generate_until"] == 2
+    assert lm.get_model_info()["answers_with_less_room"] == {"generate_until": 2}
     with pytest.raises(ValueError, match="a continuation of .* tokens does not fit the context of 128"):
         lm.loglikelihood(requests_of("loglikelihood", [("the", " " + long)]))
 
 
-class Killed(dict):
+class Killed(RequestFile):
     """Keeps so many results, and then the process ends."""
 
-    def __init__(self, most):
-        super().__init__()
+    def __init__(self, path, most):
+        super().__init__(path)
         self.most = most
 
-    def __setitem__(self, key, value):
+    def put(self, key, result):
         if len(self) == self.most:
             raise KeyboardInterrupt
-        super().__setitem__(key, value)
+        super().put(key, result)
 
 
-def test_a_killed_task_keeps_each_finished_answer_and_counts_cut_prompts_alike(model):
+def test_finished_requests_are_written_together(tmp_path):
+    now = [0.0]
+    file, commits = RequestFile(tmp_path / "r.db", clock=lambda: now[0]), []
+    file._rows.set_trace_callback(lambda line: commits.append(line) if line.lower() == "commit" else None)
+    other = RequestFile(tmp_path / "r.db")
+    for i in range(4096):
+        file.put(str(i), [-i / 3, i % 2 == 0])
+    assert not commits and not len(other) and len(file) == 4096
+    now[0] = 1.5
+    file.put("late", "text \ud800")  # a second has passed
+    assert len(commits) == 1 and len(other) == 4097
+    file.put("last", 1.5)
+    file.close()
+    queries = []
+    other._rows.set_trace_callback(queries.append)
+    known = other.known([*(str(i) for i in range(0, 5000)), "late", "last"])
+    assert len(queries) == 6 and len(known) == 4098 and known["1"] == [-1 / 3, False] and known["late"] == "text \ud800"
+
+
+def test_a_killed_task_keeps_each_finished_answer_and_counts_cut_prompts_alike(model, tmp_path):
     long = " ".join(TEXTS[:30])
     jobs = [(text, {"until": ["\n"], "max_gen_toks": 4, "do_sample": sampled, "temperature": 1.0})
             for text in (*TEXTS[:3], long) for sampled in (False, True)]  # fmt: skip
@@ -243,21 +269,51 @@ def test_a_killed_task_keeps_each_finished_answer_and_counts_cut_prompts_alike(m
     pairs = [(long, " tokens"), ("the loop", " counts")]
     requests = {"generate_until": requests_of("generate_until", jobs), "loglikelihood": requests_of("loglikelihood", pairs),
                 "loglikelihood_rolling": requests_of("loglikelihood_rolling", [(TEXTS[3],)])}  # fmt: skip
-    lm = HarnessModel(model, slots=2, quiet=True, kept={}, scoring=ScoringConfig(row=64))
+    lm = HarnessModel(model, slots=2, quiet=True, kept=RequestFile(), scoring=ScoringConfig(row=64))
     whole = {kind: getattr(lm, kind)(some) for kind, some in requests.items()}
     assert len(set(whole["generate_until"][-2:])) == 2 and len(lm.kept) == len(jobs) + 3
     cut = {"generate_until": 3, "loglikelihood": 1}
     assert lm.cut == cut
-    everything, lm.kept = lm.kept, Killed(5)
+    everything, lm.kept = lm.kept, Killed(tmp_path / "requests.db", 5)
     with pytest.raises(KeyboardInterrupt):
         lm.generate_until(requests["generate_until"])
-    again = HarnessModel(model, slots=2, quiet=True, kept=dict(lm.kept), scoring=ScoringConfig(row=64))
+    kept = RequestFile(tmp_path / "requests.db")
+    again = HarnessModel(model, slots=2, quiet=True, kept=kept, scoring=ScoringConfig(row=64))
     assert len(again.kept) == 5 and again.generate_until(requests["generate_until"]) == whole["generate_until"]
     assert again._engine.finished == len(jobs) - 5
-    assert again.kept.items() <= everything.items()
     done = HarnessModel(model, slots=2, quiet=True, kept=everything)
     assert {kind: getattr(done, kind)(some) for kind, some in requests.items()} == whole  # nothing is left to do
     assert done.cut == cut and done._engine is None and done.scorer.cost["requests"] == 0
+
+
+def test_the_weights_are_held_once_and_the_cache_is_as_large_as_it_may_be(workdir, monkeypatch):
+    def held():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    before = held()
+    size = 2 * sum(x.size for x in jax.tree.leaves(abstract(SPECS)))
+    lm = HarnessModel(llama_jax.load(workdir, mesh=one_device(), compute=Compute(), dtype="compute"), quiet=True)
+    assert held() - before < 1.02 * size and lm.model.params == {}  # two bytes a parameter, norms four
+
+    def slots(**how):
+        lm._slots, lm._int8_cache, lm._memory = (how.get(name, 0) for name in ("slots", "int8_cache", "memory"))
+        return lm._slots_for(128)
+
+    row = 2 * 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_size * 128  # bfloat16
+    room = sum(x.nbytes for x in jax.tree.leaves(lm._weights)) + 2 * 5.5 * row
+    assert slots() == 16 and slots(slots=3) == 3 and slots(slots=3, memory=room) == 3
+    assert slots(memory=room) == 5 and slots(memory=room, int8_cache=True) == 7 and slots(memory=1) == 1
+    made = []
+    monkeypatch.setattr(harness, "Engine", lambda config, weights, settings, compute: made.append(settings) or _Nothing())
+    lm._slots, lm._int8_cache, lm._memory = 0, True, room
+    lm._engine_for(100)
+    assert made[0].int8_cache and made[0].slots == 7 and made[0].max_length == 128
+
+
+class _Nothing:
+    def warm_up(self):
+        return self
 
 
 def test_a_reward_model_is_refused(model):
@@ -292,11 +348,20 @@ def test_smollm2_has_the_likelihoods_and_generations_that_the_harness_has(tmp_pa
 
 def test_the_harness_own_command_knows_our_checkpoints(workdir):
     done = subprocess.run(
-        [sys.executable, "-c", "from llama_jax import harness; harness.register(); harness.register();"
-         "from lm_eval.api.registry import get_model;"
-         f"lm = get_model('llama_jax').create_from_arg_string('checkpoint={workdir}', {{'batch_size': 1, 'device': None}});"
-         "print(lm.max_length, lm.get_model_info()['tokenizer'][:4])"],
+        [sys.executable, "-c", "from llama_jax import config, harness; harness.register(); harness.register();"
+         "from lm_eval.api.registry import get_model; make = get_model('llama_jax').create_from_arg_string;"
+         f"lm = make('checkpoint={workdir},seed=7,slots=3,int8_cache=True', {{'batch_size': 1, 'device': None}});"
+         "print(lm.max_length, lm.seed, lm._slots, lm._int8_cache)\n"
+         "for wrong in ('max_lenght=4', 'chatt=True', 'check=x'):\n"
+         "    try: make('checkpoint=nowhere,' + wrong)\n"
+         "    except config.ConfigError as error: print(error)"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[0] == "128"
+    assert done.stdout.splitlines() == [
+        "128 7 3 True",
+        "model_args: 'max_lenght' is unknown; expected some of checkpoint, tokenizer, dtype, mesh_tensor, chat, seed, slots, "
+        "int8_cache",
+        "model_args: 'chatt' is unknown; did you mean chat?",
+        "model_args: 'check' is unknown; did you mean checkpoint?",
+    ]  # fmt: skip

@@ -22,8 +22,9 @@ from llama_jax.data.text_stream import continuation
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import ours, tokenizer_files
 from llama_jax.model import params
-from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
+from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig, size
 from llama_jax.model.decode import prepare
+from llama_jax.parallel.axes import abstract
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.generate import generate, make_sampler
@@ -126,6 +127,26 @@ def test_a_sharded_model_answers_as_one_device_does(workdir):
     np.testing.assert_allclose(split.logits(tokens), whole.logits(tokens), atol=2e-5)
     prompts = ["the loop", "a line of text and counts tokens", "it"]
     assert split.generate(prompts, max_tokens=10) == whole.generate(prompts, max_tokens=10)
+
+
+def test_matrices_are_split_over_as_few_devices_as_hold_them(workdir, monkeypatch):
+    def parts(name, devices, gigabytes):
+        return pretrained.parts_of_matrices(
+            size(name), head="lm_head", itemsize=2, devices=devices, memory=int(gigabytes * 1e9)
+        )  # fmt: skip
+
+    assert [parts("7b", 8, memory) for memory in (0, 16, 32)] == [1, 2, 1]
+    assert [parts("70b", devices, 95) for devices in (4, 8, 16)] == [4, 4, 4] and parts("13b", 16, 16) == 4
+    assert parts("70b", 8, 16) == 8 and parts("70b", 1, 16) == 1  # as small as they can be
+    specs = params.table(MODEL, head="lm_head")
+    weights = 4 * sum(x.size for x in jax.tree.leaves(abstract(specs)))
+    monkeypatch.setattr(pretrained, "device_memory", lambda: weights * 3 // 4)
+    for mesh_tensor, expected in ((0, 4), (2, 2)):
+        model = llama_jax.load(workdir, compute=FLOAT32, mesh_tensor=mesh_tensor)
+        with jax.set_mesh(model.mesh):
+            prepared = jax.tree.leaves(jax.jit(lambda tree: prepare(tree, specs, compute=FLOAT32))(model.params))
+        share = sum(x.addressable_shards[0].data.nbytes for x in prepared) / weights
+        assert model.mesh.shape["tensor"] == expected and 1 / expected <= share < 1.25 / expected  # key heads may be whole
 
 
 def test_errors_are_sentences(workdir, root):

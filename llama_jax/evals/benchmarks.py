@@ -1,5 +1,9 @@
-"""Runs benchmarks on a model of the harness and keeps what each question scored; what is finished is not run again."""
+"""Runs benchmarks on a model of the harness and keeps what each question scored; what is finished is not run again.
 
+On several hosts all run them together; the first one reads and writes.
+"""
+
+import dataclasses
 import json
 import logging
 import math
@@ -7,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from llama_jax.evals import safety
-from llama_jax.evals.harness import HarnessModel
+from llama_jax.evals.request_file import RequestFile
 from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
+from llama_jax.parallel.hosts import from_host_0, on_host_0
 
+_LOST = ("cut", "less_room")  # what a model counts: requests without their beginning, answers with less room than asked for
 Record = dict[str, Any]  # {"metric", "value", "stderr", "n", "scores", ...}: one finished task, a `groups.Result`
 
 
@@ -26,6 +33,24 @@ def summary(metric: str, scores: Sequence[float], **more: Any) -> Record:
     }  # fmt: skip
 
 
+def check(name: str, task: Any, choice: TaskChoice) -> None:
+    """Refuses a metric or a filter that a task of the harness does not have, before anything is run.
+
+    Raises:
+      ValueError: names what it has.
+    """
+    filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
+    if choice.filter not in filters:
+        raise ValueError(f"{name}: has no filter {choice.filter!r}; expected one of {', '.join(filters)}")
+    metrics = list(task.higher_is_better())
+    judge = task.config.process_results
+    if choice.metric.startswith("acc") and task.OUTPUT_TYPE == "generate_until" and callable(judge):
+        # `tasks.build` puts accuracies into any task's list; what this one says of an answer tells whether it has them.
+        metrics = list(judge(next(iter(task.eval_docs)), [""]))
+    if choice.metric not in metrics:
+        raise ValueError(f"{name}: has no metric {choice.metric!r}; expected one of {', '.join(metrics)}")
+
+
 def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | None) -> Record:
     """One task of the harness on one model, with the scores of each question.
 
@@ -35,7 +60,7 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
     from lm_eval import evaluator
 
     quiet_harness()
-    cut = sum(getattr(lm, "cut", {}).values())
+    before = lost(lm)
     found = evaluator.evaluate(
         lm=lm, task_dict={"tasks": {task.config.task: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0,
         log_samples=True, confirm_run_unsafe_code=True,
@@ -45,7 +70,7 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
     if not scores:
         known = sorted({f"{metric} (filter {row['filter']})" for row in rows for metric in row["metrics"]})
         raise ValueError(f"{name}: has no {choice.metric} (filter {choice.filter}); expected one of {', '.join(known)}")
-    more = {"cut": sum(getattr(lm, "cut", {}).values()) - cut, "shots": task.config.num_fewshot}
+    more = {**_since(before, lm), "shots": task.config.num_fewshot}
     if not task.higher_is_better().get(choice.metric, True):
         more["lower_is_better"] = True
     judged = [row for row in rows if row["filter"] == choice.filter]
@@ -54,46 +79,67 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
     return summary(choice.metric, scores, **more)
 
 
-def run_safety(
-    lm: Any, name: str, decoding: safety.Decoding, judges: Mapping[str, safety.Judge], *, data_dir: str, limit: int | None,
-    answers: Path,
-) -> tuple[dict[str, Record], list[str]]:  # fmt: skip
-    """{task: record} of a safety benchmark, and notes. The answers are written to a file and taken from there afterwards, so
-    that they can be judged again without the model."""
-    wanted = safety.items(name, data_dir=data_dir, limit=limit)
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A safety benchmark's prompts, a model's answers to them, and how many lost something."""
+
+    items: list[safety.Item]
+    answers: list[str]
+    lost: dict[str, int]
+
+
+def draw_safety(
+    lm: Any, name: str, decoding: safety.Decoding, *, data_dir: str, limit: int | None, answers: Path
+) -> Drawn:
+    """A model's answers to a safety benchmark. They are written to a file and taken from there afterwards, so that they can be
+    judged again without the model."""
+    rows = from_host_0(
+        lambda: [dataclasses.asdict(item) for item in safety.items(name, data_dir=data_dir, limit=limit)]
+    )
+    wanted = [safety.Item(**row) for row in rows]
+    prompts = [item.prompt for item in wanted]
 
     def draw():
-        cut = sum(getattr(lm, "cut", {}).values())
-        texts = safety.answer(lm, wanted, decoding)
-        cut = sum(getattr(lm, "cut", {}).values()) - cut
-        return {"prompts": [item.prompt for item in wanted], "answers": texts, "cut": cut}
+        before = lost(lm)
+        return {"prompts": prompts, "answers": safety.answer(lm, wanted, decoding), **_since(before, lm)}
 
-    drawn = kept(answers, draw)
-    if drawn["prompts"] != [item.prompt for item in wanted]:
+    found = kept(answers, draw)
+    if found["prompts"] != prompts:
         raise ValueError(f"{answers}: holds answers to other prompts; remove it to draw them again")
-    scored, notes = safety.score(name, wanted, drawn["answers"], judges)
-    return {task: summary(**found, cut=drawn["cut"]) for task, found in scored.items()}, notes
+    return Drawn(wanted, found["answers"], {how: found[how] for how in _LOST})
+
+
+def judge_safety(name: str, drawn: Drawn, judges: Mapping[str, safety.Judge]) -> tuple[dict[str, Record], list[str]]:
+    """{task: record} of a safety benchmark's answers, and notes."""
+    scored, notes = safety.score(name, drawn.items, drawn.answers, judges)
+    return {task: summary(**found, **drawn.lost) for task, found in scored.items()}, notes
+
+
+def lost(lm: Any) -> dict[str, int]:
+    """How many requests a model has cut so far, and how many answers had less room than was asked for."""
+    return {how: sum(getattr(lm, how, {}).values()) for how in _LOST}
+
+
+def _since(before: Mapping[str, int], lm: Any) -> dict[str, int]:
+    return {how: count - before[how] for how, count in lost(lm).items()}
 
 
 def kept(path: Path, run: Callable[[], Any]) -> Any:
-    """The JSON value at a path; made, and put there whole, if there is none."""
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value at a path; made, and put there whole, if there is none. On several hosts, as the first one has it."""
+    held = from_host_0(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.exists() else [])
+    if held:
+        return held[0]
     value = run()
-    write_json(path, value)
-    return value
+    on_host_0(write_json, path, value)
+    return from_host_0(lambda: value)
 
 
 def with_cache(lm: Any, path: Path) -> Any:
-    """The model with its finished requests kept in a file: by itself if it is ours, else by the harness's cache."""
-    from lm_eval.api.model import CachingLM
-    from sqlitedict import SqliteDict
-
+    """The model with its finished requests kept in a file, on host 0."""
     quiet_harness()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(lm, HarnessModel):
-        return CachingLM(lm, str(path))
-    lm.kept = SqliteDict(str(path), autocommit=True)
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lm.kept = RequestFile(path)
     return lm
 
 

@@ -5,52 +5,63 @@
 
 The harness brings tasks, prompts and metrics, we bring the arithmetic: `evals/likelihood.py` and the engine of `sampling/`.
 Text becomes tokens as in the harness's own Hugging Face model, so that both give the same numbers. What exceeds the context
-is cut from the left as there, and counted in `cut`. Finished requests may be kept, and are taken from there when asked again.
+is cut from the left as there, and counted in `cut`; answers that find less room than was asked for are, in `less_room`.
+Finished requests may be kept, and are taken from there when asked again. On several hosts all of them ask the same; the first
+one keeps.
 """
 
 import collections
+import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Callable, MutableMapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
+from llama_jax.evals import request_file
 from llama_jax.evals.likelihood import Pair, Score, Scorer, ScoringConfig
+from llama_jax.evals.request_file import RequestFile
+from llama_jax.model.cache import empty_cache
 from llama_jax.model.decode import prepare
 from llama_jax.model.params import table
-from llama_jax.parallel.axes import batch_shards
+from llama_jax.parallel.axes import batch_shards, shards_of
+from llama_jax.parallel.hosts import first_problem, from_host_0
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, EngineConfig, Request
 from llama_jax.training.metrics import Progress
 
-_SLICE = 4096  # requests after which results go to the cache
+_SLICE = 4096  # log-likelihoods that are asked of the file, computed and written together
 _ANSWER = 256  # tokens of an answer where a task does not say: the harness's default
-_SLOTS = 16  # answers that are drawn together, on each shard of the batch
+_SLOTS = 16  # answers that are drawn together at most, on each shard of the batch
 _REUSE = 32  # prompts that share so many tokens compute them once
 
 
 class HarnessModel:
-    """`model` has what `llama_jax.load` gives: params, config, tokenizer, compute, mesh, path.
+    """`model` is what `llama_jax.load` gives, best with dtype="compute". Its parameters are copied as generation reads them
+    and not held: who lets go of `model` has one copy.
 
     It counts as one of the harness's models without being derived from their class: importing the harness changes the
     environment of the process, which an import of ours must not.
 
     Args:
       scoring: shapes of the log-likelihoods.
-      slots: answers drawn together; default: 16 on each shard of the batch.
+      slots: answers drawn together; default: 16 on each shard of the batch, or as many as the memory leaves room for.
+      int8_cache: generation keeps keys and values in 8 bits.
+      memory: bytes of a device; 0 if they are not known.
       chat: a prompt to continue is put into the chat format, as the user's only message.
       seed: of sampled answers.
-      kept: results of finished requests, put there as they come. The harness's own cache has sampled answers drawn again and
-        hides from `cut` what it knows; here an answer depends on its seed and place alone, and `cut` is that of all requests.
+      kept: results of finished requests, put there as they come, on host 0. The harness's own cache has sampled answers drawn
+        again and hides from `cut` what it knows; here an answer depends on its seed and place alone, and `cut` is that of
+        all requests.
     """
 
     def __init__(
-        self, model: Any, *, scoring: ScoringConfig | None = None, slots: int = 0, chat: bool = False, seed: int = 0,
-        quiet: bool = False, kept: MutableMapping[str, Any] | None = None,
+        self, model: Any, *, scoring: ScoringConfig | None = None, slots: int = 0, int8_cache: bool = False, memory: int = 0,
+        chat: bool = False, seed: int = 0, quiet: bool = False, kept: RequestFile | None = None,
     ):  # fmt: skip
         try:
             from lm_eval.api.model import LM, CacheHook
@@ -62,15 +73,17 @@ class HarnessModel:
             raise ValueError(f"{model.path}: benchmarks need a language model, this is a reward model")
         if model.tokenizer is None:
             raise ValueError(f"{model.path}: missing tokenizer: benchmarks are texts")
-        self.model, self.words, self.chat, self.seed, self.quiet = model, model.tokenizer, chat, seed, quiet
-        self.kept = kept
+        self.words, self.chat, self.seed, self.kept = model.tokenizer, chat, seed, kept
+        self.quiet = quiet or jax.process_index() > 0
         specs = table(model.config, head="lm_head")
         with jax.set_mesh(model.mesh):
             self._weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute))(model.params)
         self.scorer = Scorer(model.config, self._weights, model.mesh, compute=model.compute, settings=scoring)
-        self._slots = -(-(slots or _SLOTS * batch_shards(model.mesh)) // batch_shards(model.mesh)) * batch_shards(model.mesh)
+        self.model = dataclasses.replace(model, params={})
+        self._slots, self._int8_cache, self._memory = slots, int8_cache, memory
         self._engine: Engine | None = None
         self.cut: collections.Counter = collections.Counter()  # requests that lost their beginning, by kind
+        self.less_room: collections.Counter = collections.Counter()  # answers that may not be as long as was asked, by kind
 
     # ---- what the harness asks about the model ----
 
@@ -106,7 +119,10 @@ class HarnessModel:
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's result file says about the model."""
-        return {"checkpoint": self.model.path, "tokenizer": self.words.fingerprint, "cut_requests": dict(self.cut)}
+        return {
+            "checkpoint": self.model.path, "tokenizer": self.words.fingerprint, "cut_requests": dict(self.cut),
+            "answers_with_less_room": dict(self.less_room),
+        }  # fmt: skip
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Refused: our tokenizers never read control tokens out of text."""
@@ -121,12 +137,13 @@ class HarnessModel:
             for start in range(0, len(requests), _SLICE):
                 asked = [request.args for request in requests[start : start + _SLICE]]
                 pairs = [self._fitting(*pair, "loglikelihood") for pair in self._encode_all(asked)]
-                known = self._known([_key("loglikelihood", args) for args in asked])
+                known = self._known([request_file.key("loglikelihood", args) for args in asked])
                 progress.update(len(known))
                 open_ones = [i for i in range(len(asked)) if i not in known]
                 for i, score in zip(open_ones, self.scorer([pairs[i] for i in open_ones], progress=progress.update)):
                     known[i] = self._keep("loglikelihood", asked[i], score)
-                results += [known[i] for i in range(len(asked))]
+                self._commit()
+                results += [tuple(known[i]) for i in range(len(asked))]
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -141,7 +158,7 @@ class HarnessModel:
             for request in requests
         ]  # fmt: skip
         windows = [[self._fitting(*window, "loglikelihood_rolling") for window in group] for group in windows]
-        known = self._known([_key("loglikelihood_rolling", request.args) for request in requests])
+        known = self._known([request_file.key("loglikelihood_rolling", request.args) for request in requests])
         open_ones = [i for i in range(len(requests)) if i not in known]
         flat = [window for i in open_ones for window in windows[i]]
         with Progress(len(flat), "rolling log-likelihoods", "window", quiet=self.quiet or disable_tqdm) as progress:
@@ -149,18 +166,31 @@ class HarnessModel:
         for i in open_ones:
             total = sum(next(scores)[0] for _ in windows[i])
             known[i] = self._keep("loglikelihood_rolling", requests[i].args, total)
+        self._commit()
         return [known[i] for i in range(len(requests))]
 
     def _known(self, keys: Sequence[str]) -> dict[int, Any]:
-        """{place: result} of the requests that are kept."""
-        kept = {} if self.kept is None else self.kept
-        return {i: kept[key] for i, key in enumerate(keys) if key in kept}
+        """{place: result} of the requests that are kept.
+
+        Raises:
+          ValueError: on every host, if one of them asks something else: they would wait for each other for ever.
+        """
+        asked = request_file.key("asked", tuple(keys)) if jax.process_count() > 1 else ""
+        same = from_host_0(lambda: asked) == asked
+        if problem := first_problem("" if same else "its questions differ from those of host 0; expected the same data sets"):
+            raise ValueError(problem)
+        known = from_host_0(lambda: {} if self.kept is None else self.kept.known(keys))
+        return {i: known[key] for i, key in enumerate(keys) if key in known}
 
     def _keep(self, kind: str, args: tuple, result: Any, *more: Any) -> Any:
         if self.kept is not None:
-            self.kept[_key(kind, args, *more)] = result
+            self.kept.put(request_file.key(kind, args, *more), result)
         self.cache_hook.add_partial(kind, args, result)
         return result
+
+    def _commit(self) -> None:
+        if self.kept is not None:
+            self.kept.commit()
 
     def _fitting(self, context: Sequence[int], continuation: Sequence[int], kind: str) -> Pair:
         over = len(context) + len(continuation) - 1 - self.max_length
@@ -204,7 +234,8 @@ class HarnessModel:
             prompt, room = self._prompt(context, arguments["max_gen_toks"])
             jobs.append((index, prompt, room, arguments))
             draws.append((self.seed, index) if arguments.get("do_sample") else ())  # what an answer depends on, too
-        answers = self._known([_key("generate_until", request.args, *draw) for request, draw in zip(requests, draws)])
+        keys = [request_file.key("generate_until", request.args, *draw) for request, draw in zip(requests, draws)]
+        answers = self._known(keys)
         jobs = [job for job in jobs if job[0] not in answers]
         if not jobs:
             return [answers[index] for index in range(len(requests))]
@@ -225,7 +256,10 @@ class HarnessModel:
                     prompt, max_tokens=room, choice=_choice(arguments), seed=self.seed, index=index,
                     stop_ids=(self.words.eos_id,), on_token=answer.push,
                 ))  # fmt: skip
-            engine.run(submitted, progress=progress.update)
+            try:
+                engine.run(submitted, progress=progress.update)
+            finally:
+                self._commit()
         return [answers[index] for index in range(len(requests))]
 
     def _prompt(self, context: str, most: int) -> tuple[list[int], int]:
@@ -238,7 +272,10 @@ class HarnessModel:
         if len(prompt) > self.max_length - least:
             self.cut["generate_until"] += 1
             prompt = prompt[-(self.max_length - least) :]
-        return prompt, min(most, self.max_length - len(prompt))
+        room = min(most, self.max_length - len(prompt))
+        if room < most:
+            self.less_room["generate_until"] += 1
+        return prompt, room
 
     def _engine_for(self, length: int) -> Engine:
         """An engine that holds so many tokens, the last one if it does."""
@@ -246,10 +283,28 @@ class HarnessModel:
             self._engine = None  # its cache, before the next is made
             length = min(1 << (length - 1).bit_length(), self.max_length)
             settings = EngineConfig(
-                slots=self._slots, max_length=max(length, 2), chunks=((64, 4), (512, 1)), reuse=_REUSE
-            )
+                slots=self._slots_for(length), max_length=max(length, 2), chunks=((64, 4), (512, 1)), reuse=_REUSE,
+                int8_cache=self._int8_cache,
+            )  # fmt: skip
             self._engine = Engine(self.model.config, self._weights, settings, compute=self.model.compute).warm_up()
         return self._engine
+
+    def _slots_for(self, length: int) -> int:
+        """How many answers of so many tokens are drawn together: as many on each shard of the batch.
+
+        Where nobody says, the cache takes half of what the weights leave of the memory; steps need the rest.
+        """
+        shards = batch_shards(self.model.mesh)
+        each = -(-self._slots // shards) or _SLOTS
+        if self._memory and not self._slots:
+            config, heads = self.model.config, shards_of("act_kv_heads")
+            dtype = jnp.dtype("int8") if self._int8_cache else self.model.compute.activation_dtype
+            row = jax.eval_shape(lambda: empty_cache(config, batch=1, slots=length, dtype=dtype))
+            size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(row))
+            size //= heads if config.kv_heads % heads == 0 else 1
+            weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(self._weights))
+            each = min(max((self._memory - weights) // 2 // size, 1), each)
+        return each * shards
 
 
 class _Answer:
@@ -266,11 +321,6 @@ class _Answer:
             self._engine.cancel(request)
         if request.finish:
             self._done("".join([*self._pieces, self._stream.finish()]))
-
-
-def _key(kind: str, args: tuple, *more: Any) -> str:
-    """Under what a request's result is kept."""
-    return hashlib.sha256(json.dumps([kind, args, more], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _choice(arguments: dict[str, Any]) -> Choice:
