@@ -4,16 +4,18 @@
 #   bash launch/tpu_vm.sh [--dry_run] COMMAND [ARGUMENTS]
 #
 #   create                 asks for the slice and waits until it is there
-#   setup                  copies this checkout to all workers and installs it
+#   setup                  copies this checkout to all workers and installs it; what is not committed only with ALLOW_DIRTY=1
 #   run MODULE [FLAGS]     starts python -m llama_jax.MODULE FLAGS on all workers, again whenever it fails
 #   logs                   follows the log of WORKER (default 0)
 #   status                 the state of the request
-#   resume MODULE [FLAGS]  stays, and whenever the slice was taken away does all of the above again
+#   resume MODULE [FLAGS]  stays until the run has finished: whenever the slice was taken away does all of the above again, and
+#                          starts the workers that nothing runs on
 #   stop                   asks the run to save and end
 #   delete                 gives the slice back
 #
 # --dry_run prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256, ...); optional PROJECT,
-# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER. The workdir is on a file system that all hosts share.
+# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER, RESTARTS (default 3: after so many more attempts that
+# end with an error, code 1, within ten minutes it gives up). The workdir is on a file system that all hosts share.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -100,31 +102,96 @@ fi
 "$python" -m venv .venv
 .venv/bin/pip install -q --editable ".[tpu,gcs]"'
 
-setup() {
-  local where archive
-  mapfile -t where < <(place)
-  archive="$(mktemp -t llama_jax.XXXXXX.tar.gz)"
-  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ HEAD || return
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all || return
-  rm -f "$archive"
-  on_workers all "$install"
+# What is shipped: HEAD, or with ALLOW_DIRTY=1 a tree of all files that git does not ignore, made in an index of its own.
+tree() {
+  local changed index
+  changed="$(git -C "$checkout" --no-optional-locks status --porcelain)" || fail "$checkout is no git checkout"
+  if [ -z "$changed" ]; then
+    echo HEAD
+  elif [ -n "${ALLOW_DIRTY:-}" ]; then
+    index="$(mktemp -d -t llama_jax.XXXXXX)"
+    (export GIT_INDEX_FILE="$index/index" && git -C "$checkout" add --all && git -C "$checkout" write-tree) || fail "see above"
+    rm -rf "$index"
+  else
+    changed="$(cut -c 4- <<<"$changed" | paste -s -d ' ')"
+    fail "not committed: $changed; commit, or ship the files as they are with ALLOW_DIRTY=1"
+  fi
 }
 
-run() {
-  local module="${1:-}" flags again
+archive=""
+pack() {
+  local what
+  what="$(tree)" || return
+  archive="$(mktemp -t llama_jax.XXXXXX.tar.gz)"
+  trap 'rm -f "$archive"' EXIT
+  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ "$what"
+}
+
+# A number alone may belong to another process by now.
+alive='pgrep -F ~/llama_jax.pid -f llama_jax >/dev/null 2>&1'
+refuse="echo 'a run goes on here; stop it first' >&2; exit 1"
+
+# ship WHERE_A_RUN_GOES_ON: copies and installs, but on workers where one goes on; they do that.
+ship() {
+  local where
+  mapfile -t where < <(place)
+  [ -n "$archive" ] || pack || return
+  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all || return
+  on_workers all "if $alive; then $1; fi
+$install"
+}
+
+setup() { ship "$refuse"; }
+
+# begin WHERE_A_RUN_GOES_ON MODULE [FLAGS]: starts the loop on all workers but those where one lives; they do the first.
+begin() {
+  local otherwise="$1" module="${2:-}" flags again restarts="${RESTARTS:-3}"
   [ -n "$module" ] || fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b"
-  shift
+  [[ "$restarts" =~ ^[0-9]+$ ]] || fail "RESTARTS=$restarts: expected a number"
+  shift 2
   flags="$(printf '%q ' "$@")"
   # Everything but a finished run is tried again from the newest checkpoint: also 75, a run that saved because of SIGTERM.
-  # `stop` leaves a file that ends this.
-  again="rm -f ~/llama_jax.stop; until [ -e ~/llama_jax.stop ] || .venv/bin/python -m llama_jax.$module $flags; do"
-  again+=" code=\$?; [ ! -e ~/llama_jax.stop ] || exit \$code; echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
-  on_workers all "if pgrep -F ~/llama_jax.pid >/dev/null 2>&1; then echo 'a run goes on here; stop it first' >&2; exit 1; fi
-cd ~/llama_jax; nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+  # Only an error (1) that comes back at once, such as a misspelt key, is not. `stop` leaves a file that ends this.
+  again="errors=0; until [ -e ~/llama_jax.stop ]; do SECONDS=0;"
+  again+=" cd ~/llama_jax && .venv/bin/python -m llama_jax.$module $flags; code=\$?; echo \$code > ~/llama_jax.code;"
+  again+=" [ \$code -ne 0 ] && [ ! -e ~/llama_jax.stop ] || exit \$code;"
+  again+=" if [ \$code -eq 1 ] && [ \$SECONDS -lt 600 ]; then errors=\$((errors + 1)); else errors=0; fi;"
+  again+=" if [ \$errors -gt $restarts ]; then echo '1 again and again' > ~/llama_jax.code; exit 1; fi;"
+  again+=" echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
+  on_workers all "if $alive; then $otherwise; fi
+cd ~/llama_jax || exit; rm -f ~/llama_jax.stop ~/llama_jax.code
+nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+}
+
+run() { begin "$refuse" "$@"; }
+
+# Starts what is missing; ends this script when the run has ended.
+look_after() {
+  local seen ask
+  ask="if $alive; then echo 'worker: runs'; elif [ -e ~/llama_jax.stop ]; then echo 'worker: stopped'"
+  ask+="; elif [ -e ~/llama_jax.code ]; then echo \"worker: ended with \$(cat ~/llama_jax.code)\""
+  ask+="; elif [ -e ~/llama_jax/.venv ]; then echo 'worker: has no run'; else echo 'worker: is new'; fi"
+  seen="$(on_workers all "$ask")" || true  # those that answer say enough
+  case "$seen" in
+    *"worker: ended with 0"*) say "the run has finished"; exit 0 ;;
+    *"worker: stopped"*) say "the run was stopped"; exit 75 ;;
+    *"again and again"*)
+      stop || true  # the others wait for this one
+      fail "the run ends with an error whenever it is started; see the logs, of each WORKER"
+      ;;
+    *"worker: is new"*) # a machine that was repaired comes back with an empty disk
+      say "a worker has no checkout: once more"
+      if ! ship "exit 0" || ! begin "exit 0" "$@"; then say "not this time; again in a minute"; fi
+      ;;
+    *"worker: ended with"* | *"worker: has no run"*)
+      say "a worker has no run: once more"
+      begin "exit 0" "$@" || say "not this time; again in a minute"
+      ;;
+  esac
 }
 
 resume() {
-  local now
+  local now begun=""
   if [ -n "$dry_run" ]; then
     state
     delete
@@ -133,13 +200,13 @@ resume() {
     run "$@"
     return
   fi
-  local begun=""
+  pack  # what is edited meanwhile must not reach a run that goes on
   while true; do
     now="$(state)" || now=GONE
     case "$now" in
       CREATING | PROVISIONING | WAITING_FOR_RESOURCES | ACCEPTED) ;;
       ACTIVE)
-        [ -n "$begun" ] || run "$@" || say "it goes on"
+        if [ -n "$begun" ]; then look_after "$@"; else begin "exit 0" "$@" || true; fi
         begun=1
         ;;
       *)

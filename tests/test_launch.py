@@ -85,14 +85,30 @@ def test_top_level_is_what_the_design_allows():
 
 # ---- pods ----
 
-POD = {"NAME": "run", "ZONE": "us-east5-a", "TYPE": "v5p-512", "PROJECT": "", "SPOT": "", "RESERVED": "", "RUNTIME": ""}
+POD = {"NAME": "run", "ZONE": "us-east5-a", "TYPE": "v5p-512", "PROJECT": "", "SPOT": "", "RESERVED": "", "RUNTIME": "",
+       "ALLOW_DIRTY": "", "RESTARTS": ""}  # fmt: skip
 GKE = {"NAME": "run", "IMAGE": "image", "TYPE": "tpu-v5p-slice", "TOPOLOGY": "4x8x8", "HOSTS": "64", "SPOT": "", "SLICES": "2"}
 
 
-def script(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def script(path: str, *arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", ROOT / path, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        ["bash", root / path, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small checkout with the script, all of it committed."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    root = tmp_path / "checkout"
+    (root / "launch").mkdir(parents=True)
+    shutil.copy(ROOT / "launch/tpu_vm.sh", root / "launch")
+    (root / ".gitignore").write_text("ignored\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", root]
+    for command in (["init", "-q"], ["add", "--all"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    return root
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -104,13 +120,13 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0, done.stdout
 
 
-def test_a_dry_run_prints_what_would_run():
+def test_a_dry_run_prints_what_would_run(checkout):
     done = script("launch/tpu_vm.sh", "--dry_run", "create", **(POD | {"TYPE": "v5e-256", "SPOT": "1"}))
     assert done.stdout.split() == [
         "gcloud", "compute", "tpus", "queued-resources", "create", "run", "--zone=us-east5-a", "--node-id=run",
         "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
     ]  # fmt: skip
-    everything = script("launch/tpu_vm.sh", "--dry_run", "resume", "train", "--workdir=gs://b/r", **POD)
+    everything = script("launch/tpu_vm.sh", "--dry_run", "resume", "train", "--workdir=gs://b/r", root=checkout, **POD)
     verbs = [line.split()[3:5] for line in everything.stdout.splitlines() if line.startswith("gcloud")]
     assert [verb[1] for verb in verbs] == ["describe", "delete", "create", "scp", "ssh", "ssh"], everything.stdout
 
@@ -118,21 +134,72 @@ def test_a_dry_run_prints_what_would_run():
 @pytest.mark.parametrize(
     ("states", "verbs"),
     [
-        (["ACTIVE", "ACTIVE"], ["describe", "ssh", "describe"]),  # the run is begun, once
-        (["SUSPENDED", "ACTIVE", "ACTIVE"], ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "describe"]),
+        (["ACTIVE", "ACTIVE"], ["describe", "ssh", "describe", "ssh"]),  # the run is begun, and then looked after
+        (["SUSPENDED", "ACTIVE", "ACTIVE"],
+         ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "describe", "ssh"]),
         # Taken away again before it could be set up: no end, but another attempt.
         (["SUSPENDED", "FAILED", "SUSPENDED", "ACTIVE", "ACTIVE"],
-         [*["describe", "delete", "create", "describe"] * 2, "scp", "ssh", "ssh", "describe"]),
+         [*["describe", "delete", "create", "describe"] * 2, "scp", "ssh", "ssh", "describe", "ssh"]),
     ],
 )  # fmt: skip
-def test_resume_begins_what_does_not_run_and_survives_a_preemption_at_any_time(tmp_path, states, verbs):
+def test_resume_begins_what_does_not_run_and_survives_a_preemption_at_any_time(tmp_path, checkout, states, verbs):
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     next_state = 'head -n 1 "$FAKE/states"; sed -i 1d "$FAKE/states"'
     program(tmp_path / "gcloud", f'echo "$4" >> "$FAKE/verbs"; [ "$4" != describe ] || {{ {next_state}; }}')
     program(tmp_path / "sleep", '[ -s "$FAKE/states" ]')  # the script ends when there are no states left
-    script("launch/tpu_vm.sh", "resume", "train", "--workdir=gs://b/r",
+    script("launch/tpu_vm.sh", "resume", "train", "--workdir=gs://b/r", root=checkout,
            **POD, PATH=f"{tmp_path}:{os.environ['PATH']}", FAKE=str(tmp_path))  # fmt: skip
     assert (tmp_path / "verbs").read_text().split() == verbs
+
+
+def test_what_is_not_committed_is_shipped_only_when_asked(tmp_path, checkout):
+    copy = 'case "$a" in /*.tar.gz) cp "$a" "$FAKE/shipped";; esac'
+    program(tmp_path / "gcloud", f'for a in "$@"; do {copy}; done')
+    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
+
+    def shipped(**more):
+        done = script("launch/tpu_vm.sh", "setup", root=checkout, **(environment | more))
+        assert done.returncode == 0, done.stderr
+        return subprocess.run(["tar", "-tzf", tmp_path / "shipped"], capture_output=True, text=True, check=True).stdout.split()
+
+    committed = ["llama_jax/", "llama_jax/.gitignore", "llama_jax/launch/", "llama_jax/launch/tpu_vm.sh"]
+    (checkout / "ignored").touch()
+    assert shipped() == committed
+    (tmp_path / "shipped").unlink()
+    (checkout / ".gitignore").write_text("ignored\n# changed\n")
+    (checkout / "new.py").touch()
+    status = ["git", "-C", checkout, "status", "--porcelain"]
+    before = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    done = script("launch/tpu_vm.sh", "setup", root=checkout, **environment)
+    message = "error: not committed: .gitignore new.py; commit, or ship the files as they are with ALLOW_DIRTY=1\n"
+    assert (done.returncode, done.stderr) == (1, message) and not (tmp_path / "shipped").exists()
+    done = script("launch/tpu_vm.sh", "resume", "train", root=checkout, **environment)
+    assert (done.returncode, done.stderr) == (1, message)  # before it waits for a slice
+    assert shipped(ALLOW_DIRTY="1") == [*committed, "llama_jax/new.py"]
+    text = subprocess.run(["tar", "-xzOf", tmp_path / "shipped", "llama_jax/.gitignore"], capture_output=True, text=True).stdout
+    assert text.endswith("# changed\n")
+    assert subprocess.run(status, capture_output=True, text=True, check=True).stdout == before
+
+
+@pytest.mark.parametrize(("program_of_worker", "code", "starts", "words"), [
+    ("[ $n -eq 2 ] || exit 75", 0, 2, "the run has finished"),  # preempted once
+    ("exit 1", 1, 3, "error: the run ends with an error whenever it is started"),  # a misspelt key
+    ("[ $n -ne 1 ] || kill -9 $PPID", 0, 2, "a worker has no run: once more"),  # the loop died with its first attempt
+    ("[ $n -ne 1 ] || { kill -9 $PPID; rm -r $FAKE/llama_jax; }", 0, 2, "a worker has no checkout: once more"),
+    ("touch $FAKE/llama_jax.stop; exit 75", 75, 1, "the run was stopped"),
+], ids=["finished", "error", "lost", "new", "stopped"])  # fmt: skip
+def test_resume_ends_with_the_run_and_starts_what_is_missing(tmp_path, checkout, program_of_worker, code, starts, words):
+    # A worker whose gcloud runs the command here, but for the installation.
+    program(tmp_path / "worker", f'echo start >> $FAKE/starts; n=$(wc -l < $FAKE/starts); {program_of_worker}')
+    install = 'mkdir -p $FAKE/llama_jax/.venv/bin; ln -sf $FAKE/worker $FAKE/llama_jax/.venv/bin/python'
+    here = f'case "$a" in *pip*) {install};; --command=*) HOME=$FAKE bash -c "${{a#--command=}}";; esac'
+    program(tmp_path / "gcloud", f'case "$4" in describe) echo ACTIVE;; ssh) for a in "$@"; do {here}; done;; esac')
+    program(tmp_path / "sleep", "exec /bin/sleep 0.05")
+    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "RESTARTS": "2"}
+    script("launch/tpu_vm.sh", "setup", root=checkout, **environment)
+    done = script("launch/tpu_vm.sh", "resume", "train", "--config.misspelt=1", root=checkout, **environment)
+    assert done.returncode == code and words in done.stderr, done.stderr
+    assert (tmp_path / "starts").read_text().split() == ["start"] * starts
 
 
 def test_whoever_stops_local_workers_wants_no_other_attempt(tmp_path):
