@@ -62,10 +62,12 @@ def pod(config: ConfigDict, argument: str) -> ConfigDict:
     return config
 
 
-def adamw(lr: float, *, schedule: str = "cosine", warmup: int = 0, final: float = 0.1) -> ConfigDict:
+def adamw(
+    lr: float, *, schedule: str = "cosine", warmup: int = 0, warmup_share: float = 0.0, final: float = 0.1
+) -> ConfigDict:
     """AdamW as everywhere in the paper (section 2.2)."""
     return ConfigDict({
-        "lr": lr, "schedule": schedule, "warmup": warmup, "final": final,
+        "lr": lr, "schedule": schedule, "warmup": warmup, "warmup_share": warmup_share, "final": final,
         "beta1": 0.9, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1, "clip": 1.0,
     })  # fmt: skip
 

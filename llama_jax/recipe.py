@@ -45,7 +45,6 @@ from llama_jax.rlhf.versions import (
     file_entry,
     portion,
     record,
-    spread,
 )
 from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import Steps, change, load_config, run_job
@@ -236,11 +235,9 @@ class Recipe(Steps[RecipeConfig]):
             return [str(path) for path in paths if path.stat().st_size]
 
         own, (other,) = files(track, "train"), (files(name, "train") for name in TRACKS if name != track)
-        share = 0.5 if track == "helpfulness" else self.config.safety_mix
-        data = {
-            "train": (*own, *other), "shares": (*(0.0 for _ in own), *spread(share, other)),
-            "held_out": tuple(files(track, "held_out")),
-        }  # fmt: skip
+        data = {"train": tuple(own), "rest": tuple(other), "held_out": tuple(files(track, "held_out"))}
+        if track == "safety":
+            data["rest_share"] = self.config.safety_mix
         return {"start": self.path(self.policies[-1]), "data": data}
 
     def make_ghost(self, name: str) -> int:

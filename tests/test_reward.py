@@ -15,7 +15,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
-from llama_jax.reward.stage import mix, mixed_pairs, reward_loss
+from llama_jax.reward.stage import PairData, mix, mixed_pairs, reward_loss
 from llama_jax.training.step import put_batch
 
 MODEL = dataclasses.replace(
@@ -122,23 +122,36 @@ def test_the_mixes_of_the_paper(caplog):
     own, other, names = pairs(90), pairs(200), ("own.jsonl", "other.jsonl")
     files = dict(zip(names, (own, other)))
     assert len(mix([own, other], [0.0, 0.1], names=names, seed=0)) == 100
-    mixed = mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=0)
+
+    def made(seed=0, **data):
+        return mixed_pairs(PairData(held_out=(), length=8, **data), files.__getitem__, seed=seed)
+
+    mixed = made(train=names, shares=(0.0, 0.5))
     assert len(mixed) == 180 and mixed[:90] == own and not caplog.records
     drawn = [other.index(pair) for pair in mixed[90:]]
     assert len(set(drawn)) == 90 and 80 < np.mean(drawn) < 120  # out of the whole file, which may be sorted
-    assert mixed == mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=0)
-    assert mixed != mixed_pairs(names, (0.0, 0.5), files.__getitem__, seed=1)
+    assert mixed == made(train=names, shares=(0.0, 0.5)) == made(train=names[:1], rest=names[1:])
+    assert mixed != made(train=names, shares=(0.0, 0.5), seed=1)
     assert len(mix([own, other[:30]], [0.0, 0.5], names=names, seed=0)) == 120
     assert "other.jsonl: a share of 0.5 is 90 pairs, and it has 30: all are taken" in caplog.text
-    assert len(mixed_pairs(names, (), files.__getitem__, seed=0)) == 290
+    assert len(made(train=names)) == 290
+    # The rest is drawn from all its files as if they were one: a large file gives more than a small one.
+    files |= {"large.jsonl": pairs(900, seed=1), "small.jsonl": pairs(100, seed=2)}
+    mixed = made(train=("own.jsonl",), rest=("large.jsonl", "small.jsonl"), rest_share=0.1)
+    assert len(mixed) == 100 and sum(pair in files["large.jsonl"] for pair in mixed[90:]) >= 7
+    with pytest.raises(ConfigError, match=r"data.rest_share: expected less than 1 together with data.shares, got 0.5 \+ 0.5"):
+        made(train=names, shares=(0.0, 0.5), rest=("large.jsonl",))
+    for field, value in (("rest_share", 1.0), ("buckets", 0)):
+        with pytest.raises(ValueError, match=f"data.{field}: expected"):
+            made(train=names, **{field: value})
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4), (0.0, 1.0), (0.0, -0.1)])
 def test_shares_that_make_no_mix_are_refused_before_a_file_is_read(shares):
     with pytest.raises(ConfigError, match=r"data.shares: expected 0 for a file that is taken whole"):
-        mixed_pairs(("a.jsonl", "b.jsonl"), shares, None, seed=0)
+        mixed_pairs(PairData(("a.jsonl", "b.jsonl"), (), 8, shares), None, seed=0)
     with pytest.raises(ConfigError, match="data.shares: expected one for each of the 1 files of data.train, got 2"):
-        mixed_pairs(("a.jsonl",), shares, None, seed=0)
+        mixed_pairs(PairData(("a.jsonl",), (), 8, shares), None, seed=0)
 
 
 def test_labels_of_the_safety_bins():

@@ -209,8 +209,26 @@ def test_schedules_without_warmup_and_constant_ones():
     np.testing.assert_allclose([warm(0), warm(2), warm(4), warm(99)], [0, 5e-7, 1e-6, 1e-6], rtol=1e-5)
     with pytest.raises(ValueError, match="optim.warmup=100 leaves nothing of loop.steps=100"):
         schedule(OptimConfig(lr=1.0, warmup=100), 100)
-    with pytest.raises(ValueError, match="optim.lr: expected a positive"):
-        OptimConfig(lr=0.0)
+    for field, value in (
+        ("lr", 0.0), ("lr", np.inf), ("warmup", -1), ("final", -0.1), ("clip", -1.0), ("weight_decay", np.nan), ("beta2", 1.0),
+        ("warmup_share", 1.5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"optim.{field}: expected"):
+            OptimConfig(**{"lr": 1.0, field: value})
+
+
+def test_a_share_of_the_steps_warms_up_however_many_they_are():
+    reward = OptimConfig(lr=1e-5, warmup=5, warmup_share=0.03)  # section 3.2.2
+    assert [reward.warmup_of(steps) for steps in (5700, 86, 11, 3, 1)] == [171, 5, 5, 1, 0]
+    assert all(schedule(reward, steps).warmup < steps for steps in range(1, 20))
+    np.testing.assert_allclose(schedule(reward, 5700)(171), 1e-5, rtol=1e-6)
+
+
+def test_no_limit_clips_nothing():
+    gradient = {"trunk": {"w": jnp.array([30.0, 40.0])}}
+    for limit, expected in ((0.0, [30.0, 40.0]), (1.0, [0.6, 0.8])):
+        updates, _ = clip_each_model(limit).update(gradient, optax.EmptyState())
+        np.testing.assert_allclose(updates["trunk"]["w"], expected, rtol=1e-6)
 
 
 def test_weight_decay_is_felt_where_the_mask_says(mesh):

@@ -11,7 +11,7 @@ from llama_jax.evals.progress import judge_scores, win_rates_by_track
 from llama_jax.rlhf.annotate import compare_answers
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import best_samples, dialogs, policy_hash, read_pool, select
-from llama_jax.rlhf.versions import VersionPlan, check_plans, file_entry, portion, record, spread
+from llama_jax.rlhf.versions import VersionPlan, check_plans, file_entry, portion, record
 
 
 def ask(text):
@@ -130,7 +130,6 @@ def test_versions_get_disjoint_portions_of_the_prompts():
     assert list(map(len, parts)) == [5, 0, 4] and len({*parts[0], *parts[2]}) == 9
     assert parts == [portion(range(12), (5, 0, 4), number, seed=3) for number in range(3)]
     assert parts[0] != [0, 1, 2, 3, 4]  # files are sorted by kind
-    assert spread(0.5, ["a", "b"]) == (0.25, 0.25) and spread(0.5, []) == ()
 
 
 def test_the_ledger_names_files_by_rows_and_hash_and_keeps_other_versions(tmp_path):

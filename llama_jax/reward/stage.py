@@ -34,10 +34,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardData:
-    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all).
+class PairData:
+    """Preference files of a stage that trains on pairs.
 
-    validation: by which settings are chosen: measured during training in place of `held_out`, which is measured at the end.
+    train: what is trained on.
+    shares: of each file of `train` in the mix; 0: all of it; none given: all of all.
+    rest: files from which, taken together, pairs are drawn at random until they are `rest_share` of the mix: the paper's mixes
+      (section 3.2.2) are a set of its own and a half or a tenth of all others.
+    length: tokens of a pair's longer dialog; longer pairs are left out and counted.
     buckets: lengths that batches are padded to, in even steps up to `length`; 1: all to `length` (`data/length_buckets.py`).
     """
 
@@ -45,8 +49,22 @@ class RewardData:
     held_out: tuple[str, ...]
     length: int
     shares: tuple[float, ...] = ()
-    validation: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
+    rest_share: float = 0.5
     buckets: int = 1
+
+    def __post_init__(self):
+        if not 0 < self.rest_share < 1:
+            raise ValueError(f"data.rest_share: expected a share between 0 and 1, got {self.rest_share}")
+        if self.buckets < 1:
+            raise ValueError(f"data.buckets: expected at least 1, got {self.buckets}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardData(PairData):
+    """`validation` is measured during training, to choose settings by, in place of `held_out`, which is measured at the end."""
+
+    validation: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,10 +110,9 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, 
     return loss
 
 
-def mixed_pairs(
-    paths: Sequence[str], shares: Sequence[float], encode: Callable[[str], list[Comparison]], *, seed: int
-) -> list[Comparison]:
-    """One epoch of the pairs of `data.train` in the shares of `data.shares`; what cannot be mixed is said before reading."""
+def mixed_pairs(data: PairData, encode: Callable[[str], list[Comparison]], *, seed: int) -> list[Comparison]:
+    """One epoch of the pairs of `data` in its shares; what cannot be mixed is said before reading."""
+    paths, shares = data.train, data.shares
     if not paths:
         raise ConfigError("data.train: expected at least one preference file, got none")
     shares = shares or (0.0,) * len(paths)
@@ -106,7 +123,16 @@ def mixed_pairs(
             f"data.shares: expected 0 for a file that is taken whole, at least one of them, and of the others less than 1 "
             f"in all; got {shares}"
         )
-    return mix([encode(path) for path in paths], shares, names=paths, seed=seed)
+    files, names = [encode(path) for path in paths], [*paths]
+    if data.rest:
+        if sum(shares) + data.rest_share >= 1:
+            raise ConfigError(
+                f"data.rest_share: expected less than 1 together with data.shares, got {data.rest_share} + {sum(shares):g}"
+            )
+        files.append([pair for path in data.rest for pair in encode(path)])
+        names.append(f"data.rest ({', '.join(data.rest)})")
+        shares = (*shares, data.rest_share)
+    return mix(files, shares, names=names, seed=seed)
 
 
 def mix(
@@ -190,8 +216,10 @@ class Measure:
             file.write(markdown(values, title=self.title).encode())
 
 
-def make_batches(data: RewardData, mesh: Mesh, *, batch_size: int) -> Callable[..., IndexedBatches]:
-    """(pairs, seed=...) -> their batches, all of one length or, with `data.buckets`, of a few."""
+def make_batches(
+    data: PairData, mesh: Mesh, *, batch_size: int, collate: Callable[..., Any] = collate
+) -> Callable[..., IndexedBatches]:
+    """(pairs, seed=...) -> their batches as `collate` makes them, all of one length or, with `data.buckets`, of a few."""
     common = {"batch_size": batch_size, "blank": blank, **process_slice(mesh)}
     if data.buckets == 1:
         return functools.partial(IndexedBatches, collate=functools.partial(collate, length=data.length), **common)
@@ -205,7 +233,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     length = config.data.length
     check_length(length, model)
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
-    train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
+    train = mixed_pairs(config.data, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     validation = [pair for path in config.data.validation for pair in encode(path)] or held_out
     batches = make_batches(config.data, mesh, batch_size=config.loop.batch_size)

@@ -31,24 +31,14 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_field, batch_sharding
-from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_slice
-from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
-from llama_jax.reward.stage import mixed_pairs
+from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta
+from llama_jax.reward.comparisons import Comparison, encode_comparisons
+from llama_jax.reward.stage import PairData, make_batches, mixed_pairs
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Weighted, evaluation
 from llama_jax.training.step import put_batch
 
 Kind = Literal["sigmoid", "hinge", "ipo"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DpoData:
-    """Preference files, and the share of each training file in the mix (0: all of it; none given: all of all)."""
-
-    train: tuple[str, ...]
-    held_out: tuple[str, ...]
-    length: int
-    shares: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +64,7 @@ class DpoSettings:
 class DpoConfig(StageConfig):
     """See configs/dpo.py. `start` is the policy's and the reference's checkpoint."""
 
-    data: DpoData
+    data: PairData
     dpo: DpoSettings
     epochs: float = 1.0
 
@@ -232,7 +222,7 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     length = config.data.length
     check_length(length, model)
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.dpo.margin)
-    train = mixed_pairs(config.data.train, config.data.shares, encode, seed=config.loop.seed)
+    train = mixed_pairs(config.data, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     loop = config.loop
     if config.epochs > 0:
@@ -241,16 +231,15 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     begun = begin(config, specs, mesh, workdir=workdir)
     reference = begun.completed(specs, mesh, start=config.start)
 
+    batches = make_batches(config.data, mesh, batch_size=loop.batch_size, collate=collate)
+
     def source(pairs: Sequence[Comparison], seed: int) -> DpoSource:
-        batches = IndexedBatches(
-            pairs, functools.partial(collate, length=length), loop.batch_size, seed, blank=blank, **process_slice(mesh)
-        )
-        return DpoSource(batches, reference, config=model, compute=config.compute, mesh=mesh)
+        return DpoSource(batches(pairs, seed=seed), reference, config=model, compute=config.compute, mesh=mesh)
 
     loss = dpo_loss(model, config.compute, config.dpo)
     evaluate = None
     if held_out:
-        judged = source(held_out, 0)
+        judged = source(sorted(held_out, key=lambda pair: pair.tokens), 0)  # batches of one length have little padding
         evaluate = evaluation(loss, judged.eval_batches, judged.with_reference)
     stage = Stage(
         name="dpo",

@@ -67,11 +67,6 @@ def portion(items: Sequence[T], counts: Sequence[int], number: int, *, seed: int
     return [items[i] for i in order[start : start + counts[number]]]
 
 
-def spread(share: float, files: Sequence[str]) -> tuple[float, ...]:
-    """A share of a mixture, divided evenly over files."""
-    return tuple(share / len(files) for _ in files)
-
-
 def file_entry(path: Path, *, root: Path) -> dict[str, Any]:
     """A data file in the ledger: where, how many rows, and the hash of its bytes."""
     data = path.read_bytes()

@@ -1,6 +1,7 @@
 """AdamW as in the paper (section 2.2): beta 0.9 / 0.95, eps 1e-5, weight decay 0.1, clipping at 1.0, warm-up, cosine."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,12 +13,19 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer of a stage. Defaults are the paper's pretraining values; `lr` is the peak."""
+    """The optimizer of a stage. Defaults are the paper's pretraining values; `lr` is the peak.
+
+    warmup: steps of linear warm-up; at least so many where `warmup_share` is the share of all steps that warm up, for stages
+      whose length follows from their data (the paper's reward models: 3 %, at least 5; section 3.2.2).
+    final: last learning rate of the cosine, as a share of the peak.
+    clip: largest global norm of a gradient; 0: any.
+    """
 
     lr: float
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = 0  # steps of linear warm-up
-    final: float = 0.1  # last learning rate of the cosine, as a share of the peak
+    warmup: int = 0
+    warmup_share: float = 0.0
+    final: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-5
@@ -25,8 +33,21 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self):
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr: expected a positive learning rate, got {self.lr}")
+        for name in ("warmup", "final", "eps", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("warmup_share", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
+
+    def warmup_of(self, steps: int) -> int:
+        """Steps of warm-up in a stage of so many steps. A short stage warms up in half of them at most where a share is asked
+        for, which nobody can choose before the data are counted."""
+        if not self.warmup_share:
+            return self.warmup
+        return min(max(round(self.warmup_share * steps), self.warmup), steps // 2)
 
 
 @jax.tree_util.register_dataclass
@@ -53,10 +74,11 @@ class Schedule:
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:
     """The schedule of a stage of so many steps; ValueError where warm-up takes all of them."""
-    if config.schedule == "cosine" and config.warmup >= steps:
-        raise ValueError(f"optim.warmup={config.warmup} leaves nothing of loop.steps={steps} for the cosine")
+    warmup = config.warmup_of(steps)
+    if config.schedule == "cosine" and warmup >= steps:
+        raise ValueError(f"optim.warmup={warmup} leaves nothing of loop.steps={steps} for the cosine")
     final = config.final if config.schedule == "cosine" else 1.0
-    return Schedule(*(np.float32(value) for value in (config.lr, final, config.warmup, steps)))
+    return Schedule(*(np.float32(value) for value in (config.lr, final, warmup, steps)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +120,12 @@ def make(config: OptimConfig, *, steps: int, decay: Any) -> Optimizer:
 
 
 def clip_each_model(limit: float) -> optax.GradientTransformation:
-    """Clips by global norm; when several models are trained at once (policy and critic), each by its own."""
+    """Clips by global norm, or (0) not at all; when several models are trained at once (policy and critic), each by its own."""
 
     def update(updates, state, params=None):
         del params
+        if not limit:
+            return updates, state
         if "trunk" in updates or "lora" in updates:
             return _clip(updates, limit), state
         return {name: _clip(tree, limit) for name, tree in updates.items()}, state
