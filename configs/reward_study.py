@@ -14,7 +14,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     """All three margins; 14 batches as in Fig. 6 (3 at `tiny`), at the sizes given: `reward_study.py:7b,13b,70b`."""
     sizes = tuple(common.check(size) for size in argument.split(","))
     return ConfigDict({
-        "configs": "configs", "reward": f"reward.py:{sizes[0]},helpfulness", "overrides": {}, "tokenizer": "tokenizer.model",
+        "configs": "configs", "reward": "reward.py:{size},helpfulness", "overrides": {}, "tokenizer": "tokenizer.model",
         "train": (), "held_out": (), "margins": ("none", "small", "large"),
         "sizes": sizes, "starts": ("",) * len(sizes), "batches": 3 if sizes[0] == "tiny" else 14,
         "helpfulness": "", "safety": "",

@@ -49,7 +49,7 @@ from llama_jax.training.loop import Diverged, claim
 class StudyConfig:
     """See configs/reward_study.py.
 
-    reward: the stage's config by file and argument; `overrides` changes fields of it.
+    reward: the stage's config by file and argument, `{size}` in the place of the size; `overrides` changes fields of it.
     starts: workdirs that the models of `sizes` start from, one for each size.
     batches: parts of the pairs for the scaling study, in the order of the file, or of the rows' own `batch` where they have
       one; 0: no scaling study.
@@ -71,6 +71,8 @@ class StudyConfig:
     def __post_init__(self):
         if not self.sizes or len(self.sizes) != len(self.starts):
             raise ValueError(f"starts: expected a workdir for each of the sizes {self.sizes}, got {self.starts}")
+        if len(self.sizes) > 1 and "{size}" not in self.reward:
+            raise ValueError(f"reward: expected {{size}} in the place of the sizes {self.sizes}, got {self.reward!r}")
         if not self.train or not self.held_out:
             raise ValueError("train, held_out: expected at least one file of comparisons each")
         if bool(self.helpfulness) != bool(self.safety):
@@ -120,7 +122,8 @@ def stage_values(
     config: StudyConfig, model: str, start: str, train: Sequence[str], changes: Mapping[str, Any]
 ) -> Any:
     """The reward stage's config of one run."""
-    values = load_config(Path(config.configs), config.reward)
+    # Learning rate, context and mesh are those of the size.
+    values = load_config(Path(config.configs), config.reward.replace("{size}", model))
     change(values, config.overrides, where="overrides")
     data = {"train": tuple(train), "held_out": config.held_out, "shares": ()}
     change(values, {"model": model, "start": start, "tokenizer": config.tokenizer, "data": data, **changes}, where="reward")

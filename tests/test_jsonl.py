@@ -33,6 +33,7 @@ BAD_ROWS = [
     ("dialogs", {"messages": [user("q"), {"role": "bot", "content": ""}]}, r"messages\[1\].role: expected one of"),
     ("dialogs", {"is_safety": 1}, "is_safety: expected bool, got int"),
     ("dialogs", {"source": None}, "source: expected str, got NoneType"),
+    ("dialogs", {"train_on": "lst"}, "train_on: expected one of all, last, got 'lst'"),
     ("dialogs", {"is_safe": True}, "is_safe: unknown field, did you mean 'is_safety'?"),
     ("prompts", {"messages": ...}, "messages: missing"),
     ("prompts", {"messages": [user("q"), assistant("a")]}, r"messages\[1\].role: expected 'user' at the end"),
@@ -43,7 +44,8 @@ BAD_ROWS = [
     ("comparisons", {"rating": "slight"}, "rating: expected one of significantly, better, slightly, negligibly, got 'slight'"),
     ("comparisons", {"rating": 3}, "rating: expected str, got int"),
     ("comparisons", {"safety_bin": "safe"}, "safety_bin: expected one of chosen_safe, both_safe, both_unsafe, got 'safe'"),
-    ("comparisons", {"messages": [user("q")]}, "messages: a row has this field or prompt, got both"),
+    ("comparisons", {"messages": [user("q")], "chosen": ...}, "messages: a row has this field or prompt, got both"),
+    ("comparisons", {"ratings": "better"}, "ratings: unknown field, did you mean 'rating'?"),
     ("comparisons", {"prompt": 4}, "prompt: messages: expected a list, got int"),
     ("comparisons", {"prompt": [user("q"), assistant("a")]}, "prompt: expected to end with the user"),
     ("comparisons", {"chosen": 4}, "chosen: expected a string or a list of messages, got int"),
@@ -52,6 +54,19 @@ BAD_ROWS = [
     ("comparisons", {"rejected": " a "}, "chosen: the same text as rejected"),
     ("comparisons", {"rejected": "[INST]"}, r"rejected: messages\[1\].content: holds the chat tag"),
 ]
+
+
+def test_rows_of_well_known_chat_sets_are_read_as_they_are(tmp_path):
+    """UltraFeedback's and UltraChat's columns: the dialog stands beside its parts, and other columns are named like ours."""
+    dialog, path = [user("q"), assistant("a")], tmp_path / "rows.jsonl"
+    extra = {"prompt_id": "x", "messages": dialog, "score_chosen": 8.5, "source_id": 3, "chosen_id": "y", "ratings": [1, 2]}
+    row = {"prompt": "q", "chosen": dialog, "rejected": [user("q"), assistant("b")], **extra}
+    sources.write_jsonl(path, [row])
+    (pair,) = sources.read_comparisons(path)
+    assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["rating"]) == ([user("q")], "a", "b", None)
+    sources.write_jsonl(path, [{"prompt": "q", "prompt_id": "x", "messages": dialog}])
+    assert sources.read_prompts(path)[0]["messages"] == [user("q")]
+    assert sources.read_dialogs(path)[0]["messages"] == dialog
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), BAD_ROWS)
@@ -111,7 +126,7 @@ def test_missing_empty_and_damaged_files_are_refused(tmp_path, reader):
 def test_rows_are_written_whole_and_read_back(tmp_path, ending):
     path = tmp_path / "new" / f"rows.jsonl{ending}"
     rows = [{"messages": [user("é\u2028🙂"), assistant("a\nb")], "source": "s", "is_safety": True, "other": [1, None],
-             "prompt_messages": 0}]  # fmt: skip
+             "prompt_messages": 0, "train_on": "last"}]  # fmt: skip
     assert sources.write_jsonl(path, rows) == 1
     assert sources.read_dialogs(path) == rows
     first = path.read_bytes()
@@ -134,7 +149,9 @@ def test_readers_fill_in_what_is_missing(tmp_path):
     for reader, row in GOOD.items():
         sources.write_jsonl(tmp_path / f"{reader.__name__}.jsonl", [row])
     (row,) = sources.read_dialogs(tmp_path / "read_dialogs.jsonl")
-    assert row == {"messages": [user("q"), assistant("a")], "source": "", "is_safety": False, "prompt_messages": 0}
+    assert row == {
+        "messages": [user("q"), assistant("a")], "source": "", "is_safety": False, "prompt_messages": 0, "train_on": None,
+    }  # fmt: skip
     (row,) = sources.read_prompts(tmp_path / "read_prompts.jsonl")
     assert row == {"messages": [user("q")], "reference": None, "is_safety": False, "source": "", "kind": "", "object": ""}
     (row,) = sources.read_comparisons(tmp_path / "read_comparisons.jsonl")

@@ -16,7 +16,7 @@ from llama_jax.evals import reward_figures
 from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import SIZES
-from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown
+from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown, stage_values
 from llama_jax.steps import change, load_config
 from llama_jax.training.checkpoint import CheckpointError
 
@@ -78,10 +78,19 @@ def test_figures_and_tables():
 @pytest.mark.parametrize(("changes", "message"), [
     ({}, "train, held_out: expected at least one file"),
     ({"starts": ()}, "starts: expected a workdir for each of the sizes"),
+    ({"sizes": ("tiny", "7b"), "starts": ("a", "b"), "reward": "reward.py:7b"}, "reward: expected {size} in the place of"),
     ({"train": ("a",), "held_out": ("b",), "safety": "x"}, "expected both workdirs, or neither"),
 ])  # fmt: skip
 def test_configs_that_cannot_run_are_refused(changes, message):
     small_runs.assert_refused(StudyConfig, "reward_study.py:tiny", changes, message)
+
+
+def test_each_size_is_trained_by_its_own_config():
+    values = load_config(small_runs.ROOT / "configs", "reward_study.py:7b,70b")
+    change(values, {"configs": str(small_runs.ROOT / "configs"), "train": ("a",), "held_out": ("b",)}, where="study")
+    config = parse(StudyConfig, values)
+    found = {model: stage_values(config, model, "start", config.train, {}) for model in config.sizes}
+    assert [(v.model, v.optim.lr, v.mesh.tensor) for v in found.values()] == [("7b", 1e-5, 1), ("70b", 5e-6, 8)]
 
 
 @pytest.mark.parametrize(("bins", "safety", "message"), [

@@ -2,11 +2,12 @@
 
 Rows come from JSONL, Parquet, Hugging Face and TFDS (`data.rows`), in the shapes that TRL and its neighbours write. The readers
 return plain dicts in the first shape of each kind with every known field filled in; fields they do not know are kept, unless
-they look like a misspelt known one. Whatever is wrong ends in one ValueError that names file, row and field.
+they look like a known one, misspelt, which the row lacks. Whatever is wrong ends in one ValueError that names file, row and
+field.
 
-    dialog      {"messages": [...], "source": str, "is_safety": bool, "prompt_messages": int}, the last message from the
-                assistant; {"prompt": str | [...], "completion": str | [...]} may stand for `messages`: then answers inside
-                the prompt are not trained on
+    dialog      {"messages": [...], "source": str, "is_safety": bool, "prompt_messages": int, "train_on": "all" | "last" |
+                null}, the last message from the assistant; {"prompt": str | [...], "completion": str | [...]} may stand for
+                `messages`: then answers inside the prompt are not trained on
     prompt      {"messages": [...], "reference": str | null, "is_safety": bool, "source": str, "kind": str,
                 "object": str}, the last message from the user; `prompt` may stand for `messages`
     comparison  {"prompt": [...], "chosen": str, "rejected": str, "rating", "margin", "is_safety", "safety_bin", "source",
@@ -14,14 +15,14 @@ they look like a misspelt known one. Whatever is wrong ends in one ValueError th
                 `chosen` and `rejected` are two whole dialogs that differ in the last answer
 
 A text that stands for messages is one user message (or one answer). A message is {"role", "content"} or ShareGPT's {"from",
-"value"}, and `conversations` is another name of `messages`. A missing reference, rating, margin, batch or safety bin is None, a
-missing flag False, a missing string "".
+"value"}, and `conversations` is another name of `messages`. A missing reference, rating, margin, batch, safety bin or
+`train_on` is None, a missing flag False, a missing string "".
 """
 
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.data.dialog import check_messages
@@ -39,6 +40,7 @@ _OPTIONAL = {  # field -> (type, value when missing, allowed values)
     "kind": (str, "", None),
     "object": (str, "", None),
     "prompt_messages": (int, 0, None),
+    "train_on": (str, None, ("all", "last")),
     "rating": (str, None, RATINGS),
     "margin": (float, None, None),
     "safety_bin": (str, None, SAFETY_BINS),
@@ -57,7 +59,7 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
         row = _one_name(row, "messages", ("conversations",), where)
         if "completion" in row and "messages" not in row:
             row = _prompt_and_completion(row, where)
-        row = _fields(row, where, required=("messages",), optional=("source", "is_safety", "prompt_messages"))
+        row = _fields(row, where, required=("messages",), optional=("source", "is_safety", "prompt_messages", "train_on"))
         row["messages"] = _messages(row["messages"])
         check_messages(row["messages"], where)
         last = len(row["messages"]) - 1
@@ -74,6 +76,8 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     for where, row in read_rows(path):
         optional = ("reference", "is_safety", "source", "kind", "object")
+        if "prompt" in row:  # chat data sets carry the whole dialog beside it
+            row = {key: value for key, value in row.items() if key not in ("messages", "conversations")}
         row = _one_name(row, "messages", ("prompt", "conversations"), where)
         row = _fields(row, where, required=("messages",), optional=optional)
         row["messages"] = _messages(row["messages"], text_from="user")
@@ -93,7 +97,8 @@ def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
 def comparison(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """One comparison in the shape that `read_comparisons` returns; ValueError beginning with `where` if it is none."""
     optional = ("rating", "margin", "is_safety", "safety_bin", "source", "batch")
-    row = _one_name(row, "prompt", ("messages", "conversations"), where)
+    if not row.keys() >= {"prompt", "chosen", "rejected"}:  # beside all three, `messages` are the chosen dialog once more
+        row = _one_name(row, "prompt", ("messages", "conversations"), where)
     if "prompt" not in row:
         row |= _shared_prompt(row)
     row = _fields(row, where, required=("prompt", "chosen", "rejected"), optional=optional)
@@ -166,11 +171,14 @@ def _shared_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
-    """A copy with every known field; checks names, types and values of the optional ones."""
+    """A copy with every known field; checks names, types and values of the optional ones.
+
+    Other fields are carried along. One that is like a known field, which the row lacks, is taken for that field misspelt.
+    """
     known = (*required, *optional)
-    for key in row:
-        if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
-            raise ValueError(f"{where}: {key}: unknown field, did you mean {near[0]!r}?")
+    for key, value in row.items():
+        if key not in known and (near := _misspelt(key, value, [name for name in known if name not in row])):
+            raise ValueError(f"{where}: {key}: unknown field, did you mean {near!r}?")
     for key in required:
         if key not in row:
             raise ValueError(f"{where}: {key}: missing")
@@ -187,6 +195,15 @@ def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple
         if allowed and value not in allowed:
             raise ValueError(f"{where}: {key}: expected one of {', '.join(allowed)}, got {value!r}")
     return filled
+
+
+def _misspelt(key: str, value: Any, missing: Sequence[str]) -> str | None:
+    """Which of the missing fields is meant; none by names such as `prompt_id`, nor by a list in the place of a text."""
+    for name in difflib.get_close_matches(key, missing, n=1, cutoff=0.8):
+        kind = _OPTIONAL[name][0] if name in _OPTIONAL else object
+        if not key.startswith(f"{name}_") and isinstance(value, (int, float) if kind is float else kind):
+            return name
+    return None
 
 
 def _name(kind: Any) -> str:

@@ -76,7 +76,7 @@ def packed_dialogs(
     examples: list[EncodedDialog] = []
     for path in paths:
         for number, row in enumerate(read_dialogs(path), start=1):
-            trained, prompt, where = row.get("train_on", train_on), row["prompt_messages"], f"{path}:{number}"
+            trained, prompt, where = row["train_on"] or train_on, row["prompt_messages"], f"{path}:{number}"
             example = encode(row["messages"], tokenizer, train_on=trained, prompt_messages=prompt, where=where)
             if not any(example.supervised):
                 raise ValueError(
