@@ -6,9 +6,9 @@
 A model is `name=checkpoint`, or `name=answers.jsonl` with its answers (`evals/answer_files.py`). The judge is one or two reward
 models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a language model, or `--judge=http://host/v1`, an
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
-losses and garbage over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one half; `report.html` shows
-them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the same command. Answers
-that another checkpoint gave under this name, or this one under other settings, are refused.
+losses, garbage and what the judge refused, over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one
+half; `report.html` shows them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the
+same command. Answers that another checkpoint gave under this name, or this one under other settings, are refused.
 """
 
 import functools
@@ -149,12 +149,12 @@ def reward_outcomes(
 
 
 def model_as_judge(model: Model, *, max_tokens: int, rows: int = 16) -> judges.Ask:
-    """A language model of ours as a judge; a prompt that does not fit its context gets the empty reply, which is garbage."""
+    """A language model of ours as a judge; a prompt that does not fit its context is refused."""
 
-    def ask(dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str]]:
+    def ask(dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str | None]]:
         prompts = [encode_chat(dialog, model.tokenizer) for dialog in dialogs]
         fit = [i for i, ids in enumerate(prompts) if len(ids) + max_tokens <= model.config.max_length]
-        yield from ((i, "") for i in range(len(prompts)) if i not in set(fit))
+        yield from ((i, None) for i in range(len(prompts)) if i not in set(fit))
         for start in range(0, len(fit), rows):
             some = fit[start : start + rows]
             replies = model.respond([prompts[i] for i in some], Choice(0.0), max_tokens=max_tokens)
@@ -174,12 +174,13 @@ def report(results: dict[str, Any], directory: Path) -> None:
     results["figures"] = {plot.name: {"title": plot.title, "alt": plot.alt} for plot in drawn}
     write_json(directory / "results.json", judges.finite(results))
     rows = [
-        [axis, *(f"{values[key]:,}" for key in ("win", "tie", "loss", "garbage")), _interval(values["without_ties"], "share"),
+        [axis, *(f"{values[key]:,}" for key in judges.OUTCOMES), _interval(values["without_ties"], "share"),
          _interval(values["ties_half"], "mean")]
         for axis, values in axes.items()
     ]  # fmt: skip
-    columns = ["prompts", "win", "tie", "loss", "garbage", "win / (win + loss) %", "ties as half %"]
-    notes = [f"Judge: {results['judge']}. Garbage: no verdict that can be read; in no rate.",
+    columns = ["prompts", *judges.OUTCOMES, "win / (win + loss) %", "ties as half %"]
+    notes = [f"Judge: {results['judge']}. Garbage: no verdict that can be read. Refused: the judge did not take it, as too "
+             "long or for another reason. Both are in no rate.",
              f"Prompts without an answer, too long for a context: {results['too_long']:,}."]  # fmt: skip
     text = page(name, "Win rates by a model's judgement (3.4.1).", [Chapter("Win rates", notes, [Table(columns, rows)], drawn)])
     (directory / "report.html").write_text(text, encoding="utf-8")

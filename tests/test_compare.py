@@ -138,11 +138,11 @@ def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenize
     assert rows[0]["first"] == pytest.approx(1 / (1 + np.exp(-scores[0])), abs=1e-6)
 
 
-def test_a_model_of_ours_judges_and_what_does_not_fit_is_garbage(model):
+def test_a_model_of_ours_judges_and_refuses_what_does_not_fit(model):
     ask = compare.model_as_judge(model, max_tokens=4, rows=2)
     dialogs = [prompt(i)["messages"] for i in range(3)] + [prompt(3, words="a line " * 60)["messages"]]
     replies = dict(ask(dialogs))
-    assert sorted(replies) == [0, 1, 2, 3] and replies[3] == ""
+    assert sorted(replies) == [0, 1, 2, 3] and replies[3] is None
     (expected,) = model.respond([compare.encode_chat(dialogs[1], model.tokenizer)], Choice(0.0), max_tokens=4)
     assert replies[1] == model.tokenizer.decode([i for i in expected if i != model.tokenizer.eos_id]).strip()
 

@@ -97,7 +97,8 @@ def test_win_rates_by_hand_and_on_two_axes():
 
 @pytest.fixture
 def endpoint():
-    """(address, requests): every third request is told to wait, prompts with "13" get garbage, those with "broken" an error."""
+    """(address, requests): every third request is told to wait, prompts with "13" get garbage, those with "broken", "locked" or
+    "mute" an error, and "huge" ones are too long."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -105,10 +106,13 @@ def endpoint():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.headers.get("Authorization"), body))
             text = content(body["messages"])
-            ((_, verdict),) = prefers_good([body["messages"]]) if "broken" not in text else ((0, ""),)
+            plain = not any(word in text for word in ("broken", "locked", "mute", "huge"))
+            ((_, verdict),) = prefers_good([body["messages"]]) if plain else ((0, ""),)
             status = 400 if "broken" in text else 429 if len(requests) % 3 == 0 else 200
+            status = 401 if "locked" in text else 500 if "mute" in text else 400 if "huge" in text else status
             reply = {"choices": [{"message": {"content": "no idea" if "question 13" in text else verdict}}]}
-            data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
+            problem = "maximum context length is 4096" if "huge" in text else "no"
+            data = json.dumps(reply if status == 200 else {"error": problem}).encode()
             self.send_response(status)
             self.end_headers()
             self.wfile.write(data)
@@ -128,12 +132,44 @@ def test_an_endpoint_judges_with_patience(endpoint, tmp_path):
     outcomes = judges.ask_judge(pairs(), ask, RowFile(tmp_path / "v"), name="x", seed=0)
     assert outcomes.count("win") == 23 and outcomes[13] == "garbage" and len(requests) > 24
     assert requests[0][0] == "Bearer key" and requests[0][1]["model"] == "judge" and requests[0][1]["temperature"] == 0
-    with pytest.raises(ValueError, match=r"gave no answer: HTTP 400: .*no"):
-        list(ask([[{"role": "user", "content": "broken"}]]))
     with pytest.raises(ValueError, match="gave no answer: URLError"):
         list(Endpoint("http://127.0.0.1:9/v1", model="x", tries=2, pause=0.01)([[{"role": "user", "content": "x"}]]))
     with pytest.raises(ValueError, match="expected an address"):
         Endpoint("ftp://x", model="x")
+
+
+def said(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_one_request_that_is_refused_does_not_end_the_others(endpoint, tmp_path):
+    address, requests = endpoint
+    ask = Endpoint(address, model="judge", pause=0.01, tries=9)
+    some = pairs()
+    some[7] = (some[7][0], Answered(some[7][1].messages, "poor huge"))
+    kept = RowFile(tmp_path / "v")
+    outcomes = judges.ask_judge(some, ask, kept, name="x", seed=0)
+    assert outcomes[7] == "refused" and outcomes[13] == "garbage" and outcomes.count("win") == 22
+    found = judges.summarise(outcomes)
+    assert (found["refused"], found["garbage"], found["ties_half"]["n"], found["without_ties"]["share"]) == (1, 1, 22, 1.0)
+    before = len(requests)
+    assert judges.ask_judge(some, ask, kept, name="x", seed=0) == outcomes and len(requests) == before
+    assert list(ask(said("huge"))) == [(0, None)] and list(ask(said("broken"))) == [(0, None)]
+    assert sorted(ask(said(*["huge"] * 20))) == [(i, None) for i in range(20)]  # all that is left may be too long
+
+
+def test_what_is_wrong_with_all_requests_ends_the_run(endpoint):
+    address, requests = endpoint
+    ask = Endpoint(address, model="judge", pause=0.0, tries=3, workers=1)
+    with pytest.raises(ValueError, match="gave no answer: HTTP 400"):
+        list(ask(said(*["broken"] * 20)))  # and none of them is handed out as refused
+    with pytest.raises(ValueError, match="gave no answer: HTTP 401"):
+        list(ask(said("locked", *["good poor"] * 20)))
+    before, handed_out = len(requests), []
+    with pytest.raises(ValueError, match="HTTP 500.*; of 4 requests 1 are left, which the next run asks"):
+        for answer in ask(said("good poor", "mute", "good poor", "broken")):
+            handed_out.append(answer)
+    assert sorted(i for i, _ in handed_out) == [0, 2, 3] and dict(handed_out)[3] is None and len(requests) > before
 
 
 def test_the_command_compares_answer_files_by_an_endpoint_and_resumes(endpoint, tmp_path):

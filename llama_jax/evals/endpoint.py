@@ -1,7 +1,12 @@
-"""An OpenAI-compatible endpoint as a judge: many requests at a time, tried again where the server asks for patience."""
+"""An OpenAI-compatible endpoint as a judge: many requests at a time, tried again where the server asks for patience.
+
+One request that the endpoint does not take, say because it is longer than the judge's context, is its own affair: it gets no
+reply, and the others go on. What is wrong with all of them (a key, a model's name, no server) ends the run.
+"""
 
 import concurrent.futures
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -10,6 +15,17 @@ from collections.abc import Iterator, Sequence
 from llama_jax.data.dialog import Message
 
 _PATIENCE = (429, 500, 502, 503, 504)
+_REFUSED = (400, 413, 422)
+_TOO_LONG = re.compile(r"context|too (long|large)|maximum.{0,40}length", re.IGNORECASE | re.DOTALL)
+_IN_A_ROW = 8  # so many failures, and none is the fault of its request
+
+
+class _FailedError(Exception):
+    """A request without an answer. `refused`: the endpoint does not take it; `certain`: and says that it is too long."""
+
+    def __init__(self, problem: str, *, refused: bool = False, certain: bool = False, fatal: bool = False):
+        super().__init__(problem)
+        self.refused, self.certain, self.fatal = refused, certain, fatal
 
 
 class Endpoint:
@@ -25,16 +41,44 @@ class Endpoint:
         self._workers, self._tries, self._timeout, self._pause = workers, tries, timeout, pause
         self._max_tokens = max_tokens
 
-    def __call__(self, dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str]]:
-        """See `judges.Ask`. ValueError for an endpoint that does not answer; what came before it has been handed out."""
+    def __call__(self, dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str | None]]:
+        """See `judges.Ask`; None for a request that was refused.
+
+        Raises:
+          ValueError: the endpoint does not know us, refuses everything, or left requests without an answer for other reasons;
+            what came before has been handed out.
+        """
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
             futures = {pool.submit(self._reply, dialog): i for i, dialog in enumerate(dialogs)}
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    yield futures[future], future.result()
+                yield from self._sort(futures)
             finally:
                 for future in futures:
                     future.cancel()
+
+    def _sort(self, futures: dict[concurrent.futures.Future, int]) -> Iterator[tuple[int, str | None]]:
+        """Replies as they come. Refusals wait for the first reply: until then they may be the fault of all requests alike."""
+        answered, waiting, silent, row = False, [], [], 0
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                reply = future.result()
+            except _FailedError as error:
+                if error.refused and (answered or error.certain):
+                    yield futures[future], None
+                    continue
+                (waiting if error.refused else silent).append((futures[future], error))
+                row += 1
+                if error.fatal or row == max(_IN_A_ROW, self._workers):
+                    raise ValueError(f"judge: {self.url} gave no answer: {error}") from None
+                continue
+            answered, row = True, 0
+            yield futures[future], reply
+            yield from ((i, None) for i, _ in waiting)
+            waiting.clear()
+        yield from ((i, None) for i, _ in waiting)
+        if silent:
+            again = "" if len(futures) == 1 else f"; of {len(futures)} requests {len(silent)} are left, which the next run asks"
+            raise ValueError(f"judge: {self.url} gave no answer: {silent[-1][1]}{again}")
 
     def _reply(self, messages: list[Message]) -> str:
         body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self._max_tokens}
@@ -45,10 +89,15 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return json.load(response)["choices"][0]["message"]["content"] or ""
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+                text = error.read(500).decode(errors="replace")
+                problem = f"HTTP {error.code}: {text}"
+                if error.code in _REFUSED:
+                    certain = error.code == 413 or bool(_TOO_LONG.search(text))
+                    raise _FailedError(problem, refused=True, certain=certain) from None
                 if error.code not in _PATIENCE:
-                    break
+                    raise _FailedError(problem, fatal=True) from None
             except (OSError, ValueError, LookupError, TypeError) as error:  # unreachable, or no JSON of this API
                 problem = f"{type(error).__name__}: {error}"
-            time.sleep(self._pause * 2**number)
-        raise ValueError(f"judge: {self.url} gave no answer: {problem}")
+            if number + 1 < self._tries:
+                time.sleep(self._pause * 2**number)
+        raise _FailedError(problem)

@@ -1,8 +1,9 @@
 """Which of two answers is better, by a judge that is no person: a reward model, or a language model (section 3.4.1).
 
 The language model sees both answers in random order and ends with [[A]], [[B]] or [[C]]; its prompt is ours, since the paper's
-is not printed. A reply without exactly one such verdict is garbage: counted, and never taken for a tie. Verdicts are kept in a
-file as they come, by what was judged and who judged, so that a run goes on where it was stopped.
+is not printed. A reply without exactly one such verdict is garbage, and what the judge did not take, as too long, is refused;
+both are counted, and never taken for a tie. Verdicts are kept in a file as they come, by what was judged and who judged, so
+that a run goes on where it was stopped.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from llama_jax.evals.statistics import win_rate
 from llama_jax.reward.held_out import share
 
 Pair = tuple[Answered, Answered]
-# Dialogs -> (index of a dialog, reply) in any order, each as soon as it is there.
-Ask = Callable[[Sequence[list[Message]]], Iterator[tuple[int, str]]]
+# Dialogs -> (index of a dialog, reply) in any order, each as soon as it is there; None where the judge refused the dialog.
+Ask = Callable[[Sequence[list[Message]]], Iterator[tuple[int, str | None]]]
+OUTCOMES = ("win", "tie", "loss", "garbage", "refused")
 
 _SYSTEM = (
     "You compare two answers that assistants gave to the same request. Judge which answer serves the person better: whether it "
@@ -73,7 +75,7 @@ def outcome(verdict: str | None, *, swapped: bool) -> str:
 def ask_judge(
     pairs: Sequence[Pair], ask: Ask, kept: RowFile, *, name: str, seed: int, done: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """The outcome of each pair by a language model; replies that are in `kept` are not asked for again.
+    """The outcome of each pair by a language model, one of OUTCOMES; replies that are in `kept` are not asked for again.
 
     Args:
       name: who judges; another judge's verdicts do not count.
@@ -88,10 +90,14 @@ def ask_judge(
         done()
     for place, reply in ask([judge_prompt(pairs[i], swapped=swaps[i]) for i in missing]):
         i = missing[place]
-        kept.append({"key": keys[i], "judge": name, "swapped": swaps[i], "verdict": parse_verdict(reply), "reply": reply})
+        verdict = None if reply is None else parse_verdict(reply)
+        kept.append({"key": keys[i], "judge": name, "swapped": swaps[i], "verdict": verdict, "reply": reply})
         replies[keys[i]] = reply
         done()
-    return [outcome(parse_verdict(replies[key]), swapped=swapped) for key, swapped in zip(keys, swaps)]
+    return [
+        "refused" if replies[key] is None else outcome(parse_verdict(replies[key]), swapped=swapped)
+        for key, swapped in zip(keys, swaps)
+    ]
 
 
 def compare_scores(first: np.ndarray, second: np.ndarray) -> list[str]:
@@ -103,9 +109,10 @@ def compare_scores(first: np.ndarray, second: np.ndarray) -> list[str]:
 
 def summarise(outcomes: Sequence[str]) -> dict[str, Any]:
     """Counts, and the win rate with its 95 % interval in two readings: ties dropped (Fig. 2), and ties as one half."""
-    counts = {name: outcomes.count(name) for name in ("win", "tie", "loss", "garbage")}
+    counts = {name: outcomes.count(name) for name in OUTCOMES}
     decided = np.array([word == "win" for word in outcomes if word in ("win", "loss")], bool)
-    judged = np.array([{"win": 1.0, "tie": 0.5, "loss": 0.0}[word] for word in outcomes if word != "garbage"])
+    points = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+    judged = np.array([points[word] for word in outcomes if word in points])
     half = dataclasses.asdict(win_rate(judged, 1 - judged)) if len(judged) else {"mean": math.nan, "n": 0}
     return {
         **counts, "n": len(outcomes), "without_ties": share(decided),
