@@ -29,34 +29,49 @@ def few(steps: int, *, loop: dict | None = None, **changes) -> dict:
     return {"epochs": 0.0, "loop": loop, "optim": {"warmup": 1}, "compute": {"unroll": False}, **changes}
 
 
+def arguments(text: str, *, named: bool = False) -> tuple[str, str, str]:
+    """Size, name and slice of a stage's argument, `70b` or `70b,tpu=v5p-512`; with `named` also `70b,safety,tpu=v5p-512`."""
+    size, *words = text.split(",")
+    tpu = words.pop().removeprefix("tpu=") if words and words[-1].startswith("tpu=") else ""
+    if len(words) > named:
+        form = "<size>,<name>,tpu=<slice>" if named else "<size>,tpu=<slice>"
+        raise ValueError(f"{text!r}: expected {form}, of which the size alone must be there")
+    return check(size), words[0] if words else "", tpu
+
+
 def mesh(size: str) -> ConfigDict:
-    """Everything over fsdp; the 34B and 70B also over 8-way tensor parallelism, which generation needs to hold them."""
-    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 8 if size in ("34b", "70b") else 1})
+    """Everything over fsdp; models of 33B and more also over tensor parallelism, which generation needs to hold them.
+
+    Generation divides weights over `tensor` alone; the 33B of Llama 1 has 52 heads, which 8 does not divide.
+    """
+    tensor = {"34b": 8, "70b": 8, "llama1-33b": 4, "llama1-65b": 8}.get(size, 1)
+    return ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": tensor})
 
 
-# Settings of pretraining by size and slice, each compiled for it by a test: (remat, microbatches, changes of the mesh).
-# `python -m llama_jax.plan --config=configs/pretrain.py:<size> --topology=<slice> --search` finds others.
-PODS: dict[tuple[str, str], tuple[str, int, dict]] = {
-    ("7b", "v5p-128"): ("dots", 4, {}),
-    ("7b", "v5e-256"): ("full", 4, {}),
-    ("13b", "v5p-256"): ("dots", 2, {}),
-    ("34b", "v5p-512"): ("dots", 2, {}),
-    ("70b", "v5p-512"): ("attention", 1, {}),
-    ("70b", "v6e-256"): ("full", 4, {}),
-    ("70b", "tpu7x-128"): ("attention", 2, {}),
+# Settings by stage, size and slice, each compiled for it by a test: (remat, microbatches, changes of the mesh).
+PODS: dict[tuple[str, str, str], tuple[str, int, dict]] = {
+    ("pretrain", "7b", "v5p-128"): ("dots", 4, {}),
+    ("pretrain", "7b", "v5e-256"): ("full", 4, {}),
+    ("pretrain", "13b", "v5p-256"): ("dots", 2, {}),
+    ("pretrain", "34b", "v5p-512"): ("dots", 2, {}),
+    ("pretrain", "70b", "v5p-512"): ("attention", 1, {}),
+    ("pretrain", "70b", "v6e-256"): ("full", 4, {}),
+    ("pretrain", "70b", "tpu7x-128"): ("attention", 2, {}),
 }
 
 
-def pod(config: ConfigDict, argument: str) -> ConfigDict:
-    """A stage's config with the settings of PODS for `tpu=<slice>`; without an argument, as it is."""
-    if not argument:
+def pod(config: ConfigDict, tpu: str) -> ConfigDict:
+    """A stage's config with the settings of PODS for a slice; without one, as it is."""
+    if not tpu:
         return config
-    name, _, tpu = argument.partition("=")
-    settings = PODS.get((config.model, tpu))
-    if name != "tpu" or settings is None:
-        known = ", ".join(f"tpu={tpu}" for model, tpu in PODS if model == config.model) or "nothing"
-        raise ValueError(f"{argument!r} is unknown for {config.model}; expected {known}")
-    remat, microbatches, changes = settings
+    kind, size = config.stage, config.model
+    if (kind, size, tpu) not in PODS:
+        known = [f"{stage}.py:{model},tpu={name}" for stage, model, name in PODS if model == size]
+        raise ValueError(
+            f"{kind}.py:{size},tpu={tpu}: no settings are kept for it; there are {', '.join(known) or 'none for this size'}. "
+            f"Others: python -m llama_jax.plan --config=configs/{kind}.py:{size} --topology={tpu} --search"
+        )
+    remat, microbatches, changes = PODS[kind, size, tpu]
     config.compute.remat, config.loop.microbatches = remat, microbatches
     config.mesh.update(changes)
     return config
@@ -95,10 +110,10 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
     })  # fmt: skip
 
 
-def stage(kind: str, size: str, /, **fields) -> ConfigDict:
-    """A stage's config; paths are given on the command line or by the recipe."""
+def stage(kind: str, size: str, tpu: str = "", /, **fields) -> ConfigDict:
+    """A stage's config, with the settings of a slice if one is named; paths are given on the command line or by the recipe."""
     config = ConfigDict({
         "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "", "context": 0,
         "compute": compute(size), "mesh": mesh(size), "lora": lora(), **fields,
     })  # fmt: skip
-    return config
+    return pod(config, tpu)

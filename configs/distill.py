@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """The paper gives the way, but no numbers; those of SFT and rejection sampling stand here."""
+    size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
@@ -27,6 +28,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     }
     optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
-    config = common.stage("distill", size, data=data, distill=distill, policy="", safety="", epochs=2.0, optim=optim, loop=loop)
+    config = common.stage(
+        "distill", size, tpu, data=data, distill=distill, policy="", safety="", epochs=2.0, optim=optim, loop=loop
+    )
     config.context = 512 if tiny else 0  # the answer templates have up to 126 tokens of the demo's tokenizer
     return config

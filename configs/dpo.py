@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """beta 0.1 and 64 pairs a batch as published; one epoch at peak 5e-7 with cosine, as chat models of 7B are tuned."""
+    size, _, tpu = common.arguments(argument)
     length = {"tiny": 144}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = ConfigDict({
         "train": (), "shares": (), "rest": (), "rest_share": 0.5, "held_out": (), "length": length,
@@ -22,4 +23,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
         optim, loop = common.adamw(5e-5, warmup=5), common.loop(100, 16, checkpoint_every=100)
     else:
         optim, loop = common.adamw(5e-7, warmup_share=0.03), common.loop(5000, 64, checkpoint_every=500)
-    return common.stage("dpo", size, data=data, dpo=dpo, epochs=1.0, optim=optim, loop=loop)
+    return common.stage("dpo", size, tpu, data=data, dpo=dpo, epochs=1.0, optim=optim, loop=loop)

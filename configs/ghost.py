@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """The paper gives the way, but no numbers except the families and the half of terse instructions; SFT's for the rest."""
+    size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     length = {"tiny": 1024}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
@@ -33,6 +34,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
     }
     optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 4 if tiny else 64, checkpoint_every=100)
-    config = common.stage("ghost", size, data=data, ghost=ghost, policy="", epochs=2.0, optim=optim, loop=loop)
+    config = common.stage("ghost", size, tpu, data=data, ghost=ghost, policy="", epochs=2.0, optim=optim, loop=loop)
     config.context = length if tiny else 0
     return config

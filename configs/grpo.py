@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """64 prompts of 16 answers an iteration (published: 64 answers), one gradient step on them, KL 0.04, constant 1e-6."""
+    size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     grpo = {
         "rollout_size": 64 if tiny else 1024,
@@ -24,5 +25,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
     loop = common.loop(72 if tiny else 400, 64 if tiny else 1024, log_every=1, checkpoint_every=40)
     return common.stage(
-        "grpo", size, data=data, grpo=grpo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
+        "grpo", size, tpu, data=data, grpo=grpo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
     )

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """512 prompts an iteration in mini-batches of 64, one gradient step each, 200 to 400 iterations at constant 1e-6."""
+    size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     ppo = {
         "rollout_size": 64 if tiny else 512,
@@ -30,5 +31,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
     loop = common.loop(32 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
     return common.stage(
-        "ppo", size, data=data, ppo=ppo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
+        "ppo", size, tpu, data=data, ppo=ppo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
     )

@@ -1,6 +1,7 @@
 """Pretraining (paper section 2.2): `python -m llama_jax.train --config=configs/pretrain.py:7b --workdir=...`.
 
-`configs/pretrain.py:70b,tpu=v5p-512` adds settings for that slice (configs/common.py: PODS).
+`configs/pretrain.py:70b,tpu=v5p-512` adds settings for that slice, as every stage's config does for those that are kept
+(configs/common.py: PODS).
 
 Give `--config.data.corpus` and `--config.tokenizer` of a corpus made by `llama_jax.corpus`.
 """
@@ -12,7 +13,7 @@ from configs import common
 
 def get_config(argument: str = "tiny") -> ConfigDict:
     """Table 1: peak 3e-4 (7B, 13B) or 1.5e-4 (34B, 70B), 2000 steps of warm-up, 4M tokens a batch, 2T tokens."""
-    size, _, pod = argument.partition(",")
+    size, _, tpu = common.arguments(argument)
     data = {"corpus": "corpus", "weights": {}, "separate_documents": False}
     if size == "tiny":
         # Small batches: for the same tokens, 1,600 steps of 4 rows reach 0.06 to 0.11 bits per byte less than 800 of 8.
@@ -23,6 +24,6 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         trillions = {"llama1-7b": 1.0, "llama1-13b": 1.0, "llama1-33b": 1.4, "llama1-65b": 1.4}.get(size, 2.0)
         optim = common.adamw(1.5e-4 if size in ("34b", "70b", "llama1-33b", "llama1-65b") else 3e-4, warmup=2000)
         loop = common.loop(round(trillions * 1e12 / (4 * 2**20)), rows, eval_every=1000)
-    config = common.stage("pretrain", size, data=data, optim=optim, loop=loop, z_loss=0.0)
-    config.mesh.tensor = 1  # at 4M tokens a batch, gathering weights costs less than exchanging activations
-    return common.pod(config, pod)
+    # At 4M tokens a batch, gathering weights costs less than exchanging activations.
+    mesh = {**common.mesh(size), "tensor": 1}
+    return common.stage("pretrain", size, tpu, data=data, optim=optim, loop=loop, mesh=mesh, z_loss=0.0)

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT."""
+    size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
@@ -34,6 +35,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
     optim = common.adamw(1e-3 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
     return common.stage(
-        "rejection", size, data=data, rejection=rejection, policy="", policy_model="", helpfulness="", safety="",
+        "rejection", size, tpu, data=data, rejection=rejection, policy="", policy_model="", helpfulness="", safety="",
         reward_model="", pools=(), epochs=3.0 if tiny else 2.0, optim=optim, loop=loop,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from configs import common
 
 def get_config(argument: str = "tiny") -> ConfigDict:
     """One epoch of 512 pairs a batch, peak 5e-6 (70B) or 1e-5, cosine to 10 %, warm-up 3 % of the steps, at least 5."""
-    size, _, name = argument.partition(",")
+    size, name, tpu = common.arguments(argument, named=True)
     name = name or "helpfulness"
     length = {"tiny": 128, "smollm2-135m": 192}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = ConfigDict({"train": (), "shares": (), "held_out": (), "validation": (), "length": length, "buckets": 8})
@@ -36,7 +36,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         loop = common.loop(5700, 512, checkpoint_every=500)
     # The paper prints no weight of the auxiliary loss (A.3.4); it belongs to the safety model.
     config = common.stage(
-        "reward", size, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0,
+        "reward", size, tpu, name=name, data=data, margin="small", safety_weight=1.0 if name == "safety" else 0.0,
         center_weight=0.0, epochs=1.0,
         score_pairs=256 if size in ("tiny", "smollm2-135m") else 4096, optim=optim, loop=loop,
     )  # fmt: skip

@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
     """27,540 annotations, 2 epochs (1 at `tiny`), batch 64 rows of 4096, learning rate 2e-5 with cosine."""
+    size, _, tpu = common.arguments(argument)
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": ("dialogs.jsonl",), "held_out": (), "length": length, "train_on": "all", "chat": "llama2"}
     if size == "tiny":
         optim, loop = common.adamw(1e-3, warmup=10), common.loop(100, 8, checkpoint_every=100)
     else:
         optim, loop = common.adamw(2e-5), common.loop(1000, 64, checkpoint_every=200)
-    return common.stage("sft", size, data=data, epochs=1.0 if size == "tiny" else 2.0, optim=optim, loop=loop)
+    return common.stage("sft", size, tpu, data=data, epochs=1.0 if size == "tiny" else 2.0, optim=optim, loop=loop)

@@ -18,7 +18,8 @@ from llama_jax.config import ConfigError
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
-from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.parallel.axes import DECODE, is_spec, partition
+from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llama_jax.planning import calibration, estimate, hlo, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
 from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
@@ -533,19 +534,50 @@ def test_the_cores_of_a_chip_talk_through_its_memory_on_several_slices_too():
     assert seconds(2) == seconds(1) < 1e-3
 
 
-@pytest.mark.parametrize(("size", "tpu"), common.PODS, ids=str)
-def test_recommended_settings_parse_and_divide_the_batch(size, tpu):
-    config = parse_stage(pretrain.get_config(f"{size},tpu={tpu}"))
+@pytest.mark.parametrize(("stage", "size", "tpu"), common.PODS, ids=str)
+def test_recommended_settings_parse_and_divide_the_batch(stage, size, tpu):
+    config = parse_stage(importlib.import_module(f"configs.{stage}").get_config(f"{size},tpu={tpu}"))
     chip, shape = topology.parse(tpu)
     devices = chip.devices * int(np.prod(shape))
     data, fsdp, _, _ = config.mesh.sizes(devices)
     assert config.loop.batch_size % (data * fsdp * config.loop.microbatches) == 0
-    assert config.compute.remat == common.PODS[size, tpu][0]
+    assert config.compute.remat == common.PODS[stage, size, tpu][0]
 
 
-def test_a_slice_without_settings_is_named():
-    with pytest.raises(ValueError, match="'tpu=v4-8' is unknown for 70b; expected tpu=v5p-512"):
-        pretrain.get_config("70b,tpu=v4-8")
+STAGES = ("pretrain", "sft", "reward", "rejection", "ppo", "ghost", "distill", "dpo", "grpo")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_takes_the_name_of_a_slice(monkeypatch, stage):
+    get_config = importlib.import_module(f"configs.{stage}").get_config
+    with pytest.raises(ValueError, match=rf"{stage}.py:70b,tpu=v4-8: no settings are kept for it; there are "
+                       r"pretrain.py:70b,tpu=v5p-512, pretrain.py:70b,tpu=v6e-256, pretrain.py:70b,tpu=tpu7x-128. Others: "
+                       rf"python -m llama_jax.plan --config=configs/{stage}.py:70b --topology=v4-8 --search"):  # fmt: skip
+        get_config("70b,tpu=v4-8")
+    monkeypatch.setitem(common.PODS, (stage, "70b", "v4-8"), ("queries", 2, {"tensor": 2}))
+    config = parse_stage(get_config("70b,tpu=v4-8"))
+    assert (config.compute.remat, config.loop.microbatches, config.mesh.tensor) == ("queries", 2, 2)
+    with pytest.raises(ValueError, match="'70b,tpu=v4-8,safety,x': expected <size>,"):
+        get_config("70b,tpu=v4-8,safety,x")
+
+
+def test_a_reward_model_has_a_name_and_a_slice(monkeypatch):
+    get_config = importlib.import_module("configs.reward").get_config
+    monkeypatch.setitem(common.PODS, ("reward", "7b", "v4-8"), ("full", 2, {}))
+    config = get_config("7b,safety,tpu=v4-8")
+    assert (config.name, config.safety_weight, config.loop.microbatches) == ("safety", 1.0, 2)
+    assert get_config("7b").name == get_config("7b,tpu=v4-8").name == "helpfulness"
+
+
+@pytest.mark.parametrize("size", common.SIZES)
+def test_the_weights_of_generation_fit_half_of_a_chip(size):
+    # The other half is for the cache, the frozen models and the optimizer.
+    mesh = dict(zip(AXES, MeshConfig(**common.mesh(size)).sizes(256), strict=True))
+    held = 0
+    for spec in jax.tree.leaves(table(SIZES[size], head="lm_head"), is_leaf=is_spec):
+        entries = partition(spec.shape, spec.axes, DECODE, types.SimpleNamespace(shape=mesh))
+        held += 2 * int(np.prod(spec.shape)) // int(np.prod([mesh[entry] for entry in entries if entry]))
+    assert held < 95.74 * 2**30 / 2  # bytes, in bfloat16, of a v5p
 
 
 def test_the_calibration_stands_beside_its_error():
