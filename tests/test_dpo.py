@@ -218,7 +218,7 @@ def stages(directory, tokenizer, *, steps):
     comparisons = {"train": pairs_file, "held_out": pairs_file, "length": 64}
     loop = {"steps": steps, "batch_size": 16, "checkpoint_every": steps}
     return {
-        "sft": {"data": {"train": (str(directory / "dialogs.jsonl"),), "length": 64}, "loop": loop},
+        "sft": {"start": "scratch", "data": {"train": (str(directory / "dialogs.jsonl"),), "length": 64}, "loop": loop},
         "dpo": {"start": str(directory / "sft"), "data": comparisons, "loop": loop, "optim": {"warmup": 1, "lr": 1e-3}},
         "reward": {"start": str(directory / "sft"), "data": comparisons, "loop": loop},
     }

@@ -21,11 +21,12 @@ from llama_jax.model.lora import LoraConfig
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.pretrain.base import begin, load_tokenizer
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.rlhf.rollout import RolloutSource
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
-from llama_jax.train import run
+from llama_jax.train import parse_stage, run
 from llama_jax.training import checkpoint, optimizer
 from llama_jax.training.checkpoint import CheckpointError, read_meta, saved_parts
 from llama_jax.training.optimizer import OptimConfig
@@ -280,8 +281,22 @@ def test_dpo_and_grpo_take_adapters(directory, small_tiny, tmp_path):
     assert saved(tmp_path / "grpo")[0] == {"policy": {"lora"}}
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_no_stage_but_pretraining_draws_a_model_that_was_not_asked_for(directory, small_tiny, tmp_path, stage):
+    values = small_runs.values(directory, stage, steps=1, start="")
+    with pytest.raises(ConfigError, match=f"config.start: {stage} .* expected its workdir, got nothing.*'scratch'"):
+        run(values, tmp_path / stage)
+    config = parse_stage(small_runs.values(directory, stage, steps=1, start="scratch"))
+    load_tokenizer(config)
+    specs = params.table(SIZES["tiny"], head="lm_head")
+    made = begin(config, specs, make_mesh(), workdir=tmp_path)
+    assert all(jax.tree.leaves(jax.tree.map(np.isfinite, jax.tree.map(np.sum, made.init()))))
+    with pytest.raises(ConfigError, match="config.start=scratch: .* no reference"):
+        made.completed(specs, make_mesh(), start=config.start)
+
+
 def test_adapters_without_a_start_are_refused(directory, small_tiny, tmp_path):
     values = small_runs.values(directory, "sft", steps=1, lora={"rank": 2})
-    values.start = ""
+    values.start = "scratch"
     with pytest.raises(ConfigError, match="lora.rank.* need a model to adapt"):
         run(values, tmp_path / "sft")

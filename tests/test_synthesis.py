@@ -72,7 +72,7 @@ def base(tmp_path_factory):
         ])  # fmt: skip
         write_jsonl(path / "values.jsonl", [{"kind": "opening", "value": w} for w in WORDS[:3]])
         data = {"train": (str(path / "sft.jsonl"),), "length": 96}
-        run(stage("sft", path, data=data, optim={"lr": 2e-2}, loop={"steps": 40}), path / "sft")
+        run(stage("sft", path, start="scratch", data=data, optim={"lr": 2e-2}, loop={"steps": 40}), path / "sft")
         reward = {"train": (str(path / "pairs.jsonl"),), "length": 96}
         run(stage("reward", path, data=reward, start=str(path / "sft")), path / "safety")
         yield path

@@ -1,4 +1,7 @@
-"""What every stage's config and start have in common: a model of some size, from scratch or from another stage."""
+"""What every stage's config and start have in common: a model of some size, from scratch or from another stage.
+
+Only pretraining draws its parameters by itself; every later stage is told where they come from.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from llama_jax.training.checkpoint import CheckpointError, read_meta
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig
 
+SCRATCH = "scratch"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -29,7 +34,8 @@ class StageConfig:
     stage: which stage this is (the key of `train.STAGES`).
     model: a name of `model.config.SIZES`.
     tokenizer: path of the SentencePiece model.
-    start: workdir of the stage whose parameters this one starts from; empty: they are drawn.
+    start: workdir of the stage whose parameters this one starts from; "scratch": they are drawn, as pretraining's are where
+      it is empty.
     context: tokens that a row may have; 0: as many as the model's size has. Rotary positions have no parameters, so a
       longer context than the one of `start` needs training, but no other model.
     lora: adapters that are trained in place of the matrices of `start`; rank 0: none.
@@ -53,7 +59,7 @@ class StageConfig:
 
 
 def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
-    """The model's shape and the tokenizer; ConfigError if their vocabularies differ, or from that of `start`."""
+    """The model's shape and the tokenizer; ConfigError if they, or `start`, do not fit together, or if there is no start."""
     model, tokenizer = size(config.model), Tokenizer(config.tokenizer)
     if config.context:
         model = dataclasses.replace(model, max_length=config.context)
@@ -62,9 +68,19 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
             f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model {config.model} expects "
             f"{model.vocab_size}"
         )
-    if config.start:
+    if not is_drawn(config.start):
         check_start(config.start, model, tokenizer)
+    elif not config.start and config.stage != "pretrain":
+        raise ConfigError(
+            f"config.start: {config.stage} goes on with the parameters of another stage; expected its workdir, got nothing "
+            f"({SCRATCH!r} draws them)"
+        )
     return model, tokenizer
+
+
+def is_drawn(start: str) -> bool:
+    """Whether parameters with this start are drawn."""
+    return start in ("", SCRATCH)
 
 
 def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -97,7 +113,7 @@ def starting_params(specs: Specs, mesh: Mesh, *, start: str, seed: int) -> Calla
     """How a stage's parameters begin: drawn, or another stage's trunk, with its head where it has the one we need."""
 
     def init() -> Params:
-        if not start:
+        if is_drawn(start):
             return fresh(specs, mesh, seed=seed)
         saved = model_parts(start)
         found = {name: part for name, part in specs.items() if name in saved}
@@ -123,6 +139,8 @@ class Begin:
 
     def completed(self, specs: Specs, mesh: Mesh, *, start: str | Path) -> Params:
         """The start's own model: the reference of DPO and PPO. What is frozen here anyway is not held twice."""
+        if is_drawn(str(start)):
+            raise ConfigError(f"config.start={start}: parameters drawn at random are no reference; expected a stage's workdir")
         base = {name: part for name, part in self.frozen.items() if name in specs}
         return {**base, **restore_model(start, {name: part for name, part in specs.items() if name not in base}, mesh)}
 
@@ -169,7 +187,7 @@ def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:
 
 def check_adapters(lora: LoraConfig, start: str) -> None:
     """ConfigError for adapters of nothing."""
-    if lora.rank and not start:
+    if lora.rank and is_drawn(start):
         raise ConfigError("config.start: adapters (config.lora.rank) need a model to adapt; expected a stage's workdir")
 
 
