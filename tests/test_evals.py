@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.evals import statistics
+from llama_jax.evals import statistics, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.targets import check_targets, lookup, number, percent, share
 from llama_jax.rlhf import best_of
@@ -186,6 +186,42 @@ def test_report_escapes_what_models_wrote_and_inlines_plots(tmp_path):
     assert "    # no heading" in markdown and f"![{figures['verdict'].alt}](figures/verdict.png)" in markdown
     assert "More figures" in markdown and (tmp_path / "figures" / "my_own.png").read_bytes() == figures["my_own"].png()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+class Letters:
+    """A tokenizer whose pieces are characters."""
+
+    def encode(self, text, *, bos):
+        return [1] * bos + [ord(letter) for letter in text]
+
+
+def asked(question, reference, kind, *, is_safety=False):
+    messages = [{"role": "user", "content": question}]
+    return {"messages": messages, "reference": reference, "kind": kind, "is_safety": is_safety}
+
+
+def test_the_base_model_is_shown_whole_examples_one_refusal_first():
+    rows = [
+        asked("a long question?", "b", "what"), asked("q?", "b", "what"), asked("where?", "here", "module"),
+        asked("rob?", "I can't help with that.", "refusal", is_safety=True), asked("z?", "z", "harmless"),
+    ]  # fmt: skip
+    examples = verdict.short_examples(rows)
+    # The kind that is asked twice comes before those asked once, with its shortest question.
+    assert [(row["kind"], row["messages"][0]["content"]) for row in examples] == [
+        ("refusal", "rob?"), ("what", "q?"), ("harmless", "z?"), ("module", "where?"),
+    ]  # fmt: skip
+    turns = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "it?"}]
+    shown = lambda limit: verdict.few_shot_prompt({"messages": turns}, examples, Letters(), limit=limit)  # noqa: E731
+    refusal = "Question: rob?\nAnswer: I can't help with that.\n\n"
+    question = "Question: and?\nAnswer: so\nQuestion: it?\nAnswer:"
+    assert shown(1000)[0] == 1 and len(shown(1000)) > 150
+    for limit in (len(shown(1000)) - 1, 100, 1 + len(question)):
+        ids = shown(limit)
+        text = "".join(map(chr, ids[1:]))
+        assert ids[0] == 1 and len(ids) <= limit and text.endswith(question)
+        assert text.startswith(refusal) or text == question
+    with pytest.raises(ValueError, match="without any example, does not fit into 20"):
+        shown(20)
 
 
 def test_lookup_and_formats():

@@ -70,10 +70,8 @@ def base_answers(
     decoding: Decoding, **how,
 ) -> list[Answer]:  # fmt: skip
     """Answers of a base model that is shown solved examples as plain text; a line break ends its answer."""
-    shots = "".join(f"Question: {row['messages'][-1]['content']}\nAnswer: {row['reference']}\n\n" for row in examples)
-    texts = [f"{shots}Question: {_as_text(row)}\nAnswer:" for row in rows]
-    prompts = [tokenizer.encode(text, bos=True)[-(model.max_length - decoding.new_tokens) :] for text in texts]
     decoding = dataclasses.replace(decoding, prompt_length=model.max_length - decoding.new_tokens)
+    prompts = [few_shot_prompt(row, examples, tokenizer, limit=decoding.prompt_length) for row in rows]
     answers = []
     for ids in answer_prompts(workdir, prompts, model, tokenizer, decoding=decoding, **how):
         text, ended = decode_response(ids, tokenizer)
@@ -82,17 +80,33 @@ def base_answers(
     return answers
 
 
-def short_examples(rows: Sequence[Prompt], *, most: int = 4) -> list[Prompt]:
-    """One short solved prompt of each kind, for a base model."""
-    by_kind: dict[str, Prompt] = {}
+def few_shot_prompt(row: Prompt, examples: Sequence[Prompt], tokenizer: Tokenizer, *, limit: int) -> list[int]:
+    """Ids of BOS, as many of the examples as there is room for, the first ones before the others, and the question.
+
+    Nothing is cut: without its BOS or the beginning of an example a base model answers worse than it can.
+    """
+    shots = [f"{_as_text(example['messages'])} {example['reference']}\n\n" for example in examples]
+    for count in range(len(shots), -1, -1):
+        ids = tokenizer.encode("".join(shots[:count]) + _as_text(row["messages"]), bos=True)
+        if len(ids) <= limit:
+            return ids
+    raise ValueError(f"a prompt of {len(ids)} tokens, without any example, does not fit into {limit}")
+
+
+def short_examples(rows: Sequence[Prompt]) -> list[Prompt]:
+    """The shortest solved prompt of each kind, for a base model: safety prompts, then the kinds that are asked most."""
+    by_kind: dict[str, list[Prompt]] = {}
     for row in rows:
-        if len(row["messages"]) == 1 and len(row["reference"]) < 90:
-            by_kind.setdefault(row.get("kind") or "", row)
-    return [by_kind[kind] for kind in sorted(by_kind)][:most]
+        if len(row["messages"]) == 1:
+            by_kind.setdefault(row.get("kind") or "", []).append(row)
+    kinds = sorted(by_kind, key=lambda kind: (not by_kind[kind][0]["is_safety"], -len(by_kind[kind]), kind))
+    return [min(by_kind[kind], key=lambda row: len(row["messages"][0]["content"] + row["reference"])) for kind in kinds]
 
 
-def _as_text(row: Prompt) -> str:
-    return " ".join(message["content"] for message in row["messages"])
+def _as_text(messages: Sequence[dict[str, str]]) -> str:
+    """A conversation that ends with a question, as plain text that an answer would go on with."""
+    labels = {"system": "", "user": "Question: ", "assistant": "Answer: "}
+    return "\n".join([*(f"{labels[message['role']]}{message['content']}" for message in messages), "Answer:"])
 
 
 def judge(rows: Sequence[Prompt], answers: Sequence[Answer], annotator: SimulatedAnnotator) -> dict[str, Any]:
