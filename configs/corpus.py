@@ -1,6 +1,21 @@
 """Corpora (paper section 2.1): `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=/tmp/corpus`.
 
 The paper names neither its sources nor their weights; it up-samples the most factual ones, and so do we.
+
+Flags change the fields of the sources that a config has. Other sources need a config of their own, a file such as
+
+    from configs import corpus
+
+    def get_config():
+        config = corpus.get_config("jsonl")
+        config.sources = {
+            "wiki": corpus.files("wiki/*.parquet?text=content", 0.2),  # weight; of Parquet, the column that holds the text
+            "web": corpus.files("crawl/*.warc.gz", 0.8, steps=("extract", *corpus.WEB_STEPS)),
+        }
+        config.order = ("wiki", "web")  # of copies, the one in the first source stays
+        return config
+
+in the directory of the command, and `--config=mine.py`. A rule is switched off by a 0 where the comment says so.
 """
 
 from ml_collections import ConfigDict
@@ -36,40 +51,41 @@ def get_config(name: str = "default") -> ConfigDict:
         )  # fmt: skip
     if name == "jsonl":
         return _config(
-            {"web": _files("web.jsonl", 1.0)},
+            {"web": files("web.jsonl", 1.0)},
             total_tokens=2_000_000_000_000,  # Table 1
             held_out_fraction=0.001, held_out_maximum=10_000_000,
         )  # fmt: skip
     if name == "web":
         return _config(
             {
-                "encyclopedia": _files("encyclopedia/*.parquet", 0.05),  # most factual: up-sampled, at most six times
-                "books": _files("books/*.jsonl.zst", 0.05),
-                "code": _files("code/*.jsonl.zst", 0.05, whole=True),
-                "web": _files("crawl/*.warc.gz", 0.85, steps=("extract", *_WEB_STEPS)),
+                "encyclopedia": files("encyclopedia/*.parquet", 0.05),  # most factual: up-sampled, at most six times
+                "books": files("books/*.jsonl.zst", 0.05),
+                "code": files("code/*.jsonl.zst", 0.05, whole=True),
+                "web": files("crawl/*.warc.gz", 0.85, steps=("extract", *WEB_STEPS)),
             },
             total_tokens=2_000_000_000_000,
             max_epochs=6.0,
-            held_out_fraction=0.001, held_out_maximum=10_000_000, shards=1024, max_bad_rows=1000,
+            held_out_fraction=0.001, held_out_maximum=10_000_000, shards=1024, max_bad_rows=1000, max_bad_files=10,
             analyses=("language", "demographics", "toxicity"), analysed_share=0.1,  # A.4.3
-            boilerplate={"documents": 10, "share": 0.001, "shortest": 20},
+            boilerplate=10,
         )  # fmt: skip
     raise ValueError(f"corpus {name!r} is unknown; expected tiny, default, jsonl or web")
 
 
 # In the order in which a page goes through them: what is cheap and removes much comes first.
-_WEB_STEPS = ("normalise", "language", "gopher", "repetition", "c4", "privacy")
+WEB_STEPS = ("normalise", "language", "gopher", "repetition", "c4", "privacy")
 
 
 def _installation(weight: float, byte_budget: int, *, whole: bool = False) -> dict:
     return {"reader": "installation", "weight": weight, "byte_budget": byte_budget, "whole": whole, "steps": ("normalise",)}
 
 
-def _files(reader: str, weight: float, *, whole: bool = False, steps: tuple = ("normalise",)) -> dict:
+def files(reader: str, weight: float, *, whole: bool = False, steps: tuple = ("normalise",)) -> dict:
+    """A source of files (a path, a pattern or a directory); `whole` for programs, which may not lose paragraphs."""
     return {"reader": reader, "weight": weight, "byte_budget": 10**15, "whole": whole, "steps": steps}
 
 
-def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: dict | None = None, **changes) -> ConfigDict:
+def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: int = 0, **changes) -> ConfigDict:
     return ConfigDict({
         "sources": sources,
         "order": tuple(sources),  # of copies, the one in the first source stays
@@ -80,28 +96,50 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: dict | None = N
         "held_out_maximum": 60_000,
         "tokenizer_bytes": 100_000_000,
         "clean": {
-            "extractor": "resiliparse",
-            "languages": ("en",),
+            "extractor": "resiliparse",  # or trafilatura
+            "page_characters": 5_000_000,  # of HTML; longer pages are left out
+            "languages": ("en",),  # that stay: ISO 639 codes, and unknown
             "language_threshold": 0.5,  # A.4.3
             "private_density": 1.0,  # findings per 1,000 characters
             "private_least": 3,  # findings that a document is allowed whatever its length
             "mask": False,
             "block_list": placeholder(str),  # a file of domains and reasons instead of the built-in list
+            "gopher": {  # Gopher, A.1.1 and Table A1
+                "words": (50, 100_000),
+                "word_length": (3.0, 10.0),
+                "symbols": 0.1,  # a word
+                "bullets": 0.9,  # share of lines, as the next
+                "ellipses": 0.3,
+                "with_letter": 0.8,  # share of words
+                "stop_words": 2,  # of the document's language; 0: none are asked for
+                "duplicate_lines": 0.30,  # shares of lines, paragraphs and characters in what repeats; 1.0 allows all
+                "duplicate_paragraphs": 0.30,
+                "duplicate_line_characters": 0.20,
+                "duplicate_paragraph_characters": 0.20,
+                "top_ngrams": (0.20, 0.18, 0.16),  # 2- to 4-grams
+                "duplicate_ngrams": (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),  # 5- to 10-grams
+            },
+            "c4": {"line_words": 5, "sentences": 3},
         },
         "deduplication": {
-            "boilerplate": boilerplate,
+            # Lines of at least 20 characters in so many documents of a source, and in this share of them; documents=0: none.
+            "boilerplate": {"documents": boilerplate, "share": 0.001, "shortest": 20},
             "evaluation": (),  # files of samples that must not be in the training text
+            # Documents of this Jaccard similarity of word 5-grams; threshold=0.0: none.
             "near": {"threshold": 0.7, "ngram": 5, "permutations": 128, "bands": 21, "seed": 0},
-            "leak_ngram": leak_ngram,  # words; GPT-3 decontaminates by 13
-            "repeated_paragraph": 80,  # characters
+            "leak_ngram": leak_ngram,  # words; GPT-3 decontaminates by 13; 0: nothing is cut
+            "repeated_paragraph": 80,  # characters; 0: repeats stay
         },
         "tokenizer": placeholder(str),  # a SentencePiece model instead of training one
         "temperature": placeholder(float),  # of the mixture
         "max_epochs": placeholder(float),  # cap on how often a source is seen
         "shards": 1,
-        "max_bad_rows": 0,
-        "analyses": (),
+        "max_bad_rows": 0,  # of each source that are skipped
+        "max_bad_files": 0,  # of each source that are damaged, whose rest is skipped
+        "analyses": (),  # of the report: language, demographics, toxicity
         "analysed_share": 1.0,
+        "identities": placeholder(str),  # a file of axes and descriptors instead of those that Table 9 prints
+        "toxicity_checkpoint": placeholder(str),  # a classifier for transformers instead of the built-in one
         "seed": 0,
         **changes,
     })  # fmt: skip

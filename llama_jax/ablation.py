@@ -177,8 +177,7 @@ def make_corpus(config: AblationConfig, name: str, workdir: Path) -> dict[str, A
         "held_out_fraction": 0.002, "held_out_minimum": 1, "held_out_maximum": 100_000,
         "tokenizer": None if name == first else str(workdir / first / "corpus" / "tokenizer.model"),
     }  # fmt: skip
-    none = {"boilerplate": None, "near": None, "leak_ngram": None, "repeated_paragraph": None, "evaluation": ()}
-    values["deduplication"] = {**none, **arm.deduplication}
+    values["deduplication"] = dict(arm.deduplication)  # what is not named there is off
     print(f"corpus {name} ...", file=sys.stderr, flush=True)
     return corpus.run(parse(corpus.CorpusConfig, values), workdir / name / "corpus")
 

@@ -8,6 +8,7 @@ nothing looks at a ConfigDict again. `describe` and `differences` serve resuming
 import dataclasses
 import difflib
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, (AttributeError, KeyError)) and (said := _unknown_field(error, argv)):
+            sys.exit(f"error: {said}")
         reason = error
         while reason.args and isinstance(reason.args[0], Exception):  # ml_collections wraps the error that says it
             reason = reason.args[0]
@@ -103,6 +106,24 @@ def parse_flags(argv: list[str]) -> list[str]:
         lines = text.strip().splitlines() or [type(error).__name__]
         # What a config file raises comes as a flags.Error whose text is a traceback; its last line says what is wrong.
         sys.exit(f"error: {lines[-1] if 'Traceback' in text else ' '.join(lines)}")
+
+
+def _unknown_field(error: Exception, argv: list[str]) -> str | None:
+    """The flag that names a field its config does not have, beside those that it has; None if the error is another one.
+
+    ml_collections says the name alone; the config that it looked into is a variable on the way to its error.
+    """
+    configs = [frame.f_locals.get("config") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    whole = next((config for config in configs if hasattr(config, "to_dict")), None)
+    for flag in (argument.lstrip("-").partition("=")[0] for argument in argv if argument.startswith(("--config.", "-config."))):
+        place, at = "config", whole
+        for name in flag.split(".")[1:]:
+            if not hasattr(at, "to_dict"):
+                break
+            if name not in at:
+                return f"{place}.{name}: unknown field, there are {', '.join(at)}"
+            place, at = f"{place}.{name}", at[name]
+    return None
 
 
 def describe(config: Any) -> dict[str, Any]:

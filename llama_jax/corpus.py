@@ -19,7 +19,7 @@ from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
-from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.readers import BadRow, expand, plain_path, read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.corpus_build.stages import discard, file_facts
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
@@ -60,8 +60,11 @@ class CorpusConfig:
     tokenizer: str | None = None  # a model file to use instead of training one
     shards: int = 1  # files of blocks a source
     max_bad_rows: int = 0  # of each source that are skipped; one more ends the build
+    max_bad_files: int = 0  # the same of files that cannot be read to their ends
     analyses: tuple[str, ...] = ()  # of the report: language, demographics, toxicity
     analysed_share: float = 1.0
+    identities: str | None = None  # a file of axes and descriptors (corpus_build/demographics.py)
+    toxicity_checkpoint: str | None = None  # of a sequence classifier (corpus_build/toxicity.py)
     seed: int = 0
 
     def __post_init__(self):
@@ -104,8 +107,11 @@ class CorpusConfig:
             deduplication=self.deduplication,
             whole=frozenset(name for name, source in self.sources.items() if source.whole),
             max_bad_rows=self.max_bad_rows,
+            max_bad_files=self.max_bad_files,
             analyses=self.analyses,
             analysed_share=self.analysed_share,
+            identities=self.identities,
+            toxicity_checkpoint=self.toxicity_checkpoint,
             seed=self.seed,
         )
 
@@ -165,7 +171,9 @@ def inputs(config: CorpusConfig) -> dict[str, Any]:
         else [source.byte_budget, *map(file_facts, expand(source.reader))]
         for name, source in config.sources.items()
     } | {"evaluation": [file_facts(path) for pattern in config.deduplication.evaluation for path in expand(pattern)],
-         "tokenizer": None if config.tokenizer is None else file_facts(config.tokenizer)}  # fmt: skip
+         **{name: None if path is None else file_facts(path) for name, path in (
+             ("tokenizer", config.tokenizer), ("identities", config.identities), ("block_list", config.clean.block_list))},
+    }  # fmt: skip
 
 
 def beam_files(name: str, source: SourceConfig) -> list[str]:
@@ -173,7 +181,7 @@ def beam_files(name: str, source: SourceConfig) -> list[str]:
     if source.reader == INSTALLATION:
         raise ConfigError(f"sources.{name}: Beam reads files; {INSTALLATION!r} is read in one process, without --beam")
     files = expand(source.reader)
-    local = [Path(path).stat().st_size for path in files if "://" not in path]
+    local = [Path(plain_path(path)).stat().st_size for path in files if "://" not in path]
     if sum(local) > source.byte_budget:
         raise ConfigError(
             f"sources.{name}.byte_budget: Beam reads whole files; expected at least {sum(local):,}, got {source.byte_budget:,}"

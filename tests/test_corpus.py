@@ -5,14 +5,23 @@ import json
 import random
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+import configs.corpus
 from configs.corpus import get_config
 from llama_jax import corpus
-from llama_jax.config import ConfigError, parse
+from llama_jax.config import ConfigError, parse, parse_flags
+from llama_jax.corpus_build import estimate
+from llama_jax.corpus_build.boilerplate import Boilerplate
 from llama_jax.corpus_build.manifest import CorpusError, check_manifest, read_manifest
+from llama_jax.corpus_build.near_duplicates import NearDuplicates
+from llama_jax.corpus_build.refine import Deduplication
+from llama_jax.corpus_build.steps import CleanConfig
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -106,7 +115,13 @@ def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, m
         ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
         ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
         ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
-        ({"deduplication": {"leak_ngram": 0}}, "config.deduplication: leak_ngram: expected at least 1, or None, got 0"),
+        ({"deduplication": {"leak_ngram": -1}}, "config.deduplication: leak_ngram: expected at least 1, or 0 for none, got -1"),
+        ({"deduplication": {"boilerplate": {"documents": -1}}}, "deduplication.boilerplate: documents: expected 0 or more"),
+        ({"clean": {"page_characters": 0}}, "config.clean: page_characters: expected at least 1, got 0"),
+        ({"identities": "x"}, "identities: 'x' is for the analysis demographics, which is not among the analyses"),
+        ({"toxicity_checkpoint": "x"}, "toxicity_checkpoint: 'x' is for the analysis toxicity, which is not among"),
+        ({"identities": "/none", "analyses": ("demographics",)}, "identities: expected a file of axes and descriptors"),
+        ({"toxicity_checkpoint": "./x", "analyses": ("toxicity",)}, "expected a checkpoint of transformers, found no config"),
         ({"deduplication": {"near": {"threshold": 2.0}}}, "deduplication.near: threshold: expected a number between 0 and 1"),
         ({"held_out_fraction": 1.0}, "held_out_fraction: expected a number between 0 and 1, got 1.0"),
         ({"block_length": "long"}, "block_length: expected a int, got 'long'"),
@@ -143,6 +158,81 @@ def test_a_dry_run_prints_the_mixture_and_writes_nothing(web, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl.gz"]
     with pytest.raises(ValueError, match="max_epochs: 1,000,000 tokens of training ask for"):
         corpus.dry_run(config_of(web, max_epochs=2.0, total_tokens=1_000_000))
+
+
+def test_a_dry_run_of_a_tfds_data_set_has_numbers(tmp_path, monkeypatch):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from tests.test_corpus_readers import example, tfds_folder
+
+    folder = tfds_folder(tmp_path, 90)
+    writer = ArrayRecordWriter(str(folder / "tiny_text-train.array_record-00000-of-00001"), "group_size:1")
+    for i in range(90):
+        writer.write(example({"id": str(i), "text": text(i), "url": ""}))
+    writer.close()
+    config = config_of(f"tfds://tiny_text:1.0.0?split=train&dir={tmp_path}")
+    for sampled in (10**9, 3000):  # all of it, and the beginning
+        monkeypatch.setattr(estimate, "SAMPLED_BYTES", sampled)
+        row = next(line for line in corpus.dry_run(config).splitlines() if line.startswith("web "))
+        assert int(row.split()[1]) == pytest.approx(81, abs=1)  # without the held-out tenth
+        size = sum(len(text(i).encode()) for i in range(90)) * 0.9
+        assert int(row.split()[3].replace(",", "")) == pytest.approx(size / 4, rel=0.1)
+
+
+def parsed(*arguments: str) -> ConfigDict:
+    """The config as the command's flags make it, without the seconds that a process of its own takes."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", values)
+    argv = ["corpus", f"--config={REPOSITORY}/configs/corpus.py:jsonl", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "FLAGS", values)
+        patch.setattr(sys, "argv", argv)  # where ml_collections looks for the fields
+        parse_flags(argv)
+    return values.config
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("sources.books.reader=x", "config.sources.books: unknown field, there are web"),
+        ("clean.gophers.words=(1,2)", "config.clean.gophers: unknown field, there are .*, gopher, "),
+        ("deduplication.near.treshold=0.5", "config.deduplication.near.treshold: unknown field, there are .*, threshold"),
+        ("vocab=3", "config.vocab: unknown field, there are .*, vocab_size"),
+    ],
+)
+def test_a_flag_that_names_no_field_is_told_those_that_there_are(flag, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        parsed(f"--config.{flag}")
+
+
+def test_every_rule_has_a_flag_and_a_switch(web):
+    off = ["boilerplate.documents=0", "near.threshold=0", "leak_ngram=0", "repeated_paragraph=0"]
+    values = parsed(
+        f"--config.sources.web.reader={web}", "--config.clean.gopher.words=(5,100)", "--config.clean.c4.sentences=1",
+        "--config.max_bad_files=3", *(f"--config.deduplication.{rule}" for rule in off),
+    )  # fmt: skip
+    config = parse(corpus.CorpusConfig, values)
+    assert (config.clean.gopher.words, config.clean.c4.sentences, config.settings().max_bad_files) == ((5, 100), 1, 3)
+    rules = config.deduplication
+    assert not (rules.boilerplate or rules.near or rules.leak_ngram or rules.repeated_paragraph)
+    assert Deduplication() == Deduplication(boilerplate=Boilerplate(documents=0), near=NearDuplicates(threshold=0.0))
+    # The numbers of the config are the published ones that the library has.
+    config = parse(corpus.CorpusConfig, {**get_config("jsonl").to_dict(), "sources": values.sources.to_dict()})
+    assert config.clean == CleanConfig() and config.deduplication.near == NearDuplicates()
+    assert dataclasses.replace(config.deduplication.boilerplate, documents=10) == Boilerplate()
+
+
+def test_the_config_of_ones_own_that_the_docstring_shows(tmp_path, monkeypatch):
+    source = configs.corpus.__doc__.split("such as\n")[1].split("\nin the directory")[0]
+    write_jsonl(tmp_path / "crawl" / "a.jsonl", [{"text": text(1)}])
+    write_jsonl(tmp_path / "wiki" / "b.jsonl", [{"content": text(2)}])
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(textwrap.dedent(source).replace("parquet", "jsonl").replace("warc.gz", "jsonl"), namespace)
+    config = parse(corpus.CorpusConfig, namespace["get_config"]())
+    assert config.order == ("wiki", "web") and config.sources["web"].steps[0] == "extract"
+    found = [next(corpus.documents(name, config.sources[name], seed=0)).text for name in config.order]
+    assert found == [text(2), text(1)]
 
 
 def test_bad_rows_are_counted_named_and_fatal_beyond_the_limit(tmp_path):

@@ -14,8 +14,9 @@ import pytest
 from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import parse
+from llama_jax.corpus_build import readers
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.readers import BadRow, read_file
+from llama_jax.corpus_build.readers import BadRow, StorageError, read_file
 
 NOISE = np.random.default_rng(0)
 TEXTS = [f"text {i} " + NOISE.bytes(400).hex() for i in range(60)]  # hardly compresses, so a cut falls inside a row
@@ -35,9 +36,20 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
+def framed(record: bytes) -> bytes:
+    """A record as a TFRecord file has it: its length and itself, each with its masked CRC-32C."""
+    crc32c = pytest.importorskip("google_crc32c").value
+
+    def checksum(content: bytes) -> bytes:
+        crc = crc32c(content)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    size = struct.pack("<Q", len(record))
+    return size + checksum(size) + record + checksum(record)
+
+
 def tfrecord() -> bytes:
-    records = [json.dumps({"text": text}).encode() for text in TEXTS]
-    return b"".join(struct.pack("<Q", len(record)) + b"crc!" + record + b"crc!" for record in records)
+    return b"".join(framed(json.dumps({"text": text}).encode()) for text in TEXTS)
 
 
 def warc(kind: str, *, packed: bool) -> bytes:
@@ -79,6 +91,7 @@ def test_a_torn_file_gives_what_comes_before_and_one_bad_row(tmp_path, name):
     path.write_bytes(whole[: int(len(whole) * 0.7)])
     *rows, last = read_file(str(path), "s")
     assert isinstance(last, BadRow) and last.where.startswith(str(path)) and last.problem
+    assert last.rest == (name != "x.jsonl")  # plain lines are torn one at a time
     assert all(isinstance(row, Document) for row in rows)
     assert [row.text for row in rows] == TEXTS[: len(rows)]  # none of them cut short
     if name not in NOTHING:
@@ -115,7 +128,7 @@ def test_a_torn_array_record_is_one_bad_row(tmp_path):
 def config_of(directory: Path, limit: int) -> corpus.CorpusConfig:
     values = get_config("jsonl").to_dict() | {
         "vocab_size": 330, "block_length": 32, "total_tokens": 1000, "held_out_fraction": 0.2, "held_out_minimum": 1,
-        "max_bad_rows": limit, "deduplication": {},
+        "max_bad_files": limit, "deduplication": {},
     }  # fmt: skip
     values["sources"]["web"]["reader"] = str(directory)
     return parse(corpus.CorpusConfig, values)
@@ -130,8 +143,82 @@ def test_torn_files_are_counted_and_fatal_beyond_the_limit(tmp_path, name):
     for number in range(2):
         (source / f"{number}{name}").write_bytes(whole[: int(len(whole) * 0.69) + number])
     counts = corpus.run(config_of(source, 2), tmp_path / "out")["sources"]["web"]
-    assert counts["bad_rows"] == 2 and counts["documents_read"] >= 60
-    assert all(str(source / f"{i}{name}") in row for i, row in enumerate(counts["bad_rows_named"]))
-    with pytest.raises(ValueError, match=r"bad row 2 of source 'web'; max_bad_rows is 1"):
+    assert (counts["bad_files"], counts["bad_rows"]) == (2, 0) and counts["documents_read"] >= 60
+    assert all(str(source / f"{i}{name}") in row for i, row in enumerate(counts["bad_files_named"]))
+    with pytest.raises(ValueError, match=r"bad file 2 of source 'web'; max_bad_files is 1"):
         corpus.run(config_of(source, 1), tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+class Failing:
+    """A file that fails at its second read, and opened again at its first, `times` times in all."""
+
+    opened = 0
+
+    def __init__(self, path: str, times: int, error: OSError):
+        Failing.opened += 1
+        self._file, self._error = open(path, "rb"), error if Failing.opened <= times else None
+        self._good = Failing.opened == 1  # reads
+
+    def read(self, size: int) -> bytes:
+        if self._error and not self._good:
+            raise self._error
+        self._good = False
+        return self._file.read(min(size, 3000))
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "x.txt"])
+def test_storage_that_fails_is_asked_again_and_is_no_damage(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_bytes(MAKERS.get(name, lambda: LINES)())
+    texts = [row.text for row in read_file(str(path), "s")]
+    pauses = []
+    monkeypatch.setattr(readers.time, "sleep", pauses.append)
+    for error in (ConnectionResetError("Connection reset by peer"), OSError(5, "Input/output error"), OSError("no words")):
+        for times, expected in ((2, [1.0, 4.0]), (9, None)):
+            monkeypatch.setattr(Failing, "opened", 0)
+            monkeypatch.setattr(readers, "_open", lambda path, times=times, error=error: Failing(path, times, error))
+            pauses.clear()
+            if expected:
+                found = [row.text for row in read_file(str(path), "s")]
+                assert len(found) == len(texts) and pauses == expected
+                assert hash(tuple(found)) == hash(tuple(texts)), "what came twice or not at all would be long to print"
+            else:
+                with pytest.raises(StorageError, match=f"{path}: could not be read"):
+                    list(read_file(str(path), "s"))
+
+
+def test_a_decoder_that_reports_storage_is_believed(tmp_path, monkeypatch):
+    def lost(path: str, *field: str):
+        yield f"{path}:1", {"text": "one"}
+        raise ConnectionResetError("Connection reset by peer")
+
+    (tmp_path / "x.jsonl").touch()
+    monkeypatch.setitem(readers._FORMATS, "jsonl", lost)
+    with pytest.raises(ConnectionResetError):
+        list(read_file(str(tmp_path / "x.jsonl"), "s"))
+
+
+def test_tfrecords_are_compared_with_their_checksums(tmp_path):
+    records = [framed(b'{"text": "one"}'), bytearray(framed(b'{"text": "two"}')), framed(b'{"text": "three"}')]
+    records[1][22] ^= 1
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(b"".join(records))
+    one, two, three = read_file(str(path), "s")
+    assert (one.text, three.text) == ("one", "three") and not two.rest
+    assert two == BadRow(f"{path}:2", "the record does not match its checksum")
+    records[1][8] ^= 1  # of the length: where the next record begins is not known
+    path.write_bytes(b"".join(records))
+    one, rest = read_file(str(path), "s")
+    assert rest.rest and "record 2: its length does not match its checksum" in rest.problem
+
+
+@pytest.mark.parametrize("record", [b"\x0a\x02\x0a\x00", b"{" + b"[" * 100_000, b'{"text": "a", "metadata": ' + b'{"a":' * 900])
+def test_an_odd_record_is_one_bad_row(tmp_path, record):
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(framed(record) + framed(b'{"text": "fine"}'))
+    bad, fine = read_file(str(path), "s")
+    assert isinstance(bad, BadRow) and not bad.rest and fine.text == "fine"

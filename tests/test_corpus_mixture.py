@@ -44,11 +44,12 @@ def test_a_cap_on_epochs_hands_its_share_on():
 def test_notices_name_what_is_beyond_the_usual():
     fine = {
         "documents_read": 100, "documents": 80, "filtered": 10, "duplicates": 5, "near_duplicates": 0, "bad_rows": 0,
-        "held_out_lines_seen": 0.01,
+        "bad_files": 0, "held_out_lines_seen": 0.01,
     }  # fmt: skip
     share = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=2000)
     assert notices({"a": fine}, {"a": Profile()}, share) == []
-    odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "held_out_lines_seen": 0.2}
+    odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "bad_files": 2,
+           "held_out_lines_seen": 0.2}  # fmt: skip
     profile = Profile(removed=Counter({("c4", "sentences"): 40, ("gopher", "words"): 10}))
     often = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=5000)
     assert notices({"a": odd}, {"a": profile}, often) == [
@@ -57,5 +58,6 @@ def test_notices_name_what_is_beyond_the_usual():
         "a: 50% of what passed the filters were copies.",
         "a: 20% of the held-out lines stand in the training text too.",
         "a: 3 rows could not be read.",
+        "a: 2 files could not be read to their ends; nobody knows what they held.",
         "a: will be seen 5.0 times; beyond 4 epochs little is learnt.",
     ]

@@ -17,7 +17,7 @@ from llama_jax.corpus_build import demographics, privacy, quality, toxicity
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
-from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.profile import Profile, ranked
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
 from llama_jax.corpus_build.steps import STEPS, WEB, CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import MOST_PARSING, MOST_SEARCH, extract_text, fix_mojibake, normalise, parsing_cost
@@ -301,6 +301,45 @@ def test_table_9_by_hand():
     assert set(demographics.PAPER) == set(shares)
 
 
+def test_lists_of_identities_from_a_file(tmp_path):
+    path = tmp_path / "identities.tsv"
+    path.write_text("# ours\nability\tdeaf\nability\thard of hearing # two words\n\nage\tTeen-age\n")
+    axes = demographics.identities_of(str(path))
+    assert axes == {"ability": ("deaf", "hard of hearing"), "age": ("teen age",)}
+    assert demographics.mentions("Hard of\nhearing teen-age Koreans", axes) == [
+        "ability", "hard of hearing", "age", "teen age"
+    ]  # fmt: skip
+    assert demographics.mentions("hard, of hearings", axes) == []
+    profile = Profile()
+    profile.analyse([Document("1", "She is deaf.", "s")], ["demographics"], identities=str(path))
+    assert profile.mentions["deaf"] == profile.mentions["ability"] == 1
+    assert demographics.shares(profile.mentions, 1, axes)["deaf"] == 100
+    for text, message in (
+        ("deaf", "1: expected an axis, a tab and a descriptor, got 'deaf'"), ("", "expected lines of an axis"),
+        ("a\tx\nb\tX!", "2: 'x' stands there already"), ("a\tx\nx\ty", "'x' is the name of an axis"),
+    ):  # fmt: skip
+        path = tmp_path / f"{len(text)}.tsv"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"identities: {path}:( )?{message}"):
+            demographics.identities_of(str(path))
+
+
+def test_a_checkpoint_scores_instead_of_the_built_in_classifier(monkeypatch):
+    class Angry:
+        def __init__(self, checkpoint: str):
+            assert checkpoint == "some/checkpoint"
+
+        def __call__(self, lines):
+            return np.array(["angry" in line for line in lines], float)
+
+    monkeypatch.setattr(toxicity, "TransformersClassifier", Angry)
+    profile = Profile()
+    documents = [Document("1", "an angry line", "s"), Document("2", "a calm one\n\nof two lines", "s")]
+    profile.analyse(documents, ["toxicity"], checkpoint="some/checkpoint")
+    assert profile.scored == 2 and sorted(profile.toxicity) == [0, 19]
+    toxicity.classifier_of.cache_clear()
+
+
 def test_a_document_scores_the_mean_of_its_lines():
     def shouting(lines):
         return np.array([line.isupper() for line in lines], float)
@@ -334,6 +373,9 @@ def test_profiles_add_up_in_any_order():
     whole = profile(documents, removed)
     assert profile(documents[:2], removed[7:]).merge(profile(documents[2:], removed[:7])) == whole
     assert profile(documents[::-1], removed[::-1]) == whole
+    # What comes first in a report depends on counts and names, not on what was counted first.
+    for counts in ({"b": 2, "c": 9, "a": 2}, {"a": 2, "b": 2, "c": 9}):
+        assert ranked(Counter(counts)) == [("c", 9), ("a", 2), ("b", 2)]
     assert whole.documents == 6 and whole.removed == {("gopher", "words"): 20} and whole.private == {"email": 40}
     assert whole.sites == {"site0.org": 3, "site1.org": 3} and len(whole.samples["gopher", "words"]) == 8
     assert whole.mentions["3rd person"] == 6 == whole.english

@@ -74,7 +74,7 @@ def build_with_beam(
         summary = pickle.loads((work / "summary.pickle").read_bytes())
         profiles = {source: summary["profiles"].get(source, Profile()) for source in files}
         for source, profile in profiles.items():
-            check_bad_rows(source, sorted(profile.bad_rows), settings.max_bad_rows)
+            check_bad_rows(source, profile, settings)
         refined = {source: _refined(source, summary, work, settings) for source in files}
         for source, part in refined.items():
             check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)

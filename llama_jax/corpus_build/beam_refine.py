@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, without_lines
-from llama_jax.corpus_build.build import Settings
+from llama_jax.corpus_build.build import Settings, analyse
 from llama_jax.corpus_build.dedup import checked_hash, preference
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, signatures
 from llama_jax.corpus_build.paragraphs import Cut, paragraph_keys, secret_ngrams, without_leaks, without_paragraphs
-from llama_jax.corpus_build.profile import Profile, in_sample
+from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.readers import BadRow, read_file
 from llama_jax.corpus_build.refine import evaluation_texts
 from llama_jax.corpus_build.split import Candidate, candidate, choose, long_lines, side_of
@@ -303,7 +303,7 @@ def _cleaned_file(source: str, path: str, settings: Settings) -> tuple[list[Docu
     profile, documents = Profile(), []
     for row in read_file(path, source):
         if isinstance(row, BadRow):
-            profile.bad_rows.append(f"{row.where}: {row.problem}")
+            profile.lose(row)
             continue
         result = clean(row, steps)
         if isinstance(result, Removed):
@@ -366,7 +366,7 @@ def _profiles(documents: Sequence[Document], settings: Settings) -> Iterator[tup
         of_source = [d for d in documents if d.source == source]
         for document in of_source:
             profile.keep(document)
-        profile.analyse([d for d in of_source if in_sample(d, settings.analysed_share)], settings.analyses)
+        analyse(profile, of_source, settings)
         yield source, profile
 
 

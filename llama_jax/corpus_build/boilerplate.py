@@ -12,9 +12,17 @@ from llama_jax.corpus_build.document import Document
 class Boilerplate:
     """When a line counts as boilerplate."""
 
-    documents: int = 10  # of one source that hold it, at least
+    documents: int = 10  # of one source that hold it, at least; 0: no line does
     share: float = 0.001  # of the source's documents, at least
     shortest: int = 20  # characters; shorter lines (a fence, an import, "Notes") recur in honest documents too
+
+    def __post_init__(self):
+        for name in ("documents", "share", "shortest"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+
+    def __bool__(self) -> bool:
+        return self.documents > 0
 
     def threshold(self, documents: int) -> int:
         """Documents that must hold a line, in a source of so many."""

@@ -16,11 +16,11 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_jax.corpus_build.document import Document, Removed
-from llama_jax.corpus_build.profile import ANALYSES, Profile, in_sample
+from llama_jax.corpus_build.profile import ANALYSES, Profile, check_measures, in_sample
 from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
@@ -51,8 +51,11 @@ class Settings:
     deduplication: Deduplication = Deduplication()
     whole: frozenset[str] = frozenset()  # sources whose documents may not lose paragraphs (programs)
     max_bad_rows: int = 0  # of each source: unreadable rows that are skipped; one more ends the build
+    max_bad_files: int = 0  # the same of files that cannot be read to their ends
     analyses: tuple[str, ...] = ()  # of the report, beside what costs nothing: some of profile.ANALYSES
     analysed_share: float = 1.0  # of the documents
+    identities: str | None = None  # a file of axes and descriptors for the analysis `demographics`
+    toxicity_checkpoint: str | None = None  # of a classifier for the analysis `toxicity`
     seed: int = 0
 
     def __post_init__(self):
@@ -78,6 +81,7 @@ class Settings:
             raise ValueError(f"shards: expected at least 1, got {self.shards}")
         if unknown := set(self.analyses) - set(ANALYSES):
             raise ValueError(f"analyses: expected some of {', '.join(ANALYSES)}, got {', '.join(sorted(unknown))}")
+        check_measures(self.analyses, identities=self.identities, checkpoint=self.toxicity_checkpoint)
         for names in self.steps.values():
             make_steps(names, self.clean)
         if self.tokenizer_path is not None:
@@ -133,8 +137,8 @@ def cleaned_documents(
     steps = make_steps(settings.steps.get(source, ()), settings.clean)
     for row in rows:
         if isinstance(row, BadRow):
-            profile.bad_rows.append(f"{row.where}: {row.problem}")
-            check_bad_rows(source, profile.bad_rows, settings.max_bad_rows)
+            profile.lose(row)
+            check_bad_rows(source, profile, settings)
             continue
         result = clean(row, steps)
         if isinstance(result, Removed):
@@ -143,16 +147,25 @@ def cleaned_documents(
             yield result
 
 
-def check_bad_rows(source: str, problems: list[str], limit: int) -> None:
-    """ValueError that names the last bad row, when there are more than `limit`."""
-    if len(problems) > limit:
-        more = f" (bad row {len(problems)} of source {source!r}; max_bad_rows is {limit})" if limit else ""
-        raise ValueError(problems[limit] + more)
+def check_bad_rows(source: str, profile: Profile, settings: Settings) -> None:
+    """ValueError that names the first bad row or file beyond those that may be skipped."""
+    for what, problems in (("row", profile.bad_rows), ("file", profile.bad_files)):
+        limit = getattr(settings, f"max_bad_{what}s")
+        if len(problems) > limit:
+            raise ValueError(f"{problems[limit]} (bad {what} {limit + 1} of source {source!r}; max_bad_{what}s is {limit})")
 
 
 def profile_train(part: Refined, settings: Settings, profile: Profile) -> Profile:
     """Counts the train documents of a source, and analyses the share of them that the settings ask for."""
     for document in part.train:
         profile.keep(document)
-    profile.analyse([d for d in part.train if in_sample(d, settings.analysed_share)], settings.analyses)
+    analyse(profile, part.train, settings)
     return profile
+
+
+def analyse(profile: Profile, documents: Sequence[Document], settings: Settings) -> None:
+    """The analyses that the settings ask for, of the share of the documents that they ask for."""
+    profile.analyse(
+        [d for d in documents if in_sample(d, settings.analysed_share)], settings.analyses,
+        identities=settings.identities, checkpoint=settings.toxicity_checkpoint,
+    )  # fmt: skip

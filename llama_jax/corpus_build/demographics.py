@@ -1,13 +1,15 @@
 """Who the corpus speaks of: the pronouns and identities of the paper's Table 9 (section 4.1).
 
 A count is of documents: one that names a group once and one that names it a hundred times are one each. The full HolisticBias
-lists hold some 600 descriptors; here are the five most frequent of each axis, which are those the paper prints, and a file of
-more can be given.
+lists hold some 600 descriptors; here are the five most frequent of each axis, which are those the paper prints. A file of more
+can be given (`identities_of`, the config's `identities`).
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 _SHE = "she her hers herself"
 _HE = "he him his himself"
@@ -46,14 +48,59 @@ _GENDERED = ("she", "he", "unspecified")
 _PERSON = ("1st person", "2nd person", "3rd person")
 
 
+@functools.cache
+def identities_of(path: str | None) -> Mapping[str, tuple[str, ...]]:
+    """Axes and their descriptors from a file of lines `axis<TAB>descriptor` (# begins a comment); without one IDENTITIES.
+
+    A descriptor may be of several words; case and punctuation do not count.
+
+    Raises:
+      ValueError: for a line of another form, or a descriptor that stands there twice or names an axis or a group of pronouns.
+    """
+    if path is None:
+        return IDENTITIES
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"identities: expected a file of axes and descriptors; {error}") from None
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        axis, _, words = line.partition("#")[0].strip().partition("\t")
+        descriptor = " ".join(_WORD.findall(words.lower()))
+        if not axis:
+            continue
+        if not descriptor:
+            raise ValueError(f"identities: {path}:{number}: expected an axis, a tab and a descriptor, got {line!r}")
+        if descriptor in seen:
+            raise ValueError(f"identities: {path}:{number}: {descriptor!r} stands there already")
+        seen.add(descriptor)
+        found.setdefault(axis.strip(), []).append(descriptor)
+    if not found:
+        raise ValueError(f"identities: {path}: expected lines of an axis, a tab and a descriptor, found none")
+    if twice := seen & {*found, *PRONOUNS, "any gendered", "any person"}:
+        raise ValueError(f"identities: {path}: {min(twice)!r} is the name of an axis or of a group of pronouns too")
+    return {axis: tuple(descriptors) for axis, descriptors in found.items()}
+
+
 def mentions(text: str, identities: Mapping[str, tuple[str, ...]] = IDENTITIES) -> list[str]:
     """What a text names: groups of pronouns, "any gendered", "any person", axes and descriptors."""
-    words = set(_WORD.findall(text.lower()))
+    in_order = _WORD.findall(text.lower())
+    words = set(in_order)
+    whole: str | None = None  # for descriptors of several words
     found = [name for name, group in PRONOUNS.items() if not group.isdisjoint(words)]
     found += ["any gendered"] * any(name in found for name in _GENDERED)
     found += ["any person"] * any(name in found for name in _PERSON)
     for axis, descriptors in identities.items():
-        named = [descriptor for descriptor in descriptors if descriptor in words]
+        named = []
+        for descriptor in descriptors:
+            if " " not in descriptor:
+                if descriptor in words:
+                    named.append(descriptor)
+                continue
+            whole = whole or f" {' '.join(in_order)} "
+            if f" {descriptor} " in whole:
+                named.append(descriptor)
         found += [axis, *named] if named else []
     return found
 

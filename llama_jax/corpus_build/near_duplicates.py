@@ -25,19 +25,22 @@ class NearDuplicates:
     1 - (1 - s^r)^bands: 0.98 at s = 0.7 and 0.9998 at s = 0.8 for the defaults.
     """
 
-    threshold: float = 0.7  # Jaccard similarity from which on two documents are one
+    threshold: float = 0.7  # Jaccard similarity from which on two documents are one; 0: none are
     ngram: int = 5  # words
     permutations: int = 128  # places of a signature: the estimate is off by 0.04 (one sigma) at most
     bands: int = 21
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.threshold <= 1:
+        if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected a number between 0 and 1, got {self.threshold}")
         if self.ngram < 1:
             raise ValueError(f"ngram: expected at least 1 word, got {self.ngram}")
         if not 1 <= self.bands <= self.permutations:
             raise ValueError(f"bands: expected 1 to {self.permutations} (permutations), got {self.bands}")
+
+    def __bool__(self) -> bool:
+        return self.threshold > 0
 
     @property
     def rows(self) -> int:

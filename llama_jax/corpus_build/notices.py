@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.corpus_build.mixture import Share
-from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.profile import Profile, ranked
 
 LEAST_KEPT = 0.5  # share of the documents read that should be left
 LARGEST_RULE = 0.25  # share of a source's documents that one rule may remove
@@ -22,7 +22,7 @@ def notices(
         read = max(row["documents_read"], 1)
         if (kept := row["documents"] / read) < LEAST_KEPT:
             found.append(f"{source}: {kept:.0%} of the documents are left to train on.")
-        for (step, rule), count in profiles[source].removed.most_common(1):
+        for (step, rule), count in ranked(profiles[source].removed)[:1]:
             if count / read > LARGEST_RULE:
                 found.append(f"{source}: {step}: {rule} alone removed {count / read:.0%} of the documents; read its samples.")
         copies, passed = row["duplicates"] + row["near_duplicates"], max(read - row["filtered"], 1)
@@ -32,6 +32,8 @@ def notices(
             found.append(f"{source}: {row['held_out_lines_seen']:.0%} of the held-out lines stand in the training text too.")
         if row["bad_rows"]:
             found.append(f"{source}: {row['bad_rows']:,} rows could not be read.")
+        if row["bad_files"]:
+            found.append(f"{source}: {row['bad_files']:,} files could not be read to their ends; nobody knows what they held.")
     for share in shares:
         if share.epochs > EPOCHS:
             found.append(f"{share.source}: will be seen {share.epochs:.1f} times; beyond {EPOCHS:g} epochs little is learnt.")

@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from llama_jax.corpus_build import demographics, language, toxicity
 from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.readers import BadRow
 
 ANALYSES = ("language", "demographics", "toxicity")
 LENGTH_BINS = 4  # a decade of bytes
@@ -33,6 +35,7 @@ class Profile:
     private: Counter = dataclasses.field(default_factory=Counter)  # kind -> findings
     removed_languages: Counter = dataclasses.field(default_factory=Counter)  # by the language step
     bad_rows: list = dataclasses.field(default_factory=list)  # "where: problem"
+    bad_files: list = dataclasses.field(default_factory=list)
     analysed: int = 0  # documents that the following count
     languages: Counter = dataclasses.field(default_factory=Counter)
     mentions: Counter = dataclasses.field(default_factory=Counter)
@@ -61,8 +64,24 @@ class Profile:
         key = hashlib.blake2b(f"{document.source}:{document.id}".encode(errors="replace"), digest_size=8).hexdigest()
         self._sample(rule, [(key, document.id, removed.detail, excerpt)])
 
-    def analyse(self, documents: Iterable[Document], analyses: Iterable[str]) -> None:
-        """Languages, pronouns, identities and toxicity of documents; costly, so a sample may be given."""
+    def lose(self, row: BadRow) -> None:
+        """Counts and names a row, or the rest of a file, that could not be read."""
+        (self.bad_files if row.rest else self.bad_rows).append(f"{row.where}: {row.problem}")
+
+    def analyse(
+        self,
+        documents: Iterable[Document],
+        analyses: Iterable[str],
+        *,
+        identities: str | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
+        """Languages, pronouns, identities and toxicity of documents; costly, so a sample may be given.
+
+        Args:
+          identities: a file of descriptors instead of Table 9's, see `demographics.identities_of`.
+          checkpoint: of a classifier of toxicity instead of the built-in one, see `toxicity.classifier_of`.
+        """
         documents = list(documents)
         self.analysed += len(documents)
         english = documents
@@ -74,10 +93,11 @@ class Profile:
         for document in documents:
             self.private.update(document.findings.get("private", {}))
         if "demographics" in analyses:
+            axes = demographics.identities_of(identities)
             for document in english:
-                self.mentions.update(demographics.mentions(document.text))
+                self.mentions.update(demographics.mentions(document.text, axes))
         if "toxicity" in analyses and english:
-            scores = toxicity.document_scores([d.text for d in english])
+            scores = toxicity.document_scores([d.text for d in english], toxicity.classifier_of(checkpoint))
             self.scored += len(english)
             self.toxicity.update(np.minimum((scores * TOXICITY_BINS).astype(int), TOXICITY_BINS - 1).tolist())
 
@@ -98,6 +118,24 @@ class Profile:
 
     def _sample(self, rule: tuple[str, str], rows: Iterable[tuple]) -> None:
         self.samples[rule] = sorted([*self.samples.get(rule, []), *rows])[:_SAMPLES]
+
+
+def ranked(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:
+    """Names and counts, the most frequent first; of equal counts the first name, as `most_common` does not promise."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def check_measures(analyses: Iterable[str], *, identities: str | None, checkpoint: str | None) -> None:
+    """ValueError for a list or a classifier that no analysis would use or that is not there."""
+    for name, value, analysis in (
+        ("identities", identities, "demographics"), ("toxicity_checkpoint", checkpoint, "toxicity")
+    ):  # fmt: skip
+        if value is not None and analysis not in analyses:
+            raise ValueError(f"{name}: {value!r} is for the analysis {analysis}, which is not among the analyses")
+    if identities is not None:
+        demographics.identities_of(identities)
+    if checkpoint is not None:
+        toxicity.check_checkpoint(checkpoint)
 
 
 def in_sample(document: Document, share: float) -> bool:

@@ -23,20 +23,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Deduplication:
-    """What is taken out beside exact copies; None for none of it."""
+    """What is taken out beside exact copies; 0 (also as the first field of the first two) for none of it."""
 
-    boilerplate: Boilerplate | None = None  # lines that stand in many documents of a source
-    near: NearDuplicates | None = None  # whole documents, before the split
-    leak_ngram: int | None = None  # words: train paragraphs that share such a run with a held-out document are cut
+    boilerplate: Boilerplate = Boilerplate(documents=0)  # lines that stand in many documents of a source
+    near: NearDuplicates = NearDuplicates(threshold=0.0)  # whole documents, before the split
+    leak_ngram: int = 0  # words: train paragraphs that share such a run with a held-out document are cut
     evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them
-    repeated_paragraph: int | None = None  # characters: of copies so long, the first stays, on each side of the split
+    repeated_paragraph: int = 0  # characters: of copies so long, the first stays, on each side of the split
 
     def __post_init__(self):
         for name in ("leak_ngram", "repeated_paragraph"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, or None, got {value}")
-        if self.evaluation and self.leak_ngram is None:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 1, or 0 for none, got {getattr(self, name)}")
+        if self.evaluation and not self.leak_ngram:
             raise ValueError("leak_ngram: expected a number of words, by which evaluation samples are found")
         for path in self.evaluation:
             try:

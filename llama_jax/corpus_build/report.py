@@ -9,7 +9,7 @@ from llama_jax.corpus_build import demographics
 from llama_jax.corpus_build import report_page as html
 from llama_jax.corpus_build.mixture import Share
 from llama_jax.corpus_build.notices import notices
-from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile
+from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile, ranked
 from llama_jax.files import atomic_write
 
 # Table 10, percent of documents.
@@ -135,14 +135,14 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
             [f"{count:,}", f"{count / gone:.1%}", _bytes(whole.removed_bytes[step, rule]),
              ", ".join(source for source, profile in profiles.items() if profile.removed[step, rule])],
         )
-        for (step, rule), count in whole.removed.most_common()
+        for (step, rule), count in ranked(whole.removed)
     ]  # fmt: skip
     folds = [
         html.samples(
             f"{step}: {rule}", f"{count:,} document{'s' * (count > 1)}",
             [(f"{key} · {detail}" if detail else key, text) for _, key, detail, text in whole.samples[step, rule]],
         )
-        for (step, rule), count in whole.removed.most_common()
+        for (step, rule), count in ranked(whole.removed)
     ]  # fmt: skip
     return html.section(
         "What the filters removed",
@@ -184,7 +184,7 @@ def _languages(whole: Profile) -> str:
             [f"{whole.removed_languages[name]:,}", f"{whole.languages[name]:,}",
              f"{100 * whole.languages[name] / max(total, 1):.2f}", _paper(PAPER_LANGUAGES.get(name))],
         )
-        for name, count in both.most_common(28)
+        for name, count in ranked(both)[:28]
     ]  # fmt: skip
     return html.section(
         "Languages (Table 10)",
@@ -234,7 +234,7 @@ def _toxicity(whole: Profile) -> str:
 def _privacy(whole: Profile) -> str:
     if not whole.private:
         return ""
-    rows = [(kind, count, [f"{count:,}"]) for kind, count in whole.private.most_common()]
+    rows = [(kind, count, [f"{count:,}"]) for kind, count in ranked(whole.private)]
     return html.section(
         "Personal information",
         "What the privacy step found, by kind, in documents that it removed and in analysed ones that stay.",
@@ -247,7 +247,7 @@ def _sites(whole: Profile) -> str:
         return ""
     total: Counter = whole.sites
     rows = [
-        (site, count, [f"{count:,}", f"{100 * count / whole.documents:.2f}"]) for site, count in total.most_common(_SITES)
+        (site, count, [f"{count:,}", f"{100 * count / whole.documents:.2f}"]) for site, count in ranked(total)[:_SITES]
     ]
     return html.section(
         "Sites",
@@ -257,13 +257,17 @@ def _sites(whole: Profile) -> str:
 
 
 def _bad_rows(whole: Profile) -> str:
-    if not whole.bad_rows:
+    if not whole.bad_rows and not whole.bad_files:
         return ""
-    named = "".join(f"{row}\n" for row in whole.bad_rows[:50])
+    folds = [
+        html.samples(f"The first {what}", "", [("file, place and problem", "".join(f"{row}\n" for row in rows[:50]))])
+        for what, rows in (("files", whole.bad_files), ("rows", whole.bad_rows))
+        if rows
+    ]
     return html.section(
-        "Rows that could not be read",
-        f"{len(whole.bad_rows):,} rows were skipped.",
-        html.samples("The first of them", "", [("file, place and problem", named)]),
+        "What could not be read",
+        f"{len(whole.bad_rows):,} rows were skipped, and of {len(whole.bad_files):,} files what follows the damage.",
+        *folds,
     )
 
 

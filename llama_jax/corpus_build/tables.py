@@ -7,7 +7,8 @@ from typing import Any
 def cleaning_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
     """What became of the documents of each source, and what the held-out ones have in common with those to train on."""
     columns = (
-        ("read", "documents_read"), ("bad rows", "bad_rows"), ("filtered", "filtered"), ("exact", "duplicates"),
+        ("read", "documents_read"), ("bad rows", "bad_rows"), ("bad files", "bad_files"),
+        ("filtered", "filtered"), ("exact", "duplicates"),
         ("near", "near_duplicates"), ("leaks", "leaks"), ("eval", "evaluation"), ("repeats", "repeats"),
         ("withheld", "withheld_documents"), ("train", "documents"), ("held out", "held_out_documents"),
     )  # fmt: skip

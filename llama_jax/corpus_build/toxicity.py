@@ -7,7 +7,9 @@ offensive. Nothing is filtered by these scores, here as in the paper.
 
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +35,20 @@ class TransformersClassifier:
     def __call__(self, lines: Sequence[str]) -> np.ndarray:
         rows = self._pipeline(list(lines), **self._options)
         return np.array([next(s["score"] for s in row if s["label"] == self._label) for row in rows], np.float64)
+
+
+@functools.cache
+def classifier_of(checkpoint: str | None) -> Classifier:
+    """The classifier of a checkpoint, loaded once in each process; without one the default."""
+    return word_classifier if checkpoint is None else TransformersClassifier(checkpoint)
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """ValueError for a directory that is none, before hours of work that end in it."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("toxicity_checkpoint: needs the package transformers")
+    if checkpoint.startswith((".", "/")) and not (Path(checkpoint) / "config.json").is_file():
+        raise ValueError(f"toxicity_checkpoint: expected a checkpoint of transformers, found no config.json in {checkpoint!r}")
 
 
 def document_scores(texts: Sequence[str], classifier: Classifier = word_classifier) -> np.ndarray:

@@ -248,6 +248,8 @@ def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
         "documents_read": filtered + part.unique + part.counts["duplicates"] + part.counts["near_duplicates"],
         "bad_rows": len(profile.bad_rows),
         "bad_rows_named": sorted(profile.bad_rows)[:_BAD_ROWS_NAMED],
+        "bad_files": len(profile.bad_files),
+        "bad_files_named": sorted(profile.bad_files)[:_BAD_ROWS_NAMED],
         "filtered": filtered,
         "filtered_by": {f"{step}: {rule}": n for (step, rule), n in sorted(profile.removed.items())},
         **part.counts,
