@@ -8,12 +8,15 @@ models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a l
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
 losses, garbage and what the judge refused, over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one
 half; `report.html` shows them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the
-same command. Answers that another checkpoint gave under this name, or this one under other settings, are refused.
+same command. Answers that another checkpoint gave under this name, or this one under other settings, are refused. A model that
+one device cannot hold is split over several (`--mesh_tensor`). On a pod the same command runs on every host; the first one
+reads and writes.
 """
 
+import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.annotation.tasks import read_prompt_list
-from llama_jax.chat import make_engine
+from llama_jax.chat import open_engine
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message, decode_response
 from llama_jax.data.row_file import RowFile
@@ -36,20 +39,50 @@ from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.reward_scores import score_dialogs
 from llama_jax.files import write_json
+from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import from_host_0, on_host_0
+from llama_jax.parallel.mesh import start_distributed
 from llama_jax.pretrained import Model, load
 from llama_jax.reward.held_out import sigmoid
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.request import Request
 from llama_jax.training.metrics import Progress
 
-Load = Callable[[str], Model]
+Open = Callable[[str], tuple[Engine, Model]]  # a language model's place -> its engine, and the model without parameters
+
+
+class Kept:
+    """The rows of a file that host 0 appends to, known on every host."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: RowFile | None = None
+        self.rows: list[dict[str, Any]] = from_host_0(self._open)
+
+    def _open(self) -> list[dict[str, Any]]:
+        self._file = RowFile(self.path)
+        return self._file.rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; on host 0 it is on the disk when this returns."""
+        if self._file is not None:
+            self._file.append(row)
+        if jax.process_count() > 1:  # else they are the file's own
+            self.rows.append(dict(row))
+
+    def close(self) -> None:
+        """Lets others write."""
+        if self._file is not None:
+            self._file.close()
 
 
 def collect(
-    name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, *, load_model: Load, **how: Any
-) -> list[Answered]:
+    name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, *, open_model: Open, choice: Choice,
+    max_tokens: int, seed: int, int8_cache: bool = False,
+) -> list[Answered]:  # fmt: skip
     """A model's answers: read from a file, or drawn by a checkpoint (see `draw_answers`) and kept in `answers_<name>.jsonl`.
 
     Prompts that do not fit a checkpoint's context get no answer; nothing is cut.
@@ -58,51 +91,65 @@ def collect(
       ConfigError: what is kept was drawn by another checkpoint, or otherwise.
     """
     if _is_file(place):
-        return read_answers(place)
+        return _read_alike(place)
     if not prompts:
         raise ValueError("--prompts: missing; a checkpoint needs prompts to answer")
-    check_kept(name, place, directory, **how)
-    kept = RowFile(directory / f"answers_{name}.jsonl")
+    from_host_0(lambda: check_kept(
+        name, place, directory, choice=choice, max_tokens=max_tokens, seed=seed, int8_cache=int8_cache
+    ))  # fmt: skip
+    kept = Kept(directory / f"answers_{name}.jsonl")
     try:
         if missing := _unanswered(prompts, kept):
-            draw_answers(load_model(place), missing, kept, name=name, **how)
+            draw_answers(*open_model(place), missing, kept, name=name, choice=choice, max_tokens=max_tokens, seed=seed)
     finally:
         kept.close()
     wanted = {prompt_key(row["messages"]) for row in prompts}
-    answers = read_answers(kept.path) if kept.rows else []
+    answers = _read_alike(kept.path) if kept.rows else []
     return [answer for answer in answers if prompt_key(answer.messages) in wanted]
 
 
-def check_kept(name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, **how: Any) -> None:
+def check_kept(
+    name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, int8_cache: bool = False
+) -> None:
     """Refuses to go on with answers that another checkpoint gave under this name, or this one under other settings."""
-    del how  # the slots: what is drawn together changes no answer
     if not _is_file(place):
         claim(
             directory / f"model_{name}.json", place, temperature=choice.temperature, top_p=choice.top_p,
-            max_tokens=max_tokens, seed=seed,
+            max_tokens=max_tokens, seed=seed, int8_cache=int8_cache,
         )  # fmt: skip
+
+
+def _read_alike(path: str | Path) -> list[Answered]:
+    """The answers of a file as host 0 has it."""
+    rows = from_host_0(lambda: [dataclasses.asdict(answer) for answer in read_answers(path)])
+    return [Answered(**{**row, "messages": tuple(row["messages"])}) for row in rows]
 
 
 def _is_file(place: str) -> bool:
     return place.endswith((".jsonl", ".jsonl.gz"))
 
 
-def _unanswered(prompts: Sequence[dict[str, Any]], kept: RowFile) -> list[tuple[int, dict[str, Any]]]:
+def _unanswered(prompts: Sequence[dict[str, Any]], kept: Kept) -> list[tuple[int, dict[str, Any]]]:
     done = {prompt_key(row["messages"]) for row in kept.rows}
     return [(number, row) for number, row in enumerate(prompts) if prompt_key(row["messages"]) not in done]
 
 
+def settings_of(model: Model, *, slots: int, int8_cache: bool) -> EngineConfig:
+    """The shapes of a model's engine: its context, and at least so many slots as the mesh divides."""
+    shards = batch_shards(model.mesh)
+    return EngineConfig(slots=-(-slots // shards) * shards, max_length=model.config.max_length, int8_cache=int8_cache)
+
+
 def draw_answers(
-    model: Model, prompts: Sequence[tuple[int, dict[str, Any]]], kept: RowFile, *, name: str, choice: Choice, max_tokens: int,
-    slots: int, seed: int,
+    engine: Engine, model: Model, prompts: Sequence[tuple[int, dict[str, Any]]], kept: Kept, *, name: str, choice: Choice,
+    max_tokens: int, seed: int,
 ) -> None:  # fmt: skip
     """Appends the answer to each (number, prompt), many drawn together; what a prompt draws depends on (seed, number) alone."""
     encoded = [(number, row, encode_chat(row["messages"], model.tokenizer)) for number, row in prompts]
-    eos = model.tokenizer.eos_id
-    with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer") as progress:
-        engine = make_engine(model, EngineConfig(slots=slots, max_length=model.config.max_length))
+    eos, quiet = model.tokenizer.eos_id, jax.process_index() > 0
+    with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer", quiet=quiet) as progress:
 
-        def finished(row: dict[str, Any], request: Any, token: int) -> None:
+        def finished(row: dict[str, Any], request: Request, token: int) -> None:
             del token
             if request.finish:
                 text, _ = decode_response(request.tokens, model.tokenizer)
@@ -129,7 +176,7 @@ def reward_outcomes(
 
     def scores(model: Model, side: int) -> np.ndarray:
         dialogs = [[*pair[side].messages, {"role": "assistant", "content": pair[side].answer}] for pair in pairs]
-        with Progress(len(dialogs), "scores", "answer") as progress:
+        with Progress(len(dialogs), "scores", "answer", quiet=jax.process_index() > 0) as progress:
             logits = score_dialogs(
                 model.params, model.config, model.tokenizer, dialogs, compute=model.compute, mesh=model.mesh,
                 done=progress.update,
@@ -148,17 +195,32 @@ def reward_outcomes(
     return judges.compare_scores(*found), rows
 
 
-def model_as_judge(model: Model, *, max_tokens: int, rows: int = 16) -> judges.Ask:
-    """A language model of ours as a judge; a prompt that does not fit its context is refused."""
+def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.Ask:
+    """A language model of ours as a judge; it refuses a prompt that does not fit its context."""
 
     def ask(dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str | None]]:
         prompts = [encode_chat(dialog, model.tokenizer) for dialog in dialogs]
-        fit = [i for i, ids in enumerate(prompts) if len(ids) + max_tokens <= model.config.max_length]
+        fit = [i for i, ids in enumerate(prompts) if len(ids) + max_tokens <= engine.settings.max_length]
         yield from ((i, None) for i in range(len(prompts)) if i not in set(fit))
-        for start in range(0, len(fit), rows):
-            some = fit[start : start + rows]
-            replies = model.respond([prompts[i] for i in some], Choice(0.0), max_tokens=max_tokens)
-            yield from ((i, decode_response(reply, model.tokenizer)[0]) for i, reply in zip(some, replies))
+        finished: list[tuple[int, str]] = []
+
+        def take(i: int, request: Request, token: int) -> None:
+            del token
+            if request.finish:
+                finished.append((i, decode_response(request.tokens, model.tokenizer)[0]))
+
+        for i in sorted(fit, key=lambda i: prompts[i]):  # what begins alike, side by side
+            engine.submit(
+                prompts[i], max_tokens=max_tokens, choice=Choice(0.0), stop_ids=(model.tokenizer.eos_id,),
+                on_token=functools.partial(take, i),
+            )  # fmt: skip
+        while True:
+            with jax.set_mesh(model.mesh):
+                busy = engine.step()
+            yield from finished
+            finished.clear()
+            if not busy:
+                return
 
     return ask
 
@@ -198,16 +260,22 @@ def main() -> None:
     if bool(rewards) == bool(values.judge):
         raise ValueError("expected a judge: --helpfulness or --safety (reward models), else --judge (a model or an address)")
     directory = Path(values.output)
-    load_model = functools.lru_cache(maxsize=1)(functools.partial(_load, tokenizer=values.tokenizer))
-    prompts = read_prompt_list(values.prompts) if values.prompts else []
-    (first, one), (second, two) = _named(values.first, "first"), _named(values.second, "second")
+    (first, one), (second, two) = named(values.first, "first"), named(values.second, "second")
     if first == second:
         raise ValueError(f"--second: named {second!r} like the first; name them: --first=new=... --second=old=...")
-    how = {"load_model": load_model, "choice": Choice(values.temperature, top_p=values.top_p).check(), "slots": values.slots,
-           "max_tokens": values.max_tokens, "seed": values.seed}  # fmt: skip
+    start_distributed()
+    prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if values.prompts else []
+    how = {"choice": Choice(values.temperature, top_p=values.top_p).check(), "max_tokens": values.max_tokens,
+           "seed": values.seed, "int8_cache": values.int8_cache}  # fmt: skip
     for name, place in ((first, one), (second, two)):  # before the first one answers
-        check_kept(name, place, directory, **how)
-    answers = [collect(name, place, prompts, directory, **how) for name, place in ((first, one), (second, two))]
+        from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how))
+    open_model = functools.partial(
+        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=values.int8_cache),
+        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
+    )  # fmt: skip
+    answers = [
+        collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in ((first, one), (second, two))
+    ]
     shared = set.intersection(*({prompt_key(answer.messages) for answer in some} for some in answers))
     asked = len(prompts) if prompts else len(shared)
     if prompts:  # what one of them could not answer is left out, and counted
@@ -215,42 +283,61 @@ def main() -> None:
     pairs = pair_up(*answers, (first, second))
     if not pairs:
         raise ValueError(f"{values.prompts or one}: no prompt that both models answered")
-    outcomes = _judge(pairs, directory, values, load_model)
-    results = {"first": first, "second": second, "judge": values.judge or " and ".join(rewards), "too_long": asked - len(pairs),
-               "axes": judges.by_axis(pairs, outcomes)}  # fmt: skip
-    report(results, directory)
-    print(directory / "report.html")
+    outcomes = _judge(pairs, directory, values, open_model)
+
+    def finish() -> None:
+        results = {"first": first, "second": second, "judge": values.judge or " and ".join(rewards),
+                   "too_long": asked - len(pairs), "axes": judges.by_axis(pairs, outcomes)}  # fmt: skip
+        report(results, directory)
+        print(directory / "report.html")
+
+    on_host_0(finish)
 
 
-def _judge(pairs: Sequence[judges.Pair], directory: Path, values: Any, load_model: Load) -> list[str]:
+def _judge(pairs: Sequence[judges.Pair], directory: Path, values: Any, open_model: Open) -> list[str]:
     if not values.judge:
-        helpful, safe = (None if not place else load_model(place) for place in (values.helpfulness, values.safety))
+        helpful, safe = (
+            load_judge(place, values.tokenizer) if place else None for place in (values.helpfulness, values.safety)
+        )
         outcomes, rows = reward_outcomes(pairs, helpful, safe)
-        write_json(directory / "scores.json", [judges.finite(row) for row in rows])
+        on_host_0(write_json, directory / "scores.json", [judges.finite(row) for row in rows])
         return outcomes
     if values.judge.startswith(("http://", "https://")):
-        key, weights = os.environ.get("OPENAI_API_KEY", ""), ""
-        ask = Endpoint(values.judge, model=values.judge_model or "default", api_key=key, max_tokens=values.judge_tokens)
-    else:
-        ask = model_as_judge(load_model(values.judge), max_tokens=values.judge_tokens)
-        weights = origin(values.judge).get("weights", "")
-    kept = RowFile(directory / "verdicts.jsonl")
+        ask = Endpoint(
+            values.judge, model=values.judge_model or "default", api_key=os.environ.get("OPENAI_API_KEY", ""),
+            max_tokens=values.judge_tokens,
+        )  # fmt: skip
+        found: list[str] = []
+        on_host_0(lambda: found.extend(_verdicts(pairs, ask, directory, values, values.judge_model)))
+        return found
+    weights = from_host_0(lambda: origin(values.judge).get("weights", ""))
+    ask = model_as_judge(*open_model(values.judge), max_tokens=values.judge_tokens)
+    return _verdicts(pairs, ask, directory, values, values.judge_model or weights, file=Kept)
+
+
+def _verdicts(
+    pairs: Sequence[judges.Pair], ask: judges.Ask, directory: Path, values: Any, version: str, *, file: Callable = RowFile
+) -> list[str]:
+    """The outcomes by a judge, whose verdicts are kept under its place and version."""
+    kept = file(directory / "verdicts.jsonl")
     try:
-        with Progress(len(pairs), "verdicts", "pair") as progress:
-            name = f"{values.judge} {values.judge_model or weights}".strip()
+        with Progress(len(pairs), "verdicts", "pair", quiet=jax.process_index() > 0) as progress:
+            name = f"{values.judge} {version}".strip()
             return judges.ask_judge(pairs, ask, kept, name=name, seed=values.seed, done=progress.update)
     finally:
         kept.close()
 
 
-def _load(place: str, tokenizer: str | None) -> Model:
+def load_judge(place: str, tokenizer: str | None) -> Model:
+    """A reward model with its tokenizer; ValueError where none lies beside it and none is named."""
     model = load(place, tokenizer=tokenizer)
     if model.tokenizer is None:
         raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
     return model
 
 
-def _named(item: str, flag: str) -> tuple[str, str]:
+def named(item: str, flag: str) -> tuple[str, str]:
+    """(name, place) of a flag `--flag=name=place`."""
     name, found, place = item.partition("=")
     if not found:
         raise ValueError(f"--{flag}: expected name=checkpoint or name=answers.jsonl, got {item!r}")
@@ -271,7 +358,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 0.6, "of the answers; 0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
     flags.DEFINE_integer("max_tokens", 512, "longest answer")
-    flags.DEFINE_integer("slots", 16, "answers drawn together")
+    flags.DEFINE_integer("slots", 16, "answers drawn together, or verdicts")
+    flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
     flags.DEFINE_integer("seed", 0, "of the answers and of the order in which a judge sees them")
     flags.mark_flags_as_required(["first", "second", "output"])
     command.launch(main)
