@@ -25,7 +25,7 @@ from absl import flags
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.evals import evaluation_report, sandbox
-from llama_jax.evals.groups import groups, weights
+from llama_jax.evals.groups import groups, plain, weights
 from llama_jax.evals.hugging_face import HuggingFace, open_model
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.origin import claim
@@ -161,17 +161,19 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
 
     quiet_harness()
     names = {task: choice for name, choice in config.tasks.items() for task in table.expand(name)}
-    if config.run_code and any(name in CODE for name in names):
+    if config.run_code and any(plain(name) in CODE for name in names):
         sandbox.require()
     built, notes = {}, []
     for name, choice in names.items():
-        if name in CODE and not config.run_code:
-            notes.append(f"{name}: not run: it runs code that the model writes; --run_code allows that, in a sandbox")
-            continue
         try:
             task = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code)
             check(name, task, choice)
             built[name] = task, choice
+            if plain(name) in CODE and not config.run_code:
+                notes.append(
+                    f"{name}: not judged: that runs code which the model wrote. The answers are kept: the same command with "
+                    "--run_code judges them in a sandbox, without the model"
+                )
         except FileNotFoundError as error:
             notes.append(f"{name}: not run: {error}")
     if not built and not config.safety:
@@ -217,15 +219,20 @@ def _run_model(
 
     It is loaded if something is left to do, and dropped afterwards.
     """
-    from llama_jax.evals import benchmarks
+    from llama_jax.evals import benchmarks, code_answers
 
     limit, records, answers = config.limit or None, {}, {}
     with _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
         for task, (built, choice) in tasks.items():
-            file = output / "tasks" / f"{task.replace(':', '.')}.json"
+            file, lm = output / "tasks" / f"{task.replace(':', '.')}.json", None
+            if plain(task) in CODE:
+                lm = code_answers.KeptAnswers(model, output / "answers" / file.name)
+                if not config.run_code:
+                    code_answers.draw(lm, built, limit=limit)
+                    continue
             records[task] = benchmarks.kept(
-                file, lambda task=task, built=built, choice=choice: benchmarks.run_task(
-                    model.get(), task, built, choice, limit=limit
+                file, lambda task=task, built=built, choice=choice, lm=lm: benchmarks.run_task(
+                    lm or model.get(), task, built, choice, limit=limit
                 )
             )  # fmt: skip
         for name in config.safety:
@@ -371,5 +378,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
     flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")
-    flags.DEFINE_bool("run_code", False, "run the code that models write for HumanEval and MBPP, in a sandbox")
+    flags.DEFINE_bool("run_code", False, "judge HumanEval and MBPP: runs the code that models wrote, in a sandbox")
     command.launch(main)

@@ -353,8 +353,6 @@ def test_wrong_files_are_one_sentence(data, tmp_path):
         tasks.build("piqa", TaskChoice(0, "acc"), data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="expected at least 7 examples, found 5"):
         tasks.build("mmlu:anatomy", TaskChoice(7, "acc"), data_dir=str(data))
-    with pytest.raises(ValueError, match="humaneval runs code that the model writes, in a sandbox: --run_code allows it"):
-        tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(data))
     with pytest.raises(ValueError, match="hellaswag: 2 shots, but its local files have no examples"):
         tasks.build("hellaswag", TaskChoice(2, "acc"), data_dir=str(data))
     with pytest.raises(ValueError, match="task 'mmlu:anatomie' is unknown; did you mean mmlu:anatomy"):
@@ -583,6 +581,38 @@ def test_code_is_judged_by_running_it(tmp_path):
     task = tasks.build("mbpp", TaskChoice(0, "pass@1"), data_dir=str(tmp_path), run_code=True)
     assert task.process_results(task.task_docs[0], ["def double(x): return 2 * x"]) == {"pass@1": 1.0}
     assert "[BEGIN]" in task.doc_to_text(task.task_docs[0]) and "assert double(2) == 4" in task.doc_to_text(task.task_docs[0])
+
+
+def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tmp_path, monkeypatch):
+    write_rows(tmp_path / "humaneval.jsonl", [
+        {"task_id": f"x/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}", "canonical_solution": "", "test": "T"}
+        for i in range(3)
+    ])  # fmt: skip
+    tried = []
+
+    def run_all(programs, limits, *, done):
+        tried.append(list(programs))
+        for _ in programs:
+            done()
+        return [sandbox.Outcome("def f1" in program, "") for program in programs]
+
+    monkeypatch.setattr(tasks, "run_all", run_all)
+    monkeypatch.setattr(sandbox, "require", lambda: None)
+    how = {"shots": 0, "metric": "pass@2", "samples": 2, "k": (1, 2), "temperature": 0.8}
+    config = config_of(checkpoints, tmp_path, ("model0",), tasks={"humaneval": how}, scoring={"row": 128})
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    assert not values["tasks"] and not tried and any("--run_code judges them" in note for note in values["notes"])
+    kept = json.loads((tmp_path / "out/model0/answers/humaneval.json").read_text())
+    assert [prompt[:6] for prompt in kept["prompts"]] == ["def f0"] * 2 + ["def f1"] * 2 + ["def f2"] * 2
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    values = evaluate.run(dataclasses.replace(config, run_code=True), tmp_path / "out", quiet=True)
+    assert values["tasks"]["humaneval"]["value"] == pytest.approx(1 / 3) and values["tasks"]["humaneval"]["pass@1"] == 1 / 3
+    assert values["tasks"]["humaneval"]["less_room"] == kept["less_room"] and len(tried) == 1
+    assert sorted(tried[0]) == sorted({f"{prompt}{answer}\nT\ncheck({prompt[4:6]})\n"
+                                       for prompt, answer in zip(kept["prompts"], kept["answers"])})  # fmt: skip
+    task = tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="humaneval runs code that the model writes, in a sandbox: --run_code allows it"):
+        task.process_results(task.task_docs[0], [["x"]])
 
 
 def test_where_code_cannot_be_confined_nothing_begins(checkpoints, tmp_path, monkeypatch):

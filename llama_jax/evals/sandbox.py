@@ -20,9 +20,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # By machine: its number in seccomp, the number of capset, and the calls that are refused; aarch64 lacks the older ones.
 _SYSTEM = {
@@ -124,10 +125,16 @@ def require() -> None:
     run_code("pass")
 
 
-def run_all(programs: Sequence[str], limits: Limits = Limits(), *, workers: int = 0) -> list[Outcome]:  # noqa: B008
-    """Runs programs, as many at once as there are processors."""
+def run_all(
+    programs: Sequence[str], limits: Limits = Limits(), *, workers: int = 0, done: Callable[[], Any] = lambda: None  # noqa: B008
+) -> list[Outcome]:
+    """Runs programs, as many at once as there are processors; `done` is called after each, in order."""
+    outcomes = []
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda code: run_code(code, limits), programs))
+        for outcome in pool.map(lambda code: run_code(code, limits), programs):
+            outcomes.append(outcome)
+            done()
+    return outcomes
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

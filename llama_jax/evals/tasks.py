@@ -18,6 +18,7 @@ from typing import Any
 from llama_jax.evals import local_tasks, long_context, quac, spans
 from llama_jax.evals.groups import GROUPS, family_of
 from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
+from llama_jax.training.metrics import Progress
 
 Settings = dict[str, Any]
 CODE = ("humaneval", "mbpp")  # they run what the model writes
@@ -133,18 +134,18 @@ def mmlu_parts() -> dict[str, list[str]]:
 
 
 def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool = False) -> Any:
-    """The harness's task object, from the hub or, with `data_dir`, from local files.
+    """The harness's task object, from the hub or, with `data_dir`, from local files. Without `run_code` no program is judged.
 
     Raises:
-      ValueError, FileNotFoundError: local files that lack rows or columns; code that was not allowed to run.
+      ValueError, FileNotFoundError: local files that lack rows or columns.
       ConnectionError: a data set that is not in the cache, and no hub.
     """
     task, at, shots = name.partition("@")
     if at and shots != str(choice.shots):
         raise ValueError(f"{name}: expected shots={shots}, as it is named, got {choice.shots}")
-    if task in CODE and not run_code:
-        raise ValueError(f"{name} runs code that the model writes, in a sandbox: --run_code allows it")
     settings = _OWN[task](choice) if task in _OURS else _stock(task)
+    if task in CODE:
+        settings["process_results"] = dataclasses.replace(settings["process_results"], name=name, allowed=run_code)
     settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots, **_CHANGES.get(family_of(task), {})}
     if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):
         settings["metric_list"] = [{"metric": choice.metric, "aggregation": "mean", "higher_is_better": True}]
@@ -213,8 +214,16 @@ def _check_examples(name: str, settings: Settings) -> None:
 def _make(name: str, settings: Settings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
+    class Task(ConfigurableTask):
+        """The harness's, but programs of all problems are run together before they are asked about one by one."""
+
+        def apply_filters(self):
+            super().apply_filters()
+            if isinstance(judge := self.config.process_results, CodeJudge):
+                judge.run([(request.doc, request.filtered_resps["none"]) for request in self.instances])
+
     try:
-        task = ConfigurableTask(config=settings)
+        task = Task(config=settings)
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: the hub's data set {settings['dataset_path']!r} is not in the cache, and the hub was not reached; "
@@ -297,16 +306,47 @@ def _mbpp(choice: TaskChoice) -> Settings:
     )  # fmt: skip
 
 
+@dataclasses.dataclass
+class CodeJudge:
+    """pass@k of the answers to a problem, by running them; `programs` makes whole programs of a problem and its answers.
+
+    `passed`: what is known of programs that were run; `run` adds those of many problems, as many at once as there are
+    processors.
+    """
+
+    programs: Callable[[Any, list[str]], list[str]]
+    k: tuple[int, ...]
+    name: str = ""
+    allowed: bool = False
+    passed: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def run(self, problems: Sequence[tuple[Any, Any]]) -> None:
+        """Runs the programs of (problem, answers) that were not run yet. ValueError where nothing may be run."""
+        if not self.allowed:
+            raise ValueError(f"{self.name} runs code that the model writes, in a sandbox: --run_code allows it")
+        wanted = [program for doc, answers in problems for program in self.programs(doc, _listed(answers))]
+        new = [program for program in dict.fromkeys(wanted) if program not in self.passed]
+        if new:
+            with Progress(len(new), f"{self.name}: programs run", "program") as progress:
+                outcomes = run_all(new, Limits(), done=progress.update)
+            self.passed |= {program: outcome.passed for program, outcome in zip(new, outcomes, strict=True)}
+
+    def __call__(self, doc: Any, results: list[Any]) -> dict[str, float]:
+        """What the harness asks for each problem."""
+        answers = _listed(results[0])
+        self.run([(doc, answers)])
+        right = sum(self.passed[program] for program in self.programs(doc, answers))
+        return {f"pass@{k}": pass_at_k(len(answers), right, k) for k in self.k}
+
+
+def _listed(answers: Any) -> list[str]:
+    return answers if isinstance(answers, list) else [answers]
+
+
 def _code(choice: TaskChoice, programs: Callable, *, until: list[str], **settings: Any) -> Settings:
     """A task whose answers are run; its metrics are pass@k."""
-
-    def judge(doc, results):
-        texts = results[0] if isinstance(results[0], list) else [results[0]]
-        passed = sum(outcome.passed for outcome in run_all(programs(doc, texts), Limits()))
-        return {f"pass@{k}": pass_at_k(len(texts), passed, k) for k in choice.k}
-
     return {
-        "output_type": "generate_until", "repeats": choice.samples, "process_results": judge,
+        "output_type": "generate_until", "repeats": choice.samples, "process_results": CodeJudge(programs, choice.k),
         "generation_kwargs": {"until": until, "max_gen_toks": 512, "do_sample": False},
         "filter_list": [{"name": "none", "filter": [{"function": "take_first_k", "k": choice.samples}]}],
         "metric_list": [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in choice.k],
