@@ -12,6 +12,7 @@ from llama_jax.model import decode, heads, params
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate
+from llama_jax.model.rope import RopeScaling, sequence_lengths
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import is_spec
 
@@ -256,3 +257,22 @@ def test_auto_multiplies_in_what_the_machine_has(monkeypatch, platform, has, exp
     monkeypatch.setattr(model_config, "multiplies_bfloat16", lambda: has)
     assert Compute(matmul="auto").matmul_dtype == jnp.dtype(expected)
     assert Compute(matmul="float32").matmul_dtype == jnp.float32 and Compute(matmul="bfloat16").matmul_dtype == jnp.bfloat16
+
+
+def test_sequence_lengths_are_those_of_segments_in_linear_memory():
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 9, (3, 40)).astype(np.int32) * 1000 - 2000  # any numbers, in any order
+    positions = draw.integers(0, 99, (3, 40)).astype(np.int32)
+    expected = [[max(p for i, p in zip(*row, strict=True) if i == one) + 1 for one in row[0]] for row in zip(ids, positions)]
+    dynamic = RopeScaling("dynamic", 2.0, 8)
+    np.testing.assert_array_equal(sequence_lengths(ids, positions, dynamic), expected)
+    assert sequence_lengths(ids, positions, None) is sequence_lengths(ids, positions, RopeScaling("linear", 2.0)) is None
+
+    long = jax.ShapeDtypeStruct((2, 32_768), jnp.int32)
+    compiled = jax.jit(lambda ids, positions: sequence_lengths(ids, positions, dynamic)).lower(long, long).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2 * 32_768
+
+
+def test_a_loss_in_no_chunks_is_refused():
+    with pytest.raises(ValueError, match="loss_chunks: expected at least 1, got 0"):
+        Compute(loss_chunks=0)

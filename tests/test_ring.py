@@ -149,6 +149,19 @@ def test_auto_takes_what_suits():
     assert splash.supports(4096, 128) and not splash.supports(100, 128) and not splash.supports(4096, 32)
 
 
+def test_splash_by_name_says_what_it_cannot_divide():
+    asked = Compute(attention="splash")
+    assert implementation(asked, length=256, head_size=64) == "splash"
+    for length, head_size in ((100, 64), (256, 32)):
+        with pytest.raises(ValueError, match=f"attention=splash: its tiles.* {length} tokens with heads of {head_size};"):
+            implementation(asked, length=length, head_size=head_size)
+    with jax.set_mesh(mesh_of(sequence=2)):  # a ring works on half-pieces, an exchange of heads on whole rows
+        assert implementation(asked, length=512, head_size=64) == "splash"
+        with pytest.raises(ValueError, match="pieces of 64 tokens"):
+            implementation(asked, length=256, head_size=64)
+        assert implementation(dataclasses.replace(asked, sequence="all_to_all"), length=128, head_size=64) == "splash"
+
+
 @pytest.mark.parametrize(("attention", "sequence"), [("blockwise", "ring"), ("full", "ring")])
 def test_the_model_on_divided_rows(tiny, attention, sequence):
     compute = dataclasses.replace(FLOAT32, attention=attention, sequence=sequence)

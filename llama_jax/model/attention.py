@@ -162,12 +162,22 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, 
 
 
 def implementation(compute: Compute, *, length: int, head_size: int) -> str:
-    """What `compute.attention` means for rows of this length under the mesh in force: full, blockwise or splash."""
+    """What `compute.attention` means for rows of this length under the mesh in force: full, blockwise or splash.
+
+    Raises:
+      ValueError: splash is asked for by name, and its tiles do not divide the rows.
+    """
+    shards = shards_of("length")
+    piece = length // (2 * shards) if shards > 1 and compute.sequence == "ring" else length  # on a ring, half of a device's
+    supported = splash.supports(piece, head_size)
+    if compute.attention == "splash" and not supported:
+        raise ValueError(
+            f"compute.attention=splash: its tiles do not divide pieces of {piece} tokens with heads of {head_size}; expected "
+            f"multiples of 128 tokens and of 64, or another attention"
+        )
     if compute.attention != "auto":
         return compute.attention
-    shards = shards_of("length")
-    # On a ring the kernel sees half-pieces.
-    if platform() == "tpu" and splash.supports(length // (2 * shards if shards > 1 else 1), head_size):
+    if platform() == "tpu" and supported:
         return "splash"
     return "blockwise" if shards > 1 or length >= _LONG else "full"
 

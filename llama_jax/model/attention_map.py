@@ -59,7 +59,7 @@ def _mask_and_angles(segment_ids: jax.Array, config: ModelConfig):
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)  # one segment a row
     angles = rope_angles(
         positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling,
-        lengths=sequence_lengths(segment_ids, positions),
+        lengths=sequence_lengths(segment_ids, positions, config.rope_scaling),
     )  # fmt: skip
     return training_mask(segment_ids), angles
 

@@ -61,6 +61,10 @@ class Compute:
     loss_chunks: int = 1
     unroll: bool = False
 
+    def __post_init__(self):
+        if self.loss_chunks < 1:
+            raise ValueError(f"loss_chunks: expected at least 1, got {self.loss_chunks}")
+
     @property
     def matmul_dtype(self) -> jnp.dtype:
         """The operand type of contractions in the program that is being traced."""

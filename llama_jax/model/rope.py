@@ -74,7 +74,20 @@ def growth(lengths: jax.Array, head_size: int, scaling: RopeScaling) -> jax.Arra
     return (scaling.factor * ratio - (scaling.factor - 1))[..., None] ** exponents.astype(np.float32)
 
 
-def sequence_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-    """Of each token, the length of its sequence: that of its segment of the row. # int32 [B, T] x 2 -> [B, T]"""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+def sequence_lengths(segment_ids: jax.Array, positions: jax.Array, scaling: RopeScaling | None) -> jax.Array | None:
+    """Of each token, the length of its sequence, that of its segment of the row; None where no scaling reads it.
+
+    In memory linear in T: tokens of a segment are brought together by sorting, so ids may be any, in any order.
+    # int32 [B, T] x 2 -> [B, T]
+    """
+    if scaling is None or scaling.kind != "dynamic":
+        return None
+
+    def of_row(ids: jax.Array, positions: jax.Array) -> jax.Array:
+        order = jnp.argsort(ids)
+        ordered = ids[order]
+        begins = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+        segment = jnp.zeros_like(ids).at[order].set(jnp.cumsum(begins, dtype=ids.dtype))  # 0, 1, ... by rising id
+        return jax.ops.segment_max(positions, segment, num_segments=ids.shape[0])[segment] + 1
+
+    return jax.vmap(of_row)(segment_ids, positions)

@@ -50,7 +50,7 @@ def hidden_states(
     attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
     angles = rope_angles(
         positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling,
-        lengths=sequence_lengths(segment_ids, positions),
+        lengths=sequence_lengths(segment_ids, positions, config.rope_scaling),
     )  # fmt: skip
     if compute.unroll:
         angles = materialise(angles)
