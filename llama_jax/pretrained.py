@@ -30,9 +30,10 @@ from llama_jax.interop.load import load_params
 from llama_jax.interop.tokenizer_files import check_vocabulary
 from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
+from llama_jax.model.decode import Prepared, prepare
 from llama_jax.model.params import Head, Params, table
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shards, is_spec
+from llama_jax.parallel.axes import DECODE, batch_shards, is_spec, layout
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.ranking import last_token_scores
 from llama_jax.sampling.choose import Choice
@@ -73,13 +74,14 @@ class Model:
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
-        """Continuations of texts (or of token ids), without the prompts; each ends at EOS or after `max_tokens`.
+        """Continuations of texts (or of token ids), without the prompts; each ends at EOS, after `max_tokens`, or before the
+        first of the texts `stop` in it.
 
         A space between the prompt and what continues it belongs to the continuation, so that the two can be joined.
         Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. What row i draws depends on (seed, i)
-        alone. Another `max_tokens` or number of prompts may compile a program; other settings do not.
+        alone. Much longer prompts or continuations and more prompts may compile a program; other settings do not.
 
         Raises:
           ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
@@ -87,20 +89,23 @@ class Model:
         words = self._require("lm_head") or self._words()
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of texts, got one text")
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         ids = [
             words.encode(prompt, bos=words.adds_bos) if isinstance(prompt, str) else [int(token) for token in prompt]
             for prompt in prompts
         ]
         choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
         responses = self.respond(ids, choice, max_tokens=max_tokens, seed=seed)
-        return [continuation(response, words, after=prompt) for prompt, response in zip(ids, responses, strict=True)]
+        texts = [continuation(response, words, after=prompt) for prompt, response in zip(ids, responses, strict=True)]
+        return [text[: min((text.find(end) for end in stop if end in text), default=len(text))] for text in texts]
 
     def respond(
         self, prompts: Sequence[Sequence[int]], choice: Choice, *, max_tokens: int, seed: int = 0
     ) -> list[list[int]]:
         """`generate` from token ids to token ids, with EOS where it was drawn."""
         self._require("lm_head")
-        choice.check()
+        choice = choice.check().arrays()
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
         if not prompts:
@@ -112,11 +117,19 @@ class Model:
                     f"prompt {row}: has {len(prompt)} tokens; expected 1 to {room}, since the context of "
                     f"{self.config.max_length} also holds max_tokens={max_tokens}"
                 )
+            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise ValueError(
+                    f"prompt {row}: expected ids in 0..{self.config.vocab_size - 1}, got {min(prompt)}..{max(prompt)}"
+                )
         shards = batch_shards(self.mesh)
-        sampler = functools.partial(_sampler(self.config, self.compute, self._words().eos_id, max_tokens), choice=choice)
+        most = min(_bucket(max_tokens, _SHORTEST), self.config.max_length)
+        sampler = functools.partial(
+            _sampler(self.config, self.compute, self._words().eos_id, most), choice=choice, limit=np.int32(max_tokens)
+        )
         with jax.set_mesh(self.mesh):
             return generate(
-                sampler, self.params, prompts, prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
+                sampler, _prepared(self.params, config=self.config, compute=self.compute), prompts,
+                prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
                 batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards, seed=seed,
             )  # fmt: skip
 
@@ -230,6 +243,12 @@ def _sampler(config: ModelConfig, compute: Compute, eos_id: int, max_tokens: int
     return make_sampler(
         config, table(config, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=max_tokens, temperature=0.0
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _prepared(params: Params, *, config: ModelConfig, compute: Compute) -> Prepared:
+    with layout(DECODE):
+        return prepare(params, table(config, head="lm_head"), compute=compute)
 
 
 def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Compute) -> jax.Array:

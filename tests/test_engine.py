@@ -243,3 +243,24 @@ def test_several_devices_give_the_tokens_of_one(expected, sizes):
         answers = answerer(PROMPTS, choice=Choice(), seed=3)
         assert [answer.tokens for answer in answers] == expected
         assert answerer.compilations_after_warm_up == 0
+
+
+def test_new_weights_take_over_nothing_that_the_old_ones_computed(weights):
+    reusing = dataclasses.replace(SETTINGS, slots=1, reuse=4)
+    other = jax.tree.map(lambda x: 1.3 * x, weights)
+
+    def drawn(engine):
+        request = engine.submit(PROMPTS[4], max_tokens=8, seed=3, stop_ids=(EOS,))
+        if request.slot < 0 and engine.weights is not other:
+            engine.step()
+            with pytest.raises(RuntimeError, match="1 requests are under way; new weights come between two runs"):
+                engine.weights = other
+        engine.run([request])
+        return request
+
+    engine, fresh = (Engine(MODEL, w, reusing, compute=FLOAT32).warm_up() for w in (weights, other))
+    drawn(engine)
+    engine.weights = other
+    again = drawn(engine)
+    assert again.reused == 0 and again.tokens == drawn(fresh).tokens
+    assert drawn(engine).reused > 0

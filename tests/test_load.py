@@ -99,11 +99,17 @@ def test_generate_and_chat_are_the_samplers(workdir):
     loop = words.encode("the loop")
     assert continuation(loop, words, after=words.encode("a line of text")) == " the loop" != words.decode(loop)
     # Rows stand alone, settings compile nothing, ids are as good as texts.
-    programs = pretrained._sampler(MODEL, FLOAT32, 2, 10)._cache_size()
+    programs = pretrained._sampler(MODEL, FLOAT32, 2, 16)._cache_size()
     greedy = model.generate(prompts, max_tokens=10)
     assert greedy != found and model.generate(ids, max_tokens=10, top_k=1, temperature=2.0) == greedy
     assert model.generate(prompts, max_tokens=10, repetition_penalty=50.0) != greedy
-    assert pretrained._sampler(MODEL, FLOAT32, 2, 10)._cache_size() == programs
+    shorter = model.generate(prompts, max_tokens=9, temperature=1, top_p=1, repetition_penalty=1)
+    longer = model.generate(prompts, max_tokens=16, temperature=1.0)
+    assert shorter != longer and all(b.startswith(a) for a, b in zip(shorter, longer, strict=True))
+    assert pretrained._sampler(MODEL, FLOAT32, 2, 16)._cache_size() == programs
+    end = greedy[0][3:5]
+    cut = model.generate(prompts, max_tokens=10, stop=["no such text", end])
+    assert cut == [text.partition(end)[0] for text in greedy] != greedy
     assert model.generate(prompts[:1], max_tokens=10) == greedy[:1] and model.generate([]) == []
     messages = [{"role": "user", "content": "it"}]
     (answer,) = model.respond([encode_prompt(messages, model.tokenizer)], Choice(0.0), max_tokens=10)
@@ -157,6 +163,10 @@ def test_errors_are_sentences(workdir, root):
         model.logits([[5, 320]])
     with pytest.raises(ValueError, match="prompt 1: has 129 tokens; expected 1 to 118, since the context of 128 also"):
         model.generate([[5], [5] * 129], max_tokens=10)
+    with pytest.raises(ValueError, match="prompt 0: expected ids in 0..319, got 5..999"):
+        model.generate([[5, 999]], max_tokens=4)
+    with pytest.raises(ValueError, match="stop: expected a list of texts that are not empty, got 'end'"):
+        model.generate(["x"], stop="end")
     with pytest.raises(TypeError, match="prompts: expected a list of texts, got one text"):
         model.generate("the loop")
     with pytest.raises(ValueError, match="top_p: expected above 0 and at most 1, got 2"):

@@ -44,6 +44,13 @@ class Choice:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
         return self
 
+    def arrays(self) -> "Choice":
+        """The settings as arrays: Python's 1 and 1.0 would be two programs."""
+        return Choice(
+            temperature=np.float32(self.temperature), top_k=np.int32(self.top_k), top_p=np.float32(self.top_p),
+            min_p=np.float32(self.min_p), repetition_penalty=np.float32(self.repetition_penalty),
+        )  # fmt: skip
+
     def rows(self, batch: int) -> "Choice":
         """The settings as arrays, one entry a row. # [B] each"""
         return Choice(

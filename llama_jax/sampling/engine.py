@@ -36,13 +36,13 @@ class Engine:
     """
 
     def __init__(self, config: ModelConfig, weights: Prepared, settings: EngineConfig, *, compute: Compute):
-        """`weights` come from `model.decode.prepare`; a new policy's may take their place later (`self.weights`)."""
+        """`weights` come from `model.decode.prepare`; others may take their place later (`self.weights`)."""
         if settings.max_length > config.max_length:
             raise ValueError(f"engine: max_length {settings.max_length} exceeds the model's context of {config.max_length}")
         mesh = jax.sharding.get_mesh()
         if not mesh.empty and settings.slots % batch_shards(mesh):
             raise ValueError(f"engine: {settings.slots} slots do not divide over {batch_shards(mesh)} shards of the batch")
-        self.config, self.settings, self.weights = config, settings, weights
+        self.config, self.settings, self._weights = config, settings, weights
         self.waiting: collections.deque[Request] = collections.deque()
         self._chunks, self._wholes = sorted(settings.chunks), sorted(settings.whole)
         self._requests: list[Request | None] = [None] * settings.slots
@@ -55,6 +55,19 @@ class Engine:
         self.finished = self.reused_tokens = self.prefilled_tokens = self.drawn_tokens = 0
         self._programs = device.programs(config, compute, settings, mesh)
         self._slots = self._programs.empty()
+
+    @property
+    def weights(self) -> Prepared:
+        """What the engine computes with. New ones, of another policy, take over nothing that the old ones computed."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Prepared) -> None:
+        if self.active or self._beside:
+            count = self.active + len(self._beside)
+            raise RuntimeError(f"engine: {count} requests are under way; new weights come between two runs")
+        self._weights = weights
+        self._held = [[] for _ in range(self.settings.slots)]
 
     # ---- requests ----
 

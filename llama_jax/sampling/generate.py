@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
@@ -66,12 +67,13 @@ def make_sampler(
     config: ModelConfig, specs: Specs, *, compute: Compute, eos_id: int, max_new_tokens: int, temperature: float,
     top_p: float = 1.0, stop_ids: Sequence[int] = (),
 ) -> Callable[..., Samples]:  # fmt: skip
-    """A jitted (params, tokens [B, P], valid [B, P], keys [B], choice=None) -> Samples.
+    """A jitted (params, tokens [B, P], valid [B, P], keys [B], choice=None, limit=None) -> Samples.
 
     Weights that `model.decode.prepare` laid out beforehand may stand in the place of `params`: one model that is asked again
     and again. A policy in training is laid out at each call.
 
-    `choice` gives rows settings of their own in place of `temperature` and `top_p`. A row ends with EOS or one of
+    `choice` gives rows settings of their own in place of `temperature` and `top_p`; after `limit` tokens, an integer that is
+    part of no program, the loop ends before `max_new_tokens`. A row ends with EOS or one of
     `stop_ids`; the loop ends as soon as every row has. Each position's draw uses the row's key folded with the position, so
     a longer `max_new_tokens` continues the same draws. What a row draws depends on nothing but its prompt, key and settings:
     bitwise for one batch shape, up to the rounding of the matrix products between shapes.
@@ -80,8 +82,9 @@ def make_sampler(
 
     @jax.jit
     def sample(
-        params: Params | Prepared, tokens: jax.Array, valid: jax.Array, keys: jax.Array, choice: Choice | None = None
-    ) -> Samples:
+        params: Params | Prepared, tokens: jax.Array, valid: jax.Array, keys: jax.Array, choice: Choice | None = None,
+        limit: jax.Array | None = None,
+    ) -> Samples:  # fmt: skip
         with layout(DECODE):
             B, P = tokens.shape
             weights = prepare(params, specs, compute=compute) if "trunk" in params else params
@@ -103,7 +106,7 @@ def make_sampler(
 
             def unfinished(carry):
                 n, out, _, _ = carry
-                return (n < N) & ~jnp.all(out.ended)
+                return (n < (N if limit is None else jnp.minimum(limit, N))) & ~jnp.all(out.ended)
 
             def step(carry):
                 n, out, cache, seen = carry
@@ -128,22 +131,30 @@ def make_sampler(
     return sample
 
 
+@functools.lru_cache(maxsize=4)
+def _on_every_host(mesh: Mesh) -> Callable[[Samples], Samples]:
+    return jax.jit(lambda samples: samples, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def generate(
-    sampler: Callable[..., Samples], params: Params, prompts: Sequence[Sequence[int]], *, prompt_length: int,
+    sampler: Callable[..., Samples], params: Params | Prepared, prompts: Sequence[Sequence[int]], *, prompt_length: int,
     batch_size: int, seed: int, progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Responses (ids, with EOS where it was drawn) to any number of prompts, in batches of one shape.
 
     Row i's draws depend on (seed, i) only. The last batch is filled with copies of its first prompt. Prompts of similar
-    length are not grouped: `prompt_length` is one shape for all, so that nothing is compiled twice.
+    length are not grouped: `prompt_length` is one shape for all, so that nothing is compiled twice. On several hosts every one
+    calls this with the same arguments and gets all responses.
     """
+    mesh = jax.sharding.get_mesh()
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         filled = part + part[:1] * (batch_size - len(part))
         tokens, valid = pad_left(filled, prompt_length)
         keys = row_keys(seed, range(start, start + batch_size))
-        samples = jax.device_get(sampler(params, tokens, valid, keys))
+        drawn = sampler(params, tokens, valid, keys)
+        samples = jax.device_get(_on_every_host(mesh)(drawn) if jax.process_count() > 1 else drawn)
         for row in range(len(part)):
             responses.append(samples.tokens[row][samples.mask[row]].tolist())
         if progress:
