@@ -81,6 +81,9 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     assert counts["web"]["bad_rows"] == 1 and counts["web"]["filtered_by"] == {"read: blank": 1}
     assert corpus.run(config, tmp_path / "beam", beam=options) == manifest
     assert files(tmp_path / "beam") == files(tmp_path / "one")
+    report = (tmp_path / "one" / "report.html").read_text()
+    for what in ("stands for it", "cut from 40 documents", "Paragraphs shared with evaluation", "Repeated paragraphs <span>"):
+        assert what in report
 
 
 @pytest.mark.slow

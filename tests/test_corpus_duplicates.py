@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from llama_jax.corpus_build.boilerplate import Boilerplate
 from llama_jax.corpus_build.dedup import drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import (
@@ -18,7 +19,10 @@ from llama_jax.corpus_build.near_duplicates import (
     signatures,
 )
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats, split_paragraphs
-from llama_jax.corpus_build.refine import Deduplication, HeldOut, held_out_repeats, refine
+from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.refine import LINES, PAIRS, Deduplication, HeldOut, held_out_repeats, refine
+from llama_jax.corpus_build.report import _compared
+from llama_jax.corpus_build.samples import SAMPLES, sample
 from llama_jax.corpus_build.shingles import ngram_hashes, shingles, word_hashes
 from llama_jax.corpus_build.split import is_held_out, split
 
@@ -125,7 +129,7 @@ def test_no_near_duplicates_among_nothing():
     assert drop_near_duplicates({"a": []}, NearDuplicates()) == ({"a": []}, {"a": []})
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"bands": 129}])
+@pytest.mark.parametrize("wrong", [{"threshold": -0.1}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"bands": 129}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         NearDuplicates(**wrong)
@@ -204,6 +208,39 @@ def test_a_leak_over_blank_lines_is_cut_with_all_its_paragraphs():
     document = Document("1", "\n\n".join([own, *question, own]), "web")
     kept, cuts = drop_leaks({"web": [document]}, ["\n".join(question)], ngram=8, least=50)
     assert kept["web"][0].text == f"{own}\n\n{own}" and cuts["web"].paragraphs == 4
+
+
+def test_the_report_shows_samples_of_what_comparing_took():
+    own = [" ".join(words(i, 60)) for i in range(40)]
+    documents = [Document(str(i), f"Accept all <cookies> of the site\n\n{text}", "web") for i, text in enumerate(own)]
+    documents += [Document("near", f"{documents[9].text} more", "web")]
+    rules = Deduplication(Boilerplate(documents=5), NearDuplicates(), repeated_paragraph=80)
+
+    def shown(documents: list[Document]) -> dict:
+        return refine({"web": documents}, HeldOut(0.1, 1, 10**6), rules)["web"].samples
+
+    samples = shown(documents)
+    assert samples == shown(documents[::-1])
+    assert samples[LINES] == [(-41, "web", "", "accept all <cookies> of the site")]
+    ((_, name, stays, dropped, kept),) = samples[PAIRS]
+    assert (name, stays) == ("9", "web:near") and kept[:50] == dropped[:50]
+    profile = Profile().show(samples).show(samples)
+    assert len(profile.samples[PAIRS]) == 2
+    counts = dict.fromkeys(("near_duplicates", "boilerplate_lines", "leaks", "evaluation", "repeats"), 7)
+    page = _compared(profile, {"web": counts})
+    assert "accept all &lt;cookies&gt; of the site" in page and "web:near · stands for it" in page
+
+
+def test_cuts_keep_a_few_samples_of_themselves():
+    texts = [Document(str(i), f"{LONG}\n\n{i} {4 * LONG}", "s") for i in range(20)]
+    _, cuts = drop_repeats({"s": texts}, shortest=40)
+    assert cuts["s"].paragraphs == 19 and len(cuts["s"].samples) == SAMPLES == len((cuts["s"] + cuts["s"]).samples)
+    assert {row[3] for row in cuts["s"].samples} == {LONG}
+    _, again = drop_repeats({"s": [texts[0], *texts[:0:-1]]}, shortest=40)
+    assert again["s"].samples == cuts["s"].samples
+    secret = " ".join(words(0, 40))
+    code = Document("c", secret, "code")
+    assert drop_leaks({"code": [code]}, [secret], ngram=8, whole={"code"})[1]["code"].samples == [sample(code)]
 
 
 def test_documents_of_one_id_are_told_apart_by_their_texts():

@@ -6,7 +6,6 @@ runner and the number of its workers. The output directory must be one that all 
 fsspec opens.
 """
 
-import dataclasses
 import json
 import os
 import pickle
@@ -23,7 +22,7 @@ from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.manifest import file_sha256
 from llama_jax.corpus_build.paragraphs import Cut
 from llama_jax.corpus_build.profile import Profile
-from llama_jax.corpus_build.refine import Refined, counts, held_out_repeats
+from llama_jax.corpus_build.refine import Refined, counts, cut_samples, held_out_repeats
 from llama_jax.corpus_build.split import long_lines
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.write import (
@@ -77,6 +76,7 @@ def build_with_beam(
             check_bad_rows(source, profile, settings)
         refined = {source: _refined(source, summary, work, settings) for source in files}
         for source, part in refined.items():
+            profiles[source].show(part.samples)
             check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
 
         tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings, stages)
@@ -125,15 +125,13 @@ def _refined(source: str, summary: Mapping[str, Any], work: Path, settings: Sett
     number = summary["counts"].get
     lines = [line for document in held_out for line in long_lines(document.text)]
     cleaned, exact, unique = (number((source, name), 0) for name in ("cleaned", "exact", "unique"))
-    cuts = {
-        kind: Cut(*(number((source, kind, field.name), 0) for field in dataclasses.fields(Cut)))
-        for kind in ("leaks", "evaluation", "repeats")
-    }
+    cuts = {kind: number((source, kind), Cut()) for kind in ("leaks", "evaluation", "repeats")}
     cuts["repeats"] += repeats
     return Refined(
         train=[], held_out=held_out, withheld=[], unique=unique,
         lines_seen=sum(line in summary["seen"] for line in lines) / max(len(lines), 1),
         counts=counts(cleaned - exact, exact - unique, number((source, "lines"), 0), cuts),
+        samples=cut_samples(cuts),
     )  # fmt: skip
 
 

@@ -6,21 +6,22 @@ The order of the steps and every decision are those of `refine.refine`; what is 
 import dataclasses
 import functools
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, without_lines
+from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, line_rows, without_lines
 from llama_jax.corpus_build.build import Settings, analyse
 from llama_jax.corpus_build.dedup import checked_hash, preference
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, signatures
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, pair_row, signatures
 from llama_jax.corpus_build.paragraphs import Cut, paragraph_keys, secret_ngrams, without_leaks, without_paragraphs
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.readers import BadRow, read_file
-from llama_jax.corpus_build.refine import evaluation_texts
+from llama_jax.corpus_build.refine import LINES, PAIRS, evaluation_texts
+from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.split import Candidate, candidate, choose, long_lines, side_of
 from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.steps import clean, make_steps
@@ -111,17 +112,28 @@ class Refinement:
             result, lines = without_lines(document, frequent.get(document.source, frozenset()), settings)
             if result.text.strip():
                 yield place, result
-                yield beam.pvalue.TaggedOutput("lines", ((document.source, "lines"), lines))
+                yield beam.pvalue.TaggedOutput("lines", ((document.source, "lines"), len(lines)))
+                for line in set(lines):
+                    yield beam.pvalue.TaggedOutput("lost", ((document.source, line), 1))
             else:
                 yield item
 
-        parts = documents | "Cut lines" >> beam.FlatMap(cut, beam.pvalue.AsDict(frequent)).with_outputs("lines", main="kept")
+        parts = documents | "Cut lines" >> beam.FlatMap(cut, beam.pvalue.AsDict(frequent)).with_outputs(
+            "lines", "lost", main="kept"
+        )
         self.tallies.append(parts.lines | "Sum lines" >> beam.CombinePerKey(sum))
+        self.profiles.append(
+            parts.lost
+            | "Lost by" >> beam.CombinePerKey(sum)
+            | "Line rows" >> beam.MapTuple(lambda key, count: (key[0], line_rows([(key[1], count)], key[0])))
+            | "Draw lines" >> beam.CombinePerKey(drawn)
+            | "Lines shown" >> beam.MapTuple(lambda source, rows: (source, Profile().show({LINES: rows})))
+        )
         return parts.kept
 
     def _near(self, documents, settings: NearDuplicates):
         beam = self.beam
-        dropped = (
+        heads = (
             documents
             | beam.BatchElements(min_batch_size=64, max_batch_size=1000)
             | "Bands" >> beam.FlatMap(_bands, settings)
@@ -132,9 +144,28 @@ class Refinement:
             | "Pairs" >> beam.combiners.ToList()
             | "Components" >> beam.Map(_losers)
         )
-        return documents | "Keep one" >> beam.Filter(
-            lambda item, dropped: _quality(item) not in dropped, beam.pvalue.AsSingleton(dropped, default_value=frozenset())
+
+        def keep(item, heads):
+            head = heads.get(_quality(item))
+            if head is None:
+                yield item
+            else:
+                yield beam.pvalue.TaggedOutput("dropped", (item[1].source, [(sample(item[1]), head)]))
+
+        parts = documents | "Keep one" >> beam.FlatMap(keep, beam.pvalue.AsSingleton(heads)).with_outputs(
+            "dropped", main="kept"
         )
+        shown = (
+            parts.dropped | "Draw pairs" >> beam.CombinePerKey(drawn) | "Pairs shown" >> beam.combiners.ToList()
+            | "By the best" >> beam.Map(_by_head)
+        )  # fmt: skip
+
+        def pairs(item, shown):
+            for source, row in shown.get(_quality(item), ()):
+                yield source, Profile().show({PAIRS: [pair_row(row, item[1])]})
+
+        self.profiles.append(parts.kept | "Both of a pair" >> beam.FlatMap(pairs, beam.pvalue.AsSingleton(shown)))
+        return parts.kept
 
     def _split(self, documents):
         beam, held_out = self.beam, self.settings.held_out
@@ -188,13 +219,13 @@ class Refinement:
 
         def cut(item, secret):
             place, document = item
-            result, paragraphs = without_leaks(
+            result, numbers = without_leaks(
                 document, secret, ngram=settings.deduplication.leak_ngram, whole=document.source in settings.whole
             )
             if result is not None:
                 yield place, result
             if result is not document:
-                yield beam.pvalue.TaggedOutput("cuts", _cut(name, document, result, paragraphs))
+                yield beam.pvalue.TaggedOutput("cuts", _cut(name, document, result, numbers))
 
         return self._with_cuts(documents | f"Cut {name}" >> beam.FlatMap(cut, secret).with_outputs("cuts", main="kept"), name)
 
@@ -225,22 +256,13 @@ class Refinement:
                 if result is not None:
                     yield place, result
                 if numbers:
-                    yield beam.pvalue.TaggedOutput("cuts", _cut("repeats", document, result, len(numbers)))
+                    yield beam.pvalue.TaggedOutput("cuts", _cut("repeats", document, result, numbers))
 
         joined = {"documents": documents, "repeats": repeats} | "Join repeats" >> beam.CoGroupByKey()
         return self._with_cuts(joined | "Cut repeats" >> beam.FlatMapTuple(cut).with_outputs("cuts", main="kept"), "repeats")
 
     def _with_cuts(self, parts, name: str):
-        beam = self.beam
-
-        def numbers(key, cut):
-            return [((*key, field), value) for field, value in dataclasses.asdict(cut).items()]
-
-        self.tallies.append(
-            parts.cuts
-            | f"{name} numbers" >> beam.FlatMapTuple(numbers)
-            | f"Sum {name}" >> beam.CombinePerKey(sum)
-        )
+        self.tallies.append(parts.cuts | f"Sum {name}" >> self.beam.CombinePerKey(lambda cuts: sum(cuts, Cut())))
         return parts.kept
 
     def _write(self, pipeline, train, held_out) -> None:
@@ -342,21 +364,30 @@ def _bucket_links(bucket: tuple[bytes, Iterable[tuple[tuple, bytes]]], threshold
             yield members[a][0], members[b][0]
 
 
-def _losers(pairs: Sequence[tuple[tuple, tuple]]) -> frozenset:
-    """The documents of all clusters but the best of each."""
+def _losers(pairs: Sequence[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
+    """The documents of all clusters but the best of each, with that one."""
     names = sorted({name for pair in pairs for name in pair})
     number = {name: i for i, name in enumerate(names)}
     heads = components(len(names), [(number[a], number[b]) for a, b in sorted(pairs)])
-    return frozenset(name for i, name in enumerate(names) if heads[i] != i)
+    return {name: names[heads[i]] for i, name in enumerate(names) if heads[i] != i}
+
+
+def _by_head(shown: Sequence[tuple[str, list]]) -> dict[tuple, list[tuple[str, Row]]]:
+    """Of the dropped documents that the report shows, (source, row) by the one that stays instead."""
+    found: dict[tuple, list[tuple[str, Row]]] = {}
+    for source, rows in shown:
+        for row, head in rows:
+            found.setdefault(head, []).append((source, row))
+    return found
 
 
 def _union(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
 
 
-def _cut(name: str, before: Document, after: Document | None, paragraphs: int) -> tuple[tuple[str, str], Cut]:
+def _cut(name: str, before: Document, after: Document | None, numbers: Collection[int]) -> tuple[tuple[str, str], Cut]:
     cut = Cut()
-    cut.add(paragraphs, before, after)
+    cut.add(numbers, before, after)
     return (before.source, name), cut
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.samples import Row, drawn, excerpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +46,27 @@ def frequent_lines(documents: Iterable[Document], settings: Boilerplate) -> froz
     return frozenset(key for key, count in counts.items() if count >= least)
 
 
-def without_lines(document: Document, frequent: frozenset[bytes], settings: Boilerplate) -> tuple[Document, int]:
-    """The document without those lines, and how many there were."""
+def without_lines(document: Document, frequent: frozenset[bytes], settings: Boilerplate) -> tuple[Document, list[str]]:
+    """The document without those lines, and the lines, white space and case folded."""
     if not frequent:
-        return document, 0
-    lines = document.text.split("\n")
-    kept = [line for line in lines if len(line.strip()) < settings.shortest or _key(line) not in frequent]
-    if len(kept) == len(lines):
-        return document, 0
-    return dataclasses.replace(document, text="\n".join(kept)), len(lines) - len(kept)
+        return document, []
+    kept, cut = [], []
+    for line in document.text.split("\n"):
+        if len(line.strip()) >= settings.shortest and _key(line) in frequent:
+            cut.append(_folded(line))
+        else:
+            kept.append(line)
+    return (dataclasses.replace(document, text="\n".join(kept)), cut) if cut else (document, cut)
+
+
+def line_rows(counts: Iterable[tuple[str, int]], source: str) -> list[Row]:
+    """What the report shows of the lines that were cut, from (line, documents of the source that lost it)."""
+    return drawn([(-count, source, "", excerpt(line))] for line, count in counts)
+
+
+def _folded(line: str) -> str:
+    return " ".join(line.lower().split())
 
 
 def _key(line: str) -> bytes:
-    return hashlib.blake2b(" ".join(line.lower().split()).encode(), digest_size=12).digest()
+    return hashlib.blake2b(_folded(line).encode(), digest_size=12).digest()

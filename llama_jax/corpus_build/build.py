@@ -157,6 +157,7 @@ def check_bad_rows(source: str, profile: Profile, settings: Settings) -> None:
 
 def profile_train(part: Refined, settings: Settings, profile: Profile) -> Profile:
     """Counts the train documents of a source, and analyses the share of them that the settings ask for."""
+    profile.show(part.samples)
     for document in part.train:
         profile.keep(document)
     analyse(profile, part.train, settings)

@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
+from llama_jax.corpus_build.samples import Row, excerpt
 from llama_jax.corpus_build.shingles import shingles
 
 _SIGNED_AT_ONCE = 1000  # documents: bounds the memory of their n-grams
@@ -135,3 +136,9 @@ def drop_near_duplicates(
             gone.add(id(document))
     kept = {source: [d for d in of_source if id(d) not in gone] for source, of_source in documents_by_source.items()}
     return kept, dropped
+
+
+def pair_row(dropped: Row, stays: Document) -> Row:
+    """What the report shows of two near duplicates, from the sample of the dropped one."""
+    key, name, _, text = dropped
+    return key, name, f"{stays.source}:{stays.id}", text, excerpt(stays.text)

@@ -8,11 +8,12 @@ sources are taken or left whole.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 
 import numpy as np
 
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.shingles import ngram_hashes, word_hashes
 
 _BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")
@@ -29,15 +30,22 @@ class Cut:
     paragraphs: int = 0
     bytes: int = 0  # of paragraphs and of whole documents
     documents: int = 0  # of which too little was left, or that could not be cut
+    samples: list[Row] = dataclasses.field(default_factory=list, compare=False)  # paragraphs, and documents that went whole
 
-    def add(self, paragraphs: int, before: Document, after: Document | None) -> None:
-        """Counts what was cut from one document; `after` is None if nothing stays."""
-        self.paragraphs += paragraphs
+    def add(self, numbers: Collection[int], before: Document, after: Document | None) -> None:
+        """Counts what was cut from one document: paragraphs of these numbers, and all if `after` is None."""
+        self.paragraphs += len(numbers)
         self.bytes += len(before.text.encode()) - (len(after.text.encode()) if after else 0)
         self.documents += after is None
+        parts = split_paragraphs(before.text) if numbers else []
+        texts = [parts[number].strip() for number in numbers] or [before.text]
+        self.samples = drawn([self.samples, [sample(before, text) for text in texts]])
 
     def __add__(self, other: "Cut") -> "Cut":
-        return Cut(self.paragraphs + other.paragraphs, self.bytes + other.bytes, self.documents + other.documents)
+        return Cut(
+            self.paragraphs + other.paragraphs, self.bytes + other.bytes, self.documents + other.documents,
+            drawn([self.samples, other.samples]),
+        )  # fmt: skip
 
 
 def split_paragraphs(text: str) -> list[str]:
@@ -113,24 +121,24 @@ def shared(text: str, secret: np.ndarray, ngram: int) -> np.ndarray:
 
 def without_leaks(
     document: Document, secret: np.ndarray, *, ngram: int, least: int = LEAST, whole: bool = False
-) -> tuple[Document | None, int]:
-    """The document without the paragraphs that have part in an n-gram of `secret`, and their number.
+) -> tuple[Document | None, Set[int]]:
+    """The document without the paragraphs that have part in an n-gram of `secret`, and their numbers.
 
     A secret run may reach over blank lines: a question and its answers stand in paragraphs of their own.
     With `whole` it loses nothing, or goes altogether where more than LARGEST_LEAK of its n-grams are secret.
     """
     found = shared(document.text, secret, ngram)
     if not found.any():
-        return document, 0
+        return document, frozenset()
     if whole:
-        return (None if found.mean() > LARGEST_LEAK else document), 0
+        return (None if found.mean() > LARGEST_LEAK else document), frozenset()
     edges = np.zeros(len(found) + ngram, np.int64)  # one more than words
     edges[: len(found)] += found
     edges[ngram:] -= found
     inside = np.cumsum(edges)[:-1] > 0  # for each word whether it is in a secret run
     owner = np.repeat(*zip(*((i, len(word_hashes(p))) for i, p in enumerate(split_paragraphs(document.text))), strict=True))
     numbers = set(owner[inside].tolist())
-    return without_paragraphs(document, numbers, least=least), len(numbers)
+    return without_paragraphs(document, numbers, least=least), numbers
 
 
 def drop_leaks(
@@ -147,17 +155,17 @@ def drop_leaks(
     cuts = {source: Cut() for source in documents_by_source}
     for source, documents in documents_by_source.items():
         for document in documents:
-            result, paragraphs = without_leaks(document, secret, ngram=ngram, least=least, whole=source in whole)
+            result, numbers = without_leaks(document, secret, ngram=ngram, least=least, whole=source in whole)
             if result is not document:
-                cuts[source].add(paragraphs, document, result)
+                cuts[source].add(numbers, document, result)
             if result is not None:
                 kept[source].append(result)
     return kept, cuts
 
 
-def _keep(kept: list[Document], document: Document, numbers: Sequence[int] | Set[int], least: int, cut: Cut) -> None:
+def _keep(kept: list[Document], document: Document, numbers: Set[int], least: int, cut: Cut) -> None:
     result = without_paragraphs(document, numbers, least=least)
     if numbers:
-        cut.add(len(numbers), document, result)
+        cut.add(numbers, document, result)
     if result is not None:
         kept.append(result)

@@ -1,7 +1,6 @@
 """What there is to know about a corpus: counts that add up over documents, sources and workers (paper section 4.1)."""
 
 import dataclasses
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,12 +12,11 @@ import numpy as np
 from llama_jax.corpus_build import demographics, language, toxicity
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.readers import BadRow
+from llama_jax.corpus_build.samples import Row, drawn, sample
 
 ANALYSES = ("language", "demographics", "toxicity")
 LENGTH_BINS = 4  # a decade of bytes
 TOXICITY_BINS = 20
-_SAMPLES = 8  # kept of each rule
-_EXCERPT = 600  # characters of each
 
 
 @dataclasses.dataclass
@@ -29,7 +27,8 @@ class Profile:
     bytes: int = 0
     removed: Counter = dataclasses.field(default_factory=Counter)  # (step, rule) -> documents
     removed_bytes: Counter = dataclasses.field(default_factory=Counter)
-    samples: dict = dataclasses.field(default_factory=dict)  # (step, rule) -> [(hash, id, detail, excerpt)]
+    # (step, rule) -> rows of what it removed; ("compared", what) -> rows of what comparing documents did
+    samples: dict = dataclasses.field(default_factory=dict)
     lengths: Counter = dataclasses.field(default_factory=Counter)  # bin of log10 bytes -> documents
     sites: Counter = dataclasses.field(default_factory=Counter)
     private: Counter = dataclasses.field(default_factory=Counter)  # kind -> findings
@@ -60,9 +59,7 @@ class Profile:
             self.removed_languages[document.findings["language"]] += 1
         self.removed_bytes[rule] += len(document.text.encode(errors="replace"))
         self.private.update(document.findings.get("private", {}))
-        excerpt = document.text[:_EXCERPT].encode(errors="replace").decode()
-        key = hashlib.blake2b(f"{document.source}:{document.id}".encode(errors="replace"), digest_size=8).hexdigest()
-        self._sample(rule, [(key, document.id, removed.detail, excerpt)])
+        self.show({rule: [sample(document, detail=removed.detail)]})
 
     def lose(self, row: BadRow) -> None:
         """Counts and names a row, or the rest of a file, that could not be read."""
@@ -108,16 +105,18 @@ class Profile:
             if isinstance(mine, Counter):
                 mine.update(theirs)
             elif isinstance(mine, dict):
-                for rule, rows in theirs.items():
-                    self._sample(rule, rows)
+                self.show(theirs)
             elif isinstance(mine, list):
                 mine[:] = sorted([*mine, *theirs])
             else:
                 setattr(self, field.name, mine + theirs)
         return self
 
-    def _sample(self, rule: tuple[str, str], rows: Iterable[tuple]) -> None:
-        self.samples[rule] = sorted([*self.samples.get(rule, []), *rows])[:_SAMPLES]
+    def show(self, samples: Mapping[tuple[str, str], Iterable[Row]]) -> "Profile":
+        """Takes over some samples, and gives itself back."""
+        for rule, rows in samples.items():
+            self.samples[rule] = drawn([self.samples.get(rule, []), rows])
+        return self
 
 
 def ranked(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:

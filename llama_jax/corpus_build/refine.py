@@ -7,18 +7,22 @@ changes a result, which is what lets `beam_pipeline` do the same over many machi
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 
-from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
+from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, line_rows, without_lines
 from llama_jax.corpus_build.dedup import content_hash, drop_duplicates, preference
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates, pair_row
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.shingles import word_hashes
 from llama_jax.corpus_build.split import lines_seen, split
 
 log = logging.getLogger(__name__)
+# Names of samples, beside those of `cut_samples`.
+LINES, PAIRS = ("compared", "boilerplate"), ("compared", "near")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Refined:
     unique: int  # documents after exact and near duplicates
     lines_seen: float  # share of long held-out lines that a train document has too
     counts: dict[str, int]  # what went, by kind
+    samples: dict[tuple[str, str], list[Row]]  # of what went, for the report
 
 
 def refine(
@@ -74,10 +79,11 @@ def refine(
 ) -> dict[str, Refined]:
     """All comparisons, in memory. `whole` are the sources whose documents may not lose paragraphs or lines."""
     documents, duplicates = drop_duplicates(documents_by_source)
-    lines = dict.fromkeys(documents, 0)
+    lines: dict[str, Counter[str]] = {source: Counter() for source in documents}
+    total = dict.fromkeys(documents, 0)
     if deduplication.boilerplate:
         for source in documents.keys() - whole:
-            documents[source], lines[source] = drop_boilerplate(documents[source], deduplication.boilerplate)
+            documents[source], total[source], lines[source] = drop_boilerplate(documents[source], deduplication.boilerplate)
     near: dict[str, list[tuple[Document, Document]]] = {source: [] for source in documents}
     if deduplication.near:
         documents, near = drop_near_duplicates(documents, deduplication.near)
@@ -101,13 +107,19 @@ def refine(
         cuts["repeats"][source] += cut
         splits[source] = dataclasses.replace(part, train=train[source], held_out=kept)
     seen = lines_seen(splits)
-    return {
-        source: Refined(
+    refined = {}
+    for source, part in splits.items():
+        of_source = {kind: cuts[kind][source] for kind in cuts}
+        samples = cut_samples(of_source) | {
+            LINES: line_rows(lines[source].items(), source),
+            PAIRS: drawn([pair_row(sample(dropped), stays)] for dropped, stays in near[source]),
+        }
+        refined[source] = Refined(
             part.train, part.held_out, part.withheld, len(documents[source]), seen[source],
-            counts(duplicates[source], len(near[source]), lines[source], {kind: cuts[kind][source] for kind in cuts}),
-        )
-        for source, part in splits.items()
-    }  # fmt: skip
+            counts(duplicates[source], len(near[source]), total[source], of_source),
+            {what: rows for what, rows in samples.items() if rows},
+        )  # fmt: skip
+    return refined
 
 
 def held_out_repeats(
@@ -125,6 +137,11 @@ def held_out_repeats(
     return kept[source], cuts[source]
 
 
+def cut_samples(cuts: Mapping[str, Cut]) -> dict[tuple[str, str], list[Row]]:
+    """What the report shows of the paragraphs and documents that were cut, by kind; kinds without any are left out."""
+    return {("compared", kind): cut.samples for kind, cut in cuts.items() if cut.samples}
+
+
 def counts(duplicates: int, near: int, lines: int, cuts: Mapping[str, Cut]) -> dict[str, int]:
     """What went of a source, by kind, as the manifest has it."""
     by_cut = {
@@ -135,18 +152,22 @@ def counts(duplicates: int, near: int, lines: int, cuts: Mapping[str, Cut]) -> d
     return {"duplicates": duplicates, "near_duplicates": near, "boilerplate_lines": lines, **by_cut}
 
 
-def drop_boilerplate(documents: list[Document], settings: Boilerplate) -> tuple[list[Document], int]:
-    """The documents of one source without their boilerplate lines, and how many those were.
+def drop_boilerplate(documents: list[Document], settings: Boilerplate) -> tuple[list[Document], int, Counter[str]]:
+    """The documents of one source without their boilerplate lines, how many those were, and documents that lost each line.
 
     A document that is nothing but boilerplate keeps its lines: near-duplicate removal is what deals with it.
     """
     frequent = frequent_lines(documents, settings)
-    kept, total = [], 0
+    kept, total, lost = [], 0, Counter()
     for document in documents:
         result, lines = without_lines(document, frequent, settings)
-        kept.append(result if result.text.strip() else document)
-        total += lines if result.text.strip() else 0
-    return kept, total
+        if not result.text.strip():
+            kept.append(document)
+            continue
+        kept.append(result)
+        total += len(lines)
+        lost.update(set(lines))
+    return kept, total, lost
 
 
 def evaluation_texts(paths: Iterable[str], ngram: int) -> Iterator[str]:

@@ -24,19 +24,39 @@ _FATES = {
     "exact copies": "duplicates", "near duplicates": "near_duplicates", "leaks of held-out text": "leaks",
     "evaluation samples": "evaluation", "repeated paragraphs": "repeats",
 }  # fmt: skip
+_CUTS = {
+    "leaks": "Paragraphs shared with held-out documents", "evaluation": "Paragraphs shared with evaluation samples",
+    "repeats": "Repeated paragraphs",
+}  # fmt: skip
 _SITES = 20
 
 
 def write_report(
-    path: str | os.PathLike, counts: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Profile], shares: Sequence[Share]
+    path: str | os.PathLike,
+    counts: Mapping[str, Mapping[str, Any]],
+    profiles: Mapping[str, Profile],
+    shares: Sequence[Share],
+    *,
+    identities: str | None = None,
+    checkpoint: str | None = None,
 ) -> None:
-    """Writes the report: `counts` by source as in the manifest, the profile of each source, and the mixture."""
+    """Writes the report.
+
+    Args:
+      path: of the HTML file.
+      counts: by source, as in the manifest.
+      profiles: of each source.
+      shares: the mixture.
+      identities: the file of descriptors that was used instead of Table 9's.
+      checkpoint: of the classifier of toxicity that was used instead of the built-in one.
+    """
     whole = Profile()
     for profile in profiles.values():
         whole.merge(profile)
     sections = [
         _worth_a_look(notices(counts, profiles, shares)), _funnel(counts), _mixture(shares), _filters(profiles),
-        _lengths(profiles), _languages(whole), _demographics(whole), _toxicity(whole), _privacy(whole), _sites(whole),
+        _compared(whole, counts), _lengths(profiles), _languages(whole), _demographics(whole, identities),
+        _toxicity(whole, checkpoint), _privacy(whole), _sites(whole),
         _bad_rows(whole),
     ]  # fmt: skip
     with atomic_write(path) as file:
@@ -154,6 +174,31 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
     )
 
 
+def _compared(whole: Profile, counts: Mapping[str, Mapping[str, Any]]) -> str:
+    folds = []
+    if rows := whole.samples.get(("compared", "near")):
+        texts = []
+        for _, name, stays, dropped, kept in rows:
+            texts += [(f"{name} · dropped", dropped), (f"{stays} · stands for it", kept)]
+        folds.append(html.samples("Near duplicates", f"{_total(counts, 'near_duplicates'):,} documents", texts))
+    if rows := whole.samples.get(("compared", "boilerplate")):
+        texts = [(f"{source} · cut from {-count:,} documents", line) for count, source, _, line in rows]
+        found = f"{_total(counts, 'boilerplate_lines'):,} lines"
+        folds.append(html.samples("Boilerplate, the most frequent lines", found, texts))
+    for kind, title in _CUTS.items():
+        if rows := whole.samples.get(("compared", kind)):
+            found = f"{_total(counts, f'{kind}_paragraphs'):,} paragraphs, {_total(counts, kind):,} whole documents"
+            folds.append(html.samples(title, found, [(name, text) for _, name, _, text in rows]))
+    if not folds:
+        return ""
+    return html.section(
+        "What comparing documents took",
+        "Samples, drawn by hash: of near duplicates the beginnings of both documents, of what was cut the paragraphs, or the "
+        "documents where nothing could be cut. Lines are in lower case, as they were compared.",
+        *folds,
+    )
+
+
 def _lengths(profiles: Mapping[str, Profile]) -> str:
     charts = []
     for source, profile in profiles.items():
@@ -194,12 +239,14 @@ def _languages(whole: Profile) -> str:
     )
 
 
-def _demographics(whole: Profile) -> str:
+def _demographics(whole: Profile, path: str | None) -> str:
     if not whole.mentions:
         return ""
-    shares = demographics.shares(whole.mentions, whole.english)
+    axes = demographics.identities_of(path)
+    shares = demographics.shares(whole.mentions, whole.english, axes)
     pronouns = ["any gendered", "she", "he", "unspecified", "any person", "1st person", "2nd person", "3rd person"]
-    of_axis = {d: axis for axis, names in demographics.IDENTITIES.items() for d in names}
+    of_axis = {d: axis for axis, names in axes.items() for d in names}
+    listed = f"{len(of_axis):,} of {path}" if path else "the five of each axis that the paper prints"
 
     def rows(names: Sequence[str]) -> list[list[str]]:
         paper = {name: _paper(demographics.PAPER.get(name)) for name in names}
@@ -210,23 +257,25 @@ def _demographics(whole: Profile) -> str:
     return html.section(
         "Pronouns and identities (Table 9)",
         f"{whole.english:,} documents in English were read. She, he and unspecified are shares of the documents with any of "
-        "them; a descriptor is a share of the documents of its axis; all else is of all documents.",
+        f"them; a descriptor is a share of the documents of its axis; all else is of all documents. Descriptors: {listed}.",
         '<div class="grid"><div>' + html.table(heads, rows(pronouns), parts=[1, 2, 3, 5, 6, 7]) + "</div><div>"
         + html.table(heads, rows(identities), parts=[i for i, name in enumerate(identities) if name in of_axis])
         + "</div></div>",
     )  # fmt: skip
 
 
-def _toxicity(whole: Profile) -> str:
+def _toxicity(whole: Profile, checkpoint: str | None) -> str:
     if not whole.scored:
         return ""
+    classifier = checkpoint or "the built-in one of words (alt-profanity-check)"
     half = TOXICITY_BINS // 2
     toxic = sum(count for i, count in whole.toxicity.items() if i >= half)
     bins = [(f"{i / TOXICITY_BINS:g}" if i % 5 == 0 else "", whole.toxicity[i]) for i in range(TOXICITY_BINS)]
     return html.section(
         "Toxicity (Fig. 13)",
         f"Scores of lines averaged to documents, {whole.scored:,} of them in English. {100 * toxic / whole.scored:.2f} % score "
-        f"0.5 or more; the paper finds {PAPER_TOXIC} % with its own classifier. Nothing is filtered by this score.",
+        f"0.5 or more; the paper finds {PAPER_TOXIC} % with its own classifier. Classifier here: {classifier}. Nothing is "
+        "filtered by this score.",
         html.histogram("documents by score", bins, log=True, mark=half, mark_text="0.5"),
     )
 

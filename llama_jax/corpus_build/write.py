@@ -88,7 +88,10 @@ def finish(
     )
     for share in shares:
         counts[share.source] |= {"share": share.share, "planned_tokens": share.planned_tokens, "epochs": share.epochs}
-    write_report(directory / "report.html", counts, profiles, shares)
+    write_report(
+        directory / "report.html", counts, profiles, shares,
+        identities=settings.identities, checkpoint=settings.toxicity_checkpoint,
+    )  # fmt: skip
     write_tfds_metadata(directory / "blocks", counts, tokenizer.vocab_size, settings)
     return write_manifest(
         directory,

@@ -1,0 +1,31 @@
+"""What the report shows of what was taken out: a few texts of each sort, drawn by hash, so the same whatever comes first."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from llama_jax.corpus_build.document import Document
+
+SAMPLES = 8  # of each sort
+_EXCERPT = 600  # characters
+
+# What orders it (a hash, or minus a count), the document's id, a detail, an excerpt; of near duplicates a second excerpt.
+Row = tuple[Any, ...]
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text, as it can be written."""
+    return text[:_EXCERPT].encode(errors="replace").decode()
+
+
+def sample(document: Document, text: str | None = None, detail: str = "") -> Row:
+    """A document, or a text that was cut from it, as a row."""
+    text = document.text if text is None else text
+    whole = f"{document.source}:{document.id}:{text}".encode(errors="replace")
+    return hashlib.blake2b(whole, digest_size=8).hexdigest(), document.id, detail, excerpt(text)
+
+
+def drawn(parts: Iterable[Iterable[Row]]) -> list[Row]:
+    """The rows that are shown of several lists; drawn in steps or at once they are the same."""
+    return sorted(itertools.chain.from_iterable(parts))[:SAMPLES]
