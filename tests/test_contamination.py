@@ -80,6 +80,19 @@ def test_a_span_by_hand():
     assert index.add(document) == 0
 
 
+def test_runs_of_one_token_and_shared_beginnings_cost_what_their_edges_do(monkeypatch):
+    extended = []
+    monkeypatch.setattr(Index, "_extend", staticmethod(lambda *how, real=Index._extend: extended.append(1) or real(*how)))
+    runs = Index([[7] * 200] * 20)
+    assert runs.add([1, *[7] * 1000, 2]) == 1000 and all((longest == 200).all() for longest in runs.longest)
+    assert len(extended) < 40_000  # of 20 * 191 * 991 equal pairs
+    extended.clear()
+    examples = list(range(100, 900))
+    shots = Index([[*examples, 5, i] for i in range(200)])
+    assert shots.add([3, *examples, 4]) == 800 and len(extended) == 200
+    assert all((longest == [*[800] * 800, 0, 0]).all() for longest in shots.longest)
+
+
 def test_workers_results_are_merged():
     sample = list(range(60))
     whole, one, two = Index([sample]), Index([sample]), Index([sample])

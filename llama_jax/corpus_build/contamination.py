@@ -10,13 +10,14 @@ training data stream past them once, so the work is linear and any number of wor
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 SEED = 10  # tokens without any mismatch that a span begins with
 BUDGET = 4  # positions of a span that may differ
 LENGTHS = (10, 20, 30, 40, 50)  # values of L
+_PAIRS = 1 << 20  # of equal 10-grams that are looked at together
 _MULTIPLIER = np.uint64(6364136223846793005)
 _OFFSET = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,10 +45,13 @@ class Index:
         self.longest = [np.zeros(len(sample), np.int32) for sample in self.samples]
         grams = [_grams(sample) for sample in self.samples]
         keys = np.concatenate([np.zeros(0, np.uint64), *grams])
-        places = [(i, at) for i, gram in enumerate(grams) for at in range(len(gram))]
         order = np.argsort(keys, kind="stable")
+        nothing = np.zeros(0, np.int64)
         self._keys = keys[order]
-        self._places = np.array(places, np.int64).reshape(-1, 2)[order]
+        # For each 10-gram: its sample, where it begins there, and the token before it (-1: none).
+        self._sample = np.repeat(np.arange(len(grams)), [len(gram) for gram in grams])[order]
+        self._start = np.concatenate([nothing, *(np.arange(len(gram)) for gram in grams)])[order]
+        self._before = np.concatenate([nothing, *(_before(s)[: len(g)] for s, g in zip(self.samples, grams))])[order]
 
     def add(self, document: Sequence[int]) -> int:
         """Matches one training document; returns how many of its tokens lie in a span that stands in a sample."""
@@ -57,20 +61,33 @@ class Index:
             return 0
         low = np.searchsorted(self._keys, grams, "left")
         covered = np.zeros(len(document), bool)
-        for at in np.flatnonzero(self._keys[np.minimum(low, len(self._keys) - 1)] == grams):
-            for sample, start in self._places[low[at] : np.searchsorted(self._keys, grams[at], "right")]:
-                length = self._extend(self.samples[sample], int(start), document, int(at))
+        hits = np.flatnonzero(self._keys[np.minimum(low, len(self._keys) - 1)] == grams)
+        counts = np.searchsorted(self._keys, grams[hits], "right") - low[hits]
+        # A run of one token, or the examples that all samples begin with, have millions of pairs and few that matter.
+        for part in np.array_split(np.arange(len(hits)), counts.sum() // _PAIRS + 1):
+            for at, place in self._seeds(document, hits[part], low[hits[part]], counts[part]):
+                sample, start = self._sample[place], int(self._start[place])
+                length = self._extend(self.samples[sample], start, document, int(at))
                 if length:
                     span = self.longest[sample][start : start + length]
                     np.maximum(span, length, out=span)
                     covered[at : at + length] = True
         return int(covered.sum())
 
+    def _seeds(
+        self, document: np.ndarray, hits: np.ndarray, low: np.ndarray, counts: np.ndarray
+    ) -> Iterator[tuple[int, int]]:
+        """(where in the document, which 10-gram of the samples) of the pairs that no earlier one of the same run of equal
+        tokens holds: those whose tokens before differ."""
+        at = np.repeat(hits, counts)
+        place = np.repeat(low - np.cumsum(counts) + counts, counts) + np.arange(len(at))
+        before = np.where(at > 0, document[at - 1], -2)
+        first = self._before[place] != before
+        return zip(at[first].tolist(), place[first].tolist(), strict=True)
+
     @staticmethod
     def _extend(sample: np.ndarray, start: int, document: np.ndarray, at: int) -> int:
-        """Length of the span from this seed; 0 where an earlier seed of the same run of equal tokens gives a longer one."""
-        if start and at and sample[start - 1] == document[at - 1]:
-            return 0
+        """Length of the span from this seed; 0 if it is none."""
         n = min(len(sample) - start, len(document) - at)
         equal = sample[start : start + n] == document[at : at + n]
         if not equal[:SEED].all():
@@ -134,6 +151,11 @@ def analyse(index: Index, scores: np.ndarray, lengths: Sequence[int] = LENGTHS) 
             return length, tables[length], True
     touched = [length for length in lengths if index.contamination(length).any()] or [min(lengths)]
     return max(touched), tables[max(touched)], False
+
+
+def _before(ids: np.ndarray) -> np.ndarray:
+    """The token before each, -1 before the first."""
+    return np.concatenate([np.full(1, -1, np.int64), ids[:-1]])
 
 
 def _grams(ids: np.ndarray) -> np.ndarray:

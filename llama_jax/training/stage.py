@@ -102,6 +102,8 @@ class LoopConfig:
     spike: SpikeConfig = SpikeConfig()
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"loop.seed: expected 0 to {2**32 - 1}, got {self.seed}")
         if self.keep_every < 0:
             raise ValueError(f"loop.keep_every: expected 0 or more steps, got {self.keep_every}")
         if self.patience < 0 or self.least_gain < 0:
