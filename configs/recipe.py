@@ -2,6 +2,9 @@
 
 `tiny` alone is the demo: one version, with PPO. `tiny,versions=5` are the paper's V1 to V5 (fewer: the first of them), planned
 for an hour on two CPU cores. `smoke` is the same path in a minute, for tests; its second version collects no comparisons.
+
+`--set=ppo.optim.lr=1e-5`, as often as wanted, changes a field of a stage's config: of `corpus`, `pretrain`, `sft`,
+`sft_variant`, `reward_helpfulness`, `reward_safety`, `rejection`, `ppo`, `ghost`, `ghost_study` or `distill`.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -33,9 +33,7 @@ def parse(cls: type[Config], values: Mapping[str, Any], *, where: str = "config"
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(fields)}"
-            raise ConfigError(f"{where}.{key}: unknown field of {cls.__name__}{hint}")
+            raise ConfigError(f"{where}.{key}: unknown field of {cls.__name__}{suggestion(key, fields)}")
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -48,6 +46,13 @@ def parse(cls: type[Config], values: Mapping[str, Any], *, where: str = "config"
         raise
     except ValueError as error:  # a dataclass's own check of its values
         raise ConfigError(f"{where}: {error}") from None
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest of those that are known, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known) or 'none'}"
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -33,7 +33,7 @@ from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.rlhf.ghost import Context, in_first_turn
 from llama_jax.rlhf.instructions import VALUES, contexts_of, single_turns, write_instruction_data
 from llama_jax.rlhf.respond import Responder
-from llama_jax.steps import Steps, run_job
+from llama_jax.steps import Steps, define_job, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
 from llama_jax.training.metrics import Progress
@@ -106,6 +106,10 @@ class GhostStudy(Steps[GhostStudyConfig]):
         }
         write_study({**values, "seconds": self.seconds}, self.workdir)
         return values
+
+    def files(self) -> dict[str, str]:
+        """Both are fine-tuned."""
+        return {"baseline": f"sft.py:{self.config.size}", "ghost": f"ghost.py:{self.config.size}"}
 
     def dialogs(self) -> tuple[list, list]:
         """Dialogs of one short turn: for training, and held out."""
@@ -195,5 +199,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.define("configs/ghost_study.py:<size>", workdir="directory of the stages and the report")
+    define_job("configs/ghost_study.py:<size>", workdir="directory of the stages and the report")
     command.launch(main, expected=(Diverged,))

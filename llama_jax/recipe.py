@@ -9,6 +9,7 @@ from one that only pleases its reward model.
 """
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
 from llama_jax.rlhf.rejection import score_responses
+from llama_jax.rlhf.rollout import check_size
 from llama_jax.rlhf.versions import (
     VersionPlan,
     check_plans,
@@ -47,7 +49,7 @@ from llama_jax.rlhf.versions import (
     record,
 )
 from llama_jax.safety.distillation import score_distributions
-from llama_jax.steps import Steps, change, load_config, run_job
+from llama_jax.steps import Steps, change, define_job, load_config, merged, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
 from llama_jax.training.workdir import claim
@@ -55,9 +57,12 @@ from llama_jax.training.workdir import claim
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
-    """See configs/recipe.py. `overrides` changes fields of the stages' configs: {"ppo": {"optim": {"lr": 1e-4}}}.
+    """See configs/recipe.py.
 
     Attributes:
+      overrides: changes fields of the stages' configs, {"ppo": {"optim": {"lr": 1e-4}}}, and those of `corpus` and
+        `ghost_study`. They win over what follows.
+      compute, mesh, seed: of all stages. Devices along a `fsdp` of -1 that the rows of a batch leave over go to `tensor`.
       configs: directory of the stages' configs.
       corpus: name for configs/corpus.py.
       variant_temperatures: of the two models whose answers are compared, the newest one first.
@@ -103,7 +108,11 @@ class Recipe(Steps[RecipeConfig]):
 
     def __init__(self, config: RecipeConfig, workdir: Path):
         super().__init__(config, workdir, tokenizer_file="corpus/tokenizer.model")
-        self.mesh: Mesh = make_mesh(config.mesh)
+        self.mesh_config = config.mesh  # until it is known what has to be divided
+        loops = [self.values(kind, file, {}).loop for kind, file in self.files().items()]
+        rows = math.gcd(*(loop.batch_size // loop.microbatches for loop in loops))
+        self.mesh_config = fitting_mesh(config.mesh, devices=jax.device_count(), rows=rows)
+        self.mesh: Mesh = make_mesh(self.mesh_config)
         self.model: ModelConfig = size(config.size)
         self.annotator = SimulatedAnnotator(config.seed, noise=config.annotator_noise)
         self.results: dict[str, Any] = {}  # summaries of the stages by name
@@ -126,6 +135,33 @@ class Recipe(Steps[RecipeConfig]):
             studies["distillation"] = self.distil()
         return self.report(studies)
 
+    def files(self) -> dict[str, str]:
+        """Also those that this recipe's versions do not come to."""
+        size, reward = self.config.size, {f"reward_{track}": f"reward.py:{self.config.size},{track}" for track in TRACKS}
+        kinds = ("pretrain", "sft", "rejection", "ppo", "ghost", "distill")
+        return {**{kind: f"{kind}.py:{size}" for kind in kinds}, "sft_variant": f"sft.py:{size}", **reward}
+
+    def parts(self) -> tuple[str, ...]:
+        """These two have configs of their own."""
+        return ("corpus", "ghost_study")
+
+    def common(self) -> dict[str, Any]:
+        """All stages compute alike, on one mesh."""
+        return {**super().common(), "mesh": describe(self.mesh_config), "compute": describe(self.config.compute)}
+
+    def check(self) -> None:
+        """Corpus and study have overrides too."""
+        super().check()
+        self.corpus_config()
+        if self.config.ghost_study:
+            self.make_study(self.path("sft")).check()
+
+    def check_stage(self, config: Any) -> None:
+        """PPO rolls more out than it trains on at once."""
+        super().check_stage(config)
+        if config.stage == "ppo":
+            check_size(config.ppo.rollout_size, config.loop.batch_size, make_mesh(config.mesh))
+
     def stage(self, name: str, config: str, changes: dict[str, Any]) -> dict[str, Any]:
         """A training stage, whose summary the report may want."""
         self.results[name] = super().stage(name, config, changes)
@@ -139,7 +175,8 @@ class Recipe(Steps[RecipeConfig]):
         """Corpus, data sets, the base model and the SFT models."""
         config = self.config
         self.ceiling = self.step("matmul_ceiling", lambda: matmul_ceiling(config.compute))
-        self.step("corpus", self.make_corpus)
+        built = self.corpus_config()
+        self.step("corpus", lambda: self.make_corpus(built), config=built)
         self.step("datasets", lambda: write_datasets(self.workdir / "data", config.datasets, seed=config.seed))
         self.stage("pretrain", f"pretrain.py:{config.size}", {"data": {"corpus": self.path("corpus")}})
         self.xz = self.step("xz", self.measure_xz)
@@ -164,7 +201,7 @@ class Recipe(Steps[RecipeConfig]):
                 self.stage(self.rewards[track], f"reward.py:{self.config.size},{track}", self.reward_changes(track))
                 self.link(self.rewards[track])
         mix = [self.data("sft")] if self.config.restart == "base" else []
-        if plan.ghost and self.step(f"{name}/ghost", lambda: self.make_ghost(name)):
+        if plan.ghost and self.make_ghost(name):
             mix.append(self.path(name, "ghost", "ghost.jsonl"))
         models = {track: self.path(stage) for track, stage in self.rewards.items()}
         prompts, seed = self.data("rlhf_prompts"), self.config.seed + number
@@ -190,11 +227,15 @@ class Recipe(Steps[RecipeConfig]):
         self.judged[name] = stage
         self.answer(name)
 
-    def make_corpus(self) -> str:
-        """Corpus and tokenizer; returns the mixture table."""
+    def corpus_config(self) -> corpus_command.CorpusConfig:
+        """The corpus's config."""
         values = load_config(self.configs, f"corpus.py:{self.config.corpus}")
-        change(values, self.config.overrides.get("corpus", {}), where="overrides.corpus")
-        text = corpus_command.run(parse(corpus_command.CorpusConfig, values), self.workdir / "corpus")["table"]
+        change(values, {"seed": self.config.seed, **self.config.overrides.get("corpus", {})}, where="overrides.corpus")
+        return parse(corpus_command.CorpusConfig, values, where="corpus")
+
+    def make_corpus(self, config: corpus_command.CorpusConfig) -> str:
+        """Corpus and tokenizer; returns the mixture table."""
+        text = corpus_command.run(config, self.workdir / "corpus")["table"]
         print(text, file=sys.stderr)
         return text
 
@@ -245,19 +286,31 @@ class Recipe(Steps[RecipeConfig]):
         values = self.values(f"{name}/ghost", f"ghost.py:{self.config.size}", {
             "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
         })  # fmt: skip
-        return len(ghost.gather(parse_stage(values), self.mesh, self.workdir / name / "ghost"))
+        config, workdir = parse_stage(values), self.workdir / name / "ghost"
+        claim(workdir, describe(config), kind=type(config))  # it is no stage's run, which would do that
+        return self.step(f"{name}/ghost", lambda: len(ghost.gather(config, self.mesh, workdir)))
+
+    def make_study(self, start: str) -> ghost_study.GhostStudy:
+        """The study of Ghost Attention from a policy's workdir; its own overrides win over what all stages have in common."""
+        config = self.config
+        values = load_config(self.configs, f"ghost_study.py:{config.ghost_study}")
+        own = dict(config.overrides.get("ghost_study", {}))
+        everywhere = {name: self.common()[name] for name in ("mesh", "compute")}
+        overrides = merged({"baseline": everywhere, "ghost": everywhere}, values.overrides.to_dict())
+        overrides = merged(overrides, own.pop("overrides", {}))
+        change(values, {
+            "size": config.size, "configs": str(self.configs), "start": start, "tokenizer": self.tokenizer_file,
+            "dialogs": self.data("sft"), "seed": config.seed, **own,
+        }, where="overrides.ghost_study")  # fmt: skip
+        values.overrides = type(values)(overrides)
+        parsed = parse(ghost_study.GhostStudyConfig, values, where="ghost_study")
+        return ghost_study.GhostStudy(parsed, self.workdir / "ghost_study")
 
     def study_ghost(self) -> dict[str, Any]:
         """How long an instruction is kept, without and with Ghost Attention (Table 30)."""
         before = next(number for number, plan in enumerate(self.config.versions) if plan.ghost)  # V1 is number 0
-        values = load_config(self.configs, f"ghost_study.py:{self.config.ghost_study}")
-        change(values, {
-            "size": self.config.size, "configs": str(self.configs), "start": self.path(f"v{before}", "rejection"),
-            "tokenizer": self.tokenizer_file, "dialogs": self.data("sft"), "seed": self.config.seed,
-        }, where="ghost_study")  # fmt: skip
-        config, workdir = parse(ghost_study.GhostStudyConfig, values), self.workdir / "ghost_study"
-        claim(workdir, describe(config))
-        study = ghost_study.GhostStudy(config, workdir)
+        study = self.make_study(self.path(f"v{before}", "rejection"))
+        claim(study.workdir, describe(study.config))
         found = study.run()
         self.seconds["ghost_study"] = sum(study.seconds.values())
         return found
@@ -391,6 +444,15 @@ class Recipe(Steps[RecipeConfig]):
         return {"tokens_per_second": rate, "matmul_share": rate * flops / (self.ceiling * 1e9)}
 
 
+def fitting_mesh(config: MeshConfig, *, devices: int, rows: int) -> MeshConfig:
+    """A mesh that divides `rows`: where `fsdp` is all that is left (-1), what they do not fill goes to `tensor`."""
+    data, fsdp, _, tensor = config.sizes(devices)
+    wide = math.gcd(fsdp, rows // data)
+    if config.fsdp != -1 or wide == fsdp:
+        return config
+    return dataclasses.replace(config, fsdp=wide, tensor=tensor * fsdp // wide)
+
+
 def matmul_ceiling(compute: Compute) -> float:
     """The best rate of a large matrix product of the type that `compute` takes on this machine, in GFLOP/s."""
     n = 2048
@@ -406,5 +468,5 @@ def matmul_ceiling(compute: Compute) -> float:
 
 
 if __name__ == "__main__":
-    command.define("configs/recipe.py:<size>[,versions=N]", workdir="directory of everything that the recipe makes")
+    define_job("configs/recipe.py:<size>[,versions=N]", workdir="directory of everything that the recipe makes")
     command.launch(lambda: run_job(RecipeConfig, Recipe), expected=(Diverged,))

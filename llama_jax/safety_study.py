@@ -37,7 +37,7 @@ from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf.rejection import score_responses
 from llama_jax.safety.red_team import false_refusals
-from llama_jax.steps import Steps, run_job
+from llama_jax.steps import Steps, define_job, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
 
@@ -151,6 +151,10 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
         write_study(values, self.workdir)
         return values
 
+    def files(self) -> dict[str, str]:
+        """One kind, fine-tuned at each share."""
+        return {"sft": f"sft.py:{self.config.size}"}
+
     def changes(self, share: str) -> dict[str, Any]:
         """What is the study's own in the fine-tuning's config."""
         data = {"train": (self.path("data", f"share_{share}.jsonl"),), "held_out": ()}
@@ -253,5 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.define("configs/safety_study.py:<size>", workdir="directory of the stages and the report")
+    define_job("configs/safety_study.py:<size>", workdir="directory of the stages and the report")
     command.launch(main, expected=(Diverged,))
