@@ -35,7 +35,6 @@ from llama_jax.model.params import table
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0
-from llama_jax.parallel.mesh import start_distributed
 from llama_jax.pretrained import Model, load
 from llama_jax.requests import PAUSE, answer_lines
 from llama_jax.sampling.choose import Choice
@@ -189,7 +188,7 @@ def main() -> None:
     place = values.checkpoint or values.workdir
     if not place:
         raise ValueError("--checkpoint: missing; expected a workdir, a directory of weights, a .gguf, or smollm2-135m")
-    start_distributed()
+    command.join_cluster()
     alone, first = jax.process_count() == 1, jax.process_index() == 0
     own: Input | None = None
 
@@ -249,4 +248,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slots", 8, "requests answered together")
     flags.DEFINE_string("requests", "", "JSONL file of requests; -: standard input")
     flags.DEFINE_string("answers", "-", "JSONL file that answers are added to; -: standard output")
+    command.define_cluster()
     command.launch(main)

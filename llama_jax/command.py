@@ -28,6 +28,25 @@ def define(config: str, *, buckets: bool = False, **directories: str) -> None:
     flags.mark_flags_as_required(["config", *directories])
 
 
+def define_cluster() -> None:
+    """Defines the flags that name the processes of a run on several hosts."""
+    from absl import flags
+
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU pods need none of these three")
+    flags.DEFINE_integer("processes", None, "how many processes there are")
+    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
+
+
+def join_cluster() -> None:
+    """Joins this process to those that the flags of `define_cluster`, the environment or a TPU's metadata name."""
+    from absl import flags
+
+    from llama_jax.parallel.mesh import start_distributed
+
+    values = flags.FLAGS
+    start_distributed(coordinator=values.coordinator, processes=values.processes, process_id=values.process_id)
+
+
 def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:
     """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1."""
     from absl import app, logging

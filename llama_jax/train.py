@@ -15,8 +15,9 @@ from llama_jax import command
 from llama_jax.config import ConfigError, describe, parse
 from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.hosts import HostsDiffer, file_fact, preflight
-from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.paths import place
+from llama_jax.training.attempt import start
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.options import RunOptions, parse_steps
 from llama_jax.training.workdir import claim, finished, go_back, own
@@ -65,21 +66,24 @@ def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | No
     workdir, options = place(workdir), options or RunOptions()
     config = parse_stage(values)
     preflight(shared_facts(config))
-    with own(workdir):
+    with start(options) as attempt, own(workdir):
         if options.restart_from is not None:
             go_back(workdir, options.restart_from, describe(config))
         claim(workdir, describe(config), kind=type(config))
         if (summary := finished(workdir)) is not None:
             return summary
+        attempt.begin(workdir)
         mesh = make_mesh(config.mesh)
         made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
+        attempt.stop_if_asked()
         stage, loop = made if isinstance(made, tuple) else (made, config.loop)
-        return train(stage, loop, mesh=mesh, workdir=workdir, options=options)
+        return train(stage, loop, mesh=mesh, workdir=workdir, options=options, attempt=attempt)
 
 
 def define_options() -> None:
-    """Defines the flags of how a run is carried out."""
+    """Defines the flags of how a run is carried out, and by which processes."""
     defaults = RunOptions()
+    command.define_cluster()
     flags.DEFINE_integer("restart_from", None, "go back to the checkpoint of this step, also under a changed config")
     flags.DEFINE_string("profile_steps", "", "FIRST:END, trace these steps into WORKDIR/profile")
     for name, meaning in (
@@ -106,7 +110,7 @@ def main() -> None:
     options = read_options()
     if flags.FLAGS.keep_compiled:
         keep_compiled(flags.FLAGS.workdir)
-    start_distributed()
+    command.join_cluster()
     summary = run(flags.FLAGS.config, flags.FLAGS.workdir, options)
     held_out = ", ".join(f"{name} {value:.4g}" for name, value in summary["held_out"].items())
     print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s; {held_out}", file=sys.stderr)

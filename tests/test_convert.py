@@ -27,7 +27,8 @@ from llama_jax.model.config import SIZES, ModelConfig
 from llama_jax.parallel.axes import is_spec, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start, starting_params
-from llama_jax.training.checkpoint import CheckpointError, read_meta, restore_model
+from llama_jax.training.checkpoint import CheckpointError, read_meta, restore_model, sealed
+from llama_jax.verify import verify
 
 ROOT = Path(__file__).parents[1]
 PIECES = 320
@@ -275,18 +276,28 @@ def test_ppos_policy_and_no_critic_is_exported(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, tree, policy)
 
 
+def test_verify_compares_converted_weights_as_float32_whatever_they_are_stored_in(tmp_path):
+    tree = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), random_tree("lm_head", 0))
+    ours.write(tmp_path / "w", tree, MODEL, tokenizer="", origin={})
+    assert verify(tmp_path / "w") == {0: []}
+
+
 def test_damaged_checkpoints_of_ours_are_refused(tmp_path):
     ours.write(tmp_path / "w", random_tree("lm_head", 0), MODEL, tokenizer="", origin={})
+    assert open_source(f"{tmp_path}/w@0").config == MODEL and verify(tmp_path / "w") == {0: []}
+    with pytest.raises(CheckpointError, match="has no checkpoint 1; it holds 0"):
+        open_source(f"{tmp_path}/w@1")
     meta_file = next((tmp_path / "w").glob("checkpoints/0/meta/metadata"))
     meta = json.loads(meta_file.read_text())
     meta["fingerprints"]["['params']['trunk']['layers']['down']"] += 1
-    meta_file.write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="trunk/layers/down has another checksum than when it was saved"):
+    meta_file.write_text(json.dumps(sealed(meta)))
+    problem = "trunk/layers/down has another checksum than when it was saved; there is no other that is whole"
+    with pytest.raises(CheckpointError, match=problem):
         convert.run(tmp_path / "w", tmp_path / "out", to="huggingface", tokenizer="none", quiet=True)
     with pytest.raises(CheckpointError):
         restore_model(tmp_path / "w", params.table(MODEL, head="lm_head"), one_device())
     del meta["fingerprints"]["['params']['trunk']['final_norm']"]
-    meta_file.write_text(json.dumps(meta))
+    meta_file.write_text(json.dumps(sealed(meta)))
     with pytest.raises(CheckpointError, match="has no parameter trunk/final_norm"):
         open_source(tmp_path / "w")
     assert not (tmp_path / "out").exists()

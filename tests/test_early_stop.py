@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from llama_jax.training.checkpoint import fingerprints, read_meta, written_steps
 from llama_jax.training.loop import train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.patience import Patience, Rule
+from llama_jax.training.preemption import Preempted
 from llama_jax.training.stage import LoopConfig
 from llama_jax.training.workdir import claim
 
@@ -111,6 +114,34 @@ def test_interrupted_it_stops_at_the_same_step_with_the_same_bits(stopped, mesh,
         name: summary[name] for name in ("steps", "best_step", "held_out")
     }
     assert_equal(final(tmp_path, mesh), final(workdir, mesh))
+
+
+@pytest.mark.parametrize(("changes", "kept"), [
+    (PATIENCE, [4]),
+    ({**PATIENCE, "patience": 0, "eval_every": 0, "checkpoint_every": 4, "steps": 8}, [4, 8]),  # the best, and the newest
+])  # fmt: skip
+def test_sigterm_saves_without_an_evaluation_which_comes_first_when_the_run_goes_on(mesh, tmp_path, changes, kept):
+    """After step 4, of the best parameters: they are ranked, and measured as a stage's result, when they are known to be."""
+
+    def stopped_by(rewards, **interrupted):
+        made = stage(mesh, source=Rollouts(**interrupted), evaluate=rewards)
+        return dataclasses.replace(made, measure=lambda params: {"score": rewards(params)["number"]})
+
+    rewards = Rewards((0.1, 0.4, 0.7, 0.6, 0.65) if changes is PATIENCE else (0.7, 0.6))
+    whole = train(stopped_by(rewards), loop(**changes), mesh=mesh, workdir=tmp_path / "whole")
+    calls = []
+    with pytest.raises(Preempted):
+        terminate = {"interrupt": lambda: calls.clear() or os.kill(os.getpid(), signal.SIGTERM), "at": 3}
+        told = stopped_by(lambda params: calls.append(0) or rewards(params), **terminate)
+        train(told, loop(**changes), mesh=mesh, workdir=tmp_path / "parts")
+    assert not calls and read_meta(tmp_path / "parts")["step"] == 4
+    again = train(stopped_by(rewards), loop(**changes), mesh=mesh, workdir=tmp_path / "parts")
+    for name in {"steps", "best_step", "held_out"} & whole.keys():
+        assert again[name] == whole[name]
+    assert written_steps(tmp_path / "parts") == written_steps(tmp_path / "whole") == kept
+    assert measurements(tmp_path / "parts") == measurements(tmp_path / "whole")
+    assert read_meta(tmp_path / "parts").get("score") == read_meta(tmp_path / "whole").get("score")
+    assert_equal(final(tmp_path / "parts", mesh), final(tmp_path / "whole", mesh))
 
 
 @pytest.mark.parametrize("before", [True, False])

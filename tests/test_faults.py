@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 from test_training import (
+    SPECS,
     Batches,
     Rollouts,
     assert_equal,
@@ -27,8 +31,17 @@ from test_training import (
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.parallel.hosts import clocks
-from llama_jax.parallel.peers import Word, lost, places
-from llama_jax.training.checkpoint import CheckpointError, damages, written_steps
+from llama_jax.parallel.peers import Peers, Word, lost, places
+from llama_jax.training.checkpoint import (
+    CheckpointError,
+    damages,
+    fingerprints,
+    named,
+    read_meta,
+    restore_params,
+    sealed,
+    written_steps,
+)
 from llama_jax.training.goodput import Goodput
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.metrics import read_metrics
@@ -81,9 +94,22 @@ def test_a_wrong_checksum_is_told_with_its_leaf(copy):
     meta = json.loads(path.read_text())
     name = next(name for name in meta["fingerprints"] if ".mu" in name and "matrix" in name)  # a moment of AdamW
     meta["fingerprints"][name] ^= 1
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(sealed(meta)))
     (line,) = damages(copy, 8)
     assert line.startswith(f"{name}: has checksum 0x")
+
+
+@pytest.mark.parametrize("key", ["fingerprints", "spikes", "logged", "seconds"])
+def test_one_flipped_bit_of_the_meta_is_damage_and_the_older_checkpoint_is_used(copy, mesh, whole, key):
+    (copy / "done.json").unlink()
+    path = copy / "checkpoints" / "8" / "meta" / "metadata"
+    name = f'"{key}"'.encode()
+    path.write_bytes(path.read_bytes().replace(name, name[:-2] + bytes([name[-2] ^ 1]) + b'"'))
+    found = verify(copy)
+    assert found[6] == [] and re.match("meta/metadata: (has another digest|cannot be read)", *found[8]), found
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    assert (copy / "damaged" / "8").exists() and verify(copy)[8] == []
+    assert_equal(final(copy, mesh), final(whole, mesh))
 
 
 # ---- what is kept ----
@@ -174,6 +200,22 @@ def test_a_damaged_checkpoint_is_moved_not_deleted(copy, mesh, whole):
     assert done["restarts"] == 1
 
 
+def test_another_checkpoint_than_the_newest_can_be_named(copy, mesh):
+    older = restore_params(f"{copy}@6", SPECS, mesh)
+    for path in data_files(copy / "checkpoints" / "8" / "params"):
+        damage(path, "flipped")
+    (copy / "checkpoints" / "6" / "meta" / "metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"checkpoints/8.*; checkpoint 3 is whole: {copy}@3 means it$"):
+        restore_params(copy, SPECS, mesh)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/6: meta/metadata: cannot be read.*{copy}@3 means it$"):
+        read_meta(f"{copy}@6")
+    with pytest.raises(CheckpointError, match="run: has no checkpoint 7; it holds 3, 6, 8"):
+        restore_params(f"{copy}@7", SPECS, mesh)
+    assert read_meta(f"{copy}@3")["step"] == 3 and fingerprints(older) != fingerprints(restore_params(f"{copy}@3", SPECS, mesh))
+    shutil.copytree(copy, f"{copy}@3")  # a name that has an @ in it
+    assert named(f"{copy}@3") == (Path(f"{copy}@3"), None) and named(f"{copy}@3@6") == (Path(f"{copy}@3"), 6)
+
+
 # ---- one run in one workdir, and going back ----
 
 
@@ -189,12 +231,15 @@ def test_two_runs_in_one_workdir_are_told_of_each_other(tmp_path):
 
 def test_restart_from_a_step_goes_back_once_and_takes_another_config(copy, mesh, caplog):
     (copy / "config.json").write_text(json.dumps({"lr": 1}))
-    for _ in range(2):  # the second time, as after a preemption, changes nothing
+    whole_log = (copy / "metrics.jsonl").read_text()
+    for again in range(2):  # the second time, as after a preemption, changes nothing but says so
         go_back(copy, 3, {"lr": 2})
+        assert bool(re.search("--restart_from=3 was done before, as .*restarted.json says", caplog.text)) == again
         assert written_steps(copy) == [3] and written_steps_aside(copy) == ["1/6", "1/8"]
         assert json.loads((copy / "config.json").read_text()) == {"lr": 2} and not (copy / "done.json").exists()
     assert "lr: 1 -> 2" in caplog.text
     train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    assert (copy / "replaced" / "1" / "metrics.jsonl").read_text() == whole_log
     log = read_metrics(copy)
     np.testing.assert_array_equal(log["step"][~np.isnan(log["loss"])], np.arange(8))
     with pytest.raises(ConfigError, match=r"--restart_from=4: .* has no such checkpoint; it holds \[3, 6, 8\]"):
@@ -252,7 +297,7 @@ def test_after_a_spike_the_run_goes_back_and_leaves_the_batch_out(tmp_path, mesh
     log = read_metrics(tmp_path / "run")
     rows = ~np.isnan(log["loss"])
     np.testing.assert_array_equal(log["step"][rows], np.arange(9))
-    assert log["loss"][rows].max() < 100 and log["lost_steps"][rows][-1] > 0
+    assert log["loss"][rows].max() < 100 and log["lost_steps"][rows][-1] > 0 == log["restarts"][rows][-1]
 
     class Without(Batches):  # the same data without the batch
         def batch(self, step):
@@ -329,17 +374,24 @@ def test_batches_tell_their_rows():
 def test_goodput_by_hand(tmp_path):
     now = [100.0]
     clock = lambda: now[0]  # noqa: E731
-    run = Goodput(tmp_path, first=0, productive=0.0, enabled=True, clock=clock)
+    run = Goodput(tmp_path, enabled=True, clock=clock)
+    run.steps_from(0, 0.0)
     for done in range(1, 11):
         now[0] += 2
         run.step(done, 2.0)
     saved = run.productive  # say after 5 steps it was 8: the first compiles
     assert saved == 18 and run.metrics() == {"goodput": 0.9, "restarts": 0, "lost_steps": 0}
     now[0] += 60  # killed; it goes on from step 5
-    run = Goodput(tmp_path, first=5, productive=8.0, enabled=True, clock=clock)
+    run = Goodput(tmp_path, enabled=True, clock=clock)
+    run.steps_from(5, 8.0)
     assert run.metrics() == {"goodput": 0.1, "restarts": 1, "lost_steps": 5}
+    run.note(9)
+    run.steps_from(7, 12.0)  # a spike: back within the same start
+    assert run.metrics() == {"goodput": 0.15, "restarts": 1, "lost_steps": 7}
     (tmp_path / "reached.json").write_text("{torn")
-    assert Goodput(tmp_path, first=5, productive=8.0, enabled=True, clock=clock).metrics()["restarts"] == 2
+    run = Goodput(tmp_path, enabled=True, clock=clock)
+    run.steps_from(5, 8.0)
+    assert run.metrics() == {"goodput": 0.1, "restarts": 2, "lost_steps": 7}
 
 
 def test_a_profile_of_the_steps_asked_for_lies_in_the_workdir(tmp_path, mesh):
@@ -363,7 +415,30 @@ def test_options_that_cannot_be():
 
 
 def word(silent=0.0, host=1, **status):
-    return Word({"count": 3, "name": f"machine-{host}", "pid": 7, "phase": "step", "step": 12, **status}, silent)
+    return Word({"count": 3, "name": f"machine-{host}", "pid": 7, "at": "step of step 12", **status}, silent)
+
+
+def test_a_host_that_never_spoke_is_lost_and_one_that_took_leave_is_not(monkeypatch):
+    said = {}
+    client = types.SimpleNamespace(
+        key_value_set=lambda key, value, allow_overwrite: said.update({key: value}), key_value_dir_get=lambda _: said.items()
+    )
+    monkeypatch.setattr(distributed.global_state, "client", client)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    hosts = []
+    for index in (0, 1, 3):  # host 2 dies before its first word
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        hosts.append(Peers())
+    for host in hosts:
+        host.begun -= 40.0
+    hosts[1].tell(at="the start")
+    hosts[2].tell(at="the start")
+    hosts[2].leave()
+    hosts[0].ask()
+    words = hosts[0].words()
+    assert list(words) == [1, 2] and words[1].silent < 30 < words[2].silent
+    text = lost(words, service_silent=0, me=0, limit=30)
+    assert text == "host 2 has been silent for 40 s, and was never heard of after all had met"
 
 
 def test_the_host_to_blame_is_named():
@@ -375,5 +450,7 @@ def test_the_host_to_blame_is_named():
     assert text == "host 3 (machine-3, pid 7) failed in step of step 12: no disk"
     text = lost(well, service_silent=31, me=1, limit=30)
     assert text == "host 0 (machine-0, pid 7), the coordinator, has not answered for 31 s"
-    assert places({2: word(host=2, phase="batch")}) == "host 2 (machine-2, pid 7) is in batch of step 12"
+    failed = {1: word(2, failed="no disk")}  # perhaps this host is about to say the same
+    assert lost(failed, service_silent=1, me=0, limit=30, grace=3) is None and lost(failed, service_silent=1, me=0, limit=30)
+    assert places({2: word(host=2, at="batch of step 12")}) == "host 2 (machine-2, pid 7) is in batch of step 12"
     assert clocks([5.0, 6.0, 7.0]) == [] and clocks([5.0, 3605.0, 6.0]) == ["clock: host 1 is +3599 s off"]

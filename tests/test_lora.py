@@ -14,7 +14,8 @@ from llama_jax import convert
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import TokenBatch
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.interop.restore import restore_model
+from llama_jax.files import write_json
+from llama_jax.interop.restore import base_of, describe_base, restore_model
 from llama_jax.model import heads, lora, params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.lora import LoraConfig
@@ -209,6 +210,13 @@ def test_sft_with_adapters_saves_them_alone_and_loads_as_a_whole_model(directory
     convert.run(tmp_path / "sft", tmp_path / "hf", to="huggingface", tokenizer="none", quiet=True)
     again = llama_jax.load(tmp_path / "hf", mesh=one_mesh())
     np.testing.assert_allclose(again.logits(tokens), loaded.logits(tokens), atol=1e-6)
+
+
+def test_the_base_may_be_a_named_checkpoint(directory, tmp_path):
+    described = describe_base(LoraConfig(rank=2), f"{directory}/chat@0", tmp_path / "sft")
+    write_json(tmp_path / "sft/checkpoints/3/meta/metadata", {"fingerprints": {}, "lora": described})
+    assert described["base"]["workdir"] == f"{directory.resolve()}/chat@0" and described["base"]["relative"].endswith("/chat@0")
+    assert str(base_of(f"{tmp_path}/sft@3")).endswith("/chat@0")
 
 
 def test_adapters_on_adapters_and_a_base_that_changed(directory, small_tiny, tmp_path):

@@ -144,6 +144,27 @@ def test_a_single_process_starts_alone_and_a_cluster_is_joined(monkeypatch):
     assert calls == [{}, {"coordinator_address": "one:1234", "num_processes": 2, "process_id": 1}]
 
 
+def test_a_cluster_named_by_flags_wins_and_a_part_of_one_is_refused(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "one:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    cluster = {"coordinator": "two:5", "processes": 4, "process_id": 3}
+    start_distributed(**cluster)
+    calls[0].pop("heartbeat_timeout_seconds")
+    assert calls == [{"coordinator_address": "two:5", "num_processes": 4, "process_id": 3}]
+    for changes, words in (
+        (dict.fromkeys(cluster), "^JAX_COORDINATOR_ADDRESS=one:1234 and JAX_NUM_PROCESSES=2: expected JAX_PROCESS_ID too; "),
+        ({"processes": None, "process_id": None}, "^--coordinator=two:5: expected --processes and --process_id too; "),
+        ({"process_id": 4}, "--processes=4, --process_id=4: expected --process_id from 0 to --processes - 1"),
+        ({"coordinator": "two"}, "--coordinator: expected HOST:PORT, got 'two'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            start_distributed(**cluster | changes)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("workers", ["one:0:10.0.0.1", "one:0:10.0.0.1,two:1:10.0.0.2"])
 def test_a_tpu_vm_finds_the_others_in_its_metadata(monkeypatch, workers):
     from jax._src import hardware_utils

@@ -1,7 +1,10 @@
 """PPO and rejection sampling: GAE against a loop, clipping by hand, the first inner step, one rollout's bookkeeping."""
 
 import dataclasses
+import os
+import signal
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +25,17 @@ from llama_jax.rlhf.pool import read_pool
 from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss
 from llama_jax.rlhf.reinforce import Opening, clipped_policy_loss, collate_prompts, encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts, gather_pool, score_responses
-from llama_jax.rlhf.respond import write_in_portions
+from llama_jax.rlhf.respond import Responder, write_in_portions
 from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
 from llama_jax.safety import distillation
 from llama_jax.sampling.generate import make_sampler, row_keys
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.training import optimizer
+from llama_jax.training.attempt import start
 from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.options import RunOptions
+from llama_jax.training.preemption import Preempted
 from llama_jax.training.stage import LoopConfig
 from llama_jax.training.state import abstract_state, create
 from llama_jax.training.step import make_step
@@ -256,6 +262,35 @@ def test_a_killed_sampling_draws_no_portion_again(tmp_path):
         assert not path.exists() and drawn_in_portions(path) == left
         assert path.read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
         assert [file.name for file in path.parent.iterdir()] == ["samples.jsonl"]
+
+
+class Answers:
+    """In the place of an engine: finishes one answer, with SIGTERM on the way."""
+
+    def submit(self, prompt, **how):
+        return types.SimpleNamespace(tokens=[3])
+
+    def run(self, requests, *, progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress(1)
+        raise AssertionError("it goes on")
+
+
+def test_sigterm_stops_a_sampling_at_the_next_answer(tmp_path):
+    with mock.patch.object(Responder, "__init__", lambda self: None):
+        respond = Responder()
+    respond.mesh, respond.tokenizer = make_mesh(devices=jax.devices()[:1]), types.SimpleNamespace(eos_id=2)
+    respond.room, respond._new_tokens, respond._choice = 4, 1, None
+    respond._answerer, places = types.SimpleNamespace(engine=Answers()), []
+    with pytest.raises(Preempted) as ended, start(RunOptions()) as attempt:
+
+        def draw(items, first, progress):
+            places.append(attempt.watchdog.place)
+            return respond.ids([[1]], seed=0, progress=progress) if first else [{"item": item} for item in items]
+
+        write_in_portions(tmp_path / "samples.jsonl", "abcdef", draw, answers=lambda _: 1, label="test", size=3)
+    assert ended.value.code == 75 and places == ["sampling of portion 0", "sampling of portion 1"]
+    assert [file.name for file in (tmp_path / "samples").iterdir()] == ["0-3.jsonl"]
 
 
 def test_a_killed_round_repeats_no_step_whose_file_is_there(tmp_path, monkeypatch):

@@ -171,6 +171,39 @@ def test_a_host_that_hangs_or_fails_is_told_from_those_that_wait(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_host_that_ends_before_the_first_step_is_named_soon(tmp_path):
+    for how, code, words in (
+        ("error", 1, r"host 1 \(.*\) failed in the start: start: expected a workdir, found nothing"),
+        ("killed", -signal.SIGKILL, r"host 1 (\(.*\) )?has been silent for \d+ s"),
+    ):
+        workdir, begun = tmp_path / how, time.monotonic()
+        assert run(workdir, f"--start_fails={how}", "--peer_seconds=5", count=2) == [EXIT_HOST_LOST, code], texts(workdir)
+        assert time.monotonic() - begun < 90
+        assert re.search(f"error: host 0, in .*, stops: {words}", output_of(workdir, 0).read_text()), texts(workdir)
+    # What is wrong with all, each says itself, without stacks.
+    assert run(tmp_path / "all", "--start_fails=error", "--on_host=-1", count=2) == [1, 1]
+    for host in (0, 1):
+        last = output_of(tmp_path / "all", host).read_text().splitlines()[-1]
+        assert last == "error: start: expected a workdir, found nothing", texts(tmp_path / "all")
+    # That run never began: another config may take its workdir.
+    assert run(tmp_path / "all", "--steps=2") == [0], texts(tmp_path / "all")
+    assert json.loads((tmp_path / "all" / "done.json").read_text())["restarts"] == 0
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_stops_all_hosts_there(tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(workdir, "--portions=1000", "--pause=0.3", count=2)
+    limit = time.monotonic() + 200
+    while not (workdir / "attempts.jsonl").exists():
+        assert time.monotonic() < limit, texts(workdir)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    assert ends(processes, timeout=60) == [EXIT_PREEMPTED] * 2, texts(workdir)
+    assert not (workdir / "checkpoints").exists()
+
+
+@pytest.mark.slow
 def test_a_host_with_another_config_data_or_clock_is_refused_before_it_computes(tmp_path):
     (tmp_path / "a").write_text("tokenizer")
     (tmp_path / "b").write_text("another")
@@ -198,5 +231,5 @@ def test_a_signal_to_one_of_two_hosts_saves_on_both_and_goes_on(tmp_path):
     assert set(run(workdir, "--steps=30", count=2)) == {0}, texts(workdir)
     assert len(losses(workdir)) == 30
     attempts = [json.loads(line) for line in (workdir / "attempts.jsonl").read_text().splitlines()]
-    assert [attempt["from"] for attempt in attempts] == [0, stopped]
+    assert [attempt["from"] for attempt in attempts if "from" in attempt] == [0, stopped]
     assert json.loads((workdir / "done.json").read_text())["lost_steps"] == 0

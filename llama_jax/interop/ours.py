@@ -20,19 +20,23 @@ from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
 from llama_jax.training.checkpoint import (
+    CONVERTED,
     POLICY,
     CheckpointError,
     fingerprint_part,
+    instead,
+    named,
     newest_step,
     read_meta,
     saved_parts,
+    sealed,
 )
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 
 
 def open_source(workdir: Path) -> Source:
-    """Opens the newest checkpoint of a stage's workdir (of PPO: the policy), or a converted one.
+    """Opens the newest checkpoint of a stage's workdir (of PPO: the policy) or the one of `WORKDIR@STEP`, or a converted one.
 
     Leaves are compared with their fingerprints before any of their layers is given out. A process holds one layer at a time,
     or as many as lie together: all of them, where a stage wrote the leaf from one device.
@@ -43,7 +47,8 @@ def open_source(workdir: Path) -> Source:
     # Our own layout has no names of its own: those of Hugging Face stand in errors.
     rows = names.tensors(config, head, "huggingface")
     reader = _reader(workdir, leaves(config, head))
-    tokenizer = next((workdir / name for name in TOKENIZERS if (workdir / name).is_file()), None)
+    directory, _ = named(workdir)
+    tokenizer = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
     return Source(
         path=workdir, format="llama_jax", config=config, head=head, tensors=tuple(rows),
         dtype_of=lambda row: reader.dtype(row.path), fetch=lambda row: row.from_ours(reader.read(row)), tokenizer=tokenizer,
@@ -117,7 +122,8 @@ class _LeafReader:
             self._load(at)
             found += fingerprint_part(self._block, at.start * size)
         if found % 2**32 != self._expected[_name(self._keys(path))]:
-            raise CheckpointError(f"{self._step}: {path} has another checksum than when it was saved")
+            problem = f"{self._step}: {path} has another checksum than when it was saved"
+            raise CheckpointError(f"{problem}{instead(self._step)}")
 
     def _opened(self, path: str) -> Any:
         try:
@@ -135,7 +141,7 @@ class _LeafReader:
 
     def _unreadable(self, path: str, error: Exception) -> CheckpointError:
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return CheckpointError(f"{self._step}: {path} cannot be read: {text}")
+        return CheckpointError(f"{self._step}: {path} cannot be read: {text}{instead(self._step)}")
 
 
 class _MergedReader:
@@ -230,7 +236,7 @@ class _Checkpoint:
         self._shapes, self._dtypes, self._open = dict(shapes), set(), ("", None)
         self._sums = dict.fromkeys(shapes, 0)
         self._meta = {
-            "stage": "convert", "model": describe(config), "tokenizer": tokenizer, "step": 0, "seconds": 0.0,
+            "stage": CONVERTED, "model": describe(config), "tokenizer": tokenizer, "step": 0, "seconds": 0.0,
             "origin": dict(origin),
         }  # fmt: skip
         json.dumps(self._meta)  # before anything is written
@@ -252,4 +258,4 @@ class _Checkpoint:
         """Writes the meta."""
         dtype = " and ".join(sorted(self._dtypes))
         sums = {_name(path.split("/")): value for path, value in self._sums.items()}
-        write_json(self._step / "meta" / "metadata", self._meta | {"fingerprints": sums, "dtype": dtype})
+        write_json(self._step / "meta" / "metadata", sealed(self._meta | {"fingerprints": sums, "dtype": dtype}))

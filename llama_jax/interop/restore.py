@@ -18,7 +18,7 @@ from llama_jax.model.params import Params, Specs, init
 from llama_jax.parallel.axes import shardings
 from llama_jax.paths import absolute, place, relative
 from llama_jax.training import checkpoint
-from llama_jax.training.checkpoint import POLICY, CheckpointError, read_meta, saved_parts
+from llama_jax.training.checkpoint import POLICY, CheckpointError, named, read_meta, saved_parts
 
 
 def restore_model(workdir: str | Path, specs: Specs, mesh: Mesh) -> Params:
@@ -67,17 +67,19 @@ def adapter_config(lora: Mapping[str, Any]) -> LoraConfig:
 
 def describe_base(config: LoraConfig, base: str | Path, workdir: str | Path) -> dict[str, Any]:
     """What a checkpoint of adapters says of them and of their base, under "lora" in its meta."""
+    directory, step = named(base)
+    at = "" if step is None else f"@{step}"
     return {
         "rank": config.rank, "alpha": config.alpha, "targets": list(config.targets),
         "base": {
-            "workdir": str(absolute(base)), "relative": relative(base, workdir),
+            "workdir": f"{absolute(directory)}{at}", "relative": f"{relative(directory, workdir)}{at}",
             "fingerprint": fingerprint(base),
         },
     }  # fmt: skip
 
 
 def fingerprint(workdir: str | Path) -> str:
-    """One value for all parameters of a workdir's newest checkpoint, and of the base that they stand on."""
+    """One value for all parameters of a checkpoint, and of the base that they stand on."""
     meta = read_meta(workdir)
     facts = [sorted(item for item in meta["fingerprints"].items() if item[0].startswith("['params']"))]
     if "lora" in meta:
@@ -86,14 +88,14 @@ def fingerprint(workdir: str | Path) -> str:
 
 
 def base_of(workdir: str | Path) -> Path:
-    """The workdir of the base of a checkpoint of adapters, also after both were moved together.
+    """Where the base of a checkpoint of adapters lies (`WORKDIR` or `WORKDIR@STEP`), also after both were moved together.
 
     Raises:
       CheckpointError: it is not there, or its parameters are not those that the adapters were trained on.
     """
     base = read_meta(workdir)["lora"]["base"]
-    places = [place(place(workdir) / base["relative"]), place(base["workdir"])]
-    present = [path for path in places if (path / "checkpoints").is_dir()]
+    places = [place(named(workdir)[0] / base["relative"]), place(base["workdir"])]
+    present = [path for path in places if (named(path)[0] / "checkpoints").is_dir()]
     if not present:
         raise CheckpointError(f"{workdir} holds adapters of {base['workdir']}, which is not there (nor {places[0]})")
     for path in present:

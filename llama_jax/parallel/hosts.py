@@ -6,6 +6,7 @@ others. `preflight` names it.
 
 import collections
 import hashlib
+import itertools
 import json
 import statistics
 import time
@@ -134,14 +135,19 @@ def file_fact(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def stop_agreed(step: int) -> bool:
-    """Whether all hosts stop before this step because one of them got SIGTERM. Every host must ask before every step.
+_asked = itertools.count(1)
 
-    JAX's coordination service takes the signal and finds a step that no host has passed; asking costs no communication.
+
+def stop_agreed() -> bool:
+    """Whether all hosts stop here because one of them got SIGTERM. All must ask at the same points of a run.
+
+    JAX's coordination service takes the signal and finds a point that no host has passed: the one after the last that any has
+    asked at. Points are numbered as they come, and not by step, since a run that resumes leaves many steps out, perhaps the
+    very one that was found. Asking costs no communication.
     """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def _gather(text: str) -> list[str]:

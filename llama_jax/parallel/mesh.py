@@ -9,7 +9,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -79,23 +79,28 @@ def cores() -> int:
     return getattr(device, "num_cores", None) or 1
 
 
-def start_distributed() -> None:
-    """Joins this process to the others when the environment describes a cluster; a single process goes on alone.
+def start_distributed(
+    *, coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins this process to the others when a cluster is described; a single process goes on alone.
 
-    TPU pods are recognised as JAX does it, by GKE's environment or a TPU VM's metadata; elsewhere `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name the cluster. Must run before anything touches a device.
+    What is given here (the flags of `command.define_cluster`) wins over `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` in the environment. Without either, TPU pods are recognised as JAX does it, by GKE's environment or a TPU
+    VM's metadata. Must run before anything touches a device.
+
+    Raises:
+      ValueError: a part of a cluster is described, or one that cannot be.
     """
     if jax.distributed.is_initialized():
         return
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in os.environ]
-        if missing:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, expected {' and '.join(missing)} in the environment too")
+    given = {"--coordinator": coordinator, "--processes": processes, "--process_id": process_id}
+    described = _described(given) or _described({
+        name: os.environ.get(name) or None for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    })  # fmt: skip
+    if described:
+        address, count, index = described
         jax.distributed.initialize(
-            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-            heartbeat_timeout_seconds=_HEARTBEAT,
+            coordinator_address=address, num_processes=count, process_id=index, heartbeat_timeout_seconds=_HEARTBEAT
         )
     elif (
         len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
@@ -103,6 +108,22 @@ def start_distributed() -> None:
         or _is_one_of_many_tpu_vms()
     ):
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
+
+
+def _described(given: Mapping[str, str | int | None]) -> tuple[str, int, int] | None:
+    """The cluster that three values describe (its coordinator, number of processes, this one's); None if all are missing."""
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    names, there = list(given), [f"{name}={value}" for name, value in given.items() if value is not None]
+    if missing:
+        raise ValueError(f"{' and '.join(there)}: expected {' and '.join(missing)} too; a cluster needs {', '.join(names)}")
+    address, *numbers = map(str, given.values())
+    if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]):
+        raise ValueError(f"{', '.join(there)}: expected {names[2]} from 0 to {names[1]} - 1")
+    if not address.rpartition(":")[2].isdecimal():
+        raise ValueError(f"{names[0]}: expected HOST:PORT, got {address!r}")
+    return address, int(numbers[0]), int(numbers[1])
 
 
 def _is_one_of_many_tpu_vms() -> bool:

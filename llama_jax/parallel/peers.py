@@ -18,21 +18,24 @@ _DIRECTORY = "llama_jax/hosts/"
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """What a host said last, and for how many seconds it has said nothing else."""
+    """What a host said last (of one that has said nothing yet: {}), and for how many seconds it has said nothing else."""
 
     status: Mapping[str, Any]
     silent: float
 
 
 class Peers:
-    """The hosts' words. `tell` and `ask` talk to the coordination service and may block when host 0 is in trouble."""
+    """The hosts' words. `tell` and `ask` talk to the coordination service and may block when host 0 is in trouble.
+
+    All hosts make theirs at the same moment, right after they have met: one that says nothing from then on has died.
+    """
 
     def __init__(self):
         from jax._src import distributed  # the service that JAX, Orbax and the preemption notice use; no public name
 
-        self.client, self.me = distributed.global_state.client, jax.process_index()
+        self.client, self.me, self.hosts = distributed.global_state.client, jax.process_index(), jax.process_count()
         self.heard: dict[int, tuple[str, float]] = {}  # host -> (its word, when it was new)
-        self.answered = time.monotonic()  # when the service answered last
+        self.begun = self.answered = time.monotonic()  # `answered`: when the service did so last
         self.count = 0
 
     def tell(self, **status: Any) -> None:
@@ -48,33 +51,36 @@ class Peers:
         for host, word in words.items():
             if self.heard.get(host, ("",))[0] != word:
                 self.heard[host] = (word, now)
-        for host in self.heard.keys() - words.keys():  # it has taken leave
-            del self.heard[host]
 
     def words(self) -> dict[int, Word]:
-        """The other hosts' last words, as far as they have begun and not taken leave."""
-        # A host cannot be called silent while it is the service that does not answer.
-        return {
-            host: Word(json.loads(word), max(self.answered - since, 0.0))
-            for host, (word, since) in sorted(self.heard.items())
-            if host != self.me
-        }
+        """The last words of all other hosts but those that have taken leave."""
+        found = {}
+        for host in range(self.hosts):
+            word, since = self.heard.get(host, ("{}", self.begun))
+            status = json.loads(word)
+            if host != self.me and "left" not in status:
+                # A host cannot be called silent while it is the service that does not answer.
+                found[host] = Word(status, max(self.answered - since, 0.0))
+        return found
 
     def leave(self) -> None:
-        """Takes this host's word back: from now on nobody waits for it."""
-        self.client.key_value_delete(f"{_DIRECTORY}{self.me}")
+        """Says that from now on nobody need wait for this host."""
+        self.tell(left=True)
 
 
-def lost(words: Mapping[int, Word], *, service_silent: float, me: int, limit: float) -> str | None:
-    """Which host has failed, died or stopped, in one sentence; None while all are well."""
+def lost(words: Mapping[int, Word], *, service_silent: float, me: int, limit: float, grace: float = 0.0) -> str | None:
+    """Which host has failed, died or stopped, in one sentence; None while all are well.
+
+    A host that says that it failed counts after `grace` seconds: most errors are those of all hosts, each of which then ends
+    with its own words.
+    """
     for host, word in words.items():
-        if "failed" in word.status:
+        if "failed" in word.status and word.silent >= grace:
             return f"{_named(host, word)} failed in {_where(word)}: {word.status['failed']}"
     silent = [(host, word) for host, word in words.items() if word.silent > limit]
     if silent:
         return "; ".join(
-            f"{_named(host, word)} has been silent for {word.silent:.0f} s, last heard of in {_where(word)}"
-            for host, word in silent
+            f"{_named(host, word)} has been silent for {word.silent:.0f} s, {_last(word)}" for host, word in silent
         )
     if service_silent > limit and me != 0:
         word = words.get(0)
@@ -88,8 +94,12 @@ def places(words: Mapping[int, Word]) -> str:
 
 
 def _named(host: int, word: Word | None) -> str:
-    return f"host {host}" + (f" ({word.status['name']}, pid {word.status['pid']})" if word else "")
+    return f"host {host}" + (f" ({word.status['name']}, pid {word.status['pid']})" if word and word.status else "")
 
 
 def _where(word: Word) -> str:
-    return f"{word.status['phase']} of step {word.status['step']}"
+    return word.status["at"] if word.status else "an unknown place"
+
+
+def _last(word: Word) -> str:
+    return f"last heard of in {_where(word)}" if word.status else "and was never heard of after all had met"

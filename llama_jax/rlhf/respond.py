@@ -23,6 +23,7 @@ from llama_jax.paths import remove_tree
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import key_data
+from llama_jax.training.attempt import waypoint
 from llama_jax.training.metrics import Progress
 
 # Prompts that are drawn, scored and written together. With 20 answers to each, the slots that stand idle at the end of such a
@@ -66,10 +67,19 @@ class Responder:
         """Sampled ids for encoded prompts, in their order.
 
         `numbers` stand for the i of (seed, i) where the prompts are some of a longer list; `choice` for the temperature.
+
+        Raises:
+          Preempted: SIGTERM came to the run that these are drawn for.
         """
         for number, prompt in enumerate(prompts):
             if len(prompt) > self.room:
                 raise ConfigError(f"conversation {number} has {len(prompt)} tokens; expected at most {self.room}")
+
+        def told(count: int) -> None:
+            waypoint()
+            if progress is not None:
+                progress(count)
+
         engine, choice = self._answerer.engine, choice or self._choice
         with jax.set_mesh(self.mesh):
             keys = key_data(seed, list(range(len(prompts)) if numbers is None else numbers))
@@ -79,7 +89,7 @@ class Responder:
                 )
                 for prompt, key in zip(prompts, keys, strict=True)
             ]
-            engine.run(requests, progress=progress)
+            engine.run(requests, progress=told)
         return [request.tokens for request in requests]
 
     def __call__(
@@ -101,7 +111,7 @@ def write_in_portions(
     path: Path, items: Sequence[T], draw: Callable[[Sequence[T], int, Tell], list[dict[str, Any]]], *,
     answers: Callable[[T], int], label: str, size: int = PORTION,
 ) -> None:  # fmt: skip
-    """Writes what is drawn for all items to `path`, whole, in their order; after a kill only one portion is drawn again.
+    """Writes what is drawn for all items to `path`, whole, in their order; after a kill or SIGTERM one portion is drawn again.
 
     Each portion of `size` items is a file in a directory beside `path` until all are there.
 
@@ -117,8 +127,9 @@ def write_in_portions(
     counts = [sum(answers(item) for item in items[start:end]) for start, end in ends]
     done = sum(count for count, is_there in zip(counts, there) if is_there)
     with Progress(sum(counts), label, "answer", done=done, quiet=jax.process_index() > 0) as progress:
-        for (start, end), file, is_there in zip(ends, files, there):
+        for number, ((start, end), file, is_there) in enumerate(zip(ends, files, there)):
             if not is_there:
+                waypoint("sampling", number, of="portion")
                 rows = draw(items[start:end], start, progress.update)
                 on_host_0(write_jsonl, file, rows)
     on_host_0(write_jsonl, path, (row for file in files for _, row in read_jsonl(file)))

@@ -1,11 +1,14 @@
 """Checkpoints: Orbax writes them whole or not at all; a fingerprint of every leaf tells whether they are still whole.
 
 Items of a step: `params`, `optimizer` (moments and counters), `source` (what an RL source holds), `meta` (JSON: config,
-model, tokenizer, seconds, fingerprints). Any stage starts from any other's `params`, on any mesh.
+model, tokenizer, seconds, fingerprints, and a digest of all that). Any stage starts from any other's `params`, on any mesh.
+
+Wherever a checkpoint is read, `WORKDIR` means its newest one and `WORKDIR@STEP` another (`named`).
 """
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -22,8 +25,9 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from llama_jax.config import ConfigError
+from llama_jax.files import write_json
 from llama_jax.parallel.axes import abstract
-from llama_jax.parallel.hosts import first_problem
+from llama_jax.parallel.hosts import first_problem, on_host_0
 from llama_jax.paths import absolute, move, place, remove_tree
 from llama_jax.training.state import TrainState
 
@@ -31,10 +35,43 @@ log = logging.getLogger(__name__)
 
 _PIECE = 1 << 18  # elements that are added up at once: they stay in the cache
 POLICY = "policy"  # the model that other stages start from, where a stage trains several
+CONVERTED = "convert"  # the stage of converted weights, whose fingerprints are those of float32 whatever they are stored in
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another shape."""
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a checkpoint's meta with a digest of its values, which `open_meta` compares."""
+    # Through JSON and back: what is read has lists for tuples, and is written later, when the values may have changed.
+    values = json.loads(json.dumps({name: value for name, value in meta.items() if name != "digest"}))
+    return {**values, "digest": _digest(values)}
+
+
+def open_meta(step: Path) -> dict[str, Any]:
+    """The meta of the checkpoint in a directory.
+
+    Raises:
+      CheckpointError: it cannot be read, or is not what was written.
+    """
+    path = step / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_text())
+        dict(meta["fingerprints"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"meta/metadata: cannot be read: {_first_line(error)}") from None
+    # Without the name of the digest nothing else can have changed by one bit, and checkpoints of other writers have none.
+    if "digest" in meta and meta["digest"] != _digest(meta):
+        raise CheckpointError("meta/metadata: has another digest than when it was saved")
+    if str(meta.get("step", step.name)) != step.name:
+        raise CheckpointError(f"meta/metadata: says step {meta['step']}")
+    return meta
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def fingerprints(tree: Any, *, dtype: str | None = None) -> dict[str, int]:
@@ -133,6 +170,9 @@ class Checkpoints:
                 enable_async_checkpointing=True, **ranking,
             ),
         )  # fmt: skip
+        # Orbax would ask by the number of each checkpoint, of past ones too, whether a stop was agreed on; JAX would take it
+        # for the point that this host is at (`hosts.stop_agreed`).
+        self.manager.reached_preemption = lambda step: False
 
     def save(
         self, step: int, state: TrainState, source: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -141,7 +181,7 @@ class Checkpoints:
         if self.best and self.best not in (metrics or {}):
             raise ConfigError(f"loop.keep_best={self.best}: no such held-out metric; there are {', '.join(metrics or {})}")
         items = _items(state, source)
-        meta = {**meta, "step": step, "fingerprints": fingerprints(items)}
+        meta = sealed({**meta, "step": step, "fingerprints": fingerprints(items)})
         with self._told(f"checkpoint {step} could not be written"):
             self.manager.save(
                 step,
@@ -150,6 +190,19 @@ class Checkpoints:
                 ),
                 metrics={self.best: float(metrics[self.best])} if self.best else None,
             )
+
+    def amend(self, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Puts what was measured of a finished checkpoint only later into its meta, and ranks it."""
+        path = self.directory / str(step)
+
+        def write() -> None:
+            if self.best:
+                write_json(path / "metrics" / "metrics", {self.best: float(metrics[self.best])})
+            write_json(path / "meta" / "metadata", sealed({**open_meta(path), **meta}))
+
+        with self._told(f"checkpoint {step} could not be changed"):
+            on_host_0(write)
+            self.manager.reload()
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -218,9 +271,7 @@ class Checkpoints:
         """This host's part of a checkpoint. The hosts do not meet in here, as they would in Orbax's manager: one that cannot
         read its own files would leave the others waiting for it."""
         path = self.directory / str(step)
-        meta = json.loads((path / "meta" / "metadata").read_text())
-        if meta["step"] != step:
-            raise CheckpointError(f"checkpoint {step}: meta says step {meta['step']}")
+        meta = open_meta(path)
         handler = ocp.StandardCheckpointHandler()
         return {name: handler.restore(path / name, args=ocp.args.StandardRestore(tree)) for name, tree in items.items()}, meta
 
@@ -258,28 +309,55 @@ def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> No
             raise CheckpointError(f"{where}: {name} has checksum {value:#010x}, saved was {expected.get(name)}")
 
 
+def named(workdir: str | Path) -> tuple[Path, int | None]:
+    """A workdir and the step of the checkpoint that is meant: 200 in `runs/sft@200`, in `runs/sft` None, the newest."""
+    path = place(workdir)
+    text, at, step = path.name.rpartition("@")
+    if text and at and step.isdecimal() and not path.exists():
+        return path.with_name(text), int(step)
+    return path, None
+
+
 def newest_step(workdir: str | Path) -> Path:
-    """The directory of the newest finished checkpoint of a stage's workdir."""
-    directory = place(workdir) / "checkpoints"
-    for step in reversed(steps_in(directory)):
+    """The directory of a stage's checkpoint: of the newest finished one, or of the one that is named."""
+    path, chosen = named(workdir)
+    directory = path / "checkpoints"
+    steps = steps_in(directory)
+    if chosen is not None and chosen not in steps:
+        raise CheckpointError(f"{path}: has no checkpoint {chosen}; it holds {', '.join(map(str, steps)) or 'none'}")
+    for step in reversed(steps) if chosen is None else [chosen]:
         if (directory / str(step) / "meta").exists():
             return directory / str(step)
     raise CheckpointError(f"{workdir}: expected a stage's workdir with checkpoints, found none")
 
 
 def read_meta(workdir: str | Path) -> dict[str, Any]:
-    """The JSON stored with the newest checkpoint of a stage's workdir."""
-    files = list((newest_step(workdir) / "meta").glob("metadata"))
-    if not files:
-        raise CheckpointError(f"{newest_step(workdir)}: expected meta/metadata, found nothing")
+    """The JSON stored with a stage's checkpoint."""
+    path = newest_step(workdir)
     try:
-        return json.loads(files[0].read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{files[0]}: expected JSON: {error}") from None
+        return open_meta(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}{instead(path)}") from None
+
+
+def instead(path: Path) -> str:
+    """What to read in place of a damaged checkpoint, for the end of an error; "" if its parameters turn out to be whole.
+
+    Looks at whole checkpoints, so it may take a while. Of several hosts none looks: the others would wait for it.
+    """
+    workdir, broken = path.parent.parent, int(path.name)
+    if jax.process_count() > 1:
+        return f"; python -m llama_jax.verify --workdir={workdir} tells which checkpoints are whole, {workdir}@STEP means one"
+    if not damages(workdir, broken, items=("params",)):
+        return ""
+    for step in reversed(written_steps(workdir)):
+        if step != broken and not damages(workdir, step, items=("params",)):
+            return f"; checkpoint {step} is whole: {workdir}@{step} means it"
+    return "; there is no other that is whole"
 
 
 def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
-    """Parameters of a table from the newest checkpoint of another stage, verified and laid out on this mesh.
+    """Parameters of a table from a checkpoint of another stage, verified and laid out on this mesh.
 
     `specs` may be a part of what was saved: the trunk for a new head, or one model of several.
     """
@@ -303,8 +381,11 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-            raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
-    check_fingerprints({"params": params}, expected, str(path))
+            raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}{instead(path)}") from None
+    try:
+        check_fingerprints({"params": params}, expected, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{instead(path)}") from None
     return params
 
 
@@ -336,26 +417,30 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in found if ocp.path.step.is_path_finalized(place(path)))
 
 
-def damages(workdir: str | Path, step: int) -> list[str]:
-    """What is wrong with a checkpoint, a line for each leaf; reads one leaf at a time and needs no stage."""
+def damages(workdir: str | Path, step: int, *, items: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a checkpoint, or with these items of it, a line for each leaf.
+
+    Reads one leaf at a time and needs no stage.
+    """
     path = absolute(place(workdir) / "checkpoints" / str(step))
     try:
-        meta = json.loads((path / "meta" / "metadata").read_text())
-        expected, said = dict(meta["fingerprints"]), meta["step"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"meta/metadata: cannot be read: {_first_line(error)}"]
-    lines = [] if said == step else [f"meta/metadata: says step {said}"]
+        meta = open_meta(path)
+    except CheckpointError as error:
+        return [str(error)]
+    expected, dtype = meta["fingerprints"], "float32" if meta.get("stage") == CONVERTED else None
+    lines: list[str] = []
     by_item: dict[str, dict[tuple[str, ...], str]] = {}
     for name in expected:
         item, *keys = _keys(name)
-        by_item.setdefault(item, {})[tuple(keys)] = name
+        if not items or item in items:
+            by_item.setdefault(item, {})[tuple(keys)] = name
     for item, names in by_item.items():
-        lines += _damaged_leaves(path / item, item, names, expected)
+        lines += _damaged_leaves(path / item, item, names, expected, dtype)
     return lines
 
 
 def _damaged_leaves(
-    path: Path, item: str, names: Mapping[tuple[str, ...], str], expected: Mapping[str, int]
+    path: Path, item: str, names: Mapping[tuple[str, ...], str], expected: Mapping[str, int], dtype: str | None
 ) -> list[str]:
     lines = []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -373,7 +458,7 @@ def _damaged_leaves(
             except Exception as error:
                 lines.append(f"{name}: cannot be read: {_first_line(error)}")
                 continue
-            (found,) = fingerprints([leaf]).values()
+            (found,) = fingerprints([leaf], dtype=dtype).values()
             if found != expected[name]:
                 lines.append(f"{name}: has checksum {found:#010x}, saved was {expected[name]:#010x}")
     return lines

@@ -12,23 +12,36 @@ from pathlib import Path
 from llama_jax.files import write_json
 from llama_jax.paths import append, seconds_between_writes
 
+ATTEMPTS = "attempts.jsonl"
+
 
 class Goodput:
-    """Keeps `attempts.jsonl` (one line a start) and `reached.json` (the last step seen) in the workdir."""
+    """Keeps `attempts.jsonl` and `reached.json` (the last step seen) in the workdir.
 
-    def __init__(
-        self, workdir: Path, *, first: int, productive: float, enabled: bool, clock: Callable[[], float] = time.time
-    ):
-        self.first, self.productive, self.enabled, self.clock = first, productive, enabled, clock
-        self.path, self.reached_path, self.reported = workdir / "attempts.jsonl", workdir / "reached.json", 0.0
-        attempts = _rows(self.path)
-        attempt = {"started": clock(), "from": first, "reached_before": self._reached() if attempts else first}
-        if enabled:
-            append(self.path, json.dumps(attempt) + "\n")
-        attempts.append(attempt)
-        self.begun = attempts[0]["started"]
-        self.restarts = len(attempts) - 1
-        self.lost = sum(max(row["reached_before"] - row["from"], 0) for row in attempts)
+    A line of the former is a start, made before anything else is, or from which step steps are taken and how far they had come
+    before: after each start, and after going back because of a spike.
+    """
+
+    def __init__(self, workdir: Path, *, enabled: bool, clock: Callable[[], float] = time.time):
+        self.enabled, self.clock = enabled, clock
+        self.path, self.reached_path, self.reported = workdir / ATTEMPTS, workdir / "reached.json", 0.0
+        self.first, self.productive = 0, 0.0
+        rows = _rows(self.path)
+        rows.append(self._note({"started": clock()}))
+        starts = [row["started"] for row in rows if "started" in row]
+        self.begun, self.restarts = starts[0], len(starts) - 1
+        self.lost = sum(max(row["reached_before"] - row["from"], 0) for row in rows if "from" in row)
+
+    def steps_from(self, first: int, productive: float) -> None:
+        """Steps are taken from here, with the productive seconds of those before."""
+        self.first, self.productive = first, productive
+        row = self._note({"from": first, "reached_before": self._reached()})
+        self.lost += max(row["reached_before"] - first, 0)
+
+    def _note(self, row: dict[str, float]) -> dict[str, float]:
+        if self.enabled:
+            append(self.path, json.dumps(row) + "\n")
+        return row
 
     def _reached(self) -> int:
         try:

@@ -7,29 +7,30 @@ same once more without ending the process.
 
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ConfigError
 from llama_jax.files import write_json
+from llama_jax.training import attempt as attempts
+from llama_jax.training.attempt import Attempt
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.feed import Feed
-from llama_jax.training.goodput import Goodput
-from llama_jax.training.metrics import Compilations, MetricWriter, Progress
+from llama_jax.training.metrics import HELD_OUT, Compilations, MetricWriter, Progress
 from llama_jax.training.options import RunOptions
 from llama_jax.training.patience import Patience, Rule
-from llama_jax.training.preemption import Preempted, Terminate
+from llama_jax.training.preemption import Preempted
 from llama_jax.training.profile import Profile
 from llama_jax.training.recorder import Diverged, Recorder
 from llama_jax.training.spikes import Spike, Spikes
 from llama_jax.training.stage import LoopConfig, Stage
 from llama_jax.training.state import TrainState, abstract_state, born_sharded
 from llama_jax.training.step import check_batch, make_step
-from llama_jax.training.watchdog import Watchdog
 from llama_jax.training.workdir import claim, finished
 
 __all__ = ["Diverged", "Preempted", "claim", "finished", "train"]
@@ -38,16 +39,22 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path, options: RunOptions | None = None
-) -> dict[str, Any]:
-    """Runs a stage to its end and returns its summary (also in `done.json`): seconds, final metrics, compilations."""
+    stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path, options: RunOptions | None = None,
+    attempt: Attempt | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a stage to its end and returns its summary (also in `done.json`): seconds, final metrics, compilations.
+
+    `attempt` is the start that the stage was made in, if that is watched already.
+    """
     options = options or RunOptions()
     _check(stage, config, mesh)
-    watchdog = Watchdog(
-        workdir, step_seconds=options.step_seconds, start_seconds=options.start_seconds, peer_seconds=options.peer_seconds
-    )
-    with jax.set_mesh(mesh), watchdog, Terminate() as terminate, Compilations() as compilations:
-        run = _Run(stage, config, options, mesh, workdir, watchdog, terminate, compilations)
+    with contextlib.ExitStack() as entered:
+        if attempt is None:
+            attempt = entered.enter_context(attempts.start(options))
+            attempt.begin(workdir)
+        entered.enter_context(jax.set_mesh(mesh))
+        compilations = entered.enter_context(Compilations())
+        run = _Run(stage, config, options, mesh, workdir, attempt, compilations)
         # Closing waits for a save that is under way, also when an error ends the run.
         with contextlib.closing(run.checkpoints):
             while True:
@@ -75,12 +82,12 @@ class _Run:
         options: RunOptions,
         mesh: Mesh,
         workdir: Path,
-        watchdog: Watchdog,
-        terminate: Terminate,
+        attempt: Attempt,
         compilations: Compilations,
     ):
         self.stage, self.config, self.options, self.mesh, self.workdir = stage, config, options, mesh, workdir
-        self.watchdog, self.terminate, self.compilations = watchdog, terminate, compilations
+        self.watchdog, self.terminate, self.goodput = attempt.watchdog, attempt.terminate, attempt.goodput
+        self.compilations = compilations
         self.begun, self.is_first_process = time.monotonic(), jax.process_index() == 0
         self.spikes = Spikes(config.spike)
         self.stopping = Rule(config.keep_best, config.keep_best_mode, config.patience, config.least_gain)
@@ -91,6 +98,7 @@ class _Run:
         self.target = abstract_state(stage.specs, stage.optimizer, mesh)
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.target)
         self.step_function = make_step(stage.loss, stage.optimizer, microbatches=config.microbatches, layout=layout)
+        self.schedule = jax.device_put(getattr(stage.optimizer, "schedule", None), NamedSharding(mesh, PartitionSpec()))
 
     def start(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to go on from and its meta data: of the newest whole checkpoint, or new."""
@@ -122,8 +130,11 @@ class _Run:
         first, seconds_before = int(meta["step"]), float(meta["seconds"])
         writes, patience = self.is_first_process, Patience(self.stopping)
         patience.restore(meta.get("patience", patience.state()))  # a checkpoint may be older than this field
-        goodput = self.goodput = Goodput(self.workdir, first=first, productive=meta["productive"], enabled=writes)
-        writer = MetricWriter(self.workdir, enabled=writes, resume_step=first)
+        unmeasured = meta.get("unmeasured", False)
+        self.watchdog.begin(first)
+        goodput = self.goodput
+        goodput.steps_from(first, meta["productive"])
+        writer = MetricWriter(self.workdir, enabled=writes, resume_step=first, remeasure=unmeasured)
         progress = Progress(config.steps, stage.name, done=first, quiet=not writes)
         feed = Feed(stage.source, self.mesh, config.steps, self.spikes.index)
         profile = Profile(self.workdir, self.options.profile_steps)
@@ -137,25 +148,36 @@ class _Run:
                 return {}
             self.watchdog.at("evaluation", done)
             held_out = dict(stage.evaluate(stage.whole(state.params)))
-            writer.write(done - 1, {f"held_out/{name}": value for name, value in held_out.items()})
+            writer.write(done - 1, {f"{HELD_OUT}{name}": value for name, value in held_out.items()})
             return held_out
 
-        def save(done: int, held_out: dict[str, float]) -> None:
-            self.watchdog.at("saving", done)
-            writer.sync()  # a run that goes on from here must find the lines before
+        def rank(held_out: dict[str, float], best: bool) -> dict[str, float]:
+            return patience.rank(best=best) if patience.on else held_out
+
+        def about(done: int) -> dict[str, Any]:
+            """What a checkpoint says that depends on the measurements so far."""
             result = done == (config.steps if patience.step is None else patience.step)  # as far as is known
             measured = stage.measure(stage.whole(state.params)) if stage.measure and result else {}
+            return {**measured, "patience": patience.state()}
+
+        def save(done: int, ranked: dict[str, float], *, unmeasured: bool = False) -> None:
+            self.watchdog.at("saving", done)
+            writer.sync()  # a run that goes on from here must find the lines before
             run = {
                 "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
-                "logged": recorder.logged(), "spikes": self.spikes.state(), "patience": patience.state(),
+                "logged": recorder.logged(), "spikes": self.spikes.state(), "unmeasured": unmeasured,
             }  # fmt: skip
-            self.checkpoints.save(done, state, stage.source.state(), {**stage.meta, **measured, **run}, held_out)
+            self.checkpoints.save(done, state, stage.source.state(), {**stage.meta, **about(done), **run}, ranked)
 
         held_out: dict[str, float] = {}
         done = first
         with writer, progress, feed, contextlib.closing(profile):
             if patience.on and first == 0 and not patience.seen:
-                save(0, patience.rank(best=patience.see(0, evaluate(0))))
+                save(0, rank({}, patience.see(0, evaluate(0))))
+            if unmeasured:
+                held_out = evaluate(first)
+                best = patience.on and patience.see(first, held_out)
+                self.checkpoints.amend(first, {**about(first), "unmeasured": False}, rank(held_out, best))
             for step in range(first, config.steps):
                 if patience.exhausted:
                     break
@@ -167,23 +189,28 @@ class _Run:
                     self.watchdog.at("batch", step)
                     batch, source_metrics = feed.batch(step, stage.whole(state.params))
                     self.watchdog.at("step", step)
-                    state, means = self.step_function(state, batch, stage.frozen)
+                    state, means = self.step_function(state, batch, stage.frozen, self.schedule)
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done, last = step + 1, step + 1 == config.steps
                 goodput.step(done, time.monotonic() - begun)
-                stop = self.terminate.before(done)
-                saves, best = stop or done % config.checkpoint_every == 0 or last, False
-                if saves or (config.eval_every and done % config.eval_every == 0):
+                stop = self.terminate.here() and not last
+                saves, best = done % config.checkpoint_every == 0 or last, False
+                due = bool(config.eval_every) and done % config.eval_every == 0 and not last
+                # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
+                measures = due or bool(saves and config.keep_best and (last or not patience.on))
+                if stop:
+                    # A machine that is about to go has no time for an evaluation: it comes first when the run goes on.
                     recorder.flush()
-                    due = bool(config.eval_every) and done % config.eval_every == 0 and not last
-                    # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
-                    held_out = evaluate(done) if due or (saves and config.keep_best and (last or not patience.on)) else {}
+                    unranked = {config.keep_best: math.nan} if config.keep_best else {}
+                    save(done, unranked, unmeasured=measures and stage.evaluate is not None)
+                    raise Preempted
+                if saves or measures:
+                    recorder.flush()
+                    held_out = evaluate(done) if measures else {}
                     best = patience.on and bool(held_out) and patience.see(done, held_out)
                 if saves or best:
-                    save(done, patience.rank(best=best) if patience.on else held_out)
-                if stop and not last:
-                    raise Preempted
+                    save(done, rank(held_out, best))
             recorder.flush()
             held_out = patience.held_out or held_out or evaluate(done)
         self.watchdog.at("the end", done)

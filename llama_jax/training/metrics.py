@@ -22,6 +22,7 @@ from llama_jax.files import atomic_write
 from llama_jax.paths import Mirror, place
 
 METRICS_FILE = "metrics.jsonl"
+HELD_OUT = "held_out/"  # how the names of held-out measurements begin, which have lines of their own
 _RESERVED = ("step", "time")
 
 
@@ -31,11 +32,13 @@ class MetricWriter:
     One line is one flat object: `{"step": 7, "time": 1700000000.0, "loss": 2.5, ...}`, time in seconds since
     the epoch. Non-finite values are written as the strings "nan", "inf" and "-inf", which keeps the file
     strict JSON. With `enabled=False` (every host but the first) all methods do nothing. `resume_step` is the
-    first step that this run will write: see `rewind`; leave it None to append. In a bucket both logs are there
-    after `sync`, and now and then.
+    first step that this run will write: see `rewind`, also for `remeasure`; leave it None to append. In a bucket
+    both logs are there after `sync`, and now and then.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, enabled: bool = True, resume_step: int | None = None):
+    def __init__(
+        self, workdir: str | os.PathLike, *, enabled: bool = True, resume_step: int | None = None, remeasure: bool = False
+    ):
         self.enabled = enabled
         self._workdir = workdir
         self._mirror: Mirror | None = None
@@ -43,10 +46,13 @@ class MetricWriter:
         self._file: TextIO | None = None
         self._tensorboard = None
         if resume_step is not None:
-            self.rewind(resume_step)
+            self.rewind(resume_step, remeasure=remeasure)
 
-    def rewind(self, step: int) -> None:
-        """Drops every logged line with a step >= `step`, and a line torn by a kill; an atomic rewrite."""
+    def rewind(self, step: int, *, remeasure: bool = False) -> None:
+        """Drops every logged line with a step >= `step`, and a line torn by a kill; an atomic rewrite.
+
+        With `remeasure` also the held-out measurements after the step before, which are to come again.
+        """
         if not self.enabled:
             return
         self.close()
@@ -54,7 +60,12 @@ class MetricWriter:
         path = place(self._workdir) / METRICS_FILE
         if not path.exists():
             return
-        kept = [json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] < step]
+        end = step - 1 if remeasure else step
+        kept = [
+            json.dumps(row) + "\n"
+            for row in _read_rows(path)
+            if row["step"] < end or row["step"] < step and not any(name.startswith(HELD_OUT) for name in row)
+        ]
         with atomic_write(path) as file:
             file.write("".join(kept).encode())
 

@@ -1,4 +1,4 @@
-"""SIGTERM, the notice that a machine will be taken away, becomes a stop of all hosts between the same two steps."""
+"""SIGTERM, the notice that a machine will be taken away, becomes a stop of all hosts at the same point of the run."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, try again. Launchers start
 
 
 class Preempted(SystemExit):
-    """SIGTERM came; the state is saved and the process ends with EXIT_PREEMPTED, since the run is not finished."""
+    """SIGTERM came; what there is is saved and the process ends with EXIT_PREEMPTED, since the run is not finished."""
 
     def __init__(self):
         super().__init__(EXIT_PREEMPTED)
@@ -22,13 +22,13 @@ class Terminate:
 
     def __init__(self):
         self.requested = False
-        # Of several processes JAX's coordination service takes the signal, and they agree on a step.
+        # Of several processes JAX's coordination service takes the signal, and they agree on a point.
         self.alone = jax.process_count() == 1
         self.handled = self.alone and threading.current_thread() is threading.main_thread()
 
-    def before(self, step: int) -> bool:
-        """Whether to stop before this step; to be asked for every step, by every host."""
-        return self.requested if self.alone else stop_agreed(step)
+    def here(self) -> bool:
+        """Whether to stop here; to be asked after every step and wherever else a run can stop, by every host."""
+        return self.requested if self.alone else stop_agreed()
 
     def __enter__(self) -> "Terminate":
         if self.handled:

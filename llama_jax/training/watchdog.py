@@ -30,43 +30,59 @@ EXIT_HOST_LOST = 69  # another host failed, died or stopped (EX_UNAVAILABLE)
 _STOPPED = 60.0  # seconds without a look of the watchdog that count as no time of the run
 _SENDING = 15.0  # seconds for the upload of a log
 _STUCK = 300.0  # seconds without the interpreter's lock until the watchdog of the watchdog acts
+_GRACE = 3.0  # seconds in which a host may come to the same error as another one by itself
 
 
 class Watchdog:
-    """Watches a run from inside `with`; the loop says `at(phase, step)` whenever it gets somewhere.
+    """Watches a run from inside `with`, which the hosts enter right after they have met.
+
+    Whoever carries the run out says `at(phase, number)` whenever it gets somewhere.
 
     Attributes:
       step_seconds: a phase may last that long; before the end of the first step `start_seconds`, for compilation.
       peer_seconds: another host may be silent for that long.
     """
 
-    def __init__(self, workdir: Path, *, step_seconds: float, start_seconds: float, peer_seconds: float):
-        self.workdir, self.step_seconds, self.start_seconds = workdir, step_seconds, start_seconds
-        self.peer_seconds = peer_seconds
+    def __init__(self, *, step_seconds: float, start_seconds: float, peer_seconds: float):
+        self.step_seconds, self.start_seconds, self.peer_seconds = step_seconds, start_seconds, peer_seconds
         self.host, self.hosts = jax.process_index(), jax.process_count()
         self.peers = Peers() if self.hosts > 1 else None
-        self.phase, self.step, self.since, self.limit = "start", 0, time.monotonic(), start_seconds
+        self.place, self.since, self.limit = "the start", time.monotonic(), start_seconds
         self.first: int | None = None
         self.failed: str | None = None
+        self.logs: Mirror | None = None
+        self.file: TextIO | None = None
         self.done = threading.Event()
         self.ending = threading.Lock()
 
-    def at(self, phase: str, step: int) -> None:
-        """The run enters a phase of a step."""
-        self.first = step if self.first is None else self.first
-        self.phase, self.step, self.since = phase, step, time.monotonic()
-        self.limit = self.start_seconds if step <= self.first + 1 else self.step_seconds
+    def begin(self, first: int) -> None:
+        """The steps begin with this one: up to the end of the next, programs are compiled."""
+        self.first = first
 
-    def __enter__(self) -> "Watchdog":
-        self.logs = Mirror(self.workdir / "logs")
-        self.logs.local.mkdir(parents=True, exist_ok=True)
-        self.file: TextIO = open(self.logs.fetch(f"host-{self.host}.log"), "a", encoding="utf-8")
-        self.handler = logging.StreamHandler(self.file)
+    def at(self, phase: str, number: int, *, of: str = "step") -> None:
+        """The run enters a phase of a step, or of what is done before there are any."""
+        self.place, self.since = f"{phase} of {of} {number}", time.monotonic()
+        self.limit = self.start_seconds if self.first is None or number <= self.first + 1 else self.step_seconds
+
+    def moves(self) -> None:
+        """The run gets on within its phase."""
+        self.since = time.monotonic()
+
+    def write_to(self, directory: Path) -> None:
+        """Keeps the warnings and the end of this host in a directory that belongs to this run, from here on."""
+        logs = Mirror(directory)
+        logs.local.mkdir(parents=True, exist_ok=True)
+        self.file = open(logs.fetch(f"host-{self.host}.log"), "a", encoding="utf-8")
+        self.logs, self.handler = logs, logging.StreamHandler(self.file)
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.handler.setLevel(logging.WARNING)
         logging.getLogger().addHandler(self.handler)
+
+    def __enter__(self) -> "Watchdog":
         self.threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self.peers is not None:
+            with contextlib.suppress(Exception):  # as in `_pulse`
+                self._tell()
             self.threads.append(threading.Thread(target=self._pulse, name="pulse", daemon=True))
             self._on_abort()
         for thread in self.threads:
@@ -84,16 +100,18 @@ class Watchdog:
             self.restore_abort()
             with contextlib.suppress(Exception):  # the service may be gone; then nobody is listening
                 self.peers.leave()
-        logging.getLogger().removeHandler(self.handler)
-        with contextlib.suppress(OSError):
-            self.file.close()
+        if self.file is not None:
+            logging.getLogger().removeHandler(self.handler)
+            with contextlib.suppress(OSError):
+                self.file.close()
         self._send_logs()
 
     def _report_failure(self, error: BaseException) -> None:
         """Keeps an error in the host's log; of several hosts, finds out whose it was, or tells the others that it is ours."""
-        with contextlib.suppress(OSError):  # the error may be that nothing can be written
-            self.file.write("".join(traceback.format_exception(error)))
-            self.file.flush()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # the error may be that nothing can be written
+                self.file.write("".join(traceback.format_exception(error)))
+                self.file.flush()
         if self.peers is None:
             return
         if _comes_from_outside(error):
@@ -104,7 +122,7 @@ class Watchdog:
         self.failed = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         with contextlib.suppress(Exception):
             self._tell()
-        log.error("host %d failed in %s of step %d: %s", self.host, self.phase, self.step, self.failed)
+        log.error("host %d failed in %s: %s", self.host, self.place, self.failed)
         # What is still to be closed may wait for hosts that will not come any more.
         timer = threading.Timer(15, os._exit, args=(1,))
         timer.daemon = True
@@ -112,7 +130,7 @@ class Watchdog:
 
     def _tell(self) -> None:
         failed = {} if self.failed is None else {"failed": self.failed}
-        self.peers.tell(phase=self.phase, step=self.step, **failed)
+        self.peers.tell(at=self.place, **failed)
 
     def _pulse(self) -> None:
         while not self.done.wait(min(2.0, self.peer_seconds / 10)):
@@ -130,24 +148,25 @@ class Watchdog:
             if self.peers is not None:
                 # If no Python code runs any more this is not put off any longer, and C code dumps the stacks. One host alone
                 # keeps nobody waiting.
-                faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file)
+                faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file or sys.__stderr__)
                 service_silent = time.monotonic() - self.peers.answered
-                blame = lost(self.peers.words(), service_silent=service_silent, me=self.host, limit=self.peer_seconds)
+                blame = lost(
+                    self.peers.words(), service_silent=service_silent, me=self.host, limit=self.peer_seconds, grace=_GRACE
+                )
                 if blame:
-                    self._end(f"host {self.host}, in {self.phase} of step {self.step}, stops: {blame}", EXIT_HOST_LOST)
+                    self._end(f"host {self.host}, in {self.place}, stops: {blame}", EXIT_HOST_LOST)
             waited = time.monotonic() - self.since
             if waited > self.limit:
                 others = f"; {places(self.peers.words())}" if self.peers is not None else ""
                 self._end(
-                    f"host {self.host} hangs: no progress for {waited:.0f} s, in {self.phase} of step {self.step}{others}",
-                    EXIT_HANGS,
+                    f"host {self.host} hangs: no progress for {waited:.0f} s, in {self.place}{others}", EXIT_HANGS
                 )
 
     def _end(self, message: str, code: int) -> None:
         with self.ending:
             if self.done.is_set():
                 return
-            for stream in (self.file, sys.__stderr__):
+            for stream in filter(None, (self.file, sys.__stderr__)):
                 with contextlib.suppress(Exception):  # a full disk must not keep this process alive
                     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {message}", file=stream, flush=True)
                     faulthandler.dump_traceback(file=stream, all_threads=True)
@@ -157,6 +176,9 @@ class Watchdog:
 
     def _send_logs(self) -> None:
         """Uploads this host's log into a bucket; a network that answers no more may be what ends the run."""
+
+        if self.logs is None:
+            return
 
         def send() -> None:
             with contextlib.suppress(Exception):
@@ -179,7 +201,7 @@ class Watchdog:
             # That something is wrong is certain now; a host need not have been silent for as long as usual.
             blame = lost(words, service_silent=0.0, me=self.host, limit=min(5.0, self.peer_seconds))
             who = "host 0, the coordinator, died or cannot be reached" if self.host else "see the message above"
-            self._end(f"host {self.host}, in {self.phase} of step {self.step}, was aborted: {blame or who}", EXIT_HOST_LOST)
+            self._end(f"host {self.host}, in {self.place}, was aborted: {blame or who}", EXIT_HOST_LOST)
 
         self.abort_handler = kind(aborted)  # kept alive: C holds no reference
         library.signal.restype = ctypes.c_void_p

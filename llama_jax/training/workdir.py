@@ -21,12 +21,14 @@ from llama_jax.files import write_json
 from llama_jax.parallel.hosts import first_problem
 from llama_jax.paths import check_bucket, is_remote, move, reason
 from llama_jax.training.checkpoint import steps_in
+from llama_jax.training.goodput import ATTEMPTS
 from llama_jax.training.lease import Lease
+from llama_jax.training.metrics import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_NOT_BEGUN = (_LOCK, "config.json", "compiled")  # what a run that was refused may leave behind
+_NOT_BEGUN = (_LOCK, "config.json", "compiled", "logs", ATTEMPTS)  # what a run that was refused may leave behind
 
 
 @contextlib.contextmanager
@@ -110,15 +112,17 @@ def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> No
                 + "\n  ".join(changed)
             )
         return
+    if path.exists() and json.loads(path.read_text()) != described:
+        (workdir / ATTEMPTS).unlink(missing_ok=True)  # those were starts of another run
     write_json(path, described)
 
 
 def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     """Makes the checkpoint of `step` the newest one, and `described` the run's config; 0 is the start of the run.
 
-    Later checkpoints and the log up to now are moved into `replaced/<n>`. Doing it again with the same step and config does
-    nothing: a launcher that starts the same command after a preemption must not go back once more. (A run is a function of
-    its config, so going back twice could give nothing else.)
+    Later checkpoints are moved into `replaced/<n>`, where a copy of the log up to now lies too. Doing it again with the same
+    step and config does nothing but say so: a launcher that starts the same command after a preemption must not go back once
+    more. (A run is a function of its config, so going back twice could give nothing else.)
 
     Raises:
       ConfigError: on every host, if there is no such checkpoint.
@@ -130,6 +134,10 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     asked = {"step": step, "config": described}
     record = workdir / "restarted.json"
     if record.exists() and json.loads(record.read_text()) == asked:
+        log.warning(
+            "--restart_from=%d was done before, as %s says: the run goes on from its newest checkpoint; remove that file to go "
+            "back once more", step, record,
+        )  # fmt: skip
         return
     directory = workdir / "checkpoints"
     steps = steps_in(directory)
@@ -144,6 +152,8 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     for name in ("config.json", "done.json"):
         if (workdir / name).exists():
             move(workdir / name, aside / name)
+    if (workdir / METRICS_FILE).exists():  # the run goes on with it, without the lines from `step` on
+        (aside / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
     for later in steps:
         if later > step or not step:  # early stopping keeps the start as checkpoint 0
             move(directory / str(later), aside / str(later))
