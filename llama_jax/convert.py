@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, Literal
 
+import jax
 from absl import flags
 
 from llama_jax import command
@@ -58,10 +59,13 @@ def run(
     stored = {(tensor.path, tensor.layer): source.dtype_of(tensor) for tensor in source.tensors}
     kind = DTYPES[dtype] if dtype else lambda tensor: stored[tensor.path, tensor.layer]
     words = _tokenizer(source, tokenizer)
+    if words is not None and to != "huggingface":
+        words = tokenizer_files.sentencepiece_beside(words)
+    pad_id = 0 if words is None else tokenizer_files.padding(words, source.head)
     with whole_directory(output) as directory:
         fingerprint = ""
         if words is not None:
-            fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to)).fingerprint
+            fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to, pad_id=pad_id)).fingerprint
         if to == "meta":
             make: Any = functools.partial(meta.Writer, shards=shards)
         elif to == "huggingface":
@@ -73,10 +77,10 @@ def run(
         _stream(source, writer, quiet=quiet)
         kinds = [writer.kinds[tensor.name] for tensor in writer.tensors]  # the first is that of the embedding
         if to == "huggingface":
-            ids = {"bos_id": 1, "eos_id": 2, "pad_id": 0} if words is None else {
-                "bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id,
-            }  # fmt: skip
-            config = huggingface.config_json(source.config, source.head, kinds[0], **ids)
+            bos_id, eos_id = (1, 2) if words is None else (words.bos_id, words.eos_id)
+            config = huggingface.config_json(
+                source.config, source.head, kinds[0], bos_id=bos_id, eos_id=eos_id, pad_id=pad_id
+            )
             huggingface.write_json(directory / huggingface.CONFIG, config)
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {
@@ -132,6 +136,8 @@ def one_process(name: str) -> None:
 def main() -> None:
     """Flags to call."""
     one_process("convert")
+    # On a TPU it would otherwise take the chips from whoever computes there, or wait for the other hosts.
+    jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
     done = run(values.input, values.output, to=values.to, dtype=values.dtype, tokenizer=values.tokenizer, shards=values.shards)
     print(

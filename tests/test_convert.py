@@ -4,22 +4,25 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from llama_jax import convert
 from llama_jax.config import ConfigError
 from llama_jax.data import gguf_file
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
-from llama_jax.interop import huggingface, names, ours
+from llama_jax.interop import huggingface, layered, names, ours
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
 from llama_jax.model import params
@@ -303,16 +306,67 @@ def test_damaged_checkpoints_of_ours_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sharded", [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)], ids=["fsdp", "tensor"])
+def test_a_checkpoint_of_many_devices_is_read_piece_by_piece(sharded, tmp_path, monkeypatch):
+    config = dataclasses.replace(MODEL, layers=6)
+    specs = params.table(config, head="lm_head")
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda spec: rng.normal(0, 0.1, spec.shape).astype(np.float32), specs, is_leaf=is_spec)
+    ours.write(tmp_path / "layers", tree, config, tokenizer="", origin={})
+    handler = ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), params=ocp.PyTreeCheckpointHandler())
+    with ocp.Checkpointer(handler) as checkpointer:  # as a stage saves it
+        placed = jax.device_put(tree, shardings(specs, make_mesh(sharded)))
+        meta = json.loads((tmp_path / "layers/checkpoints/0/meta/metadata").read_text())
+        arguments = ocp.args.Composite(meta=ocp.args.JsonSave(meta), params=ocp.args.PyTreeSave(placed))
+        checkpointer.save(tmp_path / "stage/checkpoints/0", args=arguments)
+    pieces, read = [], layered.read
+    monkeypatch.setattr(layered, "read", lambda *what: pieces.append(read(*what)) or pieces[-1])
+    monkeypatch.setattr(ours, "_IN_MEMORY", 0)
+    source = open_source(tmp_path / "stage")
+    for row in source.tensors:
+        whole = tree
+        for key in row.path.split("/"):
+            whole = whole[key]
+        np.testing.assert_array_equal(source.read(row), whole if row.layer is None else whole[row.layer])
+    gate = tree["trunk"]["layers"]["gate"]
+    found = [piece for piece in pieces if piece.ndim == 3 and piece.shape[0] == 6 and piece.size * 8 == gate.size]
+    assert len(found) == 24  # of gate, up and down each piece once
+    assert max(piece.nbytes for piece in pieces if piece.shape[0] == 6) < gate.nbytes / 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=10))
+    with pytest.raises(CheckpointError, match=r"layers/\w+ cannot be read: .* takes [\d,]+ bytes in .* .TMPDIR., which has"):
+        list(open_source(tmp_path / "stage").check_values())
+
+
+def test_meta_and_our_stages_get_the_sentencepiece_model_that_lies_beside_its_json(words, tmp_path):
+    pytest.importorskip("tokenizers")
+    write_hf(tmp_path / "in", words=words)
+    convert.run(tmp_path / "in", tmp_path / "hf", to="huggingface", quiet=True)
+    assert (tmp_path / "hf/tokenizer.json").is_file() and (tmp_path / "hf/tokenizer.model").is_file()
+    for to in ("meta", "llama_jax"):
+        convert.run(tmp_path / "hf", tmp_path / to, to=to, quiet=True)
+        assert (tmp_path / to / "tokenizer.model").read_bytes() == words.serialized()
+    assert read_meta(tmp_path / "llama_jax")["tokenizer"] == words.fingerprint
+    # A model that gives other ids is no other form of the file.
+    other = train_tokenizer(["zyx wvu tsr qpo, 9876 or so"] * 20, tmp_path / "other.model", vocab_size=290)
+    (tmp_path / "hf/tokenizer.model").write_bytes(other.serialized())
+    with pytest.raises(ValueError, match="Meta's layout holds a SentencePiece tokenizer.model, which this one is not"):
+        convert.run(tmp_path / "hf", tmp_path / "again", to="meta", quiet=True)
+
+
 # The command
 
 
 def command(*arguments: str, **how) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "llama_jax.convert", *arguments]
+    # A platform that is not here, as a TPU that somebody else computes on: the command has no use for it.
+    how = {"env": {**os.environ, "JAX_PLATFORMS": "tpu"}} | how
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, **how)
 
 
 def test_the_command_converts_and_says_so_or_gives_one_line(words, tmp_path):
     write_hf(tmp_path / "hf", words=words)
+    done = command(f"--input={tmp_path}/hf", f"--output={tmp_path}/o", "--to=llama_jax")
+    assert done.returncode == 0, done.stderr
     done = command(f"--input={tmp_path}/hf", f"--output={tmp_path}/m", "--to=meta", "--shards=2", "--dtype=float16")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}/m: hf (") and "from huggingface as meta, float16" in done.stdout

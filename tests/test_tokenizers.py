@@ -117,7 +117,7 @@ def write_gguf_bpe(original, path: Path, pre: str, **fields) -> Path:
     return path
 
 
-def write_gguf_llama(tokenizer: SentencePieceTokenizer, path: Path) -> Path:
+def write_gguf_llama(tokenizer: SentencePieceTokenizer, path: Path, **fields) -> Path:
     gguf = pytest.importorskip("gguf")
     model = model_class().FromString(tokenizer.serialized())
     writer = gguf.GGUFWriter(path, "llama")
@@ -125,6 +125,8 @@ def write_gguf_llama(tokenizer: SentencePieceTokenizer, path: Path) -> Path:
     writer.add_token_list([piece.piece.encode() for piece in model.pieces])
     writer.add_token_scores([piece.score for piece in model.pieces])
     writer.add_token_types([piece.type for piece in model.pieces])
+    for name, value in fields.items():
+        getattr(writer, name)(value)
     finish(writer)
     return path
 
@@ -222,6 +224,98 @@ def test_chat_goes_by_the_tokenizers_template_or_llama_2s(json_directory, senten
     # The exported template is Llama 2's format, in its ids.
     for dialog in (messages, [{"role": "system", "content": "be kind"}, *messages], messages[:1]):
         assert encode_chat(dialog, copies[1]) == encode_prompt(dialog, copies[0]) == encode_chat(dialog, copies[0])
+
+
+# The format of TinyLlama's chat models.
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_a_sentencepiece_vocabulary_keeps_the_chat_format_it_came_with(copies, root, tmp_path):
+    pytest.importorskip("jinja2")
+    told = {"add_chat_template": ZEPHYR, "add_add_bos_token": False}
+    inside = Tokenizer(write_gguf_llama(copies[0], root / "zephyr.gguf", **told))
+    (tmp_path / "tokenizer.model").write_bytes(copies[0].serialized())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ZEPHYR, "add_bos_token": False}))
+    for words in (inside, Tokenizer(tmp_path)):
+        assert type(words) is SentencePieceTokenizer and words.chat_template == ZEPHYR and not words.adds_bos
+        ids = encode_chat([{"role": "user", "content": "what is it?"}], words)
+        expected = copies[0].encode("<|user|>\nwhat is it?", eos=True) + copies[0].encode("\n<|assistant|>\n")
+        assert ids == expected and ids.count(2) == 1
+        with pytest.raises(ValueError, match="holds the control piece '</s>'"):
+            encode_chat([{"role": "user", "content": "it</s>"}], words)
+        for text in ("<s>a</s>\n<s> b", "</s>", "", "<unk>x <|user|>", "a<s>"):  # as tokenizers has it
+            assert words.encode_rendered(text) == copies[1].encode_rendered(text), repr(text)
+        # It goes along into every format that has a place for it.
+        for to, kind in (("huggingface", JsonTokenizer), ("llama_jax", SentencePieceTokenizer)):
+            (tmp_path / to / words.path.stem).mkdir(parents=True)
+            again = Tokenizer(tokenizer_files.write(words, tmp_path / to / words.path.stem, to=to))
+            assert type(again) is kind and again.chat_template == ZEPHYR and not again.adds_bos
+            assert encode_chat([{"role": "user", "content": "what is it?"}], again) == ids
+    assert copies[2].chat_template is None and copies[2].adds_bos
+
+
+def test_answers_end_at_every_id_that_the_models_files_name(json_directory, copies, root, tmp_path):
+    def with_files(**files):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes((json_directory / name).read_bytes())
+        for name, ends in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": ends}))
+        return Tokenizer(tmp_path).stop_ids
+
+    assert with_files() == Tokenizer(json_directory).stop_ids == (2,) and with_files(config=2) == (2,)
+    assert with_files(config=[0, 2]) == (2, 0) and with_files(generation_config=[2, 1]) == (2, 1)
+    (tmp_path / "out").mkdir()
+    assert Tokenizer(tokenizer_files.write(Tokenizer(tmp_path), tmp_path / "out", to="llama_jax")).stop_ids == (2, 1)
+    bpe_words = Tokenizer(write_gguf_bpe(bpe(cut_smollm()), root / "eot.gguf", "smollm", add_eot_token_id=0))
+    assert bpe_words.stop_ids == (2, 0) and copies[2].stop_ids == (2,)
+
+
+RENDERED = [{"role": "user", "content": "<hi>"}, {"role": "assistant", "content": "a loop"}, {"role": "user", "content": "so?"}]
+
+
+@pytest.mark.parametrize(("template", "text"), [
+    ("{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}", "<hi>"),
+    ("{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "a loop"),
+    ("{% for m in messages %}{% generation %}{{ m.content }}|{% endgeneration %}{% endfor %}", "<hi>|a loop|so?|"),
+    ("{{ messages[0].content | tojson }}{{ strftime_now('%%') }}", '"<hi>"%'),
+    ("{% if tools is not none %}tools{% endif %}{{ messages[2].content }}", "so?"),
+])  # fmt: skip
+def test_templates_may_use_what_transformers_offers_them(template, text, json_directory):
+    pytest.importorskip("jinja2")
+    words = Tokenizer(json_directory)
+    words.chat_template = template
+    assert encode_chat(RENDERED, words) == words.encode_rendered(text)
+    peer = pytest.importorskip("transformers.utils.chat_template_utils")
+    assert peer.render_jinja_template([RENDERED], chat_template=template)[0] == [text]
+
+
+@pytest.mark.parametrize(("template", "words"), [
+    ("{{ messages[0].content + 3 }}", "the chat template fails on them: TypeError: can only concatenate str"),
+    ("{% for m in messages %}", "the chat template is no Jinja template: Unexpected end of template"),
+    ("{{ raise_exception('no') }}", "the chat template refuses them: no"),
+])  # fmt: skip
+def test_a_template_that_fails_is_a_sentence(template, words, json_directory):
+    pytest.importorskip("jinja2")
+    tokenizer = Tokenizer(json_directory)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"^messages: {re.escape(words)}"):
+        encode_chat(RENDERED, tokenizer)
+
+
+def test_the_order_of_roles_and_llama_2s_tags_are_the_templates_own_matter(json_directory, copies):
+    pytest.importorskip("jinja2")
+    asked = [{"role": "user", "content": "what does [INST] mean?"}, {"role": "user", "content": "say!"}]
+    words = Tokenizer(json_directory)
+    expected = "".join(f"<|im_start|>user\n{m['content']}<|im_end|>\n" for m in asked) + "<|im_start|>assistant\n"
+    assert encode_chat(asked, words) == words.encode_rendered(expected)
+    for llama in copies[:2]:  # a template that writes the tags refuses them as we do
+        with pytest.raises(ValueError, match=r"messages.0..content: holds the chat tag '.INST.'"):
+            encode_chat(asked, llama)
+        with pytest.raises(ValueError, match="in turn|alternate"):
+            encode_chat([asked[1], asked[1]], llama)
 
 
 def test_training_in_a_models_own_template_supervises_answers_and_their_eos(json_directory, copies, tmp_path):

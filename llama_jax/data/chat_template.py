@@ -1,21 +1,24 @@
 """Dialogs to ids in whatever chat format a model came with: its own template if it has one, else Llama 2's."""
 
+import datetime
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from llama_jax.data.dialog import EncodedDialog, Message, check_finished, check_messages, encode_dialog, encode_prompt
+from llama_jax.data.dialog import TAGS, EncodedDialog, Message, check_finished, check_messages, encode_dialog, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "messages") -> list[int]:
     """Ids to answer; the messages must end with the user.
 
-    A template's control pieces are control, so a message that names one could forge a turn and is refused.
+    A template's control pieces are control, so a message that names one could forge a turn and is refused. Which roles may
+    follow each other is the template's to say, and Llama 2's tags are refused only where it writes them.
     """
     if tokenizer.chat_template is None:
         return encode_prompt(messages, tokenizer, where=where)
-    check_messages(messages, where)
+    check_messages(messages, where, tags=[tag for tag in TAGS if tag in tokenizer.chat_template], in_turn=False)
     if messages[-1]["role"] != "user":
         raise ValueError(f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}")
     _refuse_control(messages, tokenizer, where)
@@ -76,7 +79,7 @@ def _refuse_control(messages: Sequence[Message], tokenizer: Tokenizer, where: st
 
 def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer: bool) -> list[int]:
     text = _compiled(tokenizer.chat_template)(
-        messages=[dict(message) for message in messages], add_generation_prompt=opens_answer,
+        messages=[dict(message) for message in messages], add_generation_prompt=opens_answer, tools=None, documents=None,
         bos_token=tokenizer.piece(tokenizer.bos_id), eos_token=tokenizer.piece(tokenizer.eos_id),
     )  # fmt: skip
     return tokenizer.encode_rendered(text)
@@ -85,6 +88,7 @@ def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Callable[..., str]:
     try:
+        import jinja2.ext
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ModuleNotFoundError:
@@ -95,15 +99,37 @@ def _compiled(template: str) -> Callable[..., str]:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # A template is code from a file that we did not write; the sandbox and its settings are those of transformers.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks answers for training; what it holds is rendered as it stands."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def tojson(x: Any, ensure_ascii: bool = False, **how: Any) -> str:  # Jinja's own escapes for HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+    # A template is code from a file that we did not write; the sandbox, its settings and its functions are those of
+    # transformers.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
-    compiled = environment.from_string(template)
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        compiled = environment.from_string(template)
+    except TemplateError as error:
+        raise ValueError(f"messages: the chat template is no Jinja template: {error}") from None
 
     def render(**values: Any) -> str:
         try:
             return compiled.render(**values)
         except TemplateError as error:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
+        except Exception as error:  # it is a program, and can fail in any way
+            raise ValueError(f"messages: the chat template fails on them: {type(error).__name__}: {error}") from None
 
     return render

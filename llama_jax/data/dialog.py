@@ -31,11 +31,12 @@ class EncodedDialog:
     supervised: list[bool]
 
 
-def check_messages(messages: Any, where: str = "messages") -> None:
+def check_messages(messages: Any, where: str = "messages", *, tags: Sequence[str] = TAGS, in_turn: bool = True) -> None:
     """Refuses what is no dialog: ValueError beginning with `where` (say "file:line"), naming the field.
 
     A dialog is an optional system message, then user and assistant in turn, beginning with user, at least
-    one.
+    one. For the chat formats of other models: `tags` are what no message may hold, and with `in_turn` False the order of the
+    roles is free.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise ValueError(f"{where}: messages: expected a list, got {type(messages).__name__}")
@@ -52,8 +53,10 @@ def check_messages(messages: Any, where: str = "messages") -> None:
                 raise ValueError(f"{field}.{key}: expected a string, got {type(message[key]).__name__}")
         if message["role"] not in ROLES:
             raise ValueError(f"{field}.role: expected one of {', '.join(ROLES)}, got {message['role']!r}")
-        if (tag := find_tag(message["content"])) is not None:
+        if (tag := find_tag(message["content"], tags)) is not None:
             raise ValueError(f"{field}.content: holds the chat tag {tag!r}, which could forge a turn")
+    if not in_turn:
+        return
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     offset = len(messages) - len(turns)
     if not turns:
@@ -75,9 +78,9 @@ def check_finished(messages: Any, train_on: str, where: str) -> None:
         raise ValueError(f"{where}: messages: expected the last one from the assistant, got {messages[-1]['role']!r}")
 
 
-def find_tag(text: str) -> str | None:
+def find_tag(text: str, tags: Sequence[str] = TAGS) -> str | None:
     """The first chat tag inside `text`, or None. A sampled answer with one cannot enter a dialog."""
-    return next((tag for tag in TAGS if tag in text), None)
+    return next((tag for tag in tags if tag in text), None)
 
 
 def encode_dialog(

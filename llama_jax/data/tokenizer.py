@@ -11,12 +11,15 @@ Differences from the released tokenizer: it was trained on text we do not have, 
 same.
 """
 
+import functools
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -66,6 +69,7 @@ class Tokenizer:
       path, fingerprint: the file, and the SHA-256 of its content.
       vocab_size: number of pieces.
       bos_id, eos_id, unk_id, pad_id: ids of the control pieces.
+      stop_ids: what ends an answer: EOS, and other ids that the model's files name beside it.
       adds_bos: whether its models expect BOS before a text.
       chat_template: Jinja source of the chat format it came with; None: Llama 2's (data/dialog.py).
     """
@@ -77,6 +81,7 @@ class Tokenizer:
     eos_id: int
     unk_id: int
     pad_id: int
+    stop_ids: tuple[int, ...]
     adds_bos: bool = True
     chat_template: str | None = None
 
@@ -94,6 +99,14 @@ class Tokenizer:
         """`encode` of each text, without BOS or EOS, on several threads (for whole corpora)."""
         raise NotImplementedError
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered chat template, in which the names of control pieces are those pieces."""
+        raise NotImplementedError
+
+    def special_pieces(self) -> dict[str, int]:
+        """Its control pieces and their ids; a chat message may not contain one."""
+        raise NotImplementedError
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""
         raise NotImplementedError
@@ -101,6 +114,12 @@ class Tokenizer:
     def piece(self, token_id: int) -> str:
         """The piece behind an id, for reports (U+2581 marks a space)."""
         raise NotImplementedError
+
+    def _ends(self, declared: dict[str, Any]) -> tuple[int, ...]:
+        """EOS, and what the files beside the tokenizer name as further ends."""
+        named = declared.get("eos_token_id")
+        more = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and 0 <= i < self.vocab_size]
+        return tuple(dict.fromkeys((self.eos_id, *more)))
 
     def _checked_ids(self, ids: Iterable[int]) -> list[int]:
         kept = [int(i) for i in ids]
@@ -152,8 +171,39 @@ def read_content(path: Path, expected: str) -> bytes:
         raise FileNotFoundError(f"tokenizer {path}: expected {expected}, {error.strerror}") from None
 
 
+def declared_beside(path: Path) -> dict[str, Any]:
+    """What the files beside a tokenizer say about its special pieces, its chat format and the ids that end an answer."""
+    declared: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        declared |= _object(path.parent / name)
+    if isinstance(declared.get("chat_template"), list):  # several, by name
+        declared["chat_template"] = {entry["name"]: entry["template"] for entry in declared["chat_template"]}.get("default")
+    if (path.parent / "chat_template.jinja").is_file():
+        declared["chat_template"] = (path.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("config.json", "generation_config.json"):  # the second is the one that generation goes by
+        if (ends := _object(path.parent / name).get("eos_token_id")) is not None:
+            declared["eos_token_id"] = ends
+    return declared
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 class SentencePieceTokenizer(Tokenizer):
-    """A trained model file: Llama 1's and 2's, ours, or the one rebuilt from a GGUF's vocabulary."""
+    """A trained model file: Llama 1's and 2's, ours, or the one rebuilt from a GGUF's vocabulary.
+
+    Its chat template, and whether BOS comes before a text, are what the GGUF or a `tokenizer_config.json` beside it says.
+    """
 
     bos_id = BOS_ID
     eos_id = EOS_ID
@@ -163,11 +213,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: str | os.PathLike):
         self.path = find_tokenizer(path)
         if self.path.suffix == ".gguf":
-            from llama_jax.data.tokenizer_gguf import sentencepiece_model
+            from llama_jax.data.tokenizer_gguf import declared, sentencepiece_model
 
-            model = sentencepiece_model(self.path)
+            model, said = sentencepiece_model(self.path), declared(self.path)
         else:
-            model = read_content(self.path, "a SentencePiece model file")
+            model, said = read_content(self.path, "a SentencePiece model file"), declared_beside(self.path)
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -177,6 +227,9 @@ class SentencePieceTokenizer(Tokenizer):
         if found != (UNK_ID, BOS_ID, EOS_ID):
             raise ValueError(f"tokenizer {self.path}: expected unk, bos, eos ids {(UNK_ID, BOS_ID, EOS_ID)}, got {found}")
         self.vocab_size = self._model.get_piece_size()
+        self.chat_template = said.get("chat_template")
+        self.adds_bos = bool(said.get("add_bos_token", True))
+        self.stop_ids = self._ends(said)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after when asked for."""
@@ -185,6 +238,27 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_many(self, texts: Sequence[str], *, threads: int = 2) -> list[list[int]]:
         """`encode` of each text, without BOS or EOS, on several threads (for whole corpora)."""
         return self._model.encode([checked_text(text) for text in texts], num_threads=threads)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered chat template: cut at the names of control pieces, and what lies between is encoded by itself."""
+        control, ids = self.special_pieces(), []
+        for part in re.split(self._border, checked_text(text)):
+            ids += [control[part]] if part in control else self._model.encode(part)
+        return ids
+
+    @functools.cached_property
+    def _border(self) -> str:
+        longest_first = sorted(self.special_pieces(), key=len, reverse=True)
+        return f"({'|'.join(map(re.escape, longest_first))})"
+
+    def special_pieces(self) -> dict[str, int]:
+        """Its control pieces (and that of what is unknown) and their ids; a chat message may not contain one."""
+        return self._control
+
+    @functools.cached_property
+    def _control(self) -> dict[str, int]:
+        is_control, is_unknown = self._model.is_control, self._model.is_unknown
+        return {self._model.id_to_piece(i): i for i in range(self.vocab_size) if is_control(i) or is_unknown(i)}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""

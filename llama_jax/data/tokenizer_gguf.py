@@ -99,13 +99,13 @@ def json_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (CONTROL, USER_DEFINED)
     ]  # fmt: skip
-    declared = _declared(fields, tokens)
+    said = declared(path)
     processor: dict[str, Any] = {**_BYTE_LEVEL, "trim_offsets": False}
     # Where the field is missing, llama.cpp goes by the pre-tokenizer: Llama 3's files come without it.
     if fields.get("ggml.add_bos_token", cut == "llama-bpe"):
         if "ggml.bos_token_id" not in fields:
             raise ValueError(f"{path}: BOS comes before its texts, but the file has no field tokenizer.ggml.bos_token_id")
-        bos = declared["bos_token"]
+        bos = said["bos_token"]
         single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         special = {bos: {"id": bos, "ids": [fields["ggml.bos_token_id"]], "tokens": [bos]}}
         pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -121,15 +121,21 @@ def json_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _CUTS[cut]}, "post_processor": processor,
         "decoder": _BYTE_LEVEL, "model": model,
     }  # fmt: skip
-    return json.dumps(content, ensure_ascii=False).encode("utf-8"), declared
+    return json.dumps(content, ensure_ascii=False).encode("utf-8"), said
 
 
-def _declared(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+def declared(path: Path) -> dict[str, Any]:
+    """What a file says about its tokenizer, in the fields of a `tokenizer_config.json` and a `generation_config.json`."""
+    fields = _vocabulary(path)
+    tokens = fields["ggml.tokens"]
     ids = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    declared = {
+    found: dict[str, Any] = {
         f"{short}_token": tokens[fields[f"ggml.{long}_token_id"]]
         for short, long in ids.items() if f"ggml.{long}_token_id" in fields
     }  # fmt: skip
-    if "chat_template" in fields:
-        declared["chat_template"] = fields["chat_template"]
-    return declared
+    for field, name in (("chat_template", "chat_template"), ("ggml.add_bos_token", "add_bos_token")):
+        if field in fields:
+            found[name] = fields[field]
+    # The ends of a turn and of a message, where they are not EOS itself.
+    found["eos_token_id"] = [fields[f"ggml.{end}_token_id"] for end in ("eot", "eom") if f"ggml.{end}_token_id" in fields]
+    return found

@@ -1,13 +1,12 @@
 """Hugging Face's `tokenizer.json`, through the `tokenizers` package (extra `[interop]`)."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.tokenizer import Tokenizer, checked_text, find_tokenizer, read_content
+from llama_jax.data.tokenizer import Tokenizer, checked_text, declared_beside, find_tokenizer, read_content
 
 # Where the special pieces are not declared beside the file: the names that models of this family give them.
 _USUAL = {
@@ -42,6 +41,7 @@ class JsonTokenizer(Tokenizer):
         unknown, padding = _name(declared, "unk_token"), _name(declared, "pad_token")
         self.unk_id = self._id(unknown) if unknown else self.eos_id
         self.pad_id = self._id(padding) if padding else self.unk_id
+        self.stop_ids = self._ends(declared)
         self.chat_template = declared.get("chat_template")
         self.adds_bos = self._plain.encode("a").ids[:1] == [self.bos_id]  # by its post-processor
 
@@ -70,9 +70,9 @@ class JsonTokenizer(Tokenizer):
             self._rendered = _parse(self._content, self.path)
         return self._rendered.encode(checked_text(text), add_special_tokens=False).ids
 
-    def special_pieces(self) -> list[str]:
-        """The names of its control pieces, which a chat message may not contain."""
-        return [piece.content for piece in self._plain.get_added_tokens_decoder().values() if piece.special]
+    def special_pieces(self) -> dict[str, int]:
+        """Its control pieces and their ids; a chat message may not contain one."""
+        return {piece.content: i for i, piece in self._plain.get_added_tokens_decoder().items() if piece.special}
 
     def encode_many(self, texts: Sequence[str], *, threads: int = 2) -> list[list[int]]:
         """`encode` of each text, without BOS or EOS; `tokenizers` decides the number of threads."""
@@ -100,22 +100,6 @@ class JsonTokenizer(Tokenizer):
             **{name: self.piece(token) for name, token in named.items()},
         }  # fmt: skip
         return {**found, "chat_template": self.chat_template} if self.chat_template else found
-
-
-def declared_beside(path: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer.json say about its special pieces and its chat format."""
-    declared: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path.parent / name).is_file():
-            try:
-                declared |= json.loads((path.parent / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path.parent / name}: expected JSON: {error}") from None
-    if isinstance(declared.get("chat_template"), list):  # several, by name
-        declared["chat_template"] = {entry["name"]: entry["template"] for entry in declared["chat_template"]}.get("default")
-    if (path.parent / "chat_template.jinja").is_file():
-        declared["chat_template"] = (path.parent / "chat_template.jinja").read_text(encoding="utf-8")
-    return declared
 
 
 def _name(declared: dict[str, Any], field: str) -> str | None:

@@ -7,6 +7,8 @@ them: zarr in one OCDBT store, and it restores them, whole or in shards.
 import itertools
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,65 @@ def open_array(params: Path, keys: Sequence[str]) -> Any:
 
 def blocks(array: Any) -> Iterator[slice]:
     """The parts of its first axis that are stored together, one after the other."""
-    size = array.chunk_layout.read_chunk.shape[0] if array.rank else 1
-    for start, end in itertools.pairwise([*range(0, array.shape[0], size), array.shape[0]]):
+    return _parts(array.shape[0], array.chunk_layout.read_chunk.shape[0] if array.rank else 1)
+
+
+def read(array: Any, index: Any = ...) -> np.ndarray:
+    """Some of an array, or all of it."""
+    return array[index].read().result()
+
+
+class Layers:
+    """An array of all layers, read a layer at a time in little memory, however it is stored.
+
+    A stage on many devices stores pieces that hold some columns of every layer, so that one layer is in all of them. Then each
+    piece is read once, and its layers go to their places in a scratch file (in `TMPDIR`, as large as the array, gone when it
+    is closed). What lies layer by layer, or has at most `in_memory` bytes, needs none.
+    """
+
+    def __init__(self, array: Any, *, in_memory: int):
+        self._array, self.shape, self._dtype = array, array.shape, array.dtype.numpy_dtype
+        self._blocks, self._at, self._block, self._scratch = list(blocks(array)), slice(0, 0), np.empty(0), None
+        chunk = array.chunk_layout.read_chunk.shape
+        longest = self._blocks[0].stop * math.prod(self.shape[1:]) * self._dtype.itemsize
+        if longest > in_memory and chunk[1:] != self.shape[1:] and chunk[0] > 1:
+            self._scratch = tempfile.TemporaryFile(prefix="llama_jax.")  # noqa: SIM115 - until `close`
+            self._spill(chunk)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        if self._scratch is not None:
+            count = math.prod(self.shape[1:])
+            self._scratch.seek(layer * count * self._dtype.itemsize)
+            return np.fromfile(self._scratch, self._dtype, count).reshape(self.shape[1:])
+        if not self._at.start <= layer < self._at.stop:
+            self._block = np.empty(0)  # the old block goes before the new one comes
+            self._at = next(at for at in self._blocks if at.start <= layer < at.stop)
+            self._block = read(self._array, self._at)
+        return self._block[layer - self._at.start]
+
+    def close(self) -> None:
+        """Gives memory and disk back."""
+        self._at, self._block = slice(0, 0), np.empty(0)
+        if self._scratch is not None:
+            self._scratch.close()
+
+    def _spill(self, chunk: Sequence[int]) -> None:
+        size = math.prod(self.shape[1:]) * self._dtype.itemsize
+        total, folder = self.shape[0] * size, tempfile.gettempdir()
+        if (free := shutil.disk_usage(folder).free) < total:  # writing into a mapping of a full disk would end the process
+            raise OSError(f"putting its layers together takes {total:,} bytes in {folder} (TMPDIR), which has {free:,}")
+        self._scratch.truncate(total)
+        for index in itertools.product(*(_parts(*sizes) for sizes in zip(self.shape, chunk, strict=True))):
+            piece = read(self._array, index)
+            for layer, part in enumerate(piece, start=index[0].start):
+                # Mapped for one layer and one piece only: pages of a mapping count as the process's memory.
+                place = np.memmap(self._scratch, self._dtype, "r+", offset=layer * size, shape=self.shape[1:])
+                place[index[1:]] = part
+                del place
+
+
+def _parts(length: int, size: int) -> Iterator[slice]:
+    for start, end in itertools.pairwise([*range(0, length, size), length]):
         yield slice(start, end)
 
 

@@ -38,8 +38,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 def open_source(workdir: Path) -> Source:
     """Opens the newest checkpoint of a stage's workdir (of PPO: the policy) or the one of `WORKDIR@STEP`, or a converted one.
 
-    Leaves are compared with their fingerprints before any of their layers is given out. A process holds one layer at a time,
-    or as many as lie together: all of them, where a stage wrote the leaf from one device.
+    Leaves are compared with their fingerprints before any of their layers is given out. A process holds what is stored in one
+    piece of a leaf (all of it, where a stage wrote it from one device) or one layer of it, whichever is more.
     """
     meta = read_meta(workdir)
     config = parse(ModelConfig, meta["model"], where=str(workdir))
@@ -73,13 +73,16 @@ def _reader(workdir: Path, specs: Mapping[str, ParamSpec]) -> "_LeafReader | _Me
     return _MergedReader(reader, base, config.alpha / config.rank)
 
 
+_IN_MEMORY = 256 << 20  # bytes of layers that lie together and are read together; see `layered.Layers`
+
+
 class _LeafReader:
-    """Reads what is stored together of one leaf at a time, and remembers the last."""
+    """Reads one leaf at a time, layer by layer, and remembers the last."""
 
     def __init__(self, step: Path, expected: Mapping[str, int], prefix: tuple[str, ...], specs: Mapping[str, Any]):
         self._step, self._expected, self._prefix, self.specs = step, expected, prefix, specs
         self._dtypes: dict[str, np.dtype] = {}
-        self._path, self._array, self._at, self._block = "", None, slice(0, 0), np.empty(0)
+        self._path, self._layers = "", None
         for path in specs:
             if _name(self._keys(path)) not in expected:
                 raise CheckpointError(f"{step}: has no parameter {path}")
@@ -90,10 +93,7 @@ class _LeafReader:
             return self.leaf(row.path)
         if row.path != self._path:
             self._open(row.path)
-        if not self._at.start <= row.layer < self._at.stop:
-            (at,) = (at for at in layered.blocks(self._array) if at.start <= row.layer < at.stop)
-            self._load(at)
-        return self._block[row.layer - self._at.start]
+        return self._read(row.path, row.layer)
 
     def dtype(self, path: str) -> np.dtype:
         """The type that a parameter is stored in."""
@@ -103,41 +103,55 @@ class _LeafReader:
 
     def leaf(self, path: str) -> np.ndarray:
         """One parameter of all layers."""
-        self._open(path)
-        if self._at != slice(0, self._array.shape[0]):
-            self._load(slice(0, self._array.shape[0]))
-        return self._block
+        self._close()
+        array = self._opened(path)
+        try:
+            whole = layered.read(array)
+        except (ValueError, OSError) as error:
+            raise self._unreadable(path, error) from None
+        self._check(path, fingerprint_part(whole, 0))
+        return whole
 
     def _keys(self, path: str) -> tuple[str, ...]:
         return (*self._prefix, *path.split("/"))
 
     def _open(self, path: str) -> None:
-        """Opens a leaf and compares it with its fingerprint; the last of its blocks stays in memory."""
-        self._path, self._array = path, self._opened(path)
-        if self._array.shape != self.specs[path].shape:
-            shape = list(self.specs[path].shape)
-            raise CheckpointError(f"{self._step}: {path} has shape {list(self._array.shape)}, expected {shape}")
-        found, size = 0, math.prod(self._array.shape[1:])
-        for at in layered.blocks(self._array):
-            self._load(at)
-            found += fingerprint_part(self._block, at.start * size)
+        """Opens a leaf of layers and compares it with its fingerprint."""
+        self._close()
+        array = self._opened(path)
+        try:
+            self._layers = layered.Layers(array, in_memory=_IN_MEMORY)
+        except (ValueError, OSError) as error:
+            raise self._unreadable(path, error) from None
+        size = math.prod(array.shape[1:])
+        self._check(path, sum(fingerprint_part(self._read(path, layer), layer * size) for layer in range(array.shape[0])))
+        self._path = path
+
+    def _close(self) -> None:
+        if self._layers is not None:
+            self._layers.close()
+        self._path, self._layers = "", None
+
+    def _check(self, path: str, found: int) -> None:
         if found % 2**32 != self._expected[_name(self._keys(path))]:
             problem = f"{self._step}: {path} has another checksum than when it was saved"
             raise CheckpointError(f"{problem}{instead(self._step)}")
 
     def _opened(self, path: str) -> Any:
         try:
-            return layered.open_array(self._step / "params", self._keys(path))
+            array = layered.open_array(self._step / "params", self._keys(path))
         except (ValueError, OSError) as error:
             raise self._unreadable(path, error) from None
+        if array.shape != self.specs[path].shape:
+            shape = list(self.specs[path].shape)
+            raise CheckpointError(f"{self._step}: {path} has shape {list(array.shape)}, expected {shape}")
+        return array
 
-    def _load(self, at: slice) -> None:
-        self._block = np.empty(0)  # the old block goes before the new one comes
+    def _read(self, path: str, layer: int) -> np.ndarray:
         try:
-            self._block = self._array[at].read().result()
+            return self._layers[layer]
         except (ValueError, OSError) as error:
-            raise self._unreadable(self._path, error) from None
-        self._at = at
+            raise self._unreadable(path, error) from None
 
     def _unreadable(self, path: str, error: Exception) -> CheckpointError:
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,16 +1,23 @@
 """The tokenizer's files beside exported weights: as `transformers`, Meta's code or our own stages look for them."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_jax.data.sentencepiece_proto import BPE, NORMAL, USER_DEFINED, model_class
+from llama_jax.data.sentencepiece_proto import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, model_class
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from llama_jax.interop.huggingface import write_json
 from llama_jax.model.config import ModelConfig
+from llama_jax.model.params import Head
 
 # Rows of the embedding beyond the last piece: models pad their vocabulary to a round number.
 _PADDING_ROWS = 1024
+# Texts in which two tokenizers that are not the same differ: spaces, digits, bytes, capitals, code.
+_PROBES = (
+    "The quick brown fox jumps over 13 lazy dogs; don't!", "  two  spaces\n\ttabs\n", "x = [f(3.14159)] # 2024-07-18",
+    "naïve café Ελληνικά 漢字 🙂", "<s>[INST] what? [/INST]</s>", "",
+)  # fmt: skip
 # Files that travel with a tokenizer.json.
 _COMPANIONS = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -50,15 +57,76 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def write(tokenizer: Tokenizer, directory: Path, *, to: Literal["huggingface", "meta", "llama_jax"]) -> Path:
+def sentencepiece_beside(tokenizer: Tokenizer) -> Tokenizer:
+    """The SentencePiece model beside a `tokenizer.json`, if both are one tokenizer; else the given one.
+
+    Hugging Face's directories of Llama 2 have both, and Meta's layout holds only the model.
+    """
+    path = tokenizer.path.parent / "tokenizer.model"
+    if isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.path.suffix != ".json" or not path.is_file():
+        return tokenizer
+    try:
+        model = Tokenizer(path)
+    except ValueError:
+        return tokenizer
+    same = model.vocab_size == tokenizer.vocab_size and (model.bos_id, model.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    return model if same and model.encode_many(_PROBES) == tokenizer.encode_many(_PROBES) else tokenizer
+
+
+def padding(tokenizer: Tokenizer, head: Head) -> int:
+    """The id that rows are padded with.
+
+    `transformers` scores a row at its last token that is not padding. Where padding is EOS (as SmolLM2 has it) that would be
+    the one before EOS, so a reward model takes another control piece.
+
+    Raises:
+      ValueError: a reward model, and there is no other.
+    """
+    if head != "reward_head":
+        return tokenizer.pad_id
+    others = [i for i in tokenizer.special_pieces().values() if i != tokenizer.bos_id]
+    # BOS last: it stands only where rows begin.
+    for candidate in (tokenizer.pad_id, tokenizer.unk_id, *others, tokenizer.bos_id):
+        if candidate not in tokenizer.stop_ids:
+            return candidate
+    raise ValueError(
+        f"tokenizer {tokenizer.path}: has no control piece but EOS; a reward model's rows are scored at EOS, so another must "
+        "pad them"
+    )
+
+
+def write(
+    tokenizer: Tokenizer, directory: Path, *, to: Literal["huggingface", "meta", "llama_jax"], pad_id: int | None = None
+) -> Path:
     """Writes the files of a tokenizer for a format; returns the one that our `Tokenizer` opens.
+
+    `pad_id` is what `padding` gives, where it is not the tokenizer's own.
 
     Raises:
       ValueError: the format has no place for it.
     """
+    written = _write(tokenizer, directory, to)
+    if len(tokenizer.stop_ids) > 1 and to != "meta":
+        _add(directory / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids)})
+    if pad_id not in (None, tokenizer.pad_id):
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (directory / name).is_file():
+                _add(directory / name, {"pad_token": tokenizer.piece(pad_id)})
+    return written
+
+
+def _add(path: Path, fields: dict[str, Any]) -> None:
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, said | fields)
+
+
+def _write(tokenizer: Tokenizer, directory: Path, to: Literal["huggingface", "meta", "llama_jax"]) -> Path:
     sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
     if sentencepiece and to in ("meta", "llama_jax"):
         (directory / "tokenizer.model").write_bytes(tokenizer.serialized())
+        if to == "llama_jax" and (tokenizer.chat_template is not None or not tokenizer.adds_bos):
+            own = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+            write_json(directory / "tokenizer_config.json", {"add_bos_token": tokenizer.adds_bos, **own})
         return directory / "tokenizer.model"
     if to == "meta":
         raise ValueError(
@@ -80,8 +148,8 @@ def write(tokenizer: Tokenizer, directory: Path, *, to: Literal["huggingface", "
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-            "pad_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-            "chat_template": LLAMA2_TEMPLATE,
+            "pad_token": "<unk>", "add_bos_token": tokenizer.adds_bos, "add_eos_token": False,
+            "clean_up_tokenization_spaces": False, "chat_template": tokenizer.chat_template or LLAMA2_TEMPLATE,
         },
     )  # fmt: skip
     return directory / "tokenizer.json"
@@ -115,12 +183,14 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     )  # fmt: skip
     special = [
         {
-            "id": i, "content": model.pieces[i].piece, "single_word": False, "lstrip": False, "rstrip": False,
+            "id": i, "content": piece.piece, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True,
         }
-        for i in range(3)
+        for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN)
     ]  # fmt: skip
     bos = model.pieces[1].piece
+    before = [{"SpecialToken": {"id": bos, "type_id": 0}}] if tokenizer.adds_bos else []
+    between = [{"SpecialToken": {"id": bos, "type_id": 1}}] if tokenizer.adds_bos else []
     space = "\u2581"
     prefix = [{"type": "Prepend", "prepend": space}] if normalizer.add_dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer.add_dummy_prefix else []
@@ -133,10 +203,9 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}},
+                *before, {"Sequence": {"id": "A", "type_id": 0}}, *between, {"Sequence": {"id": "B", "type_id": 1}},
             ],
             "special_tokens": {bos: {"id": bos, "ids": [1], "tokens": [bos]}},
         },
