@@ -23,10 +23,12 @@ from llama_jax.annotation import forms
 from llama_jax.annotation.session import Desk
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.annotation.tasks import Settings, read_prompt_list
-from llama_jax.chat import make_engine
+from llama_jax.chat import open_engine
+from llama_jax.convert import one_process
 from llama_jax.evals.origin import claim
+from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
-from llama_jax.pretrained import load
+from llama_jax.pretrained import Model
 from llama_jax.sampling.engine import EngineConfig
 from llama_jax.sampling.worker import Worker
 from llama_jax.serve import LOCAL
@@ -46,17 +48,18 @@ def name_checkpoints(places: Sequence[str]) -> dict[str, str]:
 
 
 def serve_models(
-    places: Mapping[str, str], *, tokenizer: str | None, slots: int, max_length: int, queue: int = 64
-) -> dict[str, Served]:
+    places: Mapping[str, str], *, tokenizer: str | None, slots: int, max_length: int, int8_cache: bool = False,
+    mesh_tensor: int = 0, queue: int = 64,
+) -> dict[str, Served]:  # fmt: skip
     """Loads and compiles the models, each behind a worker that has been started."""
+
+    def settings(model: Model) -> EngineConfig:
+        length, shards = min(max_length or model.config.max_length, model.config.max_length), batch_shards(model.mesh)
+        return EngineConfig(slots=-(-slots // shards) * shards, max_length=length, steps=2, int8_cache=int8_cache)
+
     served = {}
     for name, place in places.items():
-        model = load(place, tokenizer=tokenizer)
-        if model.tokenizer is None:
-            raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
-        length = min(max_length or model.config.max_length, model.config.max_length)
-        with jax.set_mesh(model.mesh):
-            engine = make_engine(model, EngineConfig(slots=slots, max_length=length, steps=2))
+        engine, model = open_engine(place, settings, tokenizer=tokenizer, mesh_tensor=mesh_tensor)
         served[name] = Served(Worker(engine, model.mesh, queue=queue), model.tokenizer)
         served[name].worker.start()
     return served
@@ -72,6 +75,7 @@ def check_kept(desk: Desk, places: Mapping[str, str], **how: Any) -> None:
 
 def main() -> None:
     """Checks everything cheap first, then loads, compiles, listens."""
+    one_process("desk")
     values = flags.FLAGS
     password = values.password or os.environ.get("LLAMA_JAX_DESK_PASSWORD", "")
     if values.host not in LOCAL and not password:
@@ -89,10 +93,13 @@ def main() -> None:
     desk = Desk(values.output, settings, engines, prompts=prompts)  # opens the output before anything is loaded
     keep_heap()
     try:
-        check_kept(desk, places, top_p=values.top_p, max_tokens=values.max_tokens)
+        if (hosts := jax.process_count()) > 1:  # those of a TPU VM know each other without the environment
+            raise ValueError(f"desk runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
+        check_kept(desk, places, top_p=values.top_p, max_tokens=values.max_tokens, int8_cache=values.int8_cache)
         engines.models |= serve_models(
-            places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length
-        )
+            places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length,
+            int8_cache=values.int8_cache, mesh_tensor=values.mesh_tensor,
+        )  # fmt: skip
         if desk.listed and not desk.tasks:
             raise ValueError(f"{values.prompts}: none of its prompts fits --max_length={values.max_length} with an answer")
         if desk.too_long:
@@ -118,6 +125,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_tokens", 512, "longest answer")
     flags.DEFINE_integer("max_length", 2048, "tokens of a dialog; 0: the model's context")
     flags.DEFINE_integer("slots", 8, "answers of each model drawn together")
+    flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the models")
     flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 7860, "port to listen on")

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from llama_jax import command
+from llama_jax.convert import one_process
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import human, plots, ratings, sheets
 from llama_jax.evals.agreement import WEIGHTS, Weights
@@ -149,6 +150,7 @@ def _raters(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Flags to call."""
+    one_process("human_evaluation")
     values = flags.FLAGS
     if bool(values.answers) == bool(values.comparisons or values.safety):
         raise ValueError("expected either --answers (to make sheets) or --comparisons and --safety (to report on ratings)")

@@ -1,7 +1,11 @@
 """Models behind the desk and comparisons: answers by the engine, kept and resumed; scores; streams; the commands' refusals."""
 
+import dataclasses
 import functools
+import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +29,7 @@ from llama_jax.evals.reward_scores import score_dialogs
 from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
-from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrained import Model
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import EngineConfig
@@ -55,21 +59,28 @@ def made(tokenizer, head):
     return Model(tree, CONFIG, head, tokenizer, FLOAT32, mesh, "small")
 
 
+def opened(model, slots=2):
+    """An engine over a model, and the model without its parameters, as `chat.open_engine` gives them."""
+    with jax.set_mesh(model.mesh):
+        engine = make_engine(model, compare.settings_of(model, slots=slots, int8_cache=False))
+    return engine, dataclasses.replace(model, params={})
+
+
 def prompt(i, words="the loop"):
     return {"messages": [{"role": "user", "content": f"{words} {i}"}], "is_safety": i % 2 == 0, "category": "", "risk": ""}
 
 
 def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_path):
-    how = {"choice": Choice(1.0), "max_tokens": 8, "slots": 2, "seed": 3}
+    how = {"choice": Choice(1.0), "max_tokens": 8, "seed": 3}
     prompts = [prompt(0), prompt(1), prompt(2, words="a line " * 60), prompt(3)]  # the third does not fit
     loads = []
 
-    def load_model(place):
+    def open_model(place):
         loads.append(place)
-        return model
+        return opened(model)
 
     def collect(directory, rows):
-        answers = compare.collect("x", "ckpt", rows, directory, load_model=load_model, **how)
+        answers = compare.collect("x", "ckpt", rows, directory, open_model=open_model, **how)
         return {answer.messages[0]["content"]: answer for answer in answers}
 
     whole = collect(tmp_path / "a", prompts)
@@ -84,14 +95,15 @@ def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_pat
 
 
 def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_path):
-    how = {"load_model": lambda place: model, "choice": Choice(1.0), "max_tokens": 4, "slots": 2, "seed": 3}
+    how = {"open_model": lambda place: opened(model, slots=1), "choice": Choice(1.0), "max_tokens": 4, "seed": 3}
     collect = functools.partial(compare.collect, "x", prompts=[prompt(0)], directory=tmp_path)
     before = collect("runs/v2", **how)
-    assert collect("runs/v2", **{**how, "slots": 1}) == before
+    assert collect("runs/v2", **{**how, "open_model": lambda place: opened(model)}) == before
     changes = (
         ("runs/v3", {}, "path: 'runs/v2' -> 'runs/v3'"), ("runs/v2", {"choice": Choice(0.0)}, "temperature: 1.0 -> 0.0"),
         ("runs/v2", {"choice": Choice(1.0, top_p=0.5)}, "top_p: 1.0 -> 0.5"),
         ("runs/v2", {"max_tokens": 5}, "max_tokens: 4 -> 5"), ("runs/v2", {"seed": 4}, "seed: 3 -> 4"),
+        ("runs/v2", {"int8_cache": True}, "int8_cache: False -> True"),
     )  # fmt: skip
     for place, change, words in changes:
         with pytest.raises(ConfigError, match=f"model_x.json: .* of other settings: {words}; give this one a name of its own"):
@@ -139,12 +151,17 @@ def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenize
 
 
 def test_a_model_of_ours_judges_and_refuses_what_does_not_fit(model):
-    ask = compare.model_as_judge(model, max_tokens=4, rows=2)
-    dialogs = [prompt(i)["messages"] for i in range(3)] + [prompt(3, words="a line " * 60)["messages"]]
+    engine, bare = opened(model)
+    ask = compare.model_as_judge(engine, bare, max_tokens=12)
+    dialogs = [prompt(i)["messages"] for i in range(5)] + [prompt(3, words="a line " * 60)["messages"]]
+    compiled = engine.compilations
     replies = dict(ask(dialogs))
-    assert sorted(replies) == [0, 1, 2, 3] and replies[3] is None
-    (expected,) = model.respond([compare.encode_chat(dialogs[1], model.tokenizer)], Choice(0.0), max_tokens=4)
-    assert replies[1] == model.tokenizer.decode([i for i in expected if i != model.tokenizer.eos_id]).strip()
+    assert sorted(replies) == [0, 1, 2, 3, 4, 5] and replies[5] is None and engine.compilations == compiled
+    assert engine.finished == 5
+    eos = model.tokenizer.eos_id
+    for i in range(5):
+        (expected,) = model.respond([compare.encode_chat(dialogs[i], model.tokenizer)], Choice(0.0), max_tokens=12)
+        assert replies[i] == model.tokenizer.decode([token for token in expected if token != eos]).strip()
 
 
 def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model):
@@ -175,6 +192,70 @@ def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model
             engines.start(Draw("one", tuple(prompt(0, "a line " * 60)["messages"]), 1.0, 0, 0), lambda *_: None)
     finally:
         worker.stop()
+
+
+def test_the_desk_holds_the_weights_once_in_as_many_slots_as_the_mesh_divides(monkeypatch):
+    pytest.importorskip("prometheus_client", reason="needs the extra [web] or [serve]")
+    asked = []
+
+    def open_engine(place, settings, *, tokenizer, mesh_tensor):
+        model = Model({}, CONFIG, "lm_head", tokenizer, FLOAT32, make_mesh(MeshConfig(tensor=2)), place)
+        asked.append((place, settings(model), mesh_tensor))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(desk, "open_engine", open_engine)  # whose model has no parameters
+    with pytest.raises(KeyboardInterrupt):
+        desk.serve_models({"a": "m"}, tokenizer=None, slots=5, max_length=64, int8_cache=True, mesh_tensor=2)
+    ((place, settings, mesh_tensor),) = asked
+    assert (place, mesh_tensor, settings.slots, settings.max_length, settings.int8_cache) == ("m", 2, 8, 64, True)
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one(tokenizer, tmp_path):
+    for seed, name in enumerate("ab"):
+        tree = jax.tree.map(lambda x: 3 * x, params.init(params.table(CONFIG, head="lm_head"), jax.random.key(seed)))
+        ours.write(tmp_path / name, tree, CONFIG, tokenizer=tokenizer.fingerprint, origin={})
+        (tmp_path / name / "tokenizer.model").write_bytes(tokenizer.serialized())
+    reward = params.init(params.table(CONFIG, head="reward_head"), jax.random.key(2))
+    ours.write(tmp_path / "reward", reward, CONFIG, tokenizer=tokenizer.fingerprint, origin={})
+    (tmp_path / "reward/tokenizer.model").write_bytes(tokenizer.serialized())
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"the loop {i}"}) + "\n" for i in range(5)))
+    results = {}
+    for count, judge in ((1, "helpfulness"), (2, "helpfulness"), (2, "judge")):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        line = [sys.executable, "-m", "llama_jax.compare", f"--first=a={tmp_path / 'a'}", f"--second=b={tmp_path / 'b'}",
+                f"--prompts={tmp_path / 'p.jsonl'}", f"--output={tmp_path / str(count)}", "--max_tokens=6", "--judge_tokens=4",
+                f"--{judge}={tmp_path / ('reward' if judge == 'helpfulness' else 'a')}", "--slots=3"]  # fmt: skip
+        started = []
+        for index in range(count):
+            cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count),
+                       "JAX_PROCESS_ID": str(index)} if count > 1 else {}  # fmt: skip
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cluster}
+            started.append(subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment))
+        done = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == [0] * count, done
+        assert "report.html" in done[0][0] and not any("report.html" in out for out, _ in done[1:])
+        results[count, judge] = json.loads((tmp_path / str(count) / "results.json").read_text())["axes"]["all"]
+    assert results[1, "helpfulness"] == results[2, "helpfulness"] and results[2, "judge"]["n"] == 5
+    for name in ("answers_a.jsonl", "answers_b.jsonl"):
+        rows = [sorted((tmp_path / count / name).read_text().splitlines()) for count in "12"]
+        assert rows[0] == rows[1] and len(rows[0]) == 5
+    assert len((tmp_path / "2/verdicts.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("command", ["desk", "human_evaluation"])
+def test_what_runs_in_one_process_says_so_in_a_cluster(command, tmp_path):
+    line = [sys.executable, "-m", f"llama_jax.{command}", f"--output={tmp_path / 'out'}", "--checkpoint=x", "--answers=a=b"]
+    line.remove("--answers=a=b" if command == "desk" else "--checkpoint=x")
+    cluster = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2"}
+    done = [
+        subprocess.run(line, capture_output=True, text=True, env={**os.environ, **cluster, "JAX_PROCESS_ID": index})
+        for index in "01"
+    ]
+    assert [process.returncode for process in done] == [1, 1] and not (tmp_path / "out").exists()
+    assert f"error: {command} runs in one process, and JAX_NUM_PROCESSES is 2" in done[0].stderr and not done[1].stderr
 
 
 def test_checkpoints_have_names():

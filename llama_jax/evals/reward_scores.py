@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.data.dialog import Message, encode_dialog, find_tag
 from llama_jax.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def score_dialogs(
     rows = -(-_ROWS // batch_shards(mesh)) * batch_shards(mesh)
     fit.sort(key=lambda i: len(encoded[i]))  # little padding; few shapes
     with jax.set_mesh(mesh):
-        run = _program(config, compute)
+        run = _program(config, compute, mesh)
         for start in range(0, len(fit), rows):
             some = fit[start : start + rows]
             length = min(max(_SHORTEST, 1 << (len(encoded[some[-1]]) - 1).bit_length()), config.max_length)
@@ -47,5 +47,5 @@ def score_dialogs(
 
 
 @functools.lru_cache(maxsize=4)
-def _program(config: ModelConfig, compute: Compute):
-    return jax.jit(scorer(config, compute))
+def _program(config: ModelConfig, compute: Compute, mesh: Mesh):
+    return jax.jit(scorer(config, compute), out_shardings=NamedSharding(mesh, PartitionSpec()))  # every host reads all scores
