@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,7 +118,7 @@ class Dialog:
         began = time.monotonic()
         request = self.engine.submit(
             prompt, max_tokens=min(self.max_tokens, room), choice=self.choice, seed=self.seed, index=self.number,
-            stop_ids=(self.tokenizer.eos_id,), on_token=on_token,
+            stop_ids=self.tokenizer.stop_ids, on_token=on_token,
         )  # fmt: skip
         try:
             while not request.finish:
@@ -159,16 +159,18 @@ class Dialog:
 
 
 def talk(dialog: Dialog, lines: Iterable[str | None], out: TextIO, *, rates: bool) -> None:
-    """Answers questions one by one until `/quit`, an empty line or their end; `rates` shows tokens per second.
+    """Answers questions one by one until `/quit` or their end; `rates` shows tokens per second.
 
-    A line is None where none has come yet.
+    A line is None where none has come yet; empty ones are skipped.
     """
     for line in lines:
         if line is None:
             time.sleep(PAUSE)
             continue
         line = line.strip()
-        if not line or line in ("/quit", "/exit"):
+        if not line:
+            continue
+        if line in ("/quit", "/exit"):
             return
         try:
             if line.startswith("/"):
@@ -192,7 +194,7 @@ def main() -> None:
     alone, first = jax.process_count() == 1, jax.process_index() == 0
     own: Input | None = None
 
-    def look() -> tuple[str, int, int]:
+    def look() -> tuple[str, int, Sequence[str]]:
         nonlocal own
         own = open_input(values.requests, values.answers, waits=alone)
         return own.kind, own.total, own.done
@@ -219,7 +221,7 @@ def main() -> None:
             defaults = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
             errors = answer_lines(
                 engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
-                max_tokens=values.max_tokens, where=values.requests or "stdin",
+                max_tokens=values.max_tokens, system=values.system, where=values.requests or "stdin",
             )  # fmt: skip
             if errors:
                 sys.exit(f"error: {errors} requests could not be answered; their lines say why" if first else 1)
@@ -237,7 +239,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "a workdir, a directory of weights, a .gguf, or smollm2-135m")
     flags.DEFINE_string("workdir", None, "the same")
     flags.DEFINE_string("tokenizer", None, "its tokenizer, where none lies beside the weights")
-    flags.DEFINE_string("system", "", "system message")
+    flags.DEFINE_string("system", "", "system message, also of requests that have none of their own")
     flags.DEFINE_float("temperature", 0.6, "0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
     flags.DEFINE_integer("max_tokens", 256, "longest answer")

@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -27,7 +27,7 @@ class Input:
     lines: Iterable[str | None]
     out: TextIO
     total: int = 0  # lines, where that is known
-    done: int = 0  # of those, answered before
+    done: Sequence[str] = ()  # which were answered before; see `requests.resume`
 
 
 def open_input(path: str, answers: str, *, waits: bool) -> Input:

@@ -5,9 +5,11 @@ Batches have one request a line; `answer_lines` answers them.
 
 import collections
 import dataclasses
+import hashlib
+import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,15 +25,25 @@ from llama_jax.sampling.slots import STOPS
 from llama_jax.training.metrics import Progress
 
 PAUSE = 0.02  # seconds until an idle reader looks for a line again
+# Lines that are read ahead of the first unfinished one. Answers are written in order, so a long one holds up those behind it;
+# while they are this many, no slot need wait for it.
+WINDOW = 1000
 
 # Fields that change nothing here; clients send them.
-_IGNORED = {"model", "user", "metadata", "store", "service_tier", "id"}
+_IGNORED = {
+    "model", "user", "metadata", "store", "service_tier", "id", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",
+}  # fmt: skip
 _NUMBERS = {  # field of a Choice -> (type, default of the API)
     "temperature": (float, 1.0), "top_p": (float, 1.0), "top_k": (int, 0), "min_p": (float, 0.0),
     "repetition_penalty": (float, 1.0),
 }  # fmt: skip
 _COMMON = {*_NUMBERS, "max_tokens", "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs"}
-_OFF = {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": 0, "best_of": 1, "echo": False, "suffix": None}
+# What is not offered, and the values that ask for nothing.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "top_logprobs": (0,), "best_of": (1,), "echo": (False,),
+    "suffix": ("",), "response_format": ({"type": "text"},), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+}  # fmt: skip
 
 
 class RequestError(ValueError):
@@ -97,8 +109,8 @@ def parse(
         raise RequestError("body", "expected either messages or prompt")
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
-    for name, off in _OFF.items():
-        if body.pop(name, off) != off:
+    for name, neutral in _OFF.items():
+        if name in body and body.pop(name) not in neutral:
             raise RequestError(name, "is not supported")
     for name in body.keys() - _COMMON - _IGNORED - {"messages", "prompt"}:
         raise RequestError(name, "is unknown")
@@ -123,7 +135,7 @@ def parse(
         asks.append(
             Ask(
                 prompt=prompt, max_tokens=wanted, choice=_choice(body), stop_ids=stop_ids, stops=stops, n=n,
-                seed=_integer(body, "seed", None, least=0), stream=_boolean(body, "stream"),
+                seed=_seed(body), stream=_boolean(body, "stream"),
                 usage=_boolean(options, "include_usage"), chat="messages" in body,
                 # Chat asks for true, completions for a number of alternatives, of which we give the drawn one.
                 logprobs=body.get("logprobs", False) is not False,
@@ -133,10 +145,26 @@ def parse(
 
 
 def _dialog(messages: Any, tokenizer: Tokenizer) -> list[list[int]]:
+    if isinstance(messages, list):
+        messages = [_plain(message, i) for i, message in enumerate(messages)]
     try:
         return [encode_chat(messages, tokenizer)]
     except ValueError as error:
         raise RequestError("messages", str(error).removeprefix("messages: ")) from None
+
+
+def _plain(message: Any, i: int) -> Any:
+    """A message as the chat formats here know it: the parts of its text joined, and "developer" as "system"."""
+    if not isinstance(message, Mapping):
+        return message  # which encoding refuses
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError("messages", f"messages[{i}].content: expected parts of type text, got {part!r}")
+        content = "".join(part["text"] for part in content)
+        message = {**message, "content": content}
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
@@ -169,10 +197,11 @@ def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ..
         raise RequestError("stop", f"expected a text or a list of texts, got {stop!r}")
     ids = body.get("stop_token_ids", [])
     known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
-    if not known or len(ids) >= STOPS:
-        limits = f"fewer than {STOPS} ids in 0..{tokenizer.vocab_size - 1}"
+    ends = (*tokenizer.stop_ids, *ids) if known else ()
+    if not known or len(ends) > STOPS:
+        limits = f"fewer than {STOPS - len(tokenizer.stop_ids) + 1} ids in 0..{tokenizer.vocab_size - 1}"
         raise RequestError("stop_token_ids", f"expected {limits}, got {ids!r}")
-    return stops, (tokenizer.eos_id, *ids)
+    return stops, ends
 
 
 def _choice(body: Mapping[str, Any]) -> Choice:
@@ -201,6 +230,18 @@ def _integer(body: Mapping[str, Any], name: str, default: int | None, *, least: 
     return value
 
 
+def _seed(body: Mapping[str, Any]) -> int | None:
+    """A seed of the engine, which has 31 bits; the API's has 64 and a sign, and is mixed down where it has more."""
+    seed = body.get("seed")
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RequestError("seed", f"expected an integer of 64 bits, got {seed!r}")
+    if 0 <= seed < 2**31:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]) >> 1
+
+
 def _boolean(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
@@ -212,14 +253,17 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
 
 
 def answer_lines(
-    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *, done: int = 0,
-    defaults: dict[str, Any], max_tokens: int, total: int = 0, where: str = "requests",
+    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *, done: Sequence[str] = (),
+    defaults: dict[str, Any], max_tokens: int, system: str = "", total: int = 0, where: str = "requests",
 ) -> int:  # fmt: skip
-    """Answers JSONL requests, one line each, in their order and many at a time; the first `done` were answered before.
+    """Answers JSONL requests, one line each, in their order and many at a time; `done` (of `resume`) were answered before.
 
     While a line is None, since none has come yet, the engine goes on. A request that cannot be answered gives a line
     `{"error": ...}` and does not stop the others. Lines are written as soon as all before them are, so that a killed run
-    leaves whole answers. Returns the number of errors.
+    leaves whole answers. Dialogs without a system message get `system`. Returns the number of errors.
+
+    Raises:
+      ValueError: what was answered before are other requests.
     """
     window: collections.deque[tuple[int, dict[str, Any], list[_Answer]]] = collections.deque()
     errors = number = 0
@@ -238,7 +282,7 @@ def answer_lines(
             print(json.dumps({"line": n, **row}, ensure_ascii=False), file=out, flush=True)
             progress.update()
 
-    with Progress(total, "requests", "answer", done=done, quiet=jax.process_index() > 0) as progress:
+    with Progress(total, "requests", "answer", done=len(done), quiet=jax.process_index() > 0) as progress:
         for line in lines:
             if line is None:
                 if window:
@@ -248,32 +292,51 @@ def answer_lines(
             else:
                 number += 1
                 progress.total = max(total, number)  # of a pipe it is not known beforehand
-                if number <= done:
+                row: dict[str, Any] = {"request": digest(line)}
+                if number <= len(done):
+                    if done[number - 1] != row["request"]:
+                        raise ValueError(
+                            f"{where}:{number}: is not the request that was answered before; expected the requests that the "
+                            "answers belong to, or another file for answers"
+                        )
                     continue
-                row: dict[str, Any] = {}
                 answers = []
                 try:
                     body = decode(line)
                     if isinstance(body, dict):
                         row |= {"id": body["id"]} if "id" in body else {}
-                        body = {**defaults, **body}
+                        body = _under(system, {**defaults, **body})
                     asks = parse(body, tokenizer, context=engine.settings.max_length, default_tokens=max_tokens)
-                    answers = [
-                        _Answer(engine, tokenizer, ask, index=number * 64 + i) for ask in asks for i in range(ask.n)
-                    ]
+                    each = itertools.chain.from_iterable([ask] * ask.n for ask in asks)
+                    answers = [_Answer(engine, tokenizer, ask, index=number * 64 + i) for i, ask in enumerate(each)]
                 except ValueError as error:
                     row["error"] = f"{where}:{number}: {error}"
                 window.append((number, row, answers))
-            flush(4 * engine.settings.slots)
+            flush(WINDOW)
         flush(0)
     return errors
+
+
+def digest(line: str) -> str:
+    """What an answer says of the line that asked for it, so that it is not taken for that of another."""
+    return hashlib.sha256(line.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _under(system: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A dialog under a system message, unless it has one of its own."""
+    messages = body.get("messages")
+    if not system or not isinstance(messages, list) or any(
+        isinstance(message, Mapping) and message.get("role") in ("system", "developer") for message in messages
+    ):  # fmt: skip
+        return body
+    return {**body, "messages": [{"role": "system", "content": system}, *messages]}
 
 
 class _Answer:
     """An answer on its way: it ends itself at a stop string."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
-        self._engine, self._chat, self._text = engine, ask.chat, ""
+        self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
         self._stream = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
         self.request = engine.submit(
             ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
@@ -292,16 +355,27 @@ class _Answer:
         return {
             "text": text.strip() if self._chat else text,
             "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),
+            **({"logprobs": self.request.log_probs} if self._log_probs else {}),
         }  # fmt: skip
 
 
-def resume(path: Path) -> int:
-    """How many requests a file of answers already holds; an unfinished last line is cut off."""
+def resume(path: Path) -> list[str]:
+    """Which requests a file of answers already holds, by their `digest`; an unfinished last line is cut off.
+
+    Raises:
+      ValueError: a line that is no answer.
+    """
     if not path.exists():
-        return 0
+        return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return whole.count(b"\n")
+    found = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            found.append(str(json.loads(line)["request"]))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}:{number}: expected an answer that names its request, got another line") from None
+    return found

@@ -15,6 +15,7 @@ import hmac
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -28,6 +29,7 @@ from llama_jax.chat import open_engine
 from llama_jax.convert import one_process
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
@@ -125,7 +127,7 @@ class Server:
             "model": self.name,
         }  # fmt: skip
         if asks[0].stream:
-            return StreamingResponse(self._stream(answers, head, field), media_type="text/event-stream")
+            return StreamingResponse(self._stream(asks, answers, head, field), media_type="text/event-stream")
         try:
             if not await self._finish(request, answers):
                 return _error(499, "the client has left")
@@ -156,7 +158,7 @@ class Server:
         finally:
             work.cancel()
 
-    async def _stream(self, answers: list["Answer"], head: dict, field: str) -> AsyncIterator[str]:
+    async def _stream(self, asks: list[Ask], answers: list["Answer"], head: dict, field: str) -> AsyncIterator[str]:
         kind = "chat.completion.chunk" if field == "messages" else "text_completion"
         queue: asyncio.Queue = asyncio.Queue()
 
@@ -182,7 +184,7 @@ class Server:
                 left -= piece is None
                 yield chunk([answer.delta(field, piece)])
             if answers[0].ask.usage:
-                yield chunk([], usage=_usage([answer.ask for answer in answers], answers))
+                yield chunk([], usage=_usage(asks, answers))
             yield "data: [DONE]\n\n"
         finally:  # also when the client leaves
             self._cancel(answers)
@@ -306,8 +308,20 @@ def _described(status: int, message: str, *, kind: str, param: str | None = None
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the port, and does not listen yet; ValueError if it is taken, or the address is not this machine's."""
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does: a port is free once its server has ended
+        found.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host={host} --port={port}: cannot be listened on: {error}") from None
+    return found
+
+
 def main() -> None:
-    """Loads, compiles, listens."""
+    """Takes the port, loads, compiles, listens."""
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
@@ -323,9 +337,13 @@ def main() -> None:
     if (hosts := jax.process_count()) > 1:  # those of a TPU VM know each other without the environment
         raise ValueError(f"serve runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
 
+    listening = bound(values.host, values.port)  # a port that is taken is said before the weights are read
+
     def settings(model: Model) -> EngineConfig:
         length = min(values.max_length or model.config.max_length, model.config.max_length)
-        return EngineConfig(slots=values.slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache)
+        shards = batch_shards(model.mesh)
+        slots = -(-values.slots // shards) * shards  # the devices share them
+        return EngineConfig(slots=slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache)
 
     engine, model = open_engine(values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights)
     worker = Worker(engine, model.mesh, queue=values.queue)
@@ -333,7 +351,9 @@ def main() -> None:
         worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,
         default_tokens=values.max_tokens,
     )  # fmt: skip
-    uvicorn.run(server.app(), host=values.host, port=values.port, log_level="info")
+    config = uvicorn.Config(server.app(), host=values.host, port=values.port, log_level="info")
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has shut down
+        uvicorn.Server(config).run([listening])
 
 
 if __name__ == "__main__":
@@ -343,7 +363,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 8000, "port to listen on")
     flags.DEFINE_string("api_key", "", "the key that clients must send; required on other addresses than 127.0.0.1")
-    flags.DEFINE_integer("slots", 8, "requests answered together")
+    flags.DEFINE_integer("slots", 8, "requests answered together, rounded up to a multiple of the devices that share them")
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429")
     flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context")
     flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say")

@@ -136,11 +136,10 @@ def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer)
     assert dialog.ask("what is it?", lambda text: None)[0] == 1 and dialog.messages[-1]["content"] == "a"
 
 
-def ask(engine, tokenizer, lines, *, done=0):
+def ask(engine, tokenizer, lines, *, done=(), **how):
     out = io.StringIO()
-    errors = requests.answer_lines(
-        engine, tokenizer, lines, out, done=done, defaults={"temperature": 0.0, "seed": 1}, max_tokens=5, where="in.jsonl"
-    )
+    how = {"defaults": {"temperature": 0.0, "seed": 1}, "max_tokens": 5, "where": "in.jsonl", **how}
+    errors = requests.answer_lines(engine, tokenizer, lines, out, done=done, **how)
     return [json.loads(line) for line in out.getvalue().splitlines()], errors
 
 
@@ -155,10 +154,82 @@ def test_requests_are_answered_in_order_and_a_killed_run_goes_on(engine, tokeniz
     assert rows[7]["id"] == 7 and rows[7]["tokens"] <= 1 and len(rows[5]["answers"]) == 3
     path = tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + '{"line": 10, "te')
-    assert requests.resume(path) == 9 and path.read_text().count("\n") == 9 and path.read_text().endswith("}\n")
-    assert requests.resume(tmp_path / "none.jsonl") == 0
-    rest, _ = ask(engine, tokenizer, lines, done=9)
+    done = requests.resume(path)
+    assert done == [row["request"] for row in rows[:9]] and len(set(done)) == 9
+    assert path.read_text().count("\n") == 9 and path.read_text().endswith("}\n")
+    assert requests.resume(tmp_path / "none.jsonl") == []
+    rest, _ = ask(engine, tokenizer, lines, done=done)
     assert rest == rows[9:]
+    # The answers to other requests are no answers to these.
+    lines[2] = json.dumps({"prompt": "another loop"})
+    with pytest.raises(ValueError, match="^in.jsonl:3: is not the request that was answered before"):
+        ask(engine, tokenizer, lines, done=done)
+    path.write_text('{"line": 1, "text": "a"}\n')
+    with pytest.raises(ValueError, match="out.jsonl:1: expected an answer that names its request"):
+        requests.resume(path)
+
+
+def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
+    question = [{"role": "user", "content": "what is it?"}]
+    prompts = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda prompt, **how: prompts.append(prompt) or submit(prompt, **how))
+    own = [{"role": "developer", "content": "count"}, *question]
+    lines = [json.dumps({"messages": messages}) for messages in (question, own)] + [json.dumps({"prompt": "the loop"})]
+    ask(engine, tokenizer, lines, system="be kind")
+    under = [{"role": "system", "content": "be kind"}, *question], [{"role": "system", "content": "count"}, *question]
+    expected = [chat.encode_chat(messages, tokenizer) for messages in under]
+    assert prompts == [*expected, tokenizer.encode("the loop", bos=True)]
+    # Log-probs are written where they are asked for.
+    ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 0, "stop_token_ids": []})])
+    assert len(row["logprobs"]) == row["tokens"] and all(p <= 0 for p in row["logprobs"])
+    assert "logprobs" not in ask(engine, tokenizer, ['{"prompt": "the loop"}'])[0][0]
+    # Two answers to one prompt are two draws, whether asked for by n or by saying it twice.
+    for body in ({"prompt": ["the loop"] * 2}, {"prompt": "the loop", "n": 2}):
+        ((row,), _) = ask(engine, tokenizer, [json.dumps({**body, "temperature": 1.0, "max_tokens": 20})])
+        assert row["answers"][0]["text"] != row["answers"][1]["text"]
+
+
+def test_slots_do_not_wait_for_a_long_answer(tokenizer):
+    class Slots(Script):
+        """Three at a time, one token a step; `max_tokens` of each."""
+
+        def __init__(self):
+            self.queue, self.busy, self.waited = [], [], 0
+            self.settings = EngineConfig(slots=3, max_length=96)
+
+        def submit(self, prompt, **how):
+            self.queue.append(super().submit(prompt, **{name: how[name] for name in (
+                "max_tokens", "choice", "seed", "index", "stop_ids", "on_token"
+            )}))  # fmt: skip
+            return self.request
+
+        def step(self):
+            self.busy = [request for request in self.busy if not request.finish]
+            while self.queue and len(self.busy) < 3:
+                self.busy.append(self.queue.pop(0))
+            self.waited += 3 - len(self.busy) if asked else 0
+            for request in self.busy:
+                request.tokens.append(5)
+                request.finish = "length" if len(request.tokens) == request.max_tokens else ""
+                request.on_token(request, 5)
+
+    asked = [json.dumps({"prompt": "the loop", "max_tokens": n}) for n in (60, *[1] * 110)]
+
+    def lines():
+        while asked:
+            yield asked.pop(0)
+
+    engine = Slots()
+    rows, errors = ask(engine, tokenizer, lines())
+    assert not errors and [row["tokens"] for row in rows] == [60, *[1] * 110] and engine.waited == 0
+
+
+def test_an_empty_line_is_no_question_and_no_end(tokenizer):
+    out = io.StringIO()
+    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer)
+    chat.talk(dialog, ["what is it?", "", "  ", "and then?", "/quit", "never"], out, rates=False)
+    assert [message["content"] for message in dialog.messages[::2]] == ["what is it?", "and then?"]
 
 
 def test_completions_continue_their_prompt_and_answers_are_stripped(tokenizer):
@@ -257,6 +328,7 @@ def test_what_cannot_talk_is_refused_before_it_is_loaded(tokenizer, tmp_path, mo
     given |= {"answers": str(tmp_path / "nowhere/out.jsonl"), "tokenizer": None, "int8_weights": False}
     monkeypatch.setattr(chat.flags, "FLAGS", SimpleNamespace(**given))
     monkeypatch.setattr(chat, "keep_heap", lambda: None)
+    monkeypatch.setattr(chat.command, "join_cluster", lambda: None, raising=False)
     with pytest.raises(FileNotFoundError, match="nowhere/out.jsonl"):
         chat.main()
 
@@ -361,6 +433,42 @@ def test_two_processes_answer_as_one(tokenizer, tmp_path):
 def test_wrong_requests_name_the_field(tokenizer, body, words):
     with pytest.raises(requests.RequestError, match=words):
         requests.parse(body, tokenizer, context=96, default_tokens=16)
+
+
+def test_what_common_clients_send_is_understood(tokenizer):
+    def asked(**body):
+        return requests.parse(body, tokenizer, context=96, default_tokens=16)[0]
+
+    plain = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is it?"}]
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "is it?"}]
+    sent = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}]
+    neutral = {
+        "response_format": {"type": "text"}, "logit_bias": {}, "tools": [], "tool_choice": "auto", "presence_penalty": 0.0,
+        "parallel_tool_calls": True,
+    }  # fmt: skip
+    assert asked(messages=sent, **neutral) == asked(messages=plain)
+    assert asked(messages=plain, seed=2**31 - 1).seed == 2**31 - 1
+    seeds = [asked(messages=plain, seed=seed).seed for seed in (2**31, 2**40, -1, 2**63 - 1)]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**31 for seed in seeds)
+    for body, words in (
+        ({"response_format": {"type": "json_object"}}, "response_format: is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools: is not supported"),
+        ({"seed": 2**63}, "seed: expected an integer of 64 bits"), ({"seed": "1"}, "seed: expected an integer"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0..content: expected parts of type"),
+    ):  # fmt: skip
+        with pytest.raises(requests.RequestError, match=words):
+            asked(**{"messages": plain, **body})
+
+
+def test_an_answer_ends_at_every_stop_id_of_the_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "stop_ids", (2, 17))
+    (found,) = requests.parse({"prompt": "a", "stop_token_ids": [5]}, tokenizer, context=96, default_tokens=1)
+    assert found.stop_ids == (2, 17, 5)
+    with pytest.raises(requests.RequestError, match="expected fewer than 7 ids in"):
+        requests.parse({"prompt": "a", "stop_token_ids": [5] * 7}, tokenizer, context=96, default_tokens=1)
+    engine = Script(tokenizer.encode("a line"))
+    new_dialog(engine, tokenizer).ask("what is it?", lambda text: None)
+    assert engine.request.stop_ids == (2, 17)
 
 
 def test_requests_have_the_defaults_of_the_api(tokenizer):

@@ -22,6 +22,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client")
 from starlette.testclient import TestClient  # noqa: E402
 
+from llama_jax import serve  # noqa: E402
 from llama_jax.sampling.worker import EngineStopped, Worker  # noqa: E402
 from llama_jax.serve import Server  # noqa: E402
 
@@ -107,6 +108,25 @@ def test_completions_of_several_prompts_seeds_and_stops(client):
     assert cut.text == text[: text.index(stop)] and cut.finish_reason == "stop"
     pieces = [chunk.choices[0].text for chunk in client.completions.create(prompt="the loop", stop=[stop], stream=True, **how)]
     assert "".join(pieces) == cut.text and len(pieces) > 2
+
+
+def test_a_stream_counts_each_prompt_once(client):
+    how = {"model": "small", "prompt": ["the loop", "a line"], "n": 2, "max_tokens": 3, "temperature": 0.0}
+    whole = client.completions.create(**how).usage
+    *_, last = client.completions.create(**how, stream=True, stream_options={"include_usage": True})
+    assert last.usage == whole and whole.completion_tokens == 12
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(served, monkeypatch):
+    port = int(served[0].rsplit(":", 1)[1])
+    given = {"host": "127.0.0.1", "port": port, "api_key": ""}
+    monkeypatch.setattr(serve.flags, "FLAGS", types.SimpleNamespace(**given))
+    monkeypatch.setattr(serve, "keep_heap", lambda: None)
+    monkeypatch.setattr(serve, "open_engine", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=f"^--host=127.0.0.1 --port={port}: cannot be listened on: .*in use"):
+        serve.main()
+    with serve.bound("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
 
 
 def test_wrong_requests_are_400_with_the_field(client, served):
