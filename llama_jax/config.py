@@ -126,7 +126,9 @@ def _unknown_field(error: Exception, argv: list[str]) -> str | None:
             if not hasattr(at, "to_dict"):
                 break
             if name not in at:
-                return f"{place}.{name}: unknown field, there are {', '.join(at)}"
+                near = difflib.get_close_matches(name, at.keys(), n=1, cutoff=0.4)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                return f"{place}.{name}: unknown field{hint}, there are {', '.join(at)}"
             place, at = f"{place}.{name}", at[name]
     return None
 

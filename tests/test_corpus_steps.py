@@ -452,10 +452,10 @@ def test_malformed_pages_cost_no_more_than_others():
     unclosed = "<html><body>" + "<div>The words of a comment.\n" * 20_000
     assert extract_text(unclosed).count("The words of a comment.") == 20_000
     assert extract_text("<table><tr><td>" * 5000 + "x") == "x"
+    assert extract_text("<div><font color=red>a comment\n" * 20_000).count("a comment") == 20_000
     steps = make_steps(["extract"], CleanConfig(page_characters=2_000_000))
     for page, rule in (
         ("".join(f"<p><font color=c{i}>a comment" for i in range(20_000)), "too_tangled"),
-        ("<div><font color=red>a comment\n" * 20_000, "too_tangled"),
         (f"<a {' '.join(f'x{i}=1' for i in range(40_000))}>y</a>", "too_tangled"),
         ("<p>" + "x" * 2_000_000, "too_large"),
     ):

@@ -34,6 +34,7 @@ _FLAT = frozenset(
 )
 # Elements that a parser opens again in every block until they are closed.
 _REOPENED = frozenset("a b big code em font i nobr s small strike strong tt u".split())
+_REOPENING = re.compile(rf"<(?:{'|'.join(sorted(_REOPENED))})(?![a-zA-Z0-9:-])[^<>]*+", re.IGNORECASE)
 MOST_PARSING, MOST_SEARCH = 1e6, 5e6  # about a second each; pages that authors and programs write are far below
 
 
@@ -77,6 +78,8 @@ def parsing_cost(html: str) -> tuple[float, float]:
             open_[name] -= 1
             depth -= 1
             reopened -= name in _REOPENED
+    if most * len(tags) > MOST_PARSING:
+        most = min(most, 3 * len(set(_REOPENING.findall(html))))  # of equal ones no more than three are opened again
     return most * len(tags) + attributes, deepest * len(tags)
 
 
