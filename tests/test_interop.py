@@ -261,6 +261,38 @@ def test_reward_models_score_alike_in_both_directions(tmp_path):
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
+def test_an_exported_reward_model_pads_with_another_piece_than_eos(tmp_path):
+    """As SmolLM2's would: its padding is its EOS, and `transformers` scores the last token that is not padding."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from llama_jax.reward.score import scorer
+
+    names_of = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.train_from_iterator(["the loop"], tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=names_of))
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words/tokenizer.json"))
+    said = {"bos_token": names_of[1], "eos_token": names_of[2], "unk_token": names_of[0], "pad_token": names_of[2]}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "words" / name).write_text(json.dumps(said))
+    theirs(MODEL, reward=True).save_pretrained(tmp_path / "in")
+    convert.run(tmp_path / "in", tmp_path / "out", to="huggingface", tokenizer=tmp_path / "words", quiet=True)
+    tokens = np.array([[1, 5, 6, 7, 8, 2], [1, 9, 10, 2, 0, 0]])  # they end in EOS, the second is padded
+    mask = np.array([[1] * 6, [1] * 4 + [0] * 2])
+    tree = load_params(open_source(tmp_path / "out"), one_device())
+    found = scorer(MODEL, FLOAT32)(tree, jnp.asarray(tokens), jnp.asarray(mask))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits[:, 0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert model.config.pad_token_id == transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 0
+    # A language model pads as its tokenizer says.
+    theirs(MODEL).save_pretrained(tmp_path / "lm")
+    convert.run(tmp_path / "lm", tmp_path / "lm_out", to="huggingface", tokenizer=tmp_path / "words", quiet=True)
+    assert json.loads((tmp_path / "lm_out/config.json").read_text())["pad_token_id"] == 2
+
+
 def reference_logits(state: dict[str, np.ndarray], tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Meta's model in numpy as its code reads: adjacent pairs as complex numbers, weights [out, in], key heads repeated."""
     E, T = config.head_size, len(tokens)
@@ -508,9 +540,44 @@ def test_tensors_that_are_not_the_configs(hf):
     refused(hf, "hidden_size is missing, expected a positive int")
     with_fields(architectures=["LlamaForSequenceClassification"])
     refused(hf, "tensor score.weight of shape .1, 32. is missing")
+    for fields, words in (
+        ({"rope_scaling": "linear"}, "config.json: rope_scaling is 'linear', expected an object"),
+        ({"rope_parameters": None, "rope_theta": "abc"}, "config.json: rope_theta is 'abc', expected a positive float"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"config.json: rope_type is \['yarn'\]"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}, "beta_fast is 'x', expected a positive"),
+        ({"id2label": 3}, "config.json: id2label is 3, expected an object"),
+        ({"architectures": 3}, "config.json: architectures is 3, expected one of"),
+        ({"architectures": [{}]}, r"config.json: architectures is \[\{\}\], expected one of"),
+        ({"hidden_size": float("nan")}, "config.json: hidden_size is nan, expected a positive int"),
+        ({"vocab_size": float("inf")}, "config.json: vocab_size is inf, expected a positive int"),
+        ({"tie_word_embeddings": "no"}, "config.json: tie_word_embeddings is 'no', expected true or false"),
+    ):  # fmt: skip
+        with_fields(**fields)
+        refused(hf, words)
+    with_fields(rope_parameters=None, rope_theta=None)  # as where it is missing
+    assert open_source(hf).config.rope_theta == 10_000.0
     with_fields()
-    (hf / "config.json").write_text("{")
-    refused(hf, "config.json: expected JSON")
+    for content, words in (("{", "expected JSON: "), ("[]", "expected a JSON object, got list")):
+        (hf / "config.json").write_text(content)
+        refused(hf, f"config.json: {words}")
+    with_fields()
+    for content in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        (hf / "model.safetensors.index.json").write_text(content)
+        refused(hf, "model.safetensors.index.json: expected (a JSON object|JSON with a weight_map)")
+
+
+def test_a_params_json_that_is_none_is_a_sentence(tmp_path):
+    write_meta(tmp_path / "m", MODEL)
+    file = tmp_path / "m/params.json"
+    whole = json.loads(file.read_text())
+    for content, words in (
+        ("{", "expected JSON: "), ("[]", "expected a JSON object, got list"),
+        (json.dumps({**whole, "ffn_dim_multiplier": "x"}), "ffn_dim_multiplier is 'x', expected a positive float"),
+        (json.dumps({**whole, "dim": "x"}), "dim is 'x', expected a positive int"),
+        (json.dumps({**whole, "rope_theta": []}), r"rope_theta is \[\], expected a positive float"),
+    ):  # fmt: skip
+        file.write_text(content)
+        refused(tmp_path / "m", f"params.json: {words}")
 
 
 def test_damaged_files_of_meta(tmp_path):

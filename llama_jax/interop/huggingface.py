@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.interop import names
 from llama_jax.interop.names import Tensor
 from llama_jax.interop.safetensors_file import SafetensorsWriter, read_header, write_file
-from llama_jax.interop.source import Source, check_fields, named, number
+from llama_jax.interop.source import Source, check_fields, named, number, read_object
 from llama_jax.interop.storage import Stored
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
@@ -44,19 +44,18 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def read_config(path: Path) -> tuple[ModelConfig, Head]:
     """The model that a `config.json` describes; ValueError naming the field that is not the Llama architecture."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
+    found = read_object(path)
     check_fields(found, _FIXED, path)
     architectures = found.get("architectures") or ["LlamaForCausalLM"]
-    if len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(_ARCHITECTURES):
         raise ValueError(f"{path}: architectures is {architectures}, expected one of {', '.join(_ARCHITECTURES)}")
     head = _ARCHITECTURES[architectures[0]]
-    labels = found.get("num_labels", len(found.get("id2label", {"0": ""})))
+    labels = found.get("num_labels", len(_object(found, "id2label", path) or {"0": ""}))
     if head == "reward_head" and labels != 1:
         raise ValueError(f"{path}: num_labels is {labels}; a reward model has 1")
     heads, width = number(found, "num_attention_heads", int, path), number(found, "hidden_size", int, path)
+    if not isinstance(tied := found.get("tie_word_embeddings") or False, bool):
+        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
     config = ModelConfig(
         name=_name(path),
         vocab_size=number(found, "vocab_size", int, path),
@@ -69,9 +68,17 @@ def read_config(path: Path) -> tuple[ModelConfig, Head]:
         max_length=number(found, "max_position_embeddings", int, path, 2048),
         **_rope(found, path),
         norm_eps=number(found, "rms_norm_eps", float, path, 1e-6),
-        tie_embeddings=bool(found.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
     )
     return named(config), head
+
+
+def _object(found: dict[str, Any], field: str, path: Path) -> dict[str, Any]:
+    """An object inside a config, empty where there is none; ValueError naming the field."""
+    value = found.get(field)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path}: {field} is {value!r}, expected an object")
+    return value or {}
 
 
 def _name(path: Path) -> str:
@@ -80,14 +87,14 @@ def _name(path: Path) -> str:
 
 def _rope(found: dict[str, Any], path: Path) -> dict[str, Any]:
     """The base of the rotary frequencies and their scaling, as fields of the config; kinds not known here are refused."""
-    parameters = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+    parameters = {**_object(found, "rope_scaling", path), **_object(found, "rope_parameters", path)}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default" and kind not in _ROPE_FIELDS:
+    if kind not in ["default", *_ROPE_FIELDS]:
         known = ", ".join(map(repr, ("default", *_ROPE_FIELDS)))
         raise ValueError(f"{path}: rope_type is {kind!r}; rotary positions are computed here as one of {known}")
     if (partial := parameters.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is {partial}; whole heads are rotated here")
-    theta = float(parameters.get("rope_theta", found.get("rope_theta", 10_000.0)))
+    theta = number(parameters if parameters.get("rope_theta") is not None else found, "rope_theta", float, path, 10_000.0)
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else _scaling(kind, parameters, found, path)}
 
 
@@ -101,12 +108,13 @@ def _scaling(kind: str, parameters: dict[str, Any], found: dict[str, Any], path:
         return RopeScaling(kind, factor)
     if kind == "dynamic":  # transformers takes the context itself for the old one
         return RopeScaling(kind, factor, number(found, "max_position_embeddings", int, path, 2048))
-    original = number(values, "original_max_position_embeddings", int, path, found.get("max_position_embeddings", 2048))
+    length = number(found, "max_position_embeddings", int, path, 2048)
+    original = number(values, "original_max_position_embeddings", int, path, length)
     if kind == "llama3":
         slow, fast = (float(number(values, name, float, path)) for name in ("low_freq_factor", "high_freq_factor"))
         return RopeScaling(kind, factor, original, slow, fast)
-    slow, fast = float(values.get("beta_slow") or 1), float(values.get("beta_fast") or 32)
-    magnitude = float(values.get("attention_factor", 0.1 * math.log(factor) + 1))
+    slow, fast = number(values, "beta_slow", float, path, 1.0), number(values, "beta_fast", float, path, 32.0)
+    magnitude = number(values, "attention_factor", float, path, 0.1 * math.log(factor) + 1)
     return RopeScaling(kind, factor, original, slow, fast, magnitude)
 
 
@@ -163,10 +171,9 @@ def _headers(directory: Path) -> dict[str, Stored]:
                 raise ValueError(f"{directory}: holds pytorch_model.bin only; expected safetensors")
             raise FileNotFoundError(f"{directory}: expected {WEIGHTS} or {INDEX} beside {CONFIG}, found neither")
         return read_header(directory / WEIGHTS)
-    try:
-        places = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{directory / INDEX}: expected JSON with a weight_map") from None
+    places = read_object(directory / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{directory / INDEX}: expected JSON with a weight_map, from names of tensors to files")
     found: dict[str, Stored] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (directory / file).is_file():

@@ -1,7 +1,6 @@
 """Meta's release layout: `params.json` and tensor-parallel shards `consolidated.NN.pth` (fact sheet 1.4)."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from llama_jax.interop import names
 from llama_jax.interop.huggingface import check_frequencies, write_json
 from llama_jax.interop.names import Tensor
-from llama_jax.interop.source import Source, check_fields, named, number
+from llama_jax.interop.source import Source, check_fields, named, number, read_object
 from llama_jax.interop.storage import Stored
 from llama_jax.interop.torch_file import TorchWriter, read_header
 from llama_jax.model.config import ModelConfig, ffn_size
@@ -31,10 +30,7 @@ _LENGTH = 4096
 
 def read_config(path: Path, *, vocab_size: int, ffn: int) -> ModelConfig:
     """The model that a `params.json` describes, where the tensors say the vocabulary and the feed-forward width."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
+    found = read_object(path)
     unknown = sorted(found.keys() - set(_FIELDS))
     if unknown:
         raise ValueError(f"{path}: {unknown[0]} is a field of another architecture; expected {', '.join(_FIELDS)}")
@@ -42,9 +38,8 @@ def read_config(path: Path, *, vocab_size: int, ffn: int) -> ModelConfig:
     width, heads = number(found, "dim", int, path), number(found, "n_heads", int, path)
     if found.get("vocab_size", -1) not in (-1, vocab_size):
         raise ValueError(f"{path}: vocab_size is {found['vocab_size']}, the tensors have {vocab_size}")
-    planned = ffn_size(
-        width, multiplier=found.get("ffn_dim_multiplier"), multiple_of=number(found, "multiple_of", int, path, 256)
-    )
+    factor = None if found.get("ffn_dim_multiplier") is None else number(found, "ffn_dim_multiplier", float, path)
+    planned = ffn_size(width, multiplier=factor, multiple_of=number(found, "multiple_of", int, path, 256))
     if planned != ffn:
         raise ValueError(f"{path}: multiple_of and ffn_dim_multiplier give a feed-forward of {planned}, the tensors have {ffn}")
     config = ModelConfig(
@@ -130,7 +125,7 @@ def _config(directory: Path, shards: list[dict[str, Stored]]) -> ModelConfig:
             raise ValueError(f"{directory}: tensor {name} is missing")
         return shards[0][name].shape
 
-    width = number(json.loads((directory / PARAMS).read_text()), "dim", int, directory / PARAMS)
+    width = number(read_object(directory / PARAMS), "dim", int, directory / PARAMS)
     expected = width // max(shape("layers.0.attention.wq.weight")[0], 1)
     if expected != len(shards):
         raise FileNotFoundError(f"{directory}: expected {expected} shards consolidated.NN.pth, found {len(shards)}")

@@ -1,9 +1,10 @@
 """A checkpoint of any format, opened: the model's shape and where each tensor lies, none of them read yet."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,6 +62,17 @@ def named(config: ModelConfig, *, any_length: bool = False) -> ModelConfig:
     return config
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a config file; ValueError for what is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 def check_fields(found: dict, expected: dict, where: Path) -> None:
     """ValueError naming the first field whose value is none of those that this architecture has."""
     for field, values in expected.items():
@@ -76,6 +88,7 @@ def number(found: dict, field: str, kind: type, where: Path, default: float | No
         if default is None:
             raise ValueError(f"{where}: {field} is missing, expected a positive {kind.__name__}")
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
+    plain = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1e300  # so neither NaN nor infinite
+    if not plain or kind(value) != value:
         raise ValueError(f"{where}: {field} is {value!r}, expected a positive {kind.__name__}")
     return kind(value)
