@@ -63,6 +63,10 @@ ensure_environment() {
     "$python" -m venv "$venv" || fail "could not make a virtual environment in $venv"
   fi
   "$venv/bin/python" -c '' 2>/dev/null || fail "$venv does not run (its Python has gone?); remove that directory and try again"
+  if ! "$venv/bin/python" -c 'import pip._internal.cli.main' 2>/dev/null; then  # making it was interrupted
+    say "$venv has no whole pip; installing one"
+    "$venv/bin/python" -m ensurepip --upgrade >/dev/null || fail "$venv has no pip; remove that directory and try again"
+  fi
   stamp="$venv/.llama_jax-$extra"
   wanted="$(cd "$checkout" && pwd && cksum setup.cfg pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.config import ConfigError
 from llama_jax.corpus_build.blocks import write_blocks
 from llama_jax.data import loader, packing
 from llama_jax.data.blocks import block_ids, block_record
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.pretrain.stage import mixture
 
 TEXTS = [f"the model reads line {i} of a text: {'and counts its tokens ' * (i % 7)}" for i in range(60)]
 
@@ -249,6 +251,13 @@ def test_block_records_hold_their_ids(vocab_size):
     for damaged in (b"", record[:6], b"x" * 40, record[:-1], record + b"x"):
         with pytest.raises(ValueError, match="not a record of tokens"):
             block_ids(damaged)
+
+
+def test_weights_of_a_source_that_the_corpus_lacks_are_refused():
+    planned = {"web": 0.8, "code": 0.2}
+    assert mixture({}, planned) == planned and mixture({"code": 3.0}, planned) == {"code": 3.0}
+    with pytest.raises(ConfigError, match=r"config.data.weights.coed: the corpus has no such source; did you mean 'code'\?"):
+        mixture({"web": 1.0, "coed": 1.0}, planned)
 
 
 def test_block_sources_that_cannot_be_are_refused(shards, tokenizer, tmp_path):

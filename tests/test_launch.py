@@ -74,6 +74,24 @@ def test_an_environment_that_is_up_to_date_is_not_installed_again(tmp_path):
     assert len(calls.read_text().splitlines()) == 1 and "[eval]" in calls.read_text()
 
 
+def test_an_environment_whose_making_was_interrupted_gets_its_pip(tmp_path):
+    (tmp_path / "bin").mkdir()
+    pip, calls = tmp_path / "pip", tmp_path / "calls"
+    program(tmp_path / "bin" / "python", f"""case "$*" in
+        *"import pip"*) [ -e {pip} ] ;;
+        "-m ensurepip"*) [ -e {tmp_path / "gone"} ] && exit 1; touch {pip} ;;
+        -m*) [ -e {pip} ] && echo "$@" >> {calls} ;;
+    esac""")
+    (tmp_path / "gone").touch()
+    done = bash("ensure_environment eval", LLAMA_JAX_VENV=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.endswith(f"error: {tmp_path} has no pip; remove that directory and try again\n")
+    (tmp_path / "gone").unlink()
+    for _ in range(2):
+        done = bash("ensure_environment eval", LLAMA_JAX_VENV=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    assert len(calls.read_text().splitlines()) == 1 and "no whole pip" not in done.stderr
+
+
 def test_top_level_is_what_the_design_allows():
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, suggestion
 from llama_jax.corpus_build.manifest import check_manifest
 from llama_jax.data.blocks import block_record
 from llama_jax.data.loader import BlockSource, TokenBatch, block_batch, row_source
@@ -27,7 +27,10 @@ from llama_jax.training.step import put_batch
 
 @dataclasses.dataclass(frozen=True)
 class PretrainData:
-    """The corpus (a directory of llama_jax.corpus) and the shares of its sources; empty shares: as it was planned."""
+    """The corpus (a directory of llama_jax.corpus) and the weights of those of its sources that are read.
+
+    No weights: the shares that the corpus was planned with.
+    """
 
     corpus: str
     weights: dict[str, float]
@@ -55,7 +58,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     length = manifest["block_length"]
     if length > model.max_length:
         raise ConfigError(f"{config.data.corpus}: blocks of {length} tokens, model {model.name} takes {model.max_length}")
-    weights = config.data.weights or {name: source["share"] for name, source in manifest["sources"].items()}
+    weights = mixture(config.data.weights, {name: source["share"] for name, source in manifest["sources"].items()})
     corpus = place(config.data.corpus)
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
@@ -81,6 +84,14 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         tokens_per_step=config.loop.batch_size * length,
         meta=meta(config, model, tokenizer) | begun.meta,
     )
+
+
+def mixture(weights: Mapping[str, float], planned: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights of a run's sources, or the planned shares of all; ConfigError for a source that the corpus does not have."""
+    for name in weights:
+        if name not in planned:
+            raise ConfigError(f"config.data.weights.{name}: the corpus has no such source{suggestion(name, planned)}")
+    return weights or planned
 
 
 def bits_per_byte(
