@@ -116,6 +116,7 @@ class Recipe(Steps[RecipeConfig]):
         self.model: ModelConfig = size(config.size)
         self.annotator = SimulatedAnnotator(config.seed, noise=config.annotator_noise)
         self.results: dict[str, Any] = {}  # summaries of the stages by name
+        self.operations: dict[str, int] = {}  # of the models that a stage trains, for each token
         self.policies = ["sft_variant", "sft"]  # from the oldest to the newest
         self.rewards: dict[str, str] = {}  # the newest reward model of each track
         self.batches: list[str] = []  # versions that collected comparisons
@@ -164,6 +165,7 @@ class Recipe(Steps[RecipeConfig]):
 
     def stage(self, name: str, config: str, changes: dict[str, Any]) -> dict[str, Any]:
         """A training stage, whose summary the report may want."""
+        self.operations[name] = operations(parse_stage(self.values(name, config, changes)), self.model)
         self.results[name] = super().stage(name, config, changes)
         return self.results[name]
 
@@ -413,18 +415,21 @@ class Recipe(Steps[RecipeConfig]):
         self.step("scores", self.score_answers)
         last, names = f"v{len(self.config.versions)}", [name for name in self.judged if name != "distilled"]
         versions = {name: {**self.standing[name], **progress.compare(self.workdir, name)} for name in names}
-        rates = {name: self.speed(self.results[name]) for name in ("pretrain", "sft")}
         results = {
             "size": self.config.size,
             "minutes": self.config.minutes,
-            "pretrain": {"bits_per_byte": summary.bits_per_byte(self.results["pretrain"]), "xz_bits_per_byte": self.xz},
+            "pretrain": {
+                "bits_per_byte": summary.bits_per_byte(self.results["pretrain"]), "xz_bits_per_byte": self.xz,
+                "held_out_lines_seen": summary.held_out_lines_seen(self.workdir / "corpus"),
+            },
             "reward": {t: {"accuracy": summary.reward_accuracies(self.results[s])} for t, s in self.rewards.items()},
             "base": versions["base"], "sft": versions["sft"], "rejection": versions[last],
             **({"ppo": versions[f"{last}_ppo"]} if f"{last}_ppo" in versions else {}),
             "versions": {name: found for name, found in versions.items() if name != "base"},
             "reward_batches": summary.reward_batches(self.workdir, self.batches),
             "ghost": summary.ghost_samples(self.workdir), **studies,
-            "speed": rates,
+            "speed": {name: self.speed(name) for name in self.results},
+            **({"ppo_seconds": found} if (found := summary.ppo_seconds(self.workdir / last / "ppo")) else {}),
             "matmul_ceiling_gflops": self.ceiling,
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
         }  # fmt: skip
@@ -437,11 +442,20 @@ class Recipe(Steps[RecipeConfig]):
         print(f"report: {paths.html} ({paths.markdown.name}, {paths.json.name} beside it)", file=sys.stderr)
         return results
 
-    def speed(self, result: dict[str, Any]) -> dict[str, float]:
-        """Tokens per second, and the share of the measured matmul ceiling that the model's operations reach."""
-        rate = result["tokens_per_second"]
-        flops = table.flops_per_token(self.model, length=self.model.max_length)
-        return {"tokens_per_second": rate, "matmul_share": rate * flops / (self.ceiling * 1e9)}
+    def speed(self, name: str) -> dict[str, float]:
+        """A stage's tokens per second, and the share of the measured matmul ceiling that its training's operations reach."""
+        rate = self.results[name]["tokens_per_second"]
+        return {"tokens_per_second": rate, "matmul_share": rate * self.operations[name] / (self.ceiling * 1e9)}
+
+
+def operations(config: Any, model: ModelConfig) -> int:
+    """Floating-point operations for each token of a stage's steps, of what is trained: PPO's policy and its critic."""
+    data, heads = config.data, {"reward": ("reward_head",), "ppo": ("lm_head", "reward_head")}
+    if config.stage == "ppo":
+        length = data.prompt_length + config.ppo.new_tokens
+    else:
+        length = getattr(data, "length", model.max_length)
+    return sum(table.flops_per_token(model, length=length, head=head) for head in heads.get(config.stage, ("lm_head",)))
 
 
 def fitting_mesh(config: MeshConfig, *, devices: int, rows: int) -> MeshConfig:

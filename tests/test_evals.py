@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.evals import statistics, verdict
+from llama_jax.evals import statistics, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.targets import check_targets, lookup, number, percent, share
 from llama_jax.rlhf import best_of
@@ -120,6 +120,29 @@ def test_all_targets_of_a_good_run_are_met(tmp_path):
         assert "annotator of this run is a simulation" in text and "65.0 % (58.0 % to 72.0 %)" in text
         assert "true utility was highest in V1 and fell by 0.100" in text  # over-optimisation is told, not hidden
     assert "missed" not in markdown
+
+
+def test_the_report_tells_what_training_saw_of_held_out_text_and_the_speed_of_every_stage(tmp_path):
+    results = good_results()
+    _, markdown, _ = report_of(results, tmp_path)
+    assert "| reference | 1.500 | 2.000 | 25 % fewer |  |" in markdown and "lines of programs stay" not in markdown
+    assert "seconds of an iteration" not in markdown
+    results["pretrain"]["held_out_lines_seen"] = {"reference": 0.031}
+    results["seconds"] |= {"v1/ppo": 100.0}
+    results |= {"speed": {"v1/ppo": {"tokens_per_second": 1234.0, "matmul_share": 0.125}},
+                "ppo_seconds": {"rollout": 2.5, "score": 0.75}}  # fmt: skip
+    _, markdown, _ = report_of(results, tmp_path)
+    assert "| reference | 1.500 | 2.000 | 25 % fewer | 3.1 % |" in markdown and "lines of programs stay" in markdown
+    assert "| v1/ppo | 100 s | 12 % | 1,234 | 12.5 % |" in markdown
+    assert "| PPO, seconds of an iteration | 2.50 | 0.75 |  |" in markdown
+
+
+def test_ppos_seconds_are_medians_of_what_was_logged(tmp_path):
+    assert summary.ppo_seconds(tmp_path) == {}
+    rows = [{"step": 0, "seconds/rollout": 2.0, "seconds/score": 1.0}, {"step": 1},
+            {"step": 2, "seconds/rollout": 4.0, "seconds/score": 1.0, "seconds/train": 3.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert summary.ppo_seconds(tmp_path) == {"rollout": 3.0, "score": 1.0, "train": 3.0}
 
 
 @pytest.mark.parametrize(

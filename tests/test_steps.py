@@ -10,8 +10,9 @@ import pytest
 from llama_jax import steps
 from llama_jax.config import ConfigError, describe, parse
 from llama_jax.corpus import CorpusConfig
+from llama_jax.model import params as table
 from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.recipe import Recipe, RecipeConfig, fitting_mesh
+from llama_jax.recipe import Recipe, RecipeConfig, fitting_mesh, operations
 from llama_jax.steps import assignment, load_config, timed, with_overrides
 from llama_jax.train import parse_stage
 
@@ -51,6 +52,15 @@ def test_mesh_compute_and_seed_reach_every_stage_and_overrides_win(tmp_path):
     both = stage_configs(study.make_study("chat"))
     assert {stage.mesh for stage in both.values()} == {MESH} and both["baseline"].loop.batch_size == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_every_stage_has_its_operations(tmp_path):
+    recipe = Recipe(smoke(), tmp_path)
+    found = {kind: operations(config, recipe.model) for kind, config in stage_configs(recipe).items()}
+    policy, critic = (table.flops_per_token(recipe.model, length=96 + 16, head=h) for h in ("lm_head", "value_head"))
+    assert found["ppo"] == policy + critic
+    assert found["pretrain"] == found["sft"] == table.flops_per_token(recipe.model, length=256)
+    assert found["reward_safety"] == table.flops_per_token(recipe.model, length=128, head="reward_head") < found["sft"]
 
 
 def test_rows_that_do_not_fill_the_devices_leave_them_to_the_matrices():

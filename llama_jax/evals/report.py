@@ -57,7 +57,8 @@ def write_report(
       interval `{"mean", "low", "high"}` (also the dataclasses of `evals.statistics`); accuracies and rates
       lie in [0, 1]; safety violations are a count (int) or a share (float). Read where given: `size`; `base`
       (as `sft`, the model before it); `stop_rate`, `format_rate` and `reward_score` of a version;
-      `speed.<stage>.tokens_per_second` and `.matmul_share`.
+      `speed.<stage>.tokens_per_second` and `.matmul_share`; `ppo_seconds.rollout`, `.score`, `.train`;
+      `pretrain.held_out_lines_seen` by source.
     figures: by name. pretrain_loss, bits_per_byte, sft_loss, reward_accuracy, best_of_n, rejection_loss, ppo,
       over_optimisation and verdict have their place; others are shown at the end.
     samples: `{"prompt": str | messages, "reference": str, "is_safety": bool, "answers": {version: str},

@@ -113,15 +113,24 @@ def _verdict(results: Mapping) -> Section:
 
 def _pretraining(results: Mapping) -> Section:
     pretrain = results.get("pretrain") or {}
+    seen = {s: lookup(pretrain, f"held_out_lines_seen.{s}") for s in pretrain.get("bits_per_byte") or {}}
     rows = []
-    for source in pretrain.get("bits_per_byte") or {}:
+    for source in seen:
         ours, xz = (lookup(pretrain, f"{key}.{source}") for key in ("bits_per_byte", "xz_bits_per_byte"))
         saved = "not run" if ours is None or not xz else f"{100 * abs(1 - ours / xz):.0f} % {'fewer' if ours < xz else 'more'}"
-        rows.append([source.replace("_", " "), number(ours), number(xz), saved])
+        lines = "" if seen[source] is None else percent(seen[source])
+        rows.append([source.replace("_", " "), number(ours), number(xz), saved, lines])
+    notes = ["Bits per byte on held-out documents, beside xz -9e on the same documents (paper section 2)."]
+    if any(seen.values()):
+        notes.append(
+            "Documents and passages that stand in training text too are taken out of it; single lines of programs stay "
+            "and help the model a little: the last column is the share of the held-out documents' long lines that is there."
+        )
+    columns = ["source", "model", "xz -9e", "model needs", "lines seen in training"]
     return Section(
         "Pretraining",
-        notes=["Bits per byte on held-out documents, beside xz -9e on the same documents (paper section 2)."],
-        tables=[Table(["source", "model", "xz -9e", "model needs"], rows or [["all", *["not run"] * 3]])],
+        notes=notes,
+        tables=[Table(columns, rows or [["all", *["not run"] * 3, ""]])],
         figures=["pretrain_loss", "loss", "bits_per_byte"],
     )
 
@@ -303,9 +312,17 @@ def _time(results: Mapping) -> Section:
                 "" if ceiling is None else percent(ceiling),
             ]
         )
-    return Section(
-        "Time", tables=[Table(["stage", "time", "share", "tokens/s", "of the matmul ceiling"], rows)]
-    )
+    tables = [Table(["stage", "time", "share", "tokens/s", "of the matmul ceiling"], rows)]
+    notes = [
+        "Tokens/s are those of a stage's steps, the padding of rows included; PPO's have its rollouts between them. The last "
+        "column: operations of what is trained, beside the best rate of a large matrix product on this machine."
+    ]
+    parts = {name: lookup(results, f"ppo_seconds.{name}") for name in ("rollout", "score", "train")}
+    if any(value is not None for value in parts.values()):
+        notes.append("The second table: what an iteration of PPO spends its time on.")
+        cells = [["PPO, seconds of an iteration", *("" if v is None else number(v, 2) for v in parts.values())]]
+        tables.append(Table(["", "rollout", "scoring", "training"], cells))
+    return Section("Time", notes=notes, tables=tables)
 
 
 def _with_interval(results: Mapping, path: str, text) -> str:

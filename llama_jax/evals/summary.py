@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.corpus_build.manifest import read_manifest
 from llama_jax.data.sources import read_jsonl
 from llama_jax.evals import distillation_figure, drawings, figures, ghost_figures, model_figures, progress, reward_figures
 from llama_jax.evals.plots import Plot
 from llama_jax.evals.report_sections import optimisation
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import METRICS_FILE, read_metrics
 
 
 def reward_accuracies(summary: dict[str, Any]) -> dict[str, float]:
@@ -26,6 +27,11 @@ def bits_per_byte(summary: dict[str, Any]) -> dict[str, float]:
     """Held-out bits per byte by source."""
     prefix = "bits_per_byte/"
     return {name.removeprefix(prefix): value for name, value in summary["held_out"].items() if name.startswith(prefix)}
+
+
+def held_out_lines_seen(corpus: Path) -> dict[str, float]:
+    """By source, the share of long held-out lines that the training text has too (`corpus_build.split.lines_seen`)."""
+    return {name: source["held_out_lines_seen"] for name, source in read_manifest(corpus)["sources"].items()}
 
 
 def rewards_of_samples(path: Path) -> np.ndarray:
@@ -59,6 +65,15 @@ def ghost_samples(workdir: Path) -> dict[str, dict[str, float]]:
         share = float(np.mean(decided)) if decided else float("nan")
         found[path.parts[-3]] = {"samples": len(samples), "decided": len(decided), "obeyed": share, "kept": kept}
     return found
+
+
+def ppo_seconds(workdir: Path) -> dict[str, float]:
+    """Median seconds of the parts of an iteration (the first compiles), as far as they were logged; {} without PPO."""
+    if not (workdir / METRICS_FILE).exists():
+        return {}
+    logged = {name.removeprefix("seconds/"): log for name, log in read_metrics(workdir).items() if name.startswith("seconds/")}
+    parts = [name for name in ("rollout", "score", "train") if np.isfinite(logged.get(name, np.nan)).any()]
+    return {name: float(np.nanmedian(logged[name])) for name in parts}
 
 
 def label_of(name: str) -> str:

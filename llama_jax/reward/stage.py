@@ -242,10 +242,11 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
         loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
     begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
+    source = batches(train, seed=loop.seed)
     evaluate = None
     if validation:
-        source = batches(sorted(validation, key=lambda pair: pair.tokens), seed=0)
-        evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
+        judged = batches(sorted(validation, key=lambda pair: pair.tokens), seed=0)
+        evaluate = evaluation(loss, judged.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=f"reward model ({config.name})",
         specs=begun.specs,
@@ -253,9 +254,9 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
         frozen=begun.frozen,
         optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(begun.specs)),
         loss=loss,
-        source=Supervised(batches(train, seed=config.loop.seed)),
+        source=Supervised(source),
         evaluate=evaluate,
-        tokens_per_step=2 * loop.batch_size * length,
+        tokens_per_step=round(2 * loop.batch_size * getattr(source, "mean_length", length)),  # of rows in buckets
         show="accuracy/all",
         meta=meta(config, model, tokenizer) | begun.meta,
         measure=Measure(
