@@ -202,6 +202,10 @@ class DpoSource:
         del params
         return self.with_reference(self.batches.batch(step)), {}
 
+    def examples(self) -> Iterator[DpoBatch]:
+        """A batch of each shape, where they have several."""
+        return map(self.with_reference, self.batches.shapes()) if hasattr(self.batches, "shapes") else iter(())
+
     def eval_batches(self) -> Iterator[DpoBatch]:
         """One epoch in stored order."""
         return self.batches.eval_batches()

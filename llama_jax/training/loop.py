@@ -30,7 +30,7 @@ from llama_jax.training.recorder import Diverged, Recorder
 from llama_jax.training.spikes import Spike, Spikes
 from llama_jax.training.stage import LoopConfig, Stage
 from llama_jax.training.state import TrainState, abstract_state, born_sharded
-from llama_jax.training.step import check_batch, make_step
+from llama_jax.training.step import Programs, check_batch, make_step, put_batch
 from llama_jax.training.workdir import claim, finished
 
 __all__ = ["Diverged", "Preempted", "claim", "finished", "train"]
@@ -97,7 +97,7 @@ class _Run:
         )  # fmt: skip
         self.target = abstract_state(stage.specs, stage.optimizer, mesh)
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.target)
-        self.step_function = make_step(stage.loss, stage.optimizer, microbatches=config.microbatches, layout=layout)
+        self.programs = Programs(make_step(stage.loss, stage.optimizer, microbatches=config.microbatches, layout=layout))
         self.schedule = jax.device_put(getattr(stage.optimizer, "schedule", None), NamedSharding(mesh, PartitionSpec()))
 
     def start(self) -> tuple[TrainState, dict[str, Any]]:
@@ -112,6 +112,12 @@ class _Run:
         state = born_sharded(self.stage.init, self.stage.specs, self.stage.optimizer, self.mesh)
         logged = {"metrics": {}, "tokens_per_second": 0.0}
         return state, {"step": 0, "seconds": 0.0, "productive": 0.0, "logged": logged}
+
+    def compile_for_examples(self, state: TrainState) -> None:
+        """Where batches have several shapes, a program for each, before the first step."""
+        examples = getattr(self.stage.source, "examples", lambda: ())
+        for batch in [] if self.programs.compiled else examples():
+            self.programs.compile(state, put_batch(batch, self.mesh), self.stage.frozen, self.schedule)
 
     def rewind(self, spike: Spike) -> None:
         """After a spike: notes which batches are left out from the newest checkpoint on."""
@@ -189,7 +195,9 @@ class _Run:
                     self.watchdog.at("batch", step)
                     batch, source_metrics = feed.batch(step, stage.whole(state.params))
                     self.watchdog.at("step", step)
-                    state, means = self.step_function(state, batch, stage.frozen, self.schedule)
+                    if step == first:
+                        self.compile_for_examples(state)
+                    state, means = self.programs(state, batch, stage.frozen, self.schedule)
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done, last = step + 1, step + 1 == config.steps

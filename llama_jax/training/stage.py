@@ -5,7 +5,7 @@ happens when all have been added.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import flax.struct
@@ -43,6 +43,9 @@ class Source(Protocol):
     A supervised source is a pure function of the step (`looks_at_params` False): the loop computes batch k + 1 while the
     device works on k. An RL source rolls the current parameters out; what it holds between steps is its `state`, which
     the loop saves and restores with the parameters, so that resuming is exact inside a rollout too.
+
+    A source whose batches have several shapes also has `examples()`, a batch of each: the loop compiles for all of them before
+    the first step, since a program that is compiled in the middle of a run makes a pod wait, or its watchdog end it.
     """
 
     looks_at_params: bool
@@ -75,6 +78,10 @@ class Supervised:
 
     def restore(self, state: Any) -> None:
         """Nothing to take up."""
+
+    def examples(self) -> Iterator[Batch]:
+        """A batch of each shape, where they have several."""
+        return self.batches.shapes() if hasattr(self.batches, "shapes") else iter(())
 
     def rows(self, step: int) -> Any:
         """Which rows the global batch of a step has, where the batches can tell: for the report of a bad one."""

@@ -73,6 +73,27 @@ def make_step(
     )
 
 
+class Programs:
+    """A jitted train step, compiled beforehand for the shapes of batches that are known."""
+
+    def __init__(self, step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]):
+        self.step = step
+        self.compiled: dict[Any, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
+
+    def compile(self, state: TrainState, batch: Any, *others: Any) -> None:
+        """For batches of this one's shapes; the arguments are those of the step, and nothing is computed."""
+        self.compiled[_shapes(batch)] = self.step.lower(state, batch, *others).compile()
+
+    def __call__(self, state: TrainState, batch: Any, *others: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The step."""
+        program = self.compiled.get(_shapes(batch), self.step) if self.compiled else self.step
+        return program(state, batch, *others)
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
 def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: Any):
     """Sums over microbatches of (gradient of the objective's sum, objective, metrics); gradients lie as `layout` says."""
 
