@@ -584,6 +584,8 @@ def test_code_is_judged_by_running_it(tmp_path):
 
 
 def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tmp_path, monkeypatch):
+    from lm_eval.api.model import LM
+
     write_rows(tmp_path / "humaneval.jsonl", [
         {"task_id": f"x/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}", "canonical_solution": "", "test": "T"}
         for i in range(3)
@@ -596,10 +598,18 @@ def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tm
             done()
         return [sandbox.Outcome("def f1" in program, "") for program in programs]
 
+    class Model(LM):
+        kept = loglikelihood = loglikelihood_rolling = None
+
+        def generate_until(self, requests):
+            self.cut, self.less_room = {}, {"generate_until": 2}
+            return [f"    return {number}\n" for number in range(len(requests))]
+
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: Model())
     monkeypatch.setattr(tasks, "run_all", run_all)
     monkeypatch.setattr(sandbox, "require", lambda: None)
     how = {"shots": 0, "metric": "pass@2", "samples": 2, "k": (1, 2), "temperature": 0.8}
-    config = config_of(checkpoints, tmp_path, ("model0",), tasks={"humaneval": how}, scoring={"row": 128})
+    config = config_of(checkpoints, tmp_path, ("model0",), tasks={"humaneval": how})
     values = evaluate.run(config, tmp_path / "out", quiet=True)
     assert not values["tasks"] and not tried and any("--run_code judges them" in note for note in values["notes"])
     kept = json.loads((tmp_path / "out/model0/answers/humaneval.json").read_text())
@@ -607,7 +617,7 @@ def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tm
     monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
     values = evaluate.run(dataclasses.replace(config, run_code=True), tmp_path / "out", quiet=True)
     assert values["tasks"]["humaneval"]["value"] == pytest.approx(1 / 3) and values["tasks"]["humaneval"]["pass@1"] == 1 / 3
-    assert values["tasks"]["humaneval"]["less_room"] == kept["less_room"] and len(tried) == 1
+    assert values["tasks"]["humaneval"]["less_room"] == kept["less_room"] == 2 and len(tried) == 1
     assert sorted(tried[0]) == sorted({f"{prompt}{answer}\nT\ncheck({prompt[4:6]})\n"
                                        for prompt, answer in zip(kept["prompts"], kept["answers"])})  # fmt: skip
     task = tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(tmp_path))
