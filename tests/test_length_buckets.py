@@ -68,6 +68,19 @@ def test_padding_is_less_than_half_of_what_it_was_and_lengths_come_mixed():
     assert len({tuple(widths[i : i + 20]) for i in range(0, 160, 20)}) == 8
 
 
+def test_the_mean_length_is_that_of_the_batches():
+    source = make(rows(640), lengths=padded_lengths(16, 2))
+    assert source.mean_length == np.mean([source.batch(step).shape[1] for step in range(source.window)]) < 13
+
+
+def test_a_batch_of_each_length_that_occurs_is_an_example():
+    source = make(rows(640), lengths=(4, 8, 12, 16))
+    shapes = {source.batch(step).shape for step in range(2 * source.window)}
+    examples = list(source.shapes())
+    assert [batch.shape for batch in examples] == sorted(shapes) and len(shapes) == 4
+    assert all((batch[:, 0] == -1).all() for batch in examples)
+
+
 def test_processes_share_a_length_and_their_parts_are_the_global_batch():
     examples = rows(40)
     parts = [make(examples, process_index=i, process_count=2) for i in (0, 1)]
@@ -92,11 +105,12 @@ def test_a_row_that_fits_no_length_is_an_error():
 def test_a_reward_model_trained_in_buckets_reports_each_pair_by_its_own_score(monkeypatch, tmp_path):
     monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
     small_runs.prepare(tmp_path)
-    pairs = [{"prompt": "a", "chosen": "bc " * (1 + 5 * i % 11), "rejected": "d " * (1 + 3 * i % 5)} for i in range(11)]
+    pairs = [{"prompt": "a", "chosen": "bc " * (1 + 5 * i % 11), "rejected": "d " * (1 + 3 * i % 5)} for i in range(44)]
     write_jsonl(tmp_path / "mixed.jsonl", pairs)
     files = {name: (str(tmp_path / "mixed.jsonl"),) for name in ("train", "held_out", "validation")}
-    values = small_runs.values(tmp_path, "reward", steps=4, data={**files, "length": 48, "buckets": 4})
-    run(values, tmp_path / "reward")
+    values = small_runs.values(tmp_path, "reward", steps=8, data={**files, "length": 48, "buckets": 4})
+    summary = run(values, tmp_path / "reward")
+    assert summary["compilations_after_warm_up"] == 0 and summary["compilations"] > 1
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     encoded = encode_comparisons(files["held_out"][0], tokenizer, length=48, margin="none")
     widths = {len(ids) for pair in encoded for ids in (pair.chosen, pair.rejected)}

@@ -16,6 +16,7 @@ import numpy as np
 
 from llama_jax.data.loader import IndexedBatches
 
+_SHAPES = 2  # windows whose lengths are looked up beforehand
 _WINDOW = 64  # batches: enough for batches of one length, few enough that an epoch stays well mixed
 
 
@@ -66,6 +67,23 @@ class BucketedBatches(IndexedBatches):
         """This process's slice of global batch `step`."""
         return self._padded([self.examples[i] for i in self.rows(step)])
 
+    def shapes(self) -> Iterator[Any]:
+        """A batch without weight for each length that batches of the first windows are padded to (as good as all)."""
+        if self.blank is None:
+            return
+        row = self.blank(self.examples[int(np.argmin(self._sizes))])
+        for length in sorted({self._length(size) for window in range(_SHAPES) for size in self._longest(window)}):
+            yield self.collate([row] * (self.batch_size // self.process_count), length=length)
+
+    def _longest(self, window: int) -> np.ndarray:
+        """The longest row of each batch of a window. # int [W]"""
+        return self._sizes[self._sorted(window)].max(axis=1)
+
+    @functools.cached_property
+    def mean_length(self) -> float:
+        """What batches are padded to, on average: of the first window, which stands for the others."""
+        return float(np.mean([self._length(size) for size in self._longest(0)]))
+
     def eval_batches(self) -> Iterator[Any]:
         """One epoch in stored order (sort it, and little is padded); the last batch is filled with `blank` examples."""
         for start in range(0, self.num_examples, self.batch_size):
@@ -76,10 +94,14 @@ class BucketedBatches(IndexedBatches):
 
     def _padded(self, rows: Sequence[Any]) -> Any:
         """This process's part of a global batch, padded as far as the longest row of all processes needs."""
-        longest = max(self.size(row) for row in rows)
+        length = self._length(max(self.size(row) for row in rows))
+        local = self.batch_size // self.process_count
+        mine = rows[self.process_index * local : (self.process_index + 1) * local]
+        return self.collate(mine, length=length)
+
+    def _length(self, longest: int) -> int:
+        """The first of the lengths that a row fits into."""
         at = bisect.bisect_left(self.lengths, longest)
         if at == len(self.lengths):
             raise ValueError(f"a row of {longest} tokens does not fit into {self.lengths[-1]}")
-        local = self.batch_size // self.process_count
-        mine = rows[self.process_index * local : (self.process_index + 1) * local]
-        return self.collate(mine, length=self.lengths[at])
+        return self.lengths[at]
