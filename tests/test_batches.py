@@ -1,5 +1,6 @@
 """Ids to batches: packed rows (paper section 3.1), batches as functions of (seed, step), token blocks (section 2.1)."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -8,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError
+from llama_jax.corpus_build import manifest
 from llama_jax.corpus_build.blocks import write_blocks
 from llama_jax.data import loader, packing
 from llama_jax.data.blocks import block_ids, block_record
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
-from llama_jax.pretrain.stage import mixture
+from llama_jax.pretrain import stage
+from llama_jax.pretrain.stage import Drawn, mixture
 
 TEXTS = [f"the model reads line {i} of a text: {'and counts its tokens ' * (i % 7)}" for i in range(60)]
 
@@ -209,6 +212,24 @@ def test_the_mixture_has_its_shares_and_each_epoch_is_whole_and_new(shards):
         epochs = [rows[start : start + count] for start in range(0, len(rows) - count + 1, count)]
         assert len(epochs) >= 2 and len({tuple(epoch) for epoch in epochs}) == len(epochs)
         assert all(Counter(epoch) == Counter(epochs[0]) and len(epoch) == count for epoch in epochs)
+
+
+def test_a_run_tells_how_often_it_has_seen_each_source(shards):
+    drawn = Drawn(block_source(shards))
+    steps = 101
+    names = [row.partition(":")[0] for step in range(steps) for row in drawn.rows(step)]
+    blocks = drawn.batches.num_blocks
+    told = drawn.batch(steps - 1, None)[1]
+    assert told == {f"epochs/{name}": pytest.approx(names.count(name) / blocks[name], abs=1 / blocks[name]) for name in blocks}
+    assert drawn.batch(1, None)[1] == {}  # a step that tells something is logged
+
+
+def test_checksums_are_compared_where_that_takes_seconds(tmp_path, monkeypatch):
+    values = {name: {} for name in manifest.FIELDS} | {"files": {"a": {"bytes": 10}, "b": {"bytes": 5}}}
+    (tmp_path / manifest.NAME).write_text(json.dumps(values))
+    assert stage.is_quickly_read(str(tmp_path)) and not stage.is_quickly_read("gs://bucket/corpus")
+    monkeypatch.setattr(stage, "_QUICKLY_READ", 14)
+    assert not stage.is_quickly_read(str(tmp_path))
 
 
 def test_block_evaluation_reads_every_block_once(shards):

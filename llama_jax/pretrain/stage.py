@@ -1,6 +1,7 @@
 """Pretraining on a mixture of token blocks (paper section 2.2, Fig. 5); held out: bits per byte by source."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, suggestion
-from llama_jax.corpus_build.manifest import check_manifest
+from llama_jax.corpus_build.manifest import check_manifest, read_manifest
 from llama_jax.data.blocks import block_record
 from llama_jax.data.loader import BlockSource, TokenBatch, block_batch, row_source
 from llama_jax.data.sources import read_jsonl
@@ -23,6 +24,11 @@ from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Stage, Supervised
 from llama_jax.training.step import put_batch
+
+log = logging.getLogger(__name__)
+
+_QUICKLY_READ = 20 * 10**9  # bytes: some seconds
+_TOLD_EVERY = 100  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +59,7 @@ class PretrainConfig(StageConfig):
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The pretraining stage."""
     model, tokenizer = load_tokenizer(config)
-    # A bucket keeps checksums of its own; to read terabytes on each host before the first step would take hours.
-    manifest = check_manifest(config.data.corpus, tokenizer, checksums=not is_remote(config.data.corpus))
+    manifest = check_manifest(config.data.corpus, tokenizer, checksums=is_quickly_read(config.data.corpus))
     length = manifest["block_length"]
     if length > model.max_length:
         raise ConfigError(f"{config.data.corpus}: blocks of {length} tokens, model {model.name} takes {model.max_length}")
@@ -65,6 +70,12 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         config.loop.batch_size, config.loop.seed,
         separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(mesh),
     )  # fmt: skip
+    drawn = Drawn(source)
+    cap = manifest["config"].get("max_epochs")
+    for name, epochs in drawn.epochs(config.loop.steps).items():
+        if cap is not None and epochs > cap * 1.01:
+            log.warning("source %s is seen %.2f times in loop.steps=%d; its corpus was made for at most %g",
+                        name, epochs, config.loop.steps, cap)  # fmt: skip
     begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     held_out = {
@@ -77,13 +88,39 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         frozen=begun.frozen,
         optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(begun.specs)),
         loss=language_model_loss(model, config.compute, z_loss=config.z_loss),
-        source=Supervised(source),
+        source=drawn,
         evaluate=bits_per_byte(
             loss, held_out, tokenizer, length=length, batch_size=config.loop.batch_size, mesh=mesh
         ),
         tokens_per_step=config.loop.batch_size * length,
         meta=meta(config, model, tokenizer) | begun.meta,
     )
+
+
+def is_quickly_read(corpus: str) -> bool:
+    """Whether its checksums may be compared at every start. A bucket keeps checksums of its own, and to read terabytes on each
+    host would take hours: `python -m llama_jax.corpus` with the config of a corpus that is there compares them once."""
+    return not is_remote(corpus) and sum(file["bytes"] for file in read_manifest(corpus)["files"].values()) <= _QUICKLY_READ
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Supervised):
+    """A mixture of blocks that tells how often each source was seen so far (`epochs/<source>`), as the corpus planned it."""
+
+    batches: BlockSource
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source is seen in so many steps; exact to a block, since the mixture deals out its shares evenly."""
+        weights = self.batches.weights
+        rows, whole = steps * self.batches.batch_size, sum(weights.values())
+        return {name: rows * weights[name] / whole / blocks for name, blocks in self.batches.num_blocks.items()}
+
+    def batch(self, step: int, params: Params) -> tuple[TokenBatch, Mapping[str, float]]:
+        """The batch of a step; the parameters are not looked at. Some steps tell the epochs."""
+        batch, metrics = super().batch(step, params)
+        if step % _TOLD_EVERY:
+            return batch, metrics
+        return batch, {**metrics, **{f"epochs/{name}": value for name, value in self.epochs(step + 1).items()}}
 
 
 def mixture(weights: Mapping[str, float], planned: Mapping[str, float]) -> Mapping[str, float]:
