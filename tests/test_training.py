@@ -370,8 +370,6 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, mesh,
         damage(path, how)
     with caplog.at_level(logging.WARNING):
         state, source, meta = restore(tmp_path, target)
-    if meta["step"] == 2 and part == "meta" and how == "flipped":
-        return  # a letter of a name that nobody reads
     assert (meta["step"], float(source["buffer"][0])) == (1, 1.0)
     assert_equal(state, states[1])
     assert "checkpoint 2 of" in caplog.text and "damaged" in caplog.text
