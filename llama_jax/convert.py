@@ -2,7 +2,8 @@
 
 `--input` is Meta's directory, Hugging Face's, a `.gguf` or a workdir of ours (what lies there is recognised); `--to` is one of
 `huggingface`, `meta` and `llama_jax`. A converted workdir is a `--config.start` of every stage. Tensors stream through one by
-one, checked before anything is written; the output appears whole or not at all. One process does it.
+one, checked before anything is written; the output appears whole or not at all. One process does it. What many devices saved
+is put together in a scratch file of `TMPDIR`, as large as the largest parameter of all layers.
 """
 
 import functools

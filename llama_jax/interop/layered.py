@@ -105,7 +105,10 @@ class Layers:
         size = math.prod(self.shape[1:]) * self._dtype.itemsize
         total, folder = self.shape[0] * size, tempfile.gettempdir()
         if (free := shutil.disk_usage(folder).free) < total:  # writing into a mapping of a full disk would end the process
-            raise OSError(f"putting its layers together takes {total:,} bytes in {folder} (TMPDIR), which has {free:,}")
+            raise OSError(
+                f"putting its layers together takes {total:,} bytes in {folder} (TMPDIR), which has {free:,}; TMPDIR=... names "
+                "another place"
+            )
         self._scratch.truncate(total)
         for index in itertools.product(*(_parts(*sizes) for sizes in zip(self.shape, chunk, strict=True))):
             piece = read(self._array, index)
@@ -114,6 +117,7 @@ class Layers:
                 place = np.memmap(self._scratch, self._dtype, "r+", offset=layer * size, shape=self.shape[1:])
                 place[index[1:]] = part
                 del place
+            del piece, part  # before the next one comes
 
 
 def _parts(length: int, size: int) -> Iterator[slice]:
