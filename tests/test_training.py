@@ -604,8 +604,10 @@ def test_a_finished_stage_is_not_run_again_and_a_changed_config_is_refused(tmp_p
 
 def test_claim_writes_once_and_names_what_differs(tmp_path):
     claim(tmp_path, {"a": 1, "files": ("x",)})
-    claim(tmp_path, {"a": 2, "files": ("x",)})  # nothing has begun here
+    (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, {"a": 2, "files": ("x",)})  # it ended before its first checkpoint: there is nothing to go on from
+    (tmp_path / "checkpoints" / "3").mkdir()
     claim(tmp_path, {"a": 2, "files": ("x",)})
     with pytest.raises(ConfigError, match=r"begun with another config(?s:.*)a: 2 -> 3"):
         claim(tmp_path, {"a": 3, "files": ("x",)})

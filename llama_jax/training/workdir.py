@@ -28,7 +28,8 @@ from llama_jax.training.metrics import METRICS_FILE
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_NOT_BEGUN = (_LOCK, "config.json", "compiled", "logs", ATTEMPTS)  # what a run that was refused may leave behind
+# What a run leaves behind that was refused, or ended before its first checkpoint: nothing that another could go on from.
+_NOT_BEGUN = (_LOCK, "config.json", "compiled", "logs", "tensorboard", "reached.json", METRICS_FILE, ATTEMPTS)
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = No
     """Writes the run's config into its workdir, or refuses to go on under another one, naming the fields that differ.
 
     With `kind`, the config's class, a run that an older version of the library began goes on if new fields have their
-    defaults. A workdir that holds nothing but a config (a run that was refused before it began) is free to take another one.
+    defaults. A workdir of a run that was refused, or that ended before its first checkpoint, is free to take another one.
     Host 0 reads and writes for all: they would write one file at the same moment.
 
     Raises:
@@ -103,7 +104,7 @@ def _for_all(act: Callable[..., None], *arguments: Any) -> None:
 
 def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> None:
     path = workdir / "config.json"
-    if path.exists() and any(other.name not in _NOT_BEGUN for other in workdir.iterdir()):
+    if path.exists() and _is_begun(workdir):
         old = json.loads(path.read_text())
         changed = differences(json.loads(json.dumps(with_defaults(kind, old))) if kind else old, described)
         if changed:
@@ -115,6 +116,11 @@ def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> No
     if path.exists() and json.loads(path.read_text()) != described:
         (workdir / ATTEMPTS).unlink(missing_ok=True)  # those were starts of another run
     write_json(path, described)
+
+
+def _is_begun(workdir: Path) -> bool:
+    others = [other for other in workdir.iterdir() if other.name not in _NOT_BEGUN]
+    return any(other.name != "checkpoints" or steps_in(other) for other in others)
 
 
 def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
