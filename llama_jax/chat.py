@@ -33,7 +33,7 @@ from llama_jax.lines import Input, Interrupts, open_input, shared
 from llama_jax.model.decode import prepare
 from llama_jax.model.params import table
 from llama_jax.parallel.axes import batch_shards
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.parallel.hosts import from_host_0
 from llama_jax.pretrained import Model, load
 from llama_jax.requests import PAUSE, answer_lines
@@ -185,6 +185,7 @@ def talk(dialog: Dialog, lines: Iterable[str | None], out: TextIO, *, rates: boo
 def main() -> None:
     """Talks on a terminal; answers what comes through a pipe or a file."""
     keep_heap()
+    keep_compiled_at_home()
     values = flags.FLAGS
     choice = Choice(temperature=values.temperature, top_p=values.top_p).check()
     place = values.checkpoint or values.workdir
@@ -215,7 +216,9 @@ def main() -> None:
             int8_cache=values.int8_cache,
         )  # fmt: skip
 
-    engine, model = open_engine(place, settings, tokenizer=values.tokenizer, int8=values.int8_weights)
+    engine, model = open_engine(
+        place, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor
+    )
     with jax.set_mesh(model.mesh):
         if kind == "requests":
             defaults = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
@@ -244,6 +247,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 0.9, "nucleus")
     flags.DEFINE_integer("max_tokens", 256, "longest answer")
     flags.DEFINE_integer("max_length", 0, "tokens of a dialog; 0: the model's context")
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("seed", 1, "of the sampling")

@@ -30,7 +30,7 @@ from llama_jax.convert import one_process
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_shards
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
 from llama_jax.sampling.request import EngineConfig
@@ -330,6 +330,7 @@ def main() -> None:
         raise ModuleNotFoundError(f"serving needs the package {error.name}: pip install 'llama_jax[serve]'") from None
     one_process("serve")
     keep_heap()
+    keep_compiled_at_home()
     values = flags.FLAGS
     key = values.api_key or os.environ.get("LLAMA_JAX_API_KEY", "")
     if values.host not in LOCAL and not key:
@@ -345,7 +346,9 @@ def main() -> None:
         slots = -(-values.slots // shards) * shards  # the devices share them
         return EngineConfig(slots=slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache)
 
-    engine, model = open_engine(values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights)
+    engine, model = open_engine(
+        values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor
+    )
     worker = Worker(engine, model.mesh, queue=values.queue)
     server = Server(
         worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,
@@ -367,6 +370,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429")
     flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context")
     flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say")
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host")

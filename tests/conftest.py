@@ -13,6 +13,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 jax.config.update("jax_num_cpu_devices", 8)  # before anything touches a device
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Commands that are started keep compiled programs in a cache of the session, not in the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     """Two layers with grouped queries, much smaller than the preset: compiles in a second."""

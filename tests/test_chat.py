@@ -25,6 +25,7 @@ from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, Compute, ModelConfig
 from llama_jax.model.decode import prepare
+from llama_jax.parallel import host
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request
@@ -479,3 +480,19 @@ def test_requests_have_the_defaults_of_the_api(tokenizer):
         {"prompt": ["a", "b"], "max_completion_tokens": 3, "stop": "x", "n": 2}, tokenizer, context=96, default_tokens=9
     )
     assert [(one.max_tokens, one.stops, one.n) for one in several] == [(3, ("x",), 2)] * 2
+
+
+def test_programs_are_kept_in_the_users_cache_by_kind_of_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before, found = jax.config.jax_compilation_cache_dir, []
+    try:
+        for instructions in ("avx2", "avx2 avx512f", "avx2"):
+            monkeypatch.setattr(host, "_cpu_flags", lambda instructions=instructions: instructions)
+            jax.config.update("jax_compilation_cache_dir", None)
+            host.keep_compiled_at_home()
+            found.append(jax.config.jax_compilation_cache_dir)
+        host.keep_compiled("elsewhere")  # a cache that is chosen already stays
+        assert jax.config.jax_compilation_cache_dir == found[2] == found[0] != found[1]
+        assert all(path.startswith(f"{tmp_path}/llama_jax/") for path in found)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
