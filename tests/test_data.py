@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import dialog, sources
-from llama_jax.data.dialog import encode_dialog, encode_prompt
+from llama_jax.data.dialog import DialogRow, encode_dialog, encode_dialogs, encode_prompt
 from llama_jax.data.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, model_class
 from llama_jax.data.tokenizer import FIRST_BYTE_ID, Tokenizer, train_tokenizer
 
@@ -316,6 +316,24 @@ def test_what_is_no_dialog_is_refused_by_field(tokenizer, messages, message):
     for encode in (encode_dialog, encode_prompt):
         with pytest.raises(ValueError, match="rows.jsonl:3: " + message):
             encode(messages, tokenizer, where="rows.jsonl:3")
+
+
+def test_dialogs_encoded_together_are_those_encoded_alone(tokenizer):
+    user, other, reply = ({"role": role, "content": text} for role, text in (
+        ("user", " what is a loop? "), ("assistant", "a line of text"), ("assistant", "2024 tokens\n")))  # fmt: skip
+    system = {"role": "system", "content": "be kind"}
+    rows = [
+        DialogRow([user, reply]), DialogRow([system, user, other, user, reply]),
+        DialogRow([user, other, user, reply], train_on="last"),
+        DialogRow([system, user, other, user, reply], prompt_messages=4),
+    ]  # fmt: skip
+    for row, found in zip(rows, encode_dialogs(rows, tokenizer), strict=True):
+        how = {"train_on": row.train_on, "prompt_messages": row.prompt_messages}
+        alone = encode_dialog(row.messages, tokenizer, **how)
+        assert (found.ids.tolist(), found.supervised.tolist()) == (alone.ids, alone.supervised)
+        assert (found.ids.dtype, found.supervised.dtype) == (np.int32, bool)
+    with pytest.raises(ValueError, match="^rows.jsonl:7: messages: expected the last one from the assistant"):
+        encode_dialogs([DialogRow([user], where="rows.jsonl:7")], tokenizer)
 
 
 def test_dialogs_end_with_an_answer_and_prompts_with_a_question(tokenizer):

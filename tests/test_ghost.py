@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -277,15 +278,17 @@ def test_a_rows_own_train_on_comes_first(tmp_path, monkeypatch):
     from llama_jax.sft import stage
 
     seen = []
-    def encode(messages, tokenizer, *, train_on, **_):
-        seen.append(train_on)
-        return EncodedDialog([1], [True])
 
-    monkeypatch.setattr(stage, "encode_dialog", encode)
+    def encode(rows, tokenizer):
+        seen.extend(row.train_on for row in rows)
+        return [EncodedDialog([1], [True])] * len(rows)
+
+    monkeypatch.setattr(stage, "encode_dialogs", encode)
     monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length, overlong: stage.Packed([1], [], 0, 0))
     rows = [{"messages": dialog("a", 1)}, {"messages": dialog("b", 1), "train_on": "last"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    stage.packed_dialogs((str(tmp_path / "rows.jsonl"),), None, length=8)
+    tokenizer = types.SimpleNamespace(fingerprint="none", chat_template=None)
+    stage.packed_dialogs((str(tmp_path / "rows.jsonl"),), tokenizer, length=8)
     assert seen == ["all", "last"]
 
 

@@ -9,6 +9,7 @@ import pytest
 from llama_jax.data import rows, sources
 from llama_jax.data.dialog import encode_dialog
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.sft import stage
 from llama_jax.sft.stage import packed_dialogs
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "preference"
@@ -62,6 +63,18 @@ def test_a_dialog_that_is_all_prompt_is_an_error_with_its_line(tmp_path, tokeniz
     path = written(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "prompt_messages": 2})
     with pytest.raises(ValueError, match=rf"^{path}:2: prompt_messages: expected an answer after the prompt.*got 2 of 2"):
         packed_dialogs((str(path),), tokenizer, length=128)
+
+
+def test_a_file_is_encoded_once_until_it_changes(tmp_path, tokenizer, monkeypatch):
+    read = []
+    monkeypatch.setattr(stage, "read_dialogs", lambda path: read.append(path) or sources.read_dialogs(path))
+    path, again = str(written(tmp_path, {"messages": [USER, ANSWER]})), Tokenizer(tokenizer.path)
+    first = packed_dialogs((path,), tokenizer, length=128)
+    assert packed_dialogs((path, path), again, length=128).tokens == 2 * first.tokens and len(read) == 1
+    packed_dialogs((path,), again, length=128, train_on="last")
+    assert len(read) == 2
+    written(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]})
+    assert packed_dialogs((path,), tokenizer, length=128).tokens == 2 * first.tokens and len(read) == 3
 
 
 def test_a_prompt_may_be_a_text(tmp_path):

@@ -9,9 +9,12 @@ and is refused.
 Loss: zero on the prompt (section 3.1), so what trains is `answer`, its closing space and EOS.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -25,10 +28,10 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class EncodedDialog:
-    """Ids of a finished dialog and, for each, whether it is a target of the loss."""
+    """Ids of a finished dialog and, for each, whether it is a target of the loss: lists, or arrays, which many dialogs need."""
 
-    ids: list[int]
-    supervised: list[bool]
+    ids: Sequence[int] | np.ndarray
+    supervised: Sequence[bool] | np.ndarray
 
 
 def check_messages(messages: Any, where: str = "messages", *, tags: Sequence[str] = TAGS, in_turn: bool = True) -> None:
@@ -96,12 +99,45 @@ def encode_dialog(
     The first `prompt_messages` messages are a prompt: their answers are not supervised.
     """
     check_finished(messages, train_on, where)
-    ids, supervised = [], []
     turns = _merge_system(messages)
-    system = len(messages) - len(turns)
-    for i in range(0, len(turns), 2):
-        pair, answer_start = _encode_pair(turns[i], turns[i + 1], tokenizer)
-        trains = i + 1 + system >= prompt_messages if train_on == "all" else i + 2 == len(turns)
+    pairs = [_encode_pair(turns[i], turns[i + 1], tokenizer) for i in range(0, len(turns), 2)]
+    return _joined(pairs, system=len(messages) - len(turns), train_on=train_on, prompt_messages=prompt_messages)
+
+
+@dataclass(frozen=True)
+class DialogRow:
+    """A dialog and what `encode_dialog` is told of it."""
+
+    messages: Sequence[Message]
+    train_on: Literal["all", "last"] = "all"
+    prompt_messages: int = 0
+    where: str = "messages"
+
+
+def encode_dialogs(rows: Sequence[DialogRow], tokenizer: Tokenizer) -> list[EncodedDialog]:
+    """`encode_dialog` of each row, as arrays, on all of this machine's cores."""
+    dialogs = []
+    for row in rows:
+        check_finished(row.messages, row.train_on, row.where)
+        dialogs.append(_merge_system(row.messages))
+    texts = [text for turns in dialogs for i in range(0, len(turns), 2) for text in _pair_texts(turns[i], turns[i + 1])]
+    encoded = iter(tokenizer.encode_many(texts, threads=os.cpu_count() or 1))
+    found = []
+    for row, turns in zip(rows, dialogs, strict=True):
+        pairs = [_checked_pair(next(encoded), next(encoded), turns[i + 1], tokenizer) for i in range(0, len(turns), 2)]
+        system = len(row.messages) - len(turns)
+        dialog = _joined(pairs, system=system, train_on=row.train_on, prompt_messages=row.prompt_messages)
+        found.append(EncodedDialog(np.array(dialog.ids, np.int32), np.array(dialog.supervised, bool)))
+    return found
+
+
+def _joined(
+    pairs: Sequence[tuple[list[int], int]], *, system: int, train_on: str, prompt_messages: int
+) -> EncodedDialog:
+    """Encoded pairs of turns, behind `system` (0 or 1) messages, as one dialog."""
+    ids, supervised = [], []
+    for number, (pair, answer_start) in enumerate(pairs):
+        trains = 2 * number + 1 + system >= prompt_messages if train_on == "all" else number + 1 == len(pairs)
         ids += pair
         supervised += [False] * answer_start + [trains] * (len(pair) - answer_start)
     return EncodedDialog(ids, supervised)
@@ -158,8 +194,17 @@ def _open_turn(user: str) -> str:
 
 def _encode_pair(user: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """Ids of one finished pair with BOS and EOS, and the index of the first id of the answer."""
-    prompt = tokenizer.encode(_open_turn(user), bos=True)
-    pair = tokenizer.encode(f"{_open_turn(user)} {answer} ", bos=True, eos=True)
+    prompt, pair = (tokenizer.encode(text) for text in _pair_texts(user, answer))
+    return _checked_pair(prompt, pair, answer, tokenizer)
+
+
+def _pair_texts(user: str, answer: str) -> tuple[str, str]:
+    """The open turn alone, and with its answer."""
+    return _open_turn(user), f"{_open_turn(user)} {answer} "
+
+
+def _checked_pair(prompt: list[int], pair: list[int], answer: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of `_pair_texts` as `_encode_pair` returns them."""
     # Pieces end before a space, so the prompt's ids begin the pair's. A tokenizer that merges across spaces
     # would move the border between prompt and answer and train on (or hide) the wrong tokens.
     if pair[: len(prompt)] != prompt:
@@ -167,4 +212,4 @@ def _encode_pair(user: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int
             f"tokenizer {tokenizer.path}: a piece reaches from {E_INST!r} into the answer {answer[:20]!r}, "
             "so prompt and answer have no common border"
         )
-    return pair, len(prompt)
+    return [tokenizer.bos_id, *pair, tokenizer.eos_id], 1 + len(prompt)

@@ -85,7 +85,7 @@ def pack_dialogs(
     for i, example in enumerate(examples):
         if len(example.ids) != len(example.supervised):
             raise ValueError(f"example {i}: {len(example.ids)} ids but {len(example.supervised)} supervised flags")
-        if not any(example.supervised[1:]):
+        if not np.any(example.supervised[1:]):
             raise ValueError(f"example {i}: no supervised token, it would train nothing")
     too_long = [i for i, example in enumerate(examples) if len(example.ids) > row_length]
     if too_long and overlong == "error":
@@ -100,5 +100,5 @@ def pack_dialogs(
         rows=[packed_row([kept[i] for i in group], row_length) for group in groups],
         overlong=too_long,
         tokens=sum(len(example.ids) for example in kept),
-        supervised=sum(sum(example.supervised[1:]) for example in kept),
+        supervised=sum(int(np.sum(example.supervised[1:])) for example in kept),
     )

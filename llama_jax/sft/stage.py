@@ -1,16 +1,20 @@
 """Supervised fine-tuning (paper section 3.1): the chat format, loss on answers only, packed rows, a few epochs."""
 
 import dataclasses
+import functools
 import logging
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.data.chat_template import encode_example
-from llama_jax.data.dialog import EncodedDialog, encode_dialog
+from llama_jax.data.dialog import DialogRow, EncodedDialog, encode_dialogs
 from llama_jax.data.loader import row_source
 from llama_jax.data.packing import Packed, pack_dialogs
 from llama_jax.data.sources import read_dialogs
@@ -31,6 +35,8 @@ from llama_jax.training.stage import LoopConfig, Stage, Supervised, evaluation
 from llama_jax.training.step import check_batch, put_batch
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 4096  # dialogs that are encoded together: enough for many cores, few enough to be held as lists of integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +78,66 @@ def packed_dialogs(
     """
     if chat == "template" and tokenizer.chat_template is None:
         raise ConfigError(f"data.chat=template: tokenizer {tokenizer.path} came without a chat template")
-    encode = encode_example if chat == "template" else encode_dialog
-    examples: list[EncodedDialog] = []
-    for path in paths:
-        for number, row in enumerate(read_dialogs(path), start=1):
-            trained, prompt, where = row["train_on"] or train_on, row["prompt_messages"], f"{path}:{number}"
-            example = encode(row["messages"], tokenizer, train_on=trained, prompt_messages=prompt, where=where)
-            if not any(example.supervised):
-                raise ValueError(
-                    f"{where}: prompt_messages: expected an answer after the prompt, which is not trained on; got {prompt} of "
-                    f"{len(row['messages'])} messages"
-                )
-            examples.append(example)
+    examples = [example for path in paths for example in encoded_dialogs(path, tokenizer, train_on=train_on, chat=chat)]
     packed = pack_dialogs(examples, length, overlong="report")
     if packed.overlong:
         log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)
     if not packed.rows:
         raise ConfigError(f"{', '.join(paths)}: no dialog fits into {length} tokens")
     return packed
+
+
+def encoded_dialogs(path: str, tokenizer: Tokenizer, *, train_on: str, chat: str) -> Sequence[EncodedDialog]:
+    """The dialogs of a data set. Those of a file on this machine are kept: the stages of a recipe read the same ones."""
+    words = _Words(tokenizer.fingerprint, tokenizer.chat_template if chat == "template" else None, tokenizer)
+    if not os.path.isfile(path):
+        return _encode(path, words, train_on, chat)
+    facts = os.stat(path)
+    return _encoded_file(path, (facts.st_ino, facts.st_size, facts.st_mtime_ns), words, train_on, chat)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """A tokenizer, equal to every other one that gives the same ids."""
+
+    fingerprint: str
+    template: str | None
+    tokenizer: Tokenizer = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded_file(
+    path: str, facts: tuple[int, ...], words: _Words, train_on: str, chat: str
+) -> Sequence[EncodedDialog]:
+    del facts  # of the file's content, for the cache
+    return _encode(path, words, train_on, chat)
+
+
+def _encode(path: str, words: _Words, train_on: str, chat: str) -> Sequence[EncodedDialog]:
+    rows = [
+        DialogRow(row["messages"], row["train_on"] or train_on, row["prompt_messages"], f"{path}:{number}")
+        for number, row in enumerate(read_dialogs(path), start=1)
+    ]
+    examples: list[EncodedDialog] = []
+    for start in range(0, len(rows), _AT_ONCE):
+        some = rows[start : start + _AT_ONCE]
+        if chat == "template":
+            examples += [_as_template(row, words.tokenizer) for row in some]
+        else:
+            examples += encode_dialogs(some, words.tokenizer)
+    for row, example in zip(rows, examples, strict=True):
+        if not np.any(example.supervised):
+            raise ValueError(
+                f"{row.where}: prompt_messages: expected an answer after the prompt, which is not trained on; got "
+                f"{row.prompt_messages} of {len(row.messages)} messages"
+            )
+    return examples
+
+
+def _as_template(row: DialogRow, tokenizer: Tokenizer) -> EncodedDialog:
+    how = {"train_on": row.train_on, "prompt_messages": row.prompt_messages, "where": row.where}
+    example = encode_example(row.messages, tokenizer, **how)
+    return EncodedDialog(np.array(example.ids, np.int32), np.array(example.supervised, bool))
 
 
 def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epochs: float, most: int) -> None:
