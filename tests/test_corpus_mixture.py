@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from llama_jax.corpus_build.mixture import plan, shares, table
+from llama_jax.corpus_build.mixture import plan, shares, shortfall, table
 from llama_jax.corpus_build.notices import notices
 from llama_jax.corpus_build.profile import Profile
 
@@ -37,8 +37,21 @@ def test_a_cap_on_epochs_hands_its_share_on():
     rows = plan(weights, dict.fromkeys(TOKENS, 7), TOKENS, total_tokens=1_000_000, max_epochs=4)
     assert [row.capped for row in rows] == [True, True, False] and rows[0].epochs == pytest.approx(4)
     assert "4.00*" in table(rows)
-    with pytest.raises(ValueError, match="10,000,000 tokens of training ask for 9.89 epochs of all sources"):
-        shares(weights, TOKENS, total_tokens=10_000_000, max_epochs=4)
+
+
+def test_a_cap_that_cannot_be_met_plans_what_it_leaves_and_says_so():
+    weights, documents = {"wiki": 0.4, "books": 0.2, "web": 0.4}, dict.fromkeys(TOKENS, 7)
+    rows = plan(weights, documents, TOKENS, total_tokens=10_000_000, max_epochs=4)
+    assert [row.planned_tokens for row in rows] == [4_000, 40_000, 4_000_000] and sum(r.share for r in rows) == pytest.approx(1)
+    assert all(row.capped and row.epochs == pytest.approx(4) for row in rows)
+    said = (
+        "max_epochs leaves 4,044,000 of the 10,000,000 tokens of training asked for, which are 9.89 epochs of all sources: "
+        "train for less, raise max_epochs, or find more text."
+    )
+    assert table(rows).splitlines()[-1] == said == shortfall(rows)
+    assert shortfall(plan(weights, documents, TOKENS, total_tokens=4_044_000, max_epochs=4)) is None
+    nothing = plan({"a": 1.0}, {"a": 0}, {"a": 0}, total_tokens=100, max_epochs=4)  # of which a dry run may tell
+    assert (nothing[0].planned_tokens, nothing[0].epochs) == (0, 0)
 
 
 def test_notices_name_what_is_beyond_the_usual():
@@ -51,7 +64,7 @@ def test_notices_name_what_is_beyond_the_usual():
     odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "bad_files": 2,
            "held_out_lines_seen": 0.2}  # fmt: skip
     profile = Profile(removed=Counter({("c4", "sentences"): 40, ("gopher", "words"): 10}))
-    often = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=5000)
+    often = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=9000, max_epochs=5)
     assert notices({"a": odd}, {"a": profile}, often) == [
         "a: 20% of the documents are left to train on.",
         "a: c4: sentences alone removed 40% of the documents; read its samples.",
@@ -59,5 +72,6 @@ def test_notices_name_what_is_beyond_the_usual():
         "a: 20% of the held-out lines stand in the training text too.",
         "a: 3 rows could not be read.",
         "a: 2 files could not be read to their ends; nobody knows what they held.",
+        shortfall(often),
         "a: will be seen 5.0 times; beyond 4 epochs little is learnt.",
     ]

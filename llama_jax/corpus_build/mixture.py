@@ -1,11 +1,12 @@
 """The mixture: which share of the training tokens each source gives, and how often its text is seen for that.
 
 The paper up-samples its most factual sources and names no numbers. Here a source has a weight, or its share follows from its
-size and a temperature, and a cap on epochs keeps a small source from being seen until it is memorised.
+size and a temperature, and a cap on epochs keeps a small source from being seen until it is memorised. Where all sources
+together hold too little for a run under that cap, the plan is as long as they last, and says so.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Share:
     planned_tokens: int
     epochs: float  # how often the source's text is seen
     capped: bool  # whether `max_epochs` held it down
+    asked_tokens: int  # of the whole run; more than all sources are planned to give if `max_epochs` leaves no more
 
 
 def shares(
@@ -39,8 +41,7 @@ def shares(
       temperature: T, for shares in proportion to weight * tokens^(1/T): 1 is by size, a large T all alike. None: by weight.
       max_epochs: cap on how often a source is seen; what it gives up goes to the others in their proportions.
 
-    Raises:
-      ValueError: all sources together do not hold total_tokens / max_epochs.
+    Where all sources together do not hold total_tokens / max_epochs, each is seen max_epochs times.
     """
     if temperature is not None:
         weights = {name: weight * max(tokens[name], 1) ** (1 / temperature) for name, weight in weights.items()}
@@ -49,11 +50,8 @@ def shares(
     if max_epochs is None:
         return found
     most = {name: max_epochs * tokens[name] / total_tokens for name in weights}
-    if sum(most.values()) < 1:
-        raise ValueError(
-            f"max_epochs: {total_tokens:,} tokens of training ask for {total_tokens / max(sum(tokens.values()), 1):.2f} epochs "
-            f"of all sources; expected at most {max_epochs:g}"
-        )
+    if 0 < (reach := sum(most.values())) < 1:
+        return {name: share / reach for name, share in most.items()}
     full: set[str] = set()
     while over := {name for name in weights if name not in full and found[name] > most[name] * (1 + 1e-12)}:
         full |= over
@@ -73,9 +71,11 @@ def plan(
     temperature: float | None = None,
     max_epochs: float | None = None,
 ) -> list[Share]:
-    """What each source contributes to `total_tokens` of training; `sizes` are bytes. See `shares`."""
+    """What each source contributes to `total_tokens` of training, or to as many as the cap leaves; `sizes` are bytes."""
     found = shares(weights, tokens, total_tokens=total_tokens, temperature=temperature, max_epochs=max_epochs)
     free = shares(weights, tokens, total_tokens=total_tokens, temperature=temperature)
+    reach = total_tokens if max_epochs is None else int(max_epochs * sum(tokens.values()))
+    planned = min(total_tokens, reach)
     return [
         Share(
             source=source,
@@ -83,20 +83,33 @@ def plan(
             bytes=sizes[source] if sizes else 0,
             tokens=tokens[source],
             share=share,
-            planned_tokens=round(total_tokens * share),
-            epochs=total_tokens * share / max(tokens[source], 1),
-            capped=share < free[source] * (1 - 1e-9),
+            planned_tokens=round(planned * share),
+            epochs=planned * share / max(tokens[source], 1),
+            capped=planned < total_tokens or share < free[source] * (1 - 1e-9),
+            asked_tokens=total_tokens,
         )
         for source, share in found.items()
     ]
 
 
-def table(rows: list[Share]) -> str:
-    """The plan as text; * marks a source that the cap on epochs holds down."""
+def shortfall(rows: Sequence[Share]) -> str | None:
+    """A sentence if the cap on epochs leaves less than the run asks for."""
+    asked, planned = max(row.asked_tokens for row in rows), sum(row.planned_tokens for row in rows)
+    if asked - planned <= len(rows):  # rounding
+        return None
+    needed = asked / max(sum(row.tokens for row in rows), 1)
+    return (
+        f"max_epochs leaves {planned:,} of the {asked:,} tokens of training asked for, which are {needed:,.2f} epochs of all "
+        "sources: train for less, raise max_epochs, or find more text."
+    )
+
+
+def table(rows: Sequence[Share]) -> str:
+    """The plan as text; * marks a source that the cap on epochs holds down, and the last line says if all are."""
     lines = [f"{'source':<16}{'documents':>10}{'MB':>9}{'tokens':>15}{'share':>8}{'planned':>17}{'epochs':>8}"]
     for row in rows:
         lines.append(
             f"{row.source:<16}{row.documents:>10,}{row.bytes / 1e6:>9,.1f}{row.tokens:>15,}{row.share:>8.1%}"
             f"{row.planned_tokens:>17,}{row.epochs:>8.2f}{'*' if row.capped else ''}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [shortfall(rows)])])

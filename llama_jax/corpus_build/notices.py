@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.corpus_build.mixture import Share
+from llama_jax.corpus_build.mixture import Share, shortfall
 from llama_jax.corpus_build.profile import Profile, ranked
 
 LEAST_KEPT = 0.5  # share of the documents read that should be left
@@ -34,6 +34,8 @@ def notices(
             found.append(f"{source}: {row['bad_rows']:,} rows could not be read.")
         if row["bad_files"]:
             found.append(f"{source}: {row['bad_files']:,} files could not be read to their ends; nobody knows what they held.")
+    if short := shortfall(shares):
+        found.append(short)
     for share in shares:
         if share.epochs > EPOCHS:
             found.append(f"{share.source}: will be seen {share.epochs:.1f} times; beyond {EPOCHS:g} epochs little is learnt.")
