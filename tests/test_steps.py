@@ -137,3 +137,19 @@ def test_an_error_ends_an_attempt_too(tmp_path):
     with pytest.raises(RuntimeError), timed(tmp_path / "seconds.json"):
         raise RuntimeError
     assert len(json.loads((tmp_path / "seconds.json").read_text())) == 1
+
+
+def test_ghost_attentions_dialogs_of_another_config_are_refused(tmp_path, monkeypatch):
+    drawn = []
+
+    def gather(config, mesh, workdir):
+        drawn.append(config.ghost.turns)
+        steps.write_json(workdir / "samples.jsonl", {})
+        return [{}, {}]
+
+    monkeypatch.setattr("llama_jax.rlhf.ghost.gather", gather)
+    turns = [f"ghost.ghost.turns=(1, {most})" for most in (2, 2, 3)]
+    first, again, edited = (Recipe(with_overrides(smoke(), CONFIG, [text]), tmp_path) for text in turns)
+    assert first.make_ghost("v4") == again.make_ghost("v4") == 2 and drawn == [(1, 2)]
+    with pytest.raises(ConfigError, match=r"(?s)begun with another config.*ghost.turns: \[1, 2\] -> \[1, 3\]"):
+        edited.make_ghost("v4")
