@@ -146,7 +146,7 @@ def draw_answers(
 ) -> None:  # fmt: skip
     """Appends the answer to each (number, prompt), many drawn together; what a prompt draws depends on (seed, number) alone."""
     encoded = [(number, row, encode_chat(row["messages"], model.tokenizer)) for number, row in prompts]
-    eos, quiet = model.tokenizer.eos_id, jax.process_index() > 0
+    quiet = jax.process_index() > 0
     with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer", quiet=quiet) as progress:
 
         def finished(row: dict[str, Any], request: Request, token: int) -> None:
@@ -162,8 +162,8 @@ def draw_answers(
             if room < 1:
                 continue  # counted by `run`, which finds no answer
             engine.submit(
-                ids, max_tokens=min(max_tokens, room), choice=choice, seed=seed, index=number, stop_ids=(eos,),
-                on_token=functools.partial(finished, row),
+                ids, max_tokens=min(max_tokens, room), choice=choice, seed=seed, index=number,
+                stop_ids=model.tokenizer.stop_ids, on_token=functools.partial(finished, row),
             )  # fmt: skip
         while engine.step():
             pass
@@ -211,7 +211,7 @@ def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.A
 
         for i in sorted(fit, key=lambda i: prompts[i]):  # what begins alike, side by side
             engine.submit(
-                prompts[i], max_tokens=max_tokens, choice=Choice(0.0), stop_ids=(model.tokenizer.eos_id,),
+                prompts[i], max_tokens=max_tokens, choice=Choice(0.0), stop_ids=model.tokenizer.stop_ids,
                 on_token=functools.partial(take, i),
             )  # fmt: skip
         while True:

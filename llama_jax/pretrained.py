@@ -97,13 +97,16 @@ class Model:
         ]
         choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
         responses = self.respond(ids, choice, max_tokens=max_tokens, seed=seed)
-        texts = [continuation(response, words, after=prompt) for prompt, response in zip(ids, responses, strict=True)]
+        texts = [
+            continuation(_ended(response, words), words, after=prompt)
+            for prompt, response in zip(ids, responses, strict=True)
+        ]
         return [text[: min((text.find(end) for end in stop if end in text), default=len(text))] for text in texts]
 
     def respond(
         self, prompts: Sequence[Sequence[int]], choice: Choice, *, max_tokens: int, seed: int = 0
     ) -> list[list[int]]:
-        """`generate` from token ids to token ids, with EOS where it was drawn."""
+        """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn."""
         self._require("lm_head")
         choice = choice.check().arrays()
         if max_tokens < 1:
@@ -124,7 +127,7 @@ class Model:
         shards = batch_shards(self.mesh)
         most = min(_bucket(max_tokens, _SHORTEST), self.config.max_length)
         sampler = functools.partial(
-            _sampler(self.config, self.compute, self._words().eos_id, most), choice=choice, limit=np.int32(max_tokens)
+            _sampler(self.config, self.compute, self._words().stop_ids, most), choice=choice, limit=np.int32(max_tokens)
         )
         with jax.set_mesh(self.mesh):
             return generate(
@@ -238,10 +241,16 @@ def _bucket(size: int, least: int) -> int:
     return max(1 << (size - 1).bit_length(), least)
 
 
+def _ended(response: Sequence[int], words: Tokenizer) -> list[int]:
+    """A response with EOS in the place of another end that was drawn, which belongs to no text either."""
+    return [*response[:-1], words.eos_id] if response and response[-1] in words.stop_ids else list(response)
+
+
 @functools.lru_cache(maxsize=16)
-def _sampler(config: ModelConfig, compute: Compute, eos_id: int, max_tokens: int) -> Callable[..., Samples]:
+def _sampler(config: ModelConfig, compute: Compute, stop_ids: tuple[int, ...], max_tokens: int) -> Callable[..., Samples]:
     return make_sampler(
-        config, table(config, head="lm_head"), compute=compute, eos_id=eos_id, max_new_tokens=max_tokens, temperature=0.0
+        config, table(config, head="lm_head"), compute=compute, eos_id=stop_ids[0], stop_ids=stop_ids[1:],
+        max_new_tokens=max_tokens, temperature=0.0,
     )
 
 

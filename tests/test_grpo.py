@@ -135,6 +135,16 @@ def test_a_rollout_has_groups_in_consecutive_rows_and_the_first_step_is_on_polic
     assert objective.weight == batch.mask.sum() and "critic" not in POLICY
 
 
+def test_groups_are_judged_together_though_models_read_them_in_parts():
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        whole, parts = (source(mesh, judge=make_group_judge(MODEL, FLOAT32, RULE, SETTINGS, most=most)) for most in (0, 3))
+        (_, expected), (_, found) = whole.batch(0, POLICY), parts.batch(0, POLICY)
+    for name, value in jax.device_get(whole.rollout).__dict__.items():
+        np.testing.assert_allclose(getattr(parts.rollout, name), value, atol=1e-5, err_msg=name)
+    assert all("seconds" in name or found[name] == pytest.approx(expected[name], abs=1e-5) for name in expected)
+
+
 def test_without_kl_there_is_no_reference():
     settings = dataclasses.replace(SETTINGS, beta=0.0)
     mesh, frozen = one_device(), {name: FROZEN[name] for name in ("helpfulness", "safety")}
@@ -168,7 +178,7 @@ def longest(rows, responses):
 class Words:
     """As much of a tokenizer as a scorer needs."""
 
-    eos_id = 2
+    eos_id, stop_ids = 2, (2,)
 
     def decode(self, ids):
         return " ".join(f"w{token}" for token in ids if token != 2)
@@ -204,6 +214,7 @@ def test_a_scorer_of_ones_own_takes_the_reward_models_place():
     (lambda: check_scores([[1.0], [2.0]], 2, "rule"), r"shape \(2, 1\) for 2 responses"),
     (lambda: GrpoSettings(rollout_size=8, answers=3, new_tokens=4, beta=0.1), "a divisor of rollout_size=8, got 3"),
     (lambda: GrpoSettings(rollout_size=8, answers=2, new_tokens=4, beta=0.1, importance_cap=0.5), "at least 1, got 0.5"),
+    (lambda: GrpoSettings(rollout_size=8, answers=2, new_tokens=4, beta=0.1, clip=1.5), "grpo.clip: expected .* got 1.5"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(make, message):
     with pytest.raises(ValueError, match=message):

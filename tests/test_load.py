@@ -1,5 +1,7 @@
 """`llama_jax.load`: every format behind one front, and SmolLM2 against transformers on the weights that we exported."""
 
+import copy
+import dataclasses
 import functools
 import gzip
 import importlib.util
@@ -99,18 +101,24 @@ def test_generate_and_chat_are_the_samplers(workdir):
     loop = words.encode("the loop")
     assert continuation(loop, words, after=words.encode("a line of text")) == " the loop" != words.decode(loop)
     # Rows stand alone, settings compile nothing, ids are as good as texts.
-    programs = pretrained._sampler(MODEL, FLOAT32, 2, 16)._cache_size()
+    programs = pretrained._sampler(MODEL, FLOAT32, (2,), 16)._cache_size()
     greedy = model.generate(prompts, max_tokens=10)
     assert greedy != found and model.generate(ids, max_tokens=10, top_k=1, temperature=2.0) == greedy
     assert model.generate(prompts, max_tokens=10, repetition_penalty=50.0) != greedy
     shorter = model.generate(prompts, max_tokens=9, temperature=1, top_p=1, repetition_penalty=1)
     longer = model.generate(prompts, max_tokens=16, temperature=1.0)
     assert shorter != longer and all(b.startswith(a) for a, b in zip(shorter, longer, strict=True))
-    assert pretrained._sampler(MODEL, FLOAT32, 2, 16)._cache_size() == programs
+    assert pretrained._sampler(MODEL, FLOAT32, (2,), 16)._cache_size() == programs
     end = greedy[0][3:5]
     cut = model.generate(prompts, max_tokens=10, stop=["no such text", end])
     assert cut == [text.partition(end)[0] for text in greedy] != greedy
     assert model.generate(prompts[:1], max_tokens=10) == greedy[:1] and model.generate([]) == []
+    # Another end that the model's files name ends a continuation as EOS does, and stands in none.
+    (drawn,) = model.respond(ids[:1], Choice(0.0), max_tokens=10)
+    other = dataclasses.replace(model, tokenizer=copy.copy(words))
+    other.tokenizer.stop_ids = (2, drawn[4])
+    (ended,) = other.generate(ids[:1], max_tokens=10)
+    assert ended == continuation(drawn[: drawn.index(drawn[4])], words, after=ids[0])
     messages = [{"role": "user", "content": "it"}]
     (answer,) = model.respond([encode_prompt(messages, model.tokenizer)], Choice(0.0), max_tokens=10)
     assert model.chat(messages, max_tokens=10, temperature=0.0) == decode_response(answer, model.tokenizer)[0]

@@ -33,16 +33,16 @@ class Engines:
         if room < 1:
             raise ValueError(f"The dialog has become too long: {len(prompt)} tokens for a context of {len(prompt) + room}.")
         stream = TextStream(served.tokenizer)
-        eos = served.tokenizer.eos_id
+        ends = served.tokenizer.stop_ids
 
         def on_token(token: int | None, log_p: float, finish: str) -> None:
             del log_p
-            text = stream.push(token) if token is not None and token != eos else ""
+            text = stream.push(token) if token is not None and token not in ends else ""
             deliver(text + (stream.finish() if finish else ""), finish)
 
         job = {
             "prompt": prompt, "max_tokens": min(self.max_tokens, room), "seed": draw.seed, "index": draw.index,
-            "choice": Choice(temperature=draw.temperature, top_p=self.top_p), "stop_ids": (eos,), "deliver": on_token,
+            "choice": Choice(temperature=draw.temperature, top_p=self.top_p), "stop_ids": ends, "deliver": on_token,
         }  # fmt: skip
         try:
             (ticket,) = served.worker.submit([job])

@@ -156,12 +156,10 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: s
 
 
 def decode_response(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool]:
-    """Text of a sampled answer, stripped, cut at the first EOS; and whether there was one."""
+    """Text of a sampled answer, stripped, cut at the first EOS or other end of the tokenizer; and whether there was one."""
     ids = [int(i) for i in ids]
-    ended = tokenizer.eos_id in ids
-    if ended:
-        ids = ids[: ids.index(tokenizer.eos_id)]
-    return tokenizer.decode(ids).strip(), ended
+    length = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
+    return tokenizer.decode(ids[:length]).strip(), length < len(ids)
 
 
 def encode_response(ids: Sequence[int], tokenizer: Tokenizer, *, limit: int) -> list[int]:

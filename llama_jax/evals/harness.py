@@ -254,7 +254,7 @@ class HarnessModel:
                 answer = _Answer(engine, TextStream(self.words, stops, after=prompt), functools.partial(done, index))
                 submitted.append(engine.submit(
                     prompt, max_tokens=room, choice=_choice(arguments), seed=self.seed, index=index,
-                    stop_ids=(self.words.eos_id,), on_token=answer.push,
+                    stop_ids=self.words.stop_ids, on_token=answer.push,
                 ))  # fmt: skip
             try:
                 engine.run(submitted, progress=progress.update)
