@@ -21,6 +21,7 @@ from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh, start_distribut
 from llama_jax.planning.hlo import Module, mesh_axes
 from llama_jax.pretrain.base import fresh
 from llama_jax.pretrain.loss import language_model_loss
+from llama_jax.sampling.generate import make_sampler
 from llama_jax.training import optimizer
 from llama_jax.training.state import abstract_state, born_sharded
 from llama_jax.training.step import make_step, put_batch
@@ -318,8 +319,8 @@ def test_abstract_is_a_restore_target(tiny):
 
 # ---- what the devices say to each other ----
 
-# Bytes of one matrix each; the program is float32.
-L, MATRICES, HEAD, WIDTH = 2, 4 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64), 4 * 32 * 96, 4 * 32
+# Bytes of a layer's matrices and of the head, of a token's state and of its keys; the program is float32.
+L, MATRICES, HEAD, WIDTH, KEYS = 2, 4 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64), 4 * 32 * 96, 4 * 32, 4 * 16
 
 
 def traffic(sizes):
@@ -327,33 +328,61 @@ def traffic(sizes):
 
     fsdp: every matrix is gathered for the forward and for the backward pass (the head for both at once), and its gradient is
       reduced. Ids are gathered for the embedding, and its rows exchanged, forward and backward.
-    data, sequence: gradients are reduced, nothing else but the ring: keys, values and ids of a block forward; those, and the
-      two gradients, backward; and the order of the row: ids, segments and positions there, states back, and their gradient.
+    data, sequence: gradients are reduced, each device's part over both at once, and nothing else but the ring.
+    ring: in each layer keys and values go from neighbour to neighbour, n - 1 times forward and again backward, and their
+      gradients n times, home. So do ids: once for all layers, but those of the backward pass's loop in each. Into the ring's
+      order go ids, segments and positions, back the states, and there their gradient: half of a device's tokens on two ways,
+      of which on two devices one leads nowhere.
     tensor: a product that ends a half-block is reduced, its input was gathered from the devices that share the residual
-      stream; backward the same the other way around, for each of the matrices that read the input.
+      stream; backward the same the other way around, for each of the matrices that read the input. Out of the ring's order
+      the gradient of the states, which tensor does not divide, is summed up once more.
     """
     data, fsdp, sequence, tensor = sizes
     rows, length = 16 // (data * fsdp), 16 // sequence
     matrices, head = MATRICES // tensor, HEAD // tensor
     state = rows * length * WIDTH  # the residual stream of a device, before tensor divides it
-    gradients = L * (matrices + 2 * WIDTH) + head + WIDTH
     moved = collections.Counter()
     if fsdp > 1:
         moved["all-gather", "fsdp"] = 2 * L * matrices + head + fsdp * rows * length * 4
         moved["all-to-all", "fsdp"] = 2 * state // tensor
-        moved["all-reduce", "fsdp"] = gradients
-    # One all-reduce takes both where neither divides the matrices; the embedding's gradient is complete over fsdp.
-    for axis, size in (("data", data), ("sequence", sequence)):
-        if size > 1:
-            moved["all-reduce", axis] = gradients // fsdp + HEAD // tensor // fsdp
+        moved["all-reduce", "fsdp"] = L * matrices + head  # the embedding's gradient is complete
+    others = "+".join(axis for axis, size in (("data", data), ("sequence", sequence)) if size > 1)
+    if others:
+        moved["all-reduce", others] = (L * matrices + 2 * head) // fsdp
+    if sequence > 1:
+        tokens, ways = rows * length, 1 if sequence == 2 else 2
+        moved["collective-permute", "sequence"] = (
+            L * 2 * (2 * (sequence - 1) + sequence) * tokens * KEYS // tensor
+            + (1 + (sequence - 2) * (1 + L)) * tokens * 4
+            + ways * (tokens // 2) * (3 * 4 + 2 * WIDTH)
+        )
     if tensor > 1:
         moved["reduce-scatter", "tensor"] = state  # rows of the embedding
         moved["all-gather", "tensor"] = L * 4 * state + 2 * state
-        moved["all-reduce", "tensor"] = L * (1 + 1 + 3 + 2) * state + state
+        moved["all-reduce", "tensor"] = L * (1 + 1 + 3 + 2) * state + state + (state if sequence > 1 else 0)
     return moved
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (8, 1, 1, 1), (1, 4, 1, 2)], ids=str)
+def communication(text, mesh, key=lambda collective: ()):
+    """{(*key, collective, axes): bytes a step} of a compiled program."""
+    found = collections.Counter()
+    for c in Module(text).collectives():
+        found[*key(c), c.kind, "+".join(mesh_axes(c, dict(mesh.shape)))] += c.bytes * c.count
+    return found
+
+
+def check_traffic(found, expected, *, small):
+    for key in {*found, *expected}:
+        assert 0 <= found[key] - expected[key] <= small, (key, found, expected)
+
+
+QUICK = {(1, 8, 1, 1), (8, 1, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2)}
+MIXED = [(1, 1, 2, 1), (1, 1, 8, 1), (1, 2, 4, 1), (2, 4, 1, 1), (2, 2, 1, 2), (2, 2, 2, 1)]
+
+
+@pytest.mark.parametrize("sizes", [
+    *sorted(QUICK), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MIXED)
+], ids=str)  # fmt: skip
 def test_the_collectives_of_a_train_step_are_those_of_the_rules(tiny, sizes):
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
@@ -361,11 +390,44 @@ def test_the_collectives_of_a_train_step_are_those_of_the_rules(tiny, sizes):
         ids, weights = (jax.ShapeDtypeStruct((16, 16), dtype, sharding=axes.batch_sharding(mesh, 2))
                         for dtype in (jnp.int32, jnp.float32))  # fmt: skip
         text = step.lower(state, TokenBatch(ids, ids, weights, ids, ids)).compile().as_text()
-    found = collections.Counter()
-    for collective in Module(text).collectives():
-        found[collective.kind, "+".join(mesh_axes(collective, dict(mesh.shape)))] += collective.bytes * collective.count
-    print(found)
-    # Beside those: sums of losses and norms, a number a device; and per-token numbers of a loss over a divided vocabulary.
-    small = 2048 if sizes[3] > 1 else 256
-    for key in {*found, *traffic(sizes)}:
-        assert 0 <= found[key] - traffic(sizes)[key] <= small, (key, found, traffic(sizes))
+    # Beside those: gradients of norms, whole on every device and summed up over what divides tokens, in any grouping; sums of
+    # losses, a number a device; and per-token numbers of a loss over a divided vocabulary.
+    small = (2 * L + 1) * WIDTH + (2048 if sizes[3] > 1 else 256)
+    check_traffic(communication(text, mesh), traffic(sizes), small=small)
+
+
+def rollout_traffic(sizes, *, prompt, new):
+    """{(when, collective, axes): bytes} of drawing `new` tokens for 16 rows in the layout DECODE.
+
+    fsdp: every matrix is gathered once, before the first token; so is the embedding.
+    tensor: the embedding's rows and the two products that end half-blocks are reduced, of the prompt and then of each token;
+      and, for each draw, the block of 128 tokens of the vocabulary in which it falls.
+    data, sequence: nothing, but whether all rows have ended.
+    """
+    data, fsdp, _, tensor = sizes
+    rows = 16 // (data * fsdp)
+    moved = collections.Counter()
+    if fsdp > 1:
+        moved["once", "all-gather", "fsdp"] = (L * MATRICES + 2 * HEAD) // tensor
+    if tensor > 1:
+        moved["once", "all-reduce", "tensor"] = rows * ((2 * L + 1) * prompt * WIDTH + 4 * 128)
+        moved["a token", "all-reduce", "tensor"] = new * rows * ((2 * L + 1) * WIDTH + 4 * 128)
+    return moved
+
+
+@pytest.mark.parametrize("sizes", [
+    (1, 4, 1, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(1, 8, 1, 1), (8, 1, 1, 1), (1, 2, 2, 2)])
+], ids=str)  # fmt: skip
+def test_the_collectives_of_a_rollout_are_those_of_the_rules(tiny, sizes):
+    mesh, specs, prompt, new = mesh_of(*sizes), table.table(tiny, head="lm_head"), 8, 5
+    sample = make_sampler(tiny, specs, compute=FLOAT32, eos_id=2, max_new_tokens=new, temperature=1.0)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
+    with jax.set_mesh(mesh):
+        ids, valid, keys = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=axes.batch_sharding(mesh, len(shape)))
+            for shape, dtype in (((16, prompt), jnp.int32), ((16, prompt), bool), (keys.shape, keys.dtype))
+        )
+        text = sample.lower(abstract(specs, mesh), ids, valid, keys).compile().as_text()
+    found = communication(text, mesh, lambda c: ("a token" if "while/body" in c.op_name else "once",))
+    # Beside those: a few numbers for each row and draw, and the prompts' ids, which are divided over sequence as they come.
+    check_traffic(found, rollout_traffic(sizes, prompt=prompt, new=new), small=1024)
