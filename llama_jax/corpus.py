@@ -1,12 +1,13 @@
 """Builds a training corpus: `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=...`.
 
 `--dry_run` prints what the mixture will be and ends; `--beam="--runner=..."` builds with Apache Beam and its own options
-instead of in this process. The result is the same.
+instead of in this process, on one machine or many (launch/README.md). The result is the same.
 """
 
 import dataclasses
+import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.paths import is_remote
 
 INSTALLATION = "installation"
+_NAMED = 5  # changed files in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +139,24 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
     With `beam`, a list of Beam's own options, it is built by Apache Beam instead of in this process.
 
     Raises:
-      ConfigError: the corpus at `output` was built with another config; lists the fields.
+      ConfigError: the corpus at `output` was built with another config or of other files; lists the fields or the files.
     """
     if is_remote(output):
-        raise ConfigError(f"{output}: a corpus is built on a disk; copy it into the bucket afterwards")
+        if beam is None:
+            raise ConfigError(f"{output}: a corpus is built on a disk; copy it into the bucket afterwards")
+        raise ConfigError(
+            f"{output}: Beam's workers build a corpus in one directory that all of them see: mount a network file system at "
+            "the same path on each, name a directory there, and copy the result into the bucket (launch/README.md)"
+        )
     if (Path(output) / NAME).exists():
-        changed = differences(read_manifest(output)["config"], describe(config))
-        if changed:
+        built = read_manifest(output)
+        if changed := differences(built["config"], describe(config)):
             raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}")
+        # A corpus of the library's own callers may say nothing of its inputs.
+        known = built.get("inputs")
+        if changed := [] if known is None else changed_files(known, inputs(config)):
+            more = f"; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else ""
+            raise ConfigError(f"{output}: was built of other files; build another one: {'; '.join(changed[:_NAMED])}{more}")
         discard(output)
         return check_manifest(output, Tokenizer(Path(output) / "tokenizer.model"))
     if beam is not None:
@@ -164,16 +176,36 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
 
 
 def inputs(config: CorpusConfig) -> dict[str, Any]:
-    """What is read, by source: a killed build goes on only if it is still the same."""
+    """What is read: a killed build goes on, and a finished one is that of this config, only if it is still the same."""
+    given = {"tokenizer": config.tokenizer, "identities": config.identities, "block_list": config.clean.block_list}
     return {
-        name: [source.byte_budget, INSTALLATION]
-        if source.reader == INSTALLATION
-        else [source.byte_budget, *map(file_facts, expand(source.reader))]
-        for name, source in config.sources.items()
-    } | {"evaluation": [file_facts(path) for pattern in config.deduplication.evaluation for path in expand(pattern)],
-         **{name: None if path is None else file_facts(path) for name, path in (
-             ("tokenizer", config.tokenizer), ("identities", config.identities), ("block_list", config.clean.block_list))},
-    }  # fmt: skip
+        "budgets": {name: source.byte_budget for name, source in config.sources.items()},
+        "sources": {
+            name: [] if source.reader == INSTALLATION else [file_facts(path) for path in expand(source.reader)]
+            for name, source in config.sources.items()
+        },
+        "evaluation": [file_facts(path) for pattern in config.deduplication.evaluation for path in expand(pattern)],
+        "settings": [file_facts(path) for path in given.values() if path is not None],
+    }
+
+
+def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The files in which two `inputs` differ, each with what became of it."""
+    before, after = ({facts[0]: facts[1:] for facts in _files(each)} for each in (old, new))
+    lines = []
+    for path in sorted({*before, *after}):
+        if path not in after:
+            lines.append(f"{path}: is gone")
+        elif path not in before:
+            lines.append(f"{path}: was not there")
+        elif before[path] != after[path]:
+            a, b = ("?" if facts[0] is None else f"{facts[0]:,} bytes" for facts in (before[path], after[path]))
+            lines.append(f"{path}: {a} -> {b}" if a != b else f"{path}: {a}, written again")
+    return lines
+
+
+def _files(inputs: Mapping[str, Any]) -> list[list[Any]]:
+    return [*itertools.chain(*inputs["sources"].values()), *inputs["evaluation"], *inputs["settings"]]
 
 
 def beam_files(name: str, source: SourceConfig) -> list[str]:
@@ -215,5 +247,5 @@ if __name__ == "__main__":
     command.define("configs/corpus.py:<name>")
     flags.DEFINE_string("output", None, "directory to be made")
     flags.DEFINE_bool("dry_run", False, "print the mixture, estimated from samples, and end")
-    flags.DEFINE_string("beam", None, "build with Apache Beam; its options, as in '--runner=DataflowRunner --project=...'")
+    flags.DEFINE_string("beam", None, "build with Apache Beam; its options, as in '--direct_num_workers=8'")
     command.launch(main)

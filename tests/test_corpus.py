@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -137,6 +138,12 @@ def test_a_wrong_corpus_config_is_refused(web, changes, message):
         parse(corpus.CorpusConfig, {**values, **changes})
 
 
+def test_a_bucket_is_no_place_to_build_in(web):
+    for beam, problem in ((None, "a corpus is built on a disk; copy"), ([], "one directory that all of them see: mount ")):
+        with pytest.raises(ConfigError, match=f"^gs://bucket/x: .*{problem}"):
+            corpus.run(config_of(web), "gs://bucket/x", beam=beam)
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "web.jsonl").touch()
     with pytest.raises(ValueError, match="source 'web': 0 documents"):
@@ -265,6 +272,32 @@ def test_two_sources_in_their_order_built_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
     with pytest.raises(ConfigError, match="built with another config: block_length: 16 -> 8"):
         corpus.run(parse(corpus.CorpusConfig, {**values, "block_length": 8}), tmp_path / "c")
+
+
+def test_a_corpus_of_files_that_changed_is_not_taken_for_theirs(tmp_path):
+    for name in ("a", "b", "c"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ({"text": text(i)} for i in range(30)))
+    (tmp_path / "sites").write_text("bad.org  spam\n")
+    values = get_config("jsonl").to_dict()
+    values["sources"]["web"]["reader"] = str(tmp_path / "*.jsonl")
+    values["clean"]["block_list"] = str(tmp_path / "sites")
+    values |= {"vocab_size": 330, "block_length": 16, "total_tokens": 1000, "held_out_fraction": 0.1}
+    manifest = corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "out")
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert [facts[:2] for facts in manifest["inputs"]["sources"]["web"]][0] == [str(tmp_path / "a.jsonl"), size]
+    assert len(manifest["code"]) == 64
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").rename(tmp_path / "d.jsonl")
+    os.utime(tmp_path / "c.jsonl", ns=(1, 1))
+    os.utime(tmp_path / "sites", ns=(1, 1))
+    expected = [
+        f"{tmp_path}/a.jsonl: {size:,} bytes -> 16 bytes", f"{tmp_path}/b.jsonl: is gone",
+        f"{tmp_path}/c.jsonl: {size:,} bytes, written again", f"{tmp_path}/d.jsonl: was not there",
+        f"{tmp_path}/sites: 14 bytes, written again",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "out")
+    assert str(error.value) == f"{tmp_path}/out: was built of other files; build another one: {'; '.join(expected)}"
 
 
 def test_the_command_on_this_installation(tmp_path):

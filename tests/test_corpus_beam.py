@@ -102,6 +102,22 @@ def test_what_beam_cannot_do_is_said_before(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--runner=Foo"], "got --runner=Foo: Unexpected pipeline runner: Foo. Valid values are "),
+        (["--runner=foo.bar.Runner"], "No module named 'foo'"),
+        (["--runner=DataflowRunner"], "Missing required option: project. "),
+        (["--direct_num_workers=many"], "got --direct_num_workers=many: argument --direct_num_workers: invalid int"),
+    ],
+)
+def test_options_that_make_no_pipeline_are_one_sentence(config, tmp_path, options, problem):
+    with pytest.raises(ConfigError, match=f"^--beam: expected options of Apache Beam .*{problem}"):
+        corpus.run(config, tmp_path / "x", beam=options)
+    assert not (tmp_path / "x").exists() and not (tmp_path / ".x.unfinished").exists()
+
+
+@pytest.mark.slow
 def test_too_many_bad_rows_leave_nothing(config, tmp_path):
     (tmp_path / "web-4.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"web-4.jsonl:1: malformed JSON.*\(bad row 2 of source 'web'; max_bad_rows is 1\)"):

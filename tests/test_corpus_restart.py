@@ -1,5 +1,6 @@
 """A corpus build that is killed: what comes after goes on with whole products, and ends with the same bytes."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import parse
-from llama_jax.corpus_build.stages import Stages, unfinished
+from llama_jax.corpus_build import stages
+from llama_jax.corpus_build.stages import SettingsError, Stages, fingerprint_of, unfinished
 from llama_jax.data.sources import write_jsonl
 
 REPOSITORY = Path(__file__).parents[1]
@@ -174,6 +176,50 @@ def test_an_error_leaves_nothing_and_an_interruption_what_is_done(tmp_path):
     with unfinished(tmp_path / "out", {"of": "this"}) as (directory, stages):
         assert stages.once("part", _must_not_run) == 7 and not list(directory.iterdir())
     assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_settings_that_the_documents_do_not_allow_keep_what_was_made_of_them(tmp_path, monkeypatch):
+    config = config_in(tmp_path)
+    for changes, problem in (
+        ({"vocab_size": 9999}, "vocab_size: 9999 pieces are too many for this text"),
+        ({"held_out_minimum": 1, "held_out_maximum": 1}, "to train on and 0 held out"),
+    ):
+        with pytest.raises(SettingsError, match=f"{problem}.*; .*/.out.unfinished keeps what was made of the documents"):
+            corpus.run(dataclasses.replace(config, **changes), tmp_path / "out")
+    made = []
+    monkeypatch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(
+        self, name, lambda: made.append(name) or make()))  # fmt: skip
+    # Nothing is cleaned again, and 10,000 tokens are more than an eighth of an epoch.
+    manifest = corpus.run(dataclasses.replace(config, max_epochs=0.125), tmp_path / "out")
+    assert made[0] == "refined" and "tokenizer" in made and not (tmp_path / ".out.unfinished").exists()
+    assert [s["epochs"] for s in manifest["sources"].values()] == pytest.approx([0.125] * 2, abs=1e-4)
+    assert "max_epochs leaves" in manifest["table"]
+    assert "tokens of training asked for" in (tmp_path / "out" / "report.html").read_text()
+    corpus.run(dataclasses.replace(config, max_epochs=0.125), tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_products_that_read_none_of_the_changed_settings_stay(tmp_path):
+    settings = config_in(tmp_path).settings()
+    names = {field.name for field in dataclasses.fields(settings)}
+    assert {*stages._READ_LAST, *(name for read in stages._READ.values() for name in read)} < names
+    kinds = ["cleaned/a", "refined", "profile/a", "documents", "tokenizer", "files/a"]
+    for changes, stay in (
+        ({}, 6), ({"max_epochs": 2.0}, 6), ({"block_length": 8}, 5), ({"vocab_size": 370}, 4), ({"shards": 3}, 3),
+        ({"analysed_share": 0.5}, 2), ({"whole": frozenset({"web"})}, 1), ({"seed": 1}, 0),
+        ({"weights": dict(reversed(settings.weights.items()))}, 0),  # the order of the sources
+    ):  # fmt: skip
+        with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "out", fingerprint_of(settings, {})) as (place, before):
+            for kind in kinds:
+                before.once(kind, lambda: 1)
+            (place / "blocks").mkdir(exist_ok=True)
+            (place / "blocks" / "a.array_record").write_bytes(b"1")
+            raise KeyboardInterrupt
+        fingerprint = fingerprint_of(dataclasses.replace(settings, **changes), {})
+        with pytest.raises(ValueError), unfinished(tmp_path / "out", fingerprint) as (directory, after):
+            assert [after.once(kind, lambda: 2) for kind in kinds] == [1] * stay + [2] * (6 - stay), changes
+            assert (directory / "blocks" / "a.array_record").exists() == (stay == 6)
+            raise ValueError
 
 
 @pytest.mark.slow

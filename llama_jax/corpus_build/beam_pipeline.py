@@ -2,18 +2,22 @@
 
 Two pipelines. The first reads, cleans, compares, splits and leaves sorted shards of documents; the second makes token blocks of
 them. Between them one process trains the tokenizer. The result is that of `build.build_corpus`, byte for byte, whatever the
-runner and the number of its workers. The output directory must be one that all workers see; sources may be any path that
-fsspec opens.
+runner and the number of its workers. The output directory must be one that all workers see, and they must have this package
+(launch/README.md); sources may be any path that fsspec opens.
 """
 
+import contextlib
+import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.config import ConfigError
 from llama_jax.corpus_build.beam_refine import Refinement
 from llama_jax.corpus_build.blocks import BlockCounts
 from llama_jax.corpus_build.build import Settings, check_bad_rows
@@ -55,7 +59,7 @@ def build_with_beam(
     are products that are not made again.
     """
     beam = extra("apache_beam")
-    pipeline_options = extra("apache_beam.options.pipeline_options").PipelineOptions(list(options))
+    pipeline_options = parsed_options(beam, options)
     fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
     with unfinished(output, fingerprint) as (directory, stages):
         work = directory.with_name("documents")
@@ -103,7 +107,24 @@ def build_with_beam(
                 "shards": {f"blocks/{name}": shard.blocks for name, shard in zip(names, counted, strict=True)},
                 **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
             }
-        return finish(rows, profiles, directory, tokenizer, settings, config=dict(config or {}))
+        return finish(rows, profiles, directory, tokenizer, settings, config=dict(config or {}), inputs=inputs)
+
+
+def parsed_options(beam: Any, options: Sequence[str]) -> Any:
+    """Beam's own options. ConfigError, one sentence, for those with which it makes no pipeline."""
+    said = io.StringIO()  # argparse prints how all options are used before the sentence that counts
+    try:
+        with contextlib.redirect_stderr(said):
+            found = extra("apache_beam.options.pipeline_options").PipelineOptions(list(options))
+            found.get_all_options()
+            beam.Pipeline(options=found)
+    except SystemExit:
+        problem = said.getvalue().strip().rpartition("\n")[2].rpartition("error: ")[2]
+    except (ValueError, ImportError, AttributeError) as error:
+        problem = " ".join(str(error).split())
+    else:
+        return found
+    raise ConfigError(f"--beam: expected options of Apache Beam (see launch/README.md), got {shlex.join(options)}: {problem}")
 
 
 def _checksums(directory: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The build in one process: documents -> clean -> compare -> split -> tokenizer -> blocks -> manifest, whole or not at all.
 
-A build that is killed goes on where it was, given the same settings and inputs (`stages`).
+A build that is killed goes on where it was, given the same inputs and as far as the settings are the same (`stages`).
 
 Layout of the result:
 
@@ -98,12 +98,13 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Builds the corpus in `output` and returns its manifest; `config` are plain JSON values to keep in it.
 
-    Sources come in the order in which duplicates are kept. `inputs` are plain JSON values that change when what is read does:
-    with them a build that was killed goes on, without them it starts clean.
+    Sources come in the order in which duplicates are kept. `inputs` are plain JSON values that change when what is read does,
+    and are kept in the manifest too: with them a build that was killed goes on, without them it starts clean.
 
     Raises:
       FileExistsError: `output` is there already.
       ValueError: for blank texts, too many bad rows, or a source that gives no train or no held-out document.
+      SettingsError: for settings that the documents do not allow; with `inputs`, other settings go on with what was made.
     """
     if set(documents_by_source) != set(settings.weights):
         raise ValueError(f"weights: expected one for each of {list(documents_by_source)}, got {sorted(settings.weights)}")
@@ -114,7 +115,9 @@ def build_corpus(
             profiles[source] = stages.once(
                 f"profile/{source}", functools.partial(profile_train, part, settings, profiles[source])
             )
-        return write_corpus(refined, profiles, directory, settings, config=dict(config or {}), stages=stages)
+        return write_corpus(
+            refined, profiles, directory, settings, config=dict(config or {}), inputs=inputs, stages=stages
+        )
 
 
 def _compared(

@@ -1,10 +1,11 @@
 """What a killed build leaves to the next one: products by name, each whole, checked by its sha256 before it is used again.
 
-    .<output>.unfinished/fingerprint.json    what the products are of: settings, inputs, code, packages
+    .<output>.unfinished/fingerprint.json    what the products are of: settings, order of sources, inputs, code, packages
     .<output>.unfinished/work/               products: cleaned documents, comparisons, tokenizer, records of shards
     .<output>.unfinished/corpus/             the corpus itself, which takes the name of the output when it is whole
 
-A product is a value of its inputs alone, so going on gives the same bytes as an undisturbed build.
+A product is a value of its inputs alone, so going on gives the same bytes as an undisturbed build. Under changed settings it
+goes on with the products that do not read them.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pickle
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,21 @@ from llama_jax.corpus_build.readers import plain_path
 from llama_jax.files import atomic_write, write_json
 
 Value = TypeVar("Value")
+
+# Kinds of products in the order in which they are made, and the settings that each is the first to read. All read the others.
+_READ: dict[str, tuple[str, ...]] = {
+    "cleaned": (),
+    "refined": ("held_out", "deduplication", "whole"),
+    "profile": ("analyses", "analysed_share", "identities", "toxicity_checkpoint"),
+    "documents": ("shards",),  # Beam's first pipeline
+    "tokenizer": ("vocab_size", "weights", "tokenizer_path", "tokenizer_bytes"),
+    "files": ("block_length",),
+}
+_READ_LAST = ("total_tokens", "temperature", "max_epochs")  # by what every run makes anew
+
+
+class SettingsError(ValueError):
+    """Settings that the documents do not allow, as their cleaning showed. What was made of them is kept for other settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +91,8 @@ class Stages:
 def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None) -> Iterator[tuple[Path, Stages]]:
     """A directory that becomes `output` when the block ends well, and the stages of an earlier run with this fingerprint.
 
-    Wrong input (ValueError) leaves nothing behind; a kill, Ctrl-C, a full disk or a failed runner leaves what the next run goes
-    on with. Without a fingerprint nothing is kept and every run starts clean.
+    Wrong input (ValueError) leaves nothing behind; a kill, Ctrl-C, a full disk, a failed runner or a SettingsError leaves what
+    the next run goes on with. Without a fingerprint nothing is kept and every run starts clean.
 
     Raises:
       FileExistsError: `output` is there already.
@@ -87,8 +104,11 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
     place = _place(output)
     place.mkdir(parents=True, exist_ok=True)
     with _held(place):
-        if fingerprint is None or not _belongs(place, fingerprint):
+        stale = None if fingerprint is None else _stale(place, fingerprint)
+        if stale is None:
             _empty(place)
+        else:
+            _prune(place, stale)
         done = False
         try:
             directory = place / "corpus"
@@ -99,6 +119,10 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
             yield directory, Stages(None if fingerprint is None else place / "work")
             os.rename(directory, output)
             done = True
+        except SettingsError as error:
+            if fingerprint is None:
+                raise
+            raise SettingsError(f"{error}; {place} keeps what was made of the documents, for other settings") from None
         except ValueError:
             done = True
             raise
@@ -138,11 +162,30 @@ def _empty(place: Path) -> None:
             path.unlink()
 
 
-def _belongs(place: Path, fingerprint: Mapping[str, Any]) -> bool:
+def _stale(place: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
+    """Kinds of products of an earlier run that this fingerprint would make anew; None if that is all there is."""
+    new = json.loads(json.dumps(fingerprint))
     try:
-        return json.loads((place / "fingerprint.json").read_bytes()) == json.loads(json.dumps(fingerprint))
+        old = json.loads((place / "fingerprint.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
+        return None
+    if old == new:
+        return ()
+    if not isinstance(old, dict) or any(old.get(key) != new.get(key) for key in {*old, *new} - {"settings"}):
+        return None
+    changed = {name for name, value in new.get("settings", {}).items() if old.get("settings", {}).get(name) != value}
+    if changed - {*_READ_LAST, *(name for names in _READ.values() for name in names)}:
+        return None
+    return tuple(itertools.dropwhile(lambda kind: not changed & set(_READ[kind]), _READ))
+
+
+def _prune(place: Path, kinds: Sequence[str]) -> None:
+    """Takes these kinds of products away."""
+    for kind in kinds:
+        shutil.rmtree(place / "work" / kind, ignore_errors=True)
+        (place / "work" / f"{kind}.pickle").unlink(missing_ok=True)
+    if "files" in kinds:
+        shutil.rmtree(place / "corpus", ignore_errors=True)
 
 
 def _sweep(directory: Path) -> None:
@@ -154,17 +197,23 @@ def _sweep(directory: Path) -> None:
 
 def fingerprint_of(settings: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the result: settings, what is read, this package's code, Python and all installed packages."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
-        code.update(path.read_bytes())
     places = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})  # not what lies in the current directory
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions(path=places)})
     return {
-        "settings": hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest(),
+        "settings": _plain(settings),
+        "order": list(settings.weights),  # of the sources, by which duplicates stay: objects of JSON have none
         "inputs": dict(inputs),
-        "code": code.hexdigest(),
+        "code": code_hash(),
         "packages": hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest(),
     }
+
+
+def code_hash() -> str:
+    """sha256 of the code of all parts of this package."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+        code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 def _plain(value: Any) -> Any:

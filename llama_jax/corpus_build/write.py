@@ -16,7 +16,7 @@ from llama_jax.corpus_build.manifest import write_manifest
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined
 from llama_jax.corpus_build.report import write_report
-from llama_jax.corpus_build.stages import Stages
+from llama_jax.corpus_build.stages import SettingsError, Stages, code_hash
 from llama_jax.corpus_build.tables import cleaning_table
 from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
@@ -48,6 +48,7 @@ def write_corpus(
     settings: "Settings",
     *,
     config: dict[str, Any],
+    inputs: Mapping[str, Any] | None,
     stages: Stages,
 ) -> dict[str, Any]:
     """Writes all files of the corpus into `directory`, the manifest last, and returns the manifest."""
@@ -63,7 +64,7 @@ def write_corpus(
             "shards": {f"blocks/{name}": shard.blocks for name, shard in shards.items()},
             **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
         }
-    return finish(counts, profiles, directory, tokenizer, settings, config=config)
+    return finish(counts, profiles, directory, tokenizer, settings, config=config, inputs=inputs)
 
 
 def finish(
@@ -74,6 +75,7 @@ def finish(
     settings: "Settings",
     *,
     config: dict[str, Any],
+    inputs: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Mixture, report and manifest of a corpus whose blocks are written."""
     tokens = {source: row["tokens"] for source, row in counts.items()}
@@ -102,7 +104,9 @@ def finish(
             "block_length": settings.block_length,
             "table": f"{cleaning_table(counts)}\n\n{mixture.table(shares)}",
             "config": config,
+            "inputs": inputs,
             "version": llama_jax.__version__,
+            "code": code_hash(),
         },
     )
 
@@ -131,9 +135,14 @@ def write_tfds_metadata(
 
 
 def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:
-    """ValueError for a source that gives nothing to train on or nothing to evaluate on."""
+    """Refuses a source that gives nothing to train on or nothing to evaluate on.
+
+    Raises:
+      SettingsError: with other settings it may give both.
+      ValueError: it has too few documents for that.
+    """
     if not train or not held_out:
-        raise ValueError(
+        raise (ValueError if unique < 2 else SettingsError)(
             f"source {source!r}: {unique} documents without duplicates leave {train} to train on and {held_out} held out "
             f"(of at most {settings.held_out.maximum_bytes:,} bytes); expected at least one each"
         )
@@ -142,12 +151,15 @@ def check_split(source: str, unique: int, train: int, held_out: int, settings: "
 def make_tokenizer(
     train: Mapping[str, Sequence[Document]], directory: Path, settings: "Settings", stages: Stages
 ) -> Tokenizer:
-    """The tokenizer of the corpus, trained on a weighted sample or copied."""
+    """The tokenizer of the corpus, trained on a weighted sample or copied; SettingsError if it cannot be trained."""
     model = directory / "tokenizer.model"
     if settings.tokenizer_path is None:
 
         def trained() -> bytes:
-            train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
+            try:
+                train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
             return model.read_bytes()
 
         content = stages.once("tokenizer", trained)
