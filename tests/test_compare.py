@@ -20,7 +20,7 @@ from llama_jax.annotation.session import Desk
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.annotation.tasks import Settings
 from llama_jax.chat import make_engine
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, describe
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.evals.answer_files import Answered
@@ -34,6 +34,8 @@ from llama_jax.pretrained import Model
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import EngineConfig
 from llama_jax.sampling.worker import Worker
+from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.state import TrainState
 
 PIECES = 320
 CONFIG = ModelConfig(
@@ -114,8 +116,10 @@ def test_a_checkpoint_that_was_trained_on_is_another_model(model, tmp_path):
     def train(step, seed, at="run"):
         tree = params.init(params.table(CONFIG, head="lm_head"), jax.random.key(seed))
         shutil.rmtree(tmp_path / at, ignore_errors=True)
-        ours.write(tmp_path / at, tree, CONFIG, tokenizer="", origin={})
-        (tmp_path / at / "checkpoints/0").rename(tmp_path / at / f"checkpoints/{step}")
+        state = TrainState(step=np.int32(step), params=tree, opt_state={}, skipped=np.int32(0), skipped_in_a_row=np.int32(0))
+        checkpoints = Checkpoints(tmp_path / at / "checkpoints", keep=1)
+        checkpoints.save(step, state, {}, {"stage": "sft", "model": describe(CONFIG), "tokenizer": ""})
+        checkpoints.close()
 
     file = tmp_path / "out/model.json"
     for at in ("run", "moved"):

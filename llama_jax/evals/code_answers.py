@@ -4,24 +4,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import LM
-
 from llama_jax.evals import benchmarks
 
 
-class KeptAnswers(LM):
+class KeptAnswers:
     """A model of the harness whose answers are written to a file, and come from there without the model afterwards.
 
-    `cut` and `less_room` count as the model does, also where the answers come from the file.
+    It is not derived from the harness's class, as `harness.HarnessModel` is not. `cut` and `less_room` count as the model does,
+    also where the answers come from the file.
     """
 
+    rank, world_size, device = 0, 1, None
+
     def __init__(self, model: Any, path: Path):
-        super().__init__()
+        from lm_eval.api.model import LM, CacheHook
+
+        LM.register(type(self))
+        self.cache_hook = CacheHook(None)
         self._model, self._path = model, path
         self.cut: dict[str, int] = {}
         self.less_room: dict[str, int] = {}
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """The harness's own cache is told nothing: what is kept is here."""
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers. ValueError for a file with answers to other prompts."""
         prompts = [request.args[0] for request in requests]
 
