@@ -20,6 +20,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "new_tokens": 48 if tiny else 1024,
         "beta": 0.04, "clip": 0.2, "normalise": "token", "divide_by_std": True, "temperature": 1.0,
         "safety_threshold": 0.15, "missing_eos_penalty": 1.0, "epochs": 1, "importance_cap": 0.0,
+        "sampling_batch": 0 if tiny else 128, "judge_batch": 0 if tiny else 128,  # see configs/ppo.py
     }  # fmt: skip
     data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024, "held_out": ""}
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)

@@ -1,5 +1,7 @@
-"""Token rewards and generalised advantage estimation. The paper is silent on the critic; gamma = lambda = 1 gives its
-sequence-level objective R - beta KL exactly."""
+"""Token rewards, generalised advantage estimation, importance weights.
+
+The paper is silent on the critic; gamma = lambda = 1 gives its sequence-level objective R - beta KL exactly.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +47,14 @@ def generalised_advantages(
     zero = jnp.zeros(rewards.shape[0], jnp.float32)
     _, advantages = jax.lax.scan(step, (zero, zero), (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T, jnp.where(mask, advantages.T + values, 0.0)
+
+
+def importance_weights(old: jax.Array, sampled: jax.Array, mask: jax.Array, *, cap: float) -> jax.Array:
+    """min(pi_trainer / pi_sampler, cap) of each drawn token; 1 if the cap is 0. # float32 [B, N] x 2, bool [B, N]
+
+    Sampler and trainer are two programs: the weights take out, as far as the cap allows, that the tokens were drawn from the
+    one and are trained on by the other.
+    """
+    if not cap:
+        return jnp.ones_like(old)
+    return jnp.where(mask, jnp.minimum(jnp.exp(jnp.clip(old - sampled, -20.0, 20.0)), cap), 1.0)

@@ -25,16 +25,27 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import StageConfig
 from llama_jax.reward.scorers import RewardMix
-from llama_jax.rlhf.reinforce import Opening, RolloutData, check_settings, clipped_policy_loss, reward_rule
+from llama_jax.rlhf.advantage import importance_weights
+from llama_jax.rlhf.reinforce import (
+    Opening,
+    RolloutData,
+    check_settings,
+    clipped_policy_loss,
+    ratio_metrics,
+    reward_models,
+    reward_rule,
+)
 from llama_jax.rlhf.rollout import (
     Dialogs,
     Frozen,
     Judge,
     KlControl,
     PromptBatch,
+    Readings,
     RewardRule,
     common_metrics,
-    importance_weights,
+    judge_with,
+    make_reader,
     response_states,
     sequence_scores,
 )
@@ -58,6 +69,8 @@ class GrpoSettings:
     missing_eos_penalty: float = 1.0
     epochs: int = 1
     importance_cap: float = 0.0
+    sampling_batch: int = 0  # responses that are drawn at a time, and that models read at a time; 0: all
+    judge_batch: int = 0
 
     def __post_init__(self):
         check_settings("grpo", self)
@@ -73,7 +86,7 @@ class GrpoConfig(StageConfig):
 
     data: RolloutData
     grpo: GrpoSettings
-    helpfulness: str = ""  # workdirs of the reward models, where `reward` names them
+    helpfulness: str = ""  # workdirs of the reward models, where `reward` names them; one alone serves too
     safety: str = ""
     reward: RewardMix = RewardMix()
 
@@ -113,7 +126,7 @@ def group_advantages(scores: jax.Array, answers: int, *, divide_by_std: bool) ->
 def k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
     """An estimate of KL(pi || pi_0), never negative, of low variance: q - 1 - log q, q = pi_0 / pi. # [B, N] x 2 -> [B, N]"""
     log_ratio = jnp.clip(reference - log_probs, -20.0, 20.0)
-    return jnp.exp(log_ratio) - 1 - log_ratio
+    return jnp.expm1(log_ratio) - log_ratio  # which keeps its digits where the two are nearly the same
 
 
 def token_weights(mask: jax.Array, normalise: str) -> jax.Array:
@@ -146,7 +159,7 @@ def grpo_loss(config: ModelConfig, compute: Compute, settings: GrpoSettings) -> 
         metrics = {
             "policy_loss": mean_of(per_token),
             "clip_fraction": mean_of(clipped),
-            "approx_kl": mean_of(ratio - 1 - (log_probs - batch.log_probs)),
+            **{name: mean_of(x) for name, x in ratio_metrics(log_probs, batch.log_probs, compute=compute).items()},
             "policy_entropy": mean_of(entropy),
             "ratio_deviation": Weighted(jnp.max(jnp.abs(ratio - 1) * batch.mask), jnp.ones(())),
         }
@@ -159,32 +172,29 @@ def grpo_loss(config: ModelConfig, compute: Compute, settings: GrpoSettings) -> 
     return loss
 
 
-def make_group_judge(config: ModelConfig, compute: Compute, rule: RewardRule, settings: GrpoSettings) -> Judge:
-    """The compiled part after sampling; with beta 0 the reference is not computed, and `kl` is not reported."""
+def make_group_judge(
+    config: ModelConfig, compute: Compute, rule: RewardRule, settings: GrpoSettings, *, most: int = 0
+) -> Judge:
+    """The part after sampling; models read at most `most` rows at a time (0: all). Without a reference `kl` is not reported."""
 
-    @jax.jit
-    def judge(params, frozen: Frozen, prompts: PromptBatch, samples: Samples, other, beta):
+    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: jax.Array | None, beta: jax.Array):
         del beta
-        dialogs, mask = Dialogs.of(prompts, samples, config, compute), samples.mask
-        scores, metrics = sequence_scores(frozen, dialogs, prompts, other, rule)
-        old, entropy = dialogs.log_probs(params["policy"], temperature=rule.temperature)
-        initial = jnp.zeros_like(old)
-        if settings.beta:
-            initial, _ = dialogs.log_probs(frozen["reference"], temperature=rule.temperature)
+        dialogs, mask, old = Dialogs.of(prompts, samples, config, compute), samples.mask, readings.log_probs
+        scores, metrics = sequence_scores(readings, samples, prompts, other, rule)
         importance = importance_weights(old, samples.log_probs, mask, cap=rule.importance_cap)
-        metrics |= common_metrics(samples, old, initial, entropy, importance)
+        metrics |= common_metrics(samples, readings, importance)
         if not settings.beta:
             del metrics["kl"]
         groups = scores.reshape(-1, settings.answers)
         metrics["group_std"] = jnp.mean(jnp.std(groups, axis=1))
         rollout = GroupRollout(
             tokens=dialogs.tokens, segment_ids=dialogs.segment_ids, mask=mask, log_probs=jnp.where(mask, old, 0.0),
-            reference=jnp.where(mask, initial, 0.0), importance=importance,
+            reference=jnp.where(mask, readings.initial, 0.0), importance=importance,
             advantages=group_advantages(scores, settings.answers, divide_by_std=settings.divide_by_std),
         )  # fmt: skip
         return rollout, metrics
 
-    return judge
+    return judge_with(make_reader(config, compute, rule), settle, most)
 
 
 def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
@@ -193,10 +203,11 @@ def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     frozen: Frozen = {"reference": opening.reference()} if settings.beta else {}
     if opening.scored:
         specs = table.table(opening.model, head="reward_head")
-        frozen |= {name: restore_model(getattr(config, name), specs, mesh) for name in ("helpfulness", "safety")}
+        frozen |= {name: restore_model(path, specs, mesh) for name, path in reward_models(config).items()}
     rule, rows = reward_rule(config, settings), settings.rollout_size // row_share(mesh)[1]
     return opening.stage(
-        judge=make_group_judge(opening.model, config.compute, rule, settings), rule=rule, frozen=frozen,
+        judge=make_group_judge(opening.model, config.compute, rule, settings, most=settings.judge_batch), rule=rule,
+        frozen=frozen,
         loss=grpo_loss(opening.model, config.compute, settings),
         empty=empty_rollout(rows, config.data.prompt_length, settings.new_tokens),
         control=KlControl(settings.beta), answers=settings.answers,

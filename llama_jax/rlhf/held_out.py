@@ -21,7 +21,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.pretrain.base import process_slice
 from llama_jax.reward.scorers import HostScorers
-from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores
+from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores, model_scores
 from llama_jax.sampling.generate import Samples, row_keys
 from llama_jax.training.stage import Weighted
 from llama_jax.training.step import put_batch
@@ -66,7 +66,7 @@ def make_measure(config: ModelConfig, compute: Compute, rule: RewardRule) -> Cal
     def measure(policy: Any, frozen: Frozen, batch: HeldOut, samples: Samples, other: jax.Array | None):
         prompts, weight = batch.prompts, batch.weight
         dialogs = Dialogs.of(prompts, samples, config, compute)
-        _, parts = answer_scores(frozen, dialogs, prompts, other, rule)
+        _, parts = answer_scores(model_scores(frozen, dialogs), prompts, other, rule)
         track = {"helpfulness": ~prompts.is_safety, "safety": prompts.is_safety}
         sums = {
             name if name == "reward" else f"score/{name}": _weighted(values, weight * track.get(name, 1.0))
@@ -113,9 +113,10 @@ def stage_evaluate(
 ) -> Evaluate:  # fmt: skip
     """`evaluate` of a stage's config, for encoded held-out prompts. Their random numbers are none of training's."""
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
-    batches = held_out_batches(
-        examples, collate, most=settings.rollout_size, mesh=mesh, **process_slice(mesh)
-    )
+    share = process_slice(mesh)
+    shards = batch_shards(mesh)  # a part has rows of every device, as in training
+    most = [max(size // shards, 1) * shards for size in (settings.sampling_batch, settings.judge_batch) if size]
+    batches = held_out_batches(examples, collate, most=min([settings.rollout_size, *most]), mesh=mesh, **share)
     return make_evaluate(
         roller, batches, make_measure(model, config.compute, dataclasses.replace(rule, importance_cap=0.0)),
         score=HostScorers.of(config.reward, [row for row, _ in prompts], tokenizer), seed=config.loop.seed + 1, mesh=mesh,

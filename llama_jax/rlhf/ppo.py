@@ -1,7 +1,8 @@
 """PPO (paper section 3.2.3): maximise E[R~_c] - beta KL(pi || pi_0) with the clipped objective, one pass over each rollout.
 
 What the paper leaves open, and what is done here:
-1. The critic is a model of its own, started from the helpfulness reward model, head included, its scores standardised.
+1. The critic is a model of its own, started from the helpfulness reward model, head included, its scores standardised. Without
+   reward models its head begins at random, and in the first iterations (`critic_warmup`) the critic alone learns.
 2. The KL term is folded into token rewards, the score stands at the last token; advantages by GAE.
 3. The score is whitened with the batch's mean and deviation before the KL term; a missing EOS costs a constant.
 4. One epoch over each rollout: 512 / 64 = 8 gradient steps an iteration.
@@ -26,7 +27,16 @@ from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import Begin, StageConfig, begin
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import RewardMix
-from llama_jax.rlhf.reinforce import Opening, RolloutData, check_settings, clipped_policy_loss, reward_rule
+from llama_jax.rlhf.ranges import check_least, check_shares
+from llama_jax.rlhf.reinforce import (
+    Opening,
+    RolloutData,
+    check_settings,
+    clipped_policy_loss,
+    ratio_metrics,
+    reward_models,
+    reward_rule,
+)
 from llama_jax.rlhf.rollout import (
     UNSCALED,
     KlControl,
@@ -42,7 +52,14 @@ from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
 @dataclasses.dataclass(frozen=True)
 class PpoSettings:
-    """The numbers of the algorithm; the paper's are in configs/ppo.py."""
+    """The numbers of the algorithm; the paper's are in configs/ppo.py.
+
+    Attributes:
+      sampling_batch, judge_batch: responses that are drawn at a time, and that models read at a time; 0: the whole rollout. One
+        program for 512 responses of 2048 tokens would hold 512 GiB of the 7B's keys and values.
+      critic_warmup: iterations in which the policy's loss weighs 0 and the value is not clipped; -1: none where the critic
+        begins as a reward model, else a twentieth of all.
+    """
 
     rollout_size: int  # prompts of an iteration; loop.batch_size is the mini-batch
     new_tokens: int
@@ -59,10 +76,17 @@ class PpoSettings:
     importance_cap: float = 0.0  # of pi_trainer / pi_sampler, by which a token's loss is weighted; 0: no weights
     kl_target: float = 0.0  # nats of a response that beta is led towards; 0: beta is fixed
     kl_horizon: float = 10_000.0  # responses
+    sampling_batch: int = 0
+    judge_batch: int = 0
+    critic_warmup: int = -1
 
     def __post_init__(self):
         check_settings("ppo", self)
-        if self.kl_target < 0 or not self.kl_horizon > 0:
+        check_least("ppo", self, value_weight=0, critic_warmup=-1)
+        check_shares("ppo", self, "gamma", "lam")
+        if not self.value_clip > 0:
+            raise ValueError(f"ppo.value_clip: expected a positive number, got {self.value_clip}")
+        if not (self.kl_target >= 0 and self.kl_horizon > 0):
             raise ValueError(
                 f"ppo.kl_target, ppo.kl_horizon: expected 0 or more, and more than 0; got {self.kl_target}, {self.kl_horizon}"
             )
@@ -74,7 +98,9 @@ class PpoConfig(StageConfig):
 
     data: RolloutData
     ppo: PpoSettings
-    helpfulness: str  # workdirs of the reward models; without them (see `reward`) the critic begins with the policy's trunk
+    # Workdirs of the reward models; of one alone, R_c is its score. The critic begins as the first one that there is, and
+    # without any (see `reward`) with the policy's trunk.
+    helpfulness: str
     safety: str
     reward: RewardMix = RewardMix()
 
@@ -82,7 +108,10 @@ class PpoConfig(StageConfig):
 def ppo_loss(
     config: ModelConfig, compute: Compute, settings: PpoSettings, scale: ScoreStatistics = UNSCALED
 ) -> Loss:  # fmt: skip
-    """({policy, critic}, Rollout rows) -> clipped policy loss + value_weight * clipped value loss, per response token."""
+    """({policy, critic}, Rollout rows) -> clipped policy loss + value_weight * clipped value loss, per response token.
+
+    Rows of the warm-up have no policy loss, and their value is not clipped: a random head has a long way to go.
+    """
 
     def loss(params: dict[str, Any], batch: Rollout) -> tuple[Weighted, Metrics]:
         N = batch.mask.shape[1]
@@ -94,30 +123,32 @@ def ppo_loss(
             compute=compute,
         )  # fmt: skip
         values = critic_values(params["critic"], states(params["critic"]), scale)
-        mask = batch.mask.astype(jnp.float32)
+        mask, warm_up = batch.mask.astype(jnp.float32), batch.warm_up[:, None]
         policy, ratio, clipped = clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, clip=settings.clip)
-        value = clipped_value_loss(values, batch.values, batch.returns, clip=settings.value_clip)
+        policy = jnp.where(warm_up, 0.0, policy * batch.importance)
+        reach = jnp.where(warm_up, jnp.inf, settings.value_clip)
+        value = clipped_value_loss(values, batch.values, batch.returns, clip=reach)
         count = jnp.sum(mask)
 
         def mean_of(x: jax.Array) -> Weighted:
             return Weighted(jnp.sum(x * mask), count)
 
-        log_ratio = log_probs - batch.log_probs
         metrics = {
-            "policy_loss": mean_of(policy * batch.importance),
+            "policy_loss": mean_of(policy),
             "value_loss": mean_of(value),
             "clip_fraction": mean_of(clipped),
-            # k3, never negative; its mean is an estimate of KL(old || new) over this update.
-            "approx_kl": mean_of(ratio - 1 - log_ratio),
+            **{name: mean_of(x) for name, x in ratio_metrics(log_probs, batch.log_probs, compute=compute).items()},
             "policy_entropy": mean_of(entropy),
             "ratio_deviation": Weighted(jnp.max(jnp.abs(ratio - 1) * mask), jnp.ones(())),
         }
-        return mean_of(policy * batch.importance + settings.value_weight * value), metrics
+        return mean_of(policy + settings.value_weight * value), metrics
 
     return loss
 
 
-def clipped_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float) -> jax.Array:
+def clipped_value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array
+) -> jax.Array:
     """Half the larger of two squared errors: of the value, and of the value kept within `clip` of the old. # [B, N]"""
     bounded = old_values + jnp.clip(values - old_values, -clip, clip)
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))
@@ -126,28 +157,40 @@ def clipped_value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Ar
 def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The PPO stage."""
     settings, opening = config.ppo, Opening.of(config, config.ppo, mesh, workdir)
-    reward_specs = table.table(opening.model, head="reward_head")
-    critic = begin_critic(config, reward_specs, mesh, workdir=workdir)
+    reward_specs, models = table.table(opening.model, head="reward_head"), reward_models(config)
+    start = next(iter(models.values()), "")
+    critic = begin_critic(config, reward_specs, mesh, workdir=workdir, start=start)
     frozen = {"reference": opening.reference()}
-    if opening.scored:
-        frozen["helpfulness"] = critic.completed(reward_specs, mesh, start=config.helpfulness)
-        frozen["safety"] = restore_model(config.safety, reward_specs, mesh)
-    rule, scale = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam), critic_scale(config.helpfulness)
-    rows = settings.rollout_size // row_share(mesh)[1]
+    for name, path in models.items() if opening.scored else ():
+        if path == start:  # with adapters its parameters are frozen as the critic's, and not held twice
+            frozen[name] = critic.completed(reward_specs, mesh, start=path)
+        else:
+            frozen[name] = restore_model(path, reward_specs, mesh)
+    warm_up = warm_up_iterations(config, start) * settings.rollout_size
+    rule = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam, warm_up=warm_up)
+    scale, rows = critic_scale(start), settings.rollout_size // row_share(mesh)[1]
     return opening.stage(
-        judge=make_judge(opening.model, config.compute, rule, scale), rule=rule, frozen=frozen,
+        judge=make_judge(opening.model, config.compute, rule, scale, most=settings.judge_batch), rule=rule, frozen=frozen,
         loss=ppo_loss(opening.model, config.compute, settings, scale),
         empty=empty_rollout(rows, config.data.prompt_length, settings.new_tokens),
         control=KlControl(settings.beta, settings.kl_target, settings.kl_horizon), critic=critic,
     )  # fmt: skip
 
 
-def begin_critic(config: PpoConfig, reward_specs: Specs, mesh: Mesh, *, workdir: Path) -> Begin:
-    """The critic: the helpfulness reward model, its head become the value head; without one, the policy's trunk."""
-    if not config.helpfulness:
+def warm_up_iterations(config: PpoConfig, start: str) -> int:
+    """How many iterations are for the critic alone, which begins as the reward model in `start`, or ("") with a random head."""
+    if config.ppo.critic_warmup >= 0:
+        return config.ppo.critic_warmup
+    steps = config.ppo.rollout_size // config.loop.batch_size * config.ppo.epochs
+    return 0 if start else config.loop.steps // steps // 20
+
+
+def begin_critic(config: PpoConfig, reward_specs: Specs, mesh: Mesh, *, workdir: Path, start: str) -> Begin:
+    """The critic: the reward model in `start`, its head become the value head; without one, the policy's trunk."""
+    if not start:
         specs = {"trunk": reward_specs["trunk"], "value_head": reward_specs["reward_head"]}
         return begin(config, specs, mesh, workdir=workdir, name="lora_critic")
-    begun = begin(config, reward_specs, mesh, workdir=workdir, start=config.helpfulness, name="lora_critic")
+    begun = begin(config, reward_specs, mesh, workdir=workdir, start=start, name="lora_critic")
 
     def renamed(tree: dict[str, Any]) -> dict[str, Any]:
         return {("value_head" if name == "reward_head" else name): part for name, part in tree.items()}
@@ -155,7 +198,7 @@ def begin_critic(config: PpoConfig, reward_specs: Specs, mesh: Mesh, *, workdir:
     return dataclasses.replace(begun, specs=renamed(begun.specs), init=lambda: renamed(begun.init()))
 
 
-def critic_scale(helpfulness: str) -> ScoreStatistics:
+def critic_scale(start: str) -> ScoreStatistics:
     """The statistics that the reward stage stored beside the model that the critic begins as; none: its scores as they are."""
-    found = read_meta(helpfulness).get("scores") if helpfulness else None
+    found = read_meta(start).get("scores") if start else None
     return ScoreStatistics(found["mean"], found["std"]) if found else UNSCALED

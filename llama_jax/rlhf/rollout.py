@@ -1,7 +1,8 @@
 """A rollout: responses to a batch of prompts, their log-probabilities, rewards and advantages (paper section 3.2.3).
 
-The steps stand in the paper's order in `Roller.__call__` and `make_judge`. Everything but sampling (and scorers that are no
-models) is one compiled program. `RolloutSource` hands a rollout out in mini-batches; PPO and GRPO share all but the judge.
+The steps stand in the paper's order in `Roller.__call__`, `make_reader` and `make_judge`. Everything but sampling (and scorers
+that are no models) is one compiled program, or two where models read the rollout in parts. `RolloutSource` hands a rollout out
+in mini-batches; PPO and GRPO share all but what is made of the readings.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_reward, logit, scorer, whiten
-from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
+from llama_jax.rlhf.advantage import generalised_advantages, importance_weights, token_rewards
+from llama_jax.rlhf.clock import StepClock
+from llama_jax.rlhf.parts import by_parts
 from llama_jax.sampling.generate import Samples
 from llama_jax.training.step import put_batch
 
@@ -53,6 +56,7 @@ class Rollout:
     advantages: Any  # [B, N] float32, whitened over the whole rollout
     returns: Any  # [B, N] float32
     importance: Any  # [B, N] float32: pi_old of the trainer over that of the sampler, at most the cap; 1 without a cap
+    warm_up: Any  # [B] bool: the critic learns from it, and the policy does not
 
 
 def empty_rollout(rows: int, prompt_length: int, new_tokens: int) -> Rollout:
@@ -64,6 +68,7 @@ def empty_rollout(rows: int, prompt_length: int, new_tokens: int) -> Rollout:
         tokens=np.zeros((rows, S), np.int32),
         segment_ids=np.zeros((rows, S), np.int32),
         mask=np.zeros((rows, N), bool),
+        warm_up=np.zeros((rows,), bool),
         **floats,
     )
 
@@ -88,10 +93,11 @@ class RewardRule:
     temperature: float
     model_weight: float = 1.0  # of the reward models' score, beside other scorers
     importance_cap: float = 0.0  # 0: no importance weights
+    warm_up: int = 0  # of a job's responses, the first so many are for the critic alone
 
 
 UNSCALED = ScoreStatistics(0.0, 1.0)
-Frozen = dict[str, Params]  # "reference", and "helpfulness" and "safety" where reward models score
+Frozen = dict[str, Params]  # "reference", and "helpfulness", "safety" or both where reward models score
 # (params, frozen, prompts, samples, other scores [B] or None, beta) -> (rollout, metrics)
 Judge = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
@@ -127,61 +133,73 @@ class Dialogs:
         )
 
 
+@flax.struct.dataclass
+class Readings:
+    """What models say of each response by itself; columns outside the mask mean nothing."""
+
+    log_probs: Any  # [B, N] float32: of the policy
+    entropy: Any  # [B, N] float32
+    initial: Any  # [B, N] float32: log pi_0; zeros without a reference
+    values: Any  # [B, N] float32: the critic's; None without one
+    scores: dict[str, Any]  # of each reward model, in (0, 1): float32 [B]
+
+
+def model_scores(frozen: Frozen, dialogs: Dialogs) -> dict[str, jax.Array]:
+    """The score of each reward model that there is, in (0, 1). # -> {name: float32 [B]}"""
+    score = scorer(dialogs.config, dialogs.compute)
+    return {
+        name: jax.nn.sigmoid(score(frozen[name], dialogs.tokens, dialogs.segment_ids))
+        for name in ("helpfulness", "safety")
+        if name in frozen
+    }
+
+
 def answer_scores(
-    frozen: Frozen, dialogs: Dialogs, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+    scores: Mapping[str, jax.Array], prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What each response is rewarded with before whitening, and the scores it is made of. # -> float32 [B], {name: [B]}
 
     "reward" is what is reported of it: R_c alone, or the sum with other scorers.
     """
-    score, parts = scorer(dialogs.config, dialogs.compute), {}
-    total = 0.0 if other is None else other
-    if "helpfulness" in frozen:
-        helpful = jax.nn.sigmoid(score(frozen["helpfulness"], dialogs.tokens, dialogs.segment_ids))
-        safe = jax.nn.sigmoid(score(frozen["safety"], dialogs.tokens, dialogs.segment_ids))
-        combined = combined_reward(helpful, safe, prompts.is_safety, threshold=rule.safety_threshold)
-        total += rule.model_weight * logit(combined)
-        parts = {"helpfulness": helpful, "safety": safe, "reward": combined}
+    parts, total = dict(scores), 0.0 if other is None else other
+    if scores:
+        parts["reward"] = models_reward(scores, prompts.is_safety, threshold=rule.safety_threshold)
+        total += rule.model_weight * logit(parts["reward"])
     if other is not None:
         parts |= {"other": other, "reward": total}
     return total, parts
 
 
+def models_reward(scores: Mapping[str, jax.Array], is_safety: jax.Array, *, threshold: float) -> jax.Array:
+    """R_c of both reward models' scores; of one model alone, its score. # {name: float32 [B]}, bool [B] -> float32 [B]"""
+    if len(scores) == 1:
+        (alone,) = scores.values()
+        return alone
+    return combined_reward(scores["helpfulness"], scores["safety"], is_safety, threshold=threshold)
+
+
 def sequence_scores(
-    frozen: Frozen, dialogs: Dialogs, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+    readings: Readings, samples: Samples, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
-    total, parts = answer_scores(frozen, dialogs, prompts, other, rule)
+    total, parts = answer_scores(readings.scores, prompts, other, rule)
     metrics = {"reward": jnp.mean(parts["reward"])}
     for name, of_track in (("helpfulness", ~prompts.is_safety), ("safety", prompts.is_safety)):
         if name in parts:
             metrics[f"score/{name}"] = jnp.sum(parts[name] * of_track) / jnp.maximum(jnp.sum(of_track), 1)
     if other is not None:
         metrics["score/other"] = jnp.mean(other)
-    return whiten(total) - rule.missing_eos_penalty * ~dialogs.samples.ended, metrics
+    return whiten(total) - rule.missing_eos_penalty * ~samples.ended, metrics
 
 
-def importance_weights(old: jax.Array, sampled: jax.Array, mask: jax.Array, *, cap: float) -> jax.Array:
-    """min(pi_trainer / pi_sampler, cap) of each drawn token; 1 if the cap is 0. # float32 [B, N] x 2, bool [B, N]
-
-    Sampler and trainer are two programs: the weights take out, as far as the cap allows, that the tokens were drawn from the
-    one and are trained on by the other.
-    """
-    if not cap:
-        return jnp.ones_like(old)
-    return jnp.where(mask, jnp.minimum(jnp.exp(jnp.clip(old - sampled, -20.0, 20.0)), cap), 1.0)
-
-
-def common_metrics(
-    samples: Samples, old: jax.Array, initial: jax.Array, entropy: jax.Array, importance: jax.Array
-) -> dict[str, jax.Array]:
+def common_metrics(samples: Samples, readings: Readings, importance: jax.Array) -> dict[str, jax.Array]:
     """What every rollout reports."""
-    mask, count = samples.mask, jnp.maximum(jnp.sum(samples.mask), 1)
+    mask, count, old = samples.mask, jnp.maximum(jnp.sum(samples.mask), 1), readings.log_probs
     # The sampler decodes with a cache, the trainer does not: the same numbers, up to rounding.
     drift = jnp.abs(samples.log_probs - old) * mask
     return {
-        "kl": jnp.mean(jnp.sum((old - initial) * mask, axis=1)),
-        "entropy": jnp.sum(entropy * mask) / count,
+        "kl": jnp.mean(jnp.sum((old - readings.initial) * mask, axis=1)),
+        "entropy": jnp.sum(readings.entropy * mask) / count,
         "response_length": jnp.mean(jnp.sum(mask, axis=1)),
         "eos_rate": jnp.mean(samples.ended),
         "sampler_drift": jnp.max(drift),
@@ -199,35 +217,67 @@ def critic_values(critic: Params, states: jax.Array, scale: ScoreStatistics) -> 
     return scale.standardise(heads.scores(critic, states, head="value_head"))
 
 
-def make_judge(config: ModelConfig, compute: Compute, rule: RewardRule, scale: ScoreStatistics = UNSCALED) -> Judge:
-    """PPO's compiled part after sampling; `scale` is the critic's."""
+def make_reader(
+    config: ModelConfig, compute: Compute, rule: RewardRule, scale: ScoreStatistics = UNSCALED
+) -> Callable[..., Readings]:
+    """(params, frozen, prompts, samples) -> what all models that there are say of each row; `scale` is the critic's."""
 
-    @jax.jit
-    def judge(params, frozen: Frozen, prompts: PromptBatch, samples: Samples, other, beta):
+    def read(params: Mapping[str, Params], frozen: Frozen, prompts: PromptBatch, samples: Samples) -> Readings:
         dialogs = Dialogs.of(prompts, samples, config, compute)
-        mask = samples.mask
-        # 1. Both reward models, then the gate, the inverse sigmoid and whitening over the whole batch.
-        scores, metrics = sequence_scores(frozen, dialogs, prompts, other, rule)
+        # 1. The reward models.
+        scores = model_scores(frozen, dialogs)
         # 2. log pi and log pi_0 by the trainer's own program, at the sampling temperature.
         old, entropy = dialogs.log_probs(params["policy"], temperature=rule.temperature)
-        initial, _ = dialogs.log_probs(frozen["reference"], temperature=rule.temperature)
-        kl = jnp.where(mask, old - initial, 0.0)
-        # 3. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
-        rewards = token_rewards(scores, kl, mask, beta=beta)
-        values = jnp.where(mask, critic_values(params["critic"], dialogs.states(params["critic"]), scale), 0.0)
+        initial = jnp.zeros_like(old)
+        if "reference" in frozen:
+            initial, _ = dialogs.log_probs(frozen["reference"], temperature=rule.temperature)
+        # 3. What the critic expects.
+        values = critic_values(params["critic"], dialogs.states(params["critic"]), scale) if "critic" in params else None
+        return Readings(old, entropy, initial, values, scores)
+
+    return read
+
+
+def judge_with(read: Callable[..., Readings], settle: Callable[..., tuple[Any, dict[str, jax.Array]]], most: int) -> Judge:
+    """A judge of two parts: `read` says what it can row by row, of at most `most` rows at a time (0: of all), and `settle`
+    makes the rollout of it, with statistics over all rows: (readings, prompts, samples, other, beta) -> (rollout, metrics)."""
+    if not most:
+        return jax.jit(lambda params, frozen, prompts, samples, *rest: settle(
+            read(params, frozen, prompts, samples), prompts, samples, *rest
+        ))  # fmt: skip
+    read, settle = by_parts(jax.jit(read), most, fixed=2), jax.jit(settle)
+    return lambda params, frozen, prompts, samples, *rest: settle(
+        read(params, frozen, prompts, samples), prompts, samples, *rest
+    )
+
+
+def make_judge(
+    config: ModelConfig, compute: Compute, rule: RewardRule, scale: ScoreStatistics = UNSCALED, *, most: int = 0
+) -> Judge:
+    """PPO's part after sampling. `scale` is the critic's; models read at most `most` rows at a time (0: all)."""
+
+    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: jax.Array | None, beta: jax.Array):
+        mask, old = samples.mask, readings.log_probs
+        # 4. The gate of the reward models' scores, the inverse sigmoid and whitening over the whole batch.
+        scores, metrics = sequence_scores(readings, samples, prompts, other, rule)
+        # 5. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
+        rewards = token_rewards(scores, jnp.where(mask, old - readings.initial, 0.0), mask, beta=beta)
+        values = jnp.where(mask, readings.values, 0.0)
         advantages, returns = generalised_advantages(rewards, values, mask, gamma=rule.gamma, lam=rule.lam)
         importance = importance_weights(old, samples.log_probs, mask, cap=rule.importance_cap)
+        dialogs = Dialogs.of(prompts, samples, config, compute)
         rollout = Rollout(
             tokens=dialogs.tokens, segment_ids=dialogs.segment_ids, mask=mask, log_probs=jnp.where(mask, old, 0.0),
             values=values, advantages=whiten(advantages, mask), returns=returns, importance=importance,
+            warm_up=prompts.index < rule.warm_up,
         )  # fmt: skip
         count = jnp.maximum(jnp.sum(mask), 1)
         error = jnp.sum(jnp.square(returns - values) * mask) / count
         spread = jnp.sum(jnp.square(returns - jnp.sum(returns) / count) * mask) / count
-        metrics |= common_metrics(samples, old, initial, entropy, importance)
+        metrics |= common_metrics(samples, readings, importance)
         return rollout, metrics | {"explained_variance": 1 - error / jnp.maximum(spread, 1e-8)}
 
-    return judge
+    return judge_with(make_reader(config, compute, rule, scale), settle, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,17 +291,26 @@ class Roller:
     score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None  # see `reward.scorers.HostScorers`
 
     def __call__(
-        self, params: dict[str, Params], prompts: PromptBatch, beta: float | np.ndarray
+        self, params: dict[str, Params], prompts: PromptBatch, beta: float | np.ndarray, clock: StepClock | None = None
     ) -> tuple[Any, dict[str, float]]:
-        """Rolls the current policy out. Returns the rollout (on the device) and its metrics, timings included."""
-        start = time.monotonic()
+        """Rolls the current policy out. Returns the rollout (on the device) and its metrics, timings included.
+
+        `clock` knows what the steps before took up to here, where the last of them may still be under way.
+        """
+        start, updated = time.monotonic(), all(leaf.is_ready() for leaf in jax.tree.leaves(params))
         samples = self.sample(params["policy"], prompts.tokens, prompts.valid, self.keys(prompts.index))
+        if not updated:  # the draws are in line behind the last update, and the host waits for both, one after the other
+            jax.block_until_ready(params)
+            start = time.monotonic()
+        trained = 0.0 if clock is None else clock.take(start)
         jax.block_until_ready(samples)
         sampled = time.monotonic()
         other = None if self.score is None else self.score(prompts.row, samples.tokens, samples.mask)
         rollout, metrics = self.judge(params, self.frozen, prompts, samples, other, np.float32(beta))
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         timing = {"seconds/rollout": sampled - start, "seconds/score": time.monotonic() - sampled}
+        if trained:  # not before the first rollout
+            timing["seconds/train"] = trained
         return rollout, {**metrics, **timing}
 
 
@@ -298,7 +357,7 @@ class RolloutSource:
         self.size, self.answers, self.control = size, answers, control
         self.parts = size // rows  # of one pass
         self.minibatches = self.parts * epochs  # of an iteration
-        self.beta = np.float32(control.beta)
+        self.beta, self.clock = np.float32(control.beta), StepClock()
         self.rollout = put_batch(empty, mesh)
         layout = batch_shardings(self.rollout, mesh)
         self._take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=layout)
@@ -308,14 +367,17 @@ class RolloutSource:
         iteration, part = divmod(step, self.minibatches)
         metrics: Mapping[str, float] = {}
         if part == 0:
-            self.rollout, metrics = self.roll(params, put_batch(self._prompts(iteration), self.mesh), self.beta)
+            prompts = put_batch(self._prompts(iteration), self.mesh)
+            self.rollout, metrics = self.roll(params, prompts, self.beta, self.clock)
             metrics = {**metrics, "beta": float(self.beta)}
             self.beta = np.float32(self.control.after(float(self.beta), metrics.get("kl", 0.0), self.size))
         # A pass has a shuffled order of its own.
         number = iteration * (self.minibatches // self.parts) + part // self.parts
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(self.seed), number), self.size)
         first = part % self.parts * self.rows
-        return self._take(self.rollout, order[first : first + self.rows]), metrics
+        batch = self._take(self.rollout, order[first : first + self.rows])
+        self.clock.begins(step, time.monotonic())
+        return batch, metrics
 
     def _prompts(self, iteration: int) -> PromptBatch:
         """This process's prompts, each as often as it is answered. Each draw has a number of its own: a prompt that comes
