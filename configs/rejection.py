@@ -2,8 +2,9 @@
 
 Give `--config.policy`, `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`,
 `--config.rejection.prompts`, in `--config.data.train` the SFT dialogs to mix in, and in `--config.pools` the `pool.jsonl` of
-earlier rounds. Distillation: `configs/rejection.py:7b --config.policy_model=70b --config.reward_model=70b`, or the pools of the
-70B alone with `--config.rejection.answers=0`.
+earlier rounds. Scorers of your own as in configs/ppo.py; with one reward model alone its score is the reward. Distillation:
+`configs/rejection.py:7b,70b` fine-tunes the 7B on the best answers of a 70B, by reward models of 70B, on a mesh that holds
+these; or the pools of the 70B alone serve, by `configs/rejection.py:7b --config.rejection.answers=0`.
 """
 
 from ml_collections import ConfigDict
@@ -12,8 +13,11 @@ from configs import common
 
 
 def get_config(argument: str = "tiny") -> ConfigDict:
-    """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT."""
-    size, _, tpu = common.arguments(argument)
+    """K answers a prompt (the paper: 10 to 100; Fig. 26 uses 20), then the hyper-parameters of SFT.
+
+    "7b,70b" names what is fine-tuned, and the size of policy and reward models.
+    """
+    size, judge, tpu = common.arguments(argument, named=True)
     tiny = size == "tiny"
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
     data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
@@ -34,7 +38,10 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     }
     optim = common.adamw(1e-3 if tiny else 2e-5, warmup=5 if tiny else 0)
     loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
-    return common.stage(
-        "rejection", size, tpu, data=data, rejection=rejection, policy="", policy_model="", helpfulness="", safety="",
-        reward_model="", pools=(), epochs=3.0 if tiny else 2.0, optim=optim, loop=loop,
+    config = common.stage(
+        "rejection", size, tpu, data=data, rejection=rejection, policy="", policy_model=judge, helpfulness="", safety="",
+        reward_model=judge, reward=common.reward(), pools=(), epochs=3.0 if tiny else 2.0, optim=optim, loop=loop,
     )  # fmt: skip
+    if judge:  # generation needs as many parts as the larger model
+        config.mesh.tensor = max(config.mesh.tensor, common.mesh(common.check(judge)).tensor)
+    return config

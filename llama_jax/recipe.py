@@ -38,8 +38,8 @@ from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
-from llama_jax.rlhf.rejection import score_responses
 from llama_jax.rlhf.rollout import check_size
+from llama_jax.rlhf.scoring import score_responses
 from llama_jax.rlhf.versions import (
     VersionPlan,
     check_plans,

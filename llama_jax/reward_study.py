@@ -38,7 +38,7 @@ from llama_jax.pretrain.base import check_start
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, share
 from llama_jax.reward.preference_report import table as markdown_table
-from llama_jax.rlhf.rejection import sigmoid_scores
+from llama_jax.rlhf.scoring import sigmoid_scores
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage

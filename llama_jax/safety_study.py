@@ -35,7 +35,7 @@ from llama_jax.model import params as table
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
-from llama_jax.rlhf.rejection import score_responses
+from llama_jax.rlhf.scoring import score_responses
 from llama_jax.safety.red_team import false_refusals
 from llama_jax.steps import Steps, define_job, run_job
 from llama_jax.train import parse_stage

@@ -14,23 +14,50 @@ import small_runs
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
-from llama_jax.data.sources import write_jsonl
+from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.model import params
-from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.model.config import FLOAT32, SIZES, Compute
+from llama_jax.model.decode import prepare
+from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
-from llama_jax.rlhf import ghost, rejection
+from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
+from llama_jax.rlhf import chips, drawn, ghost, reinforce, rejection, scoring
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
-from llama_jax.rlhf.pool import read_pool
-from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss
-from llama_jax.rlhf.reinforce import Opening, clipped_policy_loss, collate_prompts, encode_prompts
-from llama_jax.rlhf.rejection import choose_prompts, gather_pool, score_responses
+from llama_jax.rlhf.clock import StepClock
+from llama_jax.rlhf.parts import by_parts, part_size
+from llama_jax.rlhf.pool import best_samples, read_pool
+from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss, warm_up_iterations
+from llama_jax.rlhf.reinforce import (
+    OffPolicy,
+    Opening,
+    StepCheck,
+    check_rewards,
+    clipped_policy_loss,
+    collate_prompts,
+    encode_prompts,
+    ratio_metrics,
+    rounding,
+)
+from llama_jax.rlhf.rejection import RejectionSettings, Round, check_models, choose_prompts, gather_pool
 from llama_jax.rlhf.respond import Responder, write_in_portions
-from llama_jax.rlhf.rollout import UNSCALED, KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
+from llama_jax.rlhf.rollout import (
+    UNSCALED,
+    KlControl,
+    PromptBatch,
+    RewardRule,
+    Roller,
+    RolloutSource,
+    answer_scores,
+    empty_rollout,
+    make_judge,
+    response_states,
+)
+from llama_jax.rlhf.scoring import row_widths, score_responses, sigmoid_scores
 from llama_jax.safety import distillation
-from llama_jax.sampling.generate import make_sampler, row_keys
+from llama_jax.sampling.generate import Samples, make_sampler, row_keys
 from llama_jax.steps import change, load_config
-from llama_jax.train import parse_stage
+from llama_jax.train import EXPECTED, parse_stage
 from llama_jax.training import optimizer
 from llama_jax.training.attempt import start
 from llama_jax.training.optimizer import OptimConfig
@@ -56,12 +83,13 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh, *, rows=4, scale=UNSCALED, **more):
+def source(mesh, *, rows=4, scale=UNSCALED, rule=RULE, sampling_batch=0, judge_batch=0, **more):
+    specs = params.table(MODEL, head="lm_head")
+    sample = make_sampler(MODEL, specs, compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8)
+    laid_out = jax.jit(lambda policy: (prepare(policy, specs, compute=FLOAT32),))
     roll = Roller(
-        sample=make_sampler(
-            MODEL, params.table(MODEL, head="lm_head"), compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8
-        ),
-        judge=make_judge(MODEL, FLOAT32, RULE, scale),
+        sample=by_parts(sample, sampling_batch, fixed=1, prepare=laid_out),
+        judge=make_judge(MODEL, FLOAT32, rule, scale, most=judge_batch),
         frozen=FROZEN,
         keys=lambda index: row_keys(0, index),
     )
@@ -126,6 +154,229 @@ def test_first_inner_step_has_ratio_one_and_no_kl_and_no_clipping():
     assert float(found["clip_fraction"].mean()) == 0
     assert metrics["sampler_drift"] < 1e-4
     assert objective.weight == batch.mask.sum()
+
+
+def test_the_loss_is_that_of_the_formula_in_float64():
+    """Policy, value, both clippings, importance, masks and the critic's warm-up, token by token in plain NumPy."""
+    settings, scale = dataclasses.replace(SETTINGS, clip=0.1, value_clip=0.3, value_weight=0.5), ScoreStatistics(0.3, 1.7)
+    rng, B, N = np.random.default_rng(0), 5, 6
+    lengths, warm_up = np.array([6, 3, 1, 5, 4]), np.array([False, False, False, False, True])
+    mask = np.arange(N) < lengths[:, None]
+    tokens = rng.integers(3, 24, (B, 4 + N)).astype(np.int32)
+    segment_ids = np.concatenate([np.ones((B, 4)), mask], axis=1).astype(np.int32)
+
+    def states(name):
+        found = response_states(MODELS[name], tokens, segment_ids, N, config=MODEL, compute=FLOAT32)
+        return np.asarray(found, np.float64)
+
+    logits = states("policy") @ np.asarray(MODELS["policy"]["lm_head"]["kernel"], np.float64) / settings.temperature
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    now = np.take_along_axis(log_p, tokens[:, 4:, None], axis=2)[..., 0]
+    values = (states("critic") @ np.asarray(MODELS["critic"]["value_head"]["kernel"], np.float64) - 0.3) / 1.7
+
+    def near(x, width):
+        return (x + rng.normal(size=(B, N)) * width).astype(np.float32)
+
+    batch = empty_rollout(B, 4, N).replace(
+        tokens=tokens, segment_ids=segment_ids, mask=mask, warm_up=warm_up, log_probs=near(now, 0.2), values=near(values, 0.5),
+        returns=near(values, 1.0), advantages=near(0.0, 1.0), importance=rng.uniform(0.5, 2, (B, N)).astype(np.float32),
+    )  # fmt: skip
+    found, metrics = jax.jit(ppo_loss(MODEL, FLOAT32, settings, scale))(MODELS, batch)
+    sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl"), 0.0)
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            old, advantage, target = (float(x[i, t]) for x in (batch.log_probs, batch.advantages, batch.returns))
+            ratio = np.exp(now[i, t] - old)
+            kept = min(max(ratio, 0.9), 1.1)
+            if not warm_up[i]:
+                sums["policy_loss"] -= float(batch.importance[i, t]) * min(ratio * advantage, kept * advantage)
+            sums["clip_fraction"] += kept * advantage < ratio * advantage
+            sums["approx_kl"] += ratio - 1 - np.log(ratio)
+            before, value = float(batch.values[i, t]), values[i, t]
+            near_old = min(max(value, before - 0.3), before + 0.3)
+            errors = (value - target) ** 2, (near_old - target) ** 2
+            sums["value_loss"] += 0.5 * (errors[0] if warm_up[i] else max(errors))
+    count = lengths.sum()
+    assert float(found.weight) == count and 0 < sums["clip_fraction"] < count
+    for name, value in sums.items():
+        assert float(metrics[name].mean()) == pytest.approx(value / count, abs=1e-6), name
+    loss = (sums["policy_loss"] + settings.value_weight * sums["value_loss"]) / count
+    assert float(found.sum / found.weight) == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 1, 1)], ids=["one", "four"])
+def test_a_rollout_drawn_and_judged_in_parts_is_the_one_of_one_part(sizes):
+    """Statistics are over all of it; and the critic alone learns from the first eight responses."""
+    mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+        whole, parts = (
+            source(mesh, rule=dataclasses.replace(RULE, warm_up=8), **how)
+            for how in ({}, {"sampling_batch": 4, "judge_batch": 4})
+        )
+        for step, warm_up in ((0, True), (2, False)):
+            _, expected = whole.batch(step, MODELS)
+            _, found = parts.batch(step, MODELS)
+            assert np.all(np.asarray(parts.rollout.warm_up) == warm_up)
+            for name, value in jax.device_get(whole.rollout).__dict__.items():
+                np.testing.assert_allclose(getattr(parts.rollout, name), value, atol=2e-6, err_msg=name)
+            for name, value in expected.items():
+                assert "seconds" in name or found[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_parts_have_as_many_rows_of_every_device():
+    assert [part_size(512, most, 8) for most in (0, 512, 128, 100, 4)] == [512, 512, 128, 64, 8]  # 12 a device divide no 64
+    assert part_size(24, 16, 4) == 12  # 4 a device do not divide 6
+
+    def double(factor, rows):
+        return {"doubled": factor * rows["x"], "n": jnp.sum(rows["x"], axis=1)}
+
+    x = np.arange(16.0).reshape(8, 2)
+    mesh = make_mesh(MeshConfig(fsdp=2), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        found = by_parts(jax.jit(double), 4, fixed=1)(2.0, {"x": x})
+    np.testing.assert_array_equal(found["doubled"], 2 * x)
+    np.testing.assert_array_equal(found["n"], x.sum(axis=1))
+
+
+def test_the_clock_counts_steps_and_neither_evaluations_nor_rollouts():
+    clock = StepClock()
+    clock.begins(0, 10.0)
+    clock.begins(1, 10.1)  # handed out while the device is at step 0
+    clock.ends(0, 12.0)
+    clock.ends(1, 14.0)  # an evaluation until 20 follows
+    clock.begins(2, 20.0)
+    assert clock.take(23.0) == 2 + 2 + 3
+    clock.ends(2, 40.0)  # its metrics are read after the next rollout
+    clock.begins(3, 41.0)
+    clock.begins(4, 41.0)
+    clock.ends(4, 43.0)  # step 3 was skipped, and nobody told
+    assert clock.take(50.0) == 2 and clock.take(60.0) == 0
+
+
+def test_each_rollout_reports_the_seconds_of_the_steps_before_it():
+    mesh, N = one_device(), 6
+    samples = Samples(*(jnp.zeros((8, N)) for _ in range(3)), jnp.zeros(8))
+    roll = Roller(
+        sample=lambda *_: samples, judge=lambda *_: (empty_rollout(8, 4, N), {"kl": jnp.zeros(())}), frozen={},
+        keys=lambda index: index,
+    )  # fmt: skip
+    examples = [(False, [1, 3], i) for i in range(8)]
+    batches = IndexedBatches(examples, lambda rows: collate_prompts(rows, length=4), 8, 0)
+    with jax.set_mesh(mesh):
+        made = RolloutSource(
+            batches, roll, mesh=mesh, empty=empty_rollout(8, 4, N), size=8, rows=8, control=KlControl(0.1), seed=0
+        )
+        first, second = (made.batch(step, {"policy": jnp.zeros(2)})[1] for step in (0, 1))
+    assert "seconds/train" not in first and 0 < second["seconds/train"] < 60
+    assert {"seconds/rollout", "seconds/score"} <= set(first)
+
+
+def first_step(compute, **metrics):
+    values = {"ratio_off": 0.0, "approx_kl": 0.0, "ratio_deviation": 0.0, **metrics}
+    check = StepCheck(StepClock(), 2, rounding(compute), "ppo")
+    for step in (1, 0, 2):
+        check(step, values if step != 1 else {})
+
+
+def test_the_first_step_is_judged_exactly_in_float32_and_by_mean_and_quantile_in_bfloat16(caplog):
+    bfloat16 = Compute("bfloat16", "bfloat16")
+    first_step(FLOAT32, ratio_deviation=5e-5, approx_kl=5e-9)
+    for compute, metrics in (
+        (FLOAT32, {"ratio_off": 0.001, "ratio_deviation": 2e-4}), (FLOAT32, {"approx_kl": 2e-8}),
+        (bfloat16, {"ratio_off": 0.06}), (bfloat16, {"approx_kl": 0.02, "ratio_off": 0.01}),
+    ):  # fmt: skip
+        with pytest.raises(OffPolicy, match="ppo: step 0 begins an iteration, but rollout and update do not give its tokens"):
+            first_step(compute, **metrics)
+    assert issubclass(OffPolicy, EXPECTED) and not caplog.records  # the command prints it as one line
+    first_step(bfloat16, ratio_deviation=0.28, approx_kl=0.002, ratio_off=0.01)  # as a real model of 30 layers has it
+    assert not caplog.records
+    first_step(bfloat16, ratio_deviation=0.9, approx_kl=0.002, ratio_off=0.01)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("ppo: at step 0, which begins an iteration, the ratio of one token is off 1 by 0.90")
+
+
+def test_rounding_of_a_few_tokens_is_no_divergence():
+    """ratio - 1 - log_ratio in float32 is off by 1e-7 wherever the two are nearly the same."""
+    rng = np.random.default_rng(0)
+    old = -rng.exponential(2, (500, 4)).astype(np.float32)
+    new = (old + rng.normal(0, 2e-6, old.shape)).astype(np.float32)
+    found = ratio_metrics(jnp.asarray(new), jnp.asarray(old), compute=FLOAT32)
+    assert float(jnp.abs(found["approx_kl"].mean(axis=1)).max()) < 1e-8 and not found["ratio_off"].any()
+    moved = ratio_metrics(jnp.log(jnp.array([1.5, 1.0])), jnp.zeros(2), compute=FLOAT32)
+    np.testing.assert_allclose(moved["approx_kl"], [0.5 - np.log(1.5), 0], atol=1e-7)
+    assert moved["ratio_off"].tolist() == [1, 0]
+
+
+def test_one_reward_model_alone_is_the_reward_by_hand():
+    is_safety, rule = jnp.array([False, True, False]), dataclasses.replace(RULE, model_weight=0.5)
+    prompts = PromptBatch(None, None, is_safety, None, None)
+    helpful, safe = jnp.array([0.8, 0.7, 0.6]), jnp.array([0.9, 0.3, 0.1])
+    both, _ = answer_scores({"helpfulness": helpful, "safety": safe}, prompts, None, rule)
+    np.testing.assert_allclose(both, 0.5 * np.log([0.8 / 0.2, 0.3 / 0.7, 0.1 / 0.9]), rtol=1e-5)
+    for name, values, odds in (("helpfulness", helpful, [4, 7 / 3, 1.5]), ("safety", safe, [9, 3 / 7, 1 / 9])):
+        total, parts = answer_scores({name: values}, prompts, None, rule)
+        np.testing.assert_allclose(total, 0.5 * np.log(odds), rtol=1e-5)
+        np.testing.assert_array_equal(parts["reward"], values)
+    total, parts = answer_scores({"safety": safe}, prompts, jnp.array([1.0, 2.0, 3.0]), rule)
+    np.testing.assert_allclose(total, 0.5 * np.log([9, 3 / 7, 1 / 9]) + [1, 2, 3], rtol=1e-5)
+    assert set(parts) == {"safety", "other", "reward"}
+
+
+def test_a_missing_reward_model_is_refused_only_if_none_is_there(monkeypatch):
+    checked = []
+    monkeypatch.setattr(reinforce, "check_start", lambda path, *_: checked.append(path))
+
+    def used(scorers=(REWARD_MODELS,), **models):
+        config = types.SimpleNamespace(reward=RewardMix(scorers), **{"helpfulness": "", "safety": "", **models})
+        return check_rewards(config, None, None)
+
+    assert used(safety="s") and used(helpfulness="h") and checked == ["s", "h"]
+    assert not used(scorers=("math:floor",))
+    with pytest.raises(ConfigError, match="expected the workdir of one at least, got nothing"):
+        used()
+
+
+def test_a_critic_with_a_random_head_learns_alone_for_a_twentieth_of_the_iterations():
+    def iterations(start, **ppo):
+        settings = PpoSettings(rollout_size=64, new_tokens=4, beta=0.1, **ppo)
+        config = types.SimpleNamespace(ppo=settings, loop=LoopConfig(steps=2 * 80, batch_size=32))
+        return warm_up_iterations(config, start)
+
+    assert [iterations(""), iterations("rewards"), iterations("rewards", critic_warmup=3)] == [4, 0, 3]
+    assert iterations("", critic_warmup=0) == 0 and iterations("", epochs=2) == 2
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"clip": -0.2}, "ppo.clip: expected a number between 0 and 1, got -0.2"),
+    ({"lam": 9.5}, "ppo.lam: expected a number from 0 to 1, got 9.5"),
+    ({"gamma": -1.0}, "ppo.gamma: expected a number from 0 to 1, got -1.0"),
+    ({"value_clip": -1.0}, "ppo.value_clip: expected a positive number, got -1.0"),
+    ({"value_weight": -1.0}, "ppo.value_weight: expected at least 0, got -1.0"),
+    ({"safety_threshold": 15.0}, "ppo.safety_threshold: expected a number from 0 to 1, got 15.0"),
+    ({"missing_eos_penalty": -5.0}, "ppo.missing_eos_penalty: expected at least 0, got -5.0"),
+    ({"beta": float("nan")}, "ppo.beta: expected at least 0, got nan"),
+    ({"sampling_batch": -1}, "ppo.sampling_batch: expected at least 0, got -1"),
+    ({"kl_target": -1.0}, "ppo.kl_target, ppo.kl_horizon: expected 0 or more"),
+])  # fmt: skip
+def test_settings_of_ppo_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+ROUND = RejectionSettings("prompts.jsonl", 8, 4, 2, 8, 1.0, (0.9, 1.0), 2, 4, "v1")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"prompt_length": 0}, "rejection.prompt_length: expected at least 1, got 0"),
+    ({"temperature": -1.0}, "rejection.temperature: expected at least 0, got -1.0"),
+    ({"temperatures": (0.5, -1.0)}, "rejection.temperatures: expected at least 0, got -1.0"),
+    ({"temperatures": (0.0, 1.0)}, "rejection.temperature: expected a positive number for 2 answers, got 0.0"),
+    ({"safety_threshold": 7.0}, "rejection.safety_threshold: expected a number from 0 to 1, got 7.0"),
+    ({"search_prompts": 0}, "rejection.search_prompts: expected at least 1, got 0"),
+])  # fmt: skip
+def test_settings_of_a_round_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ROUND, **changes)
 
 
 def test_the_critic_speaks_in_units_of_the_whitened_reward():
@@ -311,8 +562,7 @@ def test_a_killed_round_repeats_no_step_whose_file_is_there(tmp_path, monkeypatc
              "ended": True, "reward": 0.5, "helpfulness": 0.5, "safety": 0.9} for i in range(len(prompts))
         ])  # fmt: skip
 
-    settings = rejection.RejectionSettings("prompts.jsonl", 8, 4, 2, 8, 1.0, (0.9, 1.0), 2, 4, "v1")
-    config = types.SimpleNamespace(policy="policy", rejection=settings, loop=LoopConfig(steps=1, batch_size=1))
+    config = types.SimpleNamespace(policy="policy", rejection=ROUND, loop=LoopConfig(steps=1, batch_size=1))
     models = types.SimpleNamespace(
         config=config, tokenizer=None, samples=samples, search=lambda _: step("search", {"temperature": 0.9})
     )
@@ -363,7 +613,8 @@ def test_what_fine_tuning_would_refuse_is_refused_before_anything_is_drawn(
         monkeypatch.setattr(module, name, None, raising=False)
     stage = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module]
     values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
-    change(values, {"data": {"train": ("dialogs.jsonl",), "length": 64}, "epochs": 0.0, "optim": {"warmup": 1}}, where=stage)
+    data = {"train": ("dialogs.jsonl",), "length": 64}
+    change(values, {"start": "scratch", "data": data, "epochs": 0.0, "optim": {"warmup": 1}}, where=stage)
     change(values, {"loop": {"steps": 2, "batch_size": 8}, **own}, where=stage)
     change(values, changes, where=stage)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -406,3 +657,151 @@ def test_a_limit_on_prompts_does_not_take_the_first_of_a_sorted_file():
     assert len(set(chosen)) == 100 and 400 < np.mean(chosen) < 600
     assert chosen == choose_prompts(list(range(1000)), 100, seed=0)
     assert sorted(choose_prompts([1, 2, 3], 10, seed=0)) == [1, 2, 3]
+
+
+def test_rows_that_the_mesh_cannot_divide_are_scored_beside_empty_ones(tiny, monkeypatch):
+    """A batch of 4 over 8 devices, and a third of 32 tokens over a ring of 2: what a round would meet when all is drawn."""
+    specs = params.table(tiny, head="reward_head")
+    reward = params.init(specs, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 96, n).tolist() for n in (3, 30, 9)]
+
+    def scored(mesh, batch_size):
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(reward, shardings(specs, mesh))
+            return sigmoid_scores(tiny, FLOAT32, placed, prompts, [[5], [6], [7]], length=32, batch_size=batch_size)
+
+    expected = scored(one_device(), 3)
+    np.testing.assert_allclose(scored(make_mesh(MeshConfig(fsdp=8)), 4), expected, rtol=1e-5)
+    np.testing.assert_allclose(scored(make_mesh(MeshConfig(fsdp=4, sequence=2)), 2), expected, rtol=1e-5)
+    assert row_widths(32) == [11, 22, 32] and row_widths(2) == [1, 2]
+    monkeypatch.setattr(scoring, "platform", lambda: "tpu")
+    assert row_widths(2048) == [768, 1408, 2048]
+    monkeypatch.setattr(scoring, "shards_of", lambda axis: 4)
+    assert row_widths(2048) == [1024, 2048]
+
+
+def test_a_round_takes_scorers_of_ones_own_and_one_reward_model(monkeypatch):
+    monkeypatch.setattr(rejection, "score_responses", lambda *_, **how: {"safety": np.array([0.2, 0.5], np.float32),
+                                                                        "reward": np.array([0.2, 0.5], np.float32)})
+    rows = [{"is_safety": True, "reference": "ab"}, {"is_safety": False, "reference": "abc"}]
+
+    def overlap(rows, texts):
+        return [len(row["reference"]) - len(text) for row, text in zip(rows, texts)]
+
+    def score(judges, scorers, weights):
+        settings = types.SimpleNamespace(rejection=ROUND, compute=None)
+        own = types.SimpleNamespace(
+            config=settings, judges=judges, scorers=scorers, weights=weights, mesh=one_device(), reward=None, rewards={},
+            length=8, others=lambda *given: Round.others(own, *given),
+        )  # fmt: skip
+        return Round.score(own, [[1], [1]], [[3], [3]], rows, ["a", "abcdef"])
+
+    mixed = score({"safety": "s"}, {"rule": overlap}, {REWARD_MODELS: 0.5, "rule": 2.0})
+    np.testing.assert_allclose(mixed["reward"], [0.5 * np.log(0.25) + 2 * 1, 0.0 + 2 * -3], rtol=1e-5)
+    assert mixed["other"].tolist() == [2.0, -6.0] and set(mixed) == {"safety", "other", "reward"}
+    alone = score({}, {"rule": overlap}, {"rule": 2.0})
+    assert alone["reward"].tolist() == [2.0, -6.0] and set(alone) == {"other", "reward"}
+    assert set(score({"safety": "s"}, {}, {REWARD_MODELS: 1.0})) == {"safety", "reward"}
+
+
+def test_what_a_round_keeps_of_a_sample_and_which_models_it_needs(tmp_path):
+    sample = {"prompt": 0, "messages": [{"role": "user", "content": "?"}], "is_safety": False, "reference": "yes",
+              "response": "yes", "ended": True, "reward": -2.5, "other": -2.5}  # fmt: skip
+    write_jsonl(tmp_path / "pool.jsonl", best_samples([sample], version="1", policy="p", temperature=1.0))
+    (row,) = read_pool(str(tmp_path / "pool.jsonl"))
+    assert row["reference"] == "yes" and row["other"] == row["reward"] == -2.5 and "helpfulness" not in row
+
+    def check(scorers=(REWARD_MODELS,), answers=2, pools=(), **models):
+        check_models(types.SimpleNamespace(
+            rejection=dataclasses.replace(ROUND, answers=answers), reward=RewardMix(scorers), pools=pools,
+            **{"policy": "p", "helpfulness": "", "safety": "", **models},
+        ))  # fmt: skip
+
+    check(safety="s")
+    check(helpfulness="h")
+    check(scorers=("math:floor",))
+    check(answers=0, pools=("pool.jsonl",), policy="")
+    for how, message in (
+        ({}, "expected the workdir of one at least"), ({"policy": "", "safety": "s"}, "config.policy: expected the workdir"),
+        ({"answers": 0, "scorers": (REWARD_MODELS, "math:floor"), "pools": ("x",)}, "expected the workdir of one at least"),
+        ({"answers": 0, "safety": "s"}, "config.pools: expected at least one"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            check(**how)
+
+
+def test_an_answer_that_cannot_be_trained_on_is_worth_no_more_than_the_worst():
+    def search(scorers, rewards):
+        samples = [{"reward": r, "response": "yes", "ended": ended} for r, ended in rewards]
+        own = types.SimpleNamespace(
+            config=types.SimpleNamespace(rejection=dataclasses.replace(ROUND, temperatures=(0.9,)), loop=LoopConfig(1, 1)),
+            scorers=scorers, samples=lambda *_, **__: samples,
+        )  # fmt: skip
+        return Round.search(own, [0, 1])["curves"]["0.9"]["maximum"]
+
+    drawn_with_models = search({}, [(0.5, True), (0.9, False), (0.3, True), (0.1, True)])
+    assert drawn_with_models[-1] == pytest.approx((0.5 + 0.3) / 2)
+    with_a_rule = search({"rule": None}, [(-5.0, True), (9.0, False), (-4.0, True), (-7.0, True)])
+    assert with_a_rule[-1] == pytest.approx((-5 - 4) / 2) and with_a_rule[0] == pytest.approx((-6 - 5.5) / 2)
+
+
+@pytest.mark.parametrize(("module", "field"), [(rejection, "answers"), (ghost, "samples"), (distillation, "generic")],
+                         ids=["rejection", "ghost", "distill"])  # fmt: skip
+def test_what_was_drawn_under_other_settings_is_put_aside_and_drawn_anew(small, tmp_path, monkeypatch, caplog, module, field):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.chdir(small)
+    stage = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module]
+    draws = []
+
+    def draw(config, mesh, workdir):
+        draws.append(getattr(getattr(config, stage), field))
+        workdir = workdir.parent if workdir.suffix else workdir
+        for name in ("samples", "pool", "best") if module is rejection else ("samples",):
+            write_jsonl(workdir / f"{name}.jsonl", [])
+
+    monkeypatch.setattr(module, "gather" if module is rejection else "draw_samples", draw)
+    monkeypatch.setattr(module, "check_fine_tuning", lambda *_, **__: None)
+    monkeypatch.setattr(module, "fine_tuning_stage", lambda *_, **__: None)
+
+    def make(**changes):
+        values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
+        own = {"prompts": "prompts.jsonl"} if module is not ghost else {}
+        models = {"policy": "chat", "safety": "s"} if module is not ghost else {"policy": "chat"}
+        change(values, {**models, stage: own, "data": {"train": ("dialogs.jsonl",)}}, where=stage)
+        change(values, changes, where=stage)
+        module.make_stage(parse_stage(values), one_device(), tmp_path)
+
+    make(**{stage: {field: 2}})
+    make(**{stage: {field: 2, "sampling_batch": 4}, "epochs": 1.0, "optim": {"lr": 1e-3}})  # nothing that draws depend on
+    assert draws == [2] and not (tmp_path / "replaced").exists()
+    make(**{stage: {field: 3}})
+    assert draws == [2, 3] and f"{stage}.{field}: 2 -> 3" in caplog.text
+    assert "samples.jsonl" in {path.name for path in (tmp_path / "replaced" / "1").iterdir()}
+    make(**{stage: {field: 3}})
+    assert draws == [2, 3]
+
+
+def test_other_pools_leave_the_samples_where_they_are(tmp_path):
+    for name in ("samples.jsonl", "pool.jsonl", "best.jsonl"):
+        write_jsonl(tmp_path / name, [])
+    drawn.note(tmp_path, "best", {"pools": ["a"], "version": "1"})
+    drawn.put_aside(tmp_path, "samples", {"answers": 2}, ("samples.jsonl",))  # nothing is known of these, so they stay
+    drawn.put_aside(tmp_path, "best", {"pools": ["a", "b"], "version": "1"}, ("pool.jsonl", "best.jsonl"))
+    assert sorted(path.name for path in (tmp_path / "replaced" / "1").iterdir()) == ["best.jsonl", "pool.jsonl"]
+    assert (tmp_path / "samples.jsonl").exists() and not list(read_jsonl(tmp_path / "samples.jsonl"))
+
+
+def test_the_mesh_of_distillation_holds_the_larger_model_and_one_that_does_not_is_refused(monkeypatch):
+    config = load_config(small_runs.ROOT / "configs", "rejection.py:7b,70b")
+    assert (config.model, config.policy_model, config.reward_model, config.mesh.tensor) == ("7b", "70b", "70b", 8)
+    assert load_config(small_runs.ROOT / "configs", "rejection.py:7b").mesh.tensor == 1
+    monkeypatch.setattr(chips, "chip_bytes", lambda: 95 * 2**30)
+
+    def check(tensor):
+        shape = {"data": 1, "fsdp": 256 // tensor, "sequence": 1, "tensor": tensor}
+        chips.check_generates(SIZES["70b"], Compute(), types.SimpleNamespace(shape=shape))
+
+    check(8)
+    with pytest.raises(ConfigError, match="config.mesh: generation puts 128.5 GiB of 70b's weights on each chip, which holds"):
+        check(1)

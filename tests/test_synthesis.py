@@ -196,7 +196,7 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
         )
         for changes, error in (
             ({**models, "policy": ""}, "config.policy: expected the workdir of a stage"),
-            ({**models, "safety": ""}, "config.safety: expected the workdir of a stage"),
+            ({**models, "helpfulness": "", "safety": ""}, "expected the workdir of one at least, got nothing"),
             ({**models, "rejection": {**rejection, "answers": 0}}, "config.pools: expected at least one"),
             ({**models, "rejection": {**rejection, "prompt_length": 90}}, "exceed the 96 tokens of"),
             ({**models, "policy_model": "small"}, "sft holds model"),

@@ -23,7 +23,10 @@ from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.rlhf import drawn
+from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
+from llama_jax.rlhf.ranges import check_least, check_shares
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
@@ -74,12 +77,8 @@ class GhostSettings:
         unknown = [name for name in self.families if name not in FAMILIES]
         if unknown or not self.families:
             raise ValueError(f"ghost.families: expected some of {', '.join(FAMILIES)}; got {', '.join(unknown) or 'none'}")
-        for name in ("samples", "most_constraints", "new_tokens", "sampling_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ghost.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("terse_share", "probe_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ghost.{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        check_least("ghost", self, samples=1, most_constraints=1, new_tokens=1, sampling_batch=1, temperature=0)
+        check_shares("ghost", self, "terse_share", "probe_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,6 +238,7 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
     if not config.policy:
         raise ConfigError("config.policy: expected the workdir of the model that is sampled from, got nothing")
     check_start(config.policy, model, tokenizer)
+    check_generates(model, config.compute, mesh)
     settings, seed = config.ghost, config.loop.seed
     dialogs = [row["messages"] for path in settings.contexts for row in read_dialogs(path)]
     if settings.values:
@@ -265,10 +265,18 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
     )  # fmt: skip
 
 
+def put_stale_aside(config: GhostConfig, workdir: Path) -> dict[str, Any]:
+    """Puts aside what was drawn under other settings; returns the present ones."""
+    settings = drawn.settings_of(config, "policy", "ghost", without=("place", "keep"))
+    drawn.put_aside(workdir, "samples", settings, ("values.jsonl", "samples", "samples.jsonl"))
+    return settings
+
+
 def gather(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[str, Any]]:
     """The dialogs to train on, which `ghost.jsonl` holds too; their samples are drawn unless they are there."""
-    path = workdir / "samples.jsonl"
+    path, settings = workdir / "samples.jsonl", put_stale_aside(config, workdir)
     if not all(exist([path])):
+        drawn.note(workdir, "samples", settings)
         draw_samples(config, mesh, workdir)
     samples = [row for _, row in read_jsonl(path)]
     rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
@@ -280,6 +288,7 @@ def gather(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[str, Any
 def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Draws the samples unless they are there, and makes the fine-tuning stage on them and the SFT data."""
     path = workdir / "samples.jsonl"
+    put_stale_aside(config, workdir)
     if not all(exist([path])):
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=config.ghost.samples)
     rows = gather(config, mesh, workdir)

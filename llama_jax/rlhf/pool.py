@@ -5,7 +5,8 @@ the best samples of *all* earlier ones. A row of a pool (JSONL) names who answer
 
     {"messages", "is_safety", "response", "reward", "helpfulness", "safety", "version", "policy", "temperature"}
 
-`policy` is a hash of the parameters that were sampled from. A later version scores the rows again with its own reward models.
+`policy` is a hash of the parameters that were sampled from. A later version scores the rows again with its own reward models
+and scorers; what scorers may look at of a prompt (`reference`, ...) stays with it, and "other" is what they gave.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from llama_jax.rlhf.respond import usable
 from llama_jax.training.checkpoint import POLICY, read_meta
 
 Row = dict[str, Any]
+SCORES = ("reward", "helpfulness", "safety", "other")
+PROMPT_FIELDS = ("reference", "source", "kind", "object")  # of a prompt's row, beside its messages
 _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float, "version": str, "policy": str}
 
 
@@ -45,10 +48,10 @@ def best_samples(samples: Iterable[Mapping[str, Any]], *, version: str, policy: 
         number = sample["prompt"]
         if usable(sample["response"], sample["ended"]) and (number not in best or sample["reward"] > best[number]["reward"]):
             best[number] = sample
-    kept = ("messages", "is_safety", "response", "reward", "helpfulness", "safety")
+    kept, about = ("messages", "is_safety", *PROMPT_FIELDS, "response", *SCORES), {"version": version, "policy": policy}
     return [
-        {**{name: best[number][name] for name in kept}, "version": version, "policy": policy, "temperature": temperature}
-        for number in sorted(best)
+        {**{name: sample[name] for name in kept if name in sample}, **about, "temperature": temperature}
+        for _, sample in sorted(best.items())
     ]
 
 

@@ -11,20 +11,23 @@ far the longest, is drawn in portions, none of which is drawn again (`respond.wr
 
 Policy and reward models may have other sizes than what is fine-tuned: the paper samples from its 70B model only and fine-tunes
 the smaller ones on the best of these answers. With `answers=0` nothing is sampled and the pools alone serve.
+
+An answer is worth R_c of the reward models (of one alone, its score), or the sum with scorers of one's own, as in PPO. Files
+that were drawn under other settings are put aside and drawn anew (`drawn.py`).
 """
 
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError
 from llama_jax.data.dialog import decode_response, encode_dialog, encode_response
@@ -32,15 +35,20 @@ from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.files import write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
-from llama_jax.model.config import Compute, ModelConfig, size
+from llama_jax.model.config import ModelConfig, size
 from llama_jax.model.params import Params
-from llama_jax.parallel.hosts import exist, on_host_0
+from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
-from llama_jax.reward.score import combined_reward, scorer
+from llama_jax.reward.score import logit
+from llama_jax.reward.scorers import REWARD_MODELS, RewardMix, check_scores, load_scorer
+from llama_jax.rlhf import drawn
 from llama_jax.rlhf.best_of import best_temperature
-from llama_jax.rlhf.pool import Row, best_samples, dialogs, policy_hash, read_pool, select
-from llama_jax.rlhf.reinforce import encode_prompts
+from llama_jax.rlhf.chips import check_generates
+from llama_jax.rlhf.pool import PROMPT_FIELDS, SCORES, Row, best_samples, dialogs, policy_hash, read_pool, select
+from llama_jax.rlhf.ranges import check_least, check_shares
+from llama_jax.rlhf.reinforce import encode_prompts, reward_models
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
+from llama_jax.rlhf.scoring import check_scorer, score_responses
 from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.metrics import Progress
@@ -79,11 +87,15 @@ class RejectionSettings:
     safety_threshold: float = 0.15
 
     def __post_init__(self):
-        for name, least in (("answers", 0), ("max_prompts", 1), ("new_tokens", 1), ("sampling_batch", 1), ("repeat", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"rejection.{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.temperatures and self.search_prompts < 1:
-            raise ValueError(f"rejection.search_prompts: expected at least 1, got {self.search_prompts}")
+        check_least("rejection", self, prompt_length=1, max_prompts=1, answers=0, new_tokens=1, sampling_batch=1, repeat=1)
+        check_least("rejection", self, temperature=0, temperatures=0, search_prompts=1 if self.temperatures else 0)
+        check_shares("rejection", self, "safety_threshold")
+        for temperature in self.temperatures or (self.temperature,):
+            if self.answers > 1 and temperature == 0 or not math.isfinite(temperature):
+                raise ValueError(
+                    f"rejection.temperature: expected a positive number for {self.answers} answers, got {temperature}: the "
+                    "most likely answer is always the same"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,8 +107,9 @@ class RejectionConfig(StageConfig):
     Attributes:
       data: dialogs that the best answers are mixed with; may be empty.
       policy, policy_model: workdir and size of the model that is sampled from; size "": that of `model`.
-      helpfulness, safety, reward_model: workdirs of the reward models, and their size. Without them (and with `answers=0`) the
-        rewards stand as the pools give them.
+      helpfulness, safety, reward_model: workdirs of the reward models, and their size. One alone serves too; without them and
+        other scorers (and with `answers=0`) the rewards stand as the pools give them.
+      reward: what an answer is worth, as in PPO.
       pools: of earlier versions, from the oldest to the newest.
     """
 
@@ -108,6 +121,7 @@ class RejectionConfig(StageConfig):
     safety: str
     reward_model: str
     pools: tuple[str, ...]
+    reward: RewardMix = RewardMix()
     epochs: float = 2.0
 
     def __post_init__(self):
@@ -119,61 +133,16 @@ class RejectionConfig(StageConfig):
 
 def check_models(config: RejectionConfig) -> None:
     """ConfigError for a round that lacks a model or a pool."""
-    for name in ("policy", "helpfulness", "safety") if config.rejection.answers else ():
-        if not getattr(config, name):
-            raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
-    if bool(config.helpfulness) != bool(config.safety):
-        raise ConfigError("config.helpfulness, config.safety: expected both reward models or none, got one")
+    if config.rejection.answers and not config.policy:
+        raise ConfigError("config.policy: expected the workdir of a stage, got nothing")
+    others = len(config.reward.scorers) - (REWARD_MODELS in config.reward.scorers)
+    if REWARD_MODELS in config.reward.scorers and (config.rejection.answers or others) and not reward_models(config):
+        raise ConfigError(
+            f"config.helpfulness, config.safety: reward.scorers names {REWARD_MODELS!r}; expected the workdir of one at least, "
+            "got nothing"
+        )
     if not config.rejection.answers and not config.pools:
         raise ConfigError("config.pools: expected at least one where rejection.answers=0, got none")
-
-
-def score_responses(
-    config: ModelConfig, compute: Compute, rewards: dict[str, Params], prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]], is_safety: Sequence[bool], *, length: int, batch_size: int, threshold: float,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Sigmoid scores of both reward models and the combined reward R_c of each (prompt, response). # -> float32 [n] each"""
-    scores = {
-        name: sigmoid_scores(config, compute, rewards[name], prompts, responses, length=length, batch_size=batch_size)
-        for name in ("helpfulness", "safety")
-    }
-    combined = combined_reward(
-        jnp.asarray(scores["helpfulness"]), jnp.asarray(scores["safety"]), jnp.asarray(is_safety, bool), threshold=threshold
-    )
-    return {**scores, "reward": np.asarray(combined)}
-
-
-def sigmoid_scores(
-    config: ModelConfig, compute: Compute, reward: Params, prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]], *, length: int, batch_size: int,
-) -> np.ndarray:  # fmt: skip
-    """Scores of one reward model, in (0, 1), of each (prompt, response); on several hosts, the same in all. # -> float32 [n]
-
-    Rows of similar length are scored together, in a third, two thirds or all of `length`: most are much shorter than that.
-    """
-    score = _jitted_scorer(config, compute, jax.sharding.get_mesh())
-    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    scores = np.zeros(len(sizes), np.float32)
-    for start in range(0, len(sizes), batch_size):
-        part = order[start : start + batch_size]
-        width = next(w for w in (-(-length // 3), -(-2 * length // 3), length) if sizes[part[-1]] <= w or w == length)
-        tokens = np.zeros((batch_size, width), np.int32)
-        segment_ids = np.zeros_like(tokens)
-        for row, i in enumerate(part):
-            tokens[row, : len(prompts[i])] = prompts[i]
-            tokens[row, len(prompts[i]) : sizes[i]] = responses[i]
-            segment_ids[row, : sizes[i]] = 1
-        scores[part] = np.asarray(score(reward, tokens, segment_ids))[: len(part)]
-    return scores
-
-
-@functools.cache
-def _jitted_scorer(config: ModelConfig, compute: Compute, mesh: Mesh):
-    score = scorer(config, compute)
-    # Every host needs all scores, not only those of its rows.
-    everywhere = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda *arguments: jax.nn.sigmoid(score(*arguments)), out_shardings=everywhere)
 
 
 def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
@@ -189,10 +158,15 @@ class Round:
         self.config, self.mesh = config, mesh
         self.policy = _sized(config.policy_model, model)
         self.reward = _sized(config.reward_model, model)
-        for path, expected in ((config.policy, self.policy), (config.helpfulness, self.reward), (config.safety, self.reward)):
-            if path:
-                check_start(path, expected, self.tokenizer)
+        self.judges = reward_models(config) if REWARD_MODELS in config.reward.scorers else {}
+        self.weights = config.reward.weighted()
+        self.scorers = {name: load_scorer(name) for name in self.weights if name != REWARD_MODELS}
+        for path in self.judges.values():
+            check_start(path, self.reward, self.tokenizer)
         settings = config.rejection
+        if settings.answers:
+            check_start(config.policy, self.policy, self.tokenizer)
+            check_generates(self.policy, config.compute, mesh, hint=" (configs/rejection.py:7b,70b sets it)")
         self.length = settings.prompt_length + settings.new_tokens
         for expected in (self.policy, self.reward):
             if self.length > expected.max_length:
@@ -213,22 +187,48 @@ class Round:
 
     @functools.cached_property
     def rewards(self) -> dict[str, Params]:
-        """Of both reward models."""
+        """Of the reward models."""
         specs = table.table(self.reward, head="reward_head")
-        paths = {"helpfulness": self.config.helpfulness, "safety": self.config.safety}
         with jax.set_mesh(self.mesh):
-            return {name: restore_model(path, specs, self.mesh) for name, path in paths.items()}
+            return {name: restore_model(path, specs, self.mesh) for name, path in self.judges.items()}
+
+    def check(self) -> None:
+        """Compiles what scores before anything is drawn for it."""
+        with jax.set_mesh(self.mesh):
+            for reward in list(self.rewards.values())[:1]:  # all have one program
+                check_scorer(
+                    self.reward, self.config.compute, reward, length=self.length,
+                    batch_size=self.config.rejection.sampling_batch,
+                )  # fmt: skip
 
     def score(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], is_safety: Sequence[bool]
-    ) -> dict[str, np.ndarray]:
-        """Scores and combined reward of each (prompt, response). # -> float32 [n] each"""
-        settings = self.config.rejection
-        with jax.set_mesh(self.mesh):
-            return score_responses(
-                self.reward, self.config.compute, self.rewards, prompts, responses, is_safety, length=self.length,
-                batch_size=settings.sampling_batch, threshold=settings.safety_threshold,
-            )  # fmt: skip
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """What each answer is worth ("reward") and the scores it is made of; `rows` are the prompts', `texts` the answers'.
+
+        # -> float32 [n] each
+        """
+        settings, scores = self.config.rejection, {}
+        if self.judges:
+            with jax.set_mesh(self.mesh):
+                scores = score_responses(
+                    self.reward, self.config.compute, self.rewards, prompts, responses, [row["is_safety"] for row in rows],
+                    length=self.length, batch_size=settings.sampling_batch, threshold=settings.safety_threshold,
+                )  # fmt: skip
+        if not self.scorers:
+            return scores
+        # A scorer need not say the same twice, and all hosts must choose the same answers.
+        other = np.array(from_host_0(lambda: self.others(rows, texts)), np.float32)
+        models = self.weights[REWARD_MODELS] * np.asarray(logit(scores["reward"])) if self.judges else 0.0
+        return {**scores, "other": other, "reward": np.asarray(models + other, np.float32)}
+
+    def others(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[float]:
+        """The weighted sum of the scorers that are no reward models."""
+        total = np.zeros(len(rows), np.float32)
+        for name, scorer in self.scorers.items():
+            total += self.weights[name] * check_scores(scorer(rows, texts), len(rows), name)
+        return total.tolist()
 
     def samples(
         self, prompts: Sequence[Prompt], *, temperature: float, seed: int, progress: Tell, first: int = 0
@@ -242,35 +242,40 @@ class Round:
             progress=progress,
         )  # fmt: skip
         read = [encode_response(ids, self.tokenizer, limit=self.config.rejection.new_tokens) for ids in responses]
-        scores = self.score(encoded, read, [row["is_safety"] for _, row, _ in rows])
-        found = []
-        for i, (number, row, _) in enumerate(rows):
-            text, ended = decode_response(responses[i], self.tokenizer)
-            found.append({
-                "prompt": number, "messages": row["messages"], "is_safety": row["is_safety"], "response": text,
-                "ended": ended, **{name: float(values[i]) for name, values in scores.items()},
-            })  # fmt: skip
-        return found
+        texts = [decode_response(ids, self.tokenizer) for ids in responses]
+        scores = self.score(encoded, read, [row for _, row, _ in rows], [text for text, _ in texts])
+        return [
+            {
+                "prompt": number, "messages": row["messages"], "is_safety": row["is_safety"],
+                **{name: row[name] for name in PROMPT_FIELDS if row.get(name)}, "response": text, "ended": ended,
+                **{name: float(values[i]) for name, values in scores.items()},
+            }
+            for i, ((number, row, _), (text, ended)) in enumerate(zip(rows, texts, strict=True))
+        ]  # fmt: skip
 
     def search(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Fig. 8: the curve of each temperature, and which is best at K. An answer that cannot be trained on is worth 0."""
-        settings, rewards = self.config.rejection, {}
+        """Fig. 8: the curve of each temperature, and which is best at K. An answer that cannot be trained on is worth as little
+        as any: 0 of R_c, and beside other scorers, which know no such bound, what the worst one is."""
+        settings, tried = self.config.rejection, {}
         few = prompts[: settings.search_prompts]  # in random order already
         for temperature in settings.temperatures:
             label, total = f"rejection: temperature {temperature:g}", len(few) * settings.answers
             with Progress(total, label, "answer", quiet=jax.process_index() > 0) as progress:
-                found = self.samples(
+                tried[temperature] = self.samples(
                     few, temperature=temperature, seed=self.config.loop.seed + 1, progress=progress.update
                 )
-            worth = [row["reward"] if usable(row["response"], row["ended"]) else 0.0 for row in found]
-            rewards[temperature] = np.reshape(worth, (len(few), settings.answers))
-        best, curves = best_temperature(rewards)
+        least = min(row["reward"] for found in tried.values() for row in found) if self.scorers else 0.0
+        worth = {
+            temperature: [row["reward"] if usable(row["response"], row["ended"]) else least for row in found]
+            for temperature, found in tried.items()
+        }
+        best, curves = best_temperature({t: np.reshape(some, (len(few), settings.answers)) for t, some in worth.items()})
         shown = {f"{t:g}": {"maximum": curve.maximum.tolist(), "median": curve.median.tolist()} for t, curve in curves.items()}
         return {"temperature": best, "prompts": len(few), "answers": settings.answers, "curves": shown}
 
     def again(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows of an earlier version's pool with the rewards of this round's models; too long ones are left out and counted."""
-        if not self.config.helpfulness or not rows:
+        """Rows of an earlier version's pool with this round's rewards; too long ones are left out and counted."""
+        if not (self.judges or self.scorers) or not rows:
             return list(rows)
         encoded = []
         for row in rows:
@@ -281,8 +286,9 @@ class Round:
             log.warning(
                 "%d of %d pool rows exceed %d tokens and are left out", len(rows) - len(fitting), len(rows), self.length
             )
-        scores = self.score([ids for _, ids in fitting], [[]] * len(fitting), [row["is_safety"] for row, _ in fitting])
-        return [{**row, **{name: float(values[i]) for name, values in scores.items()}} for i, (row, _) in enumerate(fitting)]
+        kept = [{name: value for name, value in row.items() if name not in SCORES} for row, _ in fitting]
+        scores = self.score([ids for _, ids in fitting], [[]] * len(kept), kept, [row["response"] for row in kept])
+        return [{**row, **{name: float(values[i]) for name, values in scores.items()}} for i, row in enumerate(kept)]
 
 
 def _sized(name: str, model: ModelConfig) -> ModelConfig:
@@ -295,6 +301,7 @@ def gather(config: RejectionConfig, mesh: Mesh, workdir: Path) -> None:
     earlier = [read_pool(path) for path in config.pools]  # what is wrong with them is said before a model is loaded
     models, pool = Round(config, mesh), workdir / "pool.jsonl"
     if config.rejection.answers and not all(exist([pool])):
+        models.check()
         gather_pool(models, workdir)
     scored = [models.again(rows) for rows in earlier]
 
@@ -333,15 +340,30 @@ def gather_pool(models: Round, workdir: Path) -> None:
     on_host_0(write_pool)
 
 
+def put_stale_aside(config: RejectionConfig, workdir: Path) -> dict[str, dict[str, Any]]:
+    """Puts aside what was drawn or chosen under other settings; returns the present ones, by what depends on them."""
+    models = ("policy", "policy_model", "helpfulness", "safety", "reward_model", "reward")
+    settings = {
+        "samples": drawn.settings_of(config, *models, "rejection", without=("repeat", "version")),
+        "best": {"pools": list(config.pools), "version": config.rejection.version},
+    }
+    chosen = ("pool.jsonl", "best.jsonl")
+    drawn.put_aside(workdir, "samples", settings["samples"], ("temperatures.json", "samples", "samples.jsonl", *chosen))
+    drawn.put_aside(workdir, "best", settings["best"], chosen)
+    return settings
+
+
 def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Gathers the round's best answers unless they are there, and makes the fine-tuning stage on them."""
     check_models(config)
-    path = workdir / "best.jsonl"
+    path, under = workdir / "best.jsonl", put_stale_aside(config, workdir)
     if not all(exist([path])):
         settings, most = config.rejection, sum(len(read_pool(pool)) for pool in config.pools)
         if settings.answers:
             most += min(len(read_prompts(settings.prompts)), settings.max_prompts)
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most * settings.repeat)
+        for name, values in under.items():
+            drawn.note(workdir, name, values)
         gather(config, mesh, workdir)
     found = any(True for _ in read_jsonl(path))
     if not found and not config.data.train:

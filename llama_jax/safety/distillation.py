@@ -27,9 +27,13 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.rlhf import drawn
+from llama_jax.rlhf.chips import check_generates
+from llama_jax.rlhf.ranges import check_least
 from llama_jax.rlhf.reinforce import encode_prompts
-from llama_jax.rlhf.rejection import choose_prompts, sigmoid_scores
+from llama_jax.rlhf.rejection import choose_prompts
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
+from llama_jax.rlhf.scoring import check_scorer, sigmoid_scores
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
@@ -64,11 +68,8 @@ class DistillSettings:
         most = len(generic_preprompts())
         if not 0 <= self.generic <= most or (self.generic == 0 and not self.category):
             raise ValueError(f"distill.generic: expected 1 to {most} pre-prompts (0 with category=True), got {self.generic}")
-        if self.least_gain < 0:
-            raise ValueError(f"distill.least_gain: expected 0 or more, got {self.least_gain}")
-        for name in ("prompt_length", "max_prompts", "new_tokens", "sampling_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distill.{name}: expected at least 1, got {getattr(self, name)}")
+        check_least("distill", self, least_gain=0)
+        check_least("distill", self, prompt_length=1, max_prompts=1, new_tokens=1, sampling_batch=1, temperature=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,7 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
             f"distill.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the model's "
             f"{model.max_length}"
         )
+    check_generates(model, config.compute, mesh)
     encoded = [(row, ids) for row, ids in encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length)
                if row["is_safety"]]  # fmt: skip
     if not encoded:
@@ -183,8 +185,10 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
         answers += len(asked)
     if too_long:
         log.warning("%d pre-prompts leave no room for an answer and are left out", too_long)
+    length, rows = settings.prompt_length + settings.new_tokens, settings.sampling_batch
     with jax.set_mesh(mesh):
         reward = restore_model(config.safety, table.table(model, head="reward_head"), mesh)
+        check_scorer(model, config.compute, reward, length=length, batch_size=rows)
 
     def draw(some: Sequence[Question], _: int, progress: Tell) -> list[dict[str, Any]]:
         prompts = [prompt for question in some for *_, prompt in question.asked]
@@ -194,7 +198,7 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
             scores = sigmoid_scores(
                 model, config.compute, reward, [question.ids for question in some for _ in question.asked],
                 [encode_response(ids, tokenizer, limit=settings.new_tokens) for ids in responses],
-                length=settings.prompt_length + settings.new_tokens, batch_size=settings.sampling_batch,
+                length=length, batch_size=rows,
             )  # fmt: skip
         found = [(*decode_response(ids, tokenizer), float(score)) for ids, score in zip(responses, scores, strict=True)]
         return [question.answered(found[question.first - some[0].first :]) for question in some]
@@ -205,10 +209,13 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
 def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
     """Draws the answers unless they are there, and makes the fine-tuning stage on the kept ones and `data.train`."""
     path = workdir / "samples.jsonl"
+    settings = drawn.settings_of(config, "policy", "safety", "distill", without=("least_gain",))
+    drawn.put_aside(workdir, "samples", settings, ("samples", "samples.jsonl"))
     if not all(exist([path])):
         asked = sum(row["is_safety"] for row in read_prompts(config.distill.prompts))
         most = min(asked, config.distill.max_prompts)
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most)
+        drawn.note(workdir, "samples", settings)
         draw_samples(config, mesh, path)
     samples = [row for _, row in read_jsonl(path)]
     rows = keep_preferred(samples, least_gain=config.distill.least_gain)
