@@ -156,7 +156,9 @@ class GhostStudy(Steps[GhostStudyConfig]):
         probed = sum(any(constraint.probe for constraint in context.constraints) for context in contexts)
         asked = max(config.turns) * len(contexts) + len(config.turns) * probed
         with Progress(asked, f"recall ({name})", "answer") as progress:
-            found = follow(contexts, respond, turns=config.turns, seed=config.seed, progress=progress.update)
+            found = follow(
+                contexts, respond, turns=config.turns, seed=config.seed, progress=progress.update, fits=respond.fits
+            )
         write_jsonl(self.workdir / "recall" / f"{name}.jsonl", map(dataclasses.asdict, found))
         return {str(turn): dataclasses.asdict(interval) for turn, interval in recall_table(found).items()}
 

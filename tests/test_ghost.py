@@ -49,6 +49,7 @@ from llama_jax.rlhf.ghost import (
     read_values,
     training_rows,
 )
+from llama_jax.training.stage import LoopConfig
 
 SETTINGS = GhostSettings(
     contexts=("dialogs.jsonl",), join=True, turns=(2, 4), samples=40, families=("opening", "hobby", "capitals"), values="",
@@ -315,6 +316,11 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
         ghost: GhostSettings
         data: ghost.DialogData
         epochs: float = 1.0
+        model: str = "tiny"
+        context: int = 0
+        tokenizer: str = "tokenizer.model"
+        policy: str = "chat"
+        loop: LoopConfig = LoopConfig(steps=1, batch_size=1)
 
     config = Config(SETTINGS, ghost.DialogData(("sft.jsonl",), (), 64))
     for _ in range(2):
@@ -328,8 +334,9 @@ def test_settings_name_their_mistakes():
     for change, words in (
         ({"turns": (3, 2)}, "fewest and the most turns"),
         ({"families": ("colour",)}, "expected some of hobby.*got colour"),
-        ({"terse_share": 1.5}, "share from 0 to 1, got 1.5"),
+        ({"terse_share": 1.5}, "ghost.terse_share: expected a number from 0 to 1, got 1.5"),
         ({"samples": 0}, "ghost.samples: expected at least 1"),
+        ({"temperature": -1.0}, "ghost.temperature: expected at least 0, got -1.0"),
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(SETTINGS, **change)
@@ -362,6 +369,31 @@ def test_recall_follows_the_models_own_answers():
     assert recall_rows({"GAtt": table}) == [["turn", "GAtt"], [2, "100 % (100 to 100)"], [4, "0 % (0 to 0)"]]
     with pytest.raises(ValueError, match="context 0: expected at least 20 user messages, got 4"):
         follow(contexts, respond)
+
+
+def test_an_answer_that_leaves_no_room_for_the_last_turn_is_not_followed(caplog):
+    contexts = [
+        Context(dialog("a", 4), (Constraint("opening", "red"),), "Begin: red."),
+        Context(dialog("b", 4), (Constraint("hobby", "chess"),), "Hobby: chess."),
+    ]
+    asked = []
+
+    def fits(messages):
+        return sum(len(m["content"]) for m in messages) <= 70
+
+    def respond(conversations, *, seed, progress=None):
+        assert all(map(fits, conversations))  # the sampler refuses longer ones, and with one of them all
+        asked.extend([m["content"] for m in c] for c in conversations)
+        return [("x" * 15, True) for _ in conversations]
+
+    follow(contexts, respond, turns=(2, 4), fits=fits)
+    # Seven messages of 4 letters with the instruction's 12 or 14 are 40 and 42, an answer of 15 adds 11. Of the first dialog two
+    # fit, of the second one: its last question may be the probe's, of 19.
+    assert asked[-3] == ["Begin: red. a q0", "x" * 15, "a q1", "x" * 15, "a q2", "a a2", "a q3"]
+    assert asked[-2] == ["Hobby: chess. b q0", "x" * 15, "b q1", "b a1", "b q2", "b a2", "b q3"]
+    assert "3 answers left no room for the rest of their dialogs" in caplog.text
+    with pytest.raises(ValueError, match="context 0: its 4 turns leave no room for an answer; expected shorter dialogs"):
+        follow(contexts, respond, turns=(2, 4), fits=lambda messages: False)
 
 
 def test_attention_weights_are_those_of_the_model(tiny):

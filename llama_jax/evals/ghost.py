@@ -7,6 +7,7 @@ the dialog: neither the question nor its answer stays in it.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from llama_jax.model.params import Params
 from llama_jax.rlhf.constraints import Constraint, obeyed
 from llama_jax.rlhf.ghost import Context, Messages, in_first_turn
 from llama_jax.rlhf.respond import usable
+
+log = logging.getLogger(__name__)
 
 TURNS = (2, 4, 6, 20)  # of Table 30
 
@@ -40,19 +43,33 @@ class Recall:
 def follow(
     contexts: Sequence[Context], respond: Callable[..., list[tuple[str, bool]]], *, turns: Sequence[int] = TURNS,
     place: str = "user", seed: int = 0, progress: Callable[[int], None] | None = None,
+    fits: Callable[[Messages], bool] | None = None,
 ) -> list[Recall]:  # fmt: skip
     """Goes through the contexts turn by turn and checks the answers at `turns`.
 
     Args:
       contexts: each with at least `max(turns)` user messages; its answers stand in only for drawn ones that cannot enter a
-        dialog (no end, nothing said, a chat tag).
+        dialog (no end, nothing said, a chat tag) or would leave no room for the rest of it.
       respond: (conversations, seed=, progress=) -> [(text, ended)], see `rlhf.respond.Responder`.
       place: of the instruction, as in training.
+      fits: whether a conversation leaves room for an answer, as `respond` counts; all do without it.
     """
     for number, context in enumerate(contexts):
         users = sum(m["role"] == "user" for m in context.messages)
         if users < max(turns):
             raise ValueError(f"context {number}: expected at least {max(turns)} user messages, got {users}")
+
+    def has_room(context: Context, dialog: Messages) -> bool:
+        """Whether all that will be asked leaves room for an answer, if the context's own answers follow."""
+        before = dialog[: 2 * max(turns) - 2]
+        last = [dialog[len(before)]["content"], *(c.probe for c in context.constraints if c.probe)]
+        asked = [[*before, {"role": "user", "content": question}] for question in last]
+        return fits is None or all(fits(in_first_turn(m, context.instruction, place=place)) for m in asked)
+
+    for number, context in enumerate(contexts):
+        if not has_room(context, context.messages):
+            raise ValueError(f"context {number}: its {max(turns)} turns leave no room for an answer; expected shorter dialogs")
+    too_long = 0
     dialogs = [[dict(m) for m in context.messages] for context in contexts]
     found: list[Recall] = []
     for turn in range(1, max(turns) + 1):
@@ -64,9 +81,13 @@ def follow(
         if turn in turns:
             found += _judge(contexts, dialogs, drawn, turn)
             found += _probe(contexts, dialogs, respond, turn=turn, place=place, seed=seed + turn, progress=progress)
-        for dialog, (text, ended) in zip(dialogs, drawn, strict=True):
+        for context, dialog, (text, ended) in zip(contexts, dialogs, drawn, strict=True):
             if usable(text, ended) and len(dialog) > until:
-                dialog[until]["content"] = text
+                own, dialog[until]["content"] = dialog[until]["content"], text
+                if not has_room(context, dialog):
+                    dialog[until]["content"], too_long = own, too_long + 1
+    if too_long:
+        log.warning("%d answers left no room for the rest of their dialogs: the contexts' own stay", too_long)
     return found
 
 

@@ -75,7 +75,8 @@ def contexts_of(
     families, contexts = sorted(values), []
     for number in range(count):
         name = families[number % len(families)]
-        constraint = Constraint(name, values[name][number // len(families) % len(values[name])])
+        some = values[name] or [""]  # a family without values
+        constraint = Constraint(name, some[number // len(families) % len(some)])
         messages = _joined(dialogs, rng.integers(len(dialogs), size=turns))
         contexts.append(Context(messages, (constraint,), instruction([constraint], terse=bool(number // len(families) % 2))))
     return contexts

@@ -1,0 +1,212 @@
+"""How long checkpoints keep an instruction of the first turn (paper 3.3, A.3.5, Table 30): `python -m llama_jax.recall`.
+
+    python -m llama_jax.recall --checkpoint=baseline=runs/v3 --checkpoint=ghost=runs/v4 --dialogs=held_out.jsonl \\
+        --output=runs/recall
+
+Dialogs of one turn that no checkpoint was trained on are joined to longer ones, and an instruction is put before the first
+question. Each checkpoint answers them turn by turn, greedily, by its own earlier answers; a program decides at the turns of
+Table 30 whether it still obeys. Instructions are of `--families` (`rlhf/constraints.py`) with the values of `--values`, rows
+{"kind": family, "value": ...}, or with short words of ours. `recall.json` and `recall.md` have the shares with their intervals,
+`ghost_recall.png` shows them, `recall_<name>.jsonl` has the answers that were judged. Answers are kept as they come: a run that
+is stopped goes on with the same command. Those of another checkpoint under this name, or under other settings, are refused. On
+a pod the same command runs on every host.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llama_jax import command
+from llama_jax.chat import open_engine
+from llama_jax.compare import Kept, settings_of
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import decode_response
+from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
+from llama_jax.desk import name_checkpoints
+from llama_jax.evals import ghost_figures
+from llama_jax.evals.ghost import TURNS, Recall, follow, recall_rows, recall_table
+from llama_jax.evals.origin import claim
+from llama_jax.evals.plots import MARKERS, save
+from llama_jax.files import atomic_write, write_json
+from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
+from llama_jax.parallel.mesh import start_distributed
+from llama_jax.pretrained import Model
+from llama_jax.rlhf.constraints import FAMILIES
+from llama_jax.rlhf.ghost import Context, Messages, read_values
+from llama_jax.rlhf.instructions import VALUES, contexts_of
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine
+from llama_jax.training.metrics import Progress
+
+Open = Callable[[str], tuple[Engine, Model]]
+
+
+def make_contexts(
+    dialogs: str, values: Mapping[str, Sequence[str]], *, count: int, turns: int, longest: int, seed: int
+) -> list[Context]:
+    """Dialogs of so many turns with one instruction each, of dialogs of one turn with at most `longest` characters."""
+    found = [row["messages"] for row in read_dialogs(dialogs)]
+    short = [m for m in found if len(m) == 2 and sum(len(message["content"]) for message in m) <= longest]
+    if not short:
+        raise ValueError(
+            f"{dialogs}: expected dialogs of one turn, without system message and with at most --longest={longest} characters; "
+            f"none of {len(found)} is one"
+        )
+    return contexts_of(short, values, count, turns=turns, rng=np.random.default_rng(seed))
+
+
+def values_of(path: str, families: Sequence[str]) -> dict[str, Sequence[str]]:
+    """What instructions are made of, by family: values of a file, or ours."""
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise ValueError(f"--families: expected some of {', '.join(FAMILIES)}; got {', '.join(unknown)}")
+    if path:
+        return dict(read_values(path, families))
+    if missing := [name for name in families if FAMILIES[name].request and name not in VALUES]:
+        raise ValueError(f"--values: missing; there are no values of ours for {', '.join(missing)}")
+    return {name: VALUES.get(name, ()) for name in families}
+
+
+class Answers:
+    """What a checkpoint answers, as `evals.ghost.follow` asks it; each answer is on the disk as soon as it is drawn."""
+
+    def __init__(self, engine: Engine, model: Model, kept: Kept, *, max_tokens: int):
+        self.engine, self.model, self.kept, self.max_tokens = engine, model, kept, max_tokens
+        self.found = {row["conversation"]: (row["answer"], row["ended"]) for row in kept.rows}
+
+    def fits(self, messages: Messages) -> bool:
+        """Whether a conversation leaves room for the longest answer."""
+        return len(encode_chat(messages, self.model.tokenizer)) + self.max_tokens <= self.engine.settings.max_length
+
+    def __call__(
+        self, conversations: Sequence[Messages], *, seed: int, progress: Callable[[int], None] | None = None
+    ) -> list[tuple[str, bool]]:
+        """(text, whether it ended by itself) of each conversation; greedily, whatever the seed."""
+        del seed
+        keys, tokenizer = [digest(messages) for messages in conversations], self.model.tokenizer
+
+        def finished(key: str, request: Any, token: int) -> None:
+            del token
+            if request.finish:
+                text, ended = self.found[key] = decode_response(request.tokens, tokenizer)
+                self.kept.append({"conversation": key, "answer": text, "ended": ended})
+
+        for key, messages in dict(zip(keys, conversations)).items():
+            if key not in self.found:
+                self.engine.submit(
+                    encode_chat(messages, tokenizer), max_tokens=self.max_tokens, choice=Choice(0.0), seed=0, index=0,
+                    stop_ids=tokenizer.stop_ids, on_token=functools.partial(finished, key),
+                )  # fmt: skip
+        while self.engine.step():
+            pass
+        if progress is not None:
+            progress(len(keys))
+        return [self.found[key] for key in keys]
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that stand for JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def measure(
+    name: str, place: str, contexts: Sequence[Context], directory: Path, *, turns: Sequence[int], open_model: Open,
+    max_tokens: int,
+) -> list[Recall]:  # fmt: skip
+    """The judged answers of a checkpoint, which `recall_<name>.jsonl` holds when all are there.
+
+    Raises:
+      ConfigError: what is kept is another checkpoint's, or was asked otherwise.
+    """
+    asked = digest([[context.messages, context.instruction] for context in contexts])
+    from_host_0(lambda: claim(
+        directory / f"model_{name}.json", place, contexts=asked, turns=list(turns), max_tokens=max_tokens
+    ))  # fmt: skip
+    judged = directory / f"recall_{name}.jsonl"
+    if not all(exist([judged])):
+        probed = sum(any(constraint.probe for constraint in context.constraints) for context in contexts)
+        total = max(turns) * len(contexts) + len(turns) * probed
+        kept = Kept(directory / f"answers_{name}.jsonl")
+        try:
+            engine, model = open_model(place)
+            answers = Answers(engine, model, kept, max_tokens=max_tokens)
+            quiet = jax.process_index() > 0
+            with jax.set_mesh(model.mesh), Progress(total, f"recall of {name}", "answer", quiet=quiet) as progress:
+                found = follow(contexts, answers, turns=turns, progress=progress.update, fits=answers.fits)
+        finally:
+            kept.close()
+        on_host_0(write_jsonl, judged, [dataclasses.asdict(row) for row in found])
+    rows = from_host_0(lambda: [row for _, row in read_jsonl(judged)])
+    return [Recall(**row) for row in rows]
+
+
+def report(found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], directory: Path) -> str:
+    """Writes `recall.json`, `recall.md` and the figure; returns the table."""
+    tables = {name: recall_table(rows) for name, rows in found.items()}
+    shares = {
+        name: {str(turn): dataclasses.asdict(interval) for turn, interval in table.items()} for name, table in tables.items()
+    }
+    write_json(directory / "recall.json", {"checkpoints": dict(places), "recall": shares})
+    header, *rows = recall_rows(tables)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows)]
+    text = "\n".join(["Answers that obey the instruction of the first turn, with 95 % intervals (Table 30).", "", *lines, ""])
+    with atomic_write(directory / "recall.md") as file:
+        file.write(text.encode())
+    save([ghost_figures.recall(shares)], directory)
+    return text
+
+
+def main() -> None:
+    """Flags to calls."""
+    values = flags.FLAGS
+    keep_heap()
+    places, directory, turns = name_checkpoints(values.checkpoint), Path(values.output), tuple(map(int, values.turns))
+    if not turns or min(turns) < 1:
+        raise ValueError(f"--turns: expected turns from 1, got {','.join(values.turns)}")
+    if len(places) > len(MARKERS):
+        raise ValueError(f"--checkpoint: expected at most {len(MARKERS)}, which a figure can tell apart; got {len(places)}")
+    start_distributed()
+    contexts = make_contexts(
+        values.dialogs, values_of(values.values, values.families), count=values.count, turns=max(turns),
+        longest=values.longest, seed=values.seed,
+    )  # fmt: skip
+    open_model = functools.partial(
+        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=False),
+        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
+    )  # fmt: skip
+    found = {
+        name: measure(name, place, contexts, directory, turns=turns, open_model=open_model, max_tokens=values.max_tokens)
+        for name, place in places.items()
+    }
+
+    def finish() -> None:
+        print(report(found, places, directory))
+        print(directory / "recall.json")
+
+    on_host_0(finish)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("checkpoint", None, "a chat model, or name=model; once for each")
+    flags.DEFINE_string("dialogs", None, "JSONL file of dialogs that no checkpoint was trained on")
+    flags.DEFINE_string("output", None, "directory for answers, table and figure")
+    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    flags.DEFINE_list("turns", [str(turn) for turn in TURNS], "where answers are judged")
+    flags.DEFINE_integer("count", 48, "dialogs that each checkpoint answers")
+    flags.DEFINE_integer("longest", 300, "characters of a question with its answer in the dialogs", lower_bound=1)
+    flags.DEFINE_list("families", list(VALUES), "what instructions ask for")
+    flags.DEFINE_string("values", "", 'JSONL file of {"kind": family, "value": ...}; without it, words of ours')
+    flags.DEFINE_integer("max_tokens", 128, "longest answer", lower_bound=1)
+    flags.DEFINE_integer("slots", 16, "answers drawn together")
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
+    flags.DEFINE_integer("seed", 0, "of which dialogs are joined")
+    flags.mark_flags_as_required(["checkpoint", "dialogs", "output"])
+    command.launch(main)

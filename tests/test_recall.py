@@ -1,0 +1,126 @@
+"""Recall of two checkpoints: answers kept and resumed, the table, refusals; once through the real engine."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import pytest
+import small_runs
+
+from llama_jax import recall
+from llama_jax.chat import open_engine
+from llama_jax.compare import settings_of
+from llama_jax.config import ConfigError
+from llama_jax.data.sources import write_jsonl
+from llama_jax.parallel.mesh import make_mesh
+
+
+class Engine:
+    """Obeys in the first turns: "Sure" begins an answer while the conversation has fewer than `until` messages."""
+
+    settings = types.SimpleNamespace(max_length=600)
+
+    def __init__(self, until, dies_after=10**9):
+        self.until, self.left, self.queue, self.drawn = until, dies_after, [], 0
+
+    def submit(self, ids, *, on_token, **_):
+        self.queue.append((ids, on_token))
+
+    def step(self):
+        if not self.queue:
+            return False
+        if not self.left:
+            raise KeyboardInterrupt
+        ids, on_token = self.queue.pop(0)
+        self.left, self.drawn = self.left - 1, self.drawn + 1
+        text = "Sure: yes" if ids.count(1) < self.until else "no"
+        on_token(types.SimpleNamespace(finish="stop", tokens=[*map(ord, text), 2]), 2)
+        return True
+
+
+class Letters:
+    bos_id, eos_id, chat_template = 1, 2, None
+
+    def encode(self, text, *, bos=False, eos=False):
+        return [1] * bos + [*map(ord, text)] + [2] * eos
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.fixture
+def contexts(tmp_path):
+    write_jsonl(tmp_path / "dialogs.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(9)]
+                + [{"prompt": "q" * 400, "completion": "a"}])
+    return recall.make_contexts(
+        str(tmp_path / "dialogs.jsonl"), {"opening": ("Sure",)}, count=4, turns=4, longest=20, seed=0
+    )
+
+
+def measure(contexts, directory, engine, name="one", **changes):
+    model = types.SimpleNamespace(tokenizer=Letters(), mesh=make_mesh(devices=jax.devices()[:1]))
+    how = {"turns": (2, 4), "max_tokens": 16, "open_model": lambda place: (engine, model), **changes}
+    return recall.measure(name, f"runs/{name}", contexts, directory, **how)
+
+
+def test_a_stopped_run_goes_on_and_the_table_has_every_checkpoint(contexts, tmp_path):
+    whole = measure(contexts, tmp_path / "whole", Engine(until=4))
+    assert [(row.turn, row.obeyed) for row in whole] == [(2, True)] * 4 + [(4, False)] * 4
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        measure(contexts, out, Engine(until=4, dies_after=6))
+    again = Engine(until=4)
+    assert measure(contexts, out, again) == whole
+    assert 0 < again.drawn <= 4 * 4 - 6  # the six of before are not asked again
+    assert measure(contexts, out, None) == whole  # nor is a model loaded for what is there
+    found = {"one": whole, "two": measure(contexts, out, Engine(until=99), "two")}
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    text = recall.report(found, {"one": "runs/one", "two": "runs/two"}, out)
+    assert "| turn | one | two |" in text and "| 4 | 0 % (0 to 0) | 100 % (100 to 100) |" in text
+    assert (out / "recall.md").read_text() == text and (out / "ghost_recall.png").exists()
+    assert json.loads((out / "recall.json").read_text())["recall"]["two"]["4"]["mean"] == 1.0
+
+
+def test_other_settings_other_dialogs_and_dialogs_that_do_not_fit_are_refused(contexts, tmp_path):
+    measure(contexts, tmp_path, Engine(until=4))
+    for changes in ({"turns": (1, 4)}, {"max_tokens": 8}):
+        with pytest.raises(ConfigError, match="model_one.json: results under this name are of another model, or of other set"):
+            measure(contexts, tmp_path, Engine(until=4), **changes)
+    with pytest.raises(ConfigError, match="contexts: "):
+        measure(contexts[:3], tmp_path, Engine(until=4))
+    with pytest.raises(ValueError, match="context 0: its 4 turns leave no room"):
+        measure(contexts, tmp_path, Engine(until=4), "two", max_tokens=590)
+    with pytest.raises(ValueError, match="none of 10 is one"):
+        recall.make_contexts(str(tmp_path / "dialogs.jsonl"), {"opening": ("Sure",)}, count=4, turns=4, longest=1, seed=0)
+
+
+def test_values_are_ours_or_of_a_file(tmp_path):
+    assert set(recall.values_of("", ("hobby", "capitals"))) == {"hobby", "capitals"}
+    with pytest.raises(ValueError, match="--values: missing; there are no values of ours for figure"):
+        recall.values_of("", ("figure",))
+    with pytest.raises(ValueError, match="--families: expected some of hobby.*got colour"):
+        recall.values_of("", ("colour",))
+    write_jsonl(tmp_path / "values.jsonl", [{"kind": "figure", "value": "Napoleon"}])
+    assert recall.values_of(str(tmp_path / "values.jsonl"), ("figure",)) == {"figure": ["Napoleon"]}
+
+
+@pytest.mark.slow  # compiles an engine
+def test_a_checkpoint_answers_through_the_engine(tmp_path, monkeypatch):
+    model = dataclasses.replace(small_runs.MODEL, max_length=512)
+    monkeypatch.setattr(small_runs, "MODEL", model)
+    small_runs.prepare(tmp_path)
+    contexts = recall.make_contexts(
+        str(tmp_path / "dialogs.jsonl"), recall.values_of("", ("opening", "hobby", "capitals")), count=3, turns=3, longest=20,
+        seed=0,
+    )  # fmt: skip
+
+    def open_model(place):
+        return open_engine(
+            place, lambda model: settings_of(model, slots=4, int8_cache=False), tokenizer=str(tmp_path / "tokenizer.model")
+        )
+
+    found = recall.measure(
+        "chat", str(tmp_path / "chat"), contexts, tmp_path / "out", turns=(1, 3), open_model=open_model, max_tokens=4
+    )
+    assert [(row.context, row.turn) for row in found] == [(c, t) for t in (1, 3) for c in (0, 2, 1)] or len(found) == 6
