@@ -1,10 +1,11 @@
 """How much of evaluation sets stands in a training corpus, and whether it matters (paper appendix A.6, Table 51):
 
-    python -m llama_jax.contamination --corpus=/tmp/corpus --samples='eval/*.jsonl' --output=/tmp/contamination.json
+    python -m llama_jax.contamination --corpus=/tmp/corpus --samples='/tmp/evaluation/base/samples/*.jsonl' \\
+        --output=/tmp/contamination.json
 
-A row of a samples file is {"text": the sample as the model reads it, prompt format included, "score": its metric}; without
-scores the table has no Z. To take contaminated text out of a corpus instead, name the files in its config
-(`deduplication.evaluation`).
+`llama_jax.evaluate` writes these samples beside its results. A row is {"text": a question as the model reads it, with its gold
+answer, "score": its metric}, further fields are nothing here, and without scores the table has no Z. To take contaminated text
+out of a corpus instead, name the files in its config (`deduplication.evaluation`).
 """
 
 import concurrent.futures

@@ -7,9 +7,9 @@
 `--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
 Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
 `results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped, and further models
-may be added. A name stands for one model: results of another under it are refused. A model that one device cannot hold is
-split over several (`--config.mesh_tensor`), and a pod evaluates it together: the same command on every host, the first one
-reads and writes.
+may be added. `NAME/samples/TASK.jsonl` holds what each question says and scored, for `llama_jax.contamination`. A name stands
+for one model: results of another under it are refused. A model that one device cannot hold is split over several
+(`--config.mesh_tensor`), and a pod evaluates it together: the same command on every host, the first one reads and writes.
 """
 
 import dataclasses
@@ -225,14 +225,15 @@ def _run_model(
     with _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
         for task, (built, choice) in tasks.items():
             file, lm = output / "tasks" / f"{task.replace(':', '.')}.json", None
+            samples = output / "samples" / f"{file.stem}.jsonl"
             if plain(task) in CODE:
                 lm = code_answers.KeptAnswers(model, output / "answers" / file.name)
                 if not config.run_code:
                     code_answers.draw(lm, built, limit=limit)
                     continue
             records[task] = benchmarks.kept(
-                file, lambda task=task, built=built, choice=choice, lm=lm: benchmarks.run_task(
-                    lm or model.get(), task, built, choice, limit=limit
+                file, lambda task=task, built=built, choice=choice, lm=lm, samples=samples: benchmarks.run_task(
+                    lm or model.get(), task, built, choice, limit=limit, samples=samples
                 )
             )  # fmt: skip
         for name in config.safety:

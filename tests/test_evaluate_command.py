@@ -23,8 +23,11 @@ import jax  # noqa: E402
 from test_evaluate import MODEL, SPECS, TEXTS, one_device, requests_of, write_words  # noqa: E402
 
 import llama_jax  # noqa: E402
-from llama_jax import evaluate  # noqa: E402
+from llama_jax import contamination, evaluate  # noqa: E402
 from llama_jax.config import ConfigError, parse  # noqa: E402
+from llama_jax.corpus_build.build import Settings, build_corpus  # noqa: E402
+from llama_jax.corpus_build.document import Document  # noqa: E402
+from llama_jax.corpus_build.refine import Deduplication, HeldOut  # noqa: E402
 from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
 from llama_jax.evals import benchmarks, evaluation_report, groups, local_tasks, published, sandbox, tasks  # noqa: E402
 from llama_jax.evals.harness import HarnessModel  # noqa: E402
@@ -110,6 +113,61 @@ def test_results_have_the_promised_keys_and_the_harness_values(finished):
     assert record["stderr"] == pytest.approx(np.std(record["scores"], ddof=1) / math.sqrt(6))
     assert values["groups"]["commonsense"]["missing"][0] == "piqa"
     assert values["groups"]["mmlu_stem"]["n"] == 6 and values["groups"]["mmlu_other"]["n"] == 4
+
+
+def test_samples_are_what_the_analysis_of_contamination_takes(finished, data, tmp_path):
+    output, _ = finished
+    files = sorted((output / "model0/samples").iterdir())
+    assert [path.stem for path in files] == sorted(task.replace(":", ".") for task in CHOICES)
+    for path in files:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["score"] for row in rows] == json.loads((output / f"model0/tasks/{path.stem}.json").read_text())["scores"]
+        assert all(set(row) == {"id", "text", "score"} for row in rows) and rows[1]["id"].endswith("/1")
+    first = json.loads(gzip.open(data / "hellaswag_val.jsonl.gz", "rt").readline())
+    hellaswag, anatomy = (
+        json.loads((output / f"model0/samples/{name}.jsonl").read_text().splitlines()[0])["text"]
+        for name in ("hellaswag", "mmlu.anatomy")
+    )
+    assert hellaswag.lower().endswith(f"{first['query']} {first['choices'][first['gold']]}".lower())
+    question = json.loads((data / "mmlu_test_20_per_subject.jsonl").read_text().splitlines()[0])
+    # Five examples came before; of the sample they are no part.
+    assert anatomy == "\n".join([
+        question["question"], *(f"{letter}. {text}" for letter, text in zip("ABCD", question["choices"], strict=True)),
+        f"Answer: {question['answer']}",
+    ])  # fmt: skip
+    # The files go as they are into the command and into the config of a corpus.
+    samples, known = str(output / "model0/samples/*.jsonl"), [Document(str(i), f"{hellaswag} {i}", "web") for i in range(40)]
+    settings = Settings(
+        300, 32, HeldOut(0.1, 0, 10**6), {"web": 1.0}, deduplication=Deduplication(leak_ngram=5, evaluation=(samples,))
+    )  # fmt: skip
+    others = [Document(f"o{i}", f"other {i} words {i * i} that no question {i} has", "web") for i in range(40)]
+    counts = build_corpus({"web": known + others}, tmp_path / "clean", settings)["sources"]["web"]
+    assert counts["evaluation"] + counts["evaluation_paragraphs"] > 30
+    build_corpus({"web": known + others}, tmp_path / "raw", dataclasses.replace(settings, deduplication=Deduplication()))
+    clean, raw = (contamination.run(str(tmp_path / name), samples)["hellaswag"] for name in ("clean", "raw"))
+    assert raw["contaminated"]["10"] > clean["contaminated"]["10"] == 0 and len(raw["subsets"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "choices", "arguments", "target", "expected"),
+    [
+        ("multiple_choice", "Q: b\nA:", ["x", "y"], [("S Q: b\nA:", " x"), ("S Q: b\nA:", " y")], 1, "Q: b\nA: y"),
+        ("multiple_choice", "Q:", ["x", "y"], [("Q:", " x"), ("Q:", " y")], "y", "Q: y"),
+        ("multiple_choice", "Q:", ["x", "y"], [("Q:", " x"), ("Q:", " y")], [1, 0], "Q: y"),
+        # The choices are prompts, as in WinoGrande: the number of the gold one is the text.
+        ("multiple_choice", 1, ["he", "she"], [("S he", " ran"), ("S she", " ran")], "ran", "she ran"),
+        ("generate_until", "Q: b\nA:", None, [("Q: a\nA: 1\nQ: b\nA:", {"until": []})], ["2", "two"], "Q: b\nA: 2"),
+        ("generate_until", "Q:", None, [("<user>Q:<model>", {})], "2", "Q:<model> 2"),
+        ("loglikelihood", "The dog", None, [("The dog", " ran")], " ran", "The dog ran"),
+        ("loglikelihood_rolling", "", None, [("A page.",)], "A page.", "A page."),
+    ],
+)  # fmt: skip
+def test_questions_are_verbalised_without_their_examples(kind, text, choices, arguments, target, expected):
+    task = SimpleNamespace(
+        OUTPUT_TYPE=kind, doc_to_text=lambda _: text, doc_to_choice=lambda _: choices,
+        config=SimpleNamespace(target_delimiter=" "),
+    )  # fmt: skip
+    assert benchmarks.verbalised(task, {"doc": {}, "arguments": arguments, "target": target}) == expected
 
 
 def test_differences_are_paired(finished):

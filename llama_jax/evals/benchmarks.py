@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import safety
 from llama_jax.evals.request_file import RequestFile
 from llama_jax.evals.tasks import TaskChoice
@@ -51,8 +52,10 @@ def check(name: str, task: Any, choice: TaskChoice) -> None:
         raise ValueError(f"{name}: has no metric {choice.metric!r}; expected one of {', '.join(metrics)}")
 
 
-def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | None) -> Record:
-    """One task of the harness on one model, with the scores of each question.
+def run_task(
+    lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | None, samples: Path | None = None
+) -> Record:
+    """One task of the harness on one model, with the scores of each question; its questions go to the file `samples`.
 
     Raises:
       ValueError: a metric or filter that the task does not have.
@@ -66,7 +69,8 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
         log_samples=True, confirm_run_unsafe_code=True,
     )  # fmt: skip
     rows = found["samples"][task.config.task]
-    scores = [row[choice.metric] for row in rows if row["filter"] == choice.filter and choice.metric in row]
+    scored = [row for row in rows if row["filter"] == choice.filter and choice.metric in row]
+    scores = [row[choice.metric] for row in scored]
     if not scores:
         known = sorted({f"{metric} (filter {row['filter']})" for row in rows for metric in row["metrics"]})
         raise ValueError(f"{name}: has no {choice.metric} (filter {choice.filter}); expected one of {', '.join(known)}")
@@ -76,7 +80,37 @@ def run_task(lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | 
     judged = [row for row in rows if row["filter"] == choice.filter]
     others = {name for row in judged for name in row["metrics"] if isinstance(row[name], int | float)} - {choice.metric}
     more |= {name: float(np.mean([row[name] for row in judged])) for name in sorted(others)}
+    if samples is not None:
+        on_host_0(write_jsonl, samples, [
+            {"id": f"{name}/{row['doc_id']}", "text": verbalised(task, row),
+             "score": float(score) if math.isfinite(score) else None} for row, score in zip(scored, scores, strict=True)
+        ])  # fmt: skip
     return summary(choice.metric, scores, **more)
+
+
+def verbalised(task: Any, row: Mapping[str, Any]) -> str:
+    """A question of the harness's log as a model reads it, with its gold answer (of several, the first): what the analysis of
+    contamination looks for (paper appendix A.6). Description and examples, which all questions share, are left out."""
+    doc, arguments, gold = row["doc"], row["arguments"], row["target"]
+    context, own = arguments[0][0], task.doc_to_text(doc)
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return context
+    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else []
+    if isinstance(own, int) and own < len(choices):  # the choices are prompts, and the gold one's number is the text
+        gold, own = own, choices[own]
+    if isinstance(gold, list | tuple):
+        gold = gold[0] if gold else ""
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    if task.OUTPUT_TYPE == "loglikelihood":
+        answer = arguments[0][1]
+    elif isinstance(gold, int) and 0 <= gold < len(choices):
+        context, answer = arguments[gold][:2]
+    else:
+        answer = f"{task.config.target_delimiter}{gold}"
+    if isinstance(own, str) and own:
+        context = context[max(context.rfind(own), 0) :]
+    return context + answer
 
 
 @dataclasses.dataclass(frozen=True)
