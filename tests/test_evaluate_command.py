@@ -136,13 +136,16 @@ def test_samples_are_what_the_analysis_of_contamination_takes(finished, data, tm
         f"Answer: {question['answer']}",
     ])  # fmt: skip
     # The files go as they are into the command and into the config of a corpus.
-    samples, known = str(output / "model0/samples/*.jsonl"), [Document(str(i), f"{hellaswag} {i}", "web") for i in range(40)]
+    samples = str(output / "model0/samples/*.jsonl")
+    rows = [json.loads(line) for line in (output / "model0/samples/hellaswag.jsonl").read_text().splitlines()]
+    known = [Document(row["id"], f"{row['text']} and more", "web") for row in rows]
     settings = Settings(
         300, 32, HeldOut(0.1, 0, 10**6), {"web": 1.0}, deduplication=Deduplication(leak_ngram=5, evaluation=(samples,))
     )  # fmt: skip
     others = [Document(f"o{i}", f"other {i} words {i * i} that no question {i} has", "web") for i in range(40)]
     counts = build_corpus({"web": known + others}, tmp_path / "clean", settings)["sources"]["web"]
-    assert counts["evaluation"] + counts["evaluation_paragraphs"] > 30
+    assert counts["evaluation"] + counts["held_out_documents"] + counts["withheld_documents"] >= len(rows)
+    assert counts["evaluation"] > len(rows) / 2
     build_corpus({"web": known + others}, tmp_path / "raw", dataclasses.replace(settings, deduplication=Deduplication()))
     clean, raw = (contamination.run(str(tmp_path / name), samples)["hellaswag"] for name in ("clean", "raw"))
     assert raw["contaminated"]["10"] > clean["contaminated"]["10"] == 0 and len(raw["subsets"]) == 4
