@@ -189,7 +189,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its config.json knows no patience: that is the default, and no other value will do."""
     config = LoopConfig(steps=8, batch_size=4)
     old = {name: value for name, value in describe(config).items() if name not in ("patience", "least_gain")}
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(old))
     claim(tmp_path, describe(config), kind=LoopConfig)
     changed = dataclasses.replace(config, patience=2, eval_every=2, keep_best="loss")

@@ -107,7 +107,7 @@ def test_settings_of_distillation_name_their_mistakes():
 
     with pytest.raises(ValueError, match=r"distill.generic: expected 1 to 224 pre-prompts .* got 0"):
         dataclasses.replace(SETTINGS, generic=0, category=False)
-    with pytest.raises(ValueError, match="distill.least_gain: expected 0 or more, got -0.1"):
+    with pytest.raises(ValueError, match="distill.least_gain: expected at least 0, got -0.1"):
         dataclasses.replace(SETTINGS, least_gain=-0.1)
 
 
