@@ -387,8 +387,8 @@ def test_an_answer_that_leaves_no_room_for_the_last_turn_is_not_followed(caplog)
         return [("x" * 15, True) for _ in conversations]
 
     follow(contexts, respond, turns=(2, 4), fits=fits)
-    # Seven messages of 4 letters with the instruction's 12 or 14 are 40 and 42, an answer of 15 adds 11. Of the first dialog two
-    # fit, of the second one: its last question may be the probe's, of 19.
+    # Seven messages of 4 letters with the instruction's 12 or 14 are 40 and 42, an answer of 15 adds 11. Of the first dialog
+    # two fit, of the second one: its last question may be the probe's, of 19.
     assert asked[-3] == ["Begin: red. a q0", "x" * 15, "a q1", "x" * 15, "a q2", "a a2", "a q3"]
     assert asked[-2] == ["Hobby: chess. b q0", "x" * 15, "b q1", "b a1", "b q2", "b a2", "b q3"]
     assert "3 answers left no room for the rest of their dialogs" in caplog.text
