@@ -142,7 +142,8 @@ class GhostStudy(Steps[GhostStudyConfig]):
 
     def shape(self) -> tuple[Any, ModelConfig]:
         """The stages' common config and the model with their context."""
-        stage = parse_stage(self.values("ghost", f"ghost.py:{self.config.size}", {"context": self.config.context}))
+        changes = {"context": self.config.context, "start": self.config.start}
+        stage = parse_stage(self.values("ghost", f"ghost.py:{self.config.size}", changes))
         return stage, load_tokenizer(stage)[0]
 
     def recall(self, name: str) -> dict[str, dict[str, Any]]:
