@@ -158,7 +158,7 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
     small = dataclasses.replace(SIZES["tiny"], name="small", width=16, heads=2, kv_heads=1, ffn=32)
     rejection = {"prompts": str(base / "prompts.jsonl"), "prompt_length": 48, "max_prompts": 8, "answers": 3, "new_tokens": 12,
                  "temperatures": (0.5, 1.0), "search_prompts": 4, "sampling_batch": 8, "version": "v1"}  # fmt: skip
-    sizes = {"model": "small", "policy_model": "tiny", "reward_model": "tiny", "data": {"length": 96}}
+    sizes = {"start": "scratch", "model": "small", "policy_model": "tiny", "reward_model": "tiny", "data": {"length": 96}}
     models = {"policy": sft, "helpfulness": reward, "safety": reward}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "small", small)
