@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 # What a run leaves behind that was refused, or ended before its first checkpoint: nothing that another could go on from.
-_NOT_BEGUN = (_LOCK, "config.json", "compiled", "logs", "tensorboard", "reached.json", METRICS_FILE, ATTEMPTS)
+_NOT_BEGUN = (
+    _LOCK, "config.json", "compiled", "logs", "tensorboard", "reached.json", "drawn.json", METRICS_FILE, ATTEMPTS,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
