@@ -323,6 +323,6 @@ def test_dpo_through_the_command(tmp_path):
 
     pairs_file = f'("{tmp_path / "pairs.jsonl"}",)'
     more = (f"--config.start={tmp_path / 'sft'}", f"--config.data.train={pairs_file}", f"--config.data.held_out={pairs_file}")
-    summaries = {"sft": train("sft", f'--config.data.train=("{tmp_path / "dialogs.jsonl"}",)')}
+    summaries = {"sft": train("sft", "--config.start=scratch", f'--config.data.train=("{tmp_path / "dialogs.jsonl"}",)')}
     summaries |= {name: train(name, *more) for name in ("dpo", "reward")}
     check_run(tmp_path, summaries)
