@@ -30,8 +30,7 @@ from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
 from llama_jax.lines import Input, Interrupts, open_input, shared
-from llama_jax.model.decode import prepare
-from llama_jax.model.params import table
+from llama_jax.model.decode import preparer
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.parallel.hosts import from_host_0
@@ -49,8 +48,7 @@ def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> 
 
     `int8` rounds the weights to 8 bits, which halves bfloat16's memory; the cache has a setting of its own.
     """
-    specs = table(model.config, head="lm_head")
-    weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute, int8=int8))(model.params)
+    weights = preparer(model.config, model.compute, int8=int8)(model.params)
     return Engine(model.config, weights, settings, compute=model.compute).warm_up()
 
 

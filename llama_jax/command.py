@@ -49,7 +49,12 @@ def join_cluster() -> None:
 
 def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:
     """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1."""
-    from absl import app, logging
+    from absl import app, flags, logging
+
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("llama_jax"):  # --help shows those of the command alone, which may share their definition
+            for flag in found:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def run(argv: list[str]) -> None:
         del argv

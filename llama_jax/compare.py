@@ -140,6 +140,22 @@ def settings_of(model: Model, *, slots: int, int8_cache: bool) -> EngineConfig:
     return EngineConfig(slots=-(-slots // shards) * shards, max_length=model.config.max_length, int8_cache=int8_cache)
 
 
+def define_engines(slots: str = "answers drawn together") -> None:
+    """Defines the flags by which a command opens the models that answer."""
+    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    flags.DEFINE_integer("slots", 16, slots)
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
+
+
+def opener(*, int8_cache: bool = False) -> Open:
+    """How models are opened, by the flags of `define_engines`."""
+    values = flags.FLAGS
+    return functools.partial(
+        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=int8_cache),
+        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
+    )  # fmt: skip
+
+
 def draw_answers(
     engine: Engine, model: Model, prompts: Sequence[tuple[int, dict[str, Any]]], kept: Kept, *, name: str, choice: Choice,
     max_tokens: int, seed: int,
@@ -269,10 +285,7 @@ def main() -> None:
            "seed": values.seed, "int8_cache": values.int8_cache}  # fmt: skip
     for name, place in ((first, one), (second, two)):  # before the first one answers
         from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how))
-    open_model = functools.partial(
-        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=values.int8_cache),
-        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
-    )  # fmt: skip
+    open_model = opener(int8_cache=values.int8_cache)
     answers = [
         collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in ((first, one), (second, two))
     ]
@@ -354,13 +367,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("judge", "", "a language model, or the address of an OpenAI-compatible endpoint")
     flags.DEFINE_string("judge_model", "", "the model's name at the endpoint")
     flags.DEFINE_integer("judge_tokens", 512, "longest reply of the judge")
-    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    define_engines("answers drawn together, or verdicts")
     flags.DEFINE_float("temperature", 0.6, "of the answers; 0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
     flags.DEFINE_integer("max_tokens", 512, "longest answer")
-    flags.DEFINE_integer("slots", 16, "answers drawn together, or verdicts")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
-    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
     flags.DEFINE_integer("seed", 0, "of the answers and of the order in which a judge sees them")
     flags.mark_flags_as_required(["first", "second", "output"])
     command.launch(main)

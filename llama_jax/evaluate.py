@@ -32,10 +32,10 @@ from llama_jax.evals.origin import claim
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
 from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
 from llama_jax.files import write_json
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import device_memory, keep_heap
 from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
-from llama_jax.pretrained import device_memory, load
+from llama_jax.pretrained import load
 
 _HF, _OURS = "hf:", "ours="
 

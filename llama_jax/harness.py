@@ -14,7 +14,8 @@ from typing import Any
 
 from llama_jax.config import ConfigError
 from llama_jax.convert import one_process
-from llama_jax.pretrained import device_memory, load
+from llama_jax.parallel.host import device_memory
+from llama_jax.pretrained import load
 
 NAME = "llama_jax"
 _NOT_OURS = ("batch_size", "max_batch_size", "device")  # what the harness adds to the arguments of any model

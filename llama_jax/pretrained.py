@@ -30,10 +30,11 @@ from llama_jax.interop.load import load_params
 from llama_jax.interop.tokenizer_files import check_vocabulary
 from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import Prepared, prepare
+from llama_jax.model.decode import preparer
 from llama_jax.model.params import Head, Params, table
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import DECODE, batch_shards, is_spec, layout
+from llama_jax.parallel.axes import batch_shards, is_spec
+from llama_jax.parallel.host import device_memory
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.ranking import last_token_scores
 from llama_jax.sampling.choose import Choice
@@ -131,7 +132,7 @@ class Model:
         )
         with jax.set_mesh(self.mesh):
             return generate(
-                sampler, _prepared(self.params, config=self.config, compute=self.compute), prompts,
+                sampler, preparer(self.config, self.compute)(self.params), prompts,
                 prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
                 batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards, seed=seed,
             )  # fmt: skip
@@ -231,11 +232,6 @@ def parts_of_matrices(config: ModelConfig, *, head: Head, itemsize: int, devices
     return next((parts for parts in possible if size / parts <= memory / 2), possible[-1])
 
 
-def device_memory() -> int:
-    """Bytes of memory that a device has for arrays; 0 if the backend does not tell."""
-    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
-
-
 def _bucket(size: int, least: int) -> int:
     """The next power of two."""
     return max(1 << (size - 1).bit_length(), least)
@@ -252,12 +248,6 @@ def _sampler(config: ModelConfig, compute: Compute, stop_ids: tuple[int, ...], m
         config, table(config, head="lm_head"), compute=compute, eos_id=stop_ids[0], stop_ids=stop_ids[1:],
         max_new_tokens=max_tokens, temperature=0.0,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _prepared(params: Params, *, config: ModelConfig, compute: Compute) -> Prepared:
-    with layout(DECODE):
-        return prepare(params, table(config, head="lm_head"), compute=compute)
 
 
 def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Compute) -> jax.Array:

@@ -25,8 +25,7 @@ import numpy as np
 from absl import flags
 
 from llama_jax import command
-from llama_jax.chat import open_engine
-from llama_jax.compare import Kept, settings_of
+from llama_jax.compare import Kept, Open, define_engines, opener
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
@@ -46,8 +45,6 @@ from llama_jax.rlhf.instructions import VALUES, contexts_of
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.training.metrics import Progress
-
-Open = Callable[[str], tuple[Engine, Model]]
 
 
 def make_contexts(
@@ -178,12 +175,8 @@ def main() -> None:
         values.dialogs, values_of(values.values, values.families), count=values.count, turns=max(turns),
         longest=values.longest, seed=values.seed,
     )  # fmt: skip
-    open_model = functools.partial(
-        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=False),
-        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
-    )  # fmt: skip
     found = {
-        name: measure(name, place, contexts, directory, turns=turns, open_model=open_model, max_tokens=values.max_tokens)
+        name: measure(name, place, contexts, directory, turns=turns, open_model=opener(), max_tokens=values.max_tokens)
         for name, place in places.items()
     }
 
@@ -198,15 +191,13 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("checkpoint", None, "a chat model, or name=model; once for each")
     flags.DEFINE_string("dialogs", None, "JSONL file of dialogs that no checkpoint was trained on")
     flags.DEFINE_string("output", None, "directory for answers, table and figure")
-    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    define_engines()
     flags.DEFINE_list("turns", [str(turn) for turn in TURNS], "where answers are judged")
     flags.DEFINE_integer("count", 48, "dialogs that each checkpoint answers")
     flags.DEFINE_integer("longest", 300, "characters of a question with its answer in the dialogs", lower_bound=1)
     flags.DEFINE_list("families", list(VALUES), "what instructions ask for")
     flags.DEFINE_string("values", "", 'JSONL file of {"kind": family, "value": ...}; without it, words of ours')
     flags.DEFINE_integer("max_tokens", 128, "longest answer", lower_bound=1)
-    flags.DEFINE_integer("slots", 16, "answers drawn together")
-    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
     flags.DEFINE_integer("seed", 0, "of which dialogs are joined")
     flags.mark_flags_as_required(["checkpoint", "dialogs", "output"])
     command.launch(main)

@@ -5,6 +5,7 @@ corpus_build, assistant; 3 the stages in the paper's order; 4 planning, annotati
 """
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,3 +127,12 @@ def test_importing_every_module_does_nothing():
     names = [name for name in names if not name.endswith("__main__")]
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_help_shows_the_flags_that_commands_share():
+    for name, shared in (("train", ("--workdir", "--coordinator")), ("recall", ("--slots", "--mesh_tensor", "--tokenizer"))):
+        done = subprocess.run(
+            [sys.executable, "-m", f"llama_jax.{name}", "--help"], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert all(f"\n  {flag}:" in done.stdout for flag in shared), done.stdout

@@ -796,7 +796,7 @@ def test_the_mesh_of_distillation_holds_the_larger_model_and_one_that_does_not_i
     config = load_config(small_runs.ROOT / "configs", "rejection.py:7b,70b")
     assert (config.model, config.policy_model, config.reward_model, config.mesh.tensor) == ("7b", "70b", "70b", 8)
     assert load_config(small_runs.ROOT / "configs", "rejection.py:7b").mesh.tensor == 1
-    monkeypatch.setattr(chips, "chip_bytes", lambda: 95 * 2**30)
+    monkeypatch.setattr(chips, "device_memory", lambda: 95 * 2**30)
 
     def check(tensor):
         shape = {"data": 1, "fsdp": 256 // tensor, "sequence": 1, "tensor": tensor}

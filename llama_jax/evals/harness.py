@@ -26,8 +26,7 @@ from llama_jax.evals import request_file
 from llama_jax.evals.likelihood import Pair, Score, Scorer, ScoringConfig
 from llama_jax.evals.request_file import RequestFile
 from llama_jax.model.cache import empty_cache
-from llama_jax.model.decode import prepare
-from llama_jax.model.params import table
+from llama_jax.model.decode import preparer
 from llama_jax.parallel.axes import batch_shards, shards_of
 from llama_jax.parallel.hosts import first_problem, from_host_0
 from llama_jax.sampling.choose import Choice
@@ -75,9 +74,8 @@ class HarnessModel:
             raise ValueError(f"{model.path}: missing tokenizer: benchmarks are texts")
         self.words, self.chat, self.seed, self.kept = model.tokenizer, chat, seed, kept
         self.quiet = quiet or jax.process_index() > 0
-        specs = table(model.config, head="lm_head")
         with jax.set_mesh(model.mesh):
-            self._weights = jax.jit(lambda params: prepare(params, specs, compute=model.compute))(model.params)
+            self._weights = preparer(model.config, model.compute)(model.params)
         self.scorer = Scorer(model.config, self._weights, model.mesh, compute=model.compute, settings=scoring)
         self.model = dataclasses.replace(model, params={})
         self._slots, self._int8_cache, self._memory = slots, int8_cache, memory

@@ -5,6 +5,7 @@ copy it first; so `prepare` cuts the stack once, and the layers are unrolled.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from llama_jax.model.decode_attention import attend_cached
 from llama_jax.model.int8 import Int8, product, quantise
 from llama_jax.model.layers import materialise, rms_norm, rope_angles, rotate
 from llama_jax.model.lora import merged
-from llama_jax.model.params import Params, Specs
+from llama_jax.model.params import Params, Specs, table
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 from llama_jax.parallel.vocabulary import look_up
 
@@ -30,6 +31,13 @@ _SUMMED = {
     "query": (0,), "key": (0,), "value": (0,), "output": (0, 1), "gate": (0,), "up": (0,), "down": (0,), "kernel": (0,),
     "embedding": (1,),
 }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def preparer(config: ModelConfig, compute: Compute, *, int8: bool = False) -> Callable[[Params], Prepared]:
+    """`prepare` for a language model, compiled once."""
+    specs = table(config, head="lm_head")
+    return jax.jit(lambda params: prepare(params, specs, compute=compute, int8=int8))
 
 
 def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = False) -> Prepared:

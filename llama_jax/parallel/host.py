@@ -49,6 +49,13 @@ def _cpu_flags() -> str:
     return next((line.partition(":")[2] for line in lines if re.match(r"(flags|Features)\s*:", line)), "")
 
 
+def device_memory() -> int:
+    """Bytes of memory that a device has for arrays; 0 if the backend does not tell, as on a CPU."""
+    import jax  # the heap is settled before it is there
+
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+
+
 def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs in the workdir, so that a restart does not compile again; a cache chosen by the user stays."""
     import jax  # the heap is settled before it is there

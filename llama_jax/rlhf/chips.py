@@ -9,6 +9,7 @@ from llama_jax.config import ConfigError
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import DECODE, is_spec, partition
+from llama_jax.parallel.host import device_memory
 
 
 def decode_bytes(model: ModelConfig, compute: Compute, mesh: Mesh) -> int:
@@ -22,14 +23,9 @@ def decode_bytes(model: ModelConfig, compute: Compute, mesh: Mesh) -> int:
     return found
 
 
-def chip_bytes() -> int:
-    """Memory of a device for arrays; 0 if the backend does not tell, as on a CPU."""
-    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
-
-
 def check_generates(model: ModelConfig, compute: Compute, mesh: Mesh, *, hint: str = "") -> None:
     """ConfigError for a model whose weights alone are more than a chip holds when it generates."""
-    needed, memory = decode_bytes(model, compute, mesh), chip_bytes()
+    needed, memory = decode_bytes(model, compute, mesh), device_memory()
     if memory and needed > memory:
         raise ConfigError(
             f"config.mesh: generation puts {needed / 2**30:.1f} GiB of {model.name}'s weights on each chip, which holds "

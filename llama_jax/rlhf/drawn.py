@@ -13,6 +13,7 @@ from llama_jax.config import describe, differences
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import on_host_0
 from llama_jax.paths import move
+from llama_jax.training.workdir import make_aside
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,7 @@ def _put_aside(workdir: Path, name: str, settings: Mapping[str, Any], files: Seq
     changed = differences(held[name], json.loads(json.dumps(settings)))
     if not changed:
         return
-    numbers = [int(path.name) for path in (workdir / "replaced").glob("*") if path.name.isdigit()]
-    aside = workdir / "replaced" / str(1 + max(numbers, default=0))
-    aside.mkdir(parents=True)
+    aside = make_aside(workdir)
     for file in there:
         move(workdir / file, aside / file)
     log.warning(

@@ -8,14 +8,13 @@ to the rounding of the matrix products. A prompt that is asked K times is comput
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import Prepared, prepare
-from llama_jax.model.params import Params, table
+from llama_jax.model.decode import preparer
+from llama_jax.model.params import Params
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, key_data
@@ -55,7 +54,7 @@ class Answerer:
             slots=-(-slots // shards) * shards, max_length=prompt_length + new_tokens, whole=whole,
             chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8,
         )  # fmt: skip
-        weights = _preparer(config, compute, int8)(params)
+        weights = preparer(config, compute, int8=int8)(params)
         self.engine = Engine(config, weights, settings, compute=compute).warm_up()
         self._compiled = self.engine.compilations
 
@@ -83,9 +82,3 @@ def whole_shapes(longest: int, shards: int) -> tuple[Shape, ...]:
     while (length := _SHORTEST * 4 ** len(lengths)) < longest:
         lengths.append(length)
     return tuple((length, -(-max(_TOKENS // length, 1) // shards) * shards) for length in (*lengths, longest))
-
-
-@functools.lru_cache(maxsize=8)
-def _preparer(config: ModelConfig, compute: Compute, int8: bool) -> Callable[[Params], Prepared]:
-    specs = table(config, head="lm_head")
-    return jax.jit(lambda params: prepare(params, specs, compute=compute, int8=int8))

@@ -154,9 +154,7 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     old = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
     for line in differences(old, described) if old else ():
         log.warning("restart from step %d under another config: %s", step, line)
-    number = 1 + max((int(path.name) for path in (workdir / "replaced").glob("*") if path.name.isdigit()), default=0)
-    aside = workdir / "replaced" / str(number)
-    aside.mkdir(parents=True)
+    aside = make_aside(workdir)
     for name in ("config.json", "done.json"):
         if (workdir / name).exists():
             move(workdir / name, aside / name)
@@ -168,6 +166,14 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)
     write_json(record, asked)
+
+
+def make_aside(workdir: Path) -> Path:
+    """A new directory for what stands in the way: `replaced/1`, `replaced/2`, ..."""
+    replaced = workdir / "replaced"
+    aside = replaced / str(1 + max((int(path.name) for path in replaced.glob("*") if path.name.isdigit()), default=0))
+    aside.mkdir(parents=True)
+    return aside
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
