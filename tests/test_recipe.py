@@ -106,10 +106,12 @@ def test_five_versions_are_the_papers(tmp_path, environment):
         # Each begins again from the base model, with the SFT data and the pools of all versions before it.
         assert config["start"] == str(tmp_path / "pretrain") and config["data"]["train"][0].endswith("sft.jsonl")
         assert config["pools"] == [str(tmp_path / f"v{n}" / "rejection" / "pool.jsonl") for n in range(1, number)]
-        reward = json.loads((tmp_path / f"v{number}" / "reward_helpfulness" / "config.json").read_text())
         batches = [tmp_path / f"v{n}" / "preferences" for n in range(1, number + 1)]
-        files = [batch / f"{track}_train.jsonl" for track in ("helpfulness", "safety") for batch in batches]
-        assert reward["data"]["train"] == [str(path) for path in files if path.stat().st_size]  # a small one may be empty
+        for track, other in (("helpfulness", "safety"), ("safety", "helpfulness")):
+            reward = json.loads((tmp_path / f"v{number}" / f"reward_{track}" / "config.json").read_text())
+            for name, kind in (("train", track), ("rest", other)):
+                files = [batch / f"{kind}_train.jsonl" for batch in batches]
+                assert reward["data"][name] == [str(path) for path in files if path.stat().st_size]  # a small one may be empty
         prompts += [json.dumps(row["prompt"]) for track in ("helpfulness", "safety")
                     for row in rows_of(tmp_path / f"v{number}" / "preferences" / f"{track}_train.jsonl")]  # fmt: skip
         found = json.loads((tmp_path / f"v{number}" / "rejection" / "temperatures.json").read_text())

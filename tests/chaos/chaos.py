@@ -121,9 +121,10 @@ def saved(workdir: Path) -> list[int]:
 
 
 def attempts(workdir: Path) -> list[dict]:
-    """One line a start."""
+    """From which step on steps were taken, for each start that came so far."""
     path = workdir / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if "from" in row]
 
 
 def inject(kind: str, cluster: Cluster, workdir: Path, draw: random.Random) -> int:
