@@ -11,13 +11,11 @@ from one that only pleases its reward model.
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax import command, ghost_study
@@ -30,12 +28,13 @@ from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import progress, summary, verdict
 from llama_jax.evals.report import write_report
+from llama_jax.evals.speed import matmul_ceiling, operations, speed
 from llama_jax.evals.statistics import mean_interval
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
 from llama_jax.rlhf.rollout import check_size
@@ -428,7 +427,7 @@ class Recipe(Steps[RecipeConfig]):
             "versions": {name: found for name, found in versions.items() if name != "base"},
             "reward_batches": summary.reward_batches(self.workdir, self.batches),
             "ghost": summary.ghost_samples(self.workdir), **studies,
-            "speed": {name: self.speed(name) for name in self.results},
+            "speed": {name: speed(found, self.operations[name], self.ceiling) for name, found in self.results.items()},
             **({"ppo_seconds": found} if (found := summary.ppo_seconds(self.workdir / last / "ppo")) else {}),
             "matmul_ceiling_gflops": self.ceiling,
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
@@ -441,44 +440,6 @@ class Recipe(Steps[RecipeConfig]):
         paths = write_report(results, self.workdir, figures=summary.draw(self.workdir, results), samples=samples)
         print(f"report: {paths.html} ({paths.markdown.name}, {paths.json.name} beside it)", file=sys.stderr)
         return results
-
-    def speed(self, name: str) -> dict[str, float]:
-        """A stage's tokens per second, and the share of the measured matmul ceiling that its training's operations reach."""
-        rate = self.results[name]["tokens_per_second"]
-        return {"tokens_per_second": rate, "matmul_share": rate * self.operations[name] / (self.ceiling * 1e9)}
-
-
-def operations(config: Any, model: ModelConfig) -> int:
-    """Floating-point operations for each token of a stage's steps, of what is trained: PPO's policy and its critic."""
-    data, heads = config.data, {"reward": ("reward_head",), "ppo": ("lm_head", "reward_head")}
-    if config.stage == "ppo":
-        length = data.prompt_length + config.ppo.new_tokens
-    else:
-        length = getattr(data, "length", model.max_length)
-    return sum(table.flops_per_token(model, length=length, head=head) for head in heads.get(config.stage, ("lm_head",)))
-
-
-def fitting_mesh(config: MeshConfig, *, devices: int, rows: int) -> MeshConfig:
-    """A mesh that divides `rows`: where `fsdp` is all that is left (-1), what they do not fill goes to `tensor`."""
-    data, fsdp, _, tensor = config.sizes(devices)
-    wide = math.gcd(fsdp, rows // data)
-    if config.fsdp != -1 or wide == fsdp:
-        return config
-    return dataclasses.replace(config, fsdp=wide, tensor=tensor * fsdp // wide)
-
-
-def matmul_ceiling(compute: Compute) -> float:
-    """The best rate of a large matrix product of the type that `compute` takes on this machine, in GFLOP/s."""
-    n = 2048
-    x = jnp.ones((n, n), compute.matmul_dtype)
-    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
-    product(x, x).block_until_ready()
-    times = []
-    for _ in range(5):
-        begun = time.monotonic()
-        product(x, x).block_until_ready()
-        times.append(time.monotonic() - begun)
-    return 2 * n**3 / min(times) / 1e9
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import pytest
 from llama_jax import steps
 from llama_jax.config import ConfigError, describe, parse
 from llama_jax.corpus import CorpusConfig
+from llama_jax.evals.speed import operations
 from llama_jax.model import params as table
-from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.recipe import Recipe, RecipeConfig, fitting_mesh, operations
+from llama_jax.parallel.mesh import MeshConfig, fitting_mesh
+from llama_jax.recipe import Recipe, RecipeConfig
 from llama_jax.steps import assignment, load_config, timed, with_overrides
 from llama_jax.train import parse_stage
 

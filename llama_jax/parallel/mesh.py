@@ -64,6 +64,15 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def fitting_mesh(config: MeshConfig, *, devices: int, rows: int) -> MeshConfig:
+    """A mesh that divides `rows`: where `fsdp` is all that is left (-1), what they do not fill goes to `tensor`."""
+    data, fsdp, _, tensor = config.sizes(devices)
+    wide = math.gcd(fsdp, rows // data)
+    if config.fsdp != -1 or wide == fsdp:
+        return config
+    return dataclasses.replace(config, fsdp=wide, tensor=tensor * fsdp // wide)
+
+
 def platform() -> str:
     """What the program being traced is compiled for: the platform of the mesh of `jax.set_mesh`, else JAX's default.
 
