@@ -334,8 +334,7 @@ def traffic(sizes):
       order go ids, segments and positions, back the states, and there their gradient: half of a device's tokens on two ways,
       of which on two devices one leads nowhere.
     tensor: a product that ends a half-block is reduced, its input was gathered from the devices that share the residual
-      stream; backward the same the other way around, for each of the matrices that read the input. Out of the ring's order
-      the gradient of the states, which tensor does not divide, is summed up once more.
+      stream; backward the same the other way around, for each of the matrices that read the input.
     """
     data, fsdp, sequence, tensor = sizes
     rows, length = 16 // (data * fsdp), 16 // sequence
@@ -359,7 +358,7 @@ def traffic(sizes):
     if tensor > 1:
         moved["reduce-scatter", "tensor"] = state  # rows of the embedding
         moved["all-gather", "tensor"] = L * 4 * state + 2 * state
-        moved["all-reduce", "tensor"] = L * (1 + 1 + 3 + 2) * state + state + (state if sequence > 1 else 0)
+        moved["all-reduce", "tensor"] = L * (1 + 1 + 3 + 2) * state + state
     return moved
 
 

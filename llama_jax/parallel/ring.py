@@ -269,4 +269,5 @@ def ring_order(x: jax.Array, *, back: bool = False) -> jax.Array:
         halves = [jax.lax.ppermute(to_even, axis, back_even), jax.lax.ppermute(to_odd, axis, back_odd)]
         return jnp.concatenate(halves, axis=1)
 
-    return jax.shard_map(home if back else there, in_specs=spec, out_specs=spec, check_vma=False)(x)
+    # With the check of what varies along which axes: without it a gradient would be summed up over the axes that hold copies.
+    return jax.shard_map(home if back else there, in_specs=spec, out_specs=spec)(x)
