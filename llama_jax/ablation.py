@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 
 from llama_jax import command, corpus
 from llama_jax.config import ConfigError, describe, parse
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.dedup import content_hash
 from llama_jax.corpus_build.dirt import Dirt, dirty
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.paragraphs import drop_leaks
-from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from absl import flags
 from llama_jax import command
 from llama_jax.corpus_build.contamination import LENGTHS, Index, analyse
 from llama_jax.corpus_build.manifest import check_manifest
-from llama_jax.corpus_build.readers import expand
+from llama_jax.corpus_build.source_files import expand
 from llama_jax.data.blocks import block_ids
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import BOS_ID, Tokenizer

@@ -17,13 +17,16 @@ from llama_jax import command
 from llama_jax.assistant.documents import SOURCES, installation_documents
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.corpus_build.build import Settings, build_corpus
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
-from llama_jax.corpus_build.readers import BadRow, expand, plain_path, read_file
+from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
-from llama_jax.corpus_build.stages import discard, file_facts
+from llama_jax.corpus_build.source_files import expand, file_facts, file_size
+from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
+from llama_jax.corpus_build.storage import is_address
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.paths import is_remote
 
@@ -213,7 +216,7 @@ def beam_files(name: str, source: SourceConfig) -> list[str]:
     if source.reader == INSTALLATION:
         raise ConfigError(f"sources.{name}: Beam reads files; {INSTALLATION!r} is read in one process, without --beam")
     files = expand(source.reader)
-    local = [Path(plain_path(path)).stat().st_size for path in files if "://" not in path]
+    local = [file_size(path) for path in files if not is_address(path)]
     if sum(local) > source.byte_budget:
         raise ConfigError(
             f"sources.{name}.byte_budget: Beam reads whole files; expected at least {sum(local):,}, got {source.byte_budget:,}"

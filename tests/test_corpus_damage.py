@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,12 @@ import pytest
 from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import parse
-from llama_jax.corpus_build import readers
+from llama_jax.corpus_build import formats, storage
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.readers import BadRow, StorageError, read_file
+from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.storage import StorageError
+from tests.test_corpus_readers import framed
 
 NOISE = np.random.default_rng(0)
 TEXTS = [f"text {i} " + NOISE.bytes(400).hex() for i in range(60)]  # hardly compresses, so a cut falls inside a row
@@ -34,18 +36,6 @@ def parquet() -> bytes:
     buffer = io.BytesIO()
     parquet_.write_table(pyarrow.table({"text": TEXTS}), buffer)
     return buffer.getvalue()
-
-
-def framed(record: bytes) -> bytes:
-    """A record as a TFRecord file has it: its length and itself, each with its masked CRC-32C."""
-    crc32c = pytest.importorskip("google_crc32c").value
-
-    def checksum(content: bytes) -> bytes:
-        crc = crc32c(content)
-        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    size = struct.pack("<Q", len(record))
-    return size + checksum(size) + record + checksum(record)
 
 
 def tfrecord() -> bytes:
@@ -88,7 +78,7 @@ def test_a_torn_file_gives_what_comes_before_and_one_bad_row(tmp_path, name):
     whole = MAKERS[name]()
     path.write_bytes(whole)
     assert [row.text for row in read_file(str(path), "s")] == TEXTS
-    path.write_bytes(whole[: int(len(whole) * 0.7)])
+    path.write_bytes(whole[: int(len(whole) * 0.69)])  # 0.7 of 60 equal rows may fall between two
     *rows, last = read_file(str(path), "s")
     assert isinstance(last, BadRow) and last.where.startswith(str(path)) and last.problem
     assert last.rest == (name != "x.jsonl")  # plain lines are torn one at a time
@@ -176,11 +166,11 @@ def test_storage_that_fails_is_asked_again_and_is_no_damage(tmp_path, monkeypatc
     path.write_bytes(MAKERS.get(name, lambda: LINES)())
     texts = [row.text for row in read_file(str(path), "s")]
     pauses = []
-    monkeypatch.setattr(readers.time, "sleep", pauses.append)
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
     for error in (ConnectionResetError("Connection reset by peer"), OSError(5, "Input/output error"), OSError("no words")):
         for times, expected in ((2, [1.0, 4.0]), (9, None)):
             monkeypatch.setattr(Failing, "opened", 0)
-            monkeypatch.setattr(readers, "_open", lambda path, times=times, error=error: Failing(path, times, error))
+            monkeypatch.setattr(storage, "_open", lambda path, times=times, error=error: Failing(path, times, error))
             pauses.clear()
             if expected:
                 found = [row.text for row in read_file(str(path), "s")]
@@ -197,7 +187,7 @@ def test_a_decoder_that_reports_storage_is_believed(tmp_path, monkeypatch):
         raise ConnectionResetError("Connection reset by peer")
 
     (tmp_path / "x.jsonl").touch()
-    monkeypatch.setitem(readers._FORMATS, "jsonl", lost)
+    monkeypatch.setitem(formats.FORMATS, "jsonl", lost)
     with pytest.raises(ConnectionResetError):
         list(read_file(str(tmp_path / "x.jsonl"), "s"))
 

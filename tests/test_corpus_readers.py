@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.readers import BadRow, expand, format_of, open_binary, read_file
+from llama_jax.corpus_build.formats import format_of
+from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.source_files import expand
+from llama_jax.corpus_build.unpack import open_binary
 from llama_jax.data.sources import write_jsonl
 
 ROWS = [{"id": f"d{i}", "text": f"text {i}\nof ünicode", "url": f"http://u/{i}", "metadata": {"k": i}} for i in range(5)]
@@ -72,16 +76,25 @@ def example(row: dict) -> bytes:
     return field(1, b"".join([*entries, number]))
 
 
+def framed(record: bytes) -> bytes:
+    """A record as a TFRecord file has it: its length and itself, each with its masked CRC-32C."""
+    crc32c = pytest.importorskip("google_crc32c").value
+
+    def checksum(content: bytes) -> bytes:
+        crc = crc32c(content)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    size = struct.pack("<Q", len(record))
+    return size + checksum(size) + record + checksum(record)
+
+
 @pytest.mark.parametrize("encode", [example, lambda row: json.dumps(row).encode()], ids=["example", "json"])
 def test_tfrecord_and_array_record(tmp_path, encode):
     records = [encode(row) for row in ROWS]
-    if (crc32c := pytest.importorskip("google_crc32c").value)(b"123456789") == 0xE3069283:
-        parts = [part for record in records for part in (struct.pack("<Q", len(record)), record)]
-        masks = [(((crc := crc32c(part)) >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF for part in parts]
-        framed = b"".join(part + struct.pack("<I", mask) for part, mask in zip(parts, masks))
-    (tmp_path / "x.tfrecord").write_bytes(framed)
+    written = b"".join(map(framed, records))
+    (tmp_path / "x.tfrecord").write_bytes(written)
     check(tmp_path / "x.tfrecord", urls=False)
-    (tmp_path / "x.tfrecord").write_bytes(framed[:-9])
+    (tmp_path / "x.tfrecord").write_bytes(written[:-9])
     rows = list(read_file(str(tmp_path / "x.tfrecord"), "s"))
     assert len(rows) == 5 and isinstance(rows[4], BadRow) and "torn" in rows[4].problem
 

@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, line_rows, without_lines
-from llama_jax.corpus_build.build import Settings, analyse
+from llama_jax.corpus_build.build import Settings, analyse, cleaned_documents
 from llama_jax.corpus_build.dedup import checked_hash, preference
-from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, pair_row, signatures
 from llama_jax.corpus_build.paragraphs import Cut, paragraph_keys, secret_ngrams, without_leaks, without_paragraphs
 from llama_jax.corpus_build.profile import Profile
-from llama_jax.corpus_build.readers import BadRow, read_file
+from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.refine import LINES, PAIRS, evaluation_texts
 from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.split import Candidate, candidate, choose, long_lines, side_of
 from llama_jax.corpus_build.stages import Stages
-from llama_jax.corpus_build.steps import clean, make_steps
 from llama_jax.corpus_build.write import shard_of
 from llama_jax.data.sources import write_jsonl
 
@@ -321,18 +320,8 @@ def _read_and_clean(item: tuple[str, int, str], settings: Settings, stages: Stag
 
 
 def _cleaned_file(source: str, path: str, settings: Settings) -> tuple[list[Document], Profile]:
-    steps = make_steps(settings.steps.get(source, ()), settings.clean)
-    profile, documents = Profile(), []
-    for row in read_file(path, source):
-        if isinstance(row, BadRow):
-            profile.lose(row)
-            continue
-        result = clean(row, steps)
-        if isinstance(result, Removed):
-            profile.remove(result)
-        else:
-            documents.append(result)
-    return documents, profile
+    profile = Profile()
+    return list(cleaned_documents(source, read_file(path, source), settings, profile, limited=False)), profile
 
 
 def _hashed(item: tuple[None, Document], rank: Mapping[str, int]) -> tuple[bytes, tuple[int, str, Document]]:

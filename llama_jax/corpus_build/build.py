@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.profile import ANALYSES, Profile, check_measures, in_sample
-from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
 from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
@@ -134,14 +134,18 @@ def _compared(
 
 
 def cleaned_documents(
-    source: str, rows: Iterable[Document | BadRow], settings: Settings, profile: Profile
+    source: str, rows: Iterable[Document | BadRow], settings: Settings, profile: Profile, *, limited: bool = True
 ) -> Iterator[Document]:
-    """The documents that pass the steps of their source; what does not is counted in `profile`."""
+    """The documents that pass the steps of their source; what does not is counted in `profile`.
+
+    Bad rows beyond their limit end it, unless it is not `limited` since these rows are only some of the source.
+    """
     steps = make_steps(settings.steps.get(source, ()), settings.clean)
     for row in rows:
         if isinstance(row, BadRow):
             profile.lose(row)
-            check_bad_rows(source, profile, settings)
+            if limited:
+                check_bad_rows(source, profile, settings)
             continue
         result = clean(row, steps)
         if isinstance(result, Removed):

@@ -45,6 +45,11 @@ def preference(document: Document) -> tuple[str, ...]:
     return document.id, document.text, document.url, json.dumps([document.metadata, document.findings], sort_keys=True)
 
 
+def by_hash(documents: Iterable[Document]) -> list[Document]:
+    """Documents in the order of their hashes: a shuffle that is the same in every build."""
+    return sorted(documents, key=lambda d: (content_hash(d.text), preference(d)))
+
+
 def checked_hash(document: Document) -> bytes:
     """`content_hash` of a document; ValueError if it has no text that can be written."""
     where = f"source {document.source!r}: document {document.id!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +37,8 @@ class Removed:
 
 # A step of cleaning: a pure function, so that a loop, a process pool and Beam can carry it alike.
 Step = Callable[[Document], Document | Removed]
+
+
+def host_of(url: str) -> str | None:
+    """The host of an address, also of one without a scheme; ValueError for what is no address."""
+    return urlsplit(url if "//" in url else f"//{url}").hostname

@@ -1,15 +1,15 @@
 """What a corpus will hold, from samples: the table of `--dry_run`, printed before anything runs."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llama_jax.corpus_build import mixture
+from llama_jax.corpus_build import mixture, tfds
 from llama_jax.corpus_build.build import Settings
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
-from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.readers import TFDS, BadRow, plain_path, read_file, tfds_size
+from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.source_files import file_size, plain_path
 from llama_jax.corpus_build.steps import clean, make_steps
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -32,12 +32,12 @@ def estimate_table(
         sampled, kept, read, left, texts, complete = _sample(name, rows if files is None else None, files, settings)
         if files is None:
             whole = read
-        elif files[0].startswith(TFDS):  # it tells how many examples it has, not how large they are
-            whole = read if complete else read * tfds_size(files[0]) / max(sampled, 1)
+        elif tfds.is_name(files[0]):  # it tells how many examples it has, not how large they are
+            whole = read if complete else read * tfds.size(files[0]) / max(sampled, 1)
         elif complete:  # the smallest file tells how much text a byte of file holds
-            whole = read * _total(files) / max(_size(_smallest(files)), 1)
+            whole = read * sum(map(file_size, files)) / max(file_size(_smallest(files)), 1)
         else:
-            whole = max(read, sum(_size(path) * _COMPRESSION.get(Path(plain_path(path)).suffix, 1.0) for path in files))
+            whole = max(read, sum(file_size(path) * _COMPRESSION.get(Path(plain_path(path)).suffix, 1.0) for path in files))
         factor = min(whole, budget) / max(read, 1) * (1 - settings.held_out.fraction)
         documents[name] = round(kept * factor)
         sizes[name] = round(left * factor)
@@ -80,18 +80,4 @@ def _sample(
 
 def _smallest(files: Sequence[str]) -> str:
     """The smallest file that is not empty: distributed writers leave empty parts."""
-    return min(files, key=lambda path: _size(path) or math.inf)
-
-
-def _total(files: Sequence[str]) -> int:
-    return sum(map(_size, files))
-
-
-def _size(path: str) -> int:
-    path = plain_path(path)
-    if path.startswith(TFDS):
-        return 0
-    if "://" in path:
-        system, name = extra("fsspec").core.url_to_fs(path)
-        return system.size(name)
-    return os.path.getsize(path)
+    return min(files, key=lambda path: file_size(path) or math.inf)

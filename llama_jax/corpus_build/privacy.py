@@ -6,7 +6,8 @@ kind. Patterns find what has a form; names have none, so a block list stays the 
 
 import re
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
+
+from llama_jax.corpus_build.document import host_of
 
 # Domains with the reason. A start, by what the sites are for; pass a file for more (`read_block_list`).
 BLOCKED_DOMAINS: Mapping[str, str] = {
@@ -46,7 +47,7 @@ def read_block_list(lines: list[str], name: str = "block list") -> dict[str, str
 
 def blocked_reason(url: str, blocked: Mapping[str, str] = BLOCKED_DOMAINS) -> str | None:
     """Why the site of `url` is on the list; the entry example.com holds for www.example.com too. None if it is not."""
-    host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").rstrip(".").lower()
+    host = (host_of(url) or "").rstrip(".").lower()
     parts = host.split(".")
     for i in range(len(parts) - 1):
         if reason := blocked.get(".".join(parts[i:])):

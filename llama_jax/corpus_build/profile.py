@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from llama_jax.corpus_build import demographics, language, toxicity
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
-from llama_jax.corpus_build.readers import BadRow
 from llama_jax.corpus_build.samples import Row, drawn, sample
 
 ANALYSES = ("language", "demographics", "toxicity")

@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, line_rows, without_lines
-from llama_jax.corpus_build.dedup import content_hash, drop_duplicates, preference
+from llama_jax.corpus_build.damage import BadRow
+from llama_jax.corpus_build.dedup import by_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates, pair_row
 from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
-from llama_jax.corpus_build.readers import BadRow, expand, read_file
+from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.shingles import word_hashes
+from llama_jax.corpus_build.source_files import expand
 from llama_jax.corpus_build.split import lines_seen, split
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ def held_out_repeats(
     """
     if not documents or not deduplication.repeated_paragraph:
         return documents, Cut()
-    source, documents = documents[0].source, sorted(documents, key=lambda d: (content_hash(d.text), preference(d)))
+    source, documents = documents[0].source, by_hash(documents)
     kept, cuts = drop_repeats({source: documents}, shortest=deduplication.repeated_paragraph, least=1, whole=whole)
     return kept[source], cuts[source]
 

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_jax.config import describe
-from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.manifest import file_sha256
-from llama_jax.corpus_build.readers import plain_path
 from llama_jax.files import atomic_write, write_json
 
 Value = TypeVar("Value")
@@ -221,16 +219,3 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return sorted(value) if isinstance(value, set | frozenset) else describe(value)
-
-
-def file_facts(path: str) -> list[Any]:
-    """Name, size and time of a file, wherever it lies: cheap, and different after any honest change."""
-    plain = plain_path(path)
-    if "://" in path:
-        if path.startswith("tfds://"):
-            return [path]
-        system, name = extra("fsspec").core.url_to_fs(plain)
-        info = system.info(name)
-        return [path, info.get("size"), str(info.get("mtime") or info.get("updated") or info.get("LastModified"))]
-    status = os.stat(plain)
-    return [path, status.st_size, status.st_mtime_ns]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import llama_jax
 from llama_jax.corpus_build import mixture
 from llama_jax.corpus_build.blocks import BlockCounts, write_blocks
-from llama_jax.corpus_build.dedup import content_hash, preference
+from llama_jax.corpus_build.dedup import by_hash, content_hash
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.manifest import write_manifest
 from llama_jax.corpus_build.profile import Profile
@@ -192,7 +192,7 @@ def _sample(train: Mapping[str, Sequence[Document]], settings: "Settings") -> It
     """Documents of each source up to its share, in order of their hashes: an unbiased sample."""
     for source, documents in train.items():
         left = sample_budget(settings, source)
-        for document in sorted(documents, key=lambda d: (content_hash(d.text), preference(d))):
+        for document in by_hash(documents):
             if left <= 0:
                 break
             left -= len(document.text.encode())
@@ -212,7 +212,7 @@ def shard_name(source: str, shard: int, shards: int) -> str:
 def write_shard(documents: Sequence[Document], path: Path, tokenizer: Tokenizer, block_length: int) -> BlockCounts:
     """One shard: its documents in the order of their hashes, which is a shuffle."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = (d.text for d in sorted(documents, key=lambda d: (content_hash(d.text), preference(d))))
+    texts = (d.text for d in by_hash(documents))
     return write_blocks(texts, path, tokenizer=tokenizer, block_length=block_length)
 
 
@@ -241,7 +241,7 @@ def write_held_out(
     documents: Sequence[Document], directory: Path, source: str, tokenizer: Tokenizer, block_length: int
 ) -> dict[str, int]:
     """The held-out documents of a source as text and as blocks."""
-    documents = sorted(documents, key=lambda d: (content_hash(d.text), preference(d)))
+    documents = by_hash(documents)
     write_jsonl(directory / f"{source}.jsonl", map(dataclasses.asdict, documents))
     counts = write_blocks(
         (d.text for d in documents), directory / f"{source}.array_record", tokenizer=tokenizer, block_length=block_length

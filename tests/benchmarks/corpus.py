@@ -33,7 +33,8 @@ from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.language import identify
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
 from llama_jax.corpus_build.paragraphs import drop_leaks, drop_repeats
-from llama_jax.corpus_build.readers import expand, read_file
+from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.source_files import expand
 from llama_jax.corpus_build.text import fix_mojibake, normalise
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.tokenizer import train_tokenizer
