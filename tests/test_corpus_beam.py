@@ -9,6 +9,7 @@ import pytest
 from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import ConfigError, parse
+from llama_jax.corpus_build.components import ROUNDS, firsts_in_one_process, firsts_over_workers
 from llama_jax.data.sources import write_jsonl
 
 pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
@@ -84,6 +85,20 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     report = (tmp_path / "one" / "report.html").read_text()
     for what in ("stands for it", "cut from 40 documents", "Paragraphs shared with evaluation", "Repeated paragraphs <span>"):
         assert what in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1, ROUNDS])
+def test_beam_finds_the_components_of_one_process(rounds):
+    import apache_beam as beam
+    from apache_beam.testing.util import assert_that, equal_to
+
+    draw = random.Random(0)
+    nodes = [(draw.randrange(3), -i, f"d{i % 7}", bytes([i])) for i in range(100)]
+    links = [tuple(draw.sample(nodes, 2)) for _ in range(60)] + [(nodes[i], nodes[i + 1]) for i in range(70, 99)]
+    expected = list(firsts_in_one_process(links).items())
+    with beam.Pipeline() as pipeline:
+        assert_that(firsts_over_workers(beam, pipeline | beam.Create(links), rounds=rounds), equal_to(expected))
 
 
 @pytest.mark.slow

@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 
 from llama_jax.corpus_build.boilerplate import Boilerplate
+from llama_jax.corpus_build.components import (
+    components,
+    ends_of,
+    firsts_in_one_process,
+    joined,
+    large_star,
+    settle,
+    small_star,
+)
 from llama_jax.corpus_build.dedup import drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.near_duplicates import (
     NearDuplicates,
     band_keys,
     clusters,
-    components,
     drop_near_duplicates,
     links,
     signatures,
@@ -96,6 +104,68 @@ def test_links_and_components_by_hand():
     assert links([0, 1, 2, 3, 4], signature, 0.5) == [(0, 2), (1, 3), (0, 4)]
     assert components(6, [(4, 5), (0, 2), (2, 5)]) == [0, 1, 0, 3, 0, 0]
     assert components(2, []) == [0, 1]
+
+
+def grouped(pairs: list[tuple], step) -> list:
+    """What `step` gives of each key and its values: a runner of Beam in three lines."""
+    groups = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return [result for key, values in groups.items() for result in step(key, values)]
+
+
+def after(rounds: int, links: list[tuple]) -> list[tuple]:
+    for _ in range(rounds):
+        links = grouped(grouped([pair for link in links for pair in (link, link[::-1])], large_star), small_star)
+    return links
+
+
+def firsts_after(rounds: int, links: list[tuple]) -> tuple[dict, int]:
+    """As `components.firsts_over_workers`, and how many links the rounds have left to one worker."""
+    ends = [end for link in after(rounds, links) for end in ends_of(link)]
+    found = grouped(ends, lambda node, ends: [(node, *settle(node, ends))])
+    left = {link for _, _, rest in found for link in rest}
+    heads = joined(sorted(left), rounds)
+    return {node: head for node, first, _ in found if (head := heads.get(first, first)) != node}, len(left)
+
+
+def test_stars_by_hand():
+    assert sorted(large_star(3, [5, 1, 4, 2])) == [(4, 1), (5, 1)] and list(large_star(1, [5])) == [(5, 1)]
+    assert sorted(small_star(5, [4, 1, 4])) == [(4, 1), (5, 1)] and list(small_star(5, [1, 1])) == [(5, 1)]
+    assert settle(5, [1, 1]) == (1, []) and settle(1, [None, None]) == (1, [])
+    assert settle(5, [4, 1]) == (1, [(4, 1)]) and settle(5, [1, None]) == (1, [(5, 1)])
+
+
+@pytest.mark.parametrize("rounds", range(6))
+def test_components_over_workers_are_those_of_one_process_after_any_number_of_rounds(rounds):
+    draw = random.Random(rounds)
+    for links_a_node in (0.3, 0.5, 0.8, 2.0):
+        nodes = [(draw.randrange(3), f"d{i}") for i in range(60)]
+        links = [tuple(draw.sample(nodes, 2)) for _ in range(int(60 * links_a_node))]
+        assert firsts_after(rounds, links)[0] == firsts_in_one_process(links)
+        assert firsts_after(rounds, links[::-1]) == firsts_after(rounds, links)
+
+
+def test_rounds_that_are_too_few_are_seen_and_told(caplog):
+    chain = [(i, i + 1) for i in range(40)]
+    everyone = dict.fromkeys(range(1, 41), 0)
+    assert firsts_after(6, chain) == (everyone, 0) and not caplog.records
+    found, left = firsts_after(5, chain)
+    assert found == everyone and 0 < left <= 40
+    assert f"{left} links between documents were left after 5 rounds: one worker joins them" in caplog.text
+
+
+def test_rounds_leave_one_link_a_document_and_none_to_join():
+    """Clusters as bands make them: in each of 21, documents are linked with the first of their bucket."""
+    draw = random.Random(0)
+    links = set()
+    for cluster, size in enumerate((2, 3, 10, 50, 300)):
+        for _ in range(21):
+            buckets = [draw.randrange(1 + size // 3) for _ in range(size)]
+            links |= {((cluster, buckets.index(b)), (cluster, i)) for i, b in enumerate(buckets) if buckets.index(b) != i}
+    assert len(links) > 4 * 360 and len(after(3, sorted(links))) == 365 - 5
+    found, left = firsts_after(3, sorted(links))
+    assert left == 0 and found == firsts_in_one_process(links)
 
 
 def test_bands_cover_the_signature():

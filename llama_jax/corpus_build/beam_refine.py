@@ -13,10 +13,11 @@ import numpy as np
 
 from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, line_rows, without_lines
 from llama_jax.corpus_build.build import Settings, analyse, cleaned_documents
+from llama_jax.corpus_build.components import firsts_over_workers
 from llama_jax.corpus_build.dedup import checked_hash, preference
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, components, links, pair_row, signatures
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, links, pair_row, signatures
 from llama_jax.corpus_build.paragraphs import Cut, paragraph_keys, secret_ngrams, without_leaks, without_paragraphs
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.readers import read_file
@@ -132,28 +133,26 @@ class Refinement:
 
     def _near(self, documents, settings: NearDuplicates):
         beam = self.beam
-        heads = (
+        links = (
             documents
             | beam.BatchElements(min_batch_size=64, max_batch_size=1000)
             | "Bands" >> beam.FlatMap(_bands, settings)
             | "Buckets" >> beam.GroupByKey()
             | "Links" >> beam.FlatMap(_bucket_links, settings.threshold)
-            | beam.Distinct()
-            # Pairs are few beside documents: one worker holds them all.
-            | "Pairs" >> beam.combiners.ToList()
-            | "Components" >> beam.Map(_losers)
+            | "Each link" >> beam.Distinct()
         )
+        named = documents | "Named" >> beam.Map(lambda item: (_quality(item), item))
 
-        def keep(item, heads):
-            head = heads.get(_quality(item))
-            if head is None:
+        def keep(name, group):
+            del name
+            (item,), heads = group["documents"], group["heads"]
+            if not heads:
                 yield item
-            else:
+            for head in heads:
                 yield beam.pvalue.TaggedOutput("dropped", (item[1].source, [(sample(item[1]), head)]))
 
-        parts = documents | "Keep one" >> beam.FlatMap(keep, beam.pvalue.AsSingleton(heads)).with_outputs(
-            "dropped", main="kept"
-        )
+        joined = {"documents": named, "heads": firsts_over_workers(beam, links)} | "Join heads" >> beam.CoGroupByKey()
+        parts = joined | "Keep one" >> beam.FlatMapTuple(keep).with_outputs("dropped", main="kept")
         shown = (
             parts.dropped | "Draw pairs" >> beam.CombinePerKey(drawn) | "Pairs shown" >> beam.combiners.ToList()
             | "By the best" >> beam.Map(_by_head)
@@ -351,14 +350,6 @@ def _bucket_links(bucket: tuple[bytes, Iterable[tuple[tuple, bytes]]], threshold
         matrix = np.stack([np.frombuffer(signature, np.uint32) for _, signature in members])
         for a, b in links(range(len(members)), matrix, threshold):
             yield members[a][0], members[b][0]
-
-
-def _losers(pairs: Sequence[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
-    """The documents of all clusters but the best of each, with that one."""
-    names = sorted({name for pair in pairs for name in pair})
-    number = {name: i for i, name in enumerate(names)}
-    heads = components(len(names), [(number[a], number[b]) for a, b in sorted(pairs)])
-    return {name: names[heads[i]] for i, name in enumerate(names) if heads[i] != i}
 
 
 def _by_head(shown: Sequence[tuple[str, list]]) -> dict[tuple, list[tuple[str, Row]]]:

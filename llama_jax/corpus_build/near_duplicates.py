@@ -6,10 +6,11 @@ others, are one cluster, of which one document stays.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llama_jax.corpus_build.components import components
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.samples import Row, excerpt
@@ -84,22 +85,6 @@ def links(members: Sequence[int], signature: np.ndarray, threshold: float) -> li
         else:
             heads.append(member)
     return pairs
-
-
-def components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """For each of `count` documents the smallest one it is linked with, directly or through others (union-find)."""
-    parent = list(range(count))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b in pairs:
-        a, b = root(a), root(b)
-        parent[max(a, b)] = min(a, b)
-    return [root(i) for i in range(count)]
 
 
 def clusters(texts: Sequence[str], settings: NearDuplicates) -> list[int]:
