@@ -137,10 +137,15 @@ def _described(given: Mapping[str, str | int | None]) -> tuple[str, int, int] | 
 
 def _is_one_of_many_tpu_vms() -> bool:
     """Whether the metadata server names other workers of this TPU; machines without TPU chips do not ask it."""
-    # JAX has no public name for what its own initialisation asks.
-    from jax._src import hardware_utils
-    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
-
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+    if not has_tpu_chips():
         return False
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # what JAX's own initialisation asks; no public name
+
     return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+
+
+def has_tpu_chips() -> bool:
+    """Whether there are TPU chips in this machine for JAX to use; starts no backend."""
+    from jax._src import hardware_utils  # JAX has no public name for it
+
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0

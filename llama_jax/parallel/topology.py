@@ -12,8 +12,9 @@ import os
 import re
 from typing import Any
 
-import jax
 import numpy as np
+
+from llama_jax.parallel.mesh import has_tpu_chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ def describe(name: str, *, slices: int = 1) -> Topology:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no cloud what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so several processes may describe some
-    if jax.default_backend() != "tpu":  # libtpu prints errors when nothing says which host of which slice this is
+    if not has_tpu_chips():  # libtpu prints errors when nothing says which host of which slice this is
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip.name}-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_WORKER_ID", "0")
