@@ -3,12 +3,15 @@
     python -m llama_jax.plan --config=configs/pretrain.py:70b --topology=v5p:8x8x8 [--search] [--json] [--dump_hlo=DIR]
 
 Compiles the stage's real train step with the real TPU compiler and prints memory, arithmetic, communication and time per
-chip, and what 2T tokens take. Needs libtpu (`pip install 'llama_jax[tpu]'`) and about a minute and 2 GB a program.
+chip, and what pretraining's 2T tokens (or --tokens) take. A PPO or GRPO config is planned with the reward models that it names
+(their workdirs need not exist; both, if it names none), and --program=rollout plans its generation. Needs libtpu
+(`pip install 'llama_jax[tpu]'`) and about a minute and 2 GB a program.
 """
 
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,18 +31,20 @@ from llama_jax.planning.programs import rollout_program, train_program
 from llama_jax.planning.search import Setting, space
 from llama_jax.train import parse_stage
 
+PAPER_TOKENS = 2e12
+
 
 def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: str | None = None) -> Plan:
-    """The plan of a stage's config (`program="rollout"`: of PPO's generation) on a topology."""
+    """The plan of a stage's config (`program="rollout"`: of the generation of PPO or GRPO) on a topology."""
     mesh = make_mesh(config.mesh, devices=topology.devices)
     made = train_program(config, mesh) if program == "train" else rollout_program(config, mesh)
     result, text = make_plan(
         made, topology, mesh, model=config.model, remat=config.compute.remat,
         microbatches=config.loop.microbatches if program == "train" else 1,
-        batch_size=config.loop.batch_size if program == "train" else getattr(config, config.stage).rollout_size,
     )  # fmt: skip
     if dump_hlo and text is not None:
-        path = Path(dump_hlo) / f"{made.name.replace(' ', '_')}-{config.model}-{topology.name.replace(' ', '')}.hlo"
+        name = re.sub(r"\W+", "_", made.name)
+        path = Path(dump_hlo) / f"{name}-{config.model}-{topology.name.replace(' ', '')}.hlo"
         with atomic_write(path) as file:
             file.write(text.encode())
         print(f"compiled text: {path}", file=sys.stderr)
@@ -75,7 +80,11 @@ def search(config: Any, topology: Topology, *, compilations: int, keep: int = 5)
 
 def run(values: Mapping[str, Any], settings: Any) -> None:
     """The command, from its flags."""
-    config = parse_stage(values)
+    config, tokens = parse_stage(values), settings.tokens
+    if tokens is None:
+        tokens = PAPER_TOKENS if config.stage == "pretrain" and settings.program == "train" else 0
+        if not tokens and (settings.price or settings.carbon):
+            raise ConfigError(f"--price, --carbon: expected --tokens, how many the run of {config.stage!r} has, got nothing")
     topology = describe(settings.topology, slices=settings.slices)
     if settings.search:
         if settings.program != "train" or settings.dump_hlo:
@@ -87,7 +96,7 @@ def run(values: Mapping[str, Any], settings: Any) -> None:
         results = [result for _, result in best]
     else:
         results = [plan(config, topology, program=settings.program, dump_hlo=settings.dump_hlo)]
-    runs = [result.run(settings.tokens, price=settings.price, watts=settings.carbon) for result in results]
+    runs = [result.run(tokens, price=settings.price, watts=settings.carbon) if tokens else {} for result in results]
     if settings.json:
         found = [report.as_json(result, length) for result, length in zip(results, runs, strict=True)]
         print(json.dumps({"best": found} if settings.search else found[0], indent=1))
@@ -121,12 +130,12 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/<stage>.py:<size>")
     flags.DEFINE_string("topology", None, "a slice: v5p:8x8x8 or v5p-1024")
     flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data-centre network", lower_bound=1)
-    flags.DEFINE_enum("program", "train", ["train", "rollout"], "the train step, or the generation of a PPO config")
+    flags.DEFINE_enum("program", "train", ["train", "rollout"], "the train step, or the generation of a PPO or GRPO config")
     flags.DEFINE_bool("json", False, "print JSON")
     flags.DEFINE_bool("search", False, "try meshes, remat policies and microbatches, and print the best few")
     flags.DEFINE_integer("search_compilations", 12, "programs that a search compiles at most", lower_bound=1)
     flags.DEFINE_string("dump_hlo", None, "directory for the compiled text")
-    flags.DEFINE_float("tokens", 2e12, "tokens of the whole run (the paper: 2T)", lower_bound=0)
+    flags.DEFINE_float("tokens", None, "tokens of the whole run; none given: the paper's 2T for pretraining", lower_bound=0)
     flags.DEFINE_float("price", 0.0, "US dollars a chip hour, to print the run's price", lower_bound=0)
     flags.DEFINE_float("carbon", 0.0, "watts a chip, to print the run's tCO2eq as in Table 2", lower_bound=0)
     flags.DEFINE_bool("calibrate", False, "estimate what others have published, and print the error")

@@ -131,14 +131,14 @@ def capacity(topology: Topology) -> int:
     much = jax.ShapeDtypeStruct((2**12, 2**30), "int8", sharding=SingleDeviceSharding(device))
     mesh = Mesh(np.array([device]), ("one",))
     try:
-        compile_program(Program("probe", functools.partial(jax.jit(lambda x: x + 1).trace, much), mesh, 0, 0, 0, {}))
+        compile_program(Program("probe", functools.partial(jax.jit(lambda x: x + 1).trace, much), mesh, 0, 0, 0, 0, {}))
     except DoesNotFit as error:
         return error.capacity
     raise RuntimeError(f"{topology.name}: the compiler fits 4 TiB into a chip")
 
 
 def make_plan(
-    program: Program, topology: Topology, mesh: Mesh, *, model: str, remat: str, microbatches: int, batch_size: int
+    program: Program, topology: Topology, mesh: Mesh, *, model: str, remat: str, microbatches: int
 ) -> tuple[Plan, str | None]:
     """Compiles a program and reads the plan from it; with it comes the compiled text, for those who want to look."""
     chip = topology.chip
@@ -147,7 +147,7 @@ def make_plan(
     )
     facts = {
         "program": program.name, "model": model, "topology": topology.name, "chips": topology.chips,
-        "mesh": dict(mesh.shape), "remat": remat, "microbatches": microbatches, "batch_size": batch_size,
+        "mesh": dict(mesh.shape), "remat": remat, "microbatches": microbatches, "batch_size": program.rows,
         "tokens_per_step": program.tokens, "model_flops_per_step": program.model_flops,
         "full_attention_flops_per_step": program.full_attention_flops,
     }  # fmt: skip
@@ -174,7 +174,7 @@ def make_plan(
     exposed = sum(part.seconds for part in traffic if not part.overlapped)
     hidden = sum(part.seconds for part in traffic if part.overlapped)
     step = max(fusions + kernel, hidden) + exposed
-    executed = traced_flops(jaxpr) + kernel_flops(module) * len(topology.devices)
+    executed = traced_flops(jaxpr, trips=program.trips) + kernel_flops(module) * len(topology.devices)
     moved = hbm_bytes(module) * chip.devices
     roofline = max(
         executed / topology.chips / chip.peak, moved / chip.hbm_bandwidth, sum(part.seconds for part in traffic)

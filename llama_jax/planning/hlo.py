@@ -150,8 +150,9 @@ class Module:
         return constants[0]
 
     def _below(self, name: str) -> Iterator[str]:
+        """The computations that are parts of one; reducers are not, and may hold numbers of their own."""
         for instruction in self.computations[name].values():
-            for called in _called(instruction):
+            for called in _called(instruction) if instruction.opcode in ("fusion", "call") else ():
                 yield called
                 yield from self._below(called)
 

@@ -1,6 +1,7 @@
 """The programs of each stage, lowered for a mesh without data: the train step as the loop runs it, and generation.
 
-Nothing is re-implemented: losses, optimizer, step and sampler are those of the stages; only their arguments are abstract.
+Nothing is re-implemented: losses, optimizer, step and sampler are those of the stages, and so are the checks of what does not
+divide; only their arguments are abstract.
 """
 
 import dataclasses
@@ -10,14 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
 from llama_jax.model import params as table
+from llama_jax.model.decode import Prepared, prepare
 from llama_jax.model.lora import divide
-from llama_jax.parallel.axes import abstract, batch_shardings, is_spec
+from llama_jax.model.params import Specs
+from llama_jax.parallel.axes import DECODE, abstract, batch_shardings, batch_shards, is_spec, partition, row_share
 from llama_jax.planning.stages import StageShape, model_of, stage_shape
 from llama_jax.pretrain.base import StageConfig
+from llama_jax.rlhf.parts import part_size
+from llama_jax.rlhf.rollout import check_size
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.training import optimizer
 from llama_jax.training.state import TrainState, abstract_state, overlay
@@ -29,26 +34,30 @@ class Program:
     """A program and what it does a call.
 
     trace: traces it for its mesh.
+    rows: of its batch.
     tokens: tokens that it processes (or, in generation, draws).
     model_flops: operations that the model needs for them: no recomputation, attention to earlier tokens only.
     full_attention_flops: the same with attention counted to all tokens of a row, as some publish it.
     state: {name: tree of sharded ShapeDtypeStructs} of what stays on the devices between calls.
     beside: the same of what lies on the devices too, and is no part of the program.
+    trips: how often its loop runs at most, if it has one that may end early.
     """
 
     name: str
     trace: Callable[[], Any]
     mesh: Mesh
+    rows: int
     tokens: int
     model_flops: int
     full_attention_flops: int
     state: dict[str, Any]
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trips: int = 1
 
 
 def train_program(config: StageConfig, mesh: Mesh) -> Program:
     """The train step of a stage's config; with adapters (`config.lora`), the step that trains them."""
-    check_batch(config.loop, mesh)
+    _check(config, mesh)
     shape = stage_shape(config)
     optim, state, frozen = _abstract(config, shape, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -58,19 +67,27 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
     parts = {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
     return Program(
         f"{config.stage} step", functools.partial(step.trace, state, batch, frozen, optim.schedule), mesh,
-        shape.sequences * shape.length, *map(sum, zip(*flops, strict=True)), _filled(parts), abstract(shape.beside, mesh),
+        config.loop.batch_size, shape.sequences * shape.length, *map(sum, zip(*flops, strict=True)), _filled(parts),
+        abstract(shape.beside, mesh),
     )  # fmt: skip
 
 
 def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
-    """Generation of the rollout of a PPO or GRPO config, to the last of its new tokens."""
-    if config.stage not in ("ppo", "grpo"):
+    """Generation of a PPO or GRPO config, to the last of its new tokens: of the rollout, or of one of its equal parts
+    (`sampling_batch`), for which the weights were laid out beforehand."""
+    settings = _rolls_out(config)
+    if settings is None:
         raise ConfigError(f"config.stage: a rollout is planned for ppo and grpo, got {config.stage!r}")
-    model, settings, shape = model_of(config), getattr(config, config.stage), stage_shape(config)
-    rows, length = settings.rollout_size, config.data.prompt_length + settings.new_tokens
+    _check(config, mesh)
+    model, shape = model_of(config), stage_shape(config)
+    rows = part_size(settings.rollout_size, settings.sampling_batch, batch_shards(mesh))
+    parts, length = settings.rollout_size // rows, config.data.prompt_length + settings.new_tokens
     _, state, frozen = _abstract(config, shape, mesh)
     others = {name: overlay(state.params[name], frozen.get(name, {})) for name in state.params}
-    policy = others.pop("policy")
+    weights = {"parameters": others.pop("policy")}
+    if parts > 1:
+        others |= weights
+        weights = {"weights": _prepared(weights["parameters"], config, shape.models["policy"], mesh)}
     sample = make_sampler(
         model, shape.models["policy"], compute=config.compute, eos_id=2, max_new_tokens=settings.new_tokens,
         temperature=settings.temperature,
@@ -78,11 +95,41 @@ def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     prompt = (rows, config.data.prompt_length)
     arguments = _place((jax.ShapeDtypeStruct(prompt, jnp.int32), jax.ShapeDtypeStruct(prompt, bool), keys), mesh)
+    name = f"rollout, one of {parts} parts" if parts > 1 else "rollout"
     return Program(
-        "rollout", functools.partial(sample.trace, policy, *arguments), mesh, rows * settings.new_tokens,
-        *_flops(config, rows, length, "lm_head", backward=False), {"parameters": policy, "batch": arguments},
-        {**others, "optimizer": state.opt_state, **abstract(shape.beside, mesh)},
+        name, functools.partial(sample.trace, *weights.values(), *arguments), mesh, rows, rows * settings.new_tokens,
+        *_flops(config, rows, length, "lm_head", backward=False), {**weights, "batch": arguments},
+        {**others, "optimizer": state.opt_state, **abstract(shape.beside, mesh)}, trips=settings.new_tokens - 1,
     )  # fmt: skip
+
+
+def _check(config: StageConfig, mesh: Mesh) -> None:
+    """ConfigError, or ValueError, for what the stage itself could not divide over the mesh and its hosts."""
+    check_batch(config.loop, mesh)
+    row_share(mesh)
+    if (settings := _rolls_out(config)) is not None:
+        check_size(settings.rollout_size, config.loop.batch_size, mesh, answers=getattr(settings, "answers", 1))
+
+
+def _rolls_out(config: StageConfig) -> Any | None:
+    """The algorithm's numbers of a stage that learns from its own answers."""
+    return getattr(config, config.stage) if config.stage in ("ppo", "grpo") else None
+
+
+def _prepared(params: Any, config: StageConfig, specs: Specs, mesh: Mesh) -> Prepared:
+    """What `prepare` makes of parameters, as shapes with the layout that it gives them."""
+    shapes = jax.eval_shape(functools.partial(prepare, specs=specs, compute=config.compute), params)
+    trunk = specs["trunk"]
+    layer = {name: spec.axes[1:] for name, spec in trunk["layers"].items()}
+    axes = {name: trunk[name].axes for name in ("embedding", "final_norm")} | {"layers": (layer,) * len(shapes["layers"])}
+    if "lm_head" in shapes:
+        axes["lm_head"] = specs["lm_head"]["kernel"].axes
+
+    def place(x: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, partition(x.shape, names, DECODE, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, axes)
 
 
 def _abstract(config: StageConfig, shape: StageShape, mesh: Mesh) -> tuple[Any, TrainState, Any]:

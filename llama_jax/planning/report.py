@@ -43,7 +43,7 @@ def as_text(plan: Plan, run: dict[str, float]) -> str:
         f"  {'model':12} {plan.model_flops_per_step / chips / 1e12:8.1f}"
         f"   ({plan.full_attention_flops_per_step / chips / 1e12:.1f} with full attention)",
         f"  {'executed':12} {plan.executed_flops_per_step / chips / 1e12:8.1f}"
-        f"   ({plan.executed_flops_per_step / plan.model_flops_per_step - 1:+.0%}: recomputation, masked tiles)",
+        f"   ({plan.executed_flops_per_step / plan.model_flops_per_step - 1:+.0%}: recomputation, masked pairs)",
         f"  memory traffic {plan.memory_traffic_bytes / 1e12:.2f} TB",
         "",
         "communication per chip and step",

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.config import ConfigError
 from llama_jax.data.loader import TokenBatch
 from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig, size
 from llama_jax.model.params import Specs
-from llama_jax.pretrain.base import StageConfig
+from llama_jax.pretrain.base import StageConfig, check_length
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import ComparisonBatch
 from llama_jax.reward.scorers import REWARD_MODELS
@@ -22,6 +23,7 @@ from llama_jax.reward.stage import reward_loss
 from llama_jax.rlhf import grpo
 from llama_jax.rlhf.dpo import dpo_loss, empty_batch
 from llama_jax.rlhf.ppo import ppo_loss
+from llama_jax.rlhf.reinforce import reward_models
 from llama_jax.rlhf.rollout import empty_rollout
 from llama_jax.training.stage import Loss
 
@@ -52,25 +54,28 @@ def model_of(config: StageConfig) -> ModelConfig:
 
 
 def stage_shape(config: StageConfig) -> StageShape:
-    """That of a stage's config."""
+    """That of a stage's config; ConfigError for rows that the stage itself would refuse."""
     return _SHAPES.get(config.stage, _language_model)(config, model_of(config))
 
 
 def _language_model(config: Any, model: ModelConfig) -> StageShape:
     """Pretraining, and all that fine-tune a language model."""
     rows, length = config.loop.batch_size, getattr(config.data, "length", model.max_length)
+    check_length(length, model)
     loss = language_model_loss(model, config.compute, z_loss=getattr(config, "z_loss", 0.0))
     return _single("lm_head", model, loss, _tokens(rows, length), rows, length)
 
 
 def _reward(config: Any, model: ModelConfig) -> StageShape:
-    rows, length = config.loop.batch_size, config.data.length
+    rows, length = config.loop.batch_size, config.data.length  # the longest of its lengths, if it has several (data.buckets)
+    check_length(length, model)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
     return _single("reward_head", model, loss, _comparisons(rows, length), 2 * rows, length)
 
 
 def _dpo(config: Any, model: ModelConfig) -> StageShape:
     rows, length = config.loop.batch_size, config.data.length
+    check_length(length, model)
     batch = jax.eval_shape(lambda: empty_batch(rows, length))
     shape = _single("lm_head", model, dpo_loss(model, config.compute, config.dpo), batch, 2 * rows, length)
     reference = {} if config.lora.rank else {"reference": table.table(model, head="lm_head")}
@@ -78,7 +83,7 @@ def _dpo(config: Any, model: ModelConfig) -> StageShape:
 
 
 def _ppo(config: Any, model: ModelConfig) -> StageShape:
-    rows, prompt, new = config.loop.batch_size, config.data.prompt_length, config.ppo.new_tokens
+    rows, (prompt, new) = config.loop.batch_size, _answer(config, config.ppo, model)
     heads = {"policy": "lm_head", "critic": "value_head"}
     return StageShape(
         {name: table.table(model, head=head) for name, head in heads.items()}, heads,
@@ -88,7 +93,7 @@ def _ppo(config: Any, model: ModelConfig) -> StageShape:
 
 
 def _grpo(config: Any, model: ModelConfig) -> StageShape:
-    rows, prompt, new = config.loop.batch_size, config.data.prompt_length, config.grpo.new_tokens
+    rows, (prompt, new) = config.loop.batch_size, _answer(config, config.grpo, model)
     beside = _judges(config, model)
     if not config.grpo.beta:  # no penalty, no reference
         beside.pop("reference", None)
@@ -106,14 +111,27 @@ def _single(head: table.Head, model: ModelConfig, loss: Loss, batch: Any, sequen
     return StageShape({"": table.table(model, head=head)}, {"": head}, loss, batch, sequences, length)
 
 
+def _answer(config: Any, settings: Any, model: ModelConfig) -> tuple[int, int]:
+    """Tokens of a prompt, and of what is drawn after it."""
+    prompt, new = config.data.prompt_length, settings.new_tokens
+    if prompt + new > model.max_length:
+        raise ConfigError(
+            f"data.prompt_length={prompt} + {config.stage}.new_tokens={new} exceed the model's {model.max_length}"
+        )
+    return prompt, new
+
+
 def _judges(config: Any, model: ModelConfig) -> dict[str, Specs]:
-    """The frozen models of reinforcement learning (paper section 3.2.3). Adapters leave the policy's start as it is, and the
-    critic's, which is the helpfulness model: those are not held twice."""
+    """The frozen models of reinforcement learning (paper section 3.2.3), of the reward models those that the config names.
+
+    Before they are trained it names none, and both are planned, unless it has other scorers alone. Adapters leave the policy's
+    start as it is, and the critic's, which is the first reward model: those are not held twice.
+    """
     heads: dict[str, table.Head] = {} if config.lora.rank else {"reference": "lm_head"}
     if REWARD_MODELS in config.reward.scorers:
-        heads |= {"helpfulness": "reward_head", "safety": "reward_head"}
-        if config.lora.rank and config.stage == "ppo":
-            del heads["helpfulness"]
+        named = [*reward_models(config)] or ["helpfulness", "safety"]
+        shared = 1 if config.lora.rank and config.stage == "ppo" else 0
+        heads |= dict.fromkeys(named[shared:], "reward_head")
     return {name: table.table(model, head=head) for name, head in heads.items()}
 
 
