@@ -30,7 +30,6 @@ from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
 from llama_jax.lines import Input, Interrupts, open_input, shared
-from llama_jax.model.decode import preparer
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.parallel.hosts import from_host_0
@@ -43,21 +42,18 @@ from llama_jax.sampling.request import EngineConfig, Request
 HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"
 
 
-def make_engine(model: Model, settings: EngineConfig, *, int8: bool = False) -> Engine:
-    """An engine over a loaded language model, compiled; call it, and use it, inside `jax.set_mesh(model.mesh)`.
-
-    `int8` rounds the weights to 8 bits, which halves bfloat16's memory; the cache has a setting of its own.
-    """
-    weights = preparer(model.config, model.compute, int8=int8)(model.params)
-    return Engine(model.config, weights, settings, compute=model.compute).warm_up()
+def make_engine(model: Model, settings: EngineConfig) -> Engine:
+    """An engine over a loaded language model, compiled; call it, and use it, inside `jax.set_mesh(model.mesh)`."""
+    return Engine(model.config, model.prepared(), settings, compute=model.compute).warm_up()
 
 
 def open_engine(
     place: str, settings: Callable[[Model], EngineConfig], *, tokenizer: str | None, int8: bool = False, mesh_tensor: int = 0
 ) -> tuple[Engine, Model]:
-    """An engine over a checkpoint, and its model without parameters: the engine has its own copy, one is enough.
+    """An engine over a checkpoint, and its model without the weights, which are the engine's and may be exchanged there.
 
-    `mesh_tensor` is that of `llama_jax.load`.
+    They are read as generation needs them, so that one copy of them is all that there ever is. `int8` rounds them to 8 bits,
+    which halves bfloat16's memory; the cache has a setting of its own. `mesh_tensor` is that of `llama_jax.load`.
 
     Raises:
       ValueError: before a tensor is read, where it is no language model or has no tokenizer.
@@ -66,11 +62,10 @@ def open_engine(
     require_language_model(source)
     if tokenizer is None and source.tokenizer is None:
         raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
-    # Eight bits are rounded from what is stored; else the engine casts to the type of the products anyway.
-    model = load(place, tokenizer=tokenizer, dtype="float32" if int8 else "compute", mesh_tensor=mesh_tensor)
+    model = load(place, tokenizer=tokenizer, dtype="int8" if int8 else "compute", mesh_tensor=mesh_tensor)
     with jax.set_mesh(model.mesh):
-        engine = make_engine(model, settings(model), int8=int8)
-    return engine, dataclasses.replace(model, params={})
+        engine = make_engine(model, settings(model))
+    return engine, dataclasses.replace(model, weights=None)
 
 
 class Dialog:

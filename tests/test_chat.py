@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -335,23 +334,29 @@ def test_what_cannot_talk_is_refused_before_it_is_loaded(tokenizer, tmp_path, mo
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_the_parameters_go_once_the_engine_has_its_copy(tokenizer, tmp_path, monkeypatch, int8):
-    loaded, load, place = [], chat.load, workdir(tmp_path / "chat", tokenizer)
+def test_the_engines_weights_are_all_that_is_held_of_a_model(tokenizer, tmp_path, monkeypatch, int8):
+    load, place = chat.load, workdir(tmp_path / "chat", tokenizer)
 
-    def make_engine(model, settings, *, int8):
-        loaded.append({leaf.dtype for leaf in jax.tree.leaves(model.params)})
+    class Held:
+        def __init__(self, config, weights, settings, *, compute):
+            self.weights, self.kinds = weights, {leaf.dtype.name for leaf in jax.tree.leaves(weights)}
+            self.bytes = held()
+
+        def warm_up(self):
+            return self
 
     def held():
         gc.collect()
         return sum(x.nbytes for x in jax.live_arrays())
 
-    monkeypatch.setattr(chat, "make_engine", make_engine)
-    monkeypatch.setattr(chat, "load", lambda *args, **how: load(*args, compute=Compute(), **how))
+    monkeypatch.setattr(chat, "Engine", Held)
+    monkeypatch.setattr(chat, "load", lambda *args, **how: load(*args, compute=Compute("bfloat16"), **how))
     before = held()
     engine, model = chat.open_engine(place, lambda model: Script.settings, tokenizer=None, int8=int8)
-    float32 = jnp.dtype(jnp.float32)  # eight bits are rounded from what is stored
-    assert loaded == [{float32} if int8 else {float32, jnp.dtype(jnp.bfloat16)}]
-    assert engine is None and model.params == {} and held() == before
+    assert engine.kinds == {"float32", "int8" if int8 else "bfloat16"}
+    assert engine.bytes - before == sum(x.nbytes for x in jax.tree.leaves(engine.weights))
+    engine.weights = None  # others of a better model come in their place
+    assert model.params == {} and held() == before
 
 
 COMMAND = ["--temperature=0.0", "--max_tokens=12", "--max_length=64", "--slots=3"]

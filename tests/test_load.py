@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import functools
+import gc
 import gzip
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,10 +24,9 @@ from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.text_stream import continuation
 from llama_jax.data.tokenizer import train_tokenizer
-from llama_jax.interop import ours, tokenizer_files
-from llama_jax.model import params
+from llama_jax.interop import load, ours, tokenizer_files
+from llama_jax.model import decode, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig, size
-from llama_jax.model.decode import prepare
 from llama_jax.parallel.axes import abstract
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.sampling.choose import Choice
@@ -124,14 +125,66 @@ def test_generate_and_chat_are_the_samplers(workdir):
     assert model.chat(messages, max_tokens=10, temperature=0.0) == decode_response(answer, model.tokenizer)[0]
 
 
-def test_parameters_for_generation_are_rounded_as_generation_rounds_them(workdir):
-    how = {"mesh": one_device(), "compute": Compute()}
-    exact, rounded = (llama_jax.load(workdir, dtype=dtype, **how) for dtype in ("float32", "compute"))
-    assert {leaf.dtype for leaf in jax.tree.leaves(rounded.params)} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
-    specs = params.table(MODEL, head="lm_head")
-    found, expected = (prepare(model.params, specs, compute=Compute()) for model in (rounded, exact))
-    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), found, expected)
-    assert sum(x.nbytes for x in jax.tree.leaves(rounded.params)) < 0.51 * sum(x.nbytes for x in jax.tree.leaves(exact.params))
+def mesh_of(devices):
+    return one_device() if devices == 1 else make_mesh(MeshConfig(fsdp=4, tensor=2))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("dtype", ["compute", "int8"])
+def test_weights_for_generation_are_those_that_it_makes_of_parameters(dtype, devices, workdir):
+    mesh = mesh_of(devices)
+    exact = llama_jax.load(workdir, mesh=mesh, compute=FLOAT32)
+    ready = llama_jax.load(workdir, mesh=mesh, compute=Compute("bfloat16"), dtype=dtype)
+    with jax.set_mesh(mesh):
+        expected = decode.preparer(MODEL, Compute("bfloat16"), int8=dtype == "int8")(exact.params)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), ready.weights, expected)
+    for found, wanted in zip(*map(jax.tree.leaves, (ready.weights, expected)), strict=True):
+        assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+    assert ready.params == {} and ready.prepared() is ready.weights
+    ready = dataclasses.replace(ready, compute=FLOAT32)
+    if dtype == "compute":  # whose float32 rounds nothing
+        ready = llama_jax.load(workdir, mesh=mesh, compute=FLOAT32, dtype=dtype)
+        prompts = ["the loop", "it"]
+        assert ready.generate(prompts, max_tokens=10) == exact.generate(prompts, max_tokens=10)
+    tokens = np.random.default_rng(0).integers(3, PIECES, (3, 9))
+    found, expected = ready.logits(tokens), exact.logits(tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5 if dtype == "compute" else 0.1 * np.abs(expected).max())
+
+
+def held():
+    """Bytes of all arrays on all devices."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
+        for x in jax.live_arrays()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("dtype", ["compute", "int8"])
+def test_a_model_for_generation_is_at_no_time_held_twice(dtype, devices, workdir, monkeypatch):
+    gc.collect()
+    mesh, peaks, place, before = mesh_of(devices), [], load._place, held()
+
+    def measured(*args):
+        x = place(*args)
+        peaks.append(held() - before)
+        return x
+
+    monkeypatch.setattr(load, "_place", measured)
+    model = llama_jax.load(workdir, dtype=dtype, mesh=mesh, compute=FLOAT32)
+    size = held() - before
+    assert size == sum(x.addressable_shards[0].data.nbytes * mesh.size for x in jax.tree.leaves(model.weights))
+    one_tensor = 4 * PIECES * MODEL.width * mesh.size // mesh.shape["tensor"]  # the embedding, as it is stored
+    assert len(peaks) == 2 * 9 + 3 and max(peaks) <= size + one_tensor < (1.3 if dtype == "compute" else 1.9) * size
+
+
+def test_what_generation_makes_of_parameters_goes_with_the_call(workdir):
+    model = llama_jax.load(workdir, mesh=one_device())
+    gc.collect()
+    before = held()
+    model.generate(["the loop"], max_tokens=2)
+    gc.collect()
+    assert held() - before < 1000
 
 
 def test_a_sharded_model_answers_as_one_device_does(workdir):
@@ -158,7 +211,7 @@ def test_matrices_are_split_over_as_few_devices_as_hold_them(workdir, monkeypatc
     for mesh_tensor, expected in ((0, 4), (2, 2)):
         model = llama_jax.load(workdir, compute=FLOAT32, mesh_tensor=mesh_tensor)
         with jax.set_mesh(model.mesh):
-            prepared = jax.tree.leaves(jax.jit(lambda tree: prepare(tree, specs, compute=FLOAT32))(model.params))
+            prepared = jax.tree.leaves(jax.jit(lambda tree: decode.prepare(tree, specs, compute=FLOAT32))(model.params))
         share = sum(x.addressable_shards[0].data.nbytes for x in prepared) / weights
         assert model.mesh.shape["tensor"] == expected and 1 / expected <= share < 1.25 / expected  # key heads may be whole
 
@@ -197,6 +250,10 @@ def test_a_reward_model_scores_and_does_nothing_else(root, workdir):
     tree = params.init(params.table(MODEL, head="reward_head"), jax.random.key(1))
     ours.write(root / "reward", tree, MODEL, tokenizer="", origin={})
     convert.run(root / "reward", root / "reward_hf", to="huggingface", tokenizer=workdir / "tokenizer.model", quiet=True)
+    with pytest.raises(ValueError, match="this is a reward model: it has `score.weight` and no `lm_head`"):
+        llama_jax.load(root / "reward_hf", dtype="int8")
+    rounded = llama_jax.load(root / "reward_hf", dtype="compute", compute=Compute("bfloat16"))
+    assert rounded.params["trunk"]["embedding"].dtype == jnp.bfloat16
     model = llama_jax.load(root / "reward_hf")
     assert model.head == "reward_head" and model.scores([[5, 6, 7]] * 2).shape == (2,)
     for use in (lambda: model.logits([[5]]), lambda: model.generate(["x"]), lambda: model.chat([])):

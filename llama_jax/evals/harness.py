@@ -26,7 +26,6 @@ from llama_jax.evals import request_file
 from llama_jax.evals.likelihood import Pair, Score, Scorer, ScoringConfig
 from llama_jax.evals.request_file import RequestFile
 from llama_jax.model.cache import empty_cache
-from llama_jax.model.decode import preparer
 from llama_jax.parallel.axes import batch_shards, shards_of
 from llama_jax.parallel.hosts import first_problem, from_host_0
 from llama_jax.sampling.choose import Choice
@@ -40,8 +39,8 @@ _REUSE = 32  # prompts that share so many tokens compute them once
 
 
 class HarnessModel:
-    """`model` is what `llama_jax.load` gives, best with dtype="compute". Its parameters are copied as generation reads them
-    and not held: who lets go of `model` has one copy.
+    """`model` is what `llama_jax.load` gives, best with dtype="compute": then its weights are those that are read here. Of
+    training's parameters a copy is made as generation reads them, and they are not held.
 
     It counts as one of the harness's models without being derived from their class: importing the harness changes the
     environment of the process, which an import of ours must not.
@@ -74,10 +73,9 @@ class HarnessModel:
             raise ValueError(f"{model.path}: missing tokenizer: benchmarks are texts")
         self.words, self.chat, self.seed, self.kept = model.tokenizer, chat, seed, kept
         self.quiet = quiet or jax.process_index() > 0
-        with jax.set_mesh(model.mesh):
-            self._weights = preparer(model.config, model.compute)(model.params)
+        self._weights = model.prepared()
         self.scorer = Scorer(model.config, self._weights, model.mesh, compute=model.compute, settings=scoring)
-        self.model = dataclasses.replace(model, params={})
+        self.model = dataclasses.replace(model, params={}, weights=None)
         self._slots, self._int8_cache, self._memory = slots, int8_cache, memory
         self._engine: Engine | None = None
         self.cut: collections.Counter = collections.Counter()  # requests that lost their beginning, by kind

@@ -5,11 +5,12 @@ copy it first; so `prepare` cuts the stack once, and the layers are unrolled.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from llama_jax.model import paged
 from llama_jax.model.attention import row_attention
@@ -23,6 +24,7 @@ from llama_jax.model.params import Params, Specs, table
 from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
 from llama_jax.parallel.vocabulary import look_up
 
+_LAYERS = "trunk/layers/"
 Prepared = dict[str, Any]  # {"embedding", "layers": L x {...}, "final_norm", and "lm_head" unless it is the embedding}
 
 
@@ -43,7 +45,8 @@ def preparer(config: ModelConfig, compute: Compute, *, int8: bool = False) -> Ca
 def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = False) -> Prepared:
     """The parameters as generation reads them: in the matmul type, gathered over fsdp, split over tensor, layer by layer.
 
-    Adapters are merged into their matrices. With `int8`, matrices are rounded to 8 bits (`model.int8`).
+    Adapters are merged into their matrices. With `int8`, matrices are rounded to 8 bits (`model.int8`). Where the parameters
+    are not needed beside them, `interop.load.load_prepared` reads the same from a checkpoint, which takes half the memory.
     """
     params = merged(params)
     mesh = jax.sharding.get_abstract_mesh()
@@ -56,15 +59,26 @@ def prepare(params: Params, specs: Specs, *, compute: Compute, int8: bool = Fals
             return x
         return jax.lax.with_sharding_constraint(x, partition(spec.shape, spec.axes, DECODE, mesh))
 
-    def pack(name, x):
-        return quantise(x, _SUMMED[name]) if int8 and name in _SUMMED else x
+    def cut(path, x):
+        pack = functools.partial(eight_bits, path) if int8 else lambda x: x
+        return [pack(x[layer]) for layer in range(len(x))] if path.startswith(_LAYERS) else pack(x)
 
     placed = jax.tree.map(place, specs, {name: params[name] for name in specs}, is_leaf=is_spec)
-    trunk = placed["trunk"]
-    layers = len(trunk["layers"]["query"])
-    cut = tuple({name: pack(name, stack[layer]) for name, stack in trunk["layers"].items()} for layer in range(layers))
-    prepared = {"embedding": pack("embedding", trunk["embedding"]), "layers": cut, "final_norm": trunk["final_norm"]}
-    return {**prepared, "lm_head": pack("kernel", placed["lm_head"]["kernel"])} if "lm_head" in placed else prepared
+    return arrange({path: cut(path, x) for path, x in traverse_util.flatten_dict(placed, sep="/").items()})
+
+
+def eight_bits(path: str, x: jax.Array) -> jax.Array | Int8:
+    """A parameter (of one layer) in 8 bits if it is a matrix, else as it is; `path` is its place in the table."""
+    name = path.rsplit("/", 1)[-1]
+    return quantise(x, _SUMMED[name]) if name in _SUMMED else x
+
+
+def arrange(leaves: Mapping[str, Any]) -> Prepared:
+    """The weights by their paths in the table, those of the layers as a list of L, in the order in which they are read."""
+    stacks = {path.removeprefix(_LAYERS): rows for path, rows in leaves.items() if path.startswith(_LAYERS)}
+    layers = tuple({name: rows[layer] for name, rows in stacks.items()} for layer in range(len(stacks["query"])))
+    prepared = {"embedding": leaves["trunk/embedding"], "layers": layers, "final_norm": leaves["trunk/final_norm"]}
+    return {**prepared, "lm_head": leaves["lm_head/kernel"]} if "lm_head/kernel" in leaves else prepared
 
 
 def prefill(
@@ -130,6 +144,18 @@ def extend(
     if rows is None:
         return x, cache.replace(lengths=lengths + counts)
     return x, cache.replace(lengths=cache.lengths.at[rows].set(lengths + counts, mode="drop"))
+
+
+def row_logits(weights: Prepared, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
+    """Next-token logits of full rows; no cache is made. # int32 [B, T] -> float32 [B, T, V]"""
+    B, T = tokens.shape
+    attention = row_attention(jnp.ones_like(tokens), head_size=config.head_size, compute=compute)
+    no_cache = KVCache(layers=(None,) * config.layers, lengths=jnp.zeros((B,), jnp.int32))
+    x, _ = blocks(
+        weights, tokens, jnp.broadcast_to(jnp.arange(T), (B, T)), no_cache,
+        lambda query, key, value, layer: (attention(query, key, value), layer), config=config, compute=compute,
+    )  # fmt: skip
+    return logits(weights, x.reshape(B * T, -1), compute=compute).reshape(B, T, -1)
 
 
 def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Array:
