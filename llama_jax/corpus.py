@@ -1,7 +1,8 @@
 """Builds a training corpus: `python -m llama_jax.corpus --config=configs/corpus.py:tiny --output=...`.
 
 `--dry_run` prints what the mixture will be and ends; `--beam="--runner=..."` builds with Apache Beam and its own options
-instead of in this process, on one machine or many (launch/README.md). The result is the same.
+instead of in this process, on one machine or many (launch/README.md). The result is the same, on a disk or in a bucket
+(`--output=gs://bucket/corpus`).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.corpus_build.storage import is_address
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.paths import is_remote
+from llama_jax.paths import check_bucket, is_remote, place
 
 INSTALLATION = "installation"
 _NAMED = 5  # changed files in a sentence
@@ -144,14 +145,9 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
     Raises:
       ConfigError: the corpus at `output` was built with another config or of other files; lists the fields or the files.
     """
-    if is_remote(output):
-        if beam is None:
-            raise ConfigError(f"{output}: a corpus is built on a disk; copy it into the bucket afterwards")
-        raise ConfigError(
-            f"{output}: Beam's workers build a corpus in one directory that all of them see: mount a network file system at "
-            "the same path on each, name a directory there, and copy the result into the bucket (launch/README.md)"
-        )
-    if (Path(output) / NAME).exists():
+    output = place(output)
+    check_bucket(output)
+    if (output / NAME).exists():
         built = read_manifest(output)
         if changed := differences(built["config"], describe(config)):
             raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}")
@@ -161,7 +157,7 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
             more = f"; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else ""
             raise ConfigError(f"{output}: was built of other files; build another one: {'; '.join(changed[:_NAMED])}{more}")
         discard(output)
-        return check_manifest(output, Tokenizer(Path(output) / "tokenizer.model"))
+        return check_manifest(output, Tokenizer(output / "tokenizer.model"))
     if beam is not None:
         from llama_jax.corpus_build.beam_pipeline import build_with_beam  # needs apache-beam
 
@@ -242,13 +238,15 @@ def main() -> None:
         return
     if flags.FLAGS.output is None:
         raise ConfigError("--output: expected a directory to be made")
+    if "://" in flags.FLAGS.output and not is_remote(flags.FLAGS.output):  # a path object would make a directory "s3:" of it
+        raise ConfigError(f"--output: expected a directory or gs://bucket/directory, got {flags.FLAGS.output}")
     beam = None if flags.FLAGS.beam is None else shlex.split(flags.FLAGS.beam)
     print(run(config, flags.FLAGS.output, beam=beam)["table"])
 
 
 if __name__ == "__main__":
     command.define("configs/corpus.py:<name>")
-    flags.DEFINE_string("output", None, "directory to be made")
+    flags.DEFINE_string("output", None, "directory to be made; gs://bucket/... too")
     flags.DEFINE_bool("dry_run", False, "print the mixture, estimated from samples, and end")
     flags.DEFINE_string("beam", None, "build with Apache Beam; its options, as in '--direct_num_workers=8'")
     command.launch(main)

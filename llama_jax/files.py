@@ -9,20 +9,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_jax.paths import is_remote, place
+from llama_jax.paths import is_remote, upload
 
-_IN_MEMORY = 64 << 20  # bytes that are not spilled to this machine's disk on their way into a bucket
+
+@contextlib.contextmanager
+def local_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields where a writer that needs a real file writes `path`: there, or on this machine for a bucket, from where it is
+    uploaded when the block ends well."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="llama_jax_") as directory:
+            local = Path(directory) / os.path.basename(path)
+            yield local
+            upload(local, path)
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yields a file beside `path` that takes its place, synced to disk, when the block ends well."""
     if is_remote(path):
-        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
+        with local_file(path) as local, open(local, "wb") as file:
             yield file
-            file.seek(0)
-            with place(path).open("wb") as target:
-                shutil.copyfileobj(file, target, 8 << 20)
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

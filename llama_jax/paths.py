@@ -5,12 +5,14 @@ no locks (`training.lease`), no appending, no renaming of directories, and no fi
 """
 
 import functools
+import hashlib
 import os
 import posixpath
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 GCS = "gs://"
 
@@ -99,9 +101,45 @@ def sizes(directory: Path) -> dict[str, int]:
     if not is_remote(directory):
         files = [path for path in directory.rglob("*") if path.is_file()]
         return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    return {name: facts["size"] for name, facts in _objects(directory).items()}
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """What tells a file below a directory from any other, by its path in there: the sha256, or the checksum of the bucket."""
+    if is_remote(directory):
+        return {name: facts["crc32c"] for name, facts in _objects(directory).items()}
+    found = {}
+    for name in sorted(sizes(directory)):
+        with open(directory / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _objects(directory: Path) -> dict[str, dict[str, Any]]:
     root = os.fspath(directory).removeprefix(GCS).rstrip("/") + "/"
     found = _filesystem().find(os.fspath(directory), detail=True)
-    return {name.removeprefix(root): facts["size"] for name, facts in found.items()}
+    return {name.removeprefix(root): facts for name, facts in found.items()}
+
+
+def upload(local: Path, path: str | os.PathLike) -> None:
+    """Copies a file of this machine into a bucket, where it appears whole or not at all."""
+    place(path)
+    _filesystem().put_file(os.fspath(local), os.fspath(path))
+
+
+def publish(directory: Path, target: Path, *, last: str) -> None:
+    """Gives a finished directory its name. In a bucket objects are copied, and `last` after all others: see it, see all."""
+    if not is_remote(target):
+        os.rename(directory, target)
+        return
+    names = sizes(directory)
+    try:
+        for part in (names.keys() - {last}, names.keys() & {last}):
+            pairs = [(os.fspath(directory / name), os.fspath(target / name)) for name in sorted(part)]
+            _filesystem().copy([source for source, _ in pairs], [copy for _, copy in pairs])
+    except BaseException:
+        remove_tree(target)
+        raise
 
 
 def move(source: Path, target: Path) -> None:
@@ -116,8 +154,8 @@ def remove_tree(path: Path) -> None:
     """Removes a directory, if there is one, with all that is in it."""
     if is_remote(path):
         path.rmtree(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def create(path: Path, text: str) -> None:

@@ -138,12 +138,6 @@ def test_a_wrong_corpus_config_is_refused(web, changes, message):
         parse(corpus.CorpusConfig, {**values, **changes})
 
 
-def test_a_bucket_is_no_place_to_build_in(web):
-    for beam, problem in ((None, "a corpus is built on a disk; copy"), ([], "one directory that all of them see: mount ")):
-        with pytest.raises(ConfigError, match=f"^gs://bucket/x: .*{problem}"):
-            corpus.run(config_of(web), "gs://bucket/x", beam=beam)
-
-
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "web.jsonl").touch()
     with pytest.raises(ValueError, match="source 'web': 0 documents"):

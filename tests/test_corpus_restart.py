@@ -43,9 +43,10 @@ import os, signal, sys
 from pathlib import Path
 from llama_jax import corpus
 from llama_jax.corpus_build import beam_pipeline, stages, write
+from llama_jax.paths import place
 from tests.test_corpus_restart import config_in
 
-directory, beam = Path(sys.argv[1]), sys.argv[2] == "beam"
+directory, output, beam = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "beam"
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def patched(point):
@@ -54,10 +55,17 @@ def patched(point):
         real = write.write_blocks
         def torn(texts, path, **how):
             if Path(path).name == name:
-                Path(path).write_bytes(b"half a shard")
+                place(path).write_bytes(b"half a shard")
                 die()
             return real(texts, path, **how)
         write.write_blocks = torn
+        return
+    if kind == "publish":  # some objects of a bucket have their names when the kill comes
+        def partly(directory, output, *, last):
+            for part in ("tokenizer.model", "blocks/docs-00000-of-00002.array_record"):
+                (output / part).write_bytes((directory / part).read_bytes())
+            die()
+        stages.publish = partly
         return
     real = stages.Stages.once
     def once(self, product, make):
@@ -74,22 +82,23 @@ def patched(point):
     if kind == "end":
         write.write_report = lambda *args, **options: die()
 
-for point in sys.argv[3:]:
+for point in sys.argv[4:]:
     child = os.fork()
-    if not child:
+    if not child:  # the parent asks no bucket: its client has threads, which a fork would lose
+        assert not (place(output) / "manifest.json").exists(), f"before {point}"
         patched(point)
-        corpus.run(config_in(directory), directory / "out", beam=[] if beam else None)
+        corpus.run(config_in(directory), output, beam=[] if beam else None)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
-    assert not (directory / "out").exists(), point
+    assert not Path(output).exists(), point
 """
 
 
-def killed(directory: Path, points: list[str], *, beam: bool = False) -> None:
+def killed(directory: Path, points: list[str], *, beam: bool = False, output: str | Path | None = None) -> None:
     """Runs and kills the build at each of the points in turn, each run going on with what the one before left."""
     config_in(directory)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(directory), "beam" if beam else "one", *points],
+        [sys.executable, "-c", KILLED, str(directory), str(output or directory / "out"), "beam" if beam else "one", *points],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

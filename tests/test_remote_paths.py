@@ -3,6 +3,8 @@
 Real clients throughout: gcsfs for our own files, TensorStore and Orbax for checkpoints, ArrayRecord for blocks.
 """
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -20,9 +22,20 @@ if importlib.util.find_spec("gcsfs") is None:  # not imported: it reads the envi
     pytest.skip("needs gcsfs (extra [gcs])", allow_module_level=True)
 
 from bucket_server import BucketServer  # noqa: E402 - needs what gcsfs brings
+from test_corpus_restart import config_in, files, killed  # noqa: E402
 
+from llama_jax import corpus  # noqa: E402
 from llama_jax.config import ConfigError  # noqa: E402
-from llama_jax.corpus_build.manifest import FIELDS, CorpusError, check_manifest, file_sha256, write_manifest  # noqa: E402
+from llama_jax.corpus_build import stages  # noqa: E402
+from llama_jax.corpus_build.manifest import (  # noqa: E402
+    FIELDS,
+    CorpusError,
+    check_manifest,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
+from llama_jax.corpus_build.stages import Stages, unfinished  # noqa: E402
 from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
 from llama_jax.data.loader import BlockSource  # noqa: E402
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
@@ -169,6 +182,107 @@ def test_a_corpus_in_a_bucket_is_compared_with_its_manifest(bucket, tmp_path):
     del bucket["corpus/web"]
     with pytest.raises(CorpusError, match="gs://bucket/corpus/web: expected a shard of the corpus, found nothing"):
         check_manifest("gs://bucket/corpus", Known)
+
+
+# ---- corpora that are built in a bucket ----
+
+
+def in_bucket(bucket):
+    return {name.removeprefix("corpus/"): content for name, (content, _) in bucket.items()}
+
+
+def test_a_corpus_built_in_a_bucket_has_the_bytes_of_a_local_one(bucket, tmp_path):
+    config = config_in(tmp_path)
+    manifest = corpus.run(config, "gs://bucket/corpus")
+    assert corpus.run(config, tmp_path / "local") == manifest
+    assert in_bucket(bucket) == files(tmp_path / "local"), "something else stayed in the bucket, or bytes differ"
+    bucket[".corpus.unfinished/work/cleaned/web.pickle"] = (b"x", 1)  # of a build that was killed at its very end
+    assert corpus.run(config, "gs://bucket/corpus") == manifest, "expected to be checked, not built again"
+    assert in_bucket(bucket) == files(tmp_path / "local")
+    with pytest.raises(ConfigError, match="gs://bucket/corpus: was built with another config: seed"):
+        corpus.run(dataclasses.replace(config, seed=1), "gs://bucket/corpus")
+    with pytest.raises(FileExistsError, match="gs://bucket/corpus: exists"), unfinished("gs://bucket/corpus", None):
+        raise AssertionError("entered")
+
+
+def test_a_build_killed_in_a_bucket_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(bucket, tmp_path):
+    killed(tmp_path, ["after:refined", "write:web-00000-of-00002.array_record", "publish:"], output="gs://bucket/corpus")
+    assert {name for name in bucket if name.startswith("corpus/")} == {
+        "corpus/tokenizer.model", "corpus/blocks/docs-00000-of-00002.array_record",
+    }  # fmt: skip
+    with pytest.raises(CorpusError, match="expected a corpus .*, found nothing"):
+        read_manifest("gs://bucket/corpus")
+    config, kept = config_in(tmp_path), dict(bucket)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(self, name, must_not_run))
+        corpus.run(config, "gs://bucket/corpus")
+    corpus.run(config, tmp_path / "local")
+    assert in_bucket(bucket) == files(tmp_path / "local")
+    bucket.clear()
+    bucket |= kept
+    with unfinished("gs://bucket/corpus", {"of": "other inputs"}) as (directory, _):
+        assert names(bucket) == [".corpus.lock", ".corpus.unfinished/fingerprint.json"], "the half that had its name stays"
+        write_json(directory / "manifest.json", {})
+    assert names(bucket) == ["corpus/manifest.json"]
+
+
+def must_not_run():
+    raise AssertionError("a whole product was made again")
+
+
+def test_two_builds_of_one_corpus_in_a_bucket_do_not_meet(bucket, monkeypatch):
+    monkeypatch.setattr(lease_module, "_is_dead", lambda owner: False)  # both are this process
+    monkeypatch.setattr(stages, "Lease", functools.partial(Lease, period=0.2, patience=3))
+    with unfinished("gs://bucket/corpus", {"of": "this"}) as (directory, products):
+        products.once("part", lambda: 7)
+        (directory / "manifest.json").write_text("{}")
+        for of in ({"of": "this"}, {"of": "that"}, None):
+            with pytest.raises(ValueError, match="^gs://bucket/corpus: another build is writing here [(]pid "), \
+                    unfinished("gs://bucket/corpus", of):  # fmt: skip
+                raise AssertionError("entered")
+        assert (directory / "manifest.json").exists() and products.once("part", must_not_run) == 7
+    assert in_bucket(bucket) == {"manifest.json": b"{}"}
+
+
+def test_an_error_leaves_nothing_in_a_bucket_and_an_interruption_what_is_done(bucket):
+    for error, kept in ((ValueError, False), (KeyboardInterrupt, True)):
+        with pytest.raises(error), unfinished("gs://bucket/corpus", {"of": "this"}) as (_, products):
+            products.once("part", lambda: 7)
+            raise error
+        assert (".corpus.unfinished/work/part.pickle" in bucket) == kept and ".corpus.lock" not in bucket
+    with unfinished("gs://bucket/corpus", {"of": "this"}) as (directory, products):
+        assert products.once("part", must_not_run) == 7
+        with atomic_write(directory / "manifest.json") as file:
+            file.write(b"{}")
+    assert names(bucket) == ["corpus/manifest.json"]
+
+
+def test_what_others_keep_in_a_bucket_is_no_place_for_a_corpus(bucket):
+    bucket["corpus/mine"] = (b"x", 1)
+    bucket[".corpus.unfinished/corpus/mine"] = (b"another size", 1)
+    kept = dict(bucket)
+    for output, error, problem in (
+        ("gs://bucket/corpus", FileExistsError, "gs://bucket/corpus: exists"),
+        ("gs://bucket", ValueError, "gs://bucket: expected a directory in the bucket"),
+    ):
+        with pytest.raises(error, match=problem), unfinished(output, None):
+            raise AssertionError("entered")
+    assert bucket == kept
+
+
+@pytest.mark.slow
+def test_beam_workers_build_a_corpus_in_a_bucket_after_kills(bucket, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
+    config = config_in(tmp_path)
+    points = ["after:documents", "after:files/web-00000-of-00002.array_record"]
+    killed(tmp_path, points, beam=True, output="gs://bucket/corpus")
+    assert any(name.startswith(".corpus.unfinished/documents/web/") for name in bucket)
+    corpus.run(config, "gs://bucket/corpus", beam=[])
+    corpus.run(config, tmp_path / "local")
+    assert in_bucket(bucket) == files(tmp_path / "local")
+    bucket.clear()  # and by processes that share nothing but the bucket
+    corpus.run(config, "gs://bucket/corpus", beam=["--direct_num_workers=2", "--direct_running_mode=multi_processing"])
+    assert in_bucket(bucket) == files(tmp_path / "local")
 
 
 # ---- the workdir ----

@@ -2,8 +2,8 @@
 
 Two pipelines. The first reads, cleans, compares, splits and leaves sorted shards of documents; the second makes token blocks of
 them. Between them one process trains the tokenizer. The result is that of `build.build_corpus`, byte for byte, whatever the
-runner and the number of its workers. The output directory must be one that all workers see, and they must have this package
-(launch/README.md); sources may be any path that fsspec opens.
+runner and the number of its workers. The output must lie where all workers see it, in a directory or in a bucket, and they
+must have this package (launch/README.md); sources may be any path that fsspec opens.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import shlex
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,26 @@ from llama_jax.corpus_build.blocks import BlockCounts
 from llama_jax.corpus_build.build import Settings, check_bad_rows
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.manifest import file_sha256
 from llama_jax.corpus_build.paragraphs import Cut
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined, counts, cut_samples, held_out_repeats
 from llama_jax.corpus_build.split import long_lines
 from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
+from llama_jax.corpus_build.storage import stored
 from llama_jax.corpus_build.write import (
     check_split,
     finish,
     make_tokenizer,
     sample_budget,
+    shard_counts,
     shard_name,
     source_counts,
-    summed,
     write_held_out,
     write_shard,
 )
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import atomic_write
+from llama_jax.paths import checksums, place, remove_tree
 
 
 def build_with_beam(
@@ -62,16 +62,15 @@ def build_with_beam(
     pipeline_options = parsed_options(beam, options)
     fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
     with unfinished(output, fingerprint) as (directory, stages):
-        work = directory.with_name("documents")
+        work = directory.parent / "documents"
 
         def first_pipeline() -> dict[str, str]:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
+            remove_tree(work)
             with beam.Pipeline(options=pipeline_options) as pipeline:
                 Refinement(beam, list(files), settings, work, stages).expand(pipeline, files)
-            return _checksums(work)
+            return checksums(work)
 
-        if stages.once("documents", first_pipeline) != _checksums(work):  # damaged since
+        if stages.once("documents", first_pipeline) != checksums(work):  # damaged since
             stages.forget("documents")
             stages.once("documents", first_pipeline)
         summary = pickle.loads((work / "summary.pickle").read_bytes())
@@ -85,8 +84,7 @@ def build_with_beam(
 
         tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings, stages)
         shards = [(source, shard) for source in files for shard in range(settings.shards)]
-        written = directory.with_name("written")
-        written.mkdir(exist_ok=True)
+        written = directory.parent / "written"
         with beam.Pipeline(options=pipeline_options) as pipeline:
             (
                 pipeline
@@ -94,20 +92,23 @@ def build_with_beam(
                 | beam.Reshuffle()
                 | beam.Map(_write_shard, work, written, directory / "blocks", str(tokenizer.path), settings, stages)
             )
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
+        digests: dict[str, str] = {}
         for source, part in refined.items():
             names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
-            counted = [pickle.loads((written / f"{name}.pickle").read_bytes()) for name in names]
+            found = {f"blocks/{name}": pickle.loads((written / f"{name}.pickle").read_bytes()) for name in names}
+            digests |= {name: digest for name, (_, digest) in found.items()}
             rows[source] = {
                 **source_counts(part, profiles[source]),
                 "bytes": profiles[source].bytes,
                 "withheld_documents": summary["counts"].get((source, "withheld"), 0),
                 "withheld_bytes": summary["counts"].get((source, "withheld_bytes"), 0),
-                **summed(counted),
-                "shards": {f"blocks/{name}": shard.blocks for name, shard in zip(names, counted, strict=True)},
+                **shard_counts({name: shard for name, (shard, _) in found.items()}),
                 **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
             }
-        return finish(rows, profiles, directory, tokenizer, settings, config=dict(config or {}), inputs=inputs)
+        return finish(
+            rows, profiles, directory, tokenizer, settings, digests=digests, config=dict(config or {}), inputs=inputs
+        )
 
 
 def parsed_options(beam: Any, options: Sequence[str]) -> Any:
@@ -127,14 +128,8 @@ def parsed_options(beam: Any, options: Sequence[str]) -> Any:
     raise ConfigError(f"--beam: expected options of Apache Beam (see launch/README.md), got {shlex.join(options)}: {problem}")
 
 
-def _checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file below a directory."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): file_sha256(path) for path in paths}
-
-
 def _read_documents(path: Path) -> list[Document]:
-    with open(path, encoding="utf-8") as file:
+    with stored(str(path)) as file:
         return [Document(**json.loads(line)) for line in file]
 
 
@@ -181,17 +176,24 @@ class _Samples(Mapping):
 
 
 def _write_shard(
-    item: tuple[str, int], work: Path, written: Path, blocks: Path, model: str, settings: Settings, stages: Stages
+    item: tuple[str, int],
+    work: str | os.PathLike,
+    written: str | os.PathLike,
+    blocks: str | os.PathLike,
+    model: str,
+    settings: Settings,
+    stages: Stages,
 ) -> None:
-    """Token blocks of one shard of documents, and their counts for the manifest."""
+    """Token blocks of one shard of documents, and their counts and sha256 for the manifest."""
     source, shard = item
     name = shard_name(source, shard, settings.shards)
+    blocks_path = place(blocks) / name
 
     def write() -> BlockCounts:
-        path = work / source / f"{shard:05d}.jsonl"
+        path = place(work) / source / f"{shard:05d}.jsonl"
         documents = _read_documents(path) if path.exists() else []
-        return write_shard(documents, blocks / name, Tokenizer(model), settings.block_length)
+        return write_shard(documents, blocks_path, Tokenizer(model), settings.block_length)
 
-    counts = stages.file_once(blocks / name, write)
-    with atomic_write(written / f"{name}.pickle") as file:
-        file.write(pickle.dumps(counts))
+    result = stages.file_once(blocks_path, write)
+    with atomic_write(place(written) / f"{name}.pickle") as file:
+        file.write(pickle.dumps(result))

@@ -5,6 +5,7 @@ The order of the steps and every decision are those of `refine.refine`; what is 
 
 import dataclasses
 import functools
+import os
 import pickle
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from llama_jax.corpus_build.split import Candidate, candidate, choose, long_line
 from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.write import shard_of
 from llama_jax.data.sources import write_jsonl
+from llama_jax.files import atomic_write
+from llama_jax.paths import place
 
 # A document travels with the place it had among the unique ones: rank of its source, hash of its text before any cut.
 Place = tuple[int, bytes]
@@ -388,14 +391,18 @@ def _merged(profiles: Iterable[Profile]) -> Profile:
     return whole
 
 
-def _write_documents(group: tuple[tuple[str, int | str], Iterable[Document]], work: Path) -> None:
+# Beam holds the types of these arguments against what it is given: an address in a bucket is no pathlib.Path.
+
+
+def _write_documents(group: tuple[tuple[str, int | str], Iterable[Document]], work: str | os.PathLike) -> None:
     """Documents as `source/shard.jsonl`, in whole or not at all: a worker that is tried again writes the same."""
     key, documents = group
     name = key[1] if isinstance(key[1], str) else f"{key[1]:05d}"
-    folder = work / key[0] if isinstance(key[1], int) else work / "held_out" / key[0]
+    folder = place(work) / key[0] if isinstance(key[1], int) else place(work) / "held_out" / key[0]
     write_jsonl(folder / f"{name}.jsonl", (dataclasses.asdict(d) for d in sorted(documents, key=lambda d: (d.text, d.id))))
 
 
-def _write_summary(_, work: Path, counted: list, profiles: list, seen: list) -> None:
+def _write_summary(_, work: str | os.PathLike, counted: list, profiles: list, seen: list) -> None:
     summary = {"counts": dict(counted), "profiles": dict(profiles), "seen": frozenset(seen)}
-    (work / "summary.pickle").write_bytes(pickle.dumps(summary))
+    with atomic_write(place(work) / "summary.pickle") as file:
+        file.write(pickle.dumps(summary))

@@ -14,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from llama_jax.data.blocks import block_record
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import local_file
 
 _ENCODED_AT_ONCE = 1000  # documents: bounds the memory, and enough for the tokenizer's threads
 
@@ -65,14 +66,15 @@ def write_blocks(
             tokens += len(ids)
             yield ids
 
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # a record a chunk: blocks are read at random
-    try:
-        for block in token_blocks(counted(), block_length):
-            writer.write(block_record(block, block_length, tokenizer.vocab_size))
-            blocks += 1
-            targets += len(block) - 1
-    finally:
-        writer.close()
+    with local_file(path) as local:
+        writer = ArrayRecordWriter(os.fspath(local), "group_size:1")  # a record a chunk: blocks are read at random
+        try:
+            for block in token_blocks(counted(), block_length):
+                writer.write(block_record(block, block_length, tokenizer.vocab_size))
+                blocks += 1
+                targets += len(block) - 1
+        finally:
+            writer.close()
     if targets != max(tokens - 1, 0):
         raise RuntimeError(f"{path}: {tokens} tokens went in, {targets} targets came out; expected one less")
     return BlockCounts(documents, tokens, blocks, targets)

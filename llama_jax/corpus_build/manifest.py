@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.data.tokenizer import Tokenizer
@@ -24,15 +24,20 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(directory: str | os.PathLike, values: dict[str, Any]) -> dict[str, Any]:
-    """Adds `files` (size and sha256 of each file below `directory`) to `values`, writes and returns the manifest."""
-    directory = Path(directory)
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
+def write_manifest(
+    directory: str | os.PathLike, values: dict[str, Any], *, known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Adds `files` (size and sha256 of each file below `directory`) to `values`, writes and returns the manifest.
+
+    Files whose sha256 is `known` are not read again: the shards of a large corpus were hashed by those who wrote them.
+    """
+    directory, known = place(directory), known or {}
     manifest = {
         **values,
         "files": {
-            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in files
+            name: {"bytes": size, "sha256": known.get(name) or file_sha256(directory / name)}
+            for name, size in sorted(sizes(directory).items())
+            if name != NAME
         },
     }
     with atomic_write(directory / NAME) as file:

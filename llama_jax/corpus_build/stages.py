@@ -4,6 +4,8 @@
     .<output>.unfinished/work/               products: cleaned documents, comparisons, tokenizer, records of shards
     .<output>.unfinished/corpus/             the corpus itself, which takes the name of the output when it is whole
 
+All of it may lie in a bucket. There the name is given object by object, the manifest last, without which it is no corpus.
+
 A product is a value of its inputs alone, so going on gives the same bytes as an undisturbed build. Under changed settings it
 goes on with the products that do not read them.
 """
@@ -17,7 +19,6 @@ import itertools
 import json
 import os
 import pickle
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_jax.config import describe
-from llama_jax.corpus_build.manifest import file_sha256
+from llama_jax.corpus_build.manifest import NAME, file_sha256
 from llama_jax.files import atomic_write, write_json
+from llama_jax.paths import GCS, is_remote, place, publish, remove_tree, sizes
+from llama_jax.training.lease import Lease
 
 Value = TypeVar("Value")
 
@@ -56,7 +59,7 @@ class Stages:
         """The product of this name: that of an earlier run if it is whole, else what `make` returns, kept for the next."""
         if self.directory is None:
             return make()
-        path = self.directory / f"{name}.pickle"
+        path = place(self.directory) / f"{name}.pickle"
         with contextlib.suppress(FileNotFoundError):
             digest, payload = (data := path.read_bytes())[:32], data[32:]
             if hashlib.sha256(payload).digest() == digest:
@@ -71,23 +74,29 @@ class Stages:
     def forget(self, name: str) -> None:
         """Takes a product away that turned out to be damaged."""
         if self.directory is not None:
-            (self.directory / f"{name}.pickle").unlink(missing_ok=True)
+            (place(self.directory) / f"{name}.pickle").unlink(missing_ok=True)
 
-    def file_once(self, path: Path, make: Callable[[], Value]) -> Value:
-        """As `once`, for a `make` that also writes `path`: done again if that file is not what it was."""
-        if self.directory is None:
-            return make()
+    def file_once(self, path: Path, make: Callable[[], Value]) -> tuple[Value, str]:
+        """As `once`, for a `make` that also writes `path`, and that file's sha256: done again if it is not what it was."""
+        fresh = []
+
+        def made() -> tuple[Value, str]:
+            fresh.append(path)
+            return make(), file_sha256(path)
+
         name = f"files/{path.name}"
-        value, digest = self.once(name, lambda: (make(), file_sha256(path)))
-        if path.is_file() and file_sha256(path) == digest:
-            return value
+        value, digest = self.once(name, made)
+        if fresh or (place(path).exists() and file_sha256(path) == digest):
+            return value, digest
         self.forget(name)
-        return self.once(name, lambda: (make(), file_sha256(path)))[0]
+        return self.once(name, made)
 
 
 @contextlib.contextmanager
 def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None) -> Iterator[tuple[Path, Stages]]:
     """A directory that becomes `output` when the block ends well, and the stages of an earlier run with this fingerprint.
+
+    Where `output` is in a bucket, so is the directory.
 
     Wrong input (ValueError) leaves nothing behind; a kill, Ctrl-C, a full disk, a failed runner or a SettingsError leaves what
     the next run goes on with. Without a fingerprint nothing is kept and every run starts clean.
@@ -96,75 +105,105 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
       FileExistsError: `output` is there already.
       ValueError: another process is building it.
     """
-    output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
-    place = _place(output)
-    place.mkdir(parents=True, exist_ok=True)
-    with _held(place):
-        stale = None if fingerprint is None else _stale(place, fingerprint)
+    output = place(output)
+    home = _home(output)
+    _check_free(output, home)
+    with _held(output, home):
+        _check_free(output, home)  # while this one waited, another build may have ended
+        if is_remote(output):
+            remove_tree(output)  # a part of a corpus whose build was killed while it got its name
+        stale = None if fingerprint is None else _stale(home, fingerprint)
         if stale is None:
-            _empty(place)
+            _empty(home)
         else:
-            _prune(place, stale)
+            _prune(home, stale)
         done = False
         try:
-            directory = place / "corpus"
+            directory = home / "corpus"
             directory.mkdir(exist_ok=True)
             _sweep(directory)
             if fingerprint is not None:
-                write_json(place / "fingerprint.json", dict(fingerprint))
-            yield directory, Stages(None if fingerprint is None else place / "work")
-            os.rename(directory, output)
+                write_json(home / "fingerprint.json", dict(fingerprint))
+            yield directory, Stages(None if fingerprint is None else home / "work")
+            publish(directory, output, last=NAME)
             done = True
         except SettingsError as error:
             if fingerprint is None:
                 raise
-            raise SettingsError(f"{error}; {place} keeps what was made of the documents, for other settings") from None
+            raise SettingsError(f"{error}; {home} keeps what was made of the documents, for other settings") from None
         except ValueError:
             done = True
             raise
         finally:
             if done or fingerprint is None:
-                shutil.rmtree(place, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(home)
 
 
 def discard(output: str | os.PathLike) -> None:
     """Takes away what a build of `output` left that was killed after its very end."""
-    shutil.rmtree(_place(Path(output)), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_tree(_home(place(output)))
 
 
-def _place(output: Path) -> Path:
+def _home(output: Path) -> Path:
+    """Where the build of `output` keeps everything until it is done."""
+    if os.fspath(output.parent) == GCS:
+        raise ValueError(f"{output}: expected a directory in the bucket, as gs://bucket/corpus")
     return output.with_name(f".{output.name}.unfinished")
 
 
+def _check_free(output: Path, home: Path) -> None:
+    if output.exists() and not (is_remote(output) and _is_part(output, home / "corpus")):
+        raise FileExistsError(f"{output}: exists; a corpus is never changed in place")
+
+
+def _is_part(output: Path, corpus: Path) -> bool:
+    """Whether all that lies in `output` was copied from a corpus whose build was killed while it got its name."""
+    there = sizes(output)
+    return NAME not in there and there.items() <= sizes(corpus).items()
+
+
 @contextlib.contextmanager
-def _held(place: Path) -> Iterator[None]:
-    """Holds the kernel's lock on a directory, which goes when the process does; ValueError if another process has it."""
-    handle = os.open(place, os.O_RDONLY)
+def _held(output: Path, home: Path) -> Iterator[None]:
+    """Makes this build the only one of `output`; ValueError if another process has it.
+
+    On a disk the kernel locks `home`, until the process ends; in a bucket a lease does, beside it, as `home` is emptied.
+    """
+    if is_remote(output):
+        lease = Lease(output.with_name(f".{output.name}.lock"))
+        if owner := lease.take():
+            raise ValueError(f"{output}: another build is writing here ({owner}); wait for it, or use another --output")
+        try:
+            yield
+        finally:
+            lease.release()
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    handle = os.open(home, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{place}: another build is writing here; wait for it, or use another --output") from None
+        raise ValueError(f"{home}: another build is writing here; wait for it, or use another --output") from None
     else:
         yield
     finally:
         os.close(handle)
 
 
-def _empty(place: Path) -> None:
-    for path in place.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def _empty(home: Path) -> None:
+    for path in home.iterdir() if home.exists() else ():
+        if path.is_dir() and not os.path.islink(path):
+            remove_tree(path)
         else:
             path.unlink()
 
 
-def _stale(place: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
+def _stale(home: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
     """Kinds of products of an earlier run that this fingerprint would make anew; None if that is all there is."""
     new = json.loads(json.dumps(fingerprint))
     try:
-        old = json.loads((place / "fingerprint.json").read_bytes())
+        old = json.loads((home / "fingerprint.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     if old == new:
@@ -177,19 +216,19 @@ def _stale(place: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
     return tuple(itertools.dropwhile(lambda kind: not changed & set(_READ[kind]), _READ))
 
 
-def _prune(place: Path, kinds: Sequence[str]) -> None:
+def _prune(home: Path, kinds: Sequence[str]) -> None:
     """Takes these kinds of products away."""
     for kind in kinds:
-        shutil.rmtree(place / "work" / kind, ignore_errors=True)
-        (place / "work" / f"{kind}.pickle").unlink(missing_ok=True)
+        remove_tree(home / "work" / kind)
+        (home / "work" / f"{kind}.pickle").unlink(missing_ok=True)
     if "files" in kinds:
-        shutil.rmtree(place / "corpus", ignore_errors=True)
+        remove_tree(home / "corpus")
 
 
 def _sweep(directory: Path) -> None:
     """Leaves nothing but shards, which are checked before they are used; all else is quickly made again."""
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and (path.parent.name != "blocks" or path.suffix != ".array_record" or path.name.startswith(".")):
+    for path in [directory / name for name in sizes(directory)]:
+        if path.parent.name != "blocks" or path.suffix != ".array_record" or path.name.startswith("."):
             path.unlink()
 
 

@@ -22,6 +22,7 @@ from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.files import atomic_write
+from llama_jax.paths import sizes
 
 if TYPE_CHECKING:
     from llama_jax.corpus_build.build import Settings
@@ -56,15 +57,16 @@ def write_corpus(
         check_split(source, part.unique, len(part.train), len(part.held_out), settings)
     tokenizer = make_tokenizer({source: part.train for source, part in refined.items()}, directory, settings, stages)
     counts: dict[str, dict[str, Any]] = {}
+    digests: dict[str, str] = {}
     for source, part in refined.items():
         shards = write_shards(part.train, directory / "blocks", source, tokenizer, settings, stages)
+        digests |= {name: digest for name, (_, digest) in shards.items()}
         counts[source] = {
             **source_counts(part, profiles[source]),
-            **summed(shards.values()),
-            "shards": {f"blocks/{name}": shard.blocks for name, shard in shards.items()},
+            **shard_counts({name: shard for name, (shard, _) in shards.items()}),
             **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
         }
-    return finish(counts, profiles, directory, tokenizer, settings, config=config, inputs=inputs)
+    return finish(counts, profiles, directory, tokenizer, settings, digests=digests, config=config, inputs=inputs)
 
 
 def finish(
@@ -74,10 +76,11 @@ def finish(
     tokenizer: Tokenizer,
     settings: "Settings",
     *,
+    digests: Mapping[str, str],
     config: dict[str, Any],
     inputs: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Mixture, report and manifest of a corpus whose blocks are written."""
+    """Mixture, report and manifest of a corpus whose blocks are written, with these sha256."""
     tokens = {source: row["tokens"] for source, row in counts.items()}
     shares = mixture.plan(
         {source: settings.weights[source] for source in counts},  # in the order of the sources
@@ -108,6 +111,7 @@ def finish(
             "version": llama_jax.__version__,
             "code": code_hash(),
         },
+        known=digests,
     )
 
 
@@ -119,10 +123,11 @@ def write_tfds_metadata(
     tfds.builder_from_directory("corpus/blocks").as_data_source("books")
     """
     features = _TFDS_FEATURES % (settings.block_length + 1, item_type(vocab_size).name)
+    written = sizes(directory.parent)
     splits = [
         {
             "name": source,
-            "numBytes": str(sum((directory.parent / shard).stat().st_size for shard in row["shards"])),
+            "numBytes": str(sum(written[shard] for shard in row["shards"])),
             "shardLengths": [str(blocks) for blocks in row["shards"].values()],
             "filepathTemplate": "{SPLIT}.{FILEFORMAT}" if settings.shards == 1 else "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}",
         }
@@ -211,7 +216,6 @@ def shard_name(source: str, shard: int, shards: int) -> str:
 
 def write_shard(documents: Sequence[Document], path: Path, tokenizer: Tokenizer, block_length: int) -> BlockCounts:
     """One shard: its documents in the order of their hashes, which is a shuffle."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = (d.text for d in by_hash(documents))
     return write_blocks(texts, path, tokenizer=tokenizer, block_length=block_length)
 
@@ -223,14 +227,14 @@ def write_shards(
     tokenizer: Tokenizer,
     settings: "Settings",
     stages: Stages,
-) -> dict[str, BlockCounts]:
-    """All shards of a source, also those without documents: TFDS asks for every one."""
+) -> dict[str, tuple[BlockCounts, str]]:
+    """All shards of a source, with their sha256, by file below the corpus; empty ones too: TFDS asks for every one."""
     parts: list[list[Document]] = [[] for _ in range(settings.shards)]
     for document in documents:
         parts[shard_of(document, settings.shards)].append(document)
     names = [shard_name(source, shard, settings.shards) for shard in range(settings.shards)]
     return {
-        name: stages.file_once(
+        f"blocks/{name}": stages.file_once(
             directory / name, functools.partial(write_shard, part, directory / name, tokenizer, settings.block_length)
         )
         for name, part in zip(names, parts, strict=True)
@@ -249,10 +253,11 @@ def write_held_out(
     return {f"held_out_{name}": value for name, value in dataclasses.asdict(counts).items()}
 
 
-def summed(shards: Sequence[BlockCounts]) -> dict[str, int]:
-    """The counts of all shards of a source."""
-    rows = [dataclasses.asdict(shard) for shard in shards]
-    return {name: sum(row[name] for row in rows) for name in rows[0]}
+def shard_counts(shards: Mapping[str, BlockCounts]) -> dict[str, Any]:
+    """The counts of all shards of a source, and the blocks of each."""
+    rows = [dataclasses.asdict(shard) for shard in shards.values()]
+    summed = {name: sum(row[name] for row in rows) for name in rows[0]}
+    return {**summed, "shards": {name: shard.blocks for name, shard in shards.items()}}
 
 
 def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
