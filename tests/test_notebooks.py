@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CHAPTERS = ("model", "pretraining", "sft", "reward", "rlhf", "ghost", "planning")
-COMMON = {"dataclasses", "jax", "numpy", "IPython", "collections", "sys", "json", "pathlib", "importlib", "llama_jax"}
+CHAPTERS = ("model", "pretraining", "sft", "reward", "rlhf", "ghost", "planning", "real_model")
+COMMON = {"dataclasses", "jax", "numpy", "IPython", "collections", "sys", "json", "pathlib", "importlib", "llama_jax", "time"}
 LARGEST = 300 * 1024  # bytes of a file, outputs included
 
 
