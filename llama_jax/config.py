@@ -95,6 +95,29 @@ def _name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def check_least(where: str, settings: Any, **least: float) -> None:
+    """ValueError for a field of a dataclass, or one of its numbers if it has several, below its least value, or no number.
+
+    `where` is what the field's name stands behind: "ppo" for "ppo.beta", "" for the name alone.
+    """
+    for field, smallest in least.items():
+        value = getattr(settings, field)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not number >= smallest:
+                raise ValueError(f"{_place(where, field)}: expected at least {smallest}, got {number}")
+
+
+def check_shares(where: str, settings: Any, *fields: str) -> None:
+    """ValueError for a field of a dataclass that is no number from 0 to 1; `where` as above."""
+    for field in fields:
+        if not 0 <= getattr(settings, field) <= 1:
+            raise ValueError(f"{_place(where, field)}: expected a number from 0 to 1, got {getattr(settings, field)}")
+
+
+def _place(where: str, field: str) -> str:
+    return f"{where}.{field}" if where else field
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """`flags_parser` of a command's `app.run`: a flag that names no field of its config is one line, not a traceback."""
     from absl import flags  # commands only

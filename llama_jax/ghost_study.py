@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from llama_jax import command
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import drawings, ghost_figures
 from llama_jax.evals.ghost import attention_map, follow, recall_table
@@ -73,9 +73,7 @@ class GhostStudyConfig:
     def __post_init__(self):
         if not self.start:
             raise ValueError("start: expected the workdir of a chat model, got nothing")
-        for name in ("context", "longest", "instructions", "samples", "held_out", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_least("", self, context=1, longest=1, instructions=1, samples=1, held_out=1, new_tokens=1)
         if not self.turns or min(self.turns) < 1:
             raise ValueError(f"turns: expected turns from 1, got {self.turns}")
 

@@ -22,7 +22,7 @@ import numpy as np
 from llama_jax import command
 from llama_jax.assistant.dialogs import prompts as as_prompts
 from llama_jax.assistant.refusals import declines, look_alikes
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least
 from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import safety_scaling
@@ -80,9 +80,7 @@ class SafetyStudyConfig:
         rising = bool(self.shares) and list(self.shares) == sorted(set(self.shares))
         if not rising or not 0 <= self.shares[0] <= self.shares[-1] <= 100:
             raise ValueError(f"shares: expected rising percentages from 0 to 100, got {self.shares}")
-        for name in ("helpful_rows", "safety_rows", "most"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_least("", self, helpful_rows=1, safety_rows=1, most=1)
         for name in ("start", "helpfulness", "safety"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a workdir, got nothing")

@@ -5,6 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
+from llama_jax.config import check_least
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.samples import Row, drawn, excerpt
 
@@ -18,9 +19,7 @@ class Boilerplate:
     shortest: int = 20  # characters; shorter lines (a fence, an import, "Notes") recur in honest documents too
 
     def __post_init__(self):
-        for name in ("documents", "share", "shortest"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        check_least("", self, documents=0, share=0, shortest=0)
 
     def __bool__(self) -> bool:
         return self.documents > 0

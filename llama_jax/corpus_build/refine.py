@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 
+from llama_jax.config import check_least
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, line_rows, without_lines
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.dedup import by_hash, drop_duplicates
@@ -38,9 +39,7 @@ class Deduplication:
     repeated_paragraph: int = 0  # characters: of copies so long, the first stays, on each side of the split
 
     def __post_init__(self):
-        for name in ("leak_ngram", "repeated_paragraph"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 1, or 0 for none, got {getattr(self, name)}")
+        check_least("", self, leak_ngram=0, repeated_paragraph=0)  # 0: none
         if self.evaluation and not self.leak_ngram:
             raise ValueError("leak_ngram: expected a number of words, by which evaluation samples are found")
         for path in self.evaluation:

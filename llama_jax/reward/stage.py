@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least
 from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.rows import write_jsonl
@@ -56,8 +56,7 @@ class PairData:
     def __post_init__(self):
         if not 0 < self.rest_share < 1:
             raise ValueError(f"data.rest_share: expected a share between 0 and 1, got {self.rest_share}")
-        if self.buckets < 1:
-            raise ValueError(f"data.buckets: expected at least 1, got {self.buckets}")
+        check_least("data", self, buckets=1)
 
 
 @dataclasses.dataclass(frozen=True)

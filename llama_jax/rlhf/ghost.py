@@ -19,14 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least, check_shares
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
-from llama_jax.rlhf.ranges import check_least, check_shares
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage

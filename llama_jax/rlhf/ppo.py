@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_jax.config import check_least, check_shares
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import heads
 from llama_jax.model import params as table
@@ -27,7 +28,6 @@ from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import Begin, StageConfig, begin
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import RewardMix
-from llama_jax.rlhf.ranges import check_least, check_shares
 from llama_jax.rlhf.reinforce import (
     Opening,
     RolloutData,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least, check_shares
 from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.sources import read_prompts
@@ -28,7 +28,6 @@ from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
 from llama_jax.rlhf.parts import by_parts
-from llama_jax.rlhf.ranges import check_least, check_shares
 from llama_jax.rlhf.rollout import Frozen, Judge, KlControl, PromptBatch, RewardRule, Roller, RolloutSource, check_size
 from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least, check_shares
 from llama_jax.data.dialog import decode_response, encode_dialog, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.files import write_json
@@ -45,7 +45,6 @@ from llama_jax.rlhf import drawn
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.pool import PROMPT_FIELDS, SCORES, Row, best_samples, dialogs, policy_hash, read_pool, select
-from llama_jax.rlhf.ranges import check_least, check_shares
 from llama_jax.rlhf.reinforce import encode_prompts, reward_models
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.rlhf.scoring import check_scorer, score_responses

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from llama_jax.config import check_least
 from llama_jax.files import write_json
 from llama_jax.rlhf.pool import policy_hash
 from llama_jax.training.checkpoint import newest_step
@@ -43,9 +44,7 @@ class VersionPlan:
     ppo: bool = False
 
     def __post_init__(self):
-        for name, least in (("preferences", 0), ("prompts", 1), ("answers", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("", self, preferences=0, prompts=1, answers=1)
 
 
 def check_plans(plans: Sequence[VersionPlan], *, preference_prompts: int) -> None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError
+from llama_jax.config import ConfigError, check_least
 from llama_jax.data.dialog import decode_response, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
@@ -29,7 +29,6 @@ from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.chips import check_generates
-from llama_jax.rlhf.ranges import check_least
 from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions

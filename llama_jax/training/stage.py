@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.config import check_least
 from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
@@ -111,20 +112,15 @@ class LoopConfig:
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"loop.seed: expected 0 to {2**32 - 1}, got {self.seed}")
-        if self.keep_every < 0:
-            raise ValueError(f"loop.keep_every: expected 0 or more steps, got {self.keep_every}")
-        if self.patience < 0 or self.least_gain < 0:
-            raise ValueError(
-                f"loop.patience, loop.least_gain: expected 0 or more, got {self.patience} and {self.least_gain}"
-            )
+        check_least(
+            "loop", self, steps=1, batch_size=1, microbatches=1, log_every=1, checkpoint_every=1, keep=1, keep_every=0,
+            patience=0, least_gain=0, max_skipped_in_a_row=1,
+        )  # fmt: skip
         if self.patience and not (self.keep_best and self.eval_every > 0):
             raise ValueError(
                 f"loop.patience={self.patience}: expected loop.keep_best, the held-out metric, and loop.eval_every; "
                 f"got {self.keep_best!r} and {self.eval_every}"
             )
-        for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep", "max_skipped_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"loop.batch_size={self.batch_size} is no multiple of microbatches={self.microbatches}")
 
