@@ -63,6 +63,12 @@ def values(directory: Path, stage: str, *, steps: int, **changes):
         "reward": {"data": pairs, "epochs": 0.0, "score_pairs": 16},
         "dpo": {"data": pairs, "epochs": 0.0},
         "ppo": {"data": data, "ppo": {"rollout_size": 16, "new_tokens": 8}, **models},
+        "rejection": {
+            "policy": str(directory / "chat"), **models,
+            "data": {"train": (str(directory / "dialogs.jsonl"),), "length": 32}, "epochs": 0.0,
+            "rejection": {"prompts": data["prompts"], "prompt_length": 20, "max_prompts": 32, "answers": 4, "new_tokens": 8,
+                          "temperatures": (0.8, 1.0), "search_prompts": 4, "sampling_batch": 8},
+        },  # fmt: skip
         "grpo": {"data": data, "grpo": {"rollout_size": 16, "answers": 4, "new_tokens": 8}, **models},
     }[stage]
     config = load_config(ROOT / "configs", f"{stage}.py:tiny")

@@ -1,5 +1,5 @@
-"""PPO and GRPO killed by SIGKILL at random points of rollout, scoring, update and save, and begun again: the same parameters to
-the bit as without kills.
+"""PPO, GRPO and rejection sampling killed by SIGKILL at random points of rollout, scoring, update and save, and begun again:
+the same parameters to the bit as without kills.
 
 One process imports the library and forks a child for every start, before it has touched a device; programs come from a compile
 cache. A child kills itself a random moment after a random event of its run, from another thread.
@@ -28,7 +28,7 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import test_rl_resume as tests
-from llama_jax.rlhf import reinforce, rollout
+from llama_jax.rlhf import reinforce, rejection, respond, rollout
 from llama_jax.training import checkpoint, loop
 
 directory, cache, stage, kills = sys.argv[1:4] + [int(sys.argv[4])]
@@ -72,6 +72,8 @@ def arm(workdir, rng):
         return rollout.Roller(**{**fields, **watched})
 
     reinforce.Roller = roller
+    respond.Responder.ids = told("rollout", respond.Responder.ids)
+    rejection.Round.score = told("scoring", rejection.Round.score)
     make_step = loop.make_step
     loop.make_step = lambda *arguments, **named: told("update", make_step(*arguments, **named))
     checkpoint.Checkpoints.save = told("save", checkpoint.Checkpoints.save)
@@ -89,12 +91,14 @@ run(directory + "/killed")
 
 def start(directory: str, stage: str, workdir: str) -> None:
     """One start of the stage: what `python -m llama_jax.train` does after its flags."""
+    from llama_jax.rlhf import respond
     from llama_jax.train import run
 
     SIZES["tiny"] = dataclasses.replace(small_runs.MODEL, name="tiny")
+    respond.write_in_portions.__kwdefaults__["size"] = 2  # prompts that a kill draws again
     loop = {"checkpoint_every": 1, "batch_size": 8, "keep": 2}
-    changes = {"ppo": {"ppo": {"epochs": 2, "kl_target": 0.05, "kl_horizon": 100.0}, "lora": {"rank": 2}}, "grpo": {}}
-    run(small_runs.values(Path(directory), stage, steps=120, loop=loop, **changes[stage]), Path(workdir))
+    changes = {"ppo": {"ppo": {"epochs": 2, "kl_target": 0.05, "kl_horizon": 100.0}, "lora": {"rank": 2}}}
+    run(small_runs.values(Path(directory), stage, steps=120, loop=loop, **changes.get(stage, {})), Path(workdir))
 
 
 def final(workdir: Path) -> dict:
@@ -105,7 +109,7 @@ def final(workdir: Path) -> dict:
     return meta["fingerprints"]
 
 
-@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rejection"])
 def test_killed_twenty_times_it_ends_with_the_same_bits(stage, tmp_path):
     small_runs.prepare(tmp_path)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
