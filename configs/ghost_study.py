@@ -15,10 +15,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config = ConfigDict({
         "size": "tiny", "configs": "configs", "start": "", "tokenizer": "tokenizer.model", "dialogs": "dialogs.jsonl",
         "context": 1024, "turns": (1, 2, 4, 6, 20), "longest": 40,
-        "instructions": 2400, "samples": 900, "held_out": 48, "new_tokens": 32,
+        "instructions": 2400, "samples": 1500, "held_out": 48, "new_tokens": 32,
         "overrides": {
             "baseline": {"epochs": 3.0, "optim": {"lr": 1e-3}, "loop": {"batch_size": 4}},
-            "ghost": {},
+            "ghost": {"ghost": {"keep": "obeyed"}},  # the policy obeys in two of three samples only
         },
         "seed": 0,
     })  # fmt: skip
