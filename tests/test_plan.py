@@ -18,6 +18,7 @@ from llama_jax import plan as command_of_plan
 from llama_jax.config import ConfigError
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.decode import prepare
+from llama_jax.model.decode_attention import round_up
 from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.axes import DECODE, is_spec, partition
@@ -150,7 +151,10 @@ ENTRY %main (p: (s32[], u32[])) -> (s32[], u32[]) {
   ROOT %loop = (s32[], u32[]) while(%p), condition=%condition, body=%body
 }
 """
-    assert Module(text).counts["body"] == 48
+    assert Module(text, trips=7).counts["body"] == 48
+    with pytest.raises(ValueError, match="loop loop: no single bound"):
+        Module(text.replace("constant(48)", "constant(0)")).counts  # noqa: B018
+    assert Module(text.replace("constant(48)", "constant(0)"), trips=7).counts["body"] == 7
 
 
 def test_collectives_are_counted_once_with_their_devices_and_overlap():
@@ -328,21 +332,27 @@ def test_the_judges_of_a_config_are_planned_and_no_others(stage, rank, changes, 
     assert sorted(stage_shape(parse_stage(values)).beside) == held
 
 
-def test_a_rollout_is_planned_by_the_parts_that_it_is_drawn_in():
+def test_a_rollout_is_planned_by_the_slots_that_draw_it():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices=jax.devices()[:4])
     values = importlib.import_module("configs.ppo").get_config("tiny")
     whole = rollout_program(parse_stage(values), mesh)
-    values.ppo.sampling_batch = 24  # of 64 rows: 16 is what divides them, on both devices
+    values.ppo.sampling_batch = 15  # of 64 rows: 16 slots, as many on both devices
     part = rollout_program(parse_stage(values), mesh)
-    assert (whole.rows, whole.name) == (64, "rollout") and (part.rows, part.name) == (16, "rollout, one of 4 parts")
-    assert (whole.tokens, whole.model_flops) == (4 * part.tokens, 4 * part.model_flops)
-    # The weights are laid out once for all parts, beside the parameters that they are made of.
+    assert (whole.rows, whole.name) == (64, "rollout") and (part.rows, part.name) == (16, "rollout, 16 slots")
+    assert part.tokens == 16 * 16 and part.trips == 16  # steps of the engine
+    assert part.model_flops == whole.model_flops * 16 * 16 // (64 * 144)  # of 96 + 48 tokens a row
+    cache = SIZES["tiny"].layers * 2 * SIZES["tiny"].kv_heads * SIZES["tiny"].head_size * 4  # bytes of a position
+    assert device_bytes(part.beside["prompts"]) == pytest.approx(10 * 95 * cache / 4, rel=0.01)  # ten prompts a time
+    assert device_bytes(part.state["slots"].cache) == pytest.approx(16 * round_up(144) * cache / 4, rel=0.01)
+    with jax.set_mesh(mesh):
+        executed = traced_flops(part.trace().jaxpr, trips=part.trips)
+    assert 1 < executed / part.model_flops < 1.1  # attention to all of the cache
+    # The weights are laid out once for all steps, beside the parameters that they are made of.
     config, params = parse_stage(values), whole.state["parameters"]
     assert jax.tree.map(lambda x: x.shape, part.beside["parameters"]) == jax.tree.map(lambda x: x.shape, params)
     specs = table(SIZES["tiny"], head="lm_head")
     with jax.set_mesh(mesh):
         made = jax.jit(functools.partial(prepare, specs=specs, compute=config.compute)).lower(params).compile()
-        part.trace()
 
     def same(planned, made, sharding):
         assert (planned.shape, planned.dtype) == (made.shape, made.dtype)

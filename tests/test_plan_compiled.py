@@ -60,15 +60,15 @@ def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_command_plans_a_rollout_by_its_parts():
+def test_the_command_plans_a_rollout_by_its_slots():
     arguments = ("--config=configs/ppo.py:tiny", "--config.ppo.sampling_batch=16", "--config.safety=rm", "--topology=v5e-4")
     found = json.loads(plan(*arguments, "--program=rollout", "--json"))
-    assert found["fits"] and found["program"] == "rollout, one of 4 parts" and found["batch_size"] == 16
-    assert {"weights", "parameters", "critic", "reference", "safety"} < set(found["memory"])
+    assert found["fits"] and found["program"] == "rollout, 16 slots" and found["batch_size"] == 16
+    assert {"weights", "slots", "prompts", "parameters", "critic", "reference", "safety"} < set(found["memory"])
     assert "helpfulness" not in found["memory"]
-    # The loop is counted to its last token, although it ends as soon as all rows have.
-    assert 0.8 < found["executed_flops_per_step"] / found["model_flops_per_step"] < 1
-    assert found["run"] == {}
+    # The loop is counted to its last step, although it ends as soon as all slots have.
+    assert 1 < found["executed_flops_per_step"] / found["model_flops_per_step"] < 1.1
+    assert found["run"] == {} and found["step_seconds"] > 0
 
 
 @needs_libtpu

@@ -17,8 +17,7 @@ from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES, Compute
-from llama_jax.model.decode import prepare
-from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.axes import batch_sharding, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
@@ -55,7 +54,9 @@ from llama_jax.rlhf.rollout import (
 )
 from llama_jax.rlhf.scoring import row_widths, score_responses, sigmoid_scores
 from llama_jax.safety import distillation
-from llama_jax.sampling.generate import Samples, make_sampler, row_keys
+from llama_jax.sampling.answers import answering, make_slot_sampler
+from llama_jax.sampling.generate import Samples, make_sampler, pad_left, row_keys
+from llama_jax.sampling.slots import programs
 from llama_jax.steps import change, load_config
 from llama_jax.train import EXPECTED, parse_stage
 from llama_jax.training import optimizer
@@ -65,7 +66,7 @@ from llama_jax.training.options import RunOptions
 from llama_jax.training.preemption import Preempted
 from llama_jax.training.stage import LoopConfig
 from llama_jax.training.state import abstract_state, create
-from llama_jax.training.step import make_step
+from llama_jax.training.step import make_step, put_batch
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -83,12 +84,11 @@ MODELS = {"policy": tree("lm_head", 0), "critic": tree("value_head", 1)}
 FROZEN = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
 
 
-def source(mesh, *, rows=4, scale=UNSCALED, rule=RULE, sampling_batch=0, judge_batch=0, **more):
+def source(mesh, *, rows=4, scale=UNSCALED, rule=RULE, slots=0, judge_batch=0, **more):
     specs = params.table(MODEL, head="lm_head")
-    sample = make_sampler(MODEL, specs, compute=FLOAT32, eos_id=2, max_new_tokens=6, temperature=0.8)
-    laid_out = jax.jit(lambda policy: (prepare(policy, specs, compute=FLOAT32),))
+    how = {"compute": FLOAT32, "eos_id": 2, "max_new_tokens": 6, "temperature": 0.8}
     roll = Roller(
-        sample=by_parts(sample, sampling_batch, fixed=1, prepare=laid_out),
+        sample=make_slot_sampler(MODEL, slots=slots, **how) if slots else make_sampler(MODEL, specs, **how),
         judge=make_judge(MODEL, FLOAT32, rule, scale, most=judge_batch),
         frozen=FROZEN,
         keys=lambda index: row_keys(0, index),
@@ -205,13 +205,13 @@ def test_the_loss_is_that_of_the_formula_in_float64():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 1, 1)], ids=["one", "four"])
-def test_a_rollout_drawn_and_judged_in_parts_is_the_one_of_one_part(sizes):
+def test_a_rollout_drawn_in_slots_and_judged_in_parts_is_the_one_of_one_part(sizes):
     """Statistics are over all of it; and the critic alone learns from the first eight responses."""
     mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
         whole, parts = (
             source(mesh, rule=dataclasses.replace(RULE, warm_up=8), **how)
-            for how in ({}, {"sampling_batch": 4, "judge_batch": 4})
+            for how in ({}, {"slots": 4, "judge_batch": 4})
         )
         for step, warm_up in ((0, True), (2, False)):
             _, expected = whole.batch(step, MODELS)
@@ -221,6 +221,29 @@ def test_a_rollout_drawn_and_judged_in_parts_is_the_one_of_one_part(sizes):
                 np.testing.assert_allclose(getattr(parts.rollout, name), value, atol=2e-6, err_msg=name)
             for name, value in expected.items():
                 assert "seconds" in name or found[name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 1, 1, 2)], ids=["one", "four"])
+def test_slots_draw_what_one_program_draws_and_compile_nothing_for_a_new_policy(sizes):
+    """Rows of several lengths, of one token and of one asked three times; fewer slots than rows, and more."""
+    mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: int(np.prod(sizes))])
+    how = {"compute": FLOAT32, "eos_id": 2, "max_new_tokens": 20, "temperature": 0.8}
+    tokens, valid = pad_left([[5], [1, 7, 8, 9], [1, 9], *[[1, 4, 6]] * 3, [1, 2, 3], [3, 1]], 4)
+    with jax.set_mesh(mesh):
+        arguments = [put_batch(tokens, mesh), put_batch(valid, mesh), row_keys(3, range(8))]
+        expected = make_sampler(MODEL, params.table(MODEL, head="lm_head"), **how)(MODELS["policy"], *arguments)
+        assert 0 < np.mean(expected.ended) < 1 or len(set(np.asarray(expected.mask).sum(1).tolist())) > 1
+        for slots in (2, 3, 16):
+            sample = make_slot_sampler(MODEL, slots=slots, **how)
+            found = sample(MODELS["policy"], *arguments)
+            for field in dataclasses.fields(Samples):
+                ours, theirs = (np.asarray(getattr(x, field.name)) for x in (found, expected))
+                np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=field.name)
+                assert getattr(found, field.name).sharding.is_equivalent_to(batch_sharding(mesh, ours.ndim), ours.ndim)
+            engine = answering(4, 20, slots=min(slots, 8), mesh=mesh)
+            compiled = programs(MODEL, FLOAT32, engine, mesh).compilations
+            sample(tree("lm_head", 5), *arguments)
+            assert programs(MODEL, FLOAT32, engine, mesh).compilations == compiled > 0
 
 
 def test_parts_have_as_many_rows_of_every_device():

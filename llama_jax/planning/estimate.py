@@ -159,7 +159,7 @@ def make_plan(
         sizes = {"hbm_bytes_per_chip": used, "hbm_capacity_bytes": error.capacity * chip.devices}
         return Plan(**facts, **sizes, fits=False, memory={**state, **beside}, **unknown), None
     text = compiled.as_text()
-    module = Module(text)
+    module = Module(text, trips=program.trips)
     analysis = compiled.memory_analysis()
     peak = analysis.peak_memory_in_bytes * chip.devices
     activations = saved_bytes(module) * chip.devices

@@ -15,11 +15,11 @@ _SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "wh
            "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
 
 
-def traced_flops(jaxpr: Any, *, trips: int = 1) -> int:
+def traced_flops(jaxpr: Any, *, trips: int = 0) -> int:
     """Operations of all matrix products of a closed jaxpr, of all devices together. Pallas kernels are not looked into.
 
-    A `while` of unknown length counts `trips` times, of a branch the longer side. What nobody reads is left out, as the
-    compiler leaves it out: gradients of matrices that adapters keep as they are.
+    A `while` of unknown length counts `trips` times (0: once), of a branch the longer side. What nobody reads is left out,
+    as the compiler leaves it out: gradients of matrices that adapters keep as they are.
     """
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return _traced(used, trips)
@@ -38,7 +38,7 @@ def _traced(jaxpr: Any, trips: int) -> int:
         elif name == "cond":
             total += max(_traced(branch, trips) for branch in parameters["branches"])
         else:
-            times = {"scan": parameters.get("length"), "while": trips}.get(name, 1)
+            times = {"scan": parameters.get("length"), "while": max(trips, 1)}.get(name, 1)
             if name == "shard_map":  # its shapes are one device's
                 times = parameters["mesh"].size
             total += times * sum(_traced(inner, trips) for inner in _inner(parameters))

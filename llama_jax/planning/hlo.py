@@ -80,9 +80,10 @@ class Collective:
 
 
 class Module:
-    """A parsed program."""
+    """A parsed program. A loop that ends when it may, so that its text tells no length, runs `trips` times (0: an error)."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, *, trips: int = 0):
+        self.trips = trips
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current = None
@@ -134,7 +135,7 @@ class Module:
         }
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: the bound that its condition compares with (loops here count from 0 by 1)."""
+        """How often a `while` runs: the bound that its condition compares with (loops here count from 0 by 1), or `trips`."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known.group(1))
@@ -143,11 +144,13 @@ class Module:
             int(instruction.arguments)
             for name in (condition, *self._below(condition))
             for instruction in self.computations[name].values()
-            if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
+            if instruction.opcode == "constant" and re.fullmatch(r"-?[1-9]\d*", instruction.arguments)  # 0 bounds no loop
         ]
-        if len(constants) != 1:
+        if len(constants) == 1:
+            return constants[0]
+        if not self.trips:
             raise ValueError(f"loop {loop.name}: no single bound in its condition {condition}, found {constants}")
-        return constants[0]
+        return self.trips
 
     def _below(self, name: str) -> Iterator[str]:
         """The computations that are parts of one; reducers are not, and may hold numbers of their own."""

@@ -11,18 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
 from llama_jax.model import params as table
 from llama_jax.model.decode import Prepared, prepare
+from llama_jax.model.decode_attention import round_up
 from llama_jax.model.lora import divide
 from llama_jax.model.params import Specs
-from llama_jax.parallel.axes import DECODE, abstract, batch_shardings, batch_shards, is_spec, partition, row_share
+from llama_jax.parallel.axes import DECODE, abstract, batch_shardings, is_spec, partition, row_share
 from llama_jax.planning.stages import StageShape, model_of, stage_shape
 from llama_jax.pretrain.base import StageConfig
-from llama_jax.rlhf.parts import part_size
 from llama_jax.rlhf.rollout import check_size
+from llama_jax.sampling import slots as device
+from llama_jax.sampling.answers import answering
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.training import optimizer
 from llama_jax.training.state import TrainState, abstract_state, overlay
@@ -40,7 +43,7 @@ class Program:
     full_attention_flops: the same with attention counted to all tokens of a row, as some publish it.
     state: {name: tree of sharded ShapeDtypeStructs} of what stays on the devices between calls.
     beside: the same of what lies on the devices too, and is no part of the program.
-    trips: how often its loop runs at most, if it has one that may end early.
+    trips: how often its loop runs at most, if it has one that may end early; 0: it has none.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Program:
     full_attention_flops: int
     state: dict[str, Any]
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)
-    trips: int = 1
+    trips: int = 0
 
 
 def train_program(config: StageConfig, mesh: Mesh) -> Program:
@@ -73,33 +76,58 @@ def train_program(config: StageConfig, mesh: Mesh) -> Program:
 
 
 def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
-    """Generation of a PPO or GRPO config, to the last of its new tokens: of the rollout, or of one of its equal parts
-    (`sampling_batch`), for which the weights were laid out beforehand."""
+    """Generation of a PPO or GRPO config: of the whole rollout to the last of its new tokens; or (`sampling_batch`) what the
+    host asks of the engine at a time, with every slot at work."""
     settings = _rolls_out(config)
     if settings is None:
         raise ConfigError(f"config.stage: a rollout is planned for ppo and grpo, got {config.stage!r}")
     _check(config, mesh)
-    model, shape = model_of(config), stage_shape(config)
-    rows = part_size(settings.rollout_size, settings.sampling_batch, batch_shards(mesh))
-    parts, length = settings.rollout_size // rows, config.data.prompt_length + settings.new_tokens
+    shape = stage_shape(config)
     _, state, frozen = _abstract(config, shape, mesh)
     others = {name: overlay(state.params[name], frozen.get(name, {})) for name in state.params}
-    weights = {"parameters": others.pop("policy")}
-    if parts > 1:
-        others |= weights
-        weights = {"weights": _prepared(weights["parameters"], config, shape.models["policy"], mesh)}
+    others |= {"optimizer": state.opt_state, **abstract(shape.beside, mesh)}
+    policy = others.pop("policy")
+    if 0 < settings.sampling_batch < settings.rollout_size:
+        return _slots_program(config, settings, mesh, policy, shape.models["policy"], others)
+    rows, length = settings.rollout_size, config.data.prompt_length + settings.new_tokens
     sample = make_sampler(
-        model, shape.models["policy"], compute=config.compute, eos_id=2, max_new_tokens=settings.new_tokens,
+        model_of(config), shape.models["policy"], compute=config.compute, eos_id=2, max_new_tokens=settings.new_tokens,
         temperature=settings.temperature,
     )  # fmt: skip
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     prompt = (rows, config.data.prompt_length)
     arguments = _place((jax.ShapeDtypeStruct(prompt, jnp.int32), jax.ShapeDtypeStruct(prompt, bool), keys), mesh)
-    name = f"rollout, one of {parts} parts" if parts > 1 else "rollout"
     return Program(
-        name, functools.partial(sample.trace, *weights.values(), *arguments), mesh, rows, rows * settings.new_tokens,
-        *_flops(config, rows, length, "lm_head", backward=False), {**weights, "batch": arguments},
-        {**others, "optimizer": state.opt_state, **abstract(shape.beside, mesh)}, trips=settings.new_tokens - 1,
+        "rollout", functools.partial(sample.trace, policy, *arguments), mesh, rows, rows * settings.new_tokens,
+        *_flops(config, rows, length, "lm_head", backward=False), {"parameters": policy, "batch": arguments}, others,
+        trips=settings.new_tokens - 1,
+    )  # fmt: skip
+
+
+def _slots_program(
+    config: StageConfig, settings: Any, mesh: Mesh, policy: Any, specs: Specs, others: dict[str, Any]
+) -> Program:
+    """The engine's decoding steps between two looks of the host, beside a group of prompts that wait for slots."""
+    model, compute, N = model_of(config), config.compute, settings.new_tokens
+    engine = answering(config.data.prompt_length, N, slots=settings.sampling_batch, mesh=mesh)
+    weights = _prepared(policy, config, specs, mesh)
+
+    def of(batch: int, slots: int) -> device.Slots:
+        make = functools.partial(device.empty_slots, model, batch=batch, slots=slots, dtype=compute.activation_dtype)
+        shapes = jax.eval_shape(make)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
+            device.shardings(shapes, mesh),
+        )  # fmt: skip
+
+    slots = of(engine.slots, round_up(engine.max_length))
+    length, group = engine.whole[-1]
+    decode, whole = device.programs(model, compute, engine, mesh).decode, engine.max_length
+    flops = (flops * engine.steps // whole for flops in _flops(config, engine.slots, whole, "lm_head", backward=False))
+    return Program(
+        f"rollout, {engine.slots} slots", functools.partial(decode.trace, weights, slots, np.int32(engine.steps), np.int32(0)),
+        mesh, engine.slots, engine.slots * engine.steps, *flops, {"weights": weights, "slots": slots},
+        {"parameters": policy, "prompts": of(group, length).cache, **others}, trips=engine.steps,
     )  # fmt: skip
 
 

@@ -115,8 +115,8 @@ def stage_evaluate(
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
     share = process_slice(mesh)
     shards = batch_shards(mesh)  # a part has rows of every device, as in training
-    most = [max(size // shards, 1) * shards for size in (settings.sampling_batch, settings.judge_batch) if size]
-    batches = held_out_batches(examples, collate, most=min([settings.rollout_size, *most]), mesh=mesh, **share)
+    most = max(settings.judge_batch // shards, 1) * shards if settings.judge_batch else settings.rollout_size
+    batches = held_out_batches(examples, collate, most=min(settings.rollout_size, most), mesh=mesh, **share)
     return make_evaluate(
         roller, batches, make_measure(model, config.compute, dataclasses.replace(rule, importance_cap=0.0)),
         score=HostScorers.of(config.reward, [row for row, _ in prompts], tokenizer), seed=config.loop.seed + 1, mesh=mesh,

@@ -1,4 +1,4 @@
-"""Rows of a batch in parts, one after the other, where all at once do not fit: the cache of a rollout, models that read it.
+"""Rows of a batch in parts, one after the other, where all at once do not fit: the models that read a rollout.
 
 A part takes as many rows from every device, so that none has to move, and all parts share one compiled program.
 """
@@ -22,14 +22,10 @@ def part_size(rows: int, most: int, shards: int) -> int:
     return shards * next(n for n in range(min(max(most // shards, 1), own), 0, -1) if own % n == 0)
 
 
-def by_parts(
-    function: Callable[..., Any], most: int, *, fixed: int, prepare: Callable[..., tuple] | None = None
-) -> Callable[..., Any]:
+def by_parts(function: Callable[..., Any], most: int, *, fixed: int) -> Callable[..., Any]:
     """`function`, which computes row by row, on at most `most` rows at a time; 0: on all.
 
-    Args:
-      fixed: how many of its first arguments are the same for all rows.
-      prepare: (*fixed arguments) -> those that the parts are given in their place: what would be done for each part, done once.
+    The first `fixed` of its arguments are the same for all rows.
     """
     if not most:
         return function
@@ -41,8 +37,6 @@ def by_parts(
         size = part_size(count, most, shards)
         if size == count:
             return function(*arguments)
-        if prepare is not None:
-            same = prepare(*same)
         take, join = _cut(mesh, shards, count // size)
         return join([function(*same, *take(rows, part)) for part in range(count // size)])
 

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from llama_jax.data.sources import read_prompts
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
-from llama_jax.model.decode import prepare
 from llama_jax.model.params import Params
 from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, meta, process_slice
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
-from llama_jax.rlhf.parts import by_parts
 from llama_jax.rlhf.rollout import Frozen, Judge, KlControl, PromptBatch, RewardRule, Roller, RolloutSource, check_size
-from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+from llama_jax.sampling.answers import make_slot_sampler
+from llama_jax.sampling.generate import Samples, make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.recorder import Diverged
 from llama_jax.training.stage import Loss, Stage
@@ -274,19 +273,24 @@ def make_roller(
     model: ModelConfig,
 ) -> Roller:  # fmt: skip
     """The roller of a stage's policy."""
-    specs = table.table(model, head="lm_head")
-    sample = make_sampler(
-        model, specs, compute=config.compute, eos_id=tokenizer.eos_id, max_new_tokens=settings.new_tokens,
-        temperature=settings.temperature,
-    )  # fmt: skip
-    laid_out = jax.jit(functools.partial(prepare, specs=specs, compute=config.compute))  # once for all parts of a rollout
     return Roller(
-        sample=by_parts(sample, settings.sampling_batch, fixed=1, prepare=lambda policy: (laid_out(policy),)),
+        sample=row_sampler(config, settings, tokenizer, model),
         judge=judge,
         frozen=frozen,
         keys=functools.partial(row_keys, config.loop.seed),
         score=HostScorers.of(config.reward, rows, tokenizer),
-    )  # fmt: skip
+    )
+
+
+def row_sampler(config: Any, settings: Any, tokenizer: Tokenizer, model: ModelConfig) -> Callable[..., Samples]:
+    """What draws a rollout: one program for all of it, or (`sampling_batch`) slots that row after row takes its place in."""
+    how = {
+        "compute": config.compute, "eos_id": tokenizer.eos_id, "max_new_tokens": settings.new_tokens,
+        "temperature": settings.temperature,
+    }  # fmt: skip
+    if 0 < settings.sampling_batch < settings.rollout_size:
+        return make_slot_sampler(model, slots=settings.sampling_batch, **how)
+    return make_sampler(model, table.table(model, head="lm_head"), **how)
 
 
 def held_out_reward(

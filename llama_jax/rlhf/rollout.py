@@ -297,12 +297,10 @@ class Roller:
 
         `clock` knows what the steps before took up to here, where the last of them may still be under way.
         """
-        start, updated = time.monotonic(), all(leaf.is_ready() for leaf in jax.tree.leaves(params))
-        samples = self.sample(params["policy"], prompts.tokens, prompts.valid, self.keys(prompts.index))
-        if not updated:  # the draws are in line behind the last update, and the host waits for both, one after the other
-            jax.block_until_ready(params)
-            start = time.monotonic()
+        jax.block_until_ready(params)  # the last update
+        start = time.monotonic()
         trained = 0.0 if clock is None else clock.take(start)
+        samples = self.sample(params["policy"], prompts.tokens, prompts.valid, self.keys(prompts.index))
         jax.block_until_ready(samples)
         sampled = time.monotonic()
         other = None if self.score is None else self.score(prompts.row, samples.tokens, samples.mask)

@@ -1,23 +1,30 @@
-"""Many prompts to many answers, by continuous batching: what rejection sampling, data synthesis and evaluation ask of sampling.
+"""Many prompts to many answers, by continuous batching: what RLHF, data synthesis and evaluation ask of sampling.
 
     answerer = Answerer(params, config, compute=compute, prompt_length=96, new_tokens=48, eos_id=2, slots=128)
     answers = answerer(prompts, choice=Choice(temperature=1.0), seed=0)
 
 Answer i depends on its prompt, its settings and (seed, i) alone: not on what is asked beside it, nor on the number of slots up
-to the rounding of the matrix products. A prompt that is asked K times is computed once.
+to the rounding of the matrix products. A prompt that is asked K times is computed once. `make_slot_sampler` is the same for a
+rollout, whose weights are others each time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import preparer
 from llama_jax.model.params import Params
-from llama_jax.parallel.axes import batch_shards
+from llama_jax.parallel.axes import batch_sharding, batch_shards
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, key_data
+from llama_jax.sampling.generate import Samples
 from llama_jax.sampling.request import EngineConfig, Shape
 
 # Prompts that are computed together hold about this many tokens: enough to keep matrix units busy, and few enough that
@@ -47,13 +54,7 @@ class Answerer:
     ):  # fmt: skip
         """Prompts have at most `prompt_length` tokens; `slots` answers are drawn at a time (more where the mesh asks it)."""
         self._new_tokens, self._stops = new_tokens, (eos_id, *stop_ids)
-        mesh = jax.sharding.get_mesh()
-        shards = 1 if mesh.empty else batch_shards(mesh)
-        whole = whole_shapes(prompt_length - 1, shards)  # the last token is read by the first decoding step
-        settings = EngineConfig(
-            slots=-(-slots // shards) * shards, max_length=prompt_length + new_tokens, whole=whole,
-            chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8,
-        )  # fmt: skip
+        settings = answering(prompt_length, new_tokens, slots=slots, mesh=jax.sharding.get_mesh(), int8_cache=int8)
         weights = preparer(config, compute, int8=int8)(params)
         self.engine = Engine(config, weights, settings, compute=compute).warm_up()
         self._compiled = self.engine.compilations
@@ -74,6 +75,60 @@ class Answerer:
         ]  # fmt: skip
         self.engine.run(requests, progress=progress)
         return [Response(request.tokens, request.log_probs, request.finish == "stop") for request in requests]
+
+
+def answering(prompt_length: int, new_tokens: int, *, slots: int, mesh: Mesh, int8_cache: bool = False) -> EngineConfig:
+    """The shapes of an engine that draws at least `slots` answers at a time, as many of them on every device."""
+    shards = 1 if mesh.empty else batch_shards(mesh)
+    whole = whole_shapes(prompt_length - 1, shards)  # the last token is read by the first decoding step
+    return EngineConfig(
+        slots=-(-slots // shards) * shards, max_length=prompt_length + new_tokens, whole=whole,
+        chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8_cache,
+    )  # fmt: skip
+
+
+def make_slot_sampler(
+    config: ModelConfig, *, compute: Compute, eos_id: int, max_new_tokens: int, temperature: float, slots: int
+) -> Callable[..., Samples]:
+    """(params, left-padded tokens [B, P], valid [B, P], keys [B]) -> Samples, as of `generate.make_sampler`, `slots` at a time.
+
+    One program for all rows holds the cache of all of them and goes on until the last has ended. Here a slot whose row has
+    ended takes the next one. Nothing stays on the devices between two calls: the update needs the memory.
+    """
+    lay_out, choice, N = preparer(config, compute), Choice(temperature=temperature), max_new_tokens
+
+    def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array) -> Samples:
+        mesh, (B, P) = jax.sharding.get_mesh(), tokens.shape
+        tokens, valid, keys = _on_host(tokens), _on_host(valid), _on_host(jax.random.key_data(keys))
+        engine = Engine(config, lay_out(params), answering(P, N, slots=min(slots, B), mesh=mesh), compute=compute)
+        if not engine.compilations:
+            engine.warm_up()
+        requests = [
+            engine.submit(row[real], max_tokens=N, choice=choice, key=key, stop_ids=(eos_id,))
+            for row, real, key in zip(tokens, valid, keys, strict=True)
+        ]
+        engine.run(requests)
+        drawn, log_probs = np.zeros((B, N), np.int32), np.zeros((B, N), np.float32)
+        for row, request in enumerate(requests):
+            drawn[row, : len(request.tokens)] = request.tokens
+            log_probs[row, : len(request.tokens)] = request.log_probs
+        lengths = np.array([len(request.tokens) for request in requests])
+        mask, ended = np.arange(N) < lengths[:, None], np.array([request.finish == "stop" for request in requests])
+        return jax.tree.map(functools.partial(_divided, mesh=mesh), Samples(drawn, log_probs, mask, ended))
+
+    return sample
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """All of an array, on every host."""
+    return np.asarray(x if getattr(x, "is_fully_addressable", True) else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _divided(x: np.ndarray, *, mesh: Mesh) -> jax.Array:
+    """An array that every host has, with its rows over the devices of the batch."""
+    if mesh.empty:
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
 
 
 def whole_shapes(longest: int, shards: int) -> tuple[Shape, ...]:
