@@ -1,6 +1,7 @@
 """A report on preference data, and open sets as rows of ours: `python -m llama_jax.preferences --data=... --output=...`.
 
-`--data` lists data sets, each a file of ours or `layout=file` in the published layout of an open set (`reward/open_sets.py`):
+`--data` lists data sets, each a file of ours or `layout=file` in the published layout of an open set (`reward/open_sets.py`);
+rows of a file of ours that name no `source` are given the file's name:
 
     python -m llama_jax.preferences --tokenizer=tokenizer.model --output=/tmp/preferences --rows \\
         --data=anthropic_helpful=helpful-base/train.jsonl.gz,stanford_shp=shp.parquet,ours.jsonl
@@ -12,6 +13,7 @@ also writes them divided, `train.jsonl.gz` and one file for each name, no conver
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from llama_jax import command
-from llama_jax.data.rows import Row, read_rows, write_jsonl
+from llama_jax.data.rows import TFDS, Row, read_rows, write_jsonl
 from llama_jax.data.sources import comparison, read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
@@ -94,8 +96,16 @@ def _read(data: Sequence[str], left_out: dict[str, dict[str, int]], progress: Pr
             if found and not Path(name).exists() and not name.startswith("tfds://"):
                 raise ValueError(f"data: {name}: {layout!r} is no layout; expected one of {', '.join(LAYOUTS)}")
             for where, row in read_rows(name):
-                yield comparison(row, where)
+                made = comparison(row, where)
+                yield {**made, "source": made["source"] or _stem(name)}
         progress.update()
+
+
+def _stem(name: str) -> str:
+    """What a set is called whose rows do not say: `ours` of `data/ours.jsonl.gz`, `webgpt` of `tfds://webgpt:1.0.0?split=train`."""
+    if name.startswith(TFDS):
+        return re.split(r"[/:?]", name.removeprefix(TFDS))[0]
+    return name.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
 def _divide(directory: Path, shares: Mapping[str, float]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.data.sources import read_comparisons, write_jsonl
-from llama_jax.preferences import run
+from llama_jax.preferences import _stem, run
 from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
 from llama_jax.reward.split import parse_parts, part_of
 
@@ -43,7 +43,7 @@ def test_the_columns_of_table_6_by_hand():
     assert x["rating_shares"] == {"significantly": 0, "better": 0.5, "slightly": 0.5, "negligibly": 0}
     assert x["safety_bin_shares"]["both_safe"] == 1 and found["sources"][""]["rating_shares"] == {}
     assert list(found["batches"]) == ["2", "10"] and found["batches"]["10"]["comparisons"] == 2
-    assert found["total"]["comparisons"] == 4
+    assert found["total"]["comparisons"] == 4 and found["batched"]["comparisons"] == 3
     single = found["sources"]["y"]
     assert single["tokens_per_example"] == single["tokens_per_prompt"] + single["tokens_per_response"]
 
@@ -63,8 +63,12 @@ def test_best_of_batches_by_hand():
 
 
 def test_the_markdown_holds_every_table():
-    text = markdown(report(tally(ROWS, words)) | {"left_out": {"f.jsonl": {"a tie": 3}}})
+    values = report(tally(ROWS, words)) | {"left_out": {"f.jsonl": {"a tie": 3}}, "split": {"train": 3, "held_out": 1}}
+    text = markdown(values)
     assert "| x | 2 | 1.5 | 6.2 | 2.3 | 1.8 |" in text and "| 10 | 2 |" in text and "| f.jsonl | a tie | 3 |" in text
+    # a table's last row adds up the rows above it, here of those that have a batch
+    by_set, by_batch = text.split("## By batch")
+    assert "| total | 4 |" in by_set and "| total | 3 |" in by_batch and "| held_out.jsonl.gz | 1 |" in by_batch
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +102,22 @@ def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenize
     values = json.loads((tmp_path / "out" / "report.json").read_text())
     assert values["total"]["comparisons"] == 5 and values["sources"]["anthropic_helpful"]["comparisons"] == 1
     assert list(values["left_out"].values()) == [{"chosen and rejected are the same": 1}]
-    assert len(read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")) == 5
+    rows = read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")
+    assert [found["source"] for found in rows] == ["anthropic_helpful", "x", "x", "y", "ours"]  # the last one's file
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "report.md", "report.json", "comparisons.jsonl.gz",
         *(f"{name}.{ending}" for name in ("rating_shares", "best_of_batches") for ending in ("png", "svg", "dark.svg")),
     }  # fmt: skip
     assert "## By batch (Table 26)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, stem",
+    [("a/ours.jsonl.gz", "ours"), ("gs://bucket/ours.parquet", "ours"), ("saved/train/", "train"),
+     ("tfds://webgpt:1.0.0?split=train&dir=/tmp/a", "webgpt")],
+)  # fmt: skip
+def test_a_set_without_a_source_is_called_by_its_file(name, stem):
+    assert _stem(name) == stem
 
 
 def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):

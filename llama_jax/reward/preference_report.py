@@ -94,11 +94,16 @@ def _chunks(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
 
 
 def report(tallies: Mapping[tuple[str, Any], Tally]) -> dict[str, Any]:
-    """{"sources": {name: row}, "batches": {batch: row} of the rows that have one, in order, "total": row}"""
+    """{"sources": {name: row}, "batches": {batch: row} of the rows that have one, in order, "total": row, "batched": row}
+
+    "batched" is the total of `batches`, as "total" is that of `sources`.
+    """
+    batches = {batch: value for batch, value in _grouped(tallies, 1).items() if batch is not None}
     return {
         "sources": {name: value.row() for name, value in _grouped(tallies, 0).items()},
-        "batches": {str(batch): value.row() for batch, value in _grouped(tallies, 1).items() if batch is not None},
+        "batches": {str(batch): value.row() for batch, value in batches.items()},
         "total": sum(tallies.values(), Tally()).row(),
+        "batched": sum(batches.values(), Tally()).row(),
     }
 
 
@@ -141,9 +146,9 @@ def best_of_batches(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[
 def markdown(values: Mapping[str, Any]) -> str:
     """The report as Markdown: one table a grouping, ratings and safety bins where there are any."""
     parts = ["# Preference data", "Columns as in the paper's Tables 6 and 26."]
-    for name, title in (("sources", "By set (Table 6)"), ("batches", "By batch (Table 26)")):
+    for name, title, total in (("sources", "By set (Table 6)", "total"), ("batches", "By batch (Table 26)", "batched")):
         if values[name]:
-            rows = {**values[name], "total": values["total"]}
+            rows = {**values[name], "total": values[total]}
             parts += [f"## {title}", _size_table(rows)]
             for shares, heading in (("rating_shares", "Ratings (Fig. 25)"), ("safety_bin_shares", "Safety bins")):
                 if any(row[shares] for row in rows.values()):
@@ -153,6 +158,10 @@ def markdown(values: Mapping[str, Any]) -> str:
             ["batch", "prompts", "answers/prompt", "max", "median"],
             [[name, f"{row['prompts']:,}", f"{row['samples']:.1f}", f"{row['max']:.3f}", f"{row['median']:.3f}"]
              for name, row in values["best_of_batches"].items()],
+        )]  # fmt: skip
+    if split := values.get("split"):
+        parts += ["## Parts, no conversation in two of them", table(
+            ["file", "comparisons"], [[f"{name}.jsonl.gz", f"{count:,}"] for name, count in split.items()]
         )]  # fmt: skip
     if left_out := values.get("left_out"):
         rows_ = [[name, reason, f"{count:,}"] for name, reasons in left_out.items() for reason, count in reasons.items()]
