@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,25 @@ def tfds_folder(directory: Path, examples: int) -> Path:
     (folder / "features.json").write_text(json.dumps(features))
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
+
+
+def test_packed_groups_of_an_array_record_are_unpacked_once(tmp_path):
+    """Writers pack up to 65,536 records in a group: unpacked for each of them, the cost of a file was its square."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    rows = [{"id": str(i), "text": f"document {i} " + "words " * 500} for i in range(4000)]
+    for group in (1, 64, 65536):
+        writer = ArrayRecordWriter(str(tmp_path / f"{group}.array_record"), f"group_size:{group}")
+        for row in rows:
+            writer.write(json.dumps(row).encode())
+        writer.close()
+    spent = {}
+    for group in (1, 64, 65536):
+        begun = time.process_time()
+        found = documents(tmp_path / f"{group}.array_record")
+        spent[group] = time.process_time() - begun
+        assert [(d.id, d.text) for d in found] == [(row["id"], row["text"]) for row in rows]
+    assert max(spent.values()) < 10 * spent[1]  # it was 1,000 times that
 
 
 def test_tfds(tmp_path):

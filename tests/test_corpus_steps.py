@@ -197,7 +197,11 @@ def test_languages_and_the_threshold():
         ("call (212) 555-0142 today", "phone"),
         ("call +44 20 7946 0958 today", "phone"),
         ("from 8.8.4.4 yesterday", "ip address"),
+        ("Tél. 01 42 68 53 00, le matin", "phone"),  # within a country, where it says what it is
+        ("Telefon: 030 / 123456-7", "phone"),
+        ("電話：03-1234-5678", "phone"),
         ("lives at 221 North Baker Street, apt 4", "address"),
+        ("221B Baker Street", "address"),
     ],
 )
 def test_personal_information_is_found_and_masked(text, kind):
@@ -209,7 +213,8 @@ def test_personal_information_is_found_and_masked(text, kind):
 @pytest.mark.parametrize(
     "text",
     ["IBAN DE88 3704 0044 0532 0130 00", "4111 1111 1111 1112", "ISBN 978-0-306-40615-7", "version 2.10.3.1999", "127.0.0.1",
-     "000-12-3456", "a @ b", "1914-1918", "2023-01-05", "0.123456789012", "300 people drive to work", "10.0.0.1 192.168.1.1"],
+     "000-12-3456", "a @ b", "1914-1918", "2023-01-05", "0.123456789012", "300 people drive to work", "10.0.0.1 192.168.1.1",
+     "git@github.com:me/mine.git", "01 42 68 53 00", "the telltale 030 123456"],
 )  # fmt: skip
 def test_what_only_looks_like_it_is_left(text):
     assert not privacy.find(text)
@@ -442,6 +447,8 @@ def test_long_runs_cost_one_pass():
     """Each of these took minutes when every place of a run was a new beginning; a page of spaces is ordinary."""
     assert normalise("a" + " " * 1_000_000 + "b  \n \t\nc ") == "a" + " " * 1_000_000 + "b\n\nc"
     assert privacy.find("x@y " + "a." * 500_000 + " me.you@example.org")["email"] == [(1_000_005, 1_000_023)]
+    for run in ("1-", "1.", "1 ", "+1 ", "192.168.1.", "Tel. 030 123456 "):
+        privacy.find(run * 50_000)
     assert len(quality._WITH_LETTER.findall("1" * 1_000_000 + " a1 1a -½- 1")) == 3
 
 

@@ -4,8 +4,9 @@ Three means: sites by block list, documents dense in addresses and numbers of pe
 kind. Patterns find what has a form; names have none, so a block list stays the most important of the three.
 """
 
+import bisect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from llama_jax.corpus_build.document import host_of
 
@@ -57,13 +58,20 @@ def blocked_reason(url: str, blocked: Mapping[str, str] = BLOCKED_DOMAINS) -> st
 
 def find(text: str) -> dict[str, list[tuple[int, int]]]:
     """Spans (start, end) of what looks like personal information, by kind; kinds without any are left out."""
-    found = {}
-    for kind, (hint, pattern, check) in _KINDS.items():
+    found: dict[str, list[tuple[int, int]]] = {}
+    for kind, hint, pattern, check in _PATTERNS:
         if hint(text):
-            spans = [m.span() for m in pattern.finditer(text) if check is None or check(m.group())]
-            if spans:
-                found[kind] = spans
+            known = found.get(kind, [])
+            spans = [m.span() for m in pattern.finditer(text) if check is None or check(m)]
+            if spans := [span for span in spans if not _overlaps(span, known)]:
+                found[kind] = sorted([*known, *spans])
     return found
+
+
+def _overlaps(span: tuple[int, int], known: Sequence[tuple[int, int]]) -> bool:
+    """Whether a span shares a character with one of some that are sorted and apart."""
+    at = bisect.bisect(known, span)
+    return any(start < span[1] and span[0] < end for start, end in known[max(at - 1, 0) : at + 1])
 
 
 def density(found: Mapping[str, list[tuple[int, int]]], text: str) -> float:
@@ -82,47 +90,80 @@ def mask(text: str, found: Mapping[str, list[tuple[int, int]]]) -> str:
     return "".join([*parts, text[at:]])
 
 
-def _luhn(number: str) -> bool:
-    digits = [int(c) for c in number if c.isdigit()]
+def _not_a_login(match: re.Match[str]) -> bool:
+    return not match.group().startswith("git@")  # the user of every repository's address
+
+
+def _luhn(match: re.Match[str]) -> bool:
+    digits = [int(c) for c in match.group() if c.isdigit()]
     odd, even = digits[-1::-2], [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
     return 13 <= len(digits) <= 19 and (sum(odd) + sum(even)) % 10 == 0 and len(set(digits)) > 1
 
 
-def _iban(number: str) -> bool:
-    plain = re.sub(r"\s", "", number)
+def _iban(match: re.Match[str]) -> bool:
+    plain = re.sub(r"\s", "", match.group())
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
 
-def _public_address(address: str) -> bool:
-    parts = [int(part) for part in address.split(".")]
+def _public_address(match: re.Match[str]) -> bool:
+    parts = [int(part) for part in match.group().split(".")]
     private = parts[0] in (0, 10, 127, 255) or parts[:2] == [192, 168] or (parts[0] == 172 and 16 <= parts[1] < 32)
     return max(parts) < 256 and not private and min(parts[0], 224) < 224
 
 
-def _phone(number: str) -> bool:
-    return 9 <= sum(c.isdigit() for c in number) <= 15
+def _phone(match: re.Match[str]) -> bool:
+    return 9 <= sum(c.isdigit() for c in match.group()) <= 15
 
 
-_DIGIT = re.compile(r"\d").search
+def _labelled(match: re.Match[str]) -> bool:
+    return _PHONE_LABEL.search(match.string, max(match.start() - 24, 0), match.start()) is not None
+
+
+def _named_street(match: re.Match[str]) -> bool:
+    return any(c.isupper() for c in match.group().split(maxsplit=1)[1])
+
+
+# Of numbers as they are written within a country, those that say what they are, in the larger languages of the web.
+_PHONE_LABEL = re.compile(
+    r"(?:\b(?:tel|t[ée]l[ée]phone?|telefoon|telefone?|tel[ée]fono|phone|fax|mobile?|m[óo]vil|cell|handy|portable|whatsapp|t[ée]l)"
+    r"|тел|телефон|факс|電話|电话|手机|传真|전화)(?:\.|\b)(?: ?(?:no|nr|number))?[.:：]{0,2}\s{0,3}\Z",
+    re.IGNORECASE,
+)
+_DIGIT = re.compile(r"[0-9]").search
 _STREET = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|square|sq|terrace|way)"
-# A cheap look before the pattern, the pattern, a check of what it found.
-_KINDS: dict[str, tuple[Callable[[str], object], re.Pattern[str], Callable[[str], bool] | None]] = {
-    "email": (lambda t: "@" in t, re.compile(r"\b[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,24}\b"), None),
-    "iban": (_DIGIT, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    "credit card": (_DIGIT, re.compile(r"\b[3-6]\d{3}[ -]?(?:\d{4}[ -]?){2}\d{1,7}\b|\b3\d{3}[ -]?\d{6}[ -]?\d{5}\b"), _luhn),
-    "identity number": (_DIGIT, re.compile(r"\b(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}\b"), None),
-    "phone": (
-        _DIGIT,
+# Kind, a cheap look before the pattern, the pattern, a check of what it found. Patterns begin with a set of characters and then
+# look back over it: from a set `re` jumps to the next candidate, while it tries a leading \b at each character.
+_PATTERNS: Sequence[tuple[str, Callable[[str], object], re.Pattern[str], Callable[[re.Match[str]], bool] | None]] = (
+    ("email", lambda t: "@" in t, re.compile(r"\b[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,24}\b"), _not_a_login),
+    (
+        "iban", re.compile(r"[0-9](?<=\b[A-Z]{2}[0-9])\d").search,
+        re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban,
+    ),
+    (
+        "credit card", _DIGIT,
+        re.compile(r"[3-6](?<!\w[3-6])(?:\d{3}[ -]?(?:\d{4}[ -]?){2}\d{1,7}\b|(?<=3)\d{3}[ -]?\d{6}[ -]?\d{5}\b)"), _luhn,
+    ),
+    (
+        "identity number", _DIGIT,
+        re.compile(r"[0-8](?<!\w[0-8])\d\d(?<!000)(?<!666)-(?!00)\d{2}-(?!0000)\d{4}\b"), None,
+    ),
+    (
+        "phone", _DIGIT,
         # International with +, or grouped as in North America; digits without any grouping are too often something else.
-        re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
-                   r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4})(?![\w.-]*\d)"),
+        re.compile(r"[+(0-9](?<![\w.][+(0-9])(?:(?<=\+)\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
+                   r"|(?:(?<=1)[ .-](?:\(\d{3}\) ?|\d{3}[.-])|(?<=\()\d{3}\) ?|(?<=\d)\d\d[.-])\d{3}[ .-]\d{4})"
+                   r"(?![\w.-]{0,20}\d)"),
         _phone,
     ),
-    "ip address": (_DIGIT, re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)"), _public_address),
-    "address": (
-        _DIGIT,
-        re.compile(rf"\b\d{{1,5}} (?:[NSEW]\.? )?(?:[A-Z][a-z]+ ){{1,3}}{_STREET}\b(?:[.,]? (?:apt|suite|unit) ?#?\w+)?",
-                   re.IGNORECASE),
-        lambda found: any(c.isupper() for c in found.split(maxsplit=1)[1]),
+    ("phone", _DIGIT, re.compile(r"[(0-9](?<![\w.+][(0-9])(?:[ ()/.-]{0,3}\d){6,14}(?![\w.-]{0,20}\d)"), _labelled),
+    (
+        "ip address", _DIGIT,
+        re.compile(r"[0-9](?<![\w.][0-9])\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w.]{0,20}\d)"), _public_address,
     ),
-}  # fmt: skip
+    (
+        "address", _DIGIT,  # as in English
+        re.compile(rf"[0-9](?<!\w[0-9])\d{{0,4}}[A-Z]? (?:[NSEW]\.? )?(?:[A-Z][a-z]+ ){{1,3}}{_STREET}\b"
+                   r"(?:[.,]? (?:apt|suite|unit) ?#?\w+)?", re.IGNORECASE),
+        _named_street,
+    ),
+)  # fmt: skip

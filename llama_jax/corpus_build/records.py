@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -44,9 +45,12 @@ def array_record(path: str) -> Rows:
     try:
         with local_copy(path, ".array_record") as name:
             reader = ArrayRecordReader(name)
-            for number in range(reader.num_records()):
-                (record,) = reader.read([number])
-                yield f"{path}:{number + 1}", _record(record, f"{path}:{number + 1}")
+            # Records are packed in groups, of up to 65,536 by some writers; to read one of them unpacks its whole group.
+            packed = re.search(r"group_size:(\d+)", reader.writer_options_string() or "")
+            count, group = reader.num_records(), int(packed[1]) if packed else 1
+            for start in range(0, count, group):
+                for number, record in enumerate(reader.read(start, min(start + group, count)), start=start + 1):
+                    yield f"{path}:{number}", _record(record, f"{path}:{number}")
             reader.close()
     except RuntimeError as error:
         raise ValueError(str(error)) from None
