@@ -92,8 +92,10 @@ class Dialog:
           ValueError: a question or an answer that the chat format refuses, or a dialog that has become too long; nothing is
             added then.
         """
+        if any("\ud800" <= letter <= "\udfff" for letter in question):  # how bytes come that are no UTF-8
+            raise ValueError("the question holds a byte that is no UTF-8")
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = encode_chat(messages, self.tokenizer)
+        prompt = encode_chat(messages, self.tokenizer, where="dialog")
         room = self.engine.settings.max_length - len(prompt)
         if room < 1:
             raise ValueError(
@@ -125,7 +127,7 @@ class Dialog:
         self.number += 1
         answered = [*messages, {"role": "assistant", "content": ("".join(pieces) + rest).strip()}]
         try:  # no later question could be asked after an answer with a chat tag
-            encode_chat([*answered, {"role": "user", "content": ""}], self.tokenizer)
+            encode_chat([*answered, {"role": "user", "content": ""}], self.tokenizer, where="dialog")
         except ValueError as error:
             show("\n")
             raise ValueError(f"question and answer are left out of the dialog: {error}") from None
@@ -215,10 +217,14 @@ def main() -> None:
     with jax.set_mesh(model.mesh):
         if kind == "requests":
             defaults = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
-            errors = answer_lines(
-                engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
-                max_tokens=values.max_tokens, system=values.system, where=values.requests or "stdin",
-            )  # fmt: skip
+            try:
+                errors = answer_lines(
+                    engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
+                    max_tokens=values.max_tokens, system=values.system, where=values.requests or "stdin",
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                more = "" if values.answers == "-" else f"; the same command goes on after what {values.answers} holds"
+                sys.exit(f"interrupted{more}")
             if errors:
                 sys.exit(f"error: {errors} requests could not be answered; their lines say why" if first else 1)
             return
@@ -238,13 +244,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("system", "", "system message, also of requests that have none of their own")
     flags.DEFINE_float("temperature", 0.6, "0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
-    flags.DEFINE_integer("max_tokens", 256, "longest answer")
-    flags.DEFINE_integer("max_length", 0, "tokens of a dialog; 0: the model's context")
-    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
+    flags.DEFINE_integer("max_tokens", 256, "longest answer", lower_bound=1)
+    flags.DEFINE_integer("max_length", 0, "tokens of a dialog; 0: the model's context", lower_bound=0)
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model", lower_bound=0)
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("seed", 1, "of the sampling")
-    flags.DEFINE_integer("slots", 8, "requests answered together")
+    flags.DEFINE_integer("slots", 8, "requests answered together", lower_bound=1)
     flags.DEFINE_string("requests", "", "JSONL file of requests; -: standard input")
     flags.DEFINE_string("answers", "-", "JSONL file that answers are added to; -: standard output")
     command.define_cluster()

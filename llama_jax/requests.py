@@ -37,11 +37,12 @@ _NUMBERS = {  # field of a Choice -> (type, default of the API)
     "temperature": (float, 1.0), "top_p": (float, 1.0), "top_k": (int, 0), "min_p": (float, 0.0),
     "repetition_penalty": (float, 1.0),
 }  # fmt: skip
-_COMMON = {*_NUMBERS, "max_tokens", "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs"}
+_LENGTHS = ("max_tokens", "max_completion_tokens")  # two names of one limit
+_COMMON = {*_NUMBERS, *_LENGTHS, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs", "echo"}
 # What is not offered, and the values that ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "top_logprobs": (0,), "best_of": (1,), "echo": (False,),
-    "suffix": ("",), "response_format": ({"type": "text"},), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "top_logprobs": (0,), "best_of": (1,), "suffix": ("",),
+    "response_format": ({"type": "text"},), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
 }  # fmt: skip
 
@@ -50,7 +51,8 @@ class RequestError(ValueError):
     """A request that cannot be served as it stands; `field` is at fault."""
 
     def __init__(self, field: str, message: str):
-        super().__init__(f"{field}: {message}")
+        within = message.startswith(f"{field}[")  # "messages[0].role: ..." names its field already
+        super().__init__(message if within else f"{field}: {message}")
         self.field = field
 
 
@@ -58,7 +60,8 @@ class RequestError(ValueError):
 class Ask:
     """A checked request: one prompt, `n` answers.
 
-    Those of a dialog (`chat`) are stripped; those that continue a text keep the space between the two.
+    Those of a dialog (`chat`) are stripped; those that continue a text keep the space between the two, and begin with `echo`,
+    which is the prompt where that was asked for.
     """
 
     prompt: list[int]
@@ -72,6 +75,7 @@ class Ask:
     usage: bool = False  # a last chunk of the stream counts the tokens
     logprobs: bool = False
     chat: bool = False
+    echo: str = ""
 
 
 def decode(text: str | bytes) -> Any:
@@ -107,14 +111,14 @@ def parse(
     body = {name: value for name, value in body.items() if value is not None}
     if ("messages" in body) == ("prompt" in body):
         raise RequestError("body", "expected either messages or prompt")
-    if "max_completion_tokens" in body:
-        body.setdefault("max_tokens", body.pop("max_completion_tokens"))
     for name, neutral in _OFF.items():
         if name in body and body.pop(name) not in neutral:
             raise RequestError(name, "is not supported")
     for name in body.keys() - _COMMON - _IGNORED - {"messages", "prompt"}:
         raise RequestError(name, "is unknown")
-    prompts = _dialog(body["messages"], tokenizer) if "messages" in body else _prompts(body["prompt"], tokenizer)
+    chat = "messages" in body
+    given = [] if chat else _several(body["prompt"])
+    prompts = _dialog(body["messages"], tokenizer) if chat else [_ids(one, tokenizer) for one in given]
     n = _integer(body, "n", 1, least=1)
     if n * len(prompts) > most_answers:
         raise RequestError("n", f"expected at most {most_answers} answers a request, got {n * len(prompts)}")
@@ -122,23 +126,30 @@ def parse(
     options = body.get("stream_options", {})
     if not isinstance(options, Mapping):
         raise RequestError("stream_options", f"expected an object, got {options!r}")
+    length, *others = [name for name in _LENGTHS if name in body] or _LENGTHS[:1]
+    if others:
+        raise RequestError(others[0], f"expected either it or {length}")
+    logprobs, echo = _wants_logprobs(body, chat), _boolean(body, "echo")
+    if echo and (chat or logprobs):
+        raise RequestError("echo", "is offered for completions without logprobs only")
     asks = []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
         room = context - len(prompt)
         if room < 1:
-            raise RequestError("prompt", f"has {len(prompt)} tokens; the context of {context} leaves no room for an answer")
-        wanted = _integer(body, "max_tokens", min(default_tokens, room), least=1)
-        if wanted > room:
             raise RequestError(
-                "max_tokens", f"expected at most {room} (a context of {context} less {len(prompt)} of the prompt), got {wanted}"
+                "messages" if chat else "prompt",
+                f"has {len(prompt)} tokens; the maximum context length of {context} leaves no room for an answer",
             )
+        wanted = _integer(body, length, min(default_tokens, room), least=1)
+        if wanted > room:
+            limit = f"{room} (a maximum context length of {context} less {len(prompt)} of the prompt)"
+            raise RequestError(length, f"expected at most {limit}, got {wanted}")
         asks.append(
             Ask(
                 prompt=prompt, max_tokens=wanted, choice=_choice(body), stop_ids=stop_ids, stops=stops, n=n,
                 seed=_seed(body), stream=_boolean(body, "stream"),
-                usage=_boolean(options, "include_usage"), chat="messages" in body,
-                # Chat asks for true, completions for a number of alternatives, of which we give the drawn one.
-                logprobs=body.get("logprobs", False) is not False,
+                usage=_boolean(options, "include_usage"), logprobs=logprobs, chat=chat,
+                echo=_text(given[i], tokenizer) if echo else "",
             )
         )  # fmt: skip
     return asks
@@ -150,7 +161,7 @@ def _dialog(messages: Any, tokenizer: Tokenizer) -> list[list[int]]:
     try:
         return [encode_chat(messages, tokenizer)]
     except ValueError as error:
-        raise RequestError("messages", str(error).removeprefix("messages: ")) from None
+        raise RequestError("messages", str(error).removeprefix("messages: ").removeprefix("messages: ")) from None
 
 
 def _plain(message: Any, i: int) -> Any:
@@ -167,12 +178,12 @@ def _plain(message: Any, i: int) -> Any:
     return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
-def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+def _several(prompt: Any) -> list[Any]:
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise RequestError("prompt", "expected a text, a list of ids, or a list of either")
-    return [_ids(one, tokenizer) for one in prompt]
+    return prompt
 
 
 def _ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
@@ -181,13 +192,29 @@ def _ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
             ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
         except ValueError as error:
             raise RequestError("prompt", str(error)) from None
-    elif isinstance(prompt, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in prompt):
+    elif isinstance(prompt, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt):
         ids = prompt
     else:
         raise RequestError("prompt", f"expected texts or ids in 0..{tokenizer.vocab_size - 1}")
     if not ids:
         raise RequestError("prompt", "is empty")
     return ids
+
+
+def _text(prompt: str | list[int], tokenizer: Tokenizer) -> str:
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+
+def _wants_logprobs(body: Mapping[str, Any], chat: bool) -> bool:
+    """Chat asks for true; completions for a number of alternatives beside the drawn token, of which there are none here."""
+    if chat:
+        return _boolean(body, "logprobs")
+    if isinstance(body.get("logprobs"), bool):  # batches have one form for both
+        return body["logprobs"]
+    wanted = _integer(body, "logprobs", None, least=0)
+    if wanted is not None and wanted > 1:
+        raise RequestError("logprobs", f"expected 0 or 1, since those of the drawn tokens alone are kept, got {wanted}")
+    return wanted is not None
 
 
 def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -337,7 +364,7 @@ class _Answer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
         self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
-        self._stream = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
+        self._stream, self._echo = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt), ask.echo
         self.request = engine.submit(
             ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
             on_token=self._push,
@@ -351,7 +378,7 @@ class _Answer:
 
     def row(self) -> dict[str, Any]:
         """What is written of a finished one."""
-        text = self._text + self._stream.finish()
+        text = self._echo + self._text + self._stream.finish()
         return {
             "text": text.strip() if self._chat else text,
             "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),

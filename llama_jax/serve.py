@@ -6,12 +6,14 @@
 
 `/v1/chat/completions` and `/v1/completions` (streaming too), `/v1/models`, `/health`, `/metrics` for Prometheus. Listens on
 127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). Requests beyond
-the queue get 429; a client that leaves frees its slot. One process serves; it may have many devices.
+the queue get 429; a client that leaves frees its slot. SIGTERM ends the server when it has finished what it is answering. One
+process serves; it may have many devices.
 """
 
 import asyncio
 import contextlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -50,11 +52,16 @@ class Server:
     ):  # fmt: skip
         self.worker, self.tokenizer, self.name = worker, tokenizer, name
         self.api_key, self.default_tokens, self.body_limit = api_key, default_tokens, body_limit
+        self.started = int(time.time())
 
     def app(self) -> Any:
         """The Starlette application; it starts and ends the worker."""
         from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
         from starlette.routing import Route
+
+        async def no_route(request, error):  # a path or a method that is none
+            return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers)
 
         @contextlib.asynccontextmanager
         async def lifespan(app):
@@ -66,9 +73,10 @@ class Server:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
-                Route("/v1/models", self.models), Route("/health", self.health), Route("/metrics", self.metrics),
+                Route("/v1/models", self.models), Route("/v1/models/{name:path}", self.one_model),
+                Route("/health", self.health), Route("/metrics", self.metrics),
             ],
-            lifespan=lifespan,
+            lifespan=lifespan, exception_handlers={HTTPException: no_route},
         )  # fmt: skip
 
     async def health(self, request: Any) -> Any:
@@ -80,7 +88,11 @@ class Server:
         """The one model there is."""
         if refused := self._refuse(request):
             return refused
-        return _json({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "llama_jax"}]})
+        return _json({"object": "list", "data": [self._described_model()]})
+
+    async def one_model(self, request: Any) -> Any:
+        """GET /v1/models/NAME"""
+        return self._refuse(request) or self._unknown(request.path_params["name"]) or _json(self._described_model())
 
     async def metrics(self, request: Any) -> Any:
         """Counters and gauges in Prometheus' text format."""
@@ -106,8 +118,10 @@ class Server:
             return refused
         try:
             body = requests.decode(await self._body(request))
-            if not isinstance(body, dict) or field not in body:
+            if isinstance(body, dict) and field not in body:
                 raise RequestError(field, "missing")
+            if isinstance(body, dict) and (unknown := self._unknown(body.get("model"))):
+                return unknown
             asks = requests.parse(
                 body, self.tokenizer, context=self.worker.engine.settings.max_length, default_tokens=self.default_tokens
             )
@@ -204,6 +218,16 @@ class Server:
                 raise RequestError("content-length", f"expected at most {self.body_limit} bytes")
         return body
 
+    def _described_model(self) -> dict[str, Any]:
+        length = self.worker.engine.settings.max_length
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "llama_jax", "max_model_len": length}
+
+    def _unknown(self, model: Any) -> Any:
+        """404 where a request names another model than the one there is, whose answers it would get."""
+        if model in (None, "", self.name):
+            return None
+        return _error(404, f"model: {model!r} does not exist; there is {self.name!r}", param="model")
+
     def _refuse(self, request: Any) -> Any:
         if not self.api_key:
             return None
@@ -219,8 +243,11 @@ class Answer:
     def __init__(self, server: Server, ask: Ask, index: int):
         self.ask, self.index, self.ticket = ask, index, None
         self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
-        self._server, self._strip, self._told = server, True, 0
-        self._stream = TextStream(server.tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
+        self._server, self._strip = server, True
+        after = () if ask.chat else ask.prompt
+        self._stream = TextStream(server.tokenizer, ask.stops, after=after)
+        # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
+        self._spelling, self._spelled, self._told, self._offset = TextStream(server.tokenizer, after=after), [], 0, 0
         self._events: asyncio.Queue = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -238,16 +265,22 @@ class Answer:
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text, as it is settled; afterwards `finish` says why it ended."""
+        if self.ask.echo:
+            self.text = self.ask.echo
+            yield self.text
         while not self.finish:
             token, log_p, finish = await self._events.get()
             text = ""
             if token is not None:
                 self.tokens.append(token)
                 self.log_probs.append(log_p)
+                self._spell(token)
                 if token not in self.ask.stop_ids:
                     text = self._stream.push(token)
             if finish or self._stream.stopped:
                 text += self._stream.finish()
+                if self._spelled:
+                    self._spelled[-1] += self._spelling.finish()
                 if self._stream.stopped and not finish:
                     self._server.worker.cancel(self.ticket)
                 self.finish = "stop" if self._stream.stopped else finish
@@ -273,17 +306,30 @@ class Answer:
             self._strip = not piece
         return {**base, "delta": {} if piece is None else {"content": piece}}
 
+    def _spell(self, token: int) -> None:
+        """The text of a token: of those that make up one character the last has all of it, and an end its name."""
+        if not self.ask.logprobs:
+            return
+        if token in self.ask.stop_ids:
+            self._spelled.append(self._spelling.finish() + self._server.tokenizer.piece(token))
+        else:
+            self._spelled.append(self._spelling.push(token))
+
     def _log_probs(self, field: str) -> dict[str, Any] | None:
         """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
-        if not self.ask.logprobs:
+        if not self.ask.logprobs or self._told == len(self.tokens):
             return None
-        pieces = [self._server.tokenizer.piece(token) for token in self.tokens[self._told :]]
-        log_probs = self.log_probs[self._told :]
+        pieces, log_probs = self._spelled[self._told :], self.log_probs[self._told :]
         self._told = len(self.tokens)
         if field == "prompt":
-            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": []}
-        rows = zip(pieces, log_probs, strict=True)
-        return {"content": [{"token": piece, "logprob": p, "bytes": None, "top_logprobs": []} for piece, p in rows]}
+            *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
+            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
+        return {
+            "content": [
+                {"token": piece, "logprob": p, "bytes": list(piece.encode()), "top_logprobs": []}
+                for piece, p in zip(pieces, log_probs, strict=True)
+            ]
+        }  # fmt: skip
 
 
 def _usage(asks: list[Ask], answers: list[Answer]) -> dict[str, int]:
@@ -350,10 +396,11 @@ def main() -> None:
         values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor
     )
     worker = Worker(engine, model.mesh, queue=values.queue)
-    server = Server(
-        worker, model.tokenizer, name=values.name or os.path.basename(str(values.checkpoint).rstrip("/")), api_key=key,
-        default_tokens=values.max_tokens,
-    )  # fmt: skip
+    name = values.name or os.path.basename(str(values.checkpoint).rstrip("/"))
+    server = Server(worker, model.tokenizer, name=name, api_key=key, default_tokens=values.max_tokens)
+    listening.listen()  # from here on nobody is refused
+    host, port, *_ = listening.getsockname()
+    print(f"serving model {name!r} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     config = uvicorn.Config(server.app(), host=values.host, port=values.port, log_level="info")
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has shut down
         uvicorn.Server(config).run([listening])
@@ -362,17 +409,19 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "a workdir, a directory of weights, a .gguf, or smollm2-135m")
     flags.DEFINE_string("tokenizer", None, "its tokenizer, where none lies beside the weights")
-    flags.DEFINE_string("name", "", "the model's name in the API")
+    flags.DEFINE_string("name", "", "the model's name in the API; unless given, the last part of --checkpoint")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
-    flags.DEFINE_integer("port", 8000, "port to listen on")
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0: any that is free", lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("api_key", "", "the key that clients must send; required on other addresses than 127.0.0.1")
-    flags.DEFINE_integer("slots", 8, "requests answered together, rounded up to a multiple of the devices that share them")
-    flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429")
-    flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context")
-    flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say")
-    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
+    flags.DEFINE_integer(
+        "slots", 8, "requests answered together, rounded up to a multiple of the devices that share them", lower_bound=1
+    )
+    flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429", lower_bound=0)
+    flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context", lower_bound=0)
+    flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say", lower_bound=1)
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model", lower_bound=0)
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
-    flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host")
+    flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host", lower_bound=1)
     flags.mark_flags_as_required(["checkpoint"])
     command.launch(main)

@@ -118,8 +118,9 @@ def test_a_dialog_keeps_its_history_and_takes_commands(engine, tokenizer, tmp_pa
     again = new_dialog(engine, tokenizer)
     again.ask("what is it?", lambda text: None)
     assert again.messages[-1]["content"] == saved[1]["content"]
-    chat.talk(dialog, ["/reset", "x" * 300], out, rates=False)
+    chat.talk(dialog, ["/reset", "x" * 300, "\udcff"], out, rates=False)
     assert "the context 96" in out.getvalue() and len(dialog.messages) == 1
+    assert out.getvalue().endswith("(the question holds a byte that is no UTF-8)\n") and "(dialog: messages[2]" in shown
 
 
 def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer):
@@ -433,7 +434,17 @@ def test_two_processes_answer_as_one(tokenizer, tmp_path):
     ({"prompt": "a", "stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got 1"),
     ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty: is not supported"),
     ({"prompt": "a", "tempratur": 0.5}, "tempratur: is unknown"),
-    ({"messages": [{"role": "user"}]}, r"messages\[0\].content: missing"),
+    ({"prompt": "a", "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens: expected either it or max_tokens"),
+    ({"prompt": "a", "max_completion_tokens": 100}, "max_completion_tokens: expected at most .* got 100"),
+    ({"prompt": [True, False]}, "prompt: expected texts or ids"),
+    ({"prompt": "a", "logprobs": -1}, "logprobs: expected an integer of at least 0, got -1"),
+    ({"prompt": "a", "logprobs": "yes"}, "logprobs: expected an integer of at least 0, got 'yes'"),
+    ({"prompt": "a", "logprobs": 5}, "logprobs: expected 0 or 1, since those of the drawn tokens alone are kept, got 5"),
+    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo: is offered for completions without logprobs only"),
+    ({"messages": [{"role": "user", "content": "a"}], "logprobs": 3}, "logprobs: expected true or false, got 3"),
+    ({"messages": [{"role": "user", "content": "the loop " * 60}]}, "^messages: has .* leaves no room"),
+    ({"messages": []}, "^messages: expected at least one, got an empty list"),
+    ({"messages": [{"role": "user"}]}, r"^messages\[0\].content: missing"),
     ({"messages": [{"role": "user", "content": "[INST]"}]}, "chat tag"),
 ])  # fmt: skip
 def test_wrong_requests_name_the_field(tokenizer, body, words):

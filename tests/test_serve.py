@@ -87,6 +87,8 @@ def test_chat_answers_and_streams_the_same_text(client):
     answer = whole.choices[0]
     assert whole.usage.completion_tokens == 12 and answer.finish_reason == "length" and answer.message.role == "assistant"
     assert len(answer.logprobs.content) == 12 and all(token.logprob <= 0 for token in answer.logprobs.content)
+    assert "".join(token.token for token in answer.logprobs.content).strip() == answer.message.content
+    assert all(bytes(token.bytes).decode() == token.token for token in answer.logprobs.content)
     chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text.strip() == answer.message.content
@@ -110,7 +112,8 @@ def test_completions_of_several_prompts_seeds_and_stops(client):
     assert "".join(pieces) == cut.text and len(pieces) > 2
 
 
-def test_a_stream_counts_each_prompt_once(client):
+def test_a_stream_counts_each_prompt_once(client, served):
+    idle(served[1])  # an answer that a stop string ended may still have its slot
     how = {"model": "small", "prompt": ["the loop", "a line"], "n": 2, "max_tokens": 3, "temperature": 0.0}
     whole = client.completions.create(**how).usage
     *_, last = client.completions.create(**how, stream=True, stream_options={"include_usage": True})
@@ -152,15 +155,43 @@ def test_wrong_requests_are_400_with_the_field(client, served):
     assert served[1].waiting == 0 and httpx.get(f"{served[0]}/health").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served[0]}/v1", api_key="wrong", max_retries=0).models.list()
-    assert [model.id for model in client.models.list()] == ["small"]
+    (model,) = client.models.list()
+    assert (model.id, model.max_model_len) == ("small", 4096) and client.models.retrieve("small") == model
+
+
+def test_what_is_not_there_is_404_in_the_form_of_the_api(client, served):
+    for ask in (
+        lambda: client.completions.create(model="gpt-4", prompt="a"),
+        lambda: client.chat.completions.create(model="gpt-4", messages=QUESTION), lambda: client.models.retrieve("gpt-4"),
+    ):  # fmt: skip
+        with pytest.raises(openai.NotFoundError, match="model: 'gpt-4' does not exist; there is 'small'"):
+            ask()
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings: Not Found"):
+        client.embeddings.create(model="small", input="a")
+    wrong = httpx.get(f"{served[0]}/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["message"] == "GET /v1/completions: Method Not Allowed"
+
+
+def test_a_completion_repeats_its_prompt_where_it_shall(client, tokenizer):
+    how = {"model": "small", "max_tokens": 4, "temperature": 0.0}
+    for prompt in ("the loop", tokenizer.encode("the loop")):
+        plain, echoed = (client.completions.create(prompt=prompt, echo=echo, **how) for echo in (False, True))
+        assert echoed.choices[0].text == "the loop" + plain.choices[0].text and echoed.usage == plain.usage
+    stream = client.completions.create(prompt="the loop", echo=True, stream=True, stop=["the"], **how)
+    assert "".join(chunk.choices[0].text for chunk in stream).startswith("the loop")
 
 
 def test_streams_carry_the_log_probs_of_their_tokens(client):
     how = {"model": "small", "temperature": 0.0, "max_tokens": 9}
     whole = client.completions.create(prompt="the loop", logprobs=1, **how).choices[0].logprobs
     chunks = [chunk.choices[0] for chunk in client.completions.create(prompt="the loop", logprobs=1, stream=True, **how)]
-    assert [token for chunk in chunks for token in chunk.logprobs.tokens] == whole.tokens
-    assert [p for chunk in chunks for p in chunk.logprobs.token_logprobs] == whole.token_logprobs
+    told = [chunk.logprobs for chunk in chunks if chunk.logprobs]
+    for field in ("tokens", "token_logprobs", "text_offset"):
+        assert [x for part in told for x in getattr(part, field)] == getattr(whole, field)
+    text = "".join(chunk.text for chunk in chunks)
+    assert "".join(whole.tokens) == text and len(set(whole.tokens)) > 2
+    assert all(text[at:].startswith(token) for at, token in zip(whole.text_offset, whole.tokens, strict=True))
     whole = client.chat.completions.create(messages=QUESTION, logprobs=True, **how).choices[0].logprobs
     chunks = client.chat.completions.create(messages=QUESTION, logprobs=True, stream=True, **how)
     found = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
@@ -172,7 +203,7 @@ def test_a_completion_continues_its_prompt(client, served):
         how = {"model": "small", "prompt": "the loop", "max_tokens": 2, "seed": seed, "logprobs": 1}
         choice = client.completions.create(**how).choices[0]
         first = choice.logprobs.tokens[0]
-        if first.startswith("\u2581") and len(first) > 1:
+        if first.startswith(" ") and len(first) > 1:
             break
     assert choice.text.startswith(first.replace("\u2581", " "))
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(**how, stream=True)) == choice.text
@@ -249,6 +280,8 @@ def test_health_and_metrics(client, served):
     assert float(lines["llama_jax_generated_tokens_total"]) >= 3
     assert float(lines['llama_jax_requests_total{outcome="length"}']) >= 1
     assert float(lines["llama_jax_active"]) == 0
+    assert float(lines["llama_jax_first_token_seconds_count"]) >= float(lines["llama_jax_request_seconds_count"]) >= 1
+    assert 0 < float(lines["llama_jax_first_token_seconds_sum"]) < float(lines["llama_jax_generated_tokens_total"]) * 60
     assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7  # nothing was compiled for the traffic
 
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,11 @@ class Worker:
         self._entered = Counter("llama_jax_prompt_tokens", "Prompt tokens of finished requests", registry=self.registry)
         lengths = (1, 8, 32, 128, 512, 2048, 8192)
         self._lengths = Histogram("llama_jax_answer_tokens", "Answer lengths", buckets=lengths, registry=self.registry)
+        seconds = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+        self._first, self._whole = (
+            Histogram(f"llama_jax_{name}_seconds", f"From a request to {what}", buckets=seconds, registry=self.registry)
+            for name, what in (("first_token", "its first token"), ("request", "the end of its answer"))
+        )
         Gauge("llama_jax_waiting", "Requests without a slot", registry=self.registry).set_function(lambda: self.waiting)
         Gauge("llama_jax_active", "Requests in a slot", registry=self.registry).set_function(lambda: engine.active)
         Gauge("llama_jax_compilations", "Programs compiled", registry=self.registry).set_function(lambda: engine.compilations)
@@ -94,7 +100,8 @@ class Worker:
                 self._requests.labels("refused").inc(len(jobs))
                 raise QueueFull(f"{self.waiting} requests are waiting already; try again later")
             tickets = [next(self._tickets) for _ in jobs]
-            self._jobs.extend(zip(tickets, jobs, strict=True))
+            now = time.monotonic()
+            self._jobs.extend((ticket, {**job, "came": now}) for ticket, job in zip(tickets, jobs, strict=True))
             self._ready.notify()
         return tickets
 
@@ -140,12 +147,15 @@ class Worker:
                 self._count(request)
                 deliver(None, 0.0, "cancelled")
 
-    def _enter(self, ticket: int, *, deliver: Deliver, seed: int | None, **job: Any) -> None:
+    def _enter(self, ticket: int, *, deliver: Deliver, seed: int | None, came: float, **job: Any) -> None:
         def on_token(request: Request, token: int) -> None:
             self._drawn.inc()
+            if len(request.tokens) == 1:
+                self._first.observe(time.monotonic() - came)
             deliver(token, request.log_probs[-1], request.finish)
             if request.finish:
                 self._live.pop(ticket, None)
+                self._whole.observe(time.monotonic() - came)
                 self._count(request)
 
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
