@@ -88,7 +88,7 @@ def get_config(suite: str = "academic") -> ConfigDict:
     return ConfigDict({
         "suite": suite,
         "groups": (suite,) if suite in _GROUPS else (),  # these groups of the tasks; none: all tasks
-        "tasks": tasks, "safety": _SAFETY if suite == "safety" else (), "models": (), "data_dir": "",
+        "tasks": tasks, "safety": _SAFETY if suite == "safety" else (), "models": (), "data_dir": "", "tokenizer": "",
         "seed": 0, "bootstrap": 10_000,
         # Beside which of the paper's models the tables stand.
         "paper": (

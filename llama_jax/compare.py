@@ -38,6 +38,7 @@ from llama_jax.evals.origin import claim, origin
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.reward_scores import score_dialogs
+from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import write_json
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
@@ -150,10 +151,10 @@ def define_engines(slots: str = "answers drawn together") -> None:
 def opener(*, int8_cache: bool = False) -> Open:
     """How models are opened, by the flags of `define_engines`."""
     values = flags.FLAGS
-    return functools.partial(
-        open_engine, settings=functools.partial(settings_of, slots=values.slots, int8_cache=int8_cache),
-        tokenizer=values.tokenizer, mesh_tensor=values.mesh_tensor,
-    )  # fmt: skip
+    settings = functools.partial(settings_of, slots=values.slots, int8_cache=int8_cache)
+    return lambda place: open_engine(
+        place, settings, tokenizer=tokenizer_of(place, values.tokenizer), mesh_tensor=values.mesh_tensor
+    )
 
 
 def draw_answers(
@@ -342,11 +343,8 @@ def _verdicts(
 
 
 def load_judge(place: str, tokenizer: str | None) -> Model:
-    """A reward model with its tokenizer; ValueError where none lies beside it and none is named."""
-    model = load(place, tokenizer=tokenizer)
-    if model.tokenizer is None:
-        raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
-    return model
+    """A reward model with its tokenizer; raises like `tokenizer_of`."""
+    return load(place, tokenizer=tokenizer_of(place, tokenizer))
 
 
 def named(item: str, flag: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from llama_jax.annotation.tasks import Settings, read_prompt_list
 from llama_jax.chat import open_engine
 from llama_jax.convert import one_process
 from llama_jax.evals.origin import claim
+from llama_jax.evals.words import tokenizer_of
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
 from llama_jax.pretrained import Model
@@ -59,7 +60,7 @@ def serve_models(
 
     served = {}
     for name, place in places.items():
-        engine, model = open_engine(place, settings, tokenizer=tokenizer, mesh_tensor=mesh_tensor)
+        engine, model = open_engine(place, settings, tokenizer=tokenizer_of(place, tokenizer), mesh_tensor=mesh_tensor)
         served[name] = Served(Worker(engine, model.mesh, queue=queue), model.tokenizer)
         served[name].worker.start()
     return served

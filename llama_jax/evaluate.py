@@ -1,15 +1,17 @@
 """The paper's evaluation of any checkpoint: `python -m llama_jax.evaluate --config=configs/evaluate.py:academic ...`.
 
-    python -m llama_jax.evaluate --config=configs/evaluate.py:commonsense --checkpoint=runs/base --output=/tmp/evaluation
+    python -m llama_jax.evaluate --config=configs/evaluate.py:commonsense --checkpoint=runs/base --output=/tmp/evaluation \\
+        --tokenizer=runs/corpus/tokenizer.model
     python -m llama_jax.evaluate --config=configs/evaluate.py:academic --output=/tmp/two \\
-        --checkpoint=ours=runs/base,mpt=hf:mosaicml/mpt-7b --data_dir=eval --limit=100
+        --checkpoint=llama=Llama-2-7b-hf,mpt=hf:mosaicml/mpt-7b --data_dir=eval --limit=100
 
 `--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
-Hugging Face's. Data come from the hub, or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has
-`results.json`, `report.md`, `report.html` and the plots; a run that was killed goes on where it stopped, and further models
-may be added. `NAME/samples/TASK.jsonl` holds what each question says and scored, for `llama_jax.contamination`. A name stands
-for one model: results of another under it are refused. A model that one device cannot hold is split over several
-(`--config.mesh_tensor`), and a pod evaluates it together: the same command on every host, the first one reads and writes.
+Hugging Face's; `--tokenizer` is for those beside whose weights none lies, as in the workdir of a run. Data come from the hub,
+or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has `results.json`, `report.md`, `report.html` and the
+plots; a run that was killed goes on where it stopped, and further models may be added. `NAME/samples/TASK.jsonl` holds what
+each question says and scored, for `llama_jax.contamination`. A name stands for one model: results of another under it are
+refused. A model that one device cannot hold is split over several (`--config.mesh_tensor`), and a pod evaluates it together:
+the same command on every host, the first one reads and writes.
 """
 
 import dataclasses
@@ -25,13 +27,15 @@ from absl import flags
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.evals import evaluation_report, sandbox
-from llama_jax.evals.groups import groups, plain, weights
+from llama_jax.evals.groups import family_of, groups, plain, weights
 from llama_jax.evals.hugging_face import HuggingFace, open_model
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.origin import claim
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
 from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
+from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import write_json
+from llama_jax.interop.formats import open_source
 from llama_jax.parallel.host import device_memory, keep_heap
 from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -58,8 +62,9 @@ class EvaluateConfig:
 
     tasks: {task or family: how}; safety: of BENCHMARKS. models: "name=path" each.
     bootstrap: resamples of intervals of differences. paper: models of the paper's tables to stand beside ours.
-    mesh_tensor: devices that share each matrix; 0: as few as hold a model. slots: answers drawn together; 0: as many as fit,
-    at most 16 on each shard of the batch. int8_cache: keys and values in 8 bits. hf: how Hugging Face models are run.
+    tokenizer: of models and judges of ours beside whose weights none lies. mesh_tensor: devices that share each matrix; 0: as
+    few as hold a model. slots: answers drawn together; 0: as many as fit, at most 16 on each shard of the batch. int8_cache:
+    keys and values in 8 bits. hf: how Hugging Face models are run.
     """
 
     suite: str
@@ -67,6 +72,7 @@ class EvaluateConfig:
     models: tuple[str, ...]
     safety: tuple[str, ...] = ()
     data_dir: str = ""
+    tokenizer: str = ""
     limit: int = 0
     run_code: bool = False
     seed: int = 0
@@ -100,7 +106,8 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     """
     output, models = Path(output), _named(config.models)
     _check_hosts(config, models)
-    tasks, notes = _build_alike(config)
+    tasks, notes = _alike(lambda: _build(config))
+    _alike(lambda: _check_models(config, models, output))
     from_host_0(lambda: _same_config(output, config))
     for name, path in models.items():
         from_host_0(lambda name=name, path=path: claim(output / name / "model.json", path))
@@ -108,16 +115,13 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     answers: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
         records[name], answers[name] = _run_model(path, config, tasks, output / name, quiet=quiet)
+    # Judges come when the models have gone; a reward model of ours judges on all hosts together.
+    judges = _alike(lambda: _judges(config)) if config.safety else {}
+    for name, drawn in answers.items():
+        said = _judge(records[name], drawn, judges) + _lost(name, records[name])
+        notes.extend(note for note in said if note not in notes)
     values: dict[str, Any] = {}
-
-    def finish() -> None:  # judges come when the models have gone
-        judges = _judges(config.judges) if config.safety else {}
-        for name, drawn in answers.items():
-            said = _judge(records[name], drawn, judges) + _lost(name, records[name])
-            notes.extend(note for note in said if note not in notes)
-        values.update(_report(config, models, records, notes, output))
-
-    on_host_0(finish)
+    on_host_0(lambda: values.update(_report(config, models, records, notes, output)))
     return from_host_0(lambda: values)
 
 
@@ -128,12 +132,6 @@ def _check_hosts(config: EvaluateConfig, models: Mapping[str, str]) -> None:
     for path in models.values():
         if path.startswith(_HF):
             raise ValueError(f"{path}: the harness's own class runs in one process, and there are {hosts}: evaluate it alone")
-    for name, path in dataclasses.asdict(config.judges).items():
-        if config.safety and path.startswith(_OURS):
-            raise ValueError(
-                f"judges.{name}: a reward model judges in one process, and there are {hosts}: leave it out, and give it to the "
-                "same command in one process, which finds the answers"
-            )
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
@@ -185,24 +183,37 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
     return built, notes
 
 
-def _build_alike(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], list[str]]:
-    """`_build` on each host, since tasks hold functions; where it fails on one, all end."""
+def _alike(make: Callable[[], Any]) -> Any:
+    """What `make` gives, on each host, since it holds functions; where it fails on one, all end."""
     failed: Exception | None = None
     try:
-        built = _build(config)
+        made = make()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         failed = error
     problem = first_problem(str(failed) if failed else "")
     if failed or problem:
         raise failed or ValueError(problem)
-    return built
+    return made
+
+
+def _check_models(config: EvaluateConfig, models: Mapping[str, str], output: Path) -> None:
+    """Looks at the files of models and judges before the first model runs for hours. One that has results may have gone."""
+    for name, path in models.items():
+        if not path.startswith(_HF) and not (output / name / "model.json").exists():
+            tokenizer_of(path, config.tokenizer)
+    for name, path in dataclasses.asdict(config.judges).items():
+        if config.safety and path.startswith(_OURS):
+            place = path.removeprefix(_OURS)
+            tokenizer_of(place, config.tokenizer)
+            if open_source(place).head != "reward_head":
+                raise ValueError(f"judges.{name}: {place}: expected a reward model, found a language model")
 
 
 def _same_config(output: Path, config: EvaluateConfig) -> None:
     """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything, and
     in how many devices, answers and rows a model takes at once."""
     path = output / "config.json"
-    free = ("models", "judges", "paper", "bootstrap", "run_code", "mesh_tensor", "slots")
+    free = ("models", "judges", "paper", "bootstrap", "run_code", "mesh_tensor", "slots", "tokenizer")
     new = {key: value for key, value in describe(config).items() if key not in free}
     new["hf"] = {key: value for key, value in new["hf"].items() if key != "batch_size"}
     if path.exists():
@@ -259,9 +270,12 @@ def _lost(name: str, records: Mapping[str, Any]) -> list[str]:
     """A note on what did not fit a model's context, if anything did not."""
     said = []
     for how, words in (("cut", "requests lost their beginning"), ("less_room", "answers had less room than was asked for")):
-        counts = {task: record[how] for task, record in records.items() if record.get(how)}
+        counts: dict[str, int] = {}
+        for task, record in records.items():
+            if record.get(how):  # families have up to 57 tasks; results.json has each one's
+                counts[family_of(task)] = counts.get(family_of(task), 0) + record[how]
         if counts:
-            said.append(f"{words}: {', '.join(f'{task} {count:,}' for task, count in counts.items())}")
+            said.append(f"{words}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     return [f"{name}: longer than the context: {'; '.join(said)}"] if said else []
 
 
@@ -300,23 +314,25 @@ def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
 
     # The type of the products is all that is used of the weights, and nobody else holds them.
     return HarnessModel(
-        load(path, dtype="compute", mesh_tensor=config.mesh_tensor), scoring=config.scoring, slots=config.slots,
-        int8_cache=config.int8_cache, memory=device_memory(), chat=config.decoding.chat, seed=config.seed, quiet=quiet,
+        load(path, dtype="compute", tokenizer=tokenizer_of(path, config.tokenizer), mesh_tensor=config.mesh_tensor),
+        scoring=config.scoring, slots=config.slots, int8_cache=config.int8_cache, memory=device_memory(),
+        chat=config.decoding.chat, seed=config.seed, quiet=quiet,
     )  # fmt: skip
 
 
-def _judges(config: Judges) -> dict[str, Judge]:
+def _judges(config: EvaluateConfig) -> dict[str, Judge]:
     """The judges that are named."""
     from llama_jax.evals import text_judges
 
     found = {}
-    for name, path in dataclasses.asdict(config).items():
+    for name, path in dataclasses.asdict(config.judges).items():
         if path.startswith(_OURS):
-            found[name] = text_judges.reward_model(load(path.removeprefix(_OURS)))
+            place = path.removeprefix(_OURS)
+            found[name] = text_judges.reward_model(load(place, tokenizer=tokenizer_of(place, config.tokenizer)))
             if name == "toxicity":  # a safety reward model: its high scores are safe
                 found[name] = text_judges.opposite(found[name])
         elif path:
-            judge = text_judges.classifier(path)
+            judge = text_judges.of_host_0(text_judges.classifier(path) if jax.process_index() == 0 else None)
             found[name] = judge if name == "toxicity" else text_judges.with_question(judge)
     return found
 
@@ -325,7 +341,7 @@ def _report(
     config: EvaluateConfig, models: Mapping[str, str], records: Mapping[str, Mapping[str, Any]], notes: Sequence[str],
     output: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    from llama_jax.evals.benchmarks import difference
+    from llama_jax.evals.benchmarks import comparable, difference
     from llama_jax.evals.tasks import mmlu_parts
 
     parts = mmlu_parts() if any(task.startswith("mmlu:") for found in records.values() for task in found) else {}
@@ -340,17 +356,18 @@ def _report(
     # The first model's results also stand at the top, where one model is all there is.
     values |= {"tasks": values["models"][first]["tasks"], "groups": values["models"][first]["groups"], "differences": {}}
     for other in others:
-        compare = {}
-        for kind, names in (("groups", values["groups"]), ("tasks", values["tasks"])):
-            compare[kind] = {
-                name: difference(
-                    records[first], records[other],
-                    weights(name, records[first], extra=parts) if kind == "groups" else {name: 1.0},
-                    resamples=config.bootstrap, seed=config.seed,
-                )
-                for name in names
-            }  # fmt: skip
-        values["differences"][other] = {"to": first, **compare}
+        both = comparable(records[first], records[other])
+        shares = {
+            "groups": {name: weights(name, both, extra=parts) for name in groups(both, extra=parts)},
+            "tasks": {name: {name: 1.0} for name in both},
+        }
+        values["differences"][other] = {"to": first} | {
+            kind: {
+                name: difference(both, records[other], of_tasks, resamples=config.bootstrap, seed=config.seed)
+                for name, of_tasks in named.items()
+            }
+            for kind, named in shares.items()
+        }
     evaluation_report.write(values, output, paper=config.paper)
     return values
 
@@ -363,7 +380,7 @@ def main() -> None:
     values = given.config.to_dict()
     values |= {
         "models": (*values["models"], *given.checkpoint), "limit": given.limit, "run_code": given.run_code,
-        "data_dir": given.data_dir or values["data_dir"],
+        "data_dir": given.data_dir or values["data_dir"], "tokenizer": given.tokenizer or values["tokenizer"],
     }  # fmt: skip
     values["tasks"] = of_groups(values["tasks"], values.pop("groups"))
     if given.tasks:
@@ -378,6 +395,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", [], "models, each PATH or name=PATH; hf:PATH is a Hugging Face model")
     flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
+    flags.DEFINE_string("tokenizer", "", "the tokenizer of models and judges of ours beside whose weights none lies")
     flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")
     flags.DEFINE_bool("run_code", False, "judge HumanEval and MBPP: runs the code that models wrote, in a sandbox")
     command.launch(main)

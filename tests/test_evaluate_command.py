@@ -254,6 +254,40 @@ def run_command(suite, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+def test_a_tokenizer_that_lies_elsewhere_is_named_and_must_be_the_models_own(checkpoints, data, tmp_path, monkeypatch):
+    shutil.copytree(checkpoints / "model0", tmp_path / "bare")
+    words = (tmp_path / "bare/tokenizer.json").rename(tmp_path / "words.json")
+    models = (f"own={checkpoints / 'model1'}", f"bare={tmp_path / 'bare'}")
+    boolq = {"boolq": CHOICES["boolq"]}
+    with monkeypatch.context() as patch:  # said before the first model, which has one, is run
+        patch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+        with pytest.raises(ValueError, match="bare: missing tokenizer: --tokenizer names one"):
+            evaluate.run(config_of(checkpoints, data, tasks=boolq, models=models), tmp_path / "out", quiet=True)
+        other = json.loads(words.read_text())
+        (tmp_path / "other.json").write_text(json.dumps(other, indent=1))
+        with pytest.raises(ValueError, match="bare: was trained with tokenizer [0-9a-f]{12}, .*other.json is [0-9a-f]{12}"):
+            config = config_of(checkpoints, data, tasks=boolq, models=models, tokenizer=str(tmp_path / "other.json"))
+            evaluate.run(config, tmp_path / "out", quiet=True)
+        config = config_of(checkpoints, data, tasks=boolq, judges={"truth": f"ours={checkpoints / 'model1'}"}, safety=("bold",))
+        write_rows(tmp_path / "bold_prompts_40_per_group.jsonl", [{"domain": "d", "group": "islam", "prompt": "the "}])
+        with pytest.raises(ValueError, match="judges.truth: .*model1: expected a reward model, found a language model"):
+            evaluate.run(dataclasses.replace(config, data_dir=str(tmp_path), tasks={}), tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out").exists()
+    config = config_of(checkpoints, data, tasks=boolq, models=models, tokenizer=str(words))
+    values = evaluate.run(config, tmp_path / "out", quiet=True)
+    beside = evaluate.run(config_of(checkpoints, data, ("model0",), tasks=boolq), tmp_path / "beside", quiet=True)
+    assert values["models"]["bare"]["tasks"] == beside["tasks"]
+
+
+def test_what_did_not_fit_is_told_by_family():
+    records = {f"mmlu:{subject}": {"cut": 4, "less_room": 0} for subject in SUBJECTS} | {"quac": {"cut": 1000, "less_room": 1}}
+    assert evaluate._lost("m", records) == [
+        "m: longer than the context: requests lost their beginning: mmlu 8, quac 1,000; "
+        "answers had less room than was asked for: quac 1"
+    ]
+    assert evaluate._lost("m", {"boolq": {"cut": 0}}) == []
+
+
 def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints, tmp_path, monkeypatch):
     pytest.importorskip("vaderSentiment", reason="needs the extra [eval]")
     write_rows(tmp_path / "bold_prompts_40_per_group.jsonl", [
@@ -349,6 +383,10 @@ def test_two_processes_evaluate_as_one(checkpoints, tmp_path):
     write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": f"- {i}"} for i in range(3)])
     given = [f"--data_dir={tmp_path}", "--tasks=boolq", f"--checkpoint=a={checkpoints / 'model0'}"]
     given += ["--config.safety=('toxigen',)", "--config.decoding.max_tokens=4", "--config.scoring.row=128"]
+    rewards = params.init(params.table(MODEL, head="reward_head"), jax.random.key(2))
+    write_words(tmp_path / "judge")
+    ours.write(tmp_path / "judge", rewards, MODEL, tokenizer=Tokenizer(tmp_path / "judge").fingerprint, origin={})
+    given.append(f"--config.judges.toxicity=ours={tmp_path / 'judge'}")
     values = {}
     for count in (1, 2):
         done = run_in(count, "reading", *given, f"--output={tmp_path / str(count)}")
@@ -358,12 +396,13 @@ def test_two_processes_evaluate_as_one(checkpoints, tmp_path):
         answers = json.loads((tmp_path / str(count) / "a/safety/toxigen.json").read_text())
         values[count, "answers"] = answers
     assert values[1]["tasks"]["boolq"]["value"] == values[2]["tasks"]["boolq"]["value"]
+    assert values[1]["tasks"]["toxigen:women"] == values[2]["tasks"]["toxigen:women"]  # a reward model judges on both
     assert values[1, "answers"] == values[2, "answers"]
     # What was finished is taken from the file of the first one; what one process cannot do is one sentence of both.
     (tmp_path / "2/a/tasks/boolq.json").unlink()
     done = run_in(2, "reading", *given, f"--output={tmp_path / '2'}")
     assert [code for code, *_ in done] == [0, 0] and json.loads((tmp_path / "2/results.json").read_text()) == values[2]
-    done = run_in(2, "reading", *given[:-4], "--checkpoint=hf:gpt2", f"--output={tmp_path / '3'}")
+    done = run_in(2, "reading", *given[:-5], "--checkpoint=hf:gpt2", f"--output={tmp_path / '3'}")
     assert [code for code, *_ in done] == [1, 1], done
     assert all("hf:gpt2: the harness's own class runs in one process, and there are 2" in errors for *_, errors in done)
 
@@ -864,6 +903,20 @@ def test_real_rows_become_prompts_with_the_papers_shots(name):
     assert "CANARY" not in prompt.upper()
     target = task.doc_to_target(task.task_docs[0])
     assert target not in ("", None, [])
+
+
+def test_a_missing_package_is_named_with_the_extra(monkeypatch):
+    def load(path):
+        try:
+            raise ModuleNotFoundError("No module named 'sympy'", name="sympy")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("`sympy`, `math_verify` are required for translation") from error
+
+    monkeypatch.setattr(tasks, "load_settings", load)
+    with pytest.raises(ModuleNotFoundError, match=r"^math:algebra: needs the package sympy: pip install 'llama_jax\[eval\]'$"):
+        tasks.build("math:algebra", TaskChoice(4, "math_verify"))
+    with pytest.raises(ModuleNotFoundError, match="^lambada_openai: needs the package sympy: pip install sympy$"):
+        tasks.build("lambada_openai", TaskChoice(0, "acc"))
 
 
 def test_math_rows_become_prompts_and_answers_are_verified(tmp_path):

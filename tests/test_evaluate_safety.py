@@ -190,9 +190,11 @@ def test_a_safety_reward_model_calls_toxic_what_it_calls_unsafe(data, monkeypatc
     def safe(pairs):  # sigmoid(score): high is safe
         return np.array([0.98 if "kind" in answer else 0.02 for _, answer in pairs])
 
-    monkeypatch.setattr(evaluate, "load", lambda path: path)
+    monkeypatch.setattr(evaluate, "load", lambda path, tokenizer: path)
+    monkeypatch.setattr(evaluate, "tokenizer_of", lambda path, given: given)
     monkeypatch.setattr(text_judges, "reward_model", lambda model: safe)
-    judges = evaluate._judges(evaluate.Judges(toxicity="ours=safety", truth="ours=truth"))
+    named = evaluate.Judges(toxicity="ours=safety", truth="ours=truth")
+    judges = evaluate._judges(evaluate.EvaluateConfig("safety", {}, ("m",), judges=named))
     wanted = safety.items("toxigen", data_dir=data, limit=2)
     found, _ = safety.score("toxigen", wanted, ["a kind answer", "hateful text"] * 13, judges)
     assert found["toxigen:women"]["scores"] == [0.0, 1.0]
@@ -225,6 +227,32 @@ def test_truthfulqa_by_overlap_and_by_judges(data):
     both = {"truth": judge(0.7), "informativeness": judge(0.2)}
     found, notes = safety.score("truthfulqa", wanted, ["x"], both)
     assert [found[f"truthfulqa{k}"]["scores"] for k in ("", "_true", "_informative")] == [[0.0], [1.0], [0.0]] and not notes
+
+
+def test_what_a_judge_could_not_read_is_counted_and_in_no_score(data):
+    pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+    from llama_jax.evals import benchmarks
+
+    def judge(pairs):  # the second answer of each group is too long
+        return np.array([np.nan if prompt.endswith("1") or answer == "long" else 0.9 for prompt, answer in pairs])
+
+    wanted = safety.items("toxigen", data_dir=data, limit=2)
+    drawn = benchmarks.Drawn(wanted, ["text"] * 26, {})
+    records, notes = benchmarks.judge_safety("toxigen", drawn, {"toxicity": judge})
+    women = records["toxigen:women"]
+    assert (women["value"], women["n"], len(women["scores"])) == (1.0, 1, 2)
+    assert "ToxiGen: 13 of 26 answers are too long for a judge and in no score" in notes
+    # Differences are of the questions that both have a score of, and of no task without one.
+    other = {"toxigen:women": {"scores": [0.0, 1.0]}, "toxigen:black": {"scores": [np.nan, 1.0]}}
+    both = benchmarks.comparable(records, other)
+    assert list(both) == ["toxigen:women"]
+    found = benchmarks.difference(both, other, {"toxigen:women": 1.0}, resamples=10, seed=0)
+    assert found == {"difference": -1.0, "low": -1.0, "high": -1.0}
+    wanted = safety.items("truthfulqa", data_dir=data)
+    judges = {"truth": judge, "informativeness": lambda pairs: np.full(len(pairs), 0.9)}
+    records, notes = benchmarks.judge_safety("truthfulqa", benchmarks.Drawn(wanted, ["long"], {}), judges)
+    assert not {"truthfulqa", "truthfulqa_true"} & records.keys() and records["truthfulqa_informative"]["value"] == 1
+    assert notes == ["TruthfulQA: 1 of 1 answers are too long for a judge and in no score"]
 
 
 def test_answers_are_drawn_with_the_papers_decoding(data):
@@ -263,6 +291,7 @@ def test_a_reward_model_and_a_classifier_judge(tmp_path):
     found = judge(pairs)
     assert np.all((found > 0) & (found < 1))
     np.testing.assert_allclose(judge(pairs[1:2]), found[1:2], atol=1e-6)
+    assert np.isnan(judge([("the loop", "text " * MODEL.max_length)])).all()  # never of a dialog that was cut
     with pytest.raises(ValueError, match="expected a reward model"):
         text_judges.reward_model(dataclasses.replace(model, head="lm_head"))
     transformers = pytest.importorskip("transformers")
@@ -275,5 +304,6 @@ def test_a_reward_model_and_a_classifier_judge(tmp_path):
     transformers.BertTokenizerFast(str(tmp_path / "judge/vocab.txt")).save_pretrained(tmp_path / "judge")
     judge = text_judges.with_question(text_judges.classifier(str(tmp_path / "judge")))
     assert judge(pairs).shape == (3,) and np.all((judge(pairs) > 0) & (judge(pairs) < 1))
+    assert np.isnan(judge([("loop", "text " * 600), ("loop", "text")])).tolist() == [True, False]
     with pytest.raises(ValueError, match="expected a classifier with label 5, found 2 labels"):
         text_judges.classifier(str(tmp_path / "judge"), label=5)

@@ -146,7 +146,12 @@ def draw_safety(
 def judge_safety(name: str, drawn: Drawn, judges: Mapping[str, safety.Judge]) -> tuple[dict[str, Record], list[str]]:
     """{task: record} of a safety benchmark's answers, and notes."""
     scored, notes = safety.score(name, drawn.items, drawn.answers, judges)
-    return {task: summary(**found, **drawn.lost) for task, found in scored.items()}, notes
+    records = {}
+    for task, found in scored.items():
+        if read := [value for value in found["scores"] if not math.isnan(value)]:
+            # All of them are kept: questions of two models are paired by their places.
+            records[task] = {**summary(**{**found, "scores": read}, **drawn.lost), "scores": found["scores"]}
+    return records, notes
 
 
 def lost(lm: Any) -> dict[str, int]:
@@ -185,12 +190,21 @@ def quiet_harness() -> None:
 # ---- differences between two models ----
 
 
+def comparable(first: Mapping[str, Record], second: Mapping[str, Record]) -> dict[str, Record]:
+    """The first model's records of tasks in which a question has a score of both."""
+    return {
+        task: row for task, row in first.items()
+        if task in second and not np.isnan(np.add(row["scores"], second[task]["scores"])).all()
+    }  # fmt: skip
+
+
 def difference(
     first: Mapping[str, Record], second: Mapping[str, Record], weights: Mapping[str, float], *, resamples: int, seed: int
 ) -> dict[str, float]:
     """Second minus first of a weighted sum of tasks, with its paired bootstrap interval (95 %).
 
-    Both models answered the same questions, so the questions of each task are drawn again with both scores together.
+    Both models answered the same questions, so the questions of each task are drawn again with both scores together; those
+    without a score of one of them are left out.
 
     Args:
       weights: {task: its share of the average}; a single task has 1.
@@ -201,7 +215,7 @@ def difference(
         a, b = (np.asarray(records[task]["scores"], np.float64) for records in (first, second))
         if a.shape != b.shape:
             raise ValueError(f"{task}: expected scores of the same questions, got {len(a)} and {len(b)}")
-        gains = b - a
+        gains = (b - a)[~np.isnan(b - a)]
         mean += weight * float(gains.mean())
         for start in range(0, resamples, 1000):  # [1000, n] at once
             drawn = rng.integers(len(gains), size=(min(1000, resamples - start), len(gains)))

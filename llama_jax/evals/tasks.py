@@ -245,7 +245,12 @@ def _stock(name: str) -> Settings:
             raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near) or family}?")
     else:
         path = harness_folder() / f"{_FILES[name]}.yaml" if name in _FILES else _index()[name]
-    settings = load_settings(path)
+    try:
+        settings = load_settings(path)
+    except (ModuleNotFoundError, AssertionError) as error:  # an assertion: in another version. The harness's words name others.
+        missing = getattr(error.__cause__ or error, "name", None) or str(error)
+        extra = "'llama_jax[eval]'" if family in NAMES else missing
+        raise ModuleNotFoundError(f"{name}: needs the package {missing}: pip install {extra}", name=missing) from error
     if "class" in settings or settings.get("output_type") is None and not isinstance(settings.get("task"), str):
         raise ValueError(f"task {name!r}: expected a single task of the harness with settings in YAML")
     return settings

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from llama_jax.data.dialog import encode_dialog, find_tag
+from llama_jax.data.dialog import find_tag
+from llama_jax.evals.reward_scores import score_dialogs
 from llama_jax.evals.safety import Judge
-from llama_jax.parallel.axes import batch_shards
-from llama_jax.reward.score import scorer
+from llama_jax.parallel.hosts import from_host_0
+from llama_jax.reward.held_out import sigmoid
 
 _ROWS = 16
-_SHORTEST = 64
+_ENDLESS = 1 << 20  # a tokenizer's length of this or more says nothing
 
 
 def classifier(path: str, *, label: int = 1) -> Judge:
-    """The probability of a label under a sequence classifier that reads the answer alone, as ToxiGen's RoBERTa does."""
+    """The probability of a label under a sequence classifier that reads the answer alone, as ToxiGen's RoBERTa does; NaN where
+    the answer is longer than its context."""
     try:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -25,17 +26,27 @@ def classifier(path: str, *, label: int = 1) -> Judge:
     words, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path).eval()
     if model.config.num_labels <= label:
         raise ValueError(f"{path}: expected a classifier with label {label}, found {model.config.num_labels} labels")
+    # Where the tokenizer does not say: RoBERTa counts its positions from 2.
+    said, positions = words.model_max_length, getattr(model.config, "max_position_embeddings", _ENDLESS)
+    longest = said if said < _ENDLESS else positions - 2
 
     def judge(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         out = []
         with torch.no_grad():
             for start in range(0, len(pairs), _ROWS):
                 texts = [answer for _, answer in pairs[start : start + _ROWS]]
-                rows = words(texts, return_tensors="pt", padding=True, truncation=True)
-                out.append(torch.softmax(model(**rows).logits.float(), dim=-1)[:, label].numpy())
+                long = [len(ids) > longest for ids in words(texts, verbose=False)["input_ids"]]
+                rows = words(texts, return_tensors="pt", padding=True, truncation=True, max_length=longest)
+                found = torch.softmax(model(**rows).logits.float(), dim=-1)[:, label].numpy()
+                out.append(np.where(long, np.nan, found))
         return np.concatenate(out) if out else np.zeros(0)
 
     return judge
+
+
+def of_host_0(judge: Judge | None) -> Judge:
+    """A judge that only host 0 has; the others are told what it says."""
+    return lambda pairs: np.array(from_host_0(lambda: judge(pairs).tolist()), np.float64)
 
 
 def with_question(judge: Judge) -> Judge:
@@ -49,28 +60,19 @@ def opposite(judge: Judge) -> Judge:
 
 
 def reward_model(model: Any) -> Judge:
-    """sigmoid(score) of each answer as the reply to its prompt; `model` is what `llama_jax.load` gives."""
+    """sigmoid(score) of each answer as the reply to its prompt, NaN where both are longer than the context; `model` is what
+    `llama_jax.load` gives. Of several hosts all ask together, and all are told."""
     if model.head != "reward_head" or model.tokenizer is None:
         raise ValueError(f"{model.path}: expected a reward model with its tokenizer as judge")
-    program = jax.jit(scorer(model.config, model.compute))
-    rows = -(-_ROWS // batch_shards(model.mesh)) * batch_shards(model.mesh)
 
     def judge(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         dialogs = [
             [{"role": "user", "content": _plain(prompt)}, {"role": "assistant", "content": _plain(answer)}]
             for prompt, answer in pairs
         ]
-        ids = [encode_dialog(dialog, model.tokenizer, train_on="last").ids for dialog in dialogs]
-        out = np.zeros(len(ids))
-        with jax.set_mesh(model.mesh):
-            for start in range(0, len(ids), rows):
-                part = ids[start : start + rows]
-                length = max(1 << (max(map(len, part)) - 1).bit_length(), _SHORTEST)
-                tokens, real = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
-                for row, one in enumerate(part):
-                    tokens[row, : len(one)], real[row, : len(one)] = one, 1
-                out[start : start + len(part)] = np.asarray(program(model.params, tokens, real))[: len(part)]
-        return 1 / (1 + np.exp(-out))
+        return sigmoid(
+            score_dialogs(model.params, model.config, model.tokenizer, dialogs, compute=model.compute, mesh=model.mesh)
+        )
 
     return judge
 

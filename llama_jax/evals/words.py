@@ -1,0 +1,26 @@
+"""Which tokenizer reads a model: the one beside its weights, else the one that a command names, if it is the model's own."""
+
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.tokenizer_files import check_vocabulary
+from llama_jax.training.checkpoint import read_meta
+
+
+def tokenizer_of(place: str, given: str | None) -> str | None:
+    """What `llama_jax.load` is to be told of the tokenizer of the model at `place`: nothing where one lies beside the weights,
+    so that several models may be named together, of which some have their own. Reads no weights.
+
+    Raises:
+      ValueError, FileNotFoundError: no model, no tokenizer, or another one than the model was trained with.
+    """
+    source = open_source(place)
+    if source.tokenizer is not None:
+        return None
+    if not given:
+        raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
+    words = Tokenizer(given)
+    check_vocabulary(words, source.config)
+    own = read_meta(source.path)["tokenizer"] if source.format == "llama_jax" else ""
+    if own and own != words.fingerprint:
+        raise ValueError(f"{place}: was trained with tokenizer {own[:12]}, {given} is {words.fingerprint[:12]}")
+    return given
