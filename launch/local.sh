@@ -13,7 +13,8 @@ cd "$checkout"
 fail() { echo "error: $*" >&2; exit 1; }
 
 module="${1:-}"
-[ -n "$module" ] || fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:tiny"
+[[ "$module" =~ ^[a-z_.]+$ ]] ||
+  fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:tiny; got '$module'"
 shift
 workers="${WORKERS:-4}" restarts="${RESTARTS:-3}" logs="${LOGS:-runs/local}"
 for number in "$workers" "$restarts"; do

@@ -13,14 +13,14 @@
 #   stop                   asks the run to save and end
 #   delete                 gives the slice back
 #
-# --dry_run prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256, ...); optional PROJECT,
-# RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER, RESTARTS (default 3: after so many more attempts that
-# end with an error, code 1, within ten minutes it gives up). The workdir is on a file system that all hosts share.
+# --dry_run, before or after COMMAND, prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256,
+# ...); optional PROJECT, RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER, RESTARTS (default 3: after so
+# many more attempts that end with an error, code 1, within ten minutes it gives up). The workdir is on a file system that all
+# hosts share.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dry_run=""
-if [ "${1:-}" = "--dry_run" ]; then dry_run=1; shift; fi
 
 fail() { echo "error: $*" >&2; exit 1; }
 say() { echo "==> $*" >&2; }
@@ -146,7 +146,8 @@ setup() { ship "$refuse"; }
 # begin WHERE_A_RUN_GOES_ON MODULE [FLAGS]: starts the loop on all workers but those where one lives; they do the first.
 begin() {
   local otherwise="$1" module="${2:-}" flags again restarts="${RESTARTS:-3}"
-  [ -n "$module" ] || fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b"
+  [[ "$module" =~ ^[a-z_.]+$ ]] ||
+    fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b; got '$module'"
   [[ "$restarts" =~ ^[0-9]+$ ]] || fail "RESTARTS=$restarts: expected a number"
   shift 2
   flags="$(printf '%q ' "$@")"
@@ -229,9 +230,16 @@ delete() {
   do_it gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
 }
 
+if [ "${1:-}" = "--dry_run" ]; then dry_run=1; shift; fi
 command="${1:-}"
+# Behind the command too, where many write it: what follows a MODULE is that module's own.
+if [ "${2:-}" = "--dry_run" ]; then dry_run=1; set -- "$command" "${@:3}"; fi
 case "$command" in
-  create | setup | run | logs | status | resume | stop | delete) shift ;;
+  run | resume) shift ;;
+  create | setup | logs | status | stop | delete)
+    shift
+    [ "$#" -eq 0 ] || fail "$command: expected no arguments, got $*"
+    ;;
   *) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 1 ;;
 esac
 needed NAME "what to call the slice"

@@ -144,6 +144,14 @@ def test_a_dry_run_prints_what_would_run(checkout):
         "gcloud", "compute", "tpus", "queued-resources", "create", "run", "--zone=us-east5-a", "--node-id=run",
         "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
     ]  # fmt: skip
+    # Nothing is asked for where the flag stands behind the command, with a gcloud at hand; what follows a module is its own.
+    gcloud = {"PATH": f"{checkout}:{os.environ['PATH']}"}
+    program(checkout / "gcloud", f"touch {checkout / 'asked'}")
+    behind = script("launch/tpu_vm.sh", "create", "--dry_run", **(POD | {"TYPE": "v5e-256", "SPOT": "1"} | gcloud))
+    assert behind.stdout == done.stdout and not (checkout / "asked").exists()
+    (checkout / "gcloud").unlink()
+    corpus = script("launch/tpu_vm.sh", "run", "--dry_run", "corpus", "--dry_run", **POD)
+    assert corpus.stdout.count("llama_jax.corpus\\\\ --dry_run") == 1, corpus.stdout
     everything = script("launch/tpu_vm.sh", "--dry_run", "resume", "train", "--workdir=gs://b/r", root=checkout, **POD)
     verbs = [line.split()[3:5] for line in everything.stdout.splitlines() if line.startswith("gcloud")]
     assert [verb[1] for verb in verbs] == ["describe", "delete", "create", "scp", "ssh", "ssh"], everything.stdout
@@ -257,6 +265,13 @@ def test_flags_reach_the_workers_as_they_were_given(tmp_path):
      "error: TYPE=v9: expected v4-N, v5e-N, v5p-N, v6e-N or tpu7x-N\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"SPOT": "1", "RESERVED": "1"},
      "error: SPOT and RESERVED are both set; expected one of them\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "delete", "run"], POD, "error: delete: expected no arguments, got run\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "run", "--config=x"], POD, "error: run: expected a module of llama_jax and its flags, "
+     "as in: run train --config=configs/pretrain.py:70b; got '--config=x'\n"),
+    ("launch/gke/jobset.sh", ["--config=x"], GKE, "error: expected a module of llama_jax and its flags, "
+     "as in: train --config=configs/pretrain.py:70b; got '--config=x'\n"),
+    ("launch/local.sh", [], {}, "error: expected a module of llama_jax and its flags, "
+     "as in: train --config=configs/pretrain.py:tiny; got ''\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "many"}, "error: HOSTS=many: expected a number\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"IMAGE": ""},
      "error: IMAGE is not set: the container image (launch/Dockerfile)\n"),
@@ -266,6 +281,18 @@ def test_flags_reach_the_workers_as_they_were_given(tmp_path):
 def test_launch_errors_are_one_line(path, arguments, environment, message):
     done = script(path, *arguments, **environment)
     assert done.returncode == 1 and done.stderr == message
+
+
+def test_a_dry_run_of_apply_prints_the_manifest(tmp_path):
+    program(tmp_path / "kubectl", f"cat > {tmp_path / 'asked'}")
+    there = GKE | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    printed = script("launch/gke/jobset.sh", "train", **GKE).stdout
+    assert "kind: JobSet" in printed
+    for flags in (["--dry_run", "--apply"], ["--apply", "--dry_run"], ["--dry_run"]):
+        assert script("launch/gke/jobset.sh", *flags, "train", **there).stdout == printed
+    assert not (tmp_path / "asked").exists()
+    assert script("launch/gke/jobset.sh", "--apply", "train", **there).returncode == 0
+    assert (tmp_path / "asked").read_text() == printed
 
 
 def manifests():

@@ -6,6 +6,7 @@
 #   bash launch/gke/jobset.sh train --config=configs/pretrain.py:70b,tpu=v5p-512 --workdir=/shared/run > run.yaml
 #   --apply   kubectl apply instead of printing
 #   --xpk     prints the xpk command that does the same (CLUSTER, and TPU as v5p-512)
+#   --dry_run prints what would be done, as without --apply
 #
 # Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS and CHIPS (of a host; default 4);
 # SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; CLAIM, a
@@ -16,9 +17,19 @@ fail() { echo "error: $*" >&2; exit 1; }
 needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
 
 mode=print
-case "${1:-}" in --apply | --xpk) mode="${1#--}"; shift ;; esac
+dry_run=""
+while true; do
+  case "${1:-}" in
+    --apply | --xpk) mode="${1#--}" ;;
+    --dry_run) dry_run=1 ;;
+    *) break ;;
+  esac
+  shift
+done
+[ -z "$dry_run" ] || [ "$mode" != apply ] || mode=print
 module="${1:-}"
-[ -n "$module" ] || fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:70b"
+[[ "$module" =~ ^[a-z_.]+$ ]] ||
+  fail "expected a module of llama_jax and its flags, as in: train --config=configs/pretrain.py:70b; got '$module'"
 shift
 needed NAME "what to call the run"
 [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
