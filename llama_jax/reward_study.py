@@ -36,7 +36,7 @@ from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.base import check_start
 from llama_jax.reward.comparisons import encode_comparisons
-from llama_jax.reward.held_out import SAFE, share
+from llama_jax.reward.held_out import SAFE, percent, share
 from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.rlhf.scoring import sigmoid_scores
 from llama_jax.steps import change, load_config
@@ -226,29 +226,23 @@ def write_study(values: Mapping[str, Any], workdir: Path) -> None:
 
 
 def markdown(values: Mapping[str, Any]) -> str:
-    """The tables, accuracies in percent."""
-    parts = ["# Reward models"]
+    """The tables, accuracies in percent with their 95 % intervals."""
+    parts = ["# Reward models", "Percent, with 95 % intervals."]
     if values["margins"]:
         rows = {name: report["accuracy"]["all"] for name, report in values["margins"].items()}
         degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in rows.values())]
-        cells = [[name, *(_percent(row.get(degree)) for degree in degrees)] for name, row in rows.items()]
+        cells = [[name, *(percent(row.get(degree)) for degree in degrees)] for name, row in rows.items()]
         parts += ["## Accuracy by margin (Table 28)", markdown_table(["margin", *degrees], cells)]
     for model, points in values["scaling"].items():
-        cells = [[str(point["batch"]), f"{point['pairs']:,}", _percent(point["accuracy"].get("significantly")),
-                  _percent(point["accuracy"]["all"])] for point in points]  # fmt: skip
+        cells = [[str(point["batch"]), f"{point['pairs']:,}", percent(point["accuracy"].get("significantly")),
+                  percent(point["accuracy"]["all"])] for point in points]  # fmt: skip
         parts += [f"## Accuracy by batches: {model} (Fig. 6)",
                   markdown_table(["batches", "pairs", "significantly", "all"], cells)]  # fmt: skip
     if "conflict" in values:
-        cells = [[name.replace("_", " "), _percent(row), f"{row['count']:,}"]
+        cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"]
                  for name, row in values["conflict"]["shares"].items()]  # fmt: skip
         parts += ["## Helpfulness against safety (Fig. 32)", markdown_table(["", "%", "answers"], cells)]
     return "\n\n".join(parts) + "\n"
-
-
-def _percent(value: Mapping[str, float] | None) -> str:
-    if value is None or not value["count"]:
-        return "-"
-    return f"{100 * value['share']:.1f} ± {50 * (value['high'] - value['low']):.1f}"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_accuracy_by_source_and_degree_by_hand():
         "a": {"significantly": 1.0, "slightly": 0.0, "all": 0.5},  # a tie is not right
         "b": {"slightly": 1.0, "all": 0.5},
         "all": {"significantly": 1.0, "slightly": 0.5, "all": 0.5},
-        "longer": {"significantly": 1.0, "slightly": 0.0, "all": 0.5},
+        "longer": {"significantly": 1.0, "slightly": 0.25, "all": 0.625},  # the same as beside the model: a tie counts half
     }
     assert found["all"]["all"]["count"] == 4
 
@@ -99,7 +99,9 @@ def test_the_margin_of_a_row():
 
 def test_the_markdown_has_every_table_and_no_safety_without_bins():
     text = markdown(report(SCORES) | {"scores": {"mean": 0.5, "std": 1.0}}, title="Reward model")
-    assert "| a | 100.0 ±" in text and "| unsafe recall | 66.7 ±" in text and "mean 0.5000" in text
+    # Wilson's intervals do not lie evenly about a share: 1 of 1 is 100 % and at least 20.7, not 100 % give or take 39.7.
+    assert "| a | 100.0 (20.7 to 100.0) | 0.0 (0.0 to 79.3) |" in text
+    assert "| unsafe recall | 66.7 (20.8 to 93.9) |" in text and "mean 0.5000" in text
     plain = HeldOutScores(SCORES.chosen, SCORES.rejected, [""] * 4, [None] * 4, [None] * 4, SCORES.longer_by)
     assert "Safety" not in markdown(report(plain), title="x")
 

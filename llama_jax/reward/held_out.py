@@ -67,7 +67,8 @@ def share(hits: np.ndarray) -> dict[str, float]:
 def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float]]]:
     """{source: {degree of preference that occurs, "all"}: share} and the same for "all" sources (Tables 7, 8 and 28).
 
-    The row "longer" says how often the longer response is the chosen one: what a model must beat that knows only length.
+    The row "longer" says how often the longer response is the chosen one, by a coin where both have as many tokens: what a
+    model must beat that knows only length.
     """
     correct = scores.chosen > scores.rejected
     source, rating = np.array(scores.source, object), np.array(scores.rating, object)
@@ -78,21 +79,26 @@ def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float
         rows[name] = {
             degree: share(correct[inside & (rating == degree)]) for degree in RATINGS if (inside & (rating == degree)).any()
         } | {"all": share(correct[inside])}
-    longer = np.asarray(scores.longer_by) > 0
+    longer = _longer(scores)
     rows["longer"] = {degree: share(longer[rating == degree]) for degree in RATINGS if (rating == degree).any()}
     rows["longer"]["all"] = share(longer)
     return rows
 
 
+def _longer(scores: HeldOutScores) -> np.ndarray:
+    """1 where the chosen response is the longer one, 1/2 where both have as many tokens. # [n]"""
+    return (np.sign(scores.longer_by) + 1) / 2
+
+
 def baselines(scores: HeldOutScores) -> dict[str, dict[str, float]]:
     """The model beside what knows only length, and by how much it beats the better of the two lengths.
 
-    "longer" and "shorter" choose by the number of tokens, and by a coin where both responses have as many: such a pair counts
-    half. "gain" is the mean of the pairs' differences to the better baseline with its 95 % interval (normal approximation of
-    paired differences: both answer the same pairs, so the interval is narrower than those of the two shares). A coin has 0.5.
+    "longer" and "shorter" choose by the number of tokens, and by a coin where both responses have as many. "gain" is the mean
+    of the pairs' differences to the better baseline with its 95 % interval (normal approximation of paired differences: both
+    answer the same pairs, so the interval is narrower than those of the two shares). A coin has 0.5.
     """
     correct = (scores.chosen > scores.rejected).astype(np.float64)
-    by_length = {"longer": (np.sign(scores.longer_by) + 1) / 2, "shorter": (1 - np.sign(scores.longer_by)) / 2}
+    by_length = {"longer": _longer(scores), "shorter": 1 - _longer(scores)}
     best = max(by_length, key=lambda name: by_length[name].mean())
     difference = correct - by_length[best]
     n = len(difference)
@@ -153,20 +159,21 @@ def report(scores: HeldOutScores) -> dict[str, Any]:
 
 
 def markdown(values: Mapping[str, Any], *, title: str) -> str:
-    """The report as Markdown, accuracies in percent with half the width of their 95 % interval."""
+    """The report as Markdown, accuracies in percent with their 95 % intervals."""
     accuracy = values["accuracy"]
     degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
-    rows = [[name or "(none)", *(_percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
+    rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
             for name, row in accuracy.items()]  # fmt: skip
-    parts = [f"# {title}", "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
+    parts = [f"# {title}", "Percent, with 95 % intervals.",
+             "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
              table(["", *degrees, "pairs"], rows)]  # fmt: skip
     if "baselines" in values:
         names = {"model": "this model", "longer": "the longer response", "shorter": "the shorter response",
                  "gain": "this model less the better length"}  # fmt: skip
-        cells = [[text, _percent(values["baselines"][name])] for name, text in names.items()] + [["a coin", "50.0"]]
+        cells = [[text, percent(values["baselines"][name])] for name, text in names.items()] + [["a coin", "50.0"]]
         parts += ["## Beside what knows no words", table(["", "%"], cells)]
     if values["safety"]:
-        cells = [[name.replace("_", " "), _percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
+        cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
         parts += ["## Safety (Table 29)", table(["", "%", "count"], cells)]
     if "scores" in values:
         mean, std = values["scores"]["mean"], values["scores"]["std"]
@@ -174,7 +181,8 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _percent(value: Mapping[str, float] | None) -> str:
+def percent(value: Mapping[str, float] | None) -> str:
+    """A share as text with its interval, which need not lie evenly about it; "-" for none."""
     if value is None or not value["count"]:
         return "-"
-    return f"{100 * value['share']:.1f} ± {50 * (value['high'] - value['low']):.1f}"
+    return f"{100 * value['share']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
