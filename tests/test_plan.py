@@ -25,7 +25,7 @@ from llama_jax.parallel.axes import DECODE, is_spec, partition
 from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llama_jax.planning import calibration, estimate, hlo, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
-from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, traced_flops
+from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, moved_bytes, traced_flops
 from llama_jax.planning.hlo import Module, mesh_axes
 from llama_jax.planning.programs import rollout_program, train_program
 from llama_jax.planning.search import REMAT, Setting, space
@@ -208,6 +208,26 @@ ENTRY %main (stack: f32[100,64], i: s32[]) -> f32[64] {
     assert hbm_bytes(Module(text)) == 64 * 4
 
 
+def test_of_an_array_that_rows_are_written_into_the_rows_count():
+    text = """HloModule m
+
+%put (slots: f32[100,64], at: s32[2,1], new: f32[2,64]) -> f32[100,64] {
+  %slots.1 = f32[100,64]{1,0} parameter(0)
+  %at.1 = s32[2,1]{1,0} parameter(1)
+  %new.1 = f32[2,64]{1,0} parameter(2)
+  ROOT %scatter = f32[100,64]{1,0} scatter(%slots.1, %at.1, %new.1), update_window_dims={1}, to_apply=%second
+}
+
+ENTRY %main (slots: f32[100,64], at: s32[2,1], new: f32[2,64]) -> f32[100,64] {
+  %slots = f32[100,64]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,64]{1,0} parameter(2)
+  ROOT %written = f32[100,64]{1,0} fusion(%slots, %at, %new), kind=kCustom, calls=%put
+}
+"""
+    assert hbm_bytes(Module(text)) == 2 * 2 * 64 * 4 + 2 * 4  # read, written; and where
+
+
 @pytest.mark.parametrize(("batch", "rows"), [("2,", 2), ("", 1)])
 def test_flops_of_kernels_by_hand(batch, rows):
     # As the compiler writes them: a batch of one is left out, the blocks stand in the metadata, over several lines.
@@ -228,6 +248,26 @@ ENTRY %main (mask: s8[1,4,4], q: bf16[{batch}64,4096,128], k: bf16[{batch}8,4096
     pair = 2 * rows * 64 * 4096 * 4096 * 128  # one product over all tiles
     # Two products over 10 of 16 tiles; three over all.
     assert [flops for _, flops, _ in kernels(Module(text))] == [2 * pair * 10 // 16, 3 * pair]
+
+
+def test_decoding_kernels_by_hand():
+    """Paged attention of 4 rows with 2 key-value heads, 3 queries each, over 256 slots."""
+    text = """HloModule m
+
+ENTRY %main (n: s32[8], pages: s32[16], q: bf16[8,3,1,128], k: bf16[16,128,128], v: bf16[16,128,128]) -> bf16[8,3,1,128] {
+  %n = s32[8]{0} parameter(0)
+  %pages = s32[16]{0} parameter(1)
+  %q = bf16[8,3,1,128]{3,2,1,0} parameter(2)
+  %k = bf16[16,128,128]{2,1,0} parameter(3)
+  %v = bf16[16,128,128]{2,1,0} parameter(4)
+  ROOT %paged_attention.1 = bf16[8,3,1,128]{3,2,1,0} custom-call(%n, %pages, %q, %k, %v), custom_call_target="tpu_custom_call"
+}
+"""
+    ((kernel, flops, count),) = kernels(Module(text))
+    assert (flops, count) == (2 * 2 * 8 * 3 * 256 * 128, 1)
+    assert moved_bytes(Module(text), kernel) == 2 * (2 * 16 * 128 * 128 + 2 * 8 * 3 * 128) + 4 * (8 + 16)
+    with pytest.raises(ValueError, match="kernel other_kernel.1: its operations are not known"):
+        kernels(Module(text.replace("paged_attention", "other_kernel")))
 
 
 def test_traced_flops_by_hand():

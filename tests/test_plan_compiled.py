@@ -73,6 +73,19 @@ def test_the_command_plans_a_rollout_by_its_slots():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_a_rollout_of_the_7b_reads_weights_and_cache_and_moves_nothing_else():
+    found = json.loads(plan("--config=configs/ppo.py:7b", "--topology=v5p-16", "--program=rollout", "--json"))
+    assert found["fits"] and found["program"] == "rollout, 128 slots"
+    # Weights lie whole on every chip. What was drawn goes to all of them, and nothing else.
+    assert sum(part["bytes"] for part in found["traffic"]) < 2**16
+    read = 16 * (found["memory"]["weights"] + found["memory"]["slots"])  # in so many steps
+    assert 1 < found["memory_traffic_bytes"] / read < 1.1
+    assert found["kernel_seconds"] > 0 and found["step_seconds"] > found["roofline_seconds"]
+    assert found["memory"]["temporaries"] < 0.25 * found["memory"]["slots"]  # there is one cache
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_the_command_searches():
     tiny = ("--config=configs/pretrain.py:tiny", "--config.loop.batch_size=8")
     arguments = (*tiny, "--topology=v5e-4", "--search", "--search_compilations=3")

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llama_jax.parallel.topology import Topology, ring_width
-from llama_jax.planning.flops import device_bytes, hbm_bytes, kernel_flops, traced_flops
+from llama_jax.planning.flops import device_bytes, hbm_bytes, kernel_flops, kernels, moved_bytes, traced_flops
 from llama_jax.planning.hlo import Collective, Module, mesh_axes
 from llama_jax.planning.programs import Program
 
@@ -24,7 +24,8 @@ KERNEL_EFFICIENCY = 0.5
 ASSUMPTIONS = (
     "compiled, not run: the program is the TPU compiler's, no TPU took part",
     "fusions take the cycles that the compiler schedules for them, at peak / (operations a cycle) as the clock",
-    f"attention kernels reach {KERNEL_EFFICIENCY:.0%} of the peak on the tiles that they visit",
+    f"attention kernels reach {KERNEL_EFFICIENCY:.0%} of the peak on the tiles that they visit; those of decoding read all of "
+    "the cache, filled or not, as fast as memory can be read",
     "collectives move at the speed of the links that their devices span (two a closed dimension, one an open one); those "
     "that run beside arithmetic cost nothing until they outlast it",
     "input, checkpoints and failures cost nothing",
@@ -169,7 +170,11 @@ def make_plan(
 
     fusions = sum(i.cycles * count for i, count in module if i.computation not in module.fused) / chip.clock
     peak_device = chip.peak / chip.devices
-    kernel = kernel_flops(module) / peak_device / KERNEL_EFFICIENCY
+    bandwidth = chip.hbm_bandwidth / chip.devices
+    kernel = sum(
+        count * max(flops / peak_device / KERNEL_EFFICIENCY, moved_bytes(module, instruction) / bandwidth)
+        for instruction, flops, count in kernels(module)
+    )
     traffic = tuple(_priced(collective, topology, mesh) for collective in module.collectives())
     exposed = sum(part.seconds for part in traffic if not part.overlapped)
     hidden = sum(part.seconds for part in traffic if part.overlapped)

@@ -11,6 +11,7 @@ from llama_jax.planning.hlo import Instruction, Module
 
 # Matrix products of one visit of a tile, by kernel: scores and out; scores, d_scores and dq; those two with dk and dv.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # of which operand writes a part of the first one
 _SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all",
            "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
 
@@ -51,27 +52,42 @@ def _inner(parameters: dict[str, Any]) -> list[Any]:
 
 
 def kernel_flops(module: Module) -> int:
-    """Operations of the splash-attention kernels, of one device: the tiles that they visit, masked halves included."""
+    """Operations of the attention kernels, of one device: the tiles that they visit, masked halves included."""
     return sum(count * flops for _, flops, count in kernels(module))
 
 
 def kernels(module: Module) -> list[tuple[Instruction, int, int]]:
-    """(instruction, operations of one execution, executions a step) of every splash-attention kernel."""
+    """(instruction, operations of one execution, executions a step) of every attention kernel."""
     found = []
     for instruction, count in module:
-        if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.attributes:
-            continue
-        kind = next((kind for kind in _KERNEL_PRODUCTS if instruction.name.startswith(kind)), None)
-        if kind is None:
-            raise ValueError(f"kernel {instruction.name}: its operations are not known")
-        # The query [..., H, T, E] and the key [..., K, S, E]; the compiler leaves out batches of one.
-        operands = (module.operand(instruction, i) for i in range(len(instruction.operands)))
-        shapes = [a.shape for o in operands if o is not None for a in o.arrays[:1] if a.dtype in ("bf16", "f32")]
-        (*B, H, T, E), (*_, S, _) = shapes[:2]
-        tiles = S // _key_block(instruction)
-        visited = (tiles + 1) / (2 * tiles) if "causal_tiles" in instruction.op_name else 1.0
-        found.append((instruction, round(_KERNEL_PRODUCTS[kind] * 2 * math.prod(B) * H * T * S * E * visited), count))
+        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+            flops = _paged_flops if instruction.name.startswith("paged_attention") else _splash_flops
+            found.append((instruction, flops(module, instruction), count))
     return found
+
+
+def _arrays(module: Module, kernel: Instruction, *dtypes: str) -> list[tuple[int, ...]]:
+    """The shapes of a kernel's operands of some types; the compiler leaves out batches of one."""
+    operands = (module.operand(kernel, i) for i in range(len(kernel.operands)))
+    return [a.shape for o in operands if o is not None for a in o.arrays[:1] if a.dtype in dtypes]
+
+
+def _splash_flops(module: Module, kernel: Instruction) -> int:
+    kind = next((kind for kind in _KERNEL_PRODUCTS if kernel.name.startswith(kind)), None)
+    if kind is None:
+        raise ValueError(f"kernel {kernel.name}: its operations are not known")
+    (*B, H, T, E), (*_, S, _) = _arrays(module, kernel, "bf16", "f32")[:2]  # query [..., H, T, E], key [..., K, S, E]
+    tiles = S // _key_block(kernel)
+    visited = (tiles + 1) / (2 * tiles) if "causal_tiles" in kernel.op_name else 1.0
+    return round(_KERNEL_PRODUCTS[kind] * 2 * math.prod(B) * H * T * S * E * visited)
+
+
+def _paged_flops(module: Module, kernel: Instruction) -> int:
+    """Scores and out of one query a row over all slots of its cache, filled or not."""
+    lengths = _arrays(module, kernel, "s32")[0]  # one for each pair of row and key-value head, [B K]
+    query, keys = _arrays(module, kernel, "bf16", "f32")[:2]  # [B K, H / K, ...], E and [B K pages, slots of a page, E]
+    shared = math.prod(query) // query[-1] // math.prod(lengths)  # query heads of a key-value head
+    return 2 * 2 * shared * math.prod(keys)
 
 
 def _key_block(kernel: Instruction) -> int:
@@ -93,17 +109,18 @@ def hbm_bytes(module: Module) -> int:
     for instruction, count in module:
         if instruction.computation in module.fused or instruction.opcode in _SILENT:
             continue
-        total += count * _moved(module, instruction)
+        total += count * moved_bytes(module, instruction)
     return total
 
 
-def _moved(module: Module, instruction: Instruction) -> int:
+def moved_bytes(module: Module, instruction: Instruction) -> int:
+    """Those of one execution of an instruction."""
     results = sum(array.bytes for array in instruction.arrays if array.in_hbm)
     inner = re.search(r"calls=%?([\w.\-]+)", instruction.attributes) if instruction.opcode == "fusion" else None
     body = module.computations.get(inner.group(1), {}) if inner else {instruction.name: instruction}
-    updates = [i for i in body.values() if i.opcode == "dynamic-update-slice"]
+    updates = [i for i in body.values() if i.opcode in _UPDATES]
     if updates:  # written in place
-        results = sum(_operand_bytes(module, update, 1) for update in updates)
+        results = sum(_operand_bytes(module, update, _UPDATES[update.opcode]) for update in updates)
     moved = results
     for index in range(len(instruction.operands)):
         operand = module.operand(instruction, index)

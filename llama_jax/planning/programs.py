@@ -110,7 +110,7 @@ def _slots_program(
     """The engine's decoding steps between two looks of the host, beside a group of prompts that wait for slots."""
     model, compute, N = model_of(config), config.compute, settings.new_tokens
     engine = answering(config.data.prompt_length, N, slots=settings.sampling_batch, mesh=mesh)
-    weights = _prepared(policy, config, specs, mesh)
+    length, group = engine.whole[-1]
 
     def of(batch: int, slots: int) -> device.Slots:
         make = functools.partial(device.empty_slots, model, batch=batch, slots=slots, dtype=compute.activation_dtype)
@@ -120,14 +120,16 @@ def _slots_program(
             device.shardings(shapes, mesh),
         )  # fmt: skip
 
-    slots = of(engine.slots, round_up(engine.max_length))
-    length, group = engine.whole[-1]
-    decode, whole = device.programs(model, compute, engine, mesh).decode, engine.max_length
+    with jax.set_mesh(mesh):  # a TPU has a layout of its own
+        weights, prompts = _prepared(policy, config, specs, mesh), of(group, length).cache
+        slots = of(engine.slots, round_up(engine.max_length))
+        decode = device.programs(model, compute, engine, mesh).decode
+    whole = engine.max_length
     flops = (flops * engine.steps // whole for flops in _flops(config, engine.slots, whole, "lm_head", backward=False))
     return Program(
         f"rollout, {engine.slots} slots", functools.partial(decode.trace, weights, slots, np.int32(engine.steps), np.int32(0)),
         mesh, engine.slots, engine.slots * engine.steps, *flops, {"weights": weights, "slots": slots},
-        {"parameters": policy, "prompts": of(group, length).cache, **others}, trips=engine.steps,
+        {"parameters": policy, "prompts": prompts, **others}, trips=engine.steps,
     )  # fmt: skip
 
 
