@@ -9,11 +9,14 @@ Thin, over functions that can be called alone: `interop.formats.open_source`, `i
 `sampling.generate`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +30,12 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params, load_prepared
 from llama_jax.interop.source import require_language_model
+from llama_jax.interop.storage import DTYPES
 from llama_jax.interop.tokenizer_files import check_vocabulary
 from llama_jax.model import decode, heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import Prepared
-from llama_jax.model.params import Head, Params, table
+from llama_jax.model.params import Head, Params, count, table
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import DECODE, batch_shards, is_spec, layout
 from llama_jax.parallel.host import device_memory
@@ -40,11 +44,14 @@ from llama_jax.reward.ranking import last_token_scores
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.generate import Samples, generate, make_sampler
 
+_T = TypeVar("_T")
+Each = _T | Sequence[_T]  # one for all prompts, or one for each
+
 _SHORTEST = 16  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
 _ROWS = 16  # prompts that are answered together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model.
 
@@ -56,14 +63,23 @@ class Model:
       weights: those of a model that was loaded for generation alone, as `model.decode.prepare` makes them.
     """
 
-    params: Params = dataclasses.field(repr=False)
+    params: Params
     config: ModelConfig
     head: Head
     tokenizer: Tokenizer | None
     compute: Compute
     mesh: Mesh
     path: str
-    weights: Prepared | None = dataclasses.field(default=None, repr=False)
+    weights: Prepared | None = None
+
+    def __repr__(self) -> str:
+        kind = "language model" if self.head == "lm_head" else "reward model"
+        specs = table(self.config, head=self.head)
+        words = "no tokenizer" if self.tokenizer is None else f"{self.tokenizer.vocab_size:,} pieces"
+        return (
+            f"Model({self.path!r}: {kind} {self.config.name}, {count(specs):,} parameters, context {self.config.max_length:,}, "
+            f"{words}, {self.mesh.size} devices)"
+        )
 
     def logits(self, tokens: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
         """Next-token logits of full rows; each shape [B, T] is compiled once. # int [B, T] -> float32 [B, T, V]"""
@@ -76,15 +92,18 @@ class Model:
         return self._forward(_scores, self._tokens(tokens))
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, stop: Sequence[str] = (),
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: Each[float] = 0.0,
+        top_k: Each[int] = 0, top_p: Each[float] = 1.0, min_p: Each[float] = 0.0, repetition_penalty: Each[float] = 1.0,
+        seed: Each[int] = 0, stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
         """Continuations of texts (or of token ids), without the prompts; each ends at EOS, after `max_tokens`, or before the
         first of the texts `stop` in it.
 
         A space between the prompt and what continues it belongs to the continuation, so that the two can be joined.
-        Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. What row i draws depends on (seed, i)
-        alone. Much longer prompts or continuations and more prompts may compile a program; other settings do not.
+        Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. They and the seed are numbers, or lists with
+        one for each prompt. What prompt i draws depends on (seed, i) alone; with a seed of its own, on that alone, as if it
+        were the only prompt. Much longer prompts or continuations and more prompts may compile a program; other settings do
+        not.
 
         Raises:
           ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
@@ -94,12 +113,14 @@ class Model:
             raise TypeError("prompts: expected a list of texts, got one text")
         if isinstance(stop, str) or not all(stop):
             raise ValueError(f"stop: expected a list of texts that are not empty, got {stop!r}")
-        ids = [
-            words.encode(prompt, bos=words.adds_bos) if isinstance(prompt, str) else [int(token) for token in prompt]
-            for prompt in prompts
-        ]
-        choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
-        responses = self.respond(ids, choice, max_tokens=max_tokens, seed=seed)
+        ids = [_ids(prompt, row, words) for row, prompt in enumerate(prompts)]
+        settings = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        columns = [_each(name, value, len(ids)) for name, value in settings.items()]
+        choices = [Choice(*row) for row in zip(*columns, strict=True)]
+        responses = self.respond(ids, choices, max_tokens=max_tokens, seed=seed)
         texts = [
             continuation(_ended(response, words), words, after=prompt)
             for prompt, response in zip(ids, responses, strict=True)
@@ -107,16 +128,20 @@ class Model:
         return [text[: min((text.find(end) for end in stop if end in text), default=len(text))] for text in texts]
 
     def respond(
-        self, prompts: Sequence[Sequence[int]], choice: Choice, *, max_tokens: int, seed: int = 0
+        self, prompts: Sequence[Sequence[int]], choice: Each[Choice], *, max_tokens: int, seed: Each[int] = 0
     ) -> list[list[int]]:
         """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn."""
         self._require("lm_head")
-        choice = choice.check().arrays()
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+        rows = [one.check().arrays() for one in _each("choice", choice, len(prompts))]
+        seeds = [_seed(one) for one in _each("seed", seed, len(prompts))]
+        if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
+            raise ValueError(f"max_tokens: expected an integer of at least 1, got {max_tokens!r}")
         if not prompts:
             return []
-        room = self.config.max_length - max_tokens
+        room = self.config.max_length - int(max_tokens)
+        if room < 1:
+            most = self.config.max_length - 1
+            raise ValueError(f"max_tokens: expected at most {most}, since the context also holds a prompt, got {max_tokens}")
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= room:
                 raise ValueError(
@@ -130,13 +155,14 @@ class Model:
         shards = batch_shards(self.mesh)
         most = min(_bucket(max_tokens, _SHORTEST), self.config.max_length)
         sampler = functools.partial(
-            _sampler(self.config, self.compute, self._words().stop_ids, most), choice=choice, limit=np.int32(max_tokens)
+            _sampler(self.config, self.compute, self._words().stop_ids, most), limit=np.int32(max_tokens)
         )
         with jax.set_mesh(self.mesh):
             return generate(
                 sampler, self.prepared(), prompts,
                 prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
-                batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards, seed=seed,
+                batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards,
+                seed=seeds if _is_many(seed) else seeds[0], choice=jax.tree.map(lambda *column: np.stack(column), *rows),
             )  # fmt: skip
 
     def chat(
@@ -149,7 +175,7 @@ class Model:
           ValueError: messages that are no dialog ending with the user, or that do not fit the context with the answer.
         """
         words = self._require("lm_head") or self._words()
-        ids = encode_chat(messages, words)
+        ids = encode_chat(messages, words, where="chat")
         (response,) = self.respond([ids], Choice(temperature, top_p=top_p), max_tokens=max_tokens, seed=seed)
         return decode_response(response, words)[0]
 
@@ -175,7 +201,10 @@ class Model:
         return self.tokenizer
 
     def _tokens(self, tokens: jax.Array | Sequence[Sequence[int]]) -> np.ndarray:
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("tokens: expected integers [B, T], got rows of different lengths") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -209,6 +238,7 @@ def load(
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong with the files.
     """
+    dtype = _dtype(dtype)
     source = open_source(path)
     if dtype == "int8":
         require_language_model(source)
@@ -248,6 +278,45 @@ def parts_of_matrices(config: ModelConfig, *, head: Head, itemsize: int, devices
     split = (devices, config.heads, config.ffn, config.vocab_size)
     possible = [parts for parts in range(1, devices + 1) if not any(count % parts for count in split)]
     return next((parts for parts in possible if size / parts <= memory / 2), possible[-1])
+
+
+def _dtype(given: Any) -> str:
+    """The name of a `dtype` of `load`; ValueError for what parameters are not held in."""
+    possible = (*DTYPES, "compute", "int8")
+    name = given
+    if not isinstance(given, str):
+        with contextlib.suppress(TypeError):
+            name = jnp.dtype(given).name
+    if name not in possible:
+        raise ValueError(f"dtype: expected one of {', '.join(possible)}, got {given!r}")
+    return name
+
+
+def _is_many(setting: Any) -> bool:
+    return isinstance(setting, Sequence | np.ndarray) and not isinstance(setting, str)
+
+
+def _each(name: str, setting: Any, prompts: int) -> list[Any]:
+    """A setting of each of so many prompts."""
+    values = list(setting) if _is_many(setting) else [setting] * prompts
+    if len(values) != prompts:
+        raise ValueError(f"{name}: expected one for all prompts or one for each of {prompts}, got {len(values)}")
+    return values
+
+
+def _seed(seed: Any) -> int:
+    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    return int(seed)
+
+
+def _ids(prompt: Any, row: int, words: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return words.encode(prompt, bos=words.adds_bos)
+    tokens = np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt
+    if not _is_many(tokens) or not all(isinstance(token, numbers.Integral) for token in tokens):
+        raise TypeError(f"prompt {row}: expected a text or a list of ids, got {prompt!r}")
+    return [int(token) for token in tokens]
 
 
 def _bucket(size: int, least: int) -> int:

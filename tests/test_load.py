@@ -110,6 +110,14 @@ def test_generate_and_chat_are_the_samplers(workdir):
     longer = model.generate(prompts, max_tokens=16, temperature=1.0)
     assert shorter != longer and all(b.startswith(a) for a, b in zip(shorter, longer, strict=True))
     assert pretrained._sampler(MODEL, FLOAT32, (2,), 16)._cache_size() == programs
+    # Each prompt may have its own settings, in whatever batches; its own seed makes it draw as if it were alone.
+    many = [*prompts] * 6  # more than are answered together
+    settings = {"temperature": [0.0, 1.0, 0.7] * 6, "top_p": [1.0, 0.9, 0.8] * 6, "seed": list(range(18))}
+    mixed = model.generate(many, max_tokens=10, **settings)
+    assert mixed[:1] == greedy[:1] and len(set(mixed[1::3])) > 1
+    for i in (1, 17):
+        own = {name: values[i] for name, values in settings.items()}
+        assert model.generate(many[i : i + 1], max_tokens=10, **own) == mixed[i : i + 1]
     end = greedy[0][3:5]
     cut = model.generate(prompts, max_tokens=10, stop=["no such text", end])
     assert cut == [text.partition(end)[0] for text in greedy] != greedy
@@ -232,8 +240,35 @@ def test_errors_are_sentences(workdir, root):
         model.generate("the loop")
     with pytest.raises(ValueError, match="top_p: expected above 0 and at most 1, got 2"):
         model.generate(["x"], top_p=2.0)
-    with pytest.raises(ValueError, match="max_tokens: expected at least 1"):
-        model.generate(["x"], max_tokens=0)
+    for settings, words in (
+        ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1, got 0"),
+        ({"max_tokens": 2.5}, "max_tokens: expected an integer of at least 1, got 2.5"),
+        ({"max_tokens": 500}, "max_tokens: expected at most 127, since the context also holds a prompt, got 500"),
+        ({"temperature": "hot"}, "temperature: expected at least 0, got 'hot'"),
+        ({"top_k": [1, 2]}, "top_k: expected one for all prompts or one for each of 1, got 2"),
+        ({"seed": 2**63}, "seed: expected an integer of 64 bits, got 9223372036854775808"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            model.generate(["x"], **settings)
+    for prompt in (None, ["a"]):
+        with pytest.raises(TypeError, match="prompt 1: expected a text or a list of ids, got "):
+            model.generate(["x", prompt])
+    with pytest.raises(ValueError, match="tokens: expected integers .B, T., got rows of different lengths"):
+        model.logits([[5, 6], [7]])
+    for dtype in ("float64", "int4", None):  # none of which would be held as it says
+        with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, compute, int8, got"):
+            llama_jax.load(workdir, dtype=dtype)
+    for place, words in (
+        ("meta-llama/Llama-2-7b-hf", "downloaded first: hf download meta-llama/Llama-2-7b-hf --local-dir"),
+        ("s3://bucket/run", "^s3://bucket/run: expected a local path, or gs://"),
+        (root / "none", "none: no such file or directory$"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            llama_jax.load(place)
+    parameters = f"{params.count(params.table(MODEL, head='lm_head')):,}"
+    assert repr(model) == (
+        f"Model({str(workdir)!r}: language model small, {parameters} parameters, context 128, 320 pieces, 1 devices)"
+    )
     with pytest.raises(ValueError, match="expected the last one from the user"):
         model.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     with pytest.raises(ValueError, match="this is a language model"):

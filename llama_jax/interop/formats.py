@@ -22,6 +22,8 @@ def open_source(path: str | os.PathLike) -> Source:
       FileNotFoundError: nothing is there, or nothing that is one of the formats.
       ValueError: it is damaged, or of another architecture.
     """
+    if "://" in str(path) and not is_remote(path):
+        raise ValueError(f"{path}: expected a local path, or gs://bucket/workdir of a stage")
     check_bucket(path)
     found = place(path)
     if not found.exists() and str(path) in PACKAGED:
@@ -36,7 +38,9 @@ def open_source(path: str | os.PathLike) -> Source:
             return gguf.open_source(found)
         raise ValueError(f"{found}: expected a directory of weights or a .gguf file")
     if not found.is_dir():
-        raise FileNotFoundError(f"{found}: no such file or directory")
+        hub = f"; a model of the Hugging Face hub is downloaded first: hf download {found} --local-dir=DIRECTORY"
+        is_name = len(found.parts) == 2 and not found.is_absolute() and not found.parent.exists()
+        raise FileNotFoundError(f"{found}: no such file or directory{hub if is_name else ''}")
     if (found / meta.PARAMS).is_file():
         return meta.open_source(found)
     if (found / huggingface.CONFIG).is_file():

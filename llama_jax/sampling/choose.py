@@ -4,6 +4,7 @@ The paper samples with temperature and nucleus (section 3.2.3; reference `genera
 language models expect. Each row has settings of its own, as arrays: one compiled program serves all of them.
 """
 
+import numbers
 from collections.abc import Callable
 
 import flax.struct
@@ -34,14 +35,15 @@ class Choice:
     def check(self) -> "Choice":
         """Itself, if the settings (of one request, on the host) make sense; ValueError with field and range otherwise."""
         for name, fine, expected in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", 0 <= self.top_k < 2**31 and self.top_k == int(self.top_k), f"an integer in 0..{2**31 - 1}"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("temperature", lambda x: x >= 0, "at least 0"),
+            ("top_k", lambda x: 0 <= x < 2**31 and x == int(x), f"an integer in 0..{2**31 - 1}"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
+            ("repetition_penalty", lambda x: x > 0, "above 0"),
         ):
-            if not fine or not abs(getattr(self, name)) <= _LARGEST:  # nor NaN
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not fine(value) or not abs(value) <= _LARGEST:  # nor NaN
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         return self
 
     def arrays(self) -> "Choice":

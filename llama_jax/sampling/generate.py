@@ -6,6 +6,7 @@ every row's first token stands in slot 0 of the cache.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -58,8 +59,13 @@ def mark_seen(seen: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array
     return jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(seen, jnp.where(valid, tokens, V))
 
 
-def row_keys(seed: int, indices: Sequence[int]) -> jax.Array:
-    """One key for each row, from its index in the whole job: batching does not change what is drawn. # [B]"""
+def row_keys(seed: int | Sequence[int], indices: Sequence[int]) -> jax.Array:
+    """One key for each row, from its index in the whole job: batching does not change what is drawn. # [B]
+
+    Rows with seeds of their own have the keys of the first row of a job with that seed.
+    """
+    if isinstance(seed, Sequence):
+        return jnp.stack([jax.random.fold_in(jax.random.key(seed[i]), 0) for i in indices])
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices, jnp.uint32))
 
 
@@ -138,22 +144,22 @@ def _on_every_host(mesh: Mesh) -> Callable[[Samples], Samples]:
 
 def generate(
     sampler: Callable[..., Samples], params: Params | Prepared, prompts: Sequence[Sequence[int]], *, prompt_length: int,
-    batch_size: int, seed: int, progress: Callable[[int], None] | None = None,
+    batch_size: int, seed: int | Sequence[int], choice: Choice | None = None, progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Responses (ids, with EOS where it was drawn) to any number of prompts, in batches of one shape.
 
-    Row i's draws depend on (seed, i) only. The last batch is filled with copies of its first prompt. Prompts of similar
-    length are not grouped: `prompt_length` is one shape for all, so that nothing is compiled twice. On several hosts every one
-    calls this with the same arguments and gets all responses.
+    Row i's draws depend on (seed, i) only, or on its own of several seeds; `choice` has an entry for each row. The last batch
+    is filled with copies of its first prompt. Prompts of similar length are not grouped: `prompt_length` is one shape for all,
+    so that nothing is compiled twice. On several hosts every one calls this with the same arguments and gets all responses.
     """
     mesh = jax.sharding.get_mesh()
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        filled = part + part[:1] * (batch_size - len(part))
-        tokens, valid = pad_left(filled, prompt_length)
-        keys = row_keys(seed, range(start, start + batch_size))
-        drawn = sampler(params, tokens, valid, keys)
+        rows = [start + row if row < len(part) else start for row in range(batch_size)]
+        tokens, valid = pad_left([prompts[row] for row in rows], prompt_length)
+        own = {} if choice is None else {"choice": jax.tree.map(operator.itemgetter(rows), choice)}
+        drawn = sampler(params, tokens, valid, row_keys(seed, rows), **own)
         samples = jax.device_get(_on_every_host(mesh)(drawn) if jax.process_count() > 1 else drawn)
         for row in range(len(part)):
             responses.append(samples.tokens[row][samples.mask[row]].tolist())
