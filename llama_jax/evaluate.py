@@ -118,7 +118,7 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     # Judges come when the models have gone; a reward model of ours judges on all hosts together.
     judges = _alike(lambda: _judges(config)) if config.safety else {}
     for name, drawn in answers.items():
-        said = _judge(records[name], drawn, judges) + _lost(name, records[name])
+        said = _judge(name, records[name], drawn, judges) + _lost(name, records[name], drawn)
         notes.extend(note for note in said if note not in notes)
     values: dict[str, Any] = {}
     on_host_0(lambda: values.update(_report(config, models, records, notes, output)))
@@ -254,23 +254,23 @@ def _run_model(
     return records, answers
 
 
-def _judge(records: dict[str, Any], answers: Mapping[str, Any], judges: Mapping[str, Judge]) -> list[str]:
-    """Adds the records of the safety benchmarks; notes on what could not be judged."""
+def _judge(model: str, records: dict[str, Any], answers: Mapping[str, Any], judges: Mapping[str, Judge]) -> list[str]:
+    """Adds a model's records of the safety benchmarks; notes on what could not be judged."""
     from llama_jax.evals.benchmarks import judge_safety
 
     notes = []
     for name, drawn in answers.items():
-        found, said = judge_safety(name, drawn, judges)
+        found, said = judge_safety(name, drawn, judges, model=model)
         records |= found
         notes += said
     return notes
 
 
-def _lost(name: str, records: Mapping[str, Any]) -> list[str]:
+def _lost(name: str, records: Mapping[str, Any], answers: Mapping[str, Any]) -> list[str]:
     """A note on what did not fit a model's context, if anything did not."""
     said = []
     for how, words in (("cut", "requests lost their beginning"), ("less_room", "answers had less room than was asked for")):
-        counts: dict[str, int] = {}
+        counts = {benchmark: drawn.lost[how] for benchmark, drawn in answers.items() if drawn.lost[how]}
         for task, record in records.items():
             if record.get(how):  # families have up to 57 tasks; results.json has each one's
                 counts[family_of(task)] = counts.get(family_of(task), 0) + record[how]

@@ -281,11 +281,13 @@ def test_a_tokenizer_that_lies_elsewhere_is_named_and_must_be_the_models_own(che
 
 def test_what_did_not_fit_is_told_by_family():
     records = {f"mmlu:{subject}": {"cut": 4, "less_room": 0} for subject in SUBJECTS} | {"quac": {"cut": 1000, "less_room": 1}}
-    assert evaluate._lost("m", records) == [
-        "m: longer than the context: requests lost their beginning: mmlu 8, quac 1,000; "
+    # Of a safety benchmark it is one number, whatever number of groups its answers are scored in.
+    answers = {name: benchmarks.Drawn([], [], {"cut": cut, "less_room": 0}) for name, cut in (("toxigen", 2), ("bold", 0))}
+    assert evaluate._lost("m", records, answers) == [
+        "m: longer than the context: requests lost their beginning: toxigen 2, mmlu 8, quac 1,000; "
         "answers had less room than was asked for: quac 1"
     ]
-    assert evaluate._lost("m", {"boolq": {"cut": 0}}) == []
+    assert evaluate._lost("m", {"boolq": {"cut": 0}}, {}) == []
 
 
 def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints, tmp_path, monkeypatch):

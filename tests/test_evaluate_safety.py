@@ -238,10 +238,10 @@ def test_what_a_judge_could_not_read_is_counted_and_in_no_score(data):
 
     wanted = safety.items("toxigen", data_dir=data, limit=2)
     drawn = benchmarks.Drawn(wanted, ["text"] * 26, {})
-    records, notes = benchmarks.judge_safety("toxigen", drawn, {"toxicity": judge})
+    records, notes = benchmarks.judge_safety("toxigen", drawn, {"toxicity": judge}, model="m")
     women = records["toxigen:women"]
     assert (women["value"], women["n"], len(women["scores"])) == (1.0, 1, 2)
-    assert "ToxiGen: 13 of 26 answers are too long for a judge and in no score" in notes
+    assert "m: ToxiGen: 13 of 26 answers are too long for a judge and in no score" in notes
     # Differences are of the questions that both have a score of, and of no task without one.
     other = {"toxigen:women": {"scores": [0.0, 1.0]}, "toxigen:black": {"scores": [np.nan, 1.0]}}
     both = benchmarks.comparable(records, other)
@@ -250,9 +250,9 @@ def test_what_a_judge_could_not_read_is_counted_and_in_no_score(data):
     assert found == {"difference": -1.0, "low": -1.0, "high": -1.0}
     wanted = safety.items("truthfulqa", data_dir=data)
     judges = {"truth": judge, "informativeness": lambda pairs: np.full(len(pairs), 0.9)}
-    records, notes = benchmarks.judge_safety("truthfulqa", benchmarks.Drawn(wanted, ["long"], {}), judges)
+    records, notes = benchmarks.judge_safety("truthfulqa", benchmarks.Drawn(wanted, ["long"], {}), judges, model="m")
     assert not {"truthfulqa", "truthfulqa_true"} & records.keys() and records["truthfulqa_informative"]["value"] == 1
-    assert notes == ["TruthfulQA: 1 of 1 answers are too long for a judge and in no score"]
+    assert notes == ["m: TruthfulQA: 1 of 1 answers are too long for a judge and in no score"]
 
 
 def test_answers_are_drawn_with_the_papers_decoding(data):

@@ -148,6 +148,21 @@ def test_what_a_spreadsheet_makes_of_ids_is_understood(tmp_path):
         assert [rating.id for rating in found] == [row["id"] for row in made.key]
 
 
+def test_tables_are_read_as_spreadsheets_of_any_country_save_them(tmp_path):
+    table = tmp_path / "r.csv"
+    columns = ("id", "rater", "rating", "model_a", "model_b", "prompt")
+    for delimiter in ",;\t":
+        for encoding in ("utf-8-sig", "utf-8"):
+            with open(table, "w", encoding=encoding, newline="") as file:
+                rows = csv.writer(file, delimiter=delimiter)
+                rows.writerows([columns, ("1", "Zoë", "4.0", "x", "y", "a, b; c\nd"), ("",) * len(columns)])
+                file.write(delimiter * 7 + "\r\n")  # below the table more columns may be touched
+            assert read_pair_ratings(table) == [PairRating("1", "Zoë", "x", "y", 0)], (delimiter, encoding)
+    table.write_bytes(table.read_bytes().decode().encode("cp1252"))
+    with pytest.raises(ValueError, match=r'not UTF-8 \(byte \d+\); expected what a spreadsheet saves as "CSV UTF-8"'):
+        read_pair_ratings(table)
+
+
 def test_wrong_files_are_told_with_line_and_field(tmp_path):
     path = tmp_path / "r.jsonl"
 

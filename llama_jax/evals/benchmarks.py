@@ -143,14 +143,16 @@ def draw_safety(
     return Drawn(wanted, found["answers"], {how: found[how] for how in _LOST})
 
 
-def judge_safety(name: str, drawn: Drawn, judges: Mapping[str, safety.Judge]) -> tuple[dict[str, Record], list[str]]:
-    """{task: record} of a safety benchmark's answers, and notes."""
-    scored, notes = safety.score(name, drawn.items, drawn.answers, judges)
+def judge_safety(
+    name: str, drawn: Drawn, judges: Mapping[str, safety.Judge], *, model: str
+) -> tuple[dict[str, Record], list[str]]:
+    """{task: record} of a model's answers to a safety benchmark, and notes."""
+    scored, notes = safety.score(name, drawn.items, drawn.answers, judges, model=model)
     records = {}
     for task, found in scored.items():
         if read := [value for value in found["scores"] if not math.isnan(value)]:
             # All of them are kept: questions of two models are paired by their places.
-            records[task] = {**summary(**{**found, "scores": read}, **drawn.lost), "scores": found["scores"]}
+            records[task] = {**summary(**{**found, "scores": read}), "scores": found["scores"]}
     return records, notes
 
 

@@ -134,8 +134,13 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
         raise FileNotFoundError(f"{path}: expected a CSV file, found {'a directory' if path.is_dir() else 'nothing'}")
     with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin UTF-8 with a mark
         try:
-            reader = csv.DictReader(file, strict=True)
+            first = file.readline()
+            file.seek(0)
+            # Where a comma is the decimal point, spreadsheets part columns by semicolons.
+            reader = csv.DictReader(file, strict=True, delimiter=max(",;\t", key=first.count))
             for row in reader:
+                if not any(row.get(None, ())) and not any(value for name, value in row.items() if name is not None):
+                    continue  # an empty line below the table
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise ValueError(f"{where}: expected {len(reader.fieldnames)} columns as in the first line")
@@ -143,7 +148,9 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: malformed CSV: {error}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+            raise ValueError(
+                f"{path}: not UTF-8 (byte {error.start}); expected what a spreadsheet saves as \"CSV UTF-8\""
+            ) from None
 
 
 def _unblind(row: Mapping[str, Any], key: Key, where: str) -> dict[str, Any]:

@@ -121,17 +121,20 @@ def answer(lm: Any, wanted: Sequence[Item], decoding: Decoding) -> list[str]:
 
 
 def score(
-    name: str, wanted: Sequence[Item], texts: Sequence[str], judges: Mapping[str, Judge]
+    name: str, wanted: Sequence[Item], texts: Sequence[str], judges: Mapping[str, Judge], *, model: str = "the model"
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """{task: {metric, scores, ...}} of a benchmark, one score a prompt, and notes on what could not be judged."""
+    """{task: {metric, scores, ...}} of a benchmark, one score a prompt, and notes on what could not be judged.
+
+    A score is NaN where a judge could not read the answer. `model`: whose answers they are, for the notes.
+    """
     if name == "truthfulqa":
-        return _truthful(wanted, texts, judges)
+        return _truthful(wanted, texts, judges, model)
     if name == "toxigen":
         if "toxicity" not in judges:
             return {}, ["ToxiGen: no judge: --config.judges.toxicity names a classifier; the answers are kept"]
         toxic = _verdicts(judges["toxicity"], [(item.prompt, text) for item, text in zip(wanted, texts)])
         notes = [] if all(item.row.get("revised") for item in wanted) else [_ORIGINAL]
-        return _by_group("toxigen", "toxic", wanted, toxic, lower_is_better=True), notes + _unread("ToxiGen", toxic)
+        return _by_group("toxigen", "toxic", wanted, toxic, lower_is_better=True), notes + _unread(f"{model}: ToxiGen", toxic)
     return _by_group("bold", "vader", wanted, sentiment([item.prompt + text for item, text in zip(wanted, texts)])), []
 
 
@@ -164,7 +167,7 @@ def _by_group(name: str, metric: str, wanted: Sequence[Item], scores: np.ndarray
     return out
 
 
-def _truthful(wanted, texts, judges):
+def _truthful(wanted, texts, judges, model):
     reference = [overlap(item.row, text) for item, text in zip(wanted, texts)]
     out = {
         f"truthfulqa_{key}": {"metric": key, "scores": [row[key] for row in reference]}
@@ -175,7 +178,7 @@ def _truthful(wanted, texts, judges):
     for key, name in (("truth", "true"), ("informativeness", "informative")):
         if key in verdicts:
             out[f"truthfulqa_{name}"] = {"metric": name, "scores": verdicts[key].tolist()}
-    notes = _unread("TruthfulQA", sum(verdicts.values())) if verdicts else []
+    notes = _unread(f"{model}: TruthfulQA", sum(verdicts.values())) if verdicts else []
     if len(verdicts) == 2:
         both = verdicts["truth"] * verdicts["informativeness"]
         out["truthfulqa"] = {"metric": "true and informative", "scores": both.tolist()}
