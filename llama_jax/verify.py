@@ -11,7 +11,8 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.paths import check_bucket, place
-from llama_jax.training.checkpoint import CheckpointError, damages, written_steps
+from llama_jax.training.checkpoint import written_steps
+from llama_jax.training.fingerprint import CheckpointError, damages
 from llama_jax.training.metrics import Progress
 
 

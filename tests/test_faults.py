@@ -32,16 +32,8 @@ from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.parallel.hosts import clocks
 from llama_jax.parallel.peers import Peers, Word, lost, places
-from llama_jax.training.checkpoint import (
-    CheckpointError,
-    damages,
-    fingerprints,
-    named,
-    read_meta,
-    restore_params,
-    sealed,
-    written_steps,
-)
+from llama_jax.training.checkpoint import named, read_meta, restore_params, written_steps
+from llama_jax.training.fingerprint import CheckpointError, damages, fingerprints, sealed
 from llama_jax.training.goodput import Goodput
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.metrics import read_metrics
@@ -415,7 +407,7 @@ def test_options_that_cannot_be():
 
 
 def word(silent=0.0, host=1, **status):
-    return Word({"count": 3, "name": f"machine-{host}", "pid": 7, "at": "step of step 12", **status}, silent)
+    return Word({"count": 3, "name": f"machine-{host}", "pid": 7, "at": "update of step 12", **status}, silent)
 
 
 def test_a_host_that_never_spoke_is_lost_and_one_that_took_leave_is_not(monkeypatch):
@@ -445,9 +437,9 @@ def test_the_host_to_blame_is_named():
     well = {0: word(host=0), 2: word(host=2)}
     assert lost(well, service_silent=1, me=1, limit=30) is None
     text = lost({**well, 3: word(31, host=3)}, service_silent=1, me=1, limit=30)
-    assert text == "host 3 (machine-3, pid 7) has been silent for 31 s, last heard of in step of step 12"
+    assert text == "host 3 (machine-3, pid 7) has been silent for 31 s, last heard of in update of step 12"
     text = lost({**well, 3: word(host=3, failed="no disk")}, service_silent=1, me=1, limit=30)
-    assert text == "host 3 (machine-3, pid 7) failed in step of step 12: no disk"
+    assert text == "host 3 (machine-3, pid 7) failed in update of step 12: no disk"
     text = lost(well, service_silent=31, me=1, limit=30)
     assert text == "host 0 (machine-0, pid 7), the coordinator, has not answered for 31 s"
     failed = {1: word(2, failed="no disk")}  # perhaps this host is about to say the same

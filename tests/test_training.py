@@ -20,7 +20,8 @@ from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.training import checkpoint, optimizer
-from llama_jax.training.checkpoint import CheckpointError, Checkpoints, fingerprints, newest_step, read_meta, restore_params
+from llama_jax.training.checkpoint import Checkpoints, newest_step, read_meta, restore_params
+from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import OptimConfig, clip_each_model, schedule

@@ -19,18 +19,8 @@ from llama_jax.model.config import ModelConfig
 from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
-from llama_jax.training.checkpoint import (
-    CONVERTED,
-    POLICY,
-    CheckpointError,
-    fingerprint_part,
-    instead,
-    named,
-    newest_step,
-    read_meta,
-    saved_parts,
-    sealed,
-)
+from llama_jax.training.checkpoint import POLICY, instead, named, newest_step, read_meta, saved_parts
+from llama_jax.training.fingerprint import CONVERTED, CheckpointError, fingerprint_part, sealed
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 

@@ -194,7 +194,7 @@ class _Run:
                 with self.compilations.of_step(step - first):
                     self.watchdog.at("batch", step)
                     batch, source_metrics = feed.batch(step, stage.whole(state.params))
-                    self.watchdog.at("step", step)
+                    self.watchdog.at("update", step)
                     if step == first:
                         self.compile_for_examples(state)
                     state, means = self.programs(state, batch, stage.frozen, self.schedule)
