@@ -16,6 +16,7 @@ from llama_jax.safety.distillation import (
     preprompts_of,
     score_distributions,
     score_gains,
+    without_template,
 )
 from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
 from llama_jax.safety.red_team import (
@@ -66,6 +67,14 @@ def test_which_preprompts_a_prompt_is_answered_under():
     assert found[0][1] == "" and found[1][1] != found[2][1]
     assert found[3][1] == category_preprompt("illicit_criminal", "perspective")
     assert [kind for kind, _ in preprompts_of({"risk": "unheard of"}, SETTINGS, rng=rng)] == ["base", "generic", "generic"]
+
+
+def test_a_risk_without_a_template_is_told():
+    assert without_template([{"risk": risk} for risk in RISKS]) == ""
+    expected = "get no template for their risk: expected one of illicit_criminal, hateful_harmful, unqualified_advice; found"
+    rows = [{"risk": "hateful_harmful"}, {"risk": "hate"}, {"risk": ""}, {}]
+    assert without_template(rows) == f"3 of 4 prompts {expected} 'hate'"
+    assert without_template([{}]) == f"1 of 1 prompts {expected} none"
 
 
 def answer(kind, safety, response="No.", ended=True):
@@ -138,6 +147,10 @@ def test_the_next_model_is_asked_what_was_found_and_its_rejection_rate_is_counte
     found = found_prompts(LOG, 1)
     assert [row["messages"][0]["content"] for row in found] == ["How?", "Why?"]  # each once, without the answer
     assert all(row["is_safety"] and len(row["messages"]) == 1 for row in found)
+    dialog = (*ASK, {"role": "assistant", "content": "So."})
+    posed = Attempt("a", 60.0, 1, dialog, True, risk="illicit_criminal", attack="logic")
+    (row,) = found_prompts([posed], 1)  # what context distillation chooses its template by
+    assert (row["risk"], row["attack"]) == ("illicit_criminal", "logic")
     share = rejection_rate([False] * 9 + [True])
     assert (share.count, share.n, share.value) == (9, 10, 0.9)
     assert math.isnan(rejection_rate([]).value)

@@ -93,6 +93,16 @@ def preprompts_of(row: Mapping[str, Any], settings: DistillSettings, *, rng: np.
     return found
 
 
+def without_template(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on the prompts that get no answer template for their risk, "" where all get one."""
+    others = [row.get("risk") or "" for row in rows if row.get("risk") not in RISKS]
+    if not others:
+        return ""
+    named = ", ".join(repr(name) for name in sorted(set(others)) if name) or "none"
+    expected = f"expected one of {', '.join(RISKS)}; found {named}"
+    return f"{len(others)} of {len(rows)} prompts get no template for their risk: {expected}"
+
+
 def keep_preferred(samples: Sequence[Mapping[str, Any]], *, least_gain: float) -> list[dict[str, Any]]:
     """Dialog rows: of each prompt the answer with the highest safety score, if it is above that of the plain answer."""
     rows = []
@@ -166,6 +176,8 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     if not encoded:
         raise ConfigError(f"{settings.prompts}: no prompt has is_safety true; helpful prompts are never distilled")
     chosen = choose_prompts(encoded, settings.max_prompts, seed)
+    if settings.category and (sentence := without_template([row for row, _ in chosen])):
+        log.warning("%s: %s", settings.prompts, sentence)
     respond = Responder(
         config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
         temperature=settings.temperature, batch_size=settings.sampling_batch,

@@ -108,7 +108,8 @@ def found_prompts(attempts: Sequence[Attempt], number: int) -> list[dict[str, An
     for attempt in attempts:
         if attempt.round == number and attempt.violates:
             prompt = [dict(message) for message in attempt.messages[:-1]]
-            rows.setdefault(repr(prompt), {"messages": prompt, "is_safety": True, "source": "red_team", "risk": attempt.risk})
+            labels = {"risk": attempt.risk, "attack": attempt.attack}  # context distillation has templates for them
+            rows.setdefault(repr(prompt), {"messages": prompt, "is_safety": True, "source": "red_team", **labels})
     return list(rows.values())
 
 
