@@ -323,13 +323,24 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ({"documents": {}, "weights": {}}, "weights: expected at least one source"),
         ({"documents": {"../x": []}, "weights": {"../x": 1.0}}, r"source '../x': expected letters"),
         ({"documents": {"books": [], "notes": []}}, "source 'books': 0 documents .* leave 0 to train on and 0 held out"),
-        ({"maximum": 10}, r"'books': 80 documents .* leave \d+ to train on and 0 held out \(of at most 10 bytes\)"),
+        ({"maximum": 10}, r"'books': 80 documents .* leave \d+ to train on and 0 held out \(held_out_maximum is 10 bytes\)"),
     ],
 )
 def test_a_corpus_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "out", **changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 0), ("block_length", 0), ("tokenizer_bytes", 0), ("shards", 0), ("total_tokens", -5),
+     ("max_bad_rows", -1), ("analysed_share", 0.0), ("analysed_share", 1.5)],
+)  # fmt: skip
+def test_settings_are_refused_before_a_document_is_read(field, value):
+    settings = {"vocab_size": 300, "block_length": 8, "held_out": HeldOut(0.1, 0, 10), "weights": {"a": 1.0}}
+    with pytest.raises(ValueError, match=f"^{field}: expected .* got {value}"):
+        Settings(**settings | {field: value})
 
 
 def test_a_corpus_is_never_changed_in_place(built):

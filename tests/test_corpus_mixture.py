@@ -54,6 +54,17 @@ def test_a_cap_that_cannot_be_met_plans_what_it_leaves_and_says_so():
     assert (nothing[0].planned_tokens, nothing[0].epochs) == (0, 0)
 
 
+def test_columns_are_as_wide_as_the_numbers_of_a_large_run():
+    sizes = {"encyclopedia_of_all_the_world": 3_000_000_000, "web": 2_000_000_000_000}
+    rows = plan({"encyclopedia_of_all_the_world": 0.1, "web": 0.9}, dict.fromkeys(sizes, 7_000_000_000), sizes,
+                sizes={name: 4 * size for name, size in sizes.items()}, total_tokens=40_000_000_000_000)  # fmt: skip
+    head, *lines = table(rows).splitlines()
+    assert [len(line.split()) for line in lines] == [7, 7]
+    for name in head.split()[1:-1]:  # every column ends below its head
+        end = head.index(name) + len(name)
+        assert all(line[end - 1] != " " and line[end] == " " for line in lines)
+
+
 def test_notices_name_what_is_beyond_the_usual():
     fine = {
         "documents_read": 100, "documents": 80, "filtered": 10, "duplicates": 5, "near_duplicates": 0, "bad_rows": 0,
@@ -61,6 +72,11 @@ def test_notices_name_what_is_beyond_the_usual():
     }  # fmt: skip
     share = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=2000)
     assert notices({"a": fine}, {"a": Profile()}, share) == []
+    weights = {"a": 7 / 10, "b": 1 / 10, "c": 2 / 10}
+    capped = plan(weights, dict.fromkeys(weights, 80), {"a": 3_074_595, "b": 514_845, "c": 353_025},
+                  total_tokens=10**8, max_epochs=4)  # fmt: skip
+    (said,) = notices({"a": fine}, {"a": Profile()}, capped)  # exactly 4 epochs are not beyond 4, whatever rounding makes of it
+    assert said == shortfall(capped)
     odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "bad_files": 2,
            "held_out_lines_seen": 0.2}  # fmt: skip
     profile = Profile(removed=Counter({("c4", "sentences"): 40, ("gopher", "words"): 10}))

@@ -190,6 +190,12 @@ def tfds_folder(directory: Path, examples: int) -> Path:
     return folder
 
 
+def test_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "joined.jsonl").write_bytes(b'{"text": "a"}\n\n{"text": "b"}\r\n \t\r\n{"text": 3}\n\n')
+    first, second, bad = read_file(str(tmp_path / "joined.jsonl"), "s")
+    assert (first.text, second.text, bad.where) == ("a", "b", f"{tmp_path / 'joined.jsonl'}:5")
+
+
 def test_packed_groups_of_an_array_record_are_unpacked_once(tmp_path):
     """Writers pack up to 65,536 records in a group: unpacked for each of them, the cost of a file was its square."""
     from array_record.python.array_record_module import ArrayRecordWriter

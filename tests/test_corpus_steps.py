@@ -286,7 +286,7 @@ def test_dense_documents_go_and_others_are_masked():
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="step 'langauge' is unknown; expected some of extract, normalise, language"):
         make_steps(["langauge"], CleanConfig())
-    for wrong in ({"extractor": "x"}, {"language_threshold": 0.0}, {"block_list": "/nowhere"}):
+    for wrong in ({"extractor": "x"}, {"language_threshold": 0.0}, {"block_list": "/nowhere"}, {"languages": ("English",)}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             CleanConfig(**wrong)
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.config import check_least
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.profile import ANALYSES, Profile, check_measures, in_sample
@@ -77,8 +78,11 @@ class Settings:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ValueError(f"max_epochs: expected a number above 0, got {self.max_epochs}")
-        if self.shards < 1:
-            raise ValueError(f"shards: expected at least 1, got {self.shards}")
+        check_least("", self, vocab_size=1, block_length=1, tokenizer_bytes=1, shards=1, max_bad_rows=0, max_bad_files=0)
+        if self.total_tokens is not None:
+            check_least("", self, total_tokens=1)
+        if not 0 < self.analysed_share <= 1:
+            raise ValueError(f"analysed_share: expected a share above 0 and up to 1, got {self.analysed_share}")
         if unknown := set(self.analyses) - set(ANALYSES):
             raise ValueError(f"analyses: expected some of {', '.join(ANALYSES)}, got {', '.join(sorted(unknown))}")
         check_measures(self.analyses, identities=self.identities, checkpoint=self.toxicity_checkpoint)

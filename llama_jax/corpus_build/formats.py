@@ -21,6 +21,8 @@ def format_of(name: str) -> str | None:
 def _jsonl(path: str) -> Rows:
     with open_binary(path) as file:
         for number, line in enumerate(file, start=1):
+            if line.isspace():  # as files that were joined have
+                continue
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)

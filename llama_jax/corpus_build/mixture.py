@@ -8,6 +8,8 @@ together hold too little for a run under that cap, the plan is as long as they l
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from llama_jax.corpus_build.tables import aligned
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -106,10 +108,9 @@ def shortfall(rows: Sequence[Share]) -> str | None:
 
 def table(rows: Sequence[Share]) -> str:
     """The plan as text; * marks a source that the cap on epochs holds down, and the last line says if all are."""
-    lines = [f"{'source':<16}{'documents':>10}{'MB':>9}{'tokens':>15}{'share':>8}{'planned':>17}{'epochs':>8}"]
+    lines = [["source", "documents", "MB", "tokens", "share", "planned", "epochs "]]
     for row in rows:
-        lines.append(
-            f"{row.source:<16}{row.documents:>10,}{row.bytes / 1e6:>9,.1f}{row.tokens:>15,}{row.share:>8.1%}"
-            f"{row.planned_tokens:>17,}{row.epochs:>8.2f}{'*' if row.capped else ''}"
-        )
-    return "\n".join([*lines, *filter(None, [shortfall(rows)])])
+        epochs = f"{row.epochs:,.2f}{'*' if row.capped else ' '}"
+        lines.append([row.source, f"{row.documents:,}", f"{row.bytes / 1e6:,.1f}", f"{row.tokens:,}", f"{row.share:.1%}",
+                      f"{row.planned_tokens:,}", epochs])  # fmt: skip
+    return "\n".join([aligned(lines), *filter(None, [shortfall(rows)])])

@@ -37,6 +37,6 @@ def notices(
     if short := shortfall(shares):
         found.append(short)
     for share in shares:
-        if share.epochs > EPOCHS:
+        if round(share.epochs, 1) > EPOCHS:  # as it is printed
             found.append(f"{share.source}: will be seen {share.epochs:.1f} times; beyond {EPOCHS:g} epochs little is learnt.")
     return found

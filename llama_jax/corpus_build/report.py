@@ -115,10 +115,10 @@ def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:
         "evaluated on, because they belong to a held-out one or because evaluation has enough.",
         html.stacks(fates, list(_FATES)),
         html.table(["source", "read", *shown], rows),
-        "<h3>Cut from documents that stay</h3>",
+        "<h3>Cut paragraphs and lines</h3>",
         html.table(
-            ["source", "leaking paragraphs", "evaluation paragraphs", "repeated paragraphs", "boilerplate lines", "text",
-             "held-out lines seen"],
+            ["source", "leaking paragraphs", "evaluation paragraphs", "repeated paragraphs", "boilerplate lines",
+             "text, whole documents too", "held-out lines seen"],
             cuts,
         ),
     )  # fmt: skip

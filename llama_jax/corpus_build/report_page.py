@@ -133,7 +133,8 @@ def histogram(
         y = height - bottom - share * (height - top - bottom)
         value = 10 ** (share * most) - 1 if log else share * most
         shapes.append(f'<line class="axis" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shapes.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
+        if log or value == int(value):  # there is no half a document
+            shapes.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
     for i, ((label, value), drawn) in enumerate(zip(bins, values, strict=True)):
         tall = drawn / most * (height - top - bottom)
         x = left + i * step

@@ -5,6 +5,7 @@ learns stays in the document's findings (`language`, `private`); what it leaves 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +33,9 @@ class CleanConfig:
             raise ValueError(f"extractor: expected resiliparse or trafilatura, got {self.extractor!r}")
         if self.page_characters < 1:
             raise ValueError(f"page_characters: expected at least 1, got {self.page_characters}")
+        for name in self.languages:
+            if name != language.UNKNOWN and not re.fullmatch("[a-z]{2,3}", name):
+                raise ValueError(f"languages: expected ISO 639 codes such as 'en', or {language.UNKNOWN!r}, got {name!r}")
         if not 0 < self.language_threshold <= 1:
             raise ValueError(f"language_threshold: expected a number between 0 and 1, got {self.language_threshold}")
         if self.block_list is not None and not Path(self.block_list).is_file():

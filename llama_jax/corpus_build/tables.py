@@ -1,6 +1,6 @@
 """The tables that a build prints: what became of the documents, and the mixture (corpus_build/mixture.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -14,9 +14,16 @@ def cleaning_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
     )  # fmt: skip
     # A column of nothing but zeros says nothing.
     shown = [(name, key) for name, key in columns if any(row[key] for row in counts.values())]
-    lines = [f"{'source':<16}" + "".join(f"{name:>10}" for name, _ in shown) + f"{'cut kB':>9}{'lines seen':>12}"]
+    rows = [["source", *(name for name, _ in shown), "cut kB", "lines seen"]]
     for source, row in counts.items():
         cut = sum(row[f"{kind}_bytes"] for kind in ("leaks", "evaluation", "repeats"))
-        numbers = "".join(f"{row[key]:>10,}" for _, key in shown)
-        lines.append(f"{source:<16}{numbers}{cut / 1000:>9,.0f}{row['held_out_lines_seen']:>12.1%}")
-    return "\n".join(lines)
+        numbers = [f"{row[key]:,}" for _, key in shown]
+        rows.append([source, *numbers, f"{cut / 1000:,.0f}", f"{row['held_out_lines_seen']:.1%}"])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in columns as wide as they need: names on the left, numbers, which end together."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

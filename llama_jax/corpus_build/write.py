@@ -149,7 +149,7 @@ def check_split(source: str, unique: int, train: int, held_out: int, settings: "
     if not train or not held_out:
         raise (ValueError if unique < 2 else SettingsError)(
             f"source {source!r}: {unique} documents without duplicates leave {train} to train on and {held_out} held out "
-            f"(of at most {settings.held_out.maximum_bytes:,} bytes); expected at least one each"
+            f"(held_out_maximum is {settings.held_out.maximum_bytes:,} bytes); expected at least one each"
         )
 
 
