@@ -56,7 +56,7 @@ PODS: dict[tuple[str, str, str], tuple[str, int, dict]] = {
     ("pretrain", "34b", "v5p-512"): ("dots", 2, {}),
     ("pretrain", "70b", "v5p-512"): ("attention", 1, {}),
     ("pretrain", "70b", "v6e-256"): ("full", 4, {}),
-    ("pretrain", "70b", "tpu7x-128"): ("attention", 2, {}),
+    ("pretrain", "70b", "tpu7x-256"): ("attention", 2, {}),
 }
 
 

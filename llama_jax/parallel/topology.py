@@ -48,8 +48,8 @@ CHIPS = {
         Chip("tpu7x", 2307e12, 7.380e12, 1.8e11, 3, 2.20e9, devices=2),
     )
 }
-# v4 and v5p slices are named after their cores (two a chip), the others after their chips.
-_CORES = {"v4": 2, "v5p": 2}
+# Slices of these are named after their cores (two a chip), the others after their chips.
+_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}
 _SHAPES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",

@@ -40,11 +40,11 @@ def as_text(plan: Plan, run: dict[str, float]) -> str:
     lines += [
         "",
         "arithmetic per chip and step (TFLOP)",
-        f"  {'model':12} {plan.model_flops_per_step / chips / 1e12:8.1f}"
-        f"   ({plan.full_attention_flops_per_step / chips / 1e12:.1f} with full attention)",
-        f"  {'executed':12} {plan.executed_flops_per_step / chips / 1e12:8.1f}"
+        f"  {'model':12} {_figure(plan.model_flops_per_step / chips / 1e12):>8}"
+        f"   ({_figure(plan.full_attention_flops_per_step / chips / 1e12)} with full attention)",
+        f"  {'executed':12} {_figure(plan.executed_flops_per_step / chips / 1e12):>8}"
         f"   ({plan.executed_flops_per_step / plan.model_flops_per_step - 1:+.0%}: recomputation, masked pairs)",
-        f"  memory traffic {plan.memory_traffic_bytes / 1e12:.2f} TB",
+        f"  memory traffic {_figure(plan.memory_traffic_bytes / 1e9)} GB",
         "",
         "communication per chip and step",
     ]
@@ -58,24 +58,31 @@ def as_text(plan: Plan, run: dict[str, float]) -> str:
     lines += [
         "",
         "time per step",
-        f"  fusions {plan.fusion_seconds:.3f} s + attention kernels {plan.kernel_seconds:.3f} s + exposed communication "
-        f"{plan.exposed_seconds:.3f} s = {plan.step_seconds:.3f} s (roofline {plan.roofline_seconds:.3f} s)",
-        f"  {plan.tokens_per_second_per_chip:.0f} tokens/s/chip, MFU {plan.mfu:.1%} "
+        f"  fusions {_figure(plan.fusion_seconds)} s + attention kernels {_figure(plan.kernel_seconds)} s "
+        f"+ exposed communication {_figure(plan.exposed_seconds)} s = {_figure(plan.step_seconds)} s "
+        f"(roofline {_figure(plan.roofline_seconds)} s)",
+        f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {plan.mfu:.1%} "
         f"({plan.mfu_full_attention:.1%} counting full attention)",
     ]
     if run:
-        lines += ["", f"for {run['tokens'] / 1e12:g}T tokens"]
-        lines.append(f"  {run['days']:.1f} days, {run['chip_hours']:,.0f} chip hours")
+        trillions = run["tokens"] / 1e12
+        lines += ["", f"for {trillions:g}T tokens" if trillions >= 0.1 else f"for {trillions * 1e3:g}B tokens"]
+        lines.append(f"  {_figure(run['days'])} days, {_figure(run['chip_hours'])} chip hours")
         if "dollars" in run:
-            lines.append(f"  {run['dollars']:,.0f} US dollars")
+            lines.append(f"  {_figure(run['dollars'])} US dollars")
         if "tco2eq" in run:
-            lines.append(f"  {run['tco2eq']:.1f} tCO2eq (the paper's Table 2: hours x watts x 1.1 x 0.385 t/MWh)")
+            lines.append(f"  {_figure(run['tco2eq'])} tCO2eq (the paper's Table 2: hours x watts x 1.1 x 0.385 t/MWh)")
     return "\n".join(lines)
 
 
 def assumptions() -> str:
     """What every estimate rests on."""
     return "\n".join(["assumed", *(f"  - {line}" for line in ASSUMPTIONS)])
+
+
+def _figure(value: float) -> str:
+    """Four digits that count, of a test's seconds as of a pod's months."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _verdict(plan: Plan) -> str:
