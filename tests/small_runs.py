@@ -39,37 +39,54 @@ def make_tokenizer(directory: Path) -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Tokenizer, dialogs, pairs, prompts, and the workdirs chat, helpfulness and safety of random models."""
+    """Tokenizer, files of rows, and the workdirs of random models: chat, brief, helpfulness, safety."""
     tokenizer = Tokenizer(make_tokenizer(directory))
     questions = [f"{a}{b}" for a in "abcdefgh" for b in "abcd"]
     write_jsonl(directory / "dialogs.jsonl", [{"prompt": q, "completion": "yes"} for q in questions])
     write_jsonl(directory / "pairs.jsonl", [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in questions])
+    write_jsonl(directory / "values.jsonl", [{"kind": "opening", "value": q} for q in questions[:3]])
     write_jsonl(directory / "prompts.jsonl", [
         {"messages": [{"role": "user", "content": q}], "is_safety": i % 3 == 0, "reference": "yes"}
         for i, q in enumerate(questions)
     ])  # fmt: skip
+    write_jsonl(directory / "adversarial.jsonl", [
+        {"messages": [{"role": "user", "content": q}], "is_safety": True, "risk": "illicit_criminal"} for q in questions
+    ])  # fmt: skip
     for seed, (name, head) in enumerate((("chat", "lm_head"), ("helpfulness", "reward_head"), ("safety", "reward_head"))):
         tree = jax.tree.map(lambda x: 2 * x, params.init(params.table(MODEL, head=head), jax.random.key(seed)))
         ours.write(directory / name, tree, MODEL, tokenizer=tokenizer.fingerprint, origin={})
+        if name == "chat":  # its logits of EOS are larger, whether above zero or below: half of its answers end soon
+            tree["lm_head"]["kernel"] = tree["lm_head"]["kernel"].at[:, tokenizer.eos_id].multiply(16)
+            ours.write(directory / "brief", tree, MODEL, tokenizer=tokenizer.fingerprint, origin={})
 
 
 def values(directory: Path, stage: str, *, steps: int, **changes):
     """The config of a stage at `tiny`, on what `prepare` wrote. Tests set SIZES["tiny"] to MODEL."""
     data = {"prompts": str(directory / "prompts.jsonl"), "prompt_length": 20}
     models = {name: str(directory / name) for name in ("helpfulness", "safety")}
+    dialogs = {"train": (str(directory / "dialogs.jsonl"),), "length": 32}
     pairs = {"train": (str(directory / "pairs.jsonl"),), "held_out": (str(directory / "pairs.jsonl"),), "length": 32}
     own = {
-        "sft": {"data": {"train": (str(directory / "dialogs.jsonl"),), "length": 32}, "epochs": 0.0},
+        "sft": {"data": dialogs, "epochs": 0.0},
         "reward": {"data": pairs, "epochs": 0.0, "score_pairs": 16},
         "dpo": {"data": pairs, "epochs": 0.0},
         "ppo": {"data": data, "ppo": {"rollout_size": 16, "new_tokens": 8}, **models},
         "rejection": {
-            "policy": str(directory / "chat"), **models,
-            "data": {"train": (str(directory / "dialogs.jsonl"),), "length": 32}, "epochs": 0.0,
+            "policy": str(directory / "chat"), **models, "data": dialogs, "epochs": 0.0,
             "rejection": {"prompts": data["prompts"], "prompt_length": 20, "max_prompts": 32, "answers": 4, "new_tokens": 8,
                           "temperatures": (0.8, 1.0), "search_prompts": 4, "sampling_batch": 8},
         },  # fmt: skip
         "grpo": {"data": data, "grpo": {"rollout_size": 16, "answers": 4, "new_tokens": 8}, **models},
+        "ghost": {
+            "policy": str(directory / "brief"), "data": {**dialogs, "length": 128}, "epochs": 0.0, "context": 128,
+            "ghost": {"contexts": dialogs["train"], "turns": (1, 3), "samples": 32, "families": ("opening",),
+                      "values": str(directory / "values.jsonl"), "new_tokens": 8, "sampling_batch": 8},
+        },
+        "distill": {
+            "policy": str(directory / "brief"), "safety": models["safety"], "data": dialogs, "epochs": 0.0, "context": 512,
+            "distill": {"prompts": str(directory / "adversarial.jsonl"), "prompt_length": 20, "new_tokens": 8, "generic": 1,
+                        "category": False, "sampling_batch": 8},
+        },
     }[stage]
     config = load_config(ROOT / "configs", f"{stage}.py:tiny")
     loop = {"steps": steps, "batch_size": 8, "checkpoint_every": steps, "log_every": 1}
