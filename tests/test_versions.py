@@ -84,10 +84,10 @@ def test_a_pool_is_read_strictly(tmp_path, change, error):
 
 
 def test_the_policy_hash_names_the_parameters_alone(tmp_path):
-    def checkpoint(name, fingerprints):
+    def checkpoint(name, fingerprints, **more):
         meta = tmp_path / name / "checkpoints" / "7" / "meta"
         meta.mkdir(parents=True)
-        (meta / "metadata").write_text(json.dumps({"fingerprints": fingerprints, "seconds": len(name)}))
+        (meta / "metadata").write_text(json.dumps({"fingerprints": fingerprints, "seconds": len(name), **more}))
         return policy_hash(str(tmp_path / name))
 
     one = checkpoint("one", {"['params']['trunk']['w']": 1, "['optimizer']['mu']": 2})
@@ -96,6 +96,10 @@ def test_the_policy_hash_names_the_parameters_alone(tmp_path):
     # of PPO's two models the critic answers nothing
     policy = {"['params']['policy']['trunk']['w']": 1}
     both = checkpoint("ppo", {**policy, "['params']['critic']['trunk']['w']": 2})
+    # the same adapters are another policy on another model
+    adapters = {"['params']['lora']['a']": 1}
+    first, second = (checkpoint(name, adapters, lora={"base": {"fingerprint": name}}) for name in ("base1", "base2"))
+    assert first != second
     assert both == checkpoint("ppo2", {**policy, "['params']['critic']['trunk']['w']": 3}) != one
 
 

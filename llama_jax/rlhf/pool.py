@@ -27,10 +27,16 @@ _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float
 
 
 def policy_hash(workdir: str) -> str:
-    """16 hexadecimal digits that name the parameters of a stage's newest checkpoint; of a PPO stage, its policy's."""
-    found = {name: value for name, value in read_meta(workdir)["fingerprints"].items() if name.startswith("['params']")}
-    own = {name: value for name, value in found.items() if name.startswith(f"['params']['{POLICY}']")}
-    return hashlib.sha256(json.dumps(own or found, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that name the parameters of a stage's newest checkpoint; of a PPO stage, its policy's.
+
+    Adapters are named together with the model that they stand on.
+    """
+    meta = read_meta(workdir)
+    found = {name: value for name, value in meta["fingerprints"].items() if name.startswith("['params']")}
+    own = {name: value for name, value in found.items() if name.startswith(f"['params']['{POLICY}']")} or found
+    if "lora" in meta:
+        own = {**own, "base": meta["lora"]["base"]["fingerprint"]}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
