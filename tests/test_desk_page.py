@@ -20,7 +20,7 @@ pytestmark = [
 ]  # fmt: skip
 
 DESK = """
-import sys, threading, time
+import json, sys, threading, time
 from llama_jax.annotation import page
 from llama_jax.annotation.session import Desk
 from llama_jax.annotation.tasks import Settings
@@ -30,7 +30,7 @@ class Typist:  # two models that type
         def run():
             words = f"{draw.model} answers {draw.messages[-1]['content']} <b>({draw.seed}.{draw.index})".split(" ")
             for i, word in enumerate(words):
-                time.sleep(0.02)
+                time.sleep(1.0 if "slow" in draw.messages[-1]["content"] else 0.02)
                 deliver(word + " ", "stop" if i + 1 == len(words) else "")
         threading.Thread(target=run, daemon=True).start()
         return lambda: None
@@ -38,8 +38,9 @@ class Typist:  # two models that type
     def fits(self, model, messages):
         return True
 
-page.serve(Desk(sys.argv[1], Settings("preference", ("one", "two")), Typist()), host="127.0.0.1", port=int(sys.argv[2]),
-           password=sys.argv[3])
+settings = Settings(sys.argv[4], ("one", "two"))
+desk = Desk(sys.argv[1], settings, Typist(), prompts=json.loads(sys.argv[5]))
+page.serve(desk, host="127.0.0.1", port=int(sys.argv[2]), password=sys.argv[3])
 """
 
 
@@ -112,11 +113,12 @@ def serve(tmp_path):
     """Starts desks over one output; (process, address)."""
     running = []
 
-    def start(password=""):
+    def start(password="", mode="preference", prompts=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        process = subprocess.Popen([sys.executable, "-c", DESK, str(tmp_path / "p.jsonl"), str(port), password])
+        arguments = [str(tmp_path / "p.jsonl"), str(port), password, mode, json.dumps(prompts)]
+        process = subprocess.Popen([sys.executable, "-c", DESK, *arguments])
         running.append(process)
 
         def listens():
@@ -200,3 +202,18 @@ def test_a_password_is_asked_for_and_the_login_is_the_name(serve, browser, tmp_p
     browser.press("1", "\ue007")
     browser.judged(1)
     assert [row["rater"] for row in read_comparisons(tmp_path / "p.jsonl")] == ["Bo"] and browser.outside() == set()
+
+
+def test_a_reload_while_the_first_answers_grow_does_not_ask_who_is_there(serve, browser, tmp_path):
+    messages = [{"role": "user", "content": "a slow question"}]
+    _, address = serve(mode="comparison", prompts=[{"messages": messages, "is_safety": False, "category": "", "risk": ""}])
+    browser.driver.get(address)
+    browser.find("#name input, #name textarea").send_keys("Ann")
+    browser.find("#begin").click()
+    browser.find(".card.growing")
+    browser.driver.refresh()
+    assert len(browser.texts()) == 2
+    browser.press("2", "\ue007")
+    until(lambda: "That was all" in browser.driver.page_source, "the end")
+    (row,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert (row["rater"], row["rating"], row["prompt"]) == ("Ann", 2, messages)

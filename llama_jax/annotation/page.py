@@ -126,6 +126,12 @@ def build(desk: Desk, *, login: bool) -> Any:
         def on_enter(given: str, request: gr.Request) -> Iterator[tuple]:
             yield from act(given, request, lambda session: session.begin())
 
+        def remember(given: str) -> str:
+            try:
+                return desk.session(given).rater
+            except ValueError:  # which `on_enter` says
+                return ""
+
         def on_ask(given: str, text: str, of_track: str, request: gr.Request) -> Iterator[tuple]:
             is_safety = of_track == _TRACKS[1] if mode == "preference" else None
             yield from act(given, request, lambda session: session.ask(text, is_safety=is_safety), written="")
@@ -142,7 +148,9 @@ def build(desk: Desk, *, login: bool) -> Any:
         how = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         page.load(on_load, [remembered], **how)
         for event in (begin.click, name.submit):
-            event(on_enter, [name], **how).then(lambda given: given, [name_here], [remembered], api_visibility="private")
+            event(on_enter, [name], **how)
+            # Beside it, not after: a page that is reloaded while the first answers grow knows its rater, too.
+            event(remember, [name], [remembered], api_visibility="private", queue=False)
         again.click(on_enter, [name_here], **how)
         leave.click(on_skip, [name_here, shown_id], **how)
         ask.click(on_ask, [name_here, message, track], **how)
