@@ -48,7 +48,8 @@ def join_cluster() -> None:
 
 
 def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:
-    """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1."""
+    """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1, and
+    Ctrl-C with one and code 130."""
     from absl import app, flags, logging
 
     for module, found in flags.FLAGS.flags_by_module_dict().items():
@@ -61,6 +62,9 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
         logging.set_verbosity(logging.WARNING)
         try:
             main()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
         except OSError as error:
             sys.exit(f"error: {' '.join(str(error).split())}")  # a service's words may come in several lines
         except (ConfigError, ModuleNotFoundError, *expected) as error:

@@ -393,20 +393,25 @@ class Recipe(Steps[RecipeConfig]):
     def entry(self, name: str, plan: VersionPlan, mix: list[str]) -> dict[str, Any]:
         """What the ledger says of a version."""
         root, own = self.workdir, self.workdir / name
+        before = self.policies[: self.policies.index(f"{name}/rejection")]
         stages = sorted({*self.rewards.values(), *(s for s in self.policies if s.startswith(f"{name}/"))})
         files = [*sorted((own / "preferences").glob("*.jsonl")), own / "rejection" / "pool.jsonl",
                  own / "rejection" / "best.jsonl", *map(Path, mix)]  # fmt: skip
         names = [n for n in self.judged if n in (name, f"{name}_ppo")]
         return {
             "plan": dataclasses.asdict(plan),
-            "sampled_from": self.policies[self.policies.index(f"{name}/rejection") - 1],
+            "compared": [
+                {"temperature": temperature, **checkpoint_entry(root / stage, root=root)}
+                for stage, temperature in zip(before[:-3:-1], self.config.variant_temperatures, strict=True)
+            ] if plan.preferences else [],
+            "sampled_from": before[-1],
             "pools": self.pools,
             "data": [file_entry(path, root=root) for path in files if path.exists()],
             "checkpoints": [checkpoint_entry(root / stage, root=root) for stage in stages],
             "reward_accuracy": {
                 track: summary.reward_accuracies(self.results[s]).get("all") for track, s in self.rewards.items()
             },
-            "scores": {n: {**self.standing[n], **progress.win_rates(root, n, "sft")} for n in names},
+            "scores": {n: {**self.standing[n], **progress.win_rates(root, n, "sft"), "against": "sft"} for n in names},
         }  # fmt: skip
 
     def report(self, studies: dict[str, Any]) -> dict[str, Any]:

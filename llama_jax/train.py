@@ -112,8 +112,8 @@ def main() -> None:
         keep_compiled(flags.FLAGS.workdir)
     command.join_cluster()
     summary = run(flags.FLAGS.config, flags.FLAGS.workdir, options)
-    held_out = ", ".join(f"{name} {value:.4g}" for name, value in summary["held_out"].items())
-    print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s; {held_out}", file=sys.stderr)
+    held_out = "".join(f", {name} {value:.4g}" for name, value in summary["held_out"].items())
+    print(f"finished {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def check_ledger(workdir, names):
         for entry in version["data"]:
             data = (workdir / entry["file"]).read_bytes()
             assert (data.count(b"\n"), hashlib.sha256(data).hexdigest()) == (entry["rows"], entry["sha256"]), entry
-        for entry in version["checkpoints"]:
+        for entry in (*version["checkpoints"], *version["compared"]):
             assert entry["parameters"] == policy_hash(str(workdir / entry["workdir"])), entry
+            assert (workdir / entry["start"] / "checkpoints").is_dir(), entry
         assert f"{name}/rejection" in {entry["workdir"] for entry in version["checkpoints"]}
         policy = policy_hash(str(workdir / version["sampled_from"]))
         rows = rows_of(workdir / name / "rejection" / "pool.jsonl")
@@ -90,6 +91,8 @@ def test_the_report_has_every_figure_of_the_issue(finished):
 def test_the_ledger_of_two_versions(finished):
     first, second = check_ledger(finished, ["v1", "v2"]).values()
     assert (first["sampled_from"], second["sampled_from"]) == ("sft", "v1/rejection")
+    compared = [(entry["workdir"], entry["temperature"], entry["start"]) for entry in first["compared"]]
+    assert compared == [("sft", 0.8, "pretrain"), ("sft_variant", 1.1, "pretrain")] and second["compared"] == []
     assert set(second["scores"]) == {"v2", "v2_ppo"} and second["pools"] == ["v1/rejection", "v2/rejection"]
     # The second version collects nothing: its reward models are the first one's.
     assert not (finished / "v2" / "preferences").exists() and not (finished / "v2" / "reward_safety").exists()

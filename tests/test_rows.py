@@ -59,9 +59,24 @@ def test_answers_inside_a_prompt_are_not_supervised(tmp_path, tokenizer, system)
     assert packed_dialogs((str(path),), tokenizer, length=128).supervised == sum(last.supervised)
 
 
+def test_answers_of_weight_0_are_not_supervised(tmp_path, tokenizer):
+    """As OpenAI's fine-tuning data say it; Parquet fills in None where a message says nothing."""
+    dialog = [{**USER, "weight": None}, {**OTHER, "weight": 0}, USER, {**ANSWER, "weight": 1}]
+    last = encode_dialog([USER, OTHER, USER, ANSWER], tokenizer, train_on="last")
+    assert encode_dialog(dialog, tokenizer) == last and sum(last.supervised) > 0
+    path = written(tmp_path, {"messages": dialog})
+    assert packed_dialogs((str(path),), tokenizer, length=128).supervised == sum(last.supervised)
+    path = written(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}]})
+    with pytest.raises(ValueError, match=f"^{path}:1: messages: expected an answer that is trained on, got none"):
+        packed_dialogs((str(path),), tokenizer, length=128)
+    path = written(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0.5}]})
+    with pytest.raises(ValueError, match=rf"^{path}:1: messages\[1\].weight: expected 0 or 1, got 0.5"):
+        packed_dialogs((str(path),), tokenizer, length=128)
+
+
 def test_a_dialog_that_is_all_prompt_is_an_error_with_its_line(tmp_path, tokenizer):
     path = written(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "prompt_messages": 2})
-    with pytest.raises(ValueError, match=rf"^{path}:2: prompt_messages: expected an answer after the prompt.*got 2 of 2"):
+    with pytest.raises(ValueError, match=rf"^{path}:2: messages: expected an answer that is trained on, got none: 2 of 2 are"):
         packed_dialogs((str(path),), tokenizer, length=128)
 
 

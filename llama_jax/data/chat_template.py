@@ -6,7 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from llama_jax.data.dialog import TAGS, EncodedDialog, Message, check_finished, check_messages, encode_dialog, encode_prompt
+from llama_jax.data.dialog import (
+    TAGS,
+    EncodedDialog,
+    Message,
+    check_finished,
+    check_messages,
+    encode_dialog,
+    encode_prompt,
+    trained_answers,
+)
 from llama_jax.data.tokenizer import Tokenizer
 
 
@@ -44,11 +53,10 @@ def encode_example(
     stripped = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
     ids = _rendered(stripped, tokenizer, opens_answer=False)
     supervised = [False] * len(ids)
-    for i, message in enumerate(stripped):
-        if message["role"] != "assistant":
-            continue
+    answers = [i for i, message in enumerate(stripped) if message["role"] == "assistant"]
+    trained = trained_answers(stripped, train_on=train_on, prompt_messages=prompt_messages)
+    for i, trains in zip(answers, trained, strict=True):
         start, end = _answer(ids, stripped, i, tokenizer, where)
-        trains = i >= prompt_messages if train_on == "all" else i + 1 == len(stripped)
         supervised[start:end] = [trains] * (end - start)
     return EncodedDialog(ids, supervised)
 

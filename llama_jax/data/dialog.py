@@ -94,14 +94,24 @@ def encode_dialog(
     prompt_messages: int = 0,
     where: str = "messages",
 ) -> EncodedDialog:
-    """Encodes a dialog that ends with the assistant; `train_on` "last" supervises only its last answer.
-
-    The first `prompt_messages` messages are a prompt: their answers are not supervised.
-    """
+    """Encodes a dialog that ends with the assistant; `trained_answers` says what is supervised."""
     check_finished(messages, train_on, where)
     turns = _merge_system(messages)
     pairs = [_encode_pair(turns[i], turns[i + 1], tokenizer) for i in range(0, len(turns), 2)]
-    return _joined(pairs, system=len(messages) - len(turns), train_on=train_on, prompt_messages=prompt_messages)
+    return _joined(pairs, trained_answers(messages, train_on=train_on, prompt_messages=prompt_messages))
+
+
+def trained_answers(messages: Sequence[Message], *, train_on: str, prompt_messages: int) -> list[bool]:
+    """Whether each answer of a dialog is trained on: the "last" alone, or "all" behind the first `prompt_messages` messages.
+
+    Never one whose message has "weight": 0, as OpenAI's fine-tuning data say it.
+    """
+    last = len(messages) - 1
+    return [
+        message.get("weight") != 0 and (i >= prompt_messages if train_on == "all" else i == last)
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
 
 
 @dataclass(frozen=True)
@@ -125,19 +135,16 @@ def encode_dialogs(rows: Sequence[DialogRow], tokenizer: Tokenizer) -> list[Enco
     found = []
     for row, turns in zip(rows, dialogs, strict=True):
         pairs = [_checked_pair(next(encoded), next(encoded), turns[i + 1], tokenizer) for i in range(0, len(turns), 2)]
-        system = len(row.messages) - len(turns)
-        dialog = _joined(pairs, system=system, train_on=row.train_on, prompt_messages=row.prompt_messages)
+        trained = trained_answers(row.messages, train_on=row.train_on, prompt_messages=row.prompt_messages)
+        dialog = _joined(pairs, trained)
         found.append(EncodedDialog(np.array(dialog.ids, np.int32), np.array(dialog.supervised, bool)))
     return found
 
 
-def _joined(
-    pairs: Sequence[tuple[list[int], int]], *, system: int, train_on: str, prompt_messages: int
-) -> EncodedDialog:
-    """Encoded pairs of turns, behind `system` (0 or 1) messages, as one dialog."""
+def _joined(pairs: Sequence[tuple[list[int], int]], trained: Sequence[bool]) -> EncodedDialog:
+    """Encoded pairs of turns as one dialog, and whether the answer of each is trained on."""
     ids, supervised = [], []
-    for number, (pair, answer_start) in enumerate(pairs):
-        trains = 2 * number + 1 + system >= prompt_messages if train_on == "all" else number + 1 == len(pairs)
+    for (pair, answer_start), trains in zip(pairs, trained, strict=True):
         ids += pair
         supervised += [False] * answer_start + [trains] * (len(pair) - answer_start)
     return EncodedDialog(ids, supervised)

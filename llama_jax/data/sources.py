@@ -15,8 +15,8 @@ field.
                 `chosen` and `rejected` are two whole dialogs that differ in the last answer
 
 A text that stands for messages is one user message (or one answer). A message is {"role", "content"} or ShareGPT's {"from",
-"value"}, and `conversations` is another name of `messages`. A missing reference, rating, margin, batch, safety bin or
-`train_on` is None, a missing flag False, a missing string "".
+"value"}, and `conversations` is another name of `messages`. An answer with OpenAI's "weight": 0 is not trained on. A missing
+reference, rating, margin, batch, safety bin or `train_on` is None, a missing flag False, a missing string "".
 """
 
 import difflib
@@ -62,6 +62,9 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
         row = _fields(row, where, required=("messages",), optional=("source", "is_safety", "prompt_messages", "train_on"))
         row["messages"] = _messages(row["messages"])
         check_messages(row["messages"], where)
+        for i, message in enumerate(row["messages"]):
+            if message.get("weight") not in (None, 0, 1):
+                raise ValueError(f"{where}: messages[{i}].weight: expected 0 or 1, got {message['weight']!r}")
         last = len(row["messages"]) - 1
         if row["messages"][last]["role"] != "assistant":
             raise ValueError(f"{where}: messages[{last}].role: expected 'assistant' at the end of a dialog, got 'user'")
@@ -181,7 +184,7 @@ def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple
             raise ValueError(f"{where}: {key}: unknown field, did you mean {near!r}?")
     for key in required:
         if key not in row:
-            raise ValueError(f"{where}: {key}: missing")
+            raise ValueError(f"{where}: {key}: missing; the row has {', '.join(map(str, row)) or 'no field'}")
     filled = dict(row)
     for key in optional:
         kind, default, allowed = _OPTIONAL[key]

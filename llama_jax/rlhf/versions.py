@@ -73,9 +73,13 @@ def file_entry(path: Path, *, root: Path) -> dict[str, Any]:
 
 
 def checkpoint_entry(workdir: Path, *, root: Path) -> dict[str, Any]:
-    """A stage's newest checkpoint in the ledger: where, its step, and the hash of its parameters (that pools name too)."""
-    step = newest_step(workdir)
-    return {"workdir": str(workdir.relative_to(root)), "step": int(step.name), "parameters": policy_hash(str(workdir))}
+    """A stage's newest checkpoint in the ledger: where, its step, the hash of its parameters (that pools name too), and what
+    it was trained from ("": random parameters)."""
+    step, start = newest_step(workdir), json.loads((workdir / "config.json").read_text()).get("start", "")
+    return {
+        "workdir": str(workdir.relative_to(root)), "start": start.removeprefix(f"{root}/"), "step": int(step.name),
+        "parameters": policy_hash(str(workdir)),
+    }  # fmt: skip
 
 
 def record(path: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,8 +128,8 @@ def _encode(path: str, words: _Words, train_on: str, chat: str) -> Sequence[Enco
     for row, example in zip(rows, examples, strict=True):
         if not np.any(example.supervised):
             raise ValueError(
-                f"{row.where}: prompt_messages: expected an answer after the prompt, which is not trained on; got "
-                f"{row.prompt_messages} of {len(row.messages)} messages"
+                f"{row.where}: messages: expected an answer that is trained on, got none: {row.prompt_messages} of "
+                f"{len(row.messages)} are the prompt (prompt_messages), and those of weight 0 are left out"
             )
     return examples
 
