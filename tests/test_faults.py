@@ -154,6 +154,27 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoi
     assert {3, 6} <= set(written_steps(tmp_path / "run")) and not any(verify(tmp_path / "run").values())
 
 
+def test_ctrl_c_ends_a_run_in_one_word(tmp_path):
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        sys.path.insert(0, "tests")
+        from test_training import Batches, Supervised, loop, mesh_of, stage
+        from llama_jax import command
+        from llama_jax.training.loop import train
+        mesh = mesh_of()
+        source = Supervised(Batches(interrupt=lambda: os.kill(os.getpid(), signal.SIGINT), at=10))
+        command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
+                                     workdir=Path(sys.argv[1]) / "run"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted", done.stderr
+    assert "Traceback" not in done.stderr and not any(verify(tmp_path / "run").values())
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
 def test_a_workdir_that_may_not_be_written_is_refused_in_one_line(tmp_path):
     tmp_path.chmod(0o555)
