@@ -211,6 +211,7 @@ def test_a_reload_while_the_first_answers_grow_does_not_ask_who_is_there(serve, 
     browser.find("#name input, #name textarea").send_keys("Ann")
     browser.find("#begin").click()
     browser.find(".card.growing")
+    assert browser.driver.execute_script("return localStorage.length") == 1
     browser.driver.refresh()
     assert len(browser.texts()) == 2
     browser.press("2", "\ue007")

@@ -75,10 +75,10 @@ h1 { font-size: 1.7rem; letter-spacing: -.02em; margin: 0 0 .3em; } h2 { font-si
 .turn > div { max-width: 78%; padding: 10px 15px; border-radius: 16px; white-space: pre-wrap; overflow-wrap: anywhere;
   line-height: 1.55; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 .turn.user > div { background: #3b6fd4; border-color: #3b6fd4; color: #fff; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 16px; padding: 8px 0 2px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 16px; padding: 8px 0 2px; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 16px; padding: 14px 18px; min-height: 7.5rem;
   background: var(--background-fill-primary); box-shadow: 0 1px 3px rgb(20 30 60 / 6%); }
-.card h3 { margin: 0 0 6px; font-size: .86rem; color: #3b6fd4; }
+.card h3 { margin: 0 0 6px; font-size: .86rem; color: #3b6fd4; } .dark .card h3 { color: #86acf5; }
 .card > div { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; max-height: 42vh; overflow-y: auto; }
 .card.growing > div::after { content: ""; display: inline-block; width: 8px; height: 1em; vertical-align: -2px;
   margin-left: 3px;  border-radius: 2px; background: #3b6fd4; animation: blink 1.1s infinite; }

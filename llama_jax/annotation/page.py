@@ -85,11 +85,14 @@ def build(desk: Desk, *, login: bool) -> Any:
         outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, stuck, leave, writing,
                    fresh, message, track]  # fmt: skip
 
-        def render(session: Session, view: View, *, written: str | None = None) -> tuple:
+        def render(session: Session, view: View, *, first: bool, written: str | None = None) -> tuple:
+            """`first` of a stream: only then choices are emptied, since the last one is sent twice, after the rater may have
+            chosen."""
+            empty = {"value": None} if first else {}
             return (
                 session.rater, view.shown_id, header_html(session.rater, view), gr.update(visible=False),
                 gr.update(visible=True), dialog_html(view), answers_html(view), gr.update(visible=view.phase == "rate"),
-                gr.update(value=None), gr.update(value=None, visible=mode == "preference" and view.is_safety),
+                gr.update(**empty), gr.update(visible=mode == "preference" and view.is_safety, **empty),
                 gr.update(visible=bool(view.error)), gr.update(visible=view.phase == "answer"),
                 gr.update(visible=view.phase == "write" and not view.error), gr.update(visible=bool(view.messages)),
                 gr.skip() if written is None else written,
@@ -97,8 +100,8 @@ def build(desk: Desk, *, login: bool) -> Any:
             )  # fmt: skip
 
         def follow(session: Session, *, written: str | None = None) -> Iterator[tuple]:
-            for view in session.stream():
-                yield render(session, view, written=written)
+            for number, view in enumerate(session.stream()):
+                yield render(session, view, first=number == 0, written=written)
 
         def unchanged() -> tuple:
             return tuple(gr.skip() for _ in outputs)
@@ -126,12 +129,6 @@ def build(desk: Desk, *, login: bool) -> Any:
         def on_enter(given: str, request: gr.Request) -> Iterator[tuple]:
             yield from act(given, request, lambda session: session.begin())
 
-        def remember(given: str) -> str:
-            try:
-                return desk.session(given).rater
-            except ValueError:  # which `on_enter` says
-                return ""
-
         def on_ask(given: str, text: str, of_track: str, request: gr.Request) -> Iterator[tuple]:
             is_safety = of_track == _TRACKS[1] if mode == "preference" else None
             yield from act(given, request, lambda session: session.ask(text, is_safety=is_safety), written="")
@@ -148,9 +145,9 @@ def build(desk: Desk, *, login: bool) -> Any:
         how = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         page.load(on_load, [remembered], **how)
         for event in (begin.click, name.submit):
+            # In the browser, and first: a page that is reloaded while the first answers grow knows its rater, too.
+            event(None, [name], [remembered], js="name => name.trim()", api_visibility="private")
             event(on_enter, [name], **how)
-            # Beside it, not after: a page that is reloaded while the first answers grow knows its rater, too.
-            event(remember, [name], [remembered], api_visibility="private", queue=False)
         again.click(on_enter, [name_here], **how)
         leave.click(on_skip, [name_here, shown_id], **how)
         ask.click(on_ask, [name_here, message, track], **how)
