@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from llama_jax import train as train_command
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.training import checkpoint, optimizer
+from llama_jax.training import checkpoint, fingerprint, optimizer
 from llama_jax.training.checkpoint import Checkpoints, newest_step, read_meta, restore_params
 from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
@@ -309,6 +310,11 @@ def test_fingerprints_see_every_single_bit_and_no_sharding():
 def test_fingerprints_do_not_depend_on_the_sharding():
     trees = [parameters(m) for m in (mesh_of(), mesh_of(2, 2, 1, 2), mesh_of(1, 4, 1, 2), mesh_of(8))]
     assert len({json.dumps(fingerprints(tree)) for tree in trees}) == 1
+    # Nor are they added up by the devices: processes may reduce independent scalars in different orders.
+    leaves = jax.tree.leaves(trees[1])
+    specs = tuple(leaf.sharding.spec for leaf in leaves)
+    text = fingerprint._parts.lower(leaves, leaves[0].sharding.mesh, specs, None).compile().as_text()
+    assert not re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", text)
 
 
 def saved_steps(tmp_path, mesh, steps=(1, 2)):

@@ -100,6 +100,13 @@ def exist(paths: Sequence[Path]) -> list[bool]:
     return from_host_0(lambda: [path.exists() for path in paths])
 
 
+def gather_numbers(numbers: np.ndarray) -> np.ndarray:
+    """The rows of numbers that all hosts have, by process index."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(numbers)).reshape(jax.process_count(), *numbers.shape)
+
+
 def on_host_0(act: Callable[..., Any], *arguments: Any) -> None:
     """Calls `act` on host 0, which alone writes files; the others wait, and end with it if it fails."""
     failed: Exception | None = None

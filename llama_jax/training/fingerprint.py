@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.parallel.hosts import gather_numbers
 from llama_jax.paths import absolute, place
 
 _PIECE = 1 << 18  # elements that are added up at once: they stay in the cache
@@ -65,11 +67,27 @@ def fingerprints(tree: Any, *, dtype: str | None = None) -> dict[str, int]:
     With `dtype`, of the bits that the leaves have in that type.
 
     It is the sum of word * (2 * index + 1) modulo 2^32. An odd factor has an inverse there, so no single word can change
-    unseen; and integer addition knows no order, so devices add their own parts.
+    unseen; and integer addition knows no order, so devices add up their own parts, and hosts what their devices have.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get(_checksums([leaf for _, leaf in leaves], dtype))
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    totals = dict.fromkeys(names, 0)
+    here: dict[str, Any] = {}
+    on_meshes: dict[Mesh, dict[str, jax.Array]] = {}
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            on_meshes.setdefault(leaf.sharding.mesh, {})[name] = leaf
+        else:
+            here[name] = leaf
+    totals |= zip(here, jax.device_get(_whole(list(here.values()), dtype)), strict=True)
+    for mesh, found in on_meshes.items():
+        parts = _parts(list(found.values()), mesh, tuple(leaf.sharding.spec for leaf in found.values()), dtype)
+        rows = [np.asarray(shard.data) for shard in parts.addressable_shards]
+        sums = np.sum(np.concatenate(rows), axis=0, dtype=np.uint32)
+        if not parts.is_fully_addressable:
+            sums = np.sum(gather_numbers(sums), axis=0, dtype=np.uint32)
+        totals |= zip(found, sums, strict=True)
+    return {name: int(value) for name, value in totals.items()}
 
 
 def fingerprint_part(x: np.ndarray, start: int) -> int:
@@ -86,29 +104,60 @@ def fingerprint_part(x: np.ndarray, start: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _checksums(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
-    def checksum(x: jax.Array, start: jax.Array) -> jax.Array:
-        x = jnp.asarray(x, dtype)
-        if x.dtype == jnp.bool_:
-            words = x.astype(jnp.uint32)
-        else:
-            words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-        # The row-major index, built elementwise from the indices of each dimension: every device makes its own part.
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):
-            index = index * jnp.uint32(x.shape[axis] % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(words * (2 * (index + start) + 1), dtype=jnp.uint32)
+def _whole(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
+    return [_checksum(jnp.asarray(x, dtype), jnp.uint32(0), _strides(x.shape)) for x in leaves]
 
-    def by_layers(x: jax.Array) -> jax.Array:
-        """A stack of matrices one by one: XLA's CPU backend holds all the words that it adds up."""
-        size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _parts(leaves: list[jax.Array], mesh: Mesh, specs: tuple[PartitionSpec, ...], dtype: str | None) -> jax.Array:
+    """What each device adds to the fingerprint of each leaf, [devices, leaves].
+
+    The sums over devices are the hosts' business: between processes on CPUs independent reductions of scalars may meet in
+    another order on each side, and then the part of one leaf is added to that of another.
+    """
+
+    def here(*parts: jax.Array) -> jax.Array:
+        sums = []
+        for x, spec, leaf in zip(parts, specs, leaves, strict=True):
+            strides = _strides(leaf.shape)
+            start, counts, used = jnp.uint32(0), jnp.bool_(True), set()
+            for axis, names in enumerate(spec):
+                names = () if names is None else names if isinstance(names, tuple) else (names,)
+                if names:
+                    number = jax.lax.axis_index(names).astype(jnp.uint32)
+                    start += number * jnp.uint32(x.shape[axis] * strides[axis] % 2**32)
+                    used |= set(names)
+            for name in mesh.axis_names:  # of devices that hold the same part the first one counts
+                if name not in used:
+                    counts &= jax.lax.axis_index(name) == 0
+            sums.append(jnp.where(counts, _checksum(jnp.asarray(x, dtype), start, strides), 0))
+        return jnp.stack(sums)[None]
+
+    return jax.shard_map(
+        here, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(mesh.axis_names), check_vma=False
+    )(*leaves)  # fmt: skip
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How far apart, in a row-major array, two neighbours along each dimension are."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _checksum(x: jax.Array, start: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    """The sum over a part of an array that begins with element number `start` of the whole."""
+    if x.ndim > 2:  # matrix by matrix: XLA's CPU backend holds all the words that it adds up
 
         def add(total, layer):
-            return total + checksum(x[layer], layer * size), None
+            first = start + layer.astype(jnp.uint32) * jnp.uint32(strides[0] % 2**32)
+            return total + _checksum(x[layer], first, strides[1:]), None
 
-        return jax.lax.scan(add, jnp.uint32(0), jnp.arange(x.shape[0], dtype=jnp.uint32))[0]
-
-    return [by_layers(x) if x.ndim > 2 else checksum(x, jnp.uint32(0)) for x in leaves]
+        return jax.lax.scan(add, jnp.uint32(0), jnp.arange(x.shape[0]))[0]
+    words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    # Built elementwise from the indices of each dimension: an array of them would be as large as the leaf.
+    index = jnp.full(x.shape, start)
+    for axis, stride in enumerate(strides):
+        index += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
 def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> None:
