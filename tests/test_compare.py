@@ -208,6 +208,7 @@ def test_the_desk_holds_the_weights_once_in_as_many_slots_as_the_mesh_divides(mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(desk, "open_engine", open_engine)  # whose model has no parameters
+    monkeypatch.setattr(desk, "tokenizer_of", lambda place, tokenizer: tokenizer)
     with pytest.raises(KeyboardInterrupt):
         desk.serve_models({"a": "m"}, tokenizer=None, slots=5, max_length=64, int8_cache=True, mesh_tensor=2)
     ((place, settings, mesh_tensor),) = asked
