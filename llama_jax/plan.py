@@ -3,9 +3,9 @@
     python -m llama_jax.plan --config=configs/pretrain.py:70b --topology=v5p:8x8x8 [--search] [--json] [--dump_hlo=DIR]
 
 Compiles the stage's real train step with the real TPU compiler and prints memory, arithmetic, communication and time per
-chip, and what pretraining's 2T tokens (or --tokens) take. A PPO or GRPO config is planned with the reward models that it names
-(their workdirs need not exist; both, if it names none), and --program=rollout plans its generation. Needs libtpu
-(`pip install 'llama_jax[tpu]'`) and about a minute and 2 GB a program.
+chip, and what the paper's tokens of pretraining (2T, Llama 1's 1.0T or 1.4T, or --tokens) take. A PPO or GRPO config is
+planned with the reward models that it names (their workdirs need not exist; both, if it names none), and --program=rollout
+plans its generation. Needs libtpu (`pip install 'llama_jax[tpu]'`), 2 GB and a few minutes a program.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ from llama_jax.planning.programs import rollout_program, train_program
 from llama_jax.planning.search import Setting, space
 from llama_jax.train import parse_stage
 
-PAPER_TOKENS = 2e12
+# Of pretraining, Table 1.
+PAPER_TOKENS = {"llama1-7b": 1.0e12, "llama1-13b": 1.0e12, "llama1-33b": 1.4e12, "llama1-65b": 1.4e12}
+LLAMA2_TOKENS = 2e12
 
 
 def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: str | None = None) -> Plan:
@@ -82,7 +84,8 @@ def run(values: Mapping[str, Any], settings: Any) -> None:
     """The command, from its flags."""
     config, tokens = parse_stage(values), settings.tokens
     if tokens is None:
-        tokens = PAPER_TOKENS if config.stage == "pretrain" and settings.program == "train" else 0
+        pretrains = config.stage == "pretrain" and settings.program == "train"
+        tokens = PAPER_TOKENS.get(config.model, LLAMA2_TOKENS) if pretrains else 0
         if not tokens and (settings.price or settings.carbon):
             raise ConfigError(f"--price, --carbon: expected --tokens, how many the run of {config.stage!r} has, got nothing")
     topology = describe(settings.topology, slices=settings.slices)
@@ -135,7 +138,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("search", False, "try meshes, remat policies and microbatches, and print the best few")
     flags.DEFINE_integer("search_compilations", 12, "programs that a search compiles at most", lower_bound=1)
     flags.DEFINE_string("dump_hlo", None, "directory for the compiled text")
-    flags.DEFINE_float("tokens", None, "tokens of the whole run; none given: the paper's 2T for pretraining", lower_bound=0)
+    flags.DEFINE_float("tokens", None, "tokens of the whole run; none given: the paper's for pretraining", lower_bound=0)
     flags.DEFINE_float("price", 0.0, "US dollars a chip hour, to print the run's price", lower_bound=0)
     flags.DEFINE_float("carbon", 0.0, "watts a chip, to print the run's tCO2eq as in Table 2", lower_bound=0)
     flags.DEFINE_bool("calibrate", False, "estimate what others have published, and print the error")

@@ -534,13 +534,14 @@ def test_only_pretraining_is_given_the_tokens_of_the_paper(monkeypatch, capsys):
     monkeypatch.setattr(command_of_plan, "describe", lambda name, slices: described)
     monkeypatch.setattr(command_of_plan, "plan", lambda config, topology, **_: plan_of())
 
-    def run_of(stage, **changes):
+    def run_of(stage, size="tiny", **changes):
         settings = {"topology": "v5e-1", "slices": 1, "search": False, "program": "train", "dump_hlo": None, "json": True,
                     "tokens": None, "price": 0.0, "carbon": 0.0, **changes}  # fmt: skip
-        command_of_plan.run(importlib.import_module(f"configs.{stage}").get_config("tiny"), types.SimpleNamespace(**settings))
+        command_of_plan.run(importlib.import_module(f"configs.{stage}").get_config(size), types.SimpleNamespace(**settings))
         return json.loads(capsys.readouterr().out)["run"]
 
     assert run_of("pretrain")["tokens"] == 2e12 and run_of("pretrain", tokens=1e9)["tokens"] == 1e9
+    assert [run_of("pretrain", f"llama1-{size}")["tokens"] for size in ("13b", "65b")] == [1.0e12, 1.4e12]  # Table 1
     assert run_of("sft") == {} and run_of("sft", tokens=1e9, price=2.0)["dollars"] > 0
     with pytest.raises(ConfigError, match="--price, --carbon: expected --tokens, how many the run of 'sft' has"):
         run_of("sft", price=2.0)
