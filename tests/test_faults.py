@@ -162,6 +162,7 @@ def test_ctrl_c_ends_a_run_in_one_word(tmp_path):
         from test_training import Batches, Supervised, loop, mesh_of, stage
         from llama_jax import command
         from llama_jax.training.loop import train
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         mesh = mesh_of()
         source = Supervised(Batches(interrupt=lambda: os.kill(os.getpid(), signal.SIGINT), at=10))
         command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
