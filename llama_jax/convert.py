@@ -101,7 +101,7 @@ def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | N
             "--tokenizer=... names one elsewhere"
         )
     words = Tokenizer(given if given is not None else source.tokenizer)
-    tokenizer_files.check_vocabulary(words, source.config)
+    tokenizer_files.check_vocabulary(words, source)
     return words
 
 

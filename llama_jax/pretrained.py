@@ -245,7 +245,7 @@ def load(
     place = tokenizer if tokenizer is not None else source.tokenizer
     words = Tokenizer(place) if place is not None else None
     if words is not None:
-        check_vocabulary(words, source.config)
+        check_vocabulary(words, source)
     if compute is None:
         compute = Compute("float32", "float32") if jax.default_backend() == "cpu" else Compute()
     if mesh is None:

@@ -276,6 +276,9 @@ def test_errors_are_sentences(workdir, root):
     other = train_tokenizer(TEXTS, root / "other.model", vocab_size=PIECES + 5)
     with pytest.raises(ValueError, match="vocabulary mismatch: tokenizer .*other.model has 325 pieces, model small has 320"):
         llama_jax.load(workdir, tokenizer=other.path)
+    same_size = train_tokenizer(TEXTS[::-1] + ["another text altogether"] * 9, root / "same_size.model", vocab_size=PIECES)
+    with pytest.raises(ValueError, match="was trained with tokenizer [0-9a-f]{12}, .*same_size.model is [0-9a-f]{12}"):
+        llama_jax.load(workdir, tokenizer=same_size.path)
     convert.run(workdir, root / "silent", to="huggingface", tokenizer="none", quiet=True)
     with pytest.raises(ValueError, match="missing tokenizer"):
         llama_jax.load(root / "silent", mesh=one_device()).generate(["x"])

@@ -106,7 +106,8 @@ def start(directory: str, stage: str, workdir: str) -> None:
     respond.write_in_portions.__kwdefaults__["size"] = 1 if stage in ("ghost", "distill") else 2
     loop = {"checkpoint_every": 1, "batch_size": 8, "keep": 2}
     changes = {
-        "ppo": {"ppo": {"epochs": 2, "kl_target": 0.05, "kl_horizon": 100.0}, "lora": {"rank": 2}},
+        "ppo": {"ppo": {"epochs": 2, "kl_target": 0.05, "kl_horizon": 100.0, "sampling_batch": 4}, "lora": {"rank": 2}},
+        "grpo": {"grpo": {"sampling_batch": 6}},
         "ghost": {"ghost": {"resample": True}},
     }
     run(small_runs.values(Path(directory), stage, steps=steps_of(stage), loop=loop, **changes.get(stage, {})), Path(workdir))

@@ -42,6 +42,7 @@ def open_source(workdir: Path) -> Source:
     return Source(
         path=workdir, format="llama_jax", config=config, head=head, tensors=tuple(rows),
         dtype_of=lambda row: reader.dtype(row.path), fetch=lambda row: row.from_ours(reader.read(row)), tokenizer=tokenizer,
+        words=meta["tokenizer"],
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Source:
       dtype_of: the type that one of them is stored in; float32 for quantised ones.
       fetch: reads one of them, in the file's layout.
       tokenizer: the file of its tokenizer, if there is one.
+      words: the fingerprint of the tokenizer that it was trained with, where the format says it.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Source:
     dtype_of: Callable[[Tensor], np.dtype]
     fetch: Callable[[Tensor], np.ndarray]
     tokenizer: Path | None = None
+    words: str = ""
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """One parameter (of one layer), in our layout and the file's type."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llama_jax.data.sentencepiece_proto import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, model_class
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from llama_jax.interop.huggingface import write_json
-from llama_jax.model.config import ModelConfig
+from llama_jax.interop.source import Source
 from llama_jax.model.params import Head
 
 # Rows of the embedding beyond the last piece: models pad their vocabulary to a round number.
@@ -47,13 +47,18 @@ LLAMA2_TEMPLATE = """
 """
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """ValueError if the tokenizer has more pieces than the model has embeddings, or far fewer."""
+def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:
+    """ValueError if the tokenizer has more pieces than the model has embeddings, or far fewer, or is known to be another."""
+    config = source.config
     spare = config.vocab_size - tokenizer.vocab_size
     if not 0 <= spare < _PADDING_ROWS:
         raise ValueError(
             f"vocabulary mismatch: tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model {config.name} has "
             f"{config.vocab_size} embeddings"
+        )
+    if source.words and source.words != tokenizer.fingerprint:
+        raise ValueError(
+            f"{source.path}: was trained with tokenizer {source.words[:12]}, {tokenizer.path} is {tokenizer.fingerprint[:12]}"
         )
 
 
