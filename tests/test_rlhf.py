@@ -541,10 +541,7 @@ def test_a_killed_sampling_draws_no_portion_again(tmp_path):
 class Answers:
     """In the place of an engine: finishes one answer, with SIGTERM on the way."""
 
-    def submit(self, prompt, **how):
-        return types.SimpleNamespace(tokens=[3])
-
-    def run(self, requests, *, progress):
+    def answer(self, prompts, *, progress, **how):
         os.kill(os.getpid(), signal.SIGTERM)
         progress(1)
         raise AssertionError("it goes on")

@@ -107,6 +107,16 @@ def gather_numbers(numbers: np.ndarray) -> np.ndarray:
     return np.asarray(process_allgather(numbers)).reshape(jax.process_count(), *numbers.shape)
 
 
+def on_every_host(tree: Any) -> Any:
+    """The arrays of a tree as NumPy's, whole, on every host, of which each may have had a part only."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    def whole(x: Any) -> np.ndarray:
+        return np.asarray(x if getattr(x, "is_fully_addressable", True) else process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
 def on_host_0(act: Callable[..., Any], *arguments: Any) -> None:
     """Calls `act` on host 0, which alone writes files; the others wait, and end with it if it fails."""
     failed: Exception | None = None
@@ -159,11 +169,8 @@ def stop_agreed() -> bool:
 
 def _gather(text: str) -> list[str]:
     """The texts of all hosts, by process index."""
-    from jax.experimental import multihost_utils
-
     data = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(-1)
+    sizes = gather_numbers(np.array([data.size], np.int32))[:, 0]
     padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
     padded[: data.size] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    return [bytes(row[:size]).decode() for row, size in zip(gather_numbers(padded), sizes, strict=True)]

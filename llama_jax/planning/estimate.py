@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llama_jax.parallel.topology import Topology, ring_width
-from llama_jax.planning.flops import device_bytes, hbm_bytes, kernel_flops, kernels, moved_bytes, traced_flops
+from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, moved_bytes, traced_flops
 from llama_jax.planning.hlo import Collective, Module, mesh_axes
 from llama_jax.planning.programs import Program
 
@@ -171,15 +171,17 @@ def make_plan(
     fusions = sum(i.cycles * count for i, count in module if i.computation not in module.fused) / chip.clock
     peak_device = chip.peak / chip.devices
     bandwidth = chip.hbm_bandwidth / chip.devices
+    attention = kernels(module)
     kernel = sum(
         count * max(flops / peak_device / KERNEL_EFFICIENCY, moved_bytes(module, instruction) / bandwidth)
-        for instruction, flops, count in kernels(module)
+        for instruction, flops, count in attention
     )
     traffic = tuple(_priced(collective, topology, mesh) for collective in module.collectives())
     exposed = sum(part.seconds for part in traffic if not part.overlapped)
     hidden = sum(part.seconds for part in traffic if part.overlapped)
     step = max(fusions + kernel, hidden) + exposed
-    executed = traced_flops(jaxpr, trips=program.trips) + kernel_flops(module) * len(topology.devices)
+    executed = traced_flops(jaxpr, trips=program.trips)
+    executed += sum(count * flops for _, flops, count in attention) * len(topology.devices)
     moved = hbm_bytes(module) * chip.devices
     roofline = max(
         executed / topology.chips / chip.peak, moved / chip.hbm_bandwidth, sum(part.seconds for part in traffic)

@@ -51,13 +51,11 @@ def _inner(parameters: dict[str, Any]) -> list[Any]:
     return [value for value in values if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")]
 
 
-def kernel_flops(module: Module) -> int:
-    """Operations of the attention kernels, of one device: the tiles that they visit, masked halves included."""
-    return sum(count * flops for _, flops, count in kernels(module))
-
-
 def kernels(module: Module) -> list[tuple[Instruction, int, int]]:
-    """(instruction, operations of one execution, executions a step) of every attention kernel."""
+    """(instruction, operations of one execution, executions a step) of every attention kernel, of one device.
+
+    The operations are those of the tiles that it visits, masked halves included.
+    """
     found = []
     for instruction, count in module:
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:

@@ -23,7 +23,7 @@ from llama_jax.model.params import Specs
 from llama_jax.parallel.axes import DECODE, abstract, batch_shardings, is_spec, partition, row_share
 from llama_jax.planning.stages import StageShape, model_of, stage_shape
 from llama_jax.pretrain.base import StageConfig
-from llama_jax.rlhf.rollout import check_size
+from llama_jax.rlhf.rollout import check_size, draws_in_slots
 from llama_jax.sampling import slots as device
 from llama_jax.sampling.answers import answering
 from llama_jax.sampling.generate import make_sampler
@@ -87,7 +87,7 @@ def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
     others = {name: overlay(state.params[name], frozen.get(name, {})) for name in state.params}
     others |= {"optimizer": state.opt_state, **abstract(shape.beside, mesh)}
     policy = others.pop("policy")
-    if 0 < settings.sampling_batch < settings.rollout_size:
+    if draws_in_slots(settings):
         return _slots_program(config, settings, mesh, policy, shape.models["policy"], others)
     rows, length = settings.rollout_size, config.data.prompt_length + settings.new_tokens
     sample = make_sampler(

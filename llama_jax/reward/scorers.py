@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import row_groups, row_share
+from llama_jax.parallel.hosts import gather_numbers
 
 Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Sequence[float]]
 
@@ -87,7 +87,7 @@ class HostScorers:
             for name, (scorer, weight) in self.scorers.items():
                 total += weight * check_scores(scorer(rows, responses), len(rows), name)
         if len(own) > 1:  # a scorer need not say the same twice, and hosts with the same rows must have the same scores
-            total = np.asarray(multihost_utils.process_allgather(total))[own[0]]
+            total = gather_numbers(total)[own[0]]
         return jax.make_array_from_process_local_data(numbers.sharding, total, numbers.shape)
 
 

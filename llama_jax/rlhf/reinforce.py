@@ -26,7 +26,17 @@ from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, m
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
-from llama_jax.rlhf.rollout import Frozen, Judge, KlControl, PromptBatch, RewardRule, Roller, RolloutSource, check_size
+from llama_jax.rlhf.rollout import (
+    Frozen,
+    Judge,
+    KlControl,
+    PromptBatch,
+    RewardRule,
+    Roller,
+    RolloutSource,
+    check_size,
+    draws_in_slots,
+)
 from llama_jax.sampling.answers import make_slot_sampler
 from llama_jax.sampling.generate import Samples, make_sampler, pad_left, row_keys
 from llama_jax.training import optimizer
@@ -288,7 +298,7 @@ def row_sampler(config: Any, settings: Any, tokenizer: Tokenizer, model: ModelCo
         "compute": config.compute, "eos_id": tokenizer.eos_id, "max_new_tokens": settings.new_tokens,
         "temperature": settings.temperature,
     }  # fmt: skip
-    if 0 < settings.sampling_batch < settings.rollout_size:
+    if draws_in_slots(settings):
         return make_slot_sampler(model, slots=settings.sampling_batch, **how)
     return make_sampler(model, table.table(model, head="lm_head"), **how)
 

@@ -80,16 +80,12 @@ class Responder:
             if progress is not None:
                 progress(count)
 
-        engine, choice = self._answerer.engine, choice or self._choice
         with jax.set_mesh(self.mesh):
             keys = key_data(seed, list(range(len(prompts)) if numbers is None else numbers))
-            requests = [
-                engine.submit(
-                    prompt, max_tokens=self._new_tokens, choice=choice, key=key, stop_ids=(self.tokenizer.eos_id,)
-                )
-                for prompt, key in zip(prompts, keys, strict=True)
-            ]
-            engine.run(requests, progress=told)
+            requests = self._answerer.engine.answer(
+                prompts, keys=keys, max_tokens=self._new_tokens, choice=choice or self._choice,
+                stop_ids=(self.tokenizer.eos_id,), progress=told,
+            )  # fmt: skip
         return [request.tokens for request in requests]
 
     def __call__(

@@ -338,6 +338,11 @@ def check_size(size: int, rows: int, mesh: Mesh, *, answers: int = 1) -> None:
         raise ConfigError(f"rollout_size={size}: {size // answers} prompts cannot be divided over {hosts} processes")
 
 
+def draws_in_slots(settings: Any) -> bool:
+    """Whether a rollout of these settings is drawn `sampling_batch` rows at a time, and not by one program for all of it."""
+    return 0 < settings.sampling_batch < settings.rollout_size
+
+
 class RolloutSource:
     """Rolls out when an iteration begins and hands out its mini-batches; a checkpoint holds the rollout between them.
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import preparer
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import batch_sharding, batch_shards
+from llama_jax.parallel.hosts import on_every_host
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, key_data
 from llama_jax.sampling.generate import Samples
@@ -68,12 +68,10 @@ class Answerer:
         self, prompts: Sequence[Sequence[int]], *, choice: Choice, seed: int, progress: Callable[[int], None] | None = None
     ) -> list[Response]:
         """Answers in the order of the prompts; ValueError, before anything is drawn, for a prompt that does not fit."""
-        keys = key_data(seed, range(len(prompts)))
-        requests = [
-            self.engine.submit(prompt, max_tokens=self._new_tokens, choice=choice, key=key, stop_ids=self._stops)
-            for prompt, key in zip(prompts, keys, strict=True)
-        ]  # fmt: skip
-        self.engine.run(requests, progress=progress)
+        requests = self.engine.answer(
+            prompts, keys=key_data(seed, range(len(prompts))), max_tokens=self._new_tokens, choice=choice,
+            stop_ids=self._stops, progress=progress,
+        )  # fmt: skip
         return [Response(request.tokens, request.log_probs, request.finish == "stop") for request in requests]
 
 
@@ -99,15 +97,12 @@ def make_slot_sampler(
 
     def sample(params: Params, tokens: jax.Array, valid: jax.Array, keys: jax.Array) -> Samples:
         mesh, (B, P) = jax.sharding.get_mesh(), tokens.shape
-        tokens, valid, keys = _on_host(tokens), _on_host(valid), _on_host(jax.random.key_data(keys))
+        tokens, valid, keys = on_every_host((tokens, valid, jax.random.key_data(keys)))
         engine = Engine(config, lay_out(params), answering(P, N, slots=min(slots, B), mesh=mesh), compute=compute)
         if not engine.compilations:
             engine.warm_up()
-        requests = [
-            engine.submit(row[real], max_tokens=N, choice=choice, key=key, stop_ids=(eos_id,))
-            for row, real, key in zip(tokens, valid, keys, strict=True)
-        ]
-        engine.run(requests)
+        prompts = [row[real] for row, real in zip(tokens, valid, strict=True)]
+        requests = engine.answer(prompts, keys=keys, max_tokens=N, choice=choice, stop_ids=(eos_id,))
         drawn, log_probs = np.zeros((B, N), np.int32), np.zeros((B, N), np.float32)
         for row, request in enumerate(requests):
             drawn[row, : len(request.tokens)] = request.tokens
@@ -117,11 +112,6 @@ def make_slot_sampler(
         return jax.tree.map(functools.partial(_divided, mesh=mesh), Samples(drawn, log_probs, mask, ended))
 
     return sample
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-    """All of an array, on every host."""
-    return np.asarray(x if getattr(x, "is_fully_addressable", True) else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _divided(x: np.ndarray, *, mesh: Mesh) -> jax.Array:

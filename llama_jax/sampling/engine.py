@@ -174,6 +174,19 @@ class Engine:
             self._take(request, drawn)
         return True
 
+    def answer(
+        self, prompts: Iterable[Sequence[int]], *, keys: Iterable[np.ndarray], max_tokens: int, choice: Choice,
+        stop_ids: Sequence[int], progress: Callable[[int], None] | None = None,
+    ) -> list[Request]:  # fmt: skip
+        """Submits prompts, each with its key (`key_data`), and works until all are answered."""
+        return self.run(
+            [
+                self.submit(prompt, max_tokens=max_tokens, choice=choice, key=key, stop_ids=stop_ids)
+                for prompt, key in zip(prompts, keys, strict=True)
+            ],
+            progress=progress,
+        )
+
     def run(self, requests: Iterable[Request], *, progress: Callable[[int], None] | None = None) -> list[Request]:
         """Works until the given requests are finished; gives them back. `progress` is told how many just were."""
         requests = list(requests)

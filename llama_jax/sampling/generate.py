@@ -13,7 +13,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import Compute, ModelConfig
@@ -21,6 +20,7 @@ from llama_jax.model.decode import Prepared, extend, logits, prefill, prepare
 from llama_jax.model.decode_attention import round_up
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, layout
+from llama_jax.parallel.hosts import on_every_host
 from llama_jax.sampling.choose import Choice, draw
 
 
@@ -137,11 +137,6 @@ def make_sampler(
     return sample
 
 
-@functools.lru_cache(maxsize=4)
-def _on_every_host(mesh: Mesh) -> Callable[[Samples], Samples]:
-    return jax.jit(lambda samples: samples, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
 def generate(
     sampler: Callable[..., Samples], params: Params | Prepared, prompts: Sequence[Sequence[int]], *, prompt_length: int,
     batch_size: int, seed: int | Sequence[int], choice: Choice | None = None, progress: Callable[[int], None] | None = None,
@@ -152,15 +147,13 @@ def generate(
     is filled with copies of its first prompt. Prompts of similar length are not grouped: `prompt_length` is one shape for all,
     so that nothing is compiled twice. On several hosts every one calls this with the same arguments and gets all responses.
     """
-    mesh = jax.sharding.get_mesh()
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         rows = [start + row if row < len(part) else start for row in range(batch_size)]
         tokens, valid = pad_left([prompts[row] for row in rows], prompt_length)
         own = {} if choice is None else {"choice": jax.tree.map(operator.itemgetter(rows), choice)}
-        drawn = sampler(params, tokens, valid, row_keys(seed, rows), **own)
-        samples = jax.device_get(_on_every_host(mesh)(drawn) if jax.process_count() > 1 else drawn)
+        samples = on_every_host(sampler(params, tokens, valid, row_keys(seed, rows), **own))
         for row in range(len(part)):
             responses.append(samples.tokens[row][samples.mask[row]].tolist())
         if progress:
