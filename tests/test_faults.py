@@ -127,26 +127,30 @@ def test_the_newest_every_mth_and_the_best_checkpoint_stay(tmp_path, mesh):
 # ---- disks ----
 
 
-def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoint(tmp_path):
-    # A limit of the file size makes real writes fail, in the threads that write, after two good checkpoints.
-    script = """
-        import resource, sys
+def train_until(directory, do):
+    """A run of twelve steps in a process of its own, to which a statement happens when its tenth batch is made."""
+    script = f"""
+        import os, resource, signal, sys
         from pathlib import Path
         sys.path.insert(0, "tests")
         from test_training import Batches, Supervised, loop, mesh_of, stage
         from llama_jax import command
         from llama_jax.training.loop import train
-        def full():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         mesh = mesh_of()
-        source = Supervised(Batches(interrupt=full, at=10))
+        source = Supervised(Batches(interrupt=lambda: {do}, at=10))
         command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
                                      workdir=Path(sys.argv[1]) / "run"))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), directory], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoint(tmp_path):
+    # A limit of the file size makes real writes fail, in the threads that write, after two good checkpoints.
+    done = train_until(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))")
     assert done.returncode == 1, done.stderr
     # Which write fails first depends on timing: that of the checkpoint or that of the log. Orbax tells its own story besides.
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -155,23 +159,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoi
 
 
 def test_ctrl_c_ends_a_run_in_one_word(tmp_path):
-    script = """
-        import os, signal, sys
-        from pathlib import Path
-        sys.path.insert(0, "tests")
-        from test_training import Batches, Supervised, loop, mesh_of, stage
-        from llama_jax import command
-        from llama_jax.training.loop import train
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        mesh = mesh_of()
-        source = Supervised(Batches(interrupt=lambda: os.kill(os.getpid(), signal.SIGINT), at=10))
-        command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
-                                     workdir=Path(sys.argv[1]) / "run"))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    done = train_until(tmp_path, "os.kill(os.getpid(), signal.SIGINT)")
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted", done.stderr
     assert "Traceback" not in done.stderr and not any(verify(tmp_path / "run").values())
 

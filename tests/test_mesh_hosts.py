@@ -70,7 +70,10 @@ SIZES["tiny"] = MODEL
 from pathlib import Path
 directory, stage, mesh, name = Path(sys.argv[1]), *sys.argv[2:]
 sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | ({mesh: 2} if mesh != "none" else {})
-more = {"reward": {"scorers": ("reward_models", "test_mesh_hosts:moody"), "weights": (1.0, 0.1)}} if stage == "ppo" else {}
+more = {
+    "reward": {"scorers": ("reward_models", "test_mesh_hosts:moody"), "weights": (1.0, 0.1)},
+    "ppo": {"sampling_batch": 4 if jax.process_count() > 1 else 0},  # in slots, or all rows by one program
+} if stage == "ppo" else {}
 train.run(values(directory, stage, steps=4, mesh=sizes, **more), directory / name)
 """
 
