@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 
 import jax
 import pytest
@@ -11,6 +12,22 @@ from llama_jax.model.config import SIZES, ModelConfig
 # Tests compile a lot and compute little: without LLVM's optimisation a step compiles 3 to 10 times as fast.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 jax.config.update("jax_num_cpu_devices", 8)  # before anything touches a device
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="how often a test kills a stage of alignment (20)")
+    parser.addoption("--until", type=float, metavar="TIME", help="skip tests that did not begin by then (date +%%s)")
+
+
+def pytest_runtest_setup(item):
+    until = item.config.getoption("--until")
+    if until and time.time() > until:
+        pytest.skip("left out: no time is left for it")
+
+
+@pytest.fixture
+def kills(pytestconfig) -> int:
+    return pytestconfig.getoption("--kills")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,17 +121,18 @@ def final(workdir: Path, *, steps: int) -> dict:
     return meta["fingerprints"]
 
 
-def kill_twenty_times(stage: str, directory: Path, events: set[str]) -> None:
-    """The stage without and with kills after such events: the same parameters, moments, rows and steps."""
+def kill_again_and_again(kills: int, stage: str, directory: Path, events: set[str]) -> None:
+    """The stage without and with that many kills after such events: the same parameters, moments, rows and steps."""
     small_runs.prepare(directory)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(directory), str(directory / "cache"), stage, "20"],
+        [sys.executable, "-c", DRIVER, str(directory), str(directory / "cache"), stage, str(kills)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    kills = collections.Counter((directory / "killed.kills").read_text().split())
-    assert sum(kills.values()) == 20 and set(kills) == events, kills
+    at = collections.Counter((directory / "killed.kills").read_text().split())
+    assert sum(at.values()) == kills and set(at) <= events, at
+    assert kills < 20 or set(at) == events, at
     count = steps_of(stage)
     assert final(directory / "killed", steps=count) == final(directory / "whole", steps=count)
     steps = [json.loads(line)["step"] for line in (directory / "killed" / "metrics.jsonl").read_text().splitlines()]
@@ -142,5 +143,5 @@ def kill_twenty_times(stage: str, directory: Path, events: set[str]) -> None:
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rejection"])
-def test_killed_twenty_times_it_ends_with_the_same_bits(stage, tmp_path):
-    kill_twenty_times(stage, tmp_path, {"rollout", "scoring", "update", "save"})
+def test_killed_again_and_again_it_ends_with_the_same_bits(stage, kills, tmp_path):
+    kill_again_and_again(kills, stage, tmp_path, {"rollout", "scoring", "update", "save"})
