@@ -23,6 +23,7 @@ import jax
 from absl import flags
 
 from llama_jax import command
+from llama_jax.batch import PAUSE, answer_lines
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
@@ -34,7 +35,6 @@ from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.parallel.hosts import from_host_0
 from llama_jax.pretrained import Model, load
-from llama_jax.requests import PAUSE, answer_lines
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request

@@ -13,8 +13,8 @@ from typing import Any, Literal, TextIO
 
 import jax
 
+from llama_jax.batch import resume
 from llama_jax.parallel.hosts import from_host_0
-from llama_jax.requests import resume
 
 _AHEAD = 1024  # lines of a pipe that are read before they are asked for
 
@@ -27,7 +27,7 @@ class Input:
     lines: Iterable[str | None]
     out: TextIO
     total: int = 0  # lines, where that is known
-    done: Sequence[str] = ()  # which were answered before; see `requests.resume`
+    done: Sequence[str] = ()  # which were answered before; see `batch.resume`
 
 
 def open_input(path: str, answers: str, *, waits: bool) -> Input:

@@ -1,33 +1,15 @@
-"""What a request may ask for: the fields of OpenAI's API, checked, as the engine's settings. For the server and for batches.
+"""What a request may ask for: the fields of OpenAI's API, checked, as the engine's settings. For the server and for batches."""
 
-Batches have one request a line; `answer_lines` answers them.
-"""
-
-import collections
 import dataclasses
 import hashlib
-import itertools
 import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
-
-import jax
+from collections.abc import Mapping
+from typing import Any
 
 from llama_jax.data.chat_template import encode_chat
-from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine
-from llama_jax.sampling.request import Request
 from llama_jax.sampling.slots import STOPS
-from llama_jax.training.metrics import Progress
-
-PAUSE = 0.02  # seconds until an idle reader looks for a line again
-# Lines that are read ahead of the first unfinished one. Answers are written in order, so a long one holds up those behind it;
-# while they are this many, no slot need wait for it.
-WINDOW = 1000
 
 # Fields that change nothing here; clients send them.
 _IGNORED = {
@@ -274,135 +256,3 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise RequestError(name, f"expected true or false, got {value!r}")
     return value
-
-
-# ---- many of them, one a line ----
-
-
-def answer_lines(
-    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *, done: Sequence[str] = (),
-    defaults: dict[str, Any], max_tokens: int, system: str = "", total: int = 0, where: str = "requests",
-) -> int:  # fmt: skip
-    """Answers JSONL requests, one line each, in their order and many at a time; `done` (of `resume`) were answered before.
-
-    While a line is None, since none has come yet, the engine goes on. A request that cannot be answered gives a line
-    `{"error": ...}` and does not stop the others. Lines are written as soon as all before them are, so that a killed run
-    leaves whole answers. Dialogs without a system message get `system`. Returns the number of errors.
-
-    Raises:
-      ValueError: what was answered before are other requests.
-    """
-    window: collections.deque[tuple[int, dict[str, Any], list[_Answer]]] = collections.deque()
-    errors = number = 0
-
-    def flush(limit: int) -> None:
-        nonlocal errors
-        while window and (len(window) > limit or all(answer.request.finish for answer in window[0][2])):
-            n, row, answers = window[0]
-            if not all(answer.request.finish for answer in answers):
-                engine.step()
-                continue
-            window.popleft()
-            found = [answer.row() for answer in answers]
-            row |= found[0] if len(found) == 1 else {"answers": found} if found else {}
-            errors += "error" in row
-            print(json.dumps({"line": n, **row}, ensure_ascii=False), file=out, flush=True)
-            progress.update()
-
-    with Progress(total, "requests", "answer", done=len(done), quiet=jax.process_index() > 0) as progress:
-        for line in lines:
-            if line is None:
-                if window:
-                    engine.step()
-                else:
-                    time.sleep(PAUSE)
-            else:
-                number += 1
-                progress.total = max(total, number)  # of a pipe it is not known beforehand
-                row: dict[str, Any] = {"request": digest(line)}
-                if number <= len(done):
-                    if done[number - 1] != row["request"]:
-                        raise ValueError(
-                            f"{where}:{number}: is not the request that was answered before; expected the requests that the "
-                            "answers belong to, or another file for answers"
-                        )
-                    continue
-                answers = []
-                try:
-                    body = decode(line)
-                    if isinstance(body, dict):
-                        row |= {"id": body["id"]} if "id" in body else {}
-                        body = _under(system, {**defaults, **body})
-                    asks = parse(body, tokenizer, context=engine.settings.max_length, default_tokens=max_tokens)
-                    each = itertools.chain.from_iterable([ask] * ask.n for ask in asks)
-                    answers = [_Answer(engine, tokenizer, ask, index=number * 64 + i) for i, ask in enumerate(each)]
-                except ValueError as error:
-                    row["error"] = f"{where}:{number}: {error}"
-                window.append((number, row, answers))
-            flush(WINDOW)
-        flush(0)
-    return errors
-
-
-def digest(line: str) -> str:
-    """What an answer says of the line that asked for it, so that it is not taken for that of another."""
-    return hashlib.sha256(line.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _under(system: str, body: dict[str, Any]) -> dict[str, Any]:
-    """A dialog under a system message, unless it has one of its own."""
-    messages = body.get("messages")
-    if not system or not isinstance(messages, list) or any(
-        isinstance(message, Mapping) and message.get("role") in ("system", "developer") for message in messages
-    ):  # fmt: skip
-        return body
-    return {**body, "messages": [{"role": "system", "content": system}, *messages]}
-
-
-class _Answer:
-    """An answer on its way: it ends itself at a stop string."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
-        self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
-        self._stream, self._echo = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt), ask.echo
-        self.request = engine.submit(
-            ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
-            on_token=self._push,
-        )  # fmt: skip
-
-    def _push(self, request: Request, token: int) -> None:
-        if token not in request.stop_ids:
-            self._text += self._stream.push(token)
-        if self._stream.stopped:
-            self._engine.cancel(request)
-
-    def row(self) -> dict[str, Any]:
-        """What is written of a finished one."""
-        text = self._echo + self._text + self._stream.finish()
-        return {
-            "text": text.strip() if self._chat else text,
-            "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),
-            **({"logprobs": self.request.log_probs} if self._log_probs else {}),
-        }  # fmt: skip
-
-
-def resume(path: Path) -> list[str]:
-    """Which requests a file of answers already holds, by their `digest`; an unfinished last line is cut off.
-
-    Raises:
-      ValueError: a line that is no answer.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    found = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            found.append(str(json.loads(line)["request"]))
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}:{number}: expected an answer that names its request, got another line") from None
-    return found

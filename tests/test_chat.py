@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import chat, requests
+from llama_jax import batch, chat, requests
 from llama_jax import lines as lines_of
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import train_tokenizer
@@ -140,7 +140,7 @@ def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer)
 def ask(engine, tokenizer, lines, *, done=(), **how):
     out = io.StringIO()
     how = {"defaults": {"temperature": 0.0, "seed": 1}, "max_tokens": 5, "where": "in.jsonl", **how}
-    errors = requests.answer_lines(engine, tokenizer, lines, out, done=done, **how)
+    errors = batch.answer_lines(engine, tokenizer, lines, out, done=done, **how)
     return [json.loads(line) for line in out.getvalue().splitlines()], errors
 
 
@@ -155,19 +155,22 @@ def test_requests_are_answered_in_order_and_a_killed_run_goes_on(engine, tokeniz
     assert rows[7]["id"] == 7 and rows[7]["tokens"] <= 1 and len(rows[5]["answers"]) == 3
     path = tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + '{"line": 10, "te')
-    done = requests.resume(path)
+    done = batch.resume(path)
     assert done == [row["request"] for row in rows[:9]] and len(set(done)) == 9
     assert path.read_text().count("\n") == 9 and path.read_text().endswith("}\n")
-    assert requests.resume(tmp_path / "none.jsonl") == []
+    assert batch.resume(tmp_path / "none.jsonl") == []
     rest, _ = ask(engine, tokenizer, lines, done=done)
     assert rest == rows[9:]
     # The answers to other requests are no answers to these.
     lines[2] = json.dumps({"prompt": "another loop"})
     with pytest.raises(ValueError, match="^in.jsonl:3: is not the request that was answered before"):
         ask(engine, tokenizer, lines, done=done)
+    for other in ({"defaults": {"temperature": 0.0, "seed": 2}}, {"system": "Be brief."}, {"max_tokens": 6}):
+        with pytest.raises(ValueError, match="^in.jsonl:1: .*or not under the settings of then"):
+            ask(engine, tokenizer, [json.dumps({"id": 0, "prompt": "the loop 0", "max_tokens": 1})], done=done, **other)
     path.write_text('{"line": 1, "text": "a"}\n')
     with pytest.raises(ValueError, match="out.jsonl:1: expected an answer that names its request"):
-        requests.resume(path)
+        batch.resume(path)
 
 
 def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
@@ -287,7 +290,7 @@ def test_a_live_pipe_is_answered_line_by_line(engine, tokenizer):
     out = io.StringIO()
     how = {"defaults": {"temperature": 0.0}, "max_tokens": 2}
     lines = lines_of.arriving(lines_of._piped(reading))
-    thread = threading.Thread(target=requests.answer_lines, args=(engine, tokenizer, lines, out), kwargs=how, daemon=True)
+    thread = threading.Thread(target=batch.answer_lines, args=(engine, tokenizer, lines, out), kwargs=how, daemon=True)
     thread.start()
     for count in range(1, 4):
         os.write(writing, b'{"prompt": "a\xc2\x85b"}\n{"pro')

@@ -153,12 +153,18 @@ def test_a_dry_run_prints_the_mixture_and_writes_nothing(web, tmp_path):
     row = next(line for line in printed.splitlines() if line.startswith("web "))
     _, count, megabytes, tokens, share, planned, epochs = row.split()
     assert (count, share, planned) == ("81", "100.0%", "5,000")
-    assert int(tokens.replace(",", "")) == pytest.approx(size / 4, rel=0.01)  # four bytes a token are assumed
-    assert float(epochs) == pytest.approx(5000 / (size / 4), rel=0.02) and float(megabytes) == 0.0
+    ratio = estimate.assumed_bytes_a_token(config.vocab_size)
+    assert int(tokens.replace(",", "")) == pytest.approx(size / ratio, rel=0.01)
+    assert float(epochs) == pytest.approx(5000 / (size / ratio), rel=0.02) and float(megabytes) == 0.0
     assert "90 documents" in printed and "100.0% pass the filters" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["web.jsonl.gz"]
     printed = corpus.dry_run(config_of(web, max_epochs=2.0, total_tokens=1_000_000))
     assert "2.00*" in printed and "of the 1,000,000 tokens of training asked for" in printed
+
+
+@pytest.mark.parametrize("pieces, ratio", [(32_000, 4.0), (16_000, 3.7), (64_000, 4.3), (4096, 3.11), (1, 1.0)])
+def test_fewer_pieces_are_shorter(pieces, ratio):
+    assert estimate.assumed_bytes_a_token(pieces) == pytest.approx(ratio, abs=0.005)
 
 
 def test_a_dry_run_of_a_tfds_data_set_has_numbers(tmp_path, monkeypatch):
@@ -177,7 +183,9 @@ def test_a_dry_run_of_a_tfds_data_set_has_numbers(tmp_path, monkeypatch):
         row = next(line for line in corpus.dry_run(config).splitlines() if line.startswith("web "))
         assert int(row.split()[1]) == pytest.approx(81, abs=1)  # without the held-out tenth
         size = sum(len(text(i).encode()) for i in range(90)) * 0.9
-        assert int(row.split()[3].replace(",", "")) == pytest.approx(size / 4, rel=0.1)
+        assert int(row.split()[3].replace(",", "")) == pytest.approx(
+            size / estimate.assumed_bytes_a_token(config.vocab_size), rel=0.1
+        )
 
 
 def parsed(*arguments: str) -> ConfigDict:

@@ -14,7 +14,8 @@ from llama_jax.corpus_build.steps import clean, make_steps
 from llama_jax.data.tokenizer import Tokenizer
 
 SAMPLED_BYTES = 20_000_000  # of text, from the smallest file of a source
-BYTES_A_TOKEN = 4.0  # without a tokenizer: English text in 32,000 pieces gives about this much
+# Without a tokenizer: English text in 32,000 pieces has about 4 bytes a token, and in 4,096 about 3.1 (the demo's corpus).
+BYTES_A_TOKEN, FEWER_A_HALVING = 4.0, 0.3
 _COMPRESSION = {".gz": 3.0, ".zst": 3.2, ".xz": 3.8, ".bz2": 3.5}  # of text, where the sample does not tell
 
 
@@ -41,7 +42,10 @@ def estimate_table(
         factor = min(whole, budget) / max(read, 1) * (1 - settings.held_out.fraction)
         documents[name] = round(kept * factor)
         sizes[name] = round(left * factor)
-        ratio = left / max(sum(map(len, tokenizer.encode_many(texts))) + 2 * len(texts), 1) if tokenizer else BYTES_A_TOKEN
+        if tokenizer:
+            ratio = left / max(sum(map(len, tokenizer.encode_many(texts))) + 2 * len(texts), 1)
+        else:
+            ratio = assumed_bytes_a_token(settings.vocab_size)
         tokens[name] = round(sizes[name] / ratio)
         notes.append(
             f"{name}: {'all' if files is None else len(files)} file(s), {sampled:,} documents ({read / 1e6:,.1f} MB) sampled, "
@@ -53,6 +57,11 @@ def estimate_table(
     )  # fmt: skip
     head = "Estimated from samples, before duplicates are taken out; nothing was written."
     return "\n".join([head, "", mixture.table(shares), "", *notes])
+
+
+def assumed_bytes_a_token(pieces: int) -> float:
+    """Bytes of UTF-8 that a token of a vocabulary of that many pieces is assumed to stand for."""
+    return max(BYTES_A_TOKEN + FEWER_A_HALVING * math.log2(pieces / 32_000), 1.0)
 
 
 def _sample(
