@@ -19,7 +19,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     if size == "tiny":
         # Small batches: for the same tokens, 1,600 steps of 4 rows reached 0.06 to 0.11 bits per byte less than 800 of 8.
         optim = common.adamw(2.5e-3, warmup=80)
-        loop = common.loop(2000, 4, checkpoint_every=400)
+        loop = common.loop(1900, 4, checkpoint_every=400)
     else:
         rows = 2048 if size.startswith("llama1") else 1024  # 4 * 2^20 tokens
         trillions = {"llama1-7b": 1.0, "llama1-13b": 1.0, "llama1-33b": 1.4, "llama1-65b": 1.4}.get(size, 2.0)
