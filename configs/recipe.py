@@ -51,8 +51,8 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "ghost_study": "", "distillation": False,
         "overrides": {
             "sft_variant": {"epochs": 0.25},
-            # A round of so few answers gains as much by their temperature as by the choice among them: trained on the best of 8 at
-            # 0.5 the demo's model won 65.8 % against SFT, at 0.8 62.0 % (means of 16 pairs of draws of the verdict).
+            # With so few answers their temperature gains as much as the choice among them: trained on the best of 8 at 0.5
+            # the demo's model won 65.8 % against SFT, at 0.8 62.0 % (means of 16 pairs of draws of the verdict).
             "rejection": {"rejection": {"temperatures": (0.5, 0.8, 1.0), "search_prompts": 32}},
         },
         "seed": 0,
