@@ -33,7 +33,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     }  # fmt: skip
     data = {"prompts": "prompts.jsonl", "prompt_length": 96 if tiny else 1024, "held_out": ""}
     optim = common.adamw(1e-4 if tiny else 1e-6, schedule="constant", warmup=4 if tiny else 0)
-    loop = common.loop(28 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
+    loop = common.loop(24 * 2 if tiny else 8 * 400, 32 if tiny else 64, log_every=1, checkpoint_every=40)
     return common.stage(
         "ppo", size, tpu, data=data, ppo=ppo, reward=common.reward(), helpfulness="", safety="", optim=optim, loop=loop
     )

@@ -38,7 +38,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
             "rlhf": 900, "rlhf_safety": 300,
             "held_out": 300, "held_out_safety": 100,
         },
-        "versions": ({"preferences": 3500, "prompts": 1100, "answers": 8, "ghost": False, "ppo": True},),
+        "versions": ({"preferences": 3000, "prompts": 900, "answers": 8, "ghost": False, "ppo": True},),
         "restart": "sft",
         "variant_temperatures": (0.8, 1.1),
         "annotator_noise": 0.03,
