@@ -29,7 +29,6 @@ from absl import flags
 from llama_jax import command, requests
 from llama_jax.chat import open_engine
 from llama_jax.convert import one_process
-from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
@@ -37,6 +36,7 @@ from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
 from llama_jax.sampling.request import EngineConfig
 from llama_jax.sampling.worker import EngineStopped, QueueFull, Worker
+from llama_jax.serve_answer import Answer, Field, usage
 
 log = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -111,7 +111,7 @@ class Server:
 
     # ---- the way of a request ----
 
-    async def _answer(self, request: Any, field: str) -> Any:
+    async def _answer(self, request: Any, field: Field) -> Any:
         from starlette.responses import StreamingResponse
 
         if refused := self._refuse(request):
@@ -128,7 +128,8 @@ class Server:
         except RequestError as error:
             too_large = error.field == "content-length"
             return _error(413 if too_large else 400, str(error), param=error.field)
-        answers = [Answer(self, ask, i) for i, ask in enumerate(ask for ask in asks for _ in range(ask.n))]
+        each = itertools.chain.from_iterable([ask] * ask.n for ask in asks)
+        answers = [Answer(self.worker, self.tokenizer, ask, i) for i, ask in enumerate(each)]
         try:
             for answer, ticket in zip(answers, self.worker.submit([answer.job() for answer in answers]), strict=True):
                 answer.ticket = ticket
@@ -151,9 +152,9 @@ class Server:
             return _error(500, _FAILED, kind="server_error")
         kind = "chat.completion" if field == "messages" else "text_completion"
         choices = [answer.choice(field) for answer in answers]
-        return _json({**head, "object": kind, "choices": choices, "usage": _usage(asks, answers)})
+        return _json({**head, "object": kind, "choices": choices, "usage": usage(asks, answers)})
 
-    async def _finish(self, request: Any, answers: list["Answer"]) -> bool:
+    async def _finish(self, request: Any, answers: list[Answer]) -> bool:
         """Waits for all answers; False if the client left before."""
 
         async def drain():
@@ -172,7 +173,7 @@ class Server:
         finally:
             work.cancel()
 
-    async def _stream(self, asks: list[Ask], answers: list["Answer"], head: dict, field: str) -> AsyncIterator[str]:
+    async def _stream(self, asks: list[Ask], answers: list[Answer], head: dict, field: Field) -> AsyncIterator[str]:
         kind = "chat.completion.chunk" if field == "messages" else "text_completion"
         queue: asyncio.Queue = asyncio.Queue()
 
@@ -198,14 +199,14 @@ class Server:
                 left -= piece is None
                 yield chunk([answer.delta(field, piece)])
             if answers[0].ask.usage:
-                yield chunk([], usage=_usage(asks, answers))
+                yield chunk([], usage=usage(asks, answers))
             yield "data: [DONE]\n\n"
         finally:  # also when the client leaves
             self._cancel(answers)
             for task in pumps:
                 task.cancel()
 
-    def _cancel(self, answers: list["Answer"]) -> None:
+    def _cancel(self, answers: list[Answer]) -> None:
         for answer in answers:
             if not answer.finish:
                 self.worker.cancel(answer.ticket)
@@ -235,106 +236,6 @@ class Server:
         if hmac.compare_digest(given.encode(), self.api_key.encode()):
             return None
         return _error(401, "expected the header Authorization: Bearer <API key>", kind="authentication_error")
-
-
-class Answer:
-    """One answer on its way: tokens come from the worker's thread, text goes to the client."""
-
-    def __init__(self, server: Server, ask: Ask, index: int):
-        self.ask, self.index, self.ticket = ask, index, None
-        self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
-        self._server, self._strip = server, True
-        after = () if ask.chat else ask.prompt
-        self._stream = TextStream(server.tokenizer, ask.stops, after=after)
-        # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
-        self._spelling, self._spelled, self._told, self._offset = TextStream(server.tokenizer, after=after), [], 0, 0
-        self._events: asyncio.Queue = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def job(self) -> dict[str, Any]:
-        """What the engine is asked for."""
-        ask = self.ask
-        return {
-            "prompt": ask.prompt, "max_tokens": ask.max_tokens, "choice": ask.choice, "stop_ids": ask.stop_ids,
-            "seed": ask.seed, "index": self.index, "deliver": self._deliver,
-        }  # fmt: skip
-
-    def _deliver(self, token: int | None, log_p: float, finish: str) -> None:  # in the worker's thread
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (token, log_p, finish))
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text, as it is settled; afterwards `finish` says why it ended."""
-        if self.ask.echo:
-            self.text = self.ask.echo
-            yield self.text
-        while not self.finish:
-            token, log_p, finish = await self._events.get()
-            text = ""
-            if token is not None:
-                self.tokens.append(token)
-                self.log_probs.append(log_p)
-                self._spell(token)
-                if token not in self.ask.stop_ids:
-                    text = self._stream.push(token)
-            if finish or self._stream.stopped:
-                text += self._stream.finish()
-                if self._spelled:
-                    self._spelled[-1] += self._spelling.finish()
-                if self._stream.stopped and not finish:
-                    self._server.worker.cancel(self.ticket)
-                self.finish = "stop" if self._stream.stopped else finish
-            self.text += text
-            if text:
-                yield text
-
-    def choice(self, field: str) -> dict[str, Any]:
-        """The finished answer in the form of the API."""
-        base = {"index": self.index, "finish_reason": self.finish}
-        if field == "messages":
-            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._log_probs(field)}
-        return {**base, "text": self.text, "logprobs": self._log_probs(field)}
-
-    def delta(self, field: str, piece: str | None) -> dict[str, Any]:
-        """A chunk with a piece of text, or the last one."""
-        base = {"index": self.index, "finish_reason": self.finish if piece is None else None}
-        base["logprobs"] = self._log_probs(field)
-        if field == "prompt":
-            return {**base, "text": piece or ""}
-        if piece is not None and self._strip:  # an answer does not begin with a space
-            piece = piece.lstrip()
-            self._strip = not piece
-        return {**base, "delta": {} if piece is None else {"content": piece}}
-
-    def _spell(self, token: int) -> None:
-        """The text of a token: of those that make up one character the last has all of it, and an end its name."""
-        if not self.ask.logprobs:
-            return
-        if token in self.ask.stop_ids:
-            self._spelled.append(self._spelling.finish() + self._server.tokenizer.piece(token))
-        else:
-            self._spelled.append(self._spelling.push(token))
-
-    def _log_probs(self, field: str) -> dict[str, Any] | None:
-        """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
-        if not self.ask.logprobs or self._told == len(self.tokens):
-            return None
-        pieces, log_probs = self._spelled[self._told :], self.log_probs[self._told :]
-        self._told = len(self.tokens)
-        if field == "prompt":
-            *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
-            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
-        return {
-            "content": [
-                {"token": piece, "logprob": p, "bytes": list(piece.encode()), "top_logprobs": []}
-                for piece, p in zip(pieces, log_probs, strict=True)
-            ]
-        }  # fmt: skip
-
-
-def _usage(asks: list[Ask], answers: list[Answer]) -> dict[str, int]:
-    prompt, drawn = sum(len(ask.prompt) for ask in asks), sum(len(answer.tokens) for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:

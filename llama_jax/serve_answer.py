@@ -1,0 +1,118 @@
+"""An answer of the server on its way to the client: tokens come from the worker's thread, text goes out as it is settled.
+
+What is told of it has the forms of OpenAI's API, whole and in chunks.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+from llama_jax.data.text_stream import TextStream
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.requests import Ask
+from llama_jax.sampling.worker import Worker
+
+Field = Literal["messages", "prompt"]  # what was asked with: a dialog or a text
+
+
+class Answer:
+    """One answer; `worker` draws it when `job` is submitted to it."""
+
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, ask: Ask, index: int):
+        self.ask, self.index, self.ticket = ask, index, None
+        self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
+        self._worker, self._tokenizer, self._strip = worker, tokenizer, True
+        after = () if ask.chat else ask.prompt
+        self._stream = TextStream(tokenizer, ask.stops, after=after)
+        # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
+        self._spelling, self._spelled, self._told, self._offset = TextStream(tokenizer, after=after), [], 0, 0
+        self._events: asyncio.Queue = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def job(self) -> dict[str, Any]:
+        """What the engine is asked for."""
+        ask = self.ask
+        return {
+            "prompt": ask.prompt, "max_tokens": ask.max_tokens, "choice": ask.choice, "stop_ids": ask.stop_ids,
+            "seed": ask.seed, "index": self.index, "deliver": self._deliver,
+        }  # fmt: skip
+
+    def _deliver(self, token: int | None, log_p: float, finish: str) -> None:  # in the worker's thread
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (token, log_p, finish))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text, as it is settled; afterwards `finish` says why it ended."""
+        if self.ask.echo:
+            self.text = self.ask.echo
+            yield self.text
+        while not self.finish:
+            token, log_p, finish = await self._events.get()
+            text = ""
+            if token is not None:
+                self.tokens.append(token)
+                self.log_probs.append(log_p)
+                self._spell(token)
+                if token not in self.ask.stop_ids:
+                    text = self._stream.push(token)
+            if finish or self._stream.stopped:
+                text += self._stream.finish()
+                if self._spelled:
+                    self._spelled[-1] += self._spelling.finish()
+                if self._stream.stopped and not finish:
+                    self._worker.cancel(self.ticket)
+                self.finish = "stop" if self._stream.stopped else finish
+            self.text += text
+            if text:
+                yield text
+
+    def choice(self, field: Field) -> dict[str, Any]:
+        """The finished answer in the form of the API."""
+        base = {"index": self.index, "finish_reason": self.finish}
+        if field == "messages":
+            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._log_probs(field)}
+        return {**base, "text": self.text, "logprobs": self._log_probs(field)}
+
+    def delta(self, field: Field, piece: str | None) -> dict[str, Any]:
+        """A chunk with a piece of text, or the last one."""
+        base = {"index": self.index, "finish_reason": self.finish if piece is None else None}
+        base["logprobs"] = self._log_probs(field)
+        if field == "prompt":
+            return {**base, "text": piece or ""}
+        if piece is not None and self._strip:  # an answer does not begin with a space
+            piece = piece.lstrip()
+            self._strip = not piece
+        return {**base, "delta": {} if piece is None else {"content": piece}}
+
+    def _spell(self, token: int) -> None:
+        """The text of a token: of those that make up one character the last has all of it, and an end its name."""
+        if not self.ask.logprobs:
+            return
+        if token in self.ask.stop_ids:
+            self._spelled.append(self._spelling.finish() + self._tokenizer.piece(token))
+        else:
+            self._spelled.append(self._spelling.push(token))
+
+    def _log_probs(self, field: Field) -> dict[str, Any] | None:
+        """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
+        if not self.ask.logprobs or self._told == len(self.tokens):
+            return None
+        pieces, log_probs = self._spelled[self._told :], self.log_probs[self._told :]
+        self._told = len(self.tokens)
+        if field == "prompt":
+            *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
+            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
+        return {
+            "content": [
+                {"token": piece, "logprob": p, "bytes": list(piece.encode()), "top_logprobs": []}
+                for piece, p in zip(pieces, log_probs, strict=True)
+            ]
+        }  # fmt: skip
+
+
+def usage(asks: Sequence[Ask], answers: Sequence[Answer]) -> dict[str, int]:
+    """Tokens of prompts and answers, as the API counts them."""
+    prompt, drawn = sum(len(ask.prompt) for ask in asks), sum(len(answer.tokens) for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
