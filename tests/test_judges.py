@@ -241,3 +241,14 @@ def test_samples_become_curves(tmp_path):
     with pytest.raises(ValueError, match="expected rows with rewards"):
         run({"x": tmp_path / "c.jsonl"}, tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_figure_is_wide_enough_for_its_title():
+    from llama_jax.evals.plots import LIGHT, canvas
+
+    for title in ("Short", "Best reward of N samples by temperature (Fig. 8)", "A title that is very much longer " * 3):
+        figure, _ = canvas(LIGHT, title, panel=(4.6, 3.8))
+        figure.canvas.draw()
+        (head,) = (text for text in figure.texts if text.get_text() == title)
+        assert head.get_window_extent().x1 < figure.bbox.width, title
+        assert figure.get_figwidth() >= 4.6 and (len(title) > 10) == (figure.get_figwidth() > 4.6)

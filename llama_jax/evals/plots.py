@@ -89,7 +89,8 @@ def canvas(
     theme: Theme, title: str, *, rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0, 3.8), grid: str = "y",
     share_x: bool = False, share_y: bool = False,
 ) -> tuple[Any, list[Any]]:  # fmt: skip
-    """A figure with its title and `rows * columns` dressed axes; without pyplot, so without any global state."""
+    """A figure with its title, which it is wide enough for, and `rows * columns` dressed axes; without pyplot, so without any
+    global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -99,7 +100,8 @@ def canvas(
     figure = Figure(figsize=size, layout="constrained", facecolor=theme.page)
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    figure.suptitle(title, color=theme.ink, fontsize=12, fontweight="bold", x=0.01, horizontalalignment="left")
+    head = figure.suptitle(title, color=theme.ink, fontsize=12, fontweight="bold", x=0.01, horizontalalignment="left")
+    figure.set_figwidth(max(size[0], 1.03 * head.get_window_extent().width / figure.dpi))
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y).flat)
     for ax in axes:
         dress(ax, theme, grid)
