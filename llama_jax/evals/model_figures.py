@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.plots import DARK, MARKERS, Plot, Theme, canvas, legend, note
+from llama_jax.evals.plots import BESIDE, DARK, MARKERS, Plot, Theme, canvas, legend, note
 from llama_jax.rlhf.best_of import BestOf
 
 
@@ -49,7 +49,7 @@ def best_of_n(curves: Mapping[str, BestOf]) -> Plot:
             ax.plot(counts, best.median, linestyle=(0, (4, 2)), label=f"{label}: median", **style)
         _log_counts(ax, curves.values())
         ax.set_ylabel("reward model score")
-        legend(ax, theme)
+        legend(ax, theme, **(BESIDE if len(curves) > 2 else {}))  # where so many lines leave no room
         return figure
 
     words = "; ".join(
@@ -68,7 +68,11 @@ def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
 
         # Dark blue to yellow: ordered also in grey and for every kind of colour vision. The end like the page is left out.
         colours, (low, high) = colormaps["cividis"], (0.3, 1.0) if theme is DARK else (0.0, 0.85)
-        figure, axes = canvas(theme, title, columns=len(models), panel=(4.6, 3.8), share_y=True)
+        columns = min(len(models), 3)  # more would be too small to read on a page
+        rows = -(-len(models) // columns)
+        figure, axes = canvas(theme, title, rows=rows, columns=columns, panel=(4.6 if rows == 1 else 3.6, 3.8), share_y=True)
+        for ax in axes[len(models) :]:
+            ax.remove()
         for ax, (model, curves) in zip(axes, models.items()):
             for index, (temperature, best) in enumerate(sorted(curves.items())):
                 colour = colours(low + (high - low) * index / max(len(curves) - 1, 1))
@@ -76,8 +80,9 @@ def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
                 ax.plot(counts, best.maximum, color=colour, linewidth=1.8, label=f"T = {temperature:g}")
             _log_counts(ax, curves.values())
             ax.set_title(model)
-        axes[0].set_ylabel("reward model score")
-        legend(axes[-1], theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for ax in axes[: len(models) : columns]:
+            ax.set_ylabel("reward model score")
+        legend(axes[columns - 1], theme, **BESIDE)
         return figure
 
     words = "; ".join(

@@ -122,6 +122,9 @@ def dress(ax: Any, theme: Theme, grid: str = "y") -> None:
     ax.title.set(color=theme.ink, fontsize=10)
 
 
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # options of a legend to the right of its axes
+
+
 def legend(ax: Any, theme: Theme, **options: Any) -> None:
     """A legend without a frame."""
     ax.legend(frameon=False, labelcolor=theme.ink, fontsize=9, **options)
