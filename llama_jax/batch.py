@@ -1,4 +1,4 @@
-"""Batches: one request a line in, one answer a line out, in order and many at a time: what `llama_jax.chat --requests` does."""
+"""One request a line in, one answer a line out, in their order and many at a time (`llama_jax.chat --requests`)."""
 
 import collections
 import hashlib
@@ -37,7 +37,7 @@ def answer_lines(
     Raises:
       ValueError: what was answered before are other requests, or were answered under other settings.
     """
-    settings = {"defaults": defaults, "max_tokens": max_tokens, "system": system}
+    settings = json.dumps({"defaults": defaults, "max_tokens": max_tokens, "system": system}, sort_keys=True)
     window: collections.deque[tuple[int, dict[str, Any], list[_Answer]]] = collections.deque()
     errors = number = 0
 
@@ -91,10 +91,9 @@ def answer_lines(
     return errors
 
 
-def digest(line: str, settings: Mapping[str, Any]) -> str:
+def digest(line: str, settings: str) -> str:
     """What an answer says of the line that asked for it and of the settings under it, so that it is not taken for another's."""
-    under = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(f"{line.strip()}\n{under}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(f"{line.strip()}\n{settings}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _under(system: str, body: dict[str, Any]) -> dict[str, Any]:
