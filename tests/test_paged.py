@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from llama_jax.model import paged
-from llama_jax.model.cache import LayerCache
+from llama_jax.model.cache import LayerCache, write_token
 from llama_jax.model.config import SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.model.decode_attention import attend_cached
@@ -48,12 +48,14 @@ def test_the_kernel_gives_what_plain_attention_gives(H, K):
         np.testing.assert_allclose(out[row], expected.reshape(H, E), atol=0.02)
 
 
-def test_one_token_a_row_is_written_where_it_belongs():
+@pytest.mark.parametrize("axis", [2, 3])
+def test_one_token_a_row_is_written_where_it_belongs(axis):
     B, K, S, E = 3, 2, 128, 4
     slots, new = np.zeros((B, K, S, E), np.float32), np.arange(B * K * E, dtype=np.float32).reshape(B, K, E) + 1
-    found = np.asarray(paged.write(jnp.asarray(slots), jnp.asarray(new), jnp.array([5, S, 0])))  # S: dropped
+    given = np.moveaxis(slots, 2, axis)
+    found = np.asarray(write_token(jnp.asarray(given), jnp.asarray(new), jnp.array([5, S, 0]), axis))  # S: dropped
     slots[0, :, 5], slots[2, :, 0] = new[0], new[2]
-    np.testing.assert_array_equal(found, slots)
+    np.testing.assert_array_equal(np.moveaxis(found, axis, 2), slots)
 
 
 @pytest.mark.parametrize("T", [1, 3])

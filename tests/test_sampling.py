@@ -1,6 +1,7 @@
 """Drawing tokens and generating: hand-computed choices, and the sampler against the model's own forward pass."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.model import heads, params
-from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.model.config import FLOAT32, SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.model.transformer import hidden_states
 from llama_jax.sampling.choose import Choice, draw, inverse_draw, min_p_filter, penalise, top_k_filter, top_p_filter
@@ -197,6 +198,28 @@ def test_a_row_does_not_depend_on_its_neighbours_bitwise():
         samples = jax.device_get(run(TREE, tokens, valid, row_keys(seed, range(8)).at[row].set(key)))
         found.append((samples.tokens[row].tolist(), samples.log_probs[row].tobytes()))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_token_copies_neither_the_cache_nor_a_matrix_nor_widens_one(rows, matmul):
+    """Each of the three was in the program of a single row once, and cost a fifth to two thirds of its time."""
+    compute = Compute(matmul, "float32")
+    sample = make_sampler(MODEL, SPECS, compute=compute, eos_id=EOS, max_new_tokens=8, temperature=0.0)
+    ready = jax.eval_shape(lambda tree: prepare(tree, SPECS, compute=compute), TREE)
+    tokens, valid = pad_left([[1, 5, 7]] * rows, 8)
+    text = sample.lower(ready, tokens, valid, row_keys(0, range(rows))).compile().as_text()
+    loop = re.search(r"body=(%[\w.-]+)", text)[1]
+    body = next(part for part in re.split(r"\n(?=%|ENTRY)", text) if part.startswith(f"{loop} "))
+    assert body.count("\n") > 100
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|convert)\(", body) + re.findall(
+        r"%(?:copy|transpose|convert)[\w.-]* = \w+\[([\d,]+)\]", body
+    )
+    H, K, E, S, D = MODEL.heads, MODEL.kv_heads, MODEL.head_size, 15, MODEL.width
+    large = {f"{rows},{K},{E},{S}", f"{rows},{K},{S},{E}", f"{H * E},{D}", f"{D},{H * E}", f"{H},{E},{D}"}
+    assert not large & set(moved)
+    if matmul == "bfloat16":  # the loop's own matrices are those that it was given
+        assert f"bf16[{MODEL.width},{MODEL.ffn}]" in body and f"f32[{MODEL.width},{MODEL.ffn}]" not in body
 
 
 def test_padding_changes_nothing_but_rounding():

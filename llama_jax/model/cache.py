@@ -1,5 +1,6 @@
 """The key-value cache of generation."""
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from llama_jax.model import paged
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.int8 import quantise
-from llama_jax.parallel.axes import constrain
+from llama_jax.parallel.axes import constrain, per_device
 from llama_jax.parallel.mesh import platform
 
 
@@ -64,6 +65,29 @@ class KVCache:
     def slots(self) -> int:
         """S: how many tokens a row can hold."""
         return self.layers[0].values.shape[2]
+
+
+def write_token(slots: jax.Array, new: jax.Array, targets: jax.Array, axis: int) -> jax.Array:
+    """Writes one key or value a row into slot `targets` along `axis`; a target outside is dropped. # [B, K, ...] x 2, [B]
+
+    Head by head, by one scatter over all of them. On a TPU, left to write all heads of a token at once, the compiler lays the
+    cache out with the heads beside each other, and copies all of it into the kernel's layout at every step (compiled for v5e).
+    On a CPU, a scatter of a single row becomes two updates, before each of which the cache is copied: a seventh of the time
+    that SmolLM2 takes for a token.
+    """
+    heads = ("cache_rows", "act_kv_heads")
+    rest = [None] * (slots.ndim - 2)
+    return per_device(
+        functools.partial(_write_token, axis=axis), (slots, new.astype(slots.dtype), targets),
+        ((*heads, *rest), (*heads, *rest[1:]), ("cache_rows",)), (*heads, *rest),
+    )  # fmt: skip
+
+
+def _write_token(slots, new, targets, *, axis):
+    B, K, *rest = slots.shape
+    index = (jnp.arange(B * K), *[slice(None)] * (axis - 2), jnp.repeat(targets, K))
+    flat = slots.reshape(B * K, *rest).at[index].set(new.reshape(B * K, *new.shape[2:]), mode="drop")
+    return flat.reshape(slots.shape)
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:

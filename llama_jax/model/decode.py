@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from llama_jax.model import paged
 from llama_jax.model.attention import row_attention
-from llama_jax.model.cache import KVCache
+from llama_jax.model.cache import KVCache, write_token
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
 from llama_jax.model.int8 import Int8, product, quantise
@@ -125,8 +124,8 @@ def extend(
     limit = jnp.max(lengths + counts)
 
     def put(slots, new, axis):
-        if rows is None and new.shape[1] == 1 and cache.layers[0].lengthwise:
-            return paged.write(slots, new[:, 0], targets[:, 0])
+        if rows is None and new.shape[1] == 1:
+            return write_token(slots, new[:, 0], targets[:, 0], axis)
         if rows is None:  # each row into its own: no device needs to look at another's rows
             at = (slice(None),) * (axis - 1)
             return jax.vmap(
@@ -198,7 +197,9 @@ def _block(x, matrices, angles, layer, attend, *, config: ModelConfig, compute: 
         key = constrain(key, "batch", "length", "act_kv_heads", None).astype(x.dtype)
         value = constrain(value, "batch", "length", "act_kv_heads", None).astype(x.dtype)
         heads, layer = attend(query, key, value, layer)
-        x = x + multiply("bthe,hed->btd", heads, matrices["output"]).astype(x.dtype)
+        # With heads as one axis on both sides: XLA's CPU backend would else transpose the matrix for every token.
+        output = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), matrices["output"])
+        x = x + multiply("bti,id->btd", heads.reshape(*x.shape[:2], -1), output).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):
         normed = rms_norm(x, matrices["ffn_norm"], eps=config.norm_eps)

@@ -4,11 +4,14 @@ Symmetric, with one float32 scale for each output of a product (weights) or each
 themselves run on the plain integers and are scaled afterwards.
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from llama_jax.model.layers import contract
+from llama_jax.parallel.mesh import platform
 
 
 @flax.struct.dataclass
@@ -27,9 +30,17 @@ def quantise(x: jax.Array, axes: int | tuple[int, ...]) -> Int8:
 
 
 def product(equation: str, x: jax.Array, w: jax.Array | Int8, dtype: jnp.dtype) -> jax.Array:
-    """`contract`, where the weights may be Int8 with one scale for each output. The outputs' axes end the equation."""
-    if not isinstance(w, Int8):
-        return contract(equation, x, w, dtype)
-    weights, out = equation.split(",")[1].split("->")
-    shared = tuple(axis for axis, letter in enumerate(weights) if letter not in out)
-    return contract(equation, x, w.values, dtype) * jnp.squeeze(w.scales, shared)
+    """`contract` as generation needs it: the weights may be Int8 with one scale for each output.
+
+    The axes of the outputs end the equation, those of the rows begin it.
+    """
+    if isinstance(w, Int8):
+        weights, out = equation.split(",")[1].split("->")
+        shared = tuple(axis for axis, letter in enumerate(weights) if letter not in out)
+        return product(equation, x, w.values, dtype) * jnp.squeeze(w.scales, shared)
+    if dtype != jnp.float32 and math.prod(x.shape[:-1]) == 1 and platform() == "cpu":
+        # XLA has no bfloat16 product of a single row on CPUs: it would first widen the matrix, which takes six times as long
+        # as the product of two rows.
+        pair = jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1)))
+        return contract(equation, pair, w, dtype)[:1]
+    return contract(equation, x, w, dtype)

@@ -44,23 +44,6 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Ar
     return out.astype(jnp.float32)
 
 
-def write(slots: jax.Array, new: jax.Array, targets: jax.Array) -> jax.Array:
-    """Writes one key or value a row into slot `targets`, dropped where that lies outside. # [B, K, S, E], [B, K, E], [B]
-
-    Head by head: left to write all heads of a token at once, the compiler lays the cache out with the heads beside each other,
-    and copies all of it into the kernel's layout at every step (compiled for v5e).
-    """
-    heads = ("cache_rows", "act_kv_heads")
-    axes = ((*heads, None, None), (*heads, None), ("cache_rows",))
-    return per_device(_write, (slots, new.astype(slots.dtype), targets), axes, axes[0])
-
-
-def _write(slots, new, targets):
-    B, K, S, E = slots.shape
-    flat = slots.reshape(B * K, S, E).at[jnp.arange(B * K), jnp.repeat(targets, K)].set(new.reshape(B * K, E), mode="drop")
-    return flat.reshape(B, K, S, E)
-
-
 def _attend(query, keys, values, lengths, *, cores):
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
