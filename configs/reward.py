@@ -5,8 +5,8 @@
 share is drawn: half of the helpfulness model's pairs, a tenth of the safety model's. `--config.data.shares` gives each file of
 `train` a share of its own (0: all of it).
 
-`configs/reward.py:smollm2-135m` is for two CPU cores: adapters on a small public model, short pairs, minutes. The whole path
-from published files to accuracy on held-out conversations is `python tests/benchmarks/reward.py`; it is not measured yet.
+`configs/reward.py:smollm2-135m` is for two CPU cores: adapters on a small public model, short pairs. The whole path from
+published files to accuracy on held-out conversations is `python tests/benchmarks/reward.py`, three quarters of an hour.
 """
 
 from ml_collections import ConfigDict

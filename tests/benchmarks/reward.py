@@ -7,7 +7,10 @@ Runs the commands a user would: `convert` (the package's weights to a workdir), 
 so that no conversation lies on two sides), `train --config=configs/reward.py:smollm2-135m`. What is there already is not made
 again, and a killed training goes on. Prints the report on the held-out pairs: accuracy with its 95 % interval, that of
 choosing the longer and the shorter response, and the difference to the better of the two. Other flags go to `train`: choose
-settings by `--config.data.held_out="()"`, which measures the validation rows alone. Not measured to its end yet.
+settings by `--config.data.held_out="()"`, which measures the validation rows alone.
+
+On two cores, in 47 minutes beside tests (1,753 pairs of at most 256 tokens, once): 61.6 % of 724 held-out pairs (58.0 to 65.1);
+the longer response is the chosen one in 55.5 %, the difference is 6.1 points (2.1 to 10.0).
 """
 
 import argparse
