@@ -20,7 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES = ("hh_helpful_base_test", "hh_helpful_rejection_sampled_test", "hh_helpful_online_test")
+# Under the names of ../shared/data, and under those that Anthropic published them by (the data set hh-rlhf).
+FILES = {
+    "hh_helpful_base_test": "helpful-base/test",
+    "hh_helpful_rejection_sampled_test": "helpful-rejection-sampled/test",
+    "hh_helpful_online_test": "helpful-online/test",
+}
+
+
+def found(data: Path) -> list[Path]:
+    """The files in a directory, under either name."""
+    names = ((data / f"{ours}.jsonl.gz", data / f"{theirs}.jsonl.gz") for ours, theirs in FILES.items())
+    return [ours if ours.exists() else theirs for ours, theirs in names]
 
 
 def command(module: str, *arguments: str) -> None:
@@ -34,7 +45,7 @@ def run(workdir: Path, data: Path, changes: Sequence[str] = (), *, start: str = 
     if not chat.exists():
         command("convert", f"--input={start}", f"--output={chat}", "--to=llama_jax", "--dtype=bfloat16")
     if not pairs.exists():
-        files = ",".join(f"anthropic_helpful={data / name}.jsonl.gz" for name in FILES)
+        files = ",".join(f"anthropic_helpful={path}" for path in found(data))
         command(
             "preferences", f"--data={files}", f"--tokenizer={chat / 'tokenizer.json'}", f"--output={pairs}",
             "--split=validation=0.1,held_out=0.25",
