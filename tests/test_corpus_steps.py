@@ -467,7 +467,7 @@ def test_malformed_pages_cost_no_more_than_others():
         ("<p>" + "x" * 2_000_000, "too_large"),
     ):
         assert clean(Document("1", page, "web"), steps).rule == rule
-    assert time.process_time() - started < 60  # it takes a fifth of a second
+    assert time.process_time() - started < 6
     # An ordinary page is far from both bounds.
     page = "<ul>" + "<li><a href='/x'>a</a><br/><svg><path d='M'/></svg>" * 2000 + "</ul>"
     parsing, search = parsing_cost(page)

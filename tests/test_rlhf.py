@@ -221,7 +221,7 @@ def test_a_rollout_drawn_in_slots_and_judged_in_parts_is_the_one_of_one_part(siz
                 rounding = 2e-6 * max(1.0, float(np.max(np.abs(value))))  # float32, summed in another order
                 np.testing.assert_allclose(getattr(parts.rollout, name), value, rtol=0, atol=rounding, err_msg=name)
             for name, value in expected.items():
-                assert "seconds" in name or found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+                assert "seconds" in name or found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 1, 1, 2)], ids=["one", "four"])
