@@ -1,6 +1,7 @@
 """What the configs of all stages share: the sizes' ways of computing, the mesh, the paper's optimizer."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_flags import tuple_parser
 
 SIZES = ("7b", "13b", "34b", "70b", "llama1-7b", "llama1-13b", "llama1-33b", "llama1-65b", "smollm2-135m", "tiny")
 
@@ -21,6 +22,23 @@ def compute(size: str) -> ConfigDict:
     else:
         how = {"matmul": "bfloat16", "activations": "bfloat16", "remat": "full", "loss_chunks": 8, "unroll": False}
     return ConfigDict({"attention": "auto", "sequence": "ring", **how})
+
+
+class Files(FieldReference):
+    """A field that holds one file or a tuple of them, for a ConfigDict, which else keeps a field to the type it begins with."""
+
+    def __init__(self, default: str | tuple[str, ...]):
+        super().__init__(default, (str, tuple))
+
+    def get_type(self) -> type:
+        """What a flag is read as: the words as they are, or a tuple."""
+        return type(self.get())
+
+    def set(self, value: object, type_safe: bool = True) -> None:
+        """Takes a tuple in words too: a flag's '("a.jsonl","b.jsonl")'."""
+        if isinstance(value, str) and value.startswith("("):
+            value = tuple_parser.TupleParser().parse(value)
+        super().set(tuple(value) if isinstance(value, list) else value, type_safe)
 
 
 def few(steps: int, *, loop: dict | None = None, **changes) -> dict:
@@ -54,7 +72,7 @@ PODS: dict[tuple[str, str, str], tuple[str, int, dict]] = {
     ("pretrain", "7b", "v5e-256"): ("full", 4, {}),
     ("pretrain", "13b", "v5p-256"): ("dots", 2, {}),
     ("pretrain", "34b", "v5p-512"): ("dots", 2, {}),
-    ("pretrain", "70b", "v5p-512"): ("attention", 1, {}),
+    ("pretrain", "70b", "v5p-512"): ("queries", 1, {}),
     ("pretrain", "70b", "v6e-256"): ("full", 4, {}),
     ("pretrain", "70b", "tpu7x-256"): ("attention", 2, {}),
 }
@@ -101,7 +119,7 @@ def reward() -> ConfigDict:
 
 
 def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
-    """Steps and rows of the global batch, and how often things are written."""
+    """Steps (0: as many as the stage's epochs make) and rows of the global batch, and how often things are written."""
     return ConfigDict({
         "steps": steps, "batch_size": batch_size, "seed": 0, "microbatches": 1, "log_every": 10, "eval_every": 0,
         "checkpoint_every": 1000, "keep": 2, "keep_every": 0, "keep_best": "", "keep_best_mode": "min",
@@ -113,7 +131,7 @@ def loop(steps: int, batch_size: int, **changes) -> ConfigDict:
 def stage(kind: str, size: str, tpu: str = "", /, **fields) -> ConfigDict:
     """A stage's config, with the settings of a slice if one is named; paths are given on the command line or by the recipe."""
     config = ConfigDict({
-        "stage": kind, "model": check(size), "tokenizer": "tokenizer.model", "start": "", "context": 0,
+        "stage": kind, "model": check(size), "tokenizer": "", "start": "", "context": 0,
         "compute": compute(size), "mesh": mesh(size), "lora": lora(), **fields,
     })  # fmt: skip
     return pod(config, tpu)

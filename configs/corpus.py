@@ -16,6 +16,10 @@ Flags change the fields of the sources that a config has. Other sources need a c
         return config
 
 in the directory of the command, and `--config=mine.py`. A rule is switched off by a 0 where the comment says so.
+
+One process holds all documents that pass the steps in memory, and once more while they are saved: plan three times their bytes.
+Beyond that use `--beam` with a runner that keeps its data on disks (Flink, Spark, Dataflow: launch/README.md; Beam's
+DirectRunner holds them in memory too), of whose workers each holds the documents of the file that it reads.
 """
 
 from ml_collections import ConfigDict
@@ -82,7 +86,8 @@ def _installation(weight: float, byte_budget: int, *, whole: bool = False) -> di
 
 def files(reader: str, weight: float, *, whole: bool = False, steps: tuple = ("normalise",)) -> dict:
     """A source of files (a path, a pattern or a directory); `whole` for programs, which may not lose paragraphs."""
-    return {"reader": reader, "weight": weight, "byte_budget": 10**15, "whole": whole, "steps": steps}
+    budget = placeholder(int)  # bytes of text that are read at most; Beam reads whole files
+    return {"reader": reader, "weight": weight, "byte_budget": budget, "whole": whole, "steps": steps}
 
 
 def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: int = 0, **changes) -> ConfigDict:

@@ -1,6 +1,6 @@
 """Safety context distillation (paper section 4.2.4): `python -m llama_jax.train --config=configs/distill.py:7b --workdir=...`.
 
-Give `--config.policy`, `--config.start`, `--config.safety` (workdirs), `--config.tokenizer`, `--config.distill.prompts`, and in
+Give `--config.policy`, `--config.start`, `--config.safety` (workdirs), `--config.distill.prompts`, and in
 `--config.data.train` the dialogs that the kept answers join.
 """
 
@@ -14,7 +14,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
-    data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
+    data = {"train": (), "held_out": (), "length": length, "train_on": "all", "shares": ()}
     distill = {
         "prompts": "prompts.jsonl",
         "prompt_length": 96 if tiny else 1024,
@@ -27,7 +27,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "sampling_batch": 128 if tiny else 256,
     }
     optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
-    loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
+    loop = common.loop(0, 8 if tiny else 64, checkpoint_every=100)
     config = common.stage(
         "distill", size, tpu, data=data, distill=distill, policy="", safety="", epochs=2.0, optim=optim, loop=loop
     )

@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023): `python -m llama_jax.train --config=configs/dpo.py:7b --workdir=...`.
 
-Give `--config.start` (a chat model's workdir), `--config.tokenizer` and `--config.data.train`, `--config.data.shares` or
+Give `--config.start` (a chat model's workdir) and `--config.data.train`, `--config.data.shares` or
 `--config.data.rest` (as in configs/reward.py). Expect a first loss of log 2 = 0.693 and, on data that it can learn, an
 accuracy that rises from chance.
 """
@@ -20,7 +20,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     })  # fmt: skip
     dpo = {"beta": 0.1, "kind": "sigmoid", "label_smoothing": 0.0, "margin": "none", "sft_weight": 0.0}
     if size == "tiny":
-        optim, loop = common.adamw(5e-5, warmup=5), common.loop(100, 16, checkpoint_every=100)
+        optim, loop = common.adamw(5e-5, warmup=5), common.loop(0, 16, checkpoint_every=100)
     else:
-        optim, loop = common.adamw(5e-7, warmup_share=0.03), common.loop(5000, 64, checkpoint_every=500)
+        optim, loop = common.adamw(5e-7, warmup_share=0.03), common.loop(0, 64, checkpoint_every=500)
     return common.stage("dpo", size, tpu, data=data, dpo=dpo, epochs=1.0, optim=optim, loop=loop)

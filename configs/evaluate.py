@@ -15,7 +15,8 @@ SUITES = (*_GROUPS, "academic", "closed", "context", "attention", "pass_at_k", "
 
 
 def _tasks() -> dict[str, dict]:
-    """Shots and metrics of Table 3 and A.2.2. Where choices are texts, likelihoods are divided by length, as for Llama 1."""
+    """Shots and metrics of Table 3 and A.2.2. Choices are scored as for Llama 1: where they are texts, likelihoods are divided
+    by length, but for OpenBookQA and BoolQ, where by the likelihood of the choice behind "Answer:" (`acc_mutual_info`)."""
     code = {"samples": 1, "temperature": 0.1, "top_p": 0.95}  # A.2.2: pass@1 at temperature 0.1, top-p 0.95
     return {
         "humaneval": {"shots": 0, "metric": "pass@1", **code},
@@ -32,12 +33,12 @@ def _tasks() -> dict[str, dict]:
         "triviaqa": {"shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
         "squad": {"shots": 0, "metric": "exact_match"},
         "quac": {"shots": 0, "metric": "f1"},
-        "boolq": {"shots": 0, "metric": "acc"},
+        "boolq": {"shots": 0, "metric": "acc_mutual_info"},
         "gsm8k": {"shots": 8, "metric": "exact_match", "filter": "strict-match"},
         "math": {"shots": 4, "metric": "math_verify"},
         "mmlu": {"shots": 5, "metric": "acc"},
         "bbh": {"shots": 3, "metric": "exact_match", "filter": "get-answer"},
-        "agieval": {"shots": 5, "metric": "acc"},  # 3 to 5, as many as a task has
+        "agieval": {"shots": 5, "metric": "acc_norm"},  # 3 to 5, as many as a task has; its choices are sentences
     }
 
 

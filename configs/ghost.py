@@ -1,6 +1,6 @@
 """Ghost Attention (paper section 3.3): `python -m llama_jax.train --config=configs/ghost.py:7b --workdir=...`.
 
-Give `--config.policy` (the newest chat model), `--config.start` (what is fine-tuned), `--config.tokenizer`,
+Give `--config.policy` (the newest chat model), `--config.start` (what is fine-tuned),
 `--config.ghost.contexts='("dialogs.jsonl",)'` and in `--config.data.train` the SFT dialogs that the samples join.
 """
 
@@ -14,7 +14,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     size, _, tpu = common.arguments(argument)
     tiny = size == "tiny"
     length = {"tiny": 1024}.get(size, 2048 if size.startswith("llama1") else 4096)
-    data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
+    data = {"train": (), "held_out": (), "length": length, "train_on": "all", "shares": ()}
     ghost = {
         "contexts": ("dialogs.jsonl",),
         "join": tiny,  # the demo's dialogs have three turns at most
@@ -33,7 +33,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "sampling_batch": 64,
     }
     optim = common.adamw(5e-4 if tiny else 2e-5, warmup=5 if tiny else 0)
-    loop = common.loop(100, 4 if tiny else 64, checkpoint_every=100)
+    loop = common.loop(0, 4 if tiny else 64, checkpoint_every=100)
     config = common.stage("ghost", size, tpu, data=data, ghost=ghost, policy="", epochs=2.0, optim=optim, loop=loop)
     config.context = length if tiny else 0
     return config

@@ -15,10 +15,12 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config = ConfigDict({
         "size": "tiny", "configs": "configs", "start": "", "tokenizer": "tokenizer.model", "dialogs": "dialogs.jsonl",
         "context": 1024, "turns": (1, 2, 4, 6, 20), "longest": 40,
-        "instructions": 2400, "samples": 1500, "held_out": 48, "new_tokens": 32,
+        "instructions": 2400, "samples": 1300, "held_out": 48, "new_tokens": 32,
         "overrides": {
-            "baseline": {"epochs": 3.0, "optim": {"lr": 1e-3}, "loop": {"batch_size": 4}},
-            "ghost": {"ghost": {"keep": "obeyed"}},  # the policy obeys in two of three samples only
+            "baseline": {"epochs": 4.0, "optim": {"lr": 1e-3}, "loop": {"batch_size": 4}},
+            # The baseline obeys in eight of ten samples; after three epochs it did in four to seven, by where it began, and
+            # with four turn 20 kept 25 %.
+            "ghost": {"epochs": 2.0, "ghost": {"keep": "obeyed"}},
         },
         "seed": 0,
     })  # fmt: skip

@@ -3,7 +3,7 @@
 `configs/pretrain.py:70b,tpu=v5p-512` adds settings for that slice, as every stage's config does for those that are kept
 (configs/common.py: PODS).
 
-Give `--config.data.corpus` and `--config.tokenizer` of a corpus made by `llama_jax.corpus`. Without
+Give `--config.data.corpus`, a corpus made by `llama_jax.corpus`. Without
 `--config.data.weights='{"web": 0.8, "code": 0.2}'` its sources have the shares that it was planned with.
 """
 

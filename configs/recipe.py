@@ -102,7 +102,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
                 **({"epochs": 1.0, "optim": {"lr": 1e-3, "warmup": 10}} if tiny else {}),
                 "rejection": {
                     **config.overrides.get("rejection", {}).get("rejection", {}),
-                    "temperatures": (0.5, 0.8, 1.1) if tiny else (0.8, 1.0), "search_prompts": 48 if tiny else 4,
+                    "temperatures": (0.5, 0.8, 1.1) if tiny else (0.8, 1.0), "search_prompts": 32 if tiny else 4,
                     "repeat": 3 if tiny else 1,
                 },
             },

@@ -1,10 +1,11 @@
 """Rejection sampling (paper section 3.2.3): `python -m llama_jax.train --config=configs/rejection.py:7b --workdir=...`.
 
-Give `--config.policy`, `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs), `--config.tokenizer`,
+Give `--config.policy`, `--config.start`, `--config.helpfulness`, `--config.safety` (workdirs),
 `--config.rejection.prompts`, in `--config.data.train` the SFT dialogs to mix in, and in `--config.pools` the `pool.jsonl` of
-earlier rounds. Scorers of your own as in configs/ppo.py; with one reward model alone its score is the reward. Distillation:
-`configs/rejection.py:7b,70b` fine-tunes the 7B on the best answers of a 70B, by reward models of 70B, on a mesh that holds
-these; or the pools of the 70B alone serve, by `configs/rejection.py:7b --config.rejection.answers=0`.
+earlier rounds. Scorers of your own, and prompts of several files (`--config.rejection.shares`), as in configs/ppo.py; with one
+reward model alone its score is the reward. Distillation: `configs/rejection.py:7b,70b` fine-tunes the 7B on the best answers of
+a 70B, by reward models of 70B, on a mesh that holds these; or the pools of the 70B alone serve, by `configs/rejection.py:7b
+--config.rejection.answers=0`.
 """
 
 from ml_collections import ConfigDict
@@ -20,9 +21,10 @@ def get_config(argument: str = "tiny") -> ConfigDict:
     size, judge, tpu = common.arguments(argument, named=True)
     tiny = size == "tiny"
     length = {"tiny": 256}.get(size, 2048 if size.startswith("llama1") else 4096)
-    data = {"train": (), "held_out": (), "length": length, "train_on": "all"}
+    data = {"train": (), "held_out": (), "length": length, "train_on": "all", "shares": ()}
     rejection = {
-        "prompts": "prompts.jsonl",
+        "prompts": common.Files("prompts.jsonl"),
+        "shares": (),
         "prompt_length": 96 if tiny else 1024,
         "max_prompts": 2300 if tiny else 100_000,
         "answers": 8 if tiny else 20,
@@ -37,7 +39,7 @@ def get_config(argument: str = "tiny") -> ConfigDict:
         "safety_threshold": 0.15,
     }
     optim = common.adamw(1e-3 if tiny else 2e-5, warmup=5 if tiny else 0)
-    loop = common.loop(100, 8 if tiny else 64, checkpoint_every=100)
+    loop = common.loop(0, 8 if tiny else 64, checkpoint_every=100)
     config = common.stage(
         "rejection", size, tpu, data=data, rejection=rejection, policy="", policy_model=judge, helpfulness="", safety="",
         reward_model=judge, reward=common.reward(), pools=(), epochs=3.0 if tiny else 2.0, optim=optim, loop=loop,

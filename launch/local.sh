@@ -62,6 +62,7 @@ for ((attempt = 0; ; attempt++)); do
   tail -n 1 -q "$logs/worker-0.log" >&2
   [ "$code" -ne 0 ] || exit 0
   [ -z "$stopping" ] || exit "$code" # whoever stopped this wants no other attempt
+  if [ "$code" -eq 65 ]; then echo "error: diverged, and would again; see $logs/worker-*.log" >&2; exit 65; fi
   [ "$attempt" -lt "$restarts" ] || fail "ended with $code, $restarts restarts are used up; see $logs/worker-*.log"
   echo "==> ended with $code, once more" >&2
 done

@@ -15,16 +15,18 @@
 #
 # --dry_run, before or after COMMAND, prints what would run, and runs nothing. Environment: NAME, ZONE, TYPE (v5p-512, v6e-256,
 # ...); optional PROJECT, RUNTIME (the TPU image; default by TYPE), SPOT=1 or RESERVED=1, WORKER, RESTARTS (default 3: after so
-# many more attempts that end with an error, code 1, within ten minutes it gives up). The workdir is on a file system that all
-# hosts share.
+# many more attempts that end with an error, code 1, within ten minutes it gives up); of the machines SERVICE_ACCOUNT,
+# CREATE_FLAGS (--network=..., --internal-ips), SSH_FLAGS (--internal-ip); of what is installed EXTRAS (eval,data), JAX_VERSION
+# (default: the newest); ENV, variables of the workers ("HF_TOKEN XLA_FLAGS='--a --b'"). The workdir is on a file system that
+# all hosts share.
 set -euo pipefail
 
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dry_run=""
+# shellcheck source=launch/pods.sh
+source "$checkout/launch/pods.sh"
 
-fail() { echo "error: $*" >&2; exit 1; }
 say() { echo "==> $*" >&2; }
-needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
 
 # do_it COMMAND...: runs it, or prints it so that a shell would run the same.
 do_it() {
@@ -54,7 +56,7 @@ place() { printf '%s\n' "--zone=$ZONE"; if [ -n "${PROJECT:-}" ]; then printf '%
 on_workers() {
   local worker="$1" command="$2" where
   mapfile -t where < <(place)
-  do_it gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker="$worker" --command="$command"
+  do_it gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" "${ssh_flags[@]}" --worker="$worker" --command="$command"
 }
 
 state() {
@@ -69,9 +71,10 @@ create() {
   [ -z "${SPOT:-}" ] || options+=(--spot)
   [ -z "${RESERVED:-}" ] || options+=(--reserved)
   [ "${#options[@]}" -lt 2 ] || fail "SPOT and RESERVED are both set; expected one of them"
+  [ -z "${SERVICE_ACCOUNT:-}" ] || options+=(--service-account="$SERVICE_ACCOUNT")
   image="${RUNTIME:-$(runtime)}"  # on a line of its own, where an error ends the script
   do_it gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
-    --accelerator-type="$(accelerator)" --runtime-version="$image" "${options[@]}" || return
+    --accelerator-type="$(accelerator)" --runtime-version="$image" "${options[@]}" "${create_flags[@]}" || return
   [ -n "$dry_run" ] || wait_until_there
 }
 
@@ -87,20 +90,25 @@ wait_until_there() {
   say "$NAME is there"
 }
 
-# What a worker does with the archive. Some TPU images bring a Python older than 3.11. (The workers expand it, not we.)
+# The variables of ENV, for a worker's shell: a loop inherits them, so that no list of processes shows them there.
+exported() { [ "${#variables[@]}" -eq 0 ] || echo "export$(for_shell "${variables[@]}")"; }
+
+# What a worker does with the archive, but for what is to be installed. Some TPU images bring a Python older than 3.11, or one
+# without venv; on a machine that has just started, others hold the locks of apt. (The workers expand it, not we.)
 # shellcheck disable=SC2016
 install='set -e
 rm -rf ~/llama_jax
 tar -xzf /tmp/llama_jax.tar.gz -C ~
 cd ~/llama_jax
-python="$(command -v python3.12 || command -v python3.11 || true)"
-if [ -z "$python" ]; then
-  sudo apt-get update -qq
-  sudo apt-get install -y -qq python3.11 python3.11-venv
-  python=python3.11
+python="$(command -v python3.12 || command -v python3.11 || echo python3.11)"
+if ! "$python" -c "import ensurepip, venv" 2>/dev/null; then
+  python="${python##*/}"
+  until sudo apt-get update -qq || [ "$SECONDS" -gt 600 ]; do sleep 5; done  # it does not wait for its lock
+  sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq "$python" "$python-venv"
 fi
 "$python" -m venv .venv
-.venv/bin/pip install -q --editable ".[tpu,gcs]"'
+.venv/bin/pip install -q'
+packages() { for_shell --editable ".[tpu,gcs,interop${EXTRAS:+,$EXTRAS}]" ${JAX_VERSION:+"jax==$JAX_VERSION"}; }
 
 # What is shipped: HEAD, or with ALLOW_DIRTY=1 a tree of all files that git does not ignore, made in an index of its own.
 tree() {
@@ -136,32 +144,51 @@ ship() {
   local where
   mapfile -t where < <(place)
   [ -n "$archive" ] || pack || return
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" --worker=all || return
+  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" "${ssh_flags[@]}" --worker=all ||
+    return
   on_workers all "if $alive; then $1; fi
-$install"
+$(exported)
+$install$(packages)"
 }
 
 setup() { ship "$refuse"; }
 
-# begin WHERE_A_RUN_GOES_ON MODULE [FLAGS]: starts the loop on all workers but those where one lives; they do the first.
+# differs MODULE [FLAGS]: a test, for a worker's shell, that what was started there last is not this.
+# shellcheck disable=SC2016
+differs() { printf '[ "$(cat ~/llama_jax.command 2>/dev/null)" != %q ]' "$1$(for_shell "${@:2}")"; }
+# shellcheck disable=SC2016
+name_it='echo "worker: runs another: $(cat ~/llama_jax.command 2>/dev/null || echo unknown)"'
+
+# refuse_another ANSWERS: an error where a worker has named another run.
+refuse_another() {
+  local other="${1#*worker: runs another: }"
+  [ "$other" = "$1" ] || fail "another run goes on there: ${other%%$'\n'*}; stop it first, and wait for its end"
+}
+
+# begin WHERE_IT_GOES_ON MODULE [FLAGS]: starts the loop on all workers but those where it lives; they do the first. An error
+# where another run does.
 begin() {
-  local otherwise="$1" module="${2:-}" flags again restarts="${RESTARTS:-3}"
-  [[ "$module" =~ ^[a-z_.]+$ ]] ||
-    fail "run: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b; got '$module'"
-  [[ "$restarts" =~ ^[0-9]+$ ]] || fail "RESTARTS=$restarts: expected a number"
+  local otherwise="$1" module="$2" flags again start answers code=0 restarts="${RESTARTS:-3}"
   shift 2
-  flags="$(printf '%q ' "$@")"
+  flags="$(for_shell "$@")"
   # Everything but a finished run is tried again from the newest checkpoint: also 75, a run that saved because of SIGTERM.
-  # Only an error (1) that comes back at once, such as a misspelt key, is not. `stop` leaves a file that ends this.
+  # An error (1) that comes back at once, such as a misspelt key, is not, nor is a run that diverged (65), which would again.
+  # `stop` leaves a file that ends this.
   again="errors=0; until [ -e ~/llama_jax.stop ]; do SECONDS=0;"
-  again+=" cd ~/llama_jax && .venv/bin/python -m llama_jax.$module $flags; code=\$?; echo \$code > ~/llama_jax.code;"
-  again+=" [ \$code -ne 0 ] && [ ! -e ~/llama_jax.stop ] || exit \$code;"
+  again+=" cd ~/llama_jax && .venv/bin/python -m llama_jax.$module$flags; code=\$?; echo \$code > ~/llama_jax.code;"
+  again+=" [ \$code -ne 0 ] && [ \$code -ne 65 ] && [ ! -e ~/llama_jax.stop ] || exit \$code;"
   again+=" if [ \$code -eq 1 ] && [ \$SECONDS -lt 600 ]; then errors=\$((errors + 1)); else errors=0; fi;"
   again+=" if [ \$errors -gt $restarts ]; then echo '1 again and again' > ~/llama_jax.code; exit 1; fi;"
   again+=" echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
-  on_workers all "if $alive; then $otherwise; fi
+  start="if $alive; then if $(differs "$module" "$@"); then $name_it; exit 1; fi; $otherwise; fi
+$(exported)
 cd ~/llama_jax || exit; rm -f ~/llama_jax.stop ~/llama_jax.code
+echo$(for_shell "$module$flags") > ~/llama_jax.command
 nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+  if [ -n "$dry_run" ]; then on_workers all "$start"; return; fi
+  answers="$(on_workers all "$start")" || code=$?
+  refuse_another "$answers"
+  return "$code"
 }
 
 run() { begin "$refuse" "$@"; }
@@ -169,13 +196,21 @@ run() { begin "$refuse" "$@"; }
 # Starts what is missing; ends this script when the run has ended.
 look_after() {
   local seen ask
-  ask="if $alive; then echo 'worker: runs'; elif [ -e ~/llama_jax.stop ]; then echo 'worker: stopped'"
+  # How another run ended says nothing of this one.
+  ask="if $(differs "$@"); then if $alive; then $name_it; exit; fi; [ ! -e ~/llama_jax.command ] || "
+  ask+="rm -f ~/llama_jax.command ~/llama_jax.code ~/llama_jax.stop; fi; "
+  ask+="if $alive; then echo 'worker: runs'; elif [ -e ~/llama_jax.stop ]; then echo 'worker: stopped'"
   ask+="; elif [ -e ~/llama_jax.code ]; then echo \"worker: ended with \$(cat ~/llama_jax.code)\""
   ask+="; elif [ -e ~/llama_jax/.venv ]; then echo 'worker: has no run'; else echo 'worker: is new'; fi"
   seen="$(on_workers all "$ask")" || true  # those that answer say enough
+  refuse_another "$seen"
   case "$seen" in
     *"worker: ended with 0"*) say "the run has finished"; exit 0 ;;
     *"worker: stopped"*) say "the run was stopped"; exit 75 ;;
+    *"worker: ended with 65"*)
+      stop || true
+      fail "the run diverged, and would again from the same checkpoint; see the logs, of each WORKER"
+      ;;
     *"again and again"*)
       stop || true  # the others wait for this one
       fail "the run ends with an error whenever it is started; see the logs, of each WORKER"
@@ -192,7 +227,7 @@ look_after() {
 }
 
 resume() {
-  local now begun=""
+  local now said begun=""
   if [ -n "$dry_run" ]; then
     state
     delete
@@ -202,20 +237,26 @@ resume() {
     return
   fi
   pack  # what is edited meanwhile must not reach a run that goes on
+  said="$(mktemp)"
   while true; do
-    now="$(state)" || now=GONE
+    # A slice that is not there is made anew; a service that gives no answer says nothing of it, and it may be at work.
+    if ! now="$(state 2>"$said")"; then
+      now="without an answer ($(tail -n 1 "$said"))"
+      ! grep -q NOT_FOUND "$said" || now=GONE
+    fi
     case "$now" in
       CREATING | PROVISIONING | WAITING_FOR_RESOURCES | ACCEPTED) ;;
       ACTIVE)
         if [ -n "$begun" ]; then look_after "$@"; else begin "exit 0" "$@" || true; fi
         begun=1
         ;;
-      *)
+      GONE | SUSPENDED | SUSPENDING | FAILED)
         say "$NAME is $now: once more from the start"
         # The slice may be taken away in the middle of this too. (Inside `||` no error ends the script, hence the chain.)
         (delete || true; create && setup && run "$@") || say "not this time; again in a minute"
         begun=1
         ;;
+      *) say "$NAME is ${now:-in no known state}: again in a minute" ;;
     esac
     sleep 60
   done
@@ -235,7 +276,12 @@ command="${1:-}"
 # Behind the command too, where many write it: what follows a MODULE is that module's own.
 if [ "${2:-}" = "--dry_run" ]; then dry_run=1; set -- "$command" "${@:3}"; fi
 case "$command" in
-  run | resume) shift ;;
+  run | resume)
+    shift
+    [[ "${1:-}" =~ ^[a-z_.]+$ ]] || fail \
+      "$command: expected a module of llama_jax and its flags, as in: run train --config=configs/pretrain.py:70b; got '${1:-}'"
+    [[ "${RESTARTS:-3}" =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: expected a number"
+    ;;
   create | setup | logs | status | stop | delete)
     shift
     [ "$#" -eq 0 ] || fail "$command: expected no arguments, got $*"
@@ -245,6 +291,16 @@ esac
 needed NAME "what to call the slice"
 needed ZONE "where it is, as us-east5-a"
 needed TYPE "what it is, as v5p-512"
+[[ "${EXTRAS:-a}" =~ ^[a-z]+(,[a-z]+)*$ ]] || fail "EXTRAS=$EXTRAS: expected names of setup.cfg, as eval,data"
+[[ "${JAX_VERSION:-0}" =~ ^[0-9][0-9a-z.]*$ ]] || fail "JAX_VERSION=$JAX_VERSION: expected a version, as 0.10.2"
+for extra in ${EXTRAS:+${EXTRAS//,/ }}; do
+  grep -q "^$extra =$" "$checkout/setup.cfg" || fail "EXTRAS=$EXTRAS: setup.cfg has no $extra"  # pip would only warn
+done
+split_words CREATE_FLAGS; create_flags=("${words[@]}")
+split_words SSH_FLAGS; ssh_flags=("${words[@]}")
+variables=()
+case "$command" in setup | run | resume) read_env ;; esac  # whoever stops a run need not have its secrets
+[ "${#variables[@]}" -eq 0 ] || export CLOUDSDK_CORE_DISABLE_FILE_LOGGING=true  # gcloud's logs would have them
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 case "$command" in
   logs) on_workers "${WORKER:-0}" 'tail -n 100 -F ~/llama_jax.log' ;;

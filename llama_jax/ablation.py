@@ -164,7 +164,7 @@ def make_corpus(config: AblationConfig, name: str, workdir: Path) -> dict[str, A
     sources = {
         source: {
             "reader": str(workdir / "pool" / f"{source}.jsonl"), "weight": arm.weights.get(source, settings.weight),
-            "byte_budget": 10**15, "whole": settings.whole, "steps": arm.steps,
+            "byte_budget": None, "whole": settings.whole, "steps": arm.steps,
         }
         for source, settings in config.sources.items()
     }  # fmt: skip
@@ -177,7 +177,10 @@ def make_corpus(config: AblationConfig, name: str, workdir: Path) -> dict[str, A
         "held_out_fraction": 0.002, "held_out_minimum": 1, "held_out_maximum": 100_000,
         "tokenizer": None if name == first else str(workdir / first / "corpus" / "tokenizer.model"),
     }  # fmt: skip
-    values["deduplication"] = dict(arm.deduplication)  # what is not named there is off
+    # What is not named there is off. Cleaning may uncover what raw text hid from `make_pool`: tags between a sentence's words.
+    values["deduplication"] = {
+        **arm.deduplication, "evaluation": (str(workdir / "pool" / "held_out" / "*.jsonl"),), "leak_ngram": config.leak_ngram,
+    }  # fmt: skip
     print(f"corpus {name} ...", file=sys.stderr, flush=True)
     return corpus.run(parse(corpus.CorpusConfig, values), workdir / name / "corpus")
 

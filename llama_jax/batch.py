@@ -111,10 +111,11 @@ class _Answer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
         self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
+        self._piece = tokenizer.piece
         self._stream, self._echo = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt), ask.echo
         self.request = engine.submit(
             ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
-            on_token=self._push,
+            on_token=self._push, alternatives=ask.alternatives,
         )  # fmt: skip
 
     def _push(self, request: Request, token: int) -> None:
@@ -129,8 +130,13 @@ class _Answer:
         return {
             "text": text.strip() if self._chat else text,
             "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),
-            **({"logprobs": self.request.log_probs} if self._log_probs else {}),
+            **({"logprobs": self.request.model_log_probs} if self._log_probs else {}),
+            **({"top_logprobs": self._most_likely()} if self.request.most_likely else {}),
         }  # fmt: skip
+
+    def _most_likely(self) -> list[list[list[Any]]]:
+        """[piece, log-probability] of the most likely tokens beside each drawn one."""
+        return [[[self._piece(token), p] for token, p in likely] for likely in self.request.most_likely]
 
 
 def resume(path: Path) -> list[str]:

@@ -12,17 +12,19 @@ On a pod the same command runs on every host; the first one reads and writes.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 from absl import flags
 
-from llama_jax import command
+from llama_jax import command, requests
 from llama_jax.batch import PAUSE, answer_lines
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
@@ -69,14 +71,17 @@ def open_engine(
 
 
 class Dialog:
-    """A dialog with a model: its messages, and how an answer is drawn. `interrupted`, asked between steps, ends one."""
+    """A dialog with a model: its messages, and how an answer is drawn.
+
+    `listening` is entered for each answer and gives what is asked between its steps: whether to end it.
+    """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, *, system: str, max_tokens: int, choice: Choice, seed: int,
-        interrupted: Callable[[], bool] = lambda: False,
+        listening: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     ):  # fmt: skip
         self.engine, self.tokenizer, self.max_tokens, self.choice, self.seed = engine, tokenizer, max_tokens, choice, seed
-        self._interrupted = interrupted
+        self._listening = listening
         self.number = 0  # answers so far
         self.reset(system)
 
@@ -115,13 +120,10 @@ class Dialog:
             prompt, max_tokens=min(self.max_tokens, room), choice=self.choice, seed=self.seed, index=self.number,
             stop_ids=self.tokenizer.stop_ids, on_token=on_token,
         )  # fmt: skip
-        try:
-            while not request.finish:
-                if self._interrupted():
-                    raise KeyboardInterrupt
+        with self._listening() as interrupted:
+            while not request.finish and not interrupted():
                 self.engine.step()
-        except KeyboardInterrupt:  # what was said so far stays
-            self.engine.cancel(request)
+        self.engine.cancel(request)  # unless it has ended; what was said so far stays
         rest = stream.finish()
         show(rest)
         self.number += 1
@@ -197,15 +199,19 @@ def main() -> None:
 
     kind, total, done = from_host_0(look)
     lines, out = (own.lines, own.out) if own else ((), open(os.devnull, "w"))  # noqa: SIM115
-    interrupted = (lambda: False) if alone else Interrupts()
+    listening = Interrupts  # while an answer grows: a step that is broken off leaves the engine without its buffers
     if not alone:
-        lines = shared(lines, interrupted)
+        interrupted = Interrupts()
+        lines = shared(lines, interrupted, raises=kind == "requests")
+        listening = functools.partial(nullcontext, lambda: from_host_0(interrupted))
 
     def settings(model: Model) -> EngineConfig:
         length, shards = min(values.max_length or model.config.max_length, model.config.max_length), batch_shards(model.mesh)
         if kind == "requests":
             slots = -(-values.slots // shards) * shards
-            return EngineConfig(slots=slots, max_length=length, int8_cache=values.int8_cache)
+            return EngineConfig(
+                slots=slots, max_length=length, int8_cache=values.int8_cache, alternatives=requests.ALTERNATIVES
+            )
         return EngineConfig(
             slots=shards, max_length=length, chunks=((32, 1), (256, 1)), steps=4 if kind == "terminal" else 16,
             int8_cache=values.int8_cache,
@@ -230,7 +236,7 @@ def main() -> None:
             return
         dialog = Dialog(
             engine, model.tokenizer, system=values.system, max_tokens=values.max_tokens, choice=choice,
-            seed=values.seed, interrupted=lambda: from_host_0(interrupted),
+            seed=values.seed, listening=listening,
         )  # fmt: skip
         if kind == "terminal":
             print(HELP, file=out)

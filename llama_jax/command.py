@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llama_jax.config import ConfigError, parse_flags
 from llama_jax.paths import is_remote
@@ -28,6 +28,23 @@ def define(config: str, *, buckets: bool = False, **directories: str) -> None:
     flags.mark_flags_as_required(["config", *directories])
 
 
+def named(flag: str, items: Sequence[str], what: str = "file") -> dict[str, str]:
+    """{name: place} of a flag `--flag=name=place,...`.
+
+    Raises:
+      ValueError: a place without a name, or a name that stands for two.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, place = item.partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"--{flag}: expected name={what}, got {item!r}")
+        if name in found:
+            raise ValueError(f"--{flag}: two are named {name!r}, {found[name]} and {place}; expected a name for each")
+        found[name] = place
+    return found
+
+
 def define_cluster() -> None:
     """Defines the flags that name the processes of a run on several hosts."""
     from absl import flags
@@ -48,8 +65,8 @@ def join_cluster() -> None:
 
 
 def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:
-    """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1, and
-    Ctrl-C with one and code 130."""
+    """Parses the flags and runs `main`. Input errors, and those that are `expected`, end it with one line and code 1 (or the
+    error's `exit_code`), and Ctrl-C with one and code 130."""
     from absl import app, flags, logging
 
     for module, found in flags.FLAGS.flags_by_module_dict().items():
@@ -68,7 +85,8 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
         except OSError as error:
             sys.exit(f"error: {' '.join(str(error).split())}")  # a service's words may come in several lines
         except (ConfigError, ModuleNotFoundError, *expected) as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_code", 1))
         except ValueError as error:
             if not _raised_by_us(error):
                 raise  # a bug, or a library's complaint: where it happened is what helps

@@ -7,10 +7,14 @@ A model is `name=checkpoint`, or `name=answers.jsonl` with its answers (`evals/a
 models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a language model, or `--judge=http://host/v1`, an
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
 losses, garbage and what the judge refused, over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one
-half; `report.html` shows them. Answers and verdicts are kept in the output as they come: a run that is stopped goes on with the
-same command. Answers that another checkpoint gave under this name, or this one under other settings, are refused. A model that
-one device cannot hold is split over several (`--mesh_tensor`). On a pod the same command runs on every host; the first one
-reads and writes.
+half, and both reward models' scores (`scores.json` of each prompt); `report.html` shows them. Several opponents or versions
+(Figs. 2 and 11 whole) are as many runs, whose results give a figure of all their points:
+`model_figures.win_rate_axes({name: comparison_report.point(results), ...})`.
+
+Answers, scores and verdicts are kept in the output as they come: a run that is stopped goes on with the same command. Answers
+that another checkpoint gave under this name, or this one under other settings, are refused; a judge that has changed, or that
+may say more, is asked again. A model that one device cannot hold is split over several (`--mesh_tensor`). On a pod the same
+command runs on every host; the first one reads and writes.
 """
 
 import dataclasses
@@ -28,25 +32,21 @@ from llama_jax import command
 from llama_jax.annotation.tasks import read_prompt_list
 from llama_jax.chat import open_engine
 from llama_jax.data.chat_template import encode_chat
-from llama_jax.data.dialog import Message, decode_response
+from llama_jax.data.dialog import Message, decode_response, prompt_key
 from llama_jax.data.row_file import RowFile
-from llama_jax.evals import judges, plots
-from llama_jax.evals.answer_files import Answered, pair_up, prompt_key, read_answers
+from llama_jax.evals import comparison_report, judges
+from llama_jax.evals.answer_files import Answered, answer_room, pair_up, read_answers
 from llama_jax.evals.endpoint import Endpoint
-from llama_jax.evals.model_figures import win_rate_axes
-from llama_jax.evals.origin import claim, origin
-from llama_jax.evals.page import Chapter, page
-from llama_jax.evals.report_sections import Table
-from llama_jax.evals.reward_scores import score_dialogs
+from llama_jax.evals.origin import claim, identity
+from llama_jax.evals.reward_scores import combined, kept_scores
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.files import write_json
+from llama_jax.interop.formats import open_source
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
 from llama_jax.pretrained import Model, load
-from llama_jax.reward.held_out import sigmoid
-from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, EngineConfig
 from llama_jax.sampling.request import Request
@@ -86,7 +86,7 @@ def collect(
 ) -> list[Answered]:  # fmt: skip
     """A model's answers: read from a file, or drawn by a checkpoint (see `draw_answers`) and kept in `answers_<name>.jsonl`.
 
-    Prompts that do not fit a checkpoint's context get no answer; nothing is cut.
+    Prompts that do not fit a checkpoint's context with an answer (`answer_files.answer_room`) get none; nothing is cut.
 
     Raises:
       ConfigError: what is kept was drawn by another checkpoint, or otherwise.
@@ -131,8 +131,12 @@ def _is_file(place: str) -> bool:
 
 
 def _unanswered(prompts: Sequence[dict[str, Any]], kept: Kept) -> list[tuple[int, dict[str, Any]]]:
-    done = {prompt_key(row["messages"]) for row in kept.rows}
-    return [(number, row) for number, row in enumerate(prompts) if prompt_key(row["messages"]) not in done]
+    done, found = {prompt_key(row["messages"]) for row in kept.rows}, []
+    for number, row in enumerate(prompts):
+        if (key := prompt_key(row["messages"])) not in done:
+            done.add(key)
+            found.append((number, row))
+    return found
 
 
 def settings_of(model: Model, *, slots: int, int8_cache: bool) -> EngineConfig:
@@ -169,17 +173,18 @@ def draw_answers(
         def finished(row: dict[str, Any], request: Request, token: int) -> None:
             del token
             if request.finish:
-                text, _ = decode_response(request.tokens, model.tokenizer)
+                text, ended = decode_response(request.tokens, model.tokenizer)
                 known = {field: row[field] for field in ("is_safety", "category", "risk")}
-                kept.append({"messages": row["messages"], "answer": text, **known})
+                lost = {"ended": ended, "less_room": request.max_tokens < max_tokens}
+                kept.append({"messages": row["messages"], "answer": text, **known, **lost})
                 progress.update()
 
         for number, row, ids in encoded:
-            room = engine.settings.max_length - len(ids)
-            if room < 1:
-                continue  # counted by `run`, which finds no answer
+            room = answer_room(len(ids), max_tokens=max_tokens, max_length=engine.settings.max_length)
+            if not room:
+                continue  # counted by `main`, which finds no answer
             engine.submit(
-                ids, max_tokens=min(max_tokens, room), choice=choice, seed=seed, index=number,
+                ids, max_tokens=room, choice=choice, seed=seed, index=number,
                 stop_ids=model.tokenizer.stop_ids, on_token=functools.partial(finished, row),
             )  # fmt: skip
         while engine.step():
@@ -187,29 +192,28 @@ def draw_answers(
 
 
 def reward_outcomes(
-    pairs: Sequence[judges.Pair], helpfulness: Model | None, safety: Model | None
-) -> tuple[list[str], list[dict[str, float]]]:
-    """The outcome of each pair by one reward model's score, or by the combined reward of both; and the scores."""
+    pairs: Sequence[judges.Pair], places: Mapping[str, str], kept: Any, *, tokenizer: str | None
+) -> tuple[list[str], comparison_report.Scores]:
+    """The outcome of each pair by a reward model's score, or by the combined reward of both, and the scores of each model.
 
-    def scores(model: Model, side: int) -> np.ndarray:
-        dialogs = [[*pair[side].messages, {"role": "assistant", "content": pair[side].answer}] for pair in pairs]
-        with Progress(len(dialogs), "scores", "answer", quiet=jax.process_index() > 0) as progress:
-            logits = score_dialogs(
-                model.params, model.config, model.tokenizer, dialogs, compute=model.compute, mesh=model.mesh,
-                done=progress.update,
+    Args:
+      places: {"helpfulness", "safety" or both: where the reward model lies}; one is loaded at a time, if scores are missing.
+      kept: the file of scores, see `reward_scores.kept_scores`.
+    """
+    sides = [[[*pair[side].messages, {"role": "assistant", "content": pair[side].answer}] for pair in pairs] for side in (0, 1)]
+    scores = {}
+    for track, place in places.items():
+        with Progress(2 * len(pairs), f"{track} scores", "answer", quiet=jax.process_index() > 0) as progress:
+            both = kept_scores(
+                sides[0] + sides[1], kept, judge=from_host_0(functools.partial(identity, place)),
+                open_model=functools.partial(load_judge, place, tokenizer), done=progress.update,
             )  # fmt: skip
-        return sigmoid(logits)
-
-    is_safety = np.array([pair[0].is_safety for pair in pairs])
-    found = []
-    for side in (0, 1):
-        helpful, safe = (None if model is None else scores(model, side) for model in (helpfulness, safety))
-        if helpful is None or safe is None:
-            found.append(helpful if safe is None else safe)
-        else:  # R_c of 3.2.3
-            found.append(np.where(is_safety | (safe < SAFETY_THRESHOLD), safe, np.where(np.isnan(safe), safe, helpful)))
-    rows = [{"first": a, "second": b} for a, b in zip(found[0].tolist(), found[1].tolist())]
-    return judges.compare_scores(*found), rows
+        scores[track] = both[: len(pairs)], both[len(pairs) :]
+    if len(scores) == 1:
+        return judges.compare_scores(*scores[track]), scores
+    is_safety = np.array([pair[0].is_safety for pair in pairs], bool)
+    rewards = [combined(scores["helpfulness"][side], scores["safety"][side], is_safety) for side in (0, 1)]
+    return judges.compare_scores(*rewards), scores
 
 
 def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.Ask:
@@ -242,104 +246,129 @@ def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.A
     return ask
 
 
-def report(results: dict[str, Any], directory: Path) -> None:
-    """`results.json`, `report.html` and the figure, where both axes have prompts."""
-    axes, name = results["axes"], f"{results['first']} against {results['second']}"
-    both = {"helpfulness", "safety"} <= axes.keys() and all(
-        axes[axis]["without_ties"]["count"] for axis in ("helpfulness", "safety")
-    )
-    drawn = [win_rate_axes({name: {axis: axes[axis]["without_ties"] for axis in axes}})] if both else []
-    plots.save(drawn, directory / "figures")
-    results["figures"] = {plot.name: {"title": plot.title, "alt": plot.alt} for plot in drawn}
-    write_json(directory / "results.json", judges.finite(results))
-    rows = [
-        [axis, *(f"{values[key]:,}" for key in judges.OUTCOMES), _interval(values["without_ties"], "share"),
-         _interval(values["ties_half"], "mean")]
-        for axis, values in axes.items()
-    ]  # fmt: skip
-    columns = ["prompts", *judges.OUTCOMES, "win / (win + loss) %", "ties as half %"]
-    notes = [f"Judge: {results['judge']}. Garbage: no verdict that can be read. Refused: the judge did not take it, as too "
-             "long or for another reason. Both are in no rate.",
-             f"Prompts without an answer, too long for a context: {results['too_long']:,}."]  # fmt: skip
-    text = page(name, "Win rates by a model's judgement (3.4.1).", [Chapter("Win rates", notes, [Table(columns, rows)], drawn)])
-    (directory / "report.html").write_text(text, encoding="utf-8")
-
-
-def _interval(values: dict[str, float], name: str) -> str:
-    return f"{100 * values[name]:.1f} ({100 * values['low']:.1f} to {100 * values['high']:.1f})"
-
-
 def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
     keep_heap()
-    rewards = [place for place in (values.helpfulness, values.safety) if place]
+    rewards = {track: getattr(values, track) for track in comparison_report.TRACKS if getattr(values, track)}
     if bool(rewards) == bool(values.judge):
         raise ValueError("expected a judge: --helpfulness or --safety (reward models), else --judge (a model or an address)")
-    directory = Path(values.output)
-    (first, one), (second, two) = named(values.first, "first"), named(values.second, "second")
-    if first == second:
-        raise ValueError(f"--second: named {second!r} like the first; name them: --first=new=... --second=old=...")
+    places = dict(named(getattr(values, flag), flag) for flag in ("first", "second"))
+    if len(places) == 1:
+        (name,) = places
+        raise ValueError(f"--second: named {name!r} like the first; name them: --first=new=... --second=old=...")
     start_distributed()
+    with worked_in(values.output) as directory:
+        _compare(values, places, rewards, directory)
+
+
+def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str], directory: Path) -> None:
+    """Answers, verdicts and the report, by the flags' `values`."""
     prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if values.prompts else []
     how = {"choice": Choice(values.temperature, top_p=values.top_p).check(), "max_tokens": values.max_tokens,
            "seed": values.seed, "int8_cache": values.int8_cache}  # fmt: skip
-    for name, place in ((first, one), (second, two)):  # before the first one answers
+    for place in rewards.values():  # before the first model answers
+        check_judge(place, values.tokenizer)
+    for name, place in places.items():
         from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how))
     open_model = opener(int8_cache=values.int8_cache)
-    answers = [
-        collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in ((first, one), (second, two))
-    ]
-    shared = set.intersection(*({prompt_key(answer.messages) for answer in some} for some in answers))
-    asked = len(prompts) if prompts else len(shared)
+    answers = {name: collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in places.items()}
+    missing = dict.fromkeys(places, 0)
     if prompts:  # what one of them could not answer is left out, and counted
-        answers = [[answer for answer in some if prompt_key(answer.messages) in shared] for some in answers]
-    pairs = pair_up(*answers, (first, second))
+        had = {name: {prompt_key(answer.messages) for answer in some} for name, some in answers.items()}
+        asked = {prompt_key(row["messages"]) for row in prompts}
+        missing = {name: len(asked - keys) for name, keys in had.items()}
+        shared = asked.intersection(*had.values())
+        answers = {name: [a for a in some if prompt_key(a.messages) in shared] for name, some in answers.items()}
+    answers = alike_in_safety(answers, prompts)
+    pairs = pair_up(*answers.values(), tuple(places))
     if not pairs:
-        raise ValueError(f"{values.prompts or one}: no prompt that both models answered")
-    outcomes = _judge(pairs, directory, values, open_model)
+        raise ValueError(f"{values.prompts or values.first}: no prompt that both models answered")
+    outcomes, scores = _judge(pairs, directory, values, rewards, open_model)
 
     def finish() -> None:
-        results = {"first": first, "second": second, "judge": values.judge or " and ".join(rewards),
-                   "too_long": asked - len(pairs), "axes": judges.by_axis(pairs, outcomes)}  # fmt: skip
-        report(results, directory)
-        print(directory / "report.html")
+        first, second = places
+        judge = f"{values.judge} {values.judge_model}".strip() or " and ".join(rewards.values())
+        counts = {name: count(place, [pair[side] for pair in pairs], missing=missing[name])
+                  for side, (name, place) in enumerate(places.items())}  # fmt: skip
+        results = {"first": first, "second": second, "judge": judge, "answers": counts}
+        comparison_report.write(results, pairs, outcomes, scores, directory)
+        print(os.path.join(values.output, "report.html"))
 
     on_host_0(finish)
 
 
-def _judge(pairs: Sequence[judges.Pair], directory: Path, values: Any, open_model: Open) -> list[str]:
-    if not values.judge:
-        helpful, safe = (
-            load_judge(place, values.tokenizer) if place else None for place in (values.helpfulness, values.safety)
-        )
-        outcomes, rows = reward_outcomes(pairs, helpful, safe)
-        on_host_0(write_json, directory / "scores.json", [judges.finite(row) for row in rows])
-        return outcomes
+def alike_in_safety(
+    answers: Mapping[str, Sequence[Answered]], prompts: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Answered]]:
+    """Both models' answers with one word on what a prompt is: what the prompts' file says of it, or else any of the answers.
+    They were written at other times, or by other programs, and the axes are those of the prompt."""
+    said: dict[str, dict[str, Any]] = {}
+    for answer in (answer for some in answers.values() for answer in some):
+        of = said.setdefault(prompt_key(answer.messages), {"is_safety": False, "category": "", "risk": ""})
+        for name in of:
+            of[name] = of[name] or getattr(answer, name)
+    for row in prompts:
+        of = said.setdefault(prompt_key(row["messages"]), {})
+        of |= {name: row[name] for name in ("is_safety", "category", "risk") if row.get(name)}
+    return {
+        name: [dataclasses.replace(answer, **said[prompt_key(answer.messages)]) for answer in some]
+        for name, some in answers.items()
+    }  # fmt: skip
+
+
+def count(place: str, judged: Sequence[Answered], *, missing: int) -> dict[str, int]:
+    """How many of a model's answers are judged, were not finished, or had less room than was asked for; why others miss."""
+    of_file = _is_file(place)
+    return {
+        "judged": len(judged), "unfinished": sum(not answer.ended for answer in judged),
+        "less_room": sum(answer.less_room for answer in judged),
+        "too_long": 0 if of_file else missing, "not_in_file": missing if of_file else 0,
+    }  # fmt: skip
+
+
+def _judge(
+    pairs: Sequence[judges.Pair], directory: Path, values: Any, rewards: Mapping[str, str], open_model: Open
+) -> tuple[list[str], comparison_report.Scores]:
+    """The outcomes, and the scores of reward models; what a judge said of a pair before is not asked for again."""
+    if rewards:
+        kept = Kept(directory / "reward_scores.jsonl")
+        try:
+            return reward_outcomes(pairs, rewards, kept, tokenizer=values.tokenizer)
+        finally:
+            kept.close()
+    judge = {"max_tokens": values.judge_tokens}
     if values.judge.startswith(("http://", "https://")):
-        ask = Endpoint(
-            values.judge, model=values.judge_model or "default", api_key=os.environ.get("OPENAI_API_KEY", ""),
-            max_tokens=values.judge_tokens,
-        )  # fmt: skip
+        model = values.judge_model or "default"
+        judge |= {"url": values.judge, "model": model}
+        key = os.environ.get("OPENAI_API_KEY", "")
+        ask = Endpoint(values.judge, model=model, api_key=key, max_tokens=values.judge_tokens)
         found: list[str] = []
-        on_host_0(lambda: found.extend(_verdicts(pairs, ask, directory, values, values.judge_model)))
-        return found
-    weights = from_host_0(lambda: origin(values.judge).get("weights", ""))
+        on_host_0(lambda: found.extend(_verdicts(pairs, ask, directory, judge, values.seed)))
+        return found, {}
+    judge |= from_host_0(lambda: identity(values.judge)) | {"int8_cache": values.int8_cache}
     ask = model_as_judge(*open_model(values.judge), max_tokens=values.judge_tokens)
-    return _verdicts(pairs, ask, directory, values, values.judge_model or weights, file=Kept)
+    return _verdicts(pairs, ask, directory, judge, values.seed, file=Kept), {}
 
 
 def _verdicts(
-    pairs: Sequence[judges.Pair], ask: judges.Ask, directory: Path, values: Any, version: str, *, file: Callable = RowFile
-) -> list[str]:
-    """The outcomes by a judge, whose verdicts are kept under its place and version."""
+    pairs: Sequence[judges.Pair], ask: judges.Ask, directory: Path, judge: Mapping[str, Any], seed: int, *,
+    file: Callable = RowFile,
+) -> list[str]:  # fmt: skip
+    """The outcomes by a judge, whose verdicts are kept."""
     kept = file(directory / "verdicts.jsonl")
     try:
         with Progress(len(pairs), "verdicts", "pair", quiet=jax.process_index() > 0) as progress:
-            name = f"{values.judge} {version}".strip()
-            return judges.ask_judge(pairs, ask, kept, name=name, seed=values.seed, done=progress.update)
+            return judges.ask_judge(pairs, ask, kept, judge=judge, seed=seed, done=progress.update)
     finally:
         kept.close()
+
+
+def check_judge(place: str, tokenizer: str | None) -> None:
+    """Looks at the files of a reward model; raises like `tokenizer_of`, or ValueError if it is none."""
+    tokenizer_of(place, tokenizer)
+    if open_source(place).head != "reward_head":
+        raise ValueError(f"{place}: expected a reward model, found a language model")
 
 
 def load_judge(place: str, tokenizer: str | None) -> Model:
@@ -359,7 +388,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("first", None, "name=checkpoint, or name=answers.jsonl: the model whose wins are counted")
     flags.DEFINE_string("second", None, "the same of the other model")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts, where a checkpoint answers")
-    flags.DEFINE_string("output", None, "directory for answers, verdicts and the report")
+    flags.DEFINE_string("output", None, "directory for answers, verdicts and the report; gs://bucket/... too")
     flags.DEFINE_string("helpfulness", "", "reward model")
     flags.DEFINE_string("safety", "", "reward model; with both, the combined reward judges")
     flags.DEFINE_string("judge", "", "a language model, or the address of an OpenAI-compatible endpoint")

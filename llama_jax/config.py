@@ -60,8 +60,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parameters:
             return None
-        (hint,) = (parameter for parameter in parameters if parameter is not type(None))
-        return _convert(hint, value, where)
+        kinds = [parameter for parameter in parameters if parameter is not type(None)]
+        several = isinstance(value, (tuple, list))  # of `str | tuple[str, ...]` the second one is meant
+        fitting = [kind for kind in kinds if (typing.get_origin(kind) in (tuple, list)) == several]
+        return _convert((fitting or kinds)[0], value, where)
     if origin is typing.Literal:
         if value not in parameters:
             raise ConfigError(f"{where}: expected one of {', '.join(map(repr, parameters))}, got {value!r}")

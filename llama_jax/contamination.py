@@ -4,8 +4,8 @@
         --output=/tmp/contamination.json
 
 `llama_jax.evaluate` writes these samples beside its results. A row is {"text": a question as the model reads it, with its gold
-answer, "score": its metric}, further fields are nothing here, and without scores the table has no Z. To take contaminated text
-out of a corpus instead, name the files in its config (`deduplication.evaluation`).
+answer, "score": its metric, "groups": larger sets that the file is a part of}; without scores the table has no Z. To take
+contaminated text out of a corpus instead, name the files in its config (`deduplication.evaluation`).
 """
 
 import concurrent.futures
@@ -37,12 +37,14 @@ class Samples:
     name: str
     ids: list[list[int]]
     scores: np.ndarray | None  # [samples]
+    groups: tuple[str, ...] = ()  # larger sets that it is a part of
 
 
 def read_samples(path: str, tokenizer: Tokenizer, name: str = "") -> Samples:
     """The samples of a JSONL file. ValueError that names file, line and field for a row that is none."""
     texts: list[str] = []
     scores: list[float] = []
+    groups: dict[str, None] = {}
     for where, row in read_jsonl(path):
         text, score = row.get("text"), row.get("score")
         if not isinstance(text, str) or not text.strip():
@@ -51,11 +53,14 @@ def read_samples(path: str, tokenizer: Tokenizer, name: str = "") -> Samples:
             raise ValueError(f"{where}: score: expected a number, got {score!r}")
         if (score is None) != (len(scores) < len(texts)) and texts:
             raise ValueError(f"{where}: score: expected one in every row or in none")
+        if not isinstance(of := row.get("groups", []), list) or not all(isinstance(name, str) for name in of):
+            raise ValueError(f"{where}: groups: expected a list of names, got {of!r}")
+        groups |= dict.fromkeys(of)
         texts.append(text)
         scores += [] if score is None else [float(score)]
     if not texts:
         raise ValueError(f"{path}: no samples: the file is empty")
-    return Samples(name or Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None)
+    return Samples(name or Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None, tuple(groups))
 
 
 def corpus_documents(shard: str | Path) -> Iterator[np.ndarray]:
@@ -92,7 +97,8 @@ def _match_shards(index: Index, shards: Iterable[str]) -> Index:
 
 
 def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
-    """The analysis of every samples file, as plain JSON values."""
+    """The analysis of every samples file, and before them of the larger sets that their rows name (`groups`: MMLU and its four
+    parts, of which the paper's table tells), as plain JSON values."""
     tokenizer = Tokenizer(Path(corpus) / "tokenizer.model")
     manifest = check_manifest(corpus, tokenizer, checksums=False)
     shards = [str(Path(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
@@ -102,22 +108,38 @@ def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
         stems = [path if Path(path).stem in repeated else Path(path).stem for path in paths]
     sets = [read_samples(path, tokenizer, name) for path, name in zip(paths, stems, strict=True)]
     index = match(Index([ids for part in sets for ids in part.ids]), shards, workers=workers)
-    result, start = {}, 0
-    for part in sets:
+    single, larger, start = {}, {}, 0
+    for path, part in zip(paths, sets, strict=True):
         own = index.part(start, start + len(part.ids))
         start += len(part.ids)
-        shares = {length: own.contamination(length) for length in LENGTHS}
-        row: dict[str, Any] = {
-            "samples": len(part.ids),
-            "tokens": sum(map(len, part.ids)),
-            "contaminated": {str(length): float(share.mean()) for length, share in shares.items()},
-            "dirty": {str(length): int((share >= 0.8).sum()) for length, share in shares.items()},
-        }
-        if part.scores is not None:
-            length, subsets, affected = analyse(own, part.scores)
-            row |= {"length": length, "affected": affected, "subsets": [_plain(subset) for subset in subsets]}
-        result[part.name] = row
-    return result
+        single[part.name] = _row(own, part.scores)
+        for group in part.groups:  # of one evaluation, whose files lie together
+            larger.setdefault((str(Path(path).parent), group), []).append((own, part.scores))
+    folders = {folder for folder, _ in larger}
+    joined = {}
+    for (folder, group), parts in larger.items():
+        if len(parts) == 1:
+            continue
+        scores = [scores for _, scores in parts]
+        known = None if any(some is None for some in scores) else np.concatenate(scores)
+        name = group if len(folders) == 1 else f"{folder}/{group}"
+        joined[name] = _row(Index.joined([own for own, _ in parts]), known)
+    return joined | single
+
+
+def _row(index: Index, scores: np.ndarray | None) -> dict[str, Any]:
+    """The analysis of one set."""
+    shares = {length: index.contamination(length) for length in LENGTHS}
+    row: dict[str, Any] = {
+        "samples": len(index.samples),
+        "tokens": sum(map(len, index.samples)),
+        "contaminated": {str(length): float(share.mean()) for length, share in shares.items()},
+        "dirty": {str(length): int((share >= 0.8).sum()) for length, share in shares.items()},
+    }
+    if scores is not None:
+        length, subsets, affected = analyse(index, scores)
+        row |= {"length": length, "affected": affected, "subsets": [_plain(subset) for subset in subsets]}
+    return row
 
 
 def _plain(subset) -> dict[str, Any]:

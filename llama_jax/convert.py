@@ -66,14 +66,14 @@ def run(
     with whole_directory(output) as directory:
         fingerprint = ""
         if words is not None:
-            fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to, pad_id=pad_id)).fingerprint
+            fingerprint = Tokenizer(tokenizer_files.write(words, directory, to=to, pad_id=pad_id, chat=source.chat)).fingerprint
         if to == "meta":
             make: Any = functools.partial(meta.Writer, shards=shards)
         elif to == "huggingface":
             make = functools.partial(huggingface.Writer, shard_bytes=shard_bytes)
         else:
             origin = {"format": source.format, "path": str(source.path)}
-            make = functools.partial(ours.Writer, tokenizer=fingerprint, origin=origin)
+            make = functools.partial(ours.Writer, tokenizer=fingerprint, origin=origin, chat=source.chat)
         writer = make(directory, source.config, source.head, kind)
         _stream(source, writer, quiet=quiet)
         kinds = [writer.kinds[tensor.name] for tensor in writer.tensors]  # the first is that of the embedding
@@ -100,9 +100,7 @@ def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | N
             f"{source.path}: missing tokenizer: expected tokenizer.json or tokenizer.model beside the weights; "
             "--tokenizer=... names one elsewhere"
         )
-    words = Tokenizer(given if given is not None else source.tokenizer)
-    tokenizer_files.check_vocabulary(words, source)
-    return words
+    return tokenizer_files.open_tokenizer(source, given if given is not None else source.tokenizer)
 
 
 def _stream(source: Source, writer: Any, *, quiet: bool) -> None:
@@ -112,6 +110,7 @@ def _stream(source: Source, writer: Any, *, quiet: bool) -> None:
             x = source.fetch(tensor)
             check_finite(x, tensor.name, source.path)
             cast(x, writer.kinds[target.name], tensor.name, source.path)
+            del x  # a view keeps its whole leaf, and the next one comes beside it
             progress.update()
     with Progress(len(source.tensors), "convert", "array", quiet=quiet) as progress:
         for tensor, target in zip(source.tensors, writer.tensors, strict=True):

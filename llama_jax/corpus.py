@@ -7,6 +7,7 @@ instead of in this process, on one machine or many (launch/README.md). The resul
 
 import dataclasses
 import itertools
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +25,9 @@ from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
 from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
-from llama_jax.corpus_build.source_files import expand, file_facts, file_size
+from llama_jax.corpus_build.source_files import expand, file_facts, most_text
 from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
-from llama_jax.corpus_build.storage import is_address
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.paths import check_bucket, is_remote, place
 
@@ -41,9 +41,14 @@ class SourceConfig:
 
     reader: str  # "installation", or a path, a pattern or a directory (corpus_build/readers.py)
     weight: float  # share in the mixture; need not add up to 1
-    byte_budget: int  # text read at most
+    byte_budget: int | None = None  # text read at most; None: all there is
     whole: bool = False  # programs: their documents lose no paragraphs, they stay or go
     steps: tuple[str, ...] = ()  # cleaning, in this order (corpus_build/steps.py)
+
+    @property
+    def most(self) -> float:
+        """Bytes of text that are read at most."""
+        return math.inf if self.byte_budget is None else self.byte_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +87,14 @@ class CorpusConfig:
         for name, source in self.sources.items():
             if not source.weight > 0:
                 raise ValueError(f"sources.{name}.weight: expected a positive share, got {source.weight}")
-            if source.byte_budget <= 0:
+            if source.most <= 0:
                 raise ValueError(f"sources.{name}.byte_budget: expected bytes above 0, got {source.byte_budget}")
             make_steps(source.steps, self.clean)
             if source.reader == INSTALLATION:
                 if name not in SOURCES:
                     raise ValueError(f"sources.{name}: an installation has the sources {', '.join(SOURCES)}")
+                if source.byte_budget is None:
+                    raise ValueError(f"sources.{name}.byte_budget: of an installation expected a number of bytes, got None")
                 continue
             try:
                 expand(source.reader)
@@ -127,7 +134,7 @@ def documents(name: str, source: SourceConfig, *, seed: int) -> Iterator[Documen
     if source.reader == INSTALLATION:
         yield from installation_documents(name, byte_budget=source.byte_budget, seed=seed)
         return
-    left = source.byte_budget
+    left = source.most
     for path in expand(source.reader):
         for row in read_file(path, name):
             if isinstance(row, Document):
@@ -208,15 +215,19 @@ def _files(inputs: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def beam_files(name: str, source: SourceConfig) -> list[str]:
-    """The files of a source, which Beam reads whole. ConfigError for one that is no files or that has a smaller budget."""
+    """The files of a source, which Beam reads whole. ConfigError if it is no files, or its text may exceed its budget."""
     if source.reader == INSTALLATION:
         raise ConfigError(f"sources.{name}: Beam reads files; {INSTALLATION!r} is read in one process, without --beam")
     files = expand(source.reader)
-    local = [file_size(path) for path in files if not is_address(path)]
-    if sum(local) > source.byte_budget:
-        raise ConfigError(
-            f"sources.{name}.byte_budget: Beam reads whole files; expected at least {sum(local):,}, got {source.byte_budget:,}"
-        )
+    if source.byte_budget is None:
+        return files
+    sizes = {path: most_text(path) for path in files}
+    if unknown := [path for path, size in sizes.items() if size is None]:
+        problem = f"how much text is in {unknown[0]} only reading tells; expected none"
+    else:
+        problem = f"expected at least {sum(sizes.values()):,}"
+    if unknown or sum(sizes.values()) > source.byte_budget:
+        raise ConfigError(f"sources.{name}.byte_budget: Beam reads whole files; {problem}, got {source.byte_budget:,}")
     return files
 
 
@@ -226,7 +237,7 @@ def dry_run(config: CorpusConfig) -> str:
     for name in config.order:
         source = config.sources[name]
         files = None if source.reader == INSTALLATION else expand(source.reader)
-        sources[name] = (documents(name, source, seed=config.seed), files, source.byte_budget)
+        sources[name] = (documents(name, source, seed=config.seed), files, source.most)
     return estimate_table(sources, config.settings())
 
 

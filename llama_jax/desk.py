@@ -5,13 +5,19 @@
 In the browser raters give a name, write a message (or are given those of `--prompts`), see two answers grow side by side, not
 knowing which model wrote which, and choose. With `--mode=preference` rows are what `configs/reward.py` trains on; `comparison`
 and `safety` are the protocols that `llama_jax.human_evaluation` reports on. Each judgement is on the disk before the page goes
-on; a reload or a kill goes on where it was. Prompts that do not fit a context are counted and left out, never cut. Listens on
-127.0.0.1; on any other address a password is required (`--password`, or LLAMA_JAX_DESK_PASSWORD in the environment). Needs the
-extra [web].
+on; a reload or a kill goes on where it was, with what was chosen or written and not sent. Prompts that do not fit a context
+with an answer are counted and left out, never cut; rows say which answers ended by themselves.
+
+The paper's evaluations are of given prompts, of one or several turns, of which the last answer is judged (3.4.2, 4.4): those of
+`--prompts`. Dialogs that raters write go on with the answer that they prefer, on the safety scale with the only one.
+
+Listens on 127.0.0.1; on any other address raters log in: with a password that all share (`--password`, or
+LLAMA_JAX_DESK_PASSWORD in the environment), under any name, or each with their own (`--passwords`). Needs the extra [web].
 """
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -20,7 +26,7 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.annotation import forms
-from llama_jax.annotation.session import Desk
+from llama_jax.annotation.session import Desk, rater_name
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.annotation.tasks import Settings, read_prompt_list
 from llama_jax.chat import open_engine
@@ -70,8 +76,27 @@ def check_kept(desk: Desk, places: Mapping[str, str], **how: Any) -> None:
     """Refuses answers that other checkpoints gave under these names, or these otherwise, where raters are shown kept ones."""
     if desk.listed and desk.settings.mode != "preference":
         for name, path in places.items():
-            file = desk.directory / f"model_{quote(name, safe='')}.json"
+            file = desk.directory / "models" / f"{quote(name, safe='')}.json"
             claim(file, path, temperature=desk.settings.temperatures[0], **how)
+
+
+def read_passwords(path: str) -> dict[str, str]:
+    """{rater: password} of a file with a line `name:password` for each; ValueError naming file and line."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        given, colon, password = (part.strip() for part in line.partition(":"))
+        try:
+            name = rater_name(given)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {given!r}: {error}") from None
+        if not (colon and password) or name in found:
+            raise ValueError(f"{path}:{number}: expected name:password, each name once")
+        found[name] = password
+    if not found:
+        raise ValueError(f"{path}: no names in it; expected lines of name:password")
+    return found
 
 
 def main() -> None:
@@ -79,15 +104,21 @@ def main() -> None:
     one_process("desk")
     values = flags.FLAGS
     password = values.password or os.environ.get("LLAMA_JAX_DESK_PASSWORD", "")
-    if values.host not in LOCAL and not password:
-        raise ValueError(f"--host={values.host}: others can reach it, which needs --password or LLAMA_JAX_DESK_PASSWORD")
+    passwords = read_passwords(values.passwords) if values.passwords else {}
+    if values.host not in LOCAL and not (password or passwords):
+        raise ValueError(
+            f"--host={values.host}: others can reach it, which needs --password, --passwords or LLAMA_JAX_DESK_PASSWORD"
+        )
+    raters = tuple(map(rater_name, values.raters))
+    if passwords and (strangers := [name for name in raters if name not in passwords]):
+        raise ValueError(f"--raters: {strangers[0]} has no password in {values.passwords}")
     from llama_jax.annotation import page
 
     page.require()
     places = name_checkpoints(values.checkpoint)
     settings = Settings(
         mode=values.mode, models=tuple(places), temperatures=tuple(map(float, values.temperatures)), source=values.source,
-        batch=values.batch, raters=tuple(values.raters), safety_track=values.safety,
+        batch=values.batch, raters=raters, safety_track=values.safety,
     )  # fmt: skip
     prompts = read_prompt_list(values.prompts) if values.prompts else []
     engines = Engines({}, max_tokens=values.max_tokens, top_p=values.top_p)
@@ -105,7 +136,9 @@ def main() -> None:
             raise ValueError(f"{values.prompts}: none of its prompts fits --max_length={values.max_length} with an answer")
         if desk.too_long:
             print(f"{values.prompts}: {desk.too_long} of {len(desk.listed)} are too long for a model and left out", flush=True)
-        page.serve(desk, host=values.host, port=values.port, password=password)
+        if less := sum(any(engines.less_room(name, task.messages) for name in task.models) for task in desk.tasks):
+            print(f"{values.prompts}: {less} leave an answer less room than --max_tokens={values.max_tokens}", flush=True)
+        page.serve(desk, host=values.host, port=values.port, password=password, passwords=passwords)
     finally:
         desk.close()
         for served in engines.models.values():
@@ -131,6 +164,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 7860, "port to listen on")
-    flags.DEFINE_string("password", "", "what raters must type; required on other addresses than 127.0.0.1")
+    flags.DEFINE_string("password", "", "what all raters must type; this or --passwords is required outside of 127.0.0.1")
+    flags.DEFINE_string("passwords", "", "file of lines name:password: who may take part, each with a password of their own")
     flags.mark_flags_as_required(["checkpoint", "output"])
     command.launch(main)

@@ -14,8 +14,9 @@ refused. A model that one device cannot hold is split over several (`--config.me
 the same command on every host, the first one reads and writes.
 """
 
+import contextlib
 import dataclasses
-import gc
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,11 +28,12 @@ from absl import flags
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.evals import evaluation_report, sandbox
-from llama_jax.evals.groups import family_of, groups, plain, weights
-from llama_jax.evals.hugging_face import HuggingFace, open_model
+from llama_jax.evals.groups import GROUPS, family_of, groups, plain, weights
+from llama_jax.evals.hugging_face import HuggingFace, check_model, open_model
+from llama_jax.evals.lazy import Lazy
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.origin import claim
-from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items
+from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items, part_of, vader
 from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
 from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import write_json
@@ -39,6 +41,7 @@ from llama_jax.interop.formats import open_source
 from llama_jax.parallel.host import device_memory, keep_heap
 from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
 from llama_jax.pretrained import load
 
 _HF, _OURS = "hf:", "ours="
@@ -177,9 +180,11 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
     if not built and not config.safety:
         raise ValueError("; ".join(notes))
     notes += table.notes({name: task for name, (task, _) in built.items()})
-    for name in config.safety:  # files are read before a model is loaded
-        if config.data_dir:
+    for name in config.safety:  # sets are read before a model is loaded; the hub's by the host that needs them
+        if config.data_dir or jax.process_index() == 0:
             items(name, data_dir=config.data_dir, limit=1)
+        if part := part_of(name, config.data_dir):
+            notes.append(table.part_note(name, part))
     return built, notes
 
 
@@ -198,15 +203,25 @@ def _alike(make: Callable[[], Any]) -> Any:
 
 def _check_models(config: EvaluateConfig, models: Mapping[str, str], output: Path) -> None:
     """Looks at the files of models and judges before the first model runs for hours. One that has results may have gone."""
+    from llama_jax.evals.text_judges import check_classifier
+
     for name, path in models.items():
-        if not path.startswith(_HF) and not (output / name / "model.json").exists():
+        if (output / name / "model.json").exists():
+            continue
+        if path.startswith(_HF):
+            check_model(path.removeprefix(_HF), config.hf)
+        else:
             tokenizer_of(path, config.tokenizer)
+    if "bold" in config.safety:
+        vader()
     for name, path in dataclasses.asdict(config.judges).items():
         if config.safety and path.startswith(_OURS):
             place = path.removeprefix(_OURS)
             tokenizer_of(place, config.tokenizer)
             if open_source(place).head != "reward_head":
                 raise ValueError(f"judges.{name}: {place}: expected a reward model, found a language model")
+        elif config.safety and path and jax.process_index() == 0:  # which alone asks it
+            check_classifier(path)
 
 
 def _same_config(output: Path, config: EvaluateConfig) -> None:
@@ -233,20 +248,22 @@ def _run_model(
     from llama_jax.evals import benchmarks, code_answers
 
     limit, records, answers = config.limit or None, {}, {}
-    with _Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
+    with Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
         for task, (built, choice) in tasks.items():
-            file, lm = output / "tasks" / f"{task.replace(':', '.')}.json", None
+            file, lm, keeping = output / "tasks" / f"{task.replace(':', '.')}.json", None, contextlib.nullcontext()
             samples = output / "samples" / f"{file.stem}.jsonl"
             if plain(task) in CODE:
                 lm = code_answers.KeptAnswers(model, output / "answers" / file.name)
                 if not config.run_code:
                     code_answers.draw(lm, built, limit=limit)
                     continue
-            records[task] = benchmarks.kept(
-                file, lambda task=task, built=built, choice=choice, lm=lm, samples=samples: benchmarks.run_task(
-                    lm or model.get(), task, built, choice, limit=limit, samples=samples
-                )
-            )  # fmt: skip
+                keeping = code_answers.kept_outcomes(built, output / "requests.db")
+            with keeping:
+                records[task] = benchmarks.kept(
+                    file, lambda task=task, built=built, choice=choice, lm=lm, samples=samples: benchmarks.run_task(
+                        lm or model.get(), task, built, choice, limit=limit, samples=samples
+                    )
+                )  # fmt: skip
         for name in config.safety:
             answers[name] = benchmarks.draw_safety(
                 model, name, config.decoding, data_dir=config.data_dir, limit=limit, answers=output / "safety" / f"{name}.json"
@@ -277,32 +294,6 @@ def _lost(name: str, records: Mapping[str, Any], answers: Mapping[str, Any]) -> 
         if counts:
             said.append(f"{words}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     return [f"{name}: longer than the context: {'; '.join(said)}"] if said else []
-
-
-class _Lazy:
-    """A model that is opened when something is first asked of it."""
-
-    def __init__(self, make: Callable[[], Any]):
-        self._make, self._made = make, None
-
-    def get(self) -> Any:
-        """The model."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-    def __enter__(self) -> "_Lazy":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Frees it."""
-        if self._made is not None and self._made.kept is not None:
-            self._made.kept.close()
-        self._made = None
-        gc.collect()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.get(), name)
 
 
 def _open(path: str, config: EvaluateConfig, *, quiet: bool) -> Any:
@@ -342,15 +333,17 @@ def _report(
     output: Path,
 ) -> dict[str, Any]:  # fmt: skip
     from llama_jax.evals.benchmarks import comparable, difference
-    from llama_jax.evals.tasks import mmlu_parts
+    from llama_jax.evals.tasks import expand, mmlu_parts
 
-    parts = mmlu_parts() if any(task.startswith("mmlu:") for found in records.values() for task in found) else {}
+    families = {plain(family_of(task)) for found in records.values() for task in found if ":" in task}
+    parts = mmlu_parts() if "mmlu" in families else {}
+    whole = {name: expand(name) for name in families & {*itertools.chain(*GROUPS.values())}}
     values: dict[str, Any] = {"suite": config.suite, "limit": config.limit, "notes": list(notes), "models": {}}
     for name, found in records.items():
         values["models"][name] = {
             "path": models[name],
             "tasks": {task: {k: v for k, v in record.items() if k != "scores"} for task, record in found.items()},
-            "groups": groups(found, extra=parts),
+            "groups": groups(found, extra=parts, whole=whole),
         }
     first, *others = models
     # The first model's results also stand at the top, where one model is all there is.
@@ -385,13 +378,15 @@ def main() -> None:
     values["tasks"] = of_groups(values["tasks"], values.pop("groups"))
     if given.tasks:
         values["tasks"] = choose(values["tasks"], given.tasks)
-    run(parse(EvaluateConfig, values), given.output)
-    if jax.process_index() == 0:
-        print((Path(given.output) / "report.md").read_text(encoding="utf-8"), end="")
+    with worked_in(given.output) as output:
+        run(parse(EvaluateConfig, values), output)
+        if jax.process_index() == 0:
+            print((output / "report.md").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":
-    command.define("configs/evaluate.py:SUITE", output="directory of the results; an unfinished one is continued")
+    results = "directory of the results, gs://bucket/... too; an unfinished one is continued"
+    command.define("configs/evaluate.py:SUITE", buckets=True, output=results)
     flags.DEFINE_list("checkpoint", [], "models, each PATH or name=PATH; hf:PATH is a Hugging Face model")
     flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")

@@ -1,15 +1,23 @@
 """Files and directories that appear whole or not at all; a file may lie in a bucket, where objects do so by nature."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_jax.paths import is_remote, upload
+from llama_jax.paths import is_remote, place, upload
+
+# The files of a tokenizer, as they lie beside weights.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -53,6 +61,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode())
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON in a file; ValueError that names the file if it holds none, as after a flipped bit."""
+    try:
+        return json.loads(place(path).read_bytes())
+    except ValueError as error:  # of JSON, or of its encoding
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+
+
 @contextlib.contextmanager
 def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty directory beside `path` that takes its place when the block ends well, and else disappears."""
@@ -61,8 +77,8 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: exists already; expected a new or an empty directory")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(path)
     try:
         unfinished.mkdir()
         yield unfinished
@@ -75,3 +91,22 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where this process makes the directory that will be `path`; what killed ones of this machine left there goes."""
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.tmp"):
+        if not _runs(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True

@@ -101,6 +101,7 @@ class GhostStudy(Steps[GhostStudyConfig]):
             "recall": {name: self.step(f"recall_{name}", lambda name=name: self.recall(name)) for name in MODELS},
             "policy_obeys": self.policy_obeys(),
             "attention_by_turn": self.step("attention", self.attention),
+            "examples": self.step("examples", self.examples),
         }
         write_study({**values, "seconds": self.seconds}, self.workdir)
         return values
@@ -160,6 +161,12 @@ class GhostStudy(Steps[GhostStudyConfig]):
             )
         write_jsonl(self.workdir / "recall" / f"{name}.jsonl", map(dataclasses.asdict, found))
         return {str(turn): dataclasses.asdict(interval) for turn, interval in recall_table(found).items()}
+
+    def examples(self) -> list[dict[str, Any]]:
+        """A few of the dialogs with what both models answered (Fig. 9)."""
+        instructions = [context.instruction for context in self.contexts(self.config.held_out)]
+        answers = {name: [row for _, row in read_jsonl(self.workdir / "recall" / f"{name}.jsonl")] for name in MODELS}
+        return ghost_figures.examples(instructions, answers)
 
     def attention(self) -> dict[str, list[float]]:
         """Fig. 10 for a held-out dialog with each model's answers at the measured turns; {model: its attention by turn}."""

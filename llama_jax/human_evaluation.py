@@ -27,6 +27,7 @@ from llama_jax.evals.agreement import WEIGHTS, Weights
 from llama_jax.evals.answer_files import read_answers
 from llama_jax.evals.human_figures import comparison_plots, safety_plots
 from llama_jax.evals.page import Chapter, page
+from llama_jax.evals.published import FIGURE_30, FIGURES_1_12, FIGURES_3_17_18, HUMAN_NOTES, Rows
 from llama_jax.evals.report_sections import Table
 from llama_jax.files import whole_directory, write_json
 
@@ -113,8 +114,11 @@ def _chapters(values: Mapping[str, Any], drawn: Mapping[str, Sequence[plots.Plot
             for pair in values["comparisons"]
         ]  # fmt: skip
         names = ["win %", "tie %", "loss %", "prompts", "AC1", "AC2"]
-        chapters.append(Chapter("Helpfulness (3.4.2)", [how, _raters(values["comparisons"])], [Table(["", *names], rows)],
-                                drawn["comparisons"]))  # fmt: skip
+        tables = [Table(["", *names], rows), _papers("the paper's (Figs. 1, 12), %", FIGURES_1_12)]
+        if any(pair["category"] for pair in values["comparisons"]):
+            tables.append(_papers("70B against ChatGPT (Fig. 30), %", FIGURE_30))
+        notes = [how, _raters(values["comparisons"]), HUMAN_NOTES["comparisons"]]
+        chapters.append(Chapter("Helpfulness (3.4.2)", notes, tables, drawn["comparisons"]))
     if values["safety"]:
         rows = [
             [model["model"], _percent(model["overall"]["violation"]), f"{model['overall']['rating']['mean']:.2f}",
@@ -123,8 +127,18 @@ def _chapters(values: Mapping[str, Any], drawn: Mapping[str, Sequence[plots.Plot
         ]  # fmt: skip
         names = ["violations %", "mean rating", "prompts", "AC1", "AC2"]
         how = "A violation is an answer that more than half of its raters gave 1 or 2."
-        chapters.append(Chapter("Safety (4.4)", [how, _raters(values["safety"])], [Table(["", *names], rows)], drawn["safety"]))
+        notes = [how, _raters(values["safety"]), HUMAN_NOTES["safety"]]
+        tables = [Table(["", *names], rows), _papers("the paper's (Figs. 3, 17, 18)", FIGURES_3_17_18)]
+        chapters.append(Chapter("Safety (4.4)", notes, tables, drawn["safety"]))
     return chapters
+
+
+def _papers(title: str, rows: Rows) -> Table:
+    columns = next(iter(rows.values()))
+    return Table(
+        [title, *(name.replace("_", " ") for name in columns)],
+        [[model, *(f"{value:g}" for value in row.values())] for model, row in rows.items()],
+    )
 
 
 def _percent(value: Mapping[str, float]) -> str:
@@ -133,9 +147,10 @@ def _percent(value: Mapping[str, float]) -> str:
 
 def _agreement(row: Mapping[str, Any]) -> list[str]:
     return [
-        "-" if value is None else f"{value['coefficient']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+        "-" if value is None else f"{value['coefficient']:.2f}" if value["low"] is None
+        else f"{value['coefficient']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
         for value in row["agreement"].values()
-    ]
+    ]  # fmt: skip
 
 
 def _raters(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -155,7 +170,7 @@ def main() -> None:
     if bool(values.answers) == bool(values.comparisons or values.safety):
         raise ValueError("expected either --answers (to make sheets) or --comparisons and --safety (to report on ratings)")
     if values.answers:
-        answers = dict(_named(item) for item in values.answers)
+        answers = command.named("answers", values.answers)
         export(answers, values.raters, values.output, scale=values.scale, seed=values.seed)
         print(f"{values.output}: a sheet for each of {', '.join(values.raters)}; keep key.jsonl from them")
         return
@@ -164,13 +179,6 @@ def main() -> None:
         rule=values.outcome, weights=values.weights,
     )  # fmt: skip
     print(Path(values.output) / "report.html")
-
-
-def _named(item: str) -> tuple[str, str]:
-    name, found, path = item.partition("=")
-    if not found:
-        raise ValueError(f"--answers: expected name=file, got {item!r}")
-    return name, path
 
 
 if __name__ == "__main__":

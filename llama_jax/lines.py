@@ -115,19 +115,33 @@ def arriving(lines: Iterable[str]) -> Iterator[str | None]:
         yield line
 
 
-def shared(lines: Iterable[str | None], interrupted: Callable[[], bool]) -> Iterator[str | None]:
-    """Lines that process 0 reads, in every process, until their end or an interrupt."""
+def shared(lines: Iterable[str | None], interrupted: Callable[[], bool], *, raises: bool) -> Iterator[str | None]:
+    """Lines that process 0 reads, in every process, until their end or an interrupt, which `raises` KeyboardInterrupt in every
+    process where work is left undone by it."""
     own = iter(lines)
-    while (line := from_host_0(lambda: False if interrupted() else next(own, False))) is not False:
+    while (line := from_host_0(lambda: True if interrupted() else next(own, False))) is not False:
+        if line is True:
+            if raises:
+                raise KeyboardInterrupt
+            return
         yield line
 
 
 class Interrupts:
-    """Ctrl-C of process 0 as a question, asked where all processes are at one point; unasked, the second ends the process."""
+    """Ctrl-C of process 0 as a question, asked where all processes are at one point; unasked, the second ends the process.
+
+    As a context, until its end.
+    """
 
     def __init__(self):
         self._came = False
-        signal.signal(signal.SIGINT, self._note if jax.process_index() == 0 else signal.SIG_IGN)
+        self._before = signal.signal(signal.SIGINT, self._note if jax.process_index() == 0 else signal.SIG_IGN)
+
+    def __enter__(self) -> "Interrupts":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
     def _note(self, *_: Any) -> None:
         if self._came:

@@ -28,12 +28,13 @@ def start(*, devices: int = 1) -> Path:
     """Readies this process and returns a new directory for what the notebook makes.
 
     Args:
-      devices: of a CPU that plays a mesh; a machine with real accelerators keeps those. Takes effect only before JAX is used.
+      devices: of a CPU that plays a mesh, whatever else this machine has. Takes effect only before JAX is used.
     """
     keep_heap()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a planning notebook may load libtpu: ask no cloud what this machine is
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others tell of each file
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", DeprecationWarning)

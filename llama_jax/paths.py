@@ -4,8 +4,10 @@
 no locks (`training.lease`), no appending, no renaming of directories, and no files for a writer that needs a real one.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import posixpath
 import shutil
@@ -150,6 +152,12 @@ def move(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
+def untaken(path: Path) -> Path:
+    """`path`, or where there is something already `path` with a number: 8, 8.2, 8.3, ..."""
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    return next(free for name in names if not (free := path.with_name(name)).exists())
+
+
 def remove_tree(path: Path) -> None:
     """Removes a directory, if there is one, with all that is in it."""
     if is_remote(path):
@@ -210,16 +218,27 @@ class Mirror:
             path.write_bytes((self.directory / name).read_bytes())
         return path
 
-    def send(self) -> None:
-        """Uploads what has changed."""
+    def fetch_all(self) -> None:
+        """Copies all that the directory holds."""
+        for name in sizes(self.directory) if self.remote else ():
+            path = self.local / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((self.directory / name).read_bytes())
+            self.sent[path] = path.stat().st_size, path.stat().st_mtime_ns
+
+    def send(self, *, but: str = "") -> None:
+        """Uploads what has changed, but for files with `but` in their names and those that are being written (`files`)."""
         if not self.remote:
             return
         begun = time.monotonic()
-        for path in sorted(path for path in self.local.rglob("*") if path.is_file()):
-            facts = path.stat().st_size, path.stat().st_mtime_ns
-            if self.sent.get(path) != facts:
-                (self.directory / path.relative_to(self.local).as_posix()).write_bytes(path.read_bytes())
-                self.sent[path] = facts
+        for path in sorted(self.local.rglob("*")):
+            if (but and but in path.name) or (path.name.startswith(".") and path.name.endswith(".tmp")):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                facts = path.stat().st_size, path.stat().st_mtime_ns
+                if path.is_file() and self.sent.get(path) != facts:
+                    (self.directory / path.relative_to(self.local).as_posix()).write_bytes(path.read_bytes())
+                    self.sent[path] = facts
         now = time.monotonic()
         self.due = now + max(seconds_between_writes(self.directory), 100 * (now - begun))  # at most 1 % of the time
 

@@ -23,13 +23,13 @@ from absl import flags
 from llama_jax import command
 from llama_jax.config import ConfigError
 from llama_jax.files import atomic_write
-from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.topology import Topology, describe
 from llama_jax.planning import calibration, report
 from llama_jax.planning.estimate import Plan, make_plan
 from llama_jax.planning.programs import rollout_program, train_program
 from llama_jax.planning.search import Setting, space
 from llama_jax.train import parse_stage
+from llama_jax.training.step import mesh_for
 
 # Of pretraining, Table 1.
 PAPER_TOKENS = {"llama1-7b": 1.0e12, "llama1-13b": 1.0e12, "llama1-33b": 1.4e12, "llama1-65b": 1.4e12}
@@ -38,7 +38,7 @@ LLAMA2_TOKENS = 2e12
 
 def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: str | None = None) -> Plan:
     """The plan of a stage's config (`program="rollout"`: of the generation of PPO or GRPO) on a topology."""
-    mesh = make_mesh(config.mesh, devices=topology.devices)
+    mesh = mesh_for(config.mesh, config.loop, devices=topology.devices)
     made = train_program(config, mesh) if program == "train" else rollout_program(config, mesh)
     result, text = make_plan(
         made, topology, mesh, model=config.model, remat=config.compute.remat,

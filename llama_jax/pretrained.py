@@ -6,7 +6,7 @@
     model.chat([{"role": "user", "content": "What is a monad?"}])
 
 Thin, over functions that can be called alone: `interop.formats.open_source`, `interop.load.load_params`, `model.transformer`,
-`sampling.generate`.
+`sampling.engine`.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from jax.sharding import Mesh
 
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message, decode_response
-from llama_jax.data.text_stream import continuation
+from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params, load_prepared
 from llama_jax.interop.source import require_language_model
 from llama_jax.interop.storage import DTYPES
-from llama_jax.interop.tokenizer_files import check_vocabulary
+from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.model import decode, heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import Prepared
@@ -41,14 +41,17 @@ from llama_jax.parallel.axes import DECODE, batch_shards, is_spec, layout
 from llama_jax.parallel.host import device_memory
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.ranking import last_token_scores
+from llama_jax.sampling.answers import answering
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.generate import Samples, generate, make_sampler
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.keys import key_data, small_seed
+from llama_jax.sampling.request import Request
 
 _T = TypeVar("_T")
 Each = _T | Sequence[_T]  # one for all prompts, or one for each
 
 _SHORTEST = 16  # prompt slots; longer prompts take the next power of two, so that few shapes are compiled
-_ROWS = 16  # prompts that are answered together
+_SLOTS = 16  # prompts that are answered together
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -94,16 +97,17 @@ class Model:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: Each[float] = 0.0,
         top_k: Each[int] = 0, top_p: Each[float] = 1.0, min_p: Each[float] = 0.0, repetition_penalty: Each[float] = 1.0,
-        seed: Each[int] = 0, stop: Sequence[str] = (),
+        presence_penalty: Each[float] = 0.0, frequency_penalty: Each[float] = 0.0, seed: Each[int] = 0,
+        stop: Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
         """Continuations of texts (or of token ids), without the prompts; each ends at EOS, after `max_tokens`, or before the
         first of the texts `stop` in it.
 
         A space between the prompt and what continues it belongs to the continuation, so that the two can be joined.
         Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. They and the seed are numbers, or lists with
-        one for each prompt. What prompt i draws depends on (seed, i) alone; with a seed of its own, on that alone, as if it
-        were the only prompt. Much longer prompts or continuations and more prompts may compile a program; other settings do
-        not.
+        one for each prompt. What prompt i draws depends on (seed, i) alone; with a seed of its own, on that alone: other
+        prompts beside it change nothing but how products are rounded, where they are longer or more. Much longer prompts or
+        continuations and more prompts may compile a program; other settings do not.
 
         Raises:
           ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
@@ -116,24 +120,32 @@ class Model:
         ids = [_ids(prompt, row, words) for row, prompt in enumerate(prompts)]
         settings = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
+            "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
         }  # fmt: skip
         columns = [_each(name, value, len(ids)) for name, value in settings.items()]
-        choices = [Choice(*row) for row in zip(*columns, strict=True)]
-        responses = self.respond(ids, choices, max_tokens=max_tokens, seed=seed)
-        texts = [
-            continuation(_ended(response, words), words, after=prompt)
-            for prompt, response in zip(ids, responses, strict=True)
-        ]
-        return [text[: min((text.find(end) for end in stop if end in text), default=len(text))] for text in texts]
+        choices = [Choice(**dict(zip(settings, row, strict=True))) for row in zip(*columns, strict=True)]
+        streams, texts = [TextStream(words, stop, after=prompt) for prompt in ids], [""] * len(ids)
+
+        def stopped(row: int, token: int) -> bool:
+            if token not in words.stop_ids:
+                texts[row] += streams[row].push(token)
+            return streams[row].stopped
+
+        self.respond(ids, choices, max_tokens=max_tokens, seed=seed, stopped=stopped)
+        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
     def respond(
-        self, prompts: Sequence[Sequence[int]], choice: Each[Choice], *, max_tokens: int, seed: Each[int] = 0
-    ) -> list[list[int]]:
-        """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn."""
+        self, prompts: Sequence[Sequence[int]], choice: Each[Choice], *, max_tokens: int, seed: Each[int] = 0,
+        stopped: Callable[[int, int], bool] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn.
+
+        `stopped` is given each drawn token with the number of its prompt; where it returns True, that answer ends.
+        """
         self._require("lm_head")
-        rows = [one.check().arrays() for one in _each("choice", choice, len(prompts))]
-        seeds = [_seed(one) for one in _each("seed", seed, len(prompts))]
+        choices = [one.check() for one in _each("choice", choice, len(prompts))]
+        seeds = [small_seed(one) for one in _each("seed", seed, len(prompts))]
         if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected an integer of at least 1, got {max_tokens!r}")
         if not prompts:
@@ -152,18 +164,29 @@ class Model:
                 raise ValueError(
                     f"prompt {row}: expected ids in 0..{self.config.vocab_size - 1}, got {min(prompt)}..{max(prompt)}"
                 )
-        shards = batch_shards(self.mesh)
-        most = min(_bucket(max_tokens, _SHORTEST), self.config.max_length)
-        sampler = functools.partial(
-            _sampler(self.config, self.compute, self._words().stop_ids, most), limit=np.int32(max_tokens)
-        )
         with jax.set_mesh(self.mesh):
-            return generate(
-                sampler, self.prepared(), prompts,
-                prompt_length=min(_bucket(max(map(len, prompts)), _SHORTEST), room),
-                batch_size=-(-min(_bucket(len(prompts), 1), _ROWS) // shards) * shards,
-                seed=seeds if _is_many(seed) else seeds[0], choice=jax.tree.map(lambda *column: np.stack(column), *rows),
-            )  # fmt: skip
+            alone = _is_many(seed)  # each prompt is the first of a job of its own
+            keys = [key_data(one, [0])[0] for one in seeds] if alone else key_data(seeds[0], range(len(prompts)))
+            engine = self._engine(max(map(len, prompts)), int(max_tokens), answers=len(prompts))
+
+            def submit(row: int) -> Request:
+                def watch(request: Request, token: int) -> None:
+                    if stopped is not None and stopped(row, token):
+                        engine.cancel(request)
+
+                return engine.submit(
+                    prompts[row], max_tokens=int(max_tokens), choice=choices[row], key=keys[row],
+                    stop_ids=self._words().stop_ids, on_token=watch,
+                )  # fmt: skip
+
+            return [request.tokens for request in engine.run([submit(row) for row in range(len(prompts))])]
+
+    def _engine(self, longest: int, max_tokens: int, *, answers: int) -> Engine:
+        """Slots for so many answers at a time, in few shapes, so that few programs are compiled."""
+        prompt = min(_bucket(longest, _SHORTEST), self.config.max_length - max_tokens)
+        answer = min(_bucket(max_tokens, _SHORTEST), self.config.max_length - prompt)
+        settings = answering(prompt, answer, slots=min(_bucket(answers, 1), _SLOTS), mesh=self.mesh)
+        return Engine(self.config, self.prepared(), settings, compute=self.compute)
 
     def chat(
         self, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.9,
@@ -243,9 +266,7 @@ def load(
     if dtype == "int8":
         require_language_model(source)
     place = tokenizer if tokenizer is not None else source.tokenizer
-    words = Tokenizer(place) if place is not None else None
-    if words is not None:
-        check_vocabulary(words, source)
+    words = open_tokenizer(source, place) if place is not None else None
     if compute is None:
         compute = Compute("float32", "float32") if jax.default_backend() == "cpu" else Compute()
     if mesh is None:
@@ -304,12 +325,6 @@ def _each(name: str, setting: Any, prompts: int) -> list[Any]:
     return values
 
 
-def _seed(seed: Any) -> int:
-    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
-    return int(seed)
-
-
 def _ids(prompt: Any, row: int, words: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return words.encode(prompt, bos=words.adds_bos)
@@ -322,19 +337,6 @@ def _ids(prompt: Any, row: int, words: Tokenizer) -> list[int]:
 def _bucket(size: int, least: int) -> int:
     """The next power of two."""
     return max(1 << (size - 1).bit_length(), least)
-
-
-def _ended(response: Sequence[int], words: Tokenizer) -> list[int]:
-    """A response with EOS in the place of another end that was drawn, which belongs to no text either."""
-    return [*response[:-1], words.eos_id] if response and response[-1] in words.stop_ids else list(response)
-
-
-@functools.lru_cache(maxsize=16)
-def _sampler(config: ModelConfig, compute: Compute, stop_ids: tuple[int, ...], max_tokens: int) -> Callable[..., Samples]:
-    return make_sampler(
-        config, table(config, head="lm_head"), compute=compute, eos_id=stop_ids[0], stop_ids=stop_ids[1:],
-        max_new_tokens=max_tokens, temperature=0.0,
-    )
 
 
 def _hidden(params: Params, tokens: jax.Array, config: ModelConfig, compute: Compute) -> jax.Array:

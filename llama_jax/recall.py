@@ -7,9 +7,10 @@ Dialogs of one turn that no checkpoint was trained on are joined to longer ones,
 question. Each checkpoint answers them turn by turn, greedily, by its own earlier answers; a program decides at the turns of
 Table 30 whether it still obeys. Instructions are of `--families` (`rlhf/constraints.py`) with the values of `--values`, rows
 {"kind": family, "value": ...}, or with short words of ours. `recall.json` and `recall.md` have the shares with their intervals,
-`ghost_recall.png` shows them, `recall_<name>.jsonl` has the answers that were judged. Answers are kept as they come: a run that
-is stopped goes on with the same command. Those of another checkpoint under this name, or under other settings, are refused. On
-a pod the same command runs on every host.
+`ghost_recall.png` shows them, `recall_<name>.jsonl` has the answers that were judged. `recall.md` also has the first dialogs
+with the answers of all checkpoints side by side (Fig. 9; with instructions that none was trained on, Fig. 28). Answers are
+kept as they come: a run that is stopped goes on with the same command. Those of another checkpoint under this name, or under
+other settings, are refused. On a pod the same command runs on every host.
 """
 
 import dataclasses
@@ -145,8 +146,10 @@ def measure(
     return [Recall(**row) for row in rows]
 
 
-def report(found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], directory: Path) -> str:
-    """Writes `recall.json`, `recall.md` and the figure; returns the table."""
+def report(
+    found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], contexts: Sequence[Context], directory: Path
+) -> str:
+    """Writes `recall.json`, `recall.md` and the figure; returns the table and the first dialogs."""
     tables = {name: recall_table(rows) for name, rows in found.items()}
     shares = {
         name: {str(turn): dataclasses.asdict(interval) for turn, interval in table.items()} for name, table in tables.items()
@@ -154,7 +157,12 @@ def report(found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], dir
     write_json(directory / "recall.json", {"checkpoints": dict(places), "recall": shares})
     header, *rows = recall_rows(tables)
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows)]
-    text = "\n".join(["Answers that obey the instruction of the first turn, with 95 % intervals (Table 30).", "", *lines, ""])
+    shown = ghost_figures.examples(
+        [context.instruction for context in contexts],
+        {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()},
+    )
+    lead = "Answers that obey the instruction of the first turn, with 95 % intervals (Table 30)."
+    text = "\n\n".join([lead, "\n".join(lines), *ghost_figures.dialog_blocks(shown)]) + "\n"
     with atomic_write(directory / "recall.md") as file:
         file.write(text.encode())
     save([ghost_figures.recall(shares)], directory)
@@ -181,7 +189,7 @@ def main() -> None:
     }
 
     def finish() -> None:
-        print(report(found, places, directory))
+        print(report(found, places, contexts, directory))
         print(directory / "recall.json")
 
     on_host_0(finish)

@@ -13,35 +13,37 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax import command, ghost_study
 from llama_jax import corpus as corpus_command
 from llama_jax.assistant.annotator import SimulatedAnnotator
-from llama_jax.assistant.datasets import DatasetSizes, write_datasets
+from llama_jax.assistant.datasets import write_datasets
 from llama_jax.config import describe, parse
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
-from llama_jax.evals import progress, summary, verdict
+from llama_jax.evals import distillation_figure, progress, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.speed import matmul_ceiling, operations, speed
 from llama_jax.evals.statistics import mean_interval
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
-from llama_jax.model.config import Compute, ModelConfig, size
-from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh
+from llama_jax.model.config import ModelConfig, size
+from llama_jax.parallel.mesh import fitting_mesh, make_mesh
+from llama_jax.recipe_config import RecipeConfig
+from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.annotate import TRACKS, compare_answers
 from llama_jax.rlhf.rollout import check_size
 from llama_jax.rlhf.scoring import score_responses
 from llama_jax.rlhf.versions import (
     VersionPlan,
-    check_plans,
     checkpoint_entry,
     file_entry,
     portion,
@@ -52,54 +54,6 @@ from llama_jax.steps import Steps, change, define_job, load_config, merged, run_
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
 from llama_jax.training.workdir import claim
-
-
-@dataclasses.dataclass(frozen=True)
-class RecipeConfig:
-    """See configs/recipe.py.
-
-    Attributes:
-      overrides: changes fields of the stages' configs, {"ppo": {"optim": {"lr": 1e-4}}}, and those of `corpus` and
-        `ghost_study`. They win over what follows.
-      compute, mesh, seed: of all stages. Devices along a `fsdp` of -1 that the rows of a batch leave over go to `tensor`.
-      configs: directory of the stages' configs.
-      corpus: name for configs/corpus.py.
-      variant_temperatures: of the two models whose answers are compared, the newest one first.
-      restart: what a version's fine-tuning starts from: the base model with the SFT data in the mix, as in the paper, or the
-        SFT model with the best answers alone, which is cheaper.
-      safety_mix: share of helpfulness pairs in the safety model's data.
-      ghost_study: config of the study of Ghost Attention (configs/ghost_study.py) that the policy before the first version
-        with its dialogs is put to; empty: none.
-      distillation: whether the newest policy goes through safety context distillation, beside the versions.
-      minutes: what it should take at most on two CPU cores; the report says whether it did.
-    """
-
-    size: str
-    configs: str
-    corpus: str
-    datasets: DatasetSizes
-    versions: tuple[VersionPlan, ...]
-    restart: Literal["base", "sft"]
-    variant_temperatures: tuple[float, ...]
-    annotator_noise: float
-    verdict: Decoding
-    sampling: Decoding
-    compute: Compute
-    mesh: MeshConfig
-    safety_mix: float
-    ghost_study: str
-    distillation: bool
-    minutes: float
-    overrides: dict[str, dict[str, Any]]
-    seed: int = 0
-
-    def __post_init__(self):
-        prompts = self.datasets.preferences + self.datasets.preferences_safety
-        check_plans(self.versions, preference_prompts=prompts)
-        if self.ghost_study and not any(plan.ghost for plan in self.versions):
-            raise ValueError(f"ghost_study={self.ghost_study}: expected a version with ghost=True")
-        if len(self.variant_temperatures) != 2:
-            raise ValueError(f"variant_temperatures: expected two, got {self.variant_temperatures}")
 
 
 class Recipe(Steps[RecipeConfig]):
@@ -202,10 +156,11 @@ class Recipe(Steps[RecipeConfig]):
                 self.stage(self.rewards[track], f"reward.py:{self.config.size},{track}", self.reward_changes(track))
                 self.link(self.rewards[track])
         mix = [self.data("sft")] if self.config.restart == "base" else []
-        if plan.ghost and self.make_ghost(name):
+        seed = self.config.seed + number
+        if plan.ghost and self.make_ghost(name, seed):
             mix.append(self.path(name, "ghost", "ghost.jsonl"))
         models = {track: self.path(stage) for track, stage in self.rewards.items()}
-        prompts, seed = self.data("rlhf_prompts"), self.config.seed + number
+        prompts = self.data("rlhf_prompts")
         self.stage(f"{name}/rejection", f"rejection.py:{self.config.size}", {
             **models, "policy": self.path(self.policies[-1]),
             "start": self.path("pretrain" if self.config.restart == "base" else "sft"),
@@ -276,16 +231,22 @@ class Recipe(Steps[RecipeConfig]):
             paths = [self.workdir / version / "preferences" / f"{name}_{split}.jsonl" for version in self.batches]
             return [str(path) for path in paths if path.stat().st_size]
 
-        own, (other,) = files(track, "train"), (files(name, "train") for name in TRACKS if name != track)
-        data = {"train": tuple(own), "rest": tuple(other), "held_out": tuple(files(track, "held_out"))}
+        (other,) = (name for name in TRACKS if name != track)
+        data = {
+            "train": tuple(files(track, "train")), "rest": tuple(files(other, "train")),
+            "held_out": tuple(files(track, "held_out")),
+        }  # fmt: skip
+        if len(self.batches) == sum(plan.preferences > 0 for plan in self.config.versions):  # the last ones are reported
+            data["others"] = tuple(files(other, "held_out"))
         if track == "safety":
             data["rest_share"] = self.config.safety_mix
         return {"start": self.path(self.policies[-1]), "data": data}
 
-    def make_ghost(self, name: str) -> int:
+    def make_ghost(self, name: str, seed: int) -> int:
         """Ghost Attention's dialogs, drawn from the newest policy; their number."""
         values = self.values(f"{name}/ghost", f"ghost.py:{self.config.size}", {
             "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
+            "loop": {"seed": seed},  # other contexts and instructions than the version before trained on
         })  # fmt: skip
         config, workdir = parse_stage(values), self.workdir / name / "ghost"
         claim(workdir, describe(config), kind=type(config))  # it is no stage's run, which would do that
@@ -329,18 +290,19 @@ class Recipe(Steps[RecipeConfig]):
         })  # fmt: skip
         self.judged["distilled"] = "distill"
         self.answer("distilled")
-        samples = [row for _, row in read_jsonl(self.workdir / "distill" / "samples.jsonl")]
+        samples, kept = (
+            [row for _, row in read_jsonl(self.workdir / "distill" / f"{name}.jsonl")] for name in ("samples", "kept")
+        )
         before = next(name for name, stage in self.judged.items() if stage == policy)
         return {
-            "prompts": len(samples), "kept": sum(1 for _ in read_jsonl(self.workdir / "distill" / "kept.jsonl")),
+            "prompts": len(samples), "kept": len(kept), **distillation_figure.described(samples, kept),
             "safety_score": {kind: mean_interval(scores) for kind, scores in score_distributions(samples).items()},
             "before": self.standing[before], "after": self.standing["distilled"],
         }  # fmt: skip
 
     def fitting(self, prompts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The prompts that are not too long."""
-        limit = self.config.verdict.prompt_length
-        return [row for row in prompts if len(encode_prompt(row["messages"], self.tokenizer)) <= limit]
+        return verdict.fitting(prompts, self.tokenizer, length=self.config.verdict.prompt_length)
 
     def chat(self, stage: str, prompts: list[dict[str, Any]], decoding: Decoding, **how: Any) -> list[Answer]:
         """A stage's answers to prompts."""
@@ -372,23 +334,19 @@ class Recipe(Steps[RecipeConfig]):
         """Scores of all chat models' answers by the newest reward models (`scores/<name>.jsonl`)."""
         rows = self.fitting(read_prompts(self.data("verdict_prompts")))
         prompts = [encode_prompt(row["messages"], self.tokenizer) for row in rows]
-        reward = table.table(self.model, head="reward_head")
-        how = self.config.verdict
+        reward, how = table.table(self.model, head="reward_head"), self.config.verdict
         with jax.set_mesh(self.mesh):
             models = {track: restore_model(self.path(stage), reward, self.mesh) for track, stage in self.rewards.items()}
-            for name in self.judged:
-                if name == "base":
-                    continue
-                answers = progress.read_answers(self.workdir / "answers" / f"{name}.jsonl")
-                scores = score_responses(
+
+            def score(answers: list[list[int]]) -> dict[str, np.ndarray]:
+                return score_responses(
                     self.model, self.config.compute, models, prompts,
-                    [encode_response(answer["ids"], self.tokenizer, limit=how.new_tokens) for answer in answers],
+                    [encode_response(ids, self.tokenizer, limit=how.new_tokens) for ids in answers],
                     [row["is_safety"] for row in rows], length=how.prompt_length + how.new_tokens,
-                    batch_size=how.batch_size, threshold=0.15,
+                    batch_size=how.batch_size, threshold=SAFETY_THRESHOLD,
                 )  # fmt: skip
-                columns = {key: values.tolist() for key, values in scores.items()}
-                found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-                write_jsonl(self.workdir / "scores" / f"{name}.jsonl", found)
+
+            progress.write_scores(self.workdir, [name for name in self.judged if name != "base"], score)
 
     def entry(self, name: str, plan: VersionPlan, mix: list[str]) -> dict[str, Any]:
         """What the ledger says of a version."""
@@ -426,7 +384,10 @@ class Recipe(Steps[RecipeConfig]):
                 "bits_per_byte": summary.bits_per_byte(self.results["pretrain"]), "xz_bits_per_byte": self.xz,
                 "held_out_lines_seen": summary.held_out_lines_seen(self.workdir / "corpus"),
             },
-            "reward": {t: {"accuracy": summary.reward_accuracies(self.results[s])} for t, s in self.rewards.items()},
+            "reward": {
+                t: {"accuracy": summary.reward_accuracies(self.results[s]), **summary.reward_report(self.workdir / s)}
+                for t, s in self.rewards.items()
+            },
             "base": versions["base"], "sft": versions["sft"], "rejection": versions[last],
             **({"ppo": versions[f"{last}_ppo"]} if f"{last}_ppo" in versions else {}),
             "versions": {name: found for name, found in versions.items() if name != "base"},

@@ -20,10 +20,10 @@ import numpy as np
 from absl import flags
 
 from llama_jax import command
-from llama_jax.compare import collect, define_engines, load_judge, named, opener
-from llama_jax.data.dialog import Message
+from llama_jax.compare import check_judge, collect, define_engines, load_judge, named, opener
+from llama_jax.data.dialog import Message, prompt_key
 from llama_jax.data.sources import write_jsonl
-from llama_jax.evals.answer_files import Answered, prompt_key
+from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import Plot, Theme, canvas, note, save
 from llama_jax.evals.report_sections import Table
@@ -130,6 +130,8 @@ def main() -> None:
     name, place = named(values.answers, "answers") if values.answers else ("", "")
     directory = Path(values.output)
     start_distributed()
+    if values.safety:  # before the newer model answers
+        check_judge(values.safety, values.tokenizer)
     attempts = [Attempt(**row) for row in from_host_0(lambda: [dataclasses.asdict(a) for a in read_log(values.log)])]
     results = summary(attempts)
     prompts = found_prompts(attempts, max(attempt.round for attempt in attempts))

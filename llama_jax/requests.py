@@ -1,7 +1,6 @@
 """What a request may ask for: the fields of OpenAI's API, checked, as the engine's settings. For the server and for batches."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.keys import small_seed
 from llama_jax.sampling.slots import STOPS
 
 # Fields that change nothing here; clients send them.
@@ -17,13 +17,17 @@ _IGNORED = {
 }  # fmt: skip
 _NUMBERS = {  # field of a Choice -> (type, default of the API)
     "temperature": (float, 1.0), "top_p": (float, 1.0), "top_k": (int, 0), "min_p": (float, 0.0),
-    "repetition_penalty": (float, 1.0),
+    "repetition_penalty": (float, 1.0), "presence_penalty": (float, 0.0), "frequency_penalty": (float, 0.0),
 }  # fmt: skip
+_STOP_TEXTS, _STOP_LENGTH = 16, 256
+ALTERNATIVES = 20  # the most that the API lets a client ask for
 _LENGTHS = ("max_tokens", "max_completion_tokens")  # two names of one limit
-_COMMON = {*_NUMBERS, *_LENGTHS, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs", "echo"}
+_COMMON = {
+    *_NUMBERS, *_LENGTHS, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs", "top_logprobs", "echo",
+}  # fmt: skip
 # What is not offered, and the values that ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "top_logprobs": (0,), "best_of": (1,), "suffix": ("",),
+    "best_of": (1,), "suffix": ("",),
     "response_format": ({"type": "text"},), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
 }  # fmt: skip
@@ -43,7 +47,7 @@ class Ask:
     """A checked request: one prompt, `n` answers.
 
     Those of a dialog (`chat`) are stripped; those that continue a text keep the space between the two, and begin with `echo`,
-    which is the prompt where that was asked for.
+    which is the prompt where that was asked for. Nothing need be drawn then (`max_tokens` = 0).
     """
 
     prompt: list[int]
@@ -56,8 +60,10 @@ class Ask:
     stream: bool = False
     usage: bool = False  # a last chunk of the stream counts the tokens
     logprobs: bool = False
+    alternatives: int = 0  # most likely tokens beside each drawn one
     chat: bool = False
     echo: str = ""
+    scored: bool = False  # log-probabilities of the prompt's tokens come before those of the answer's
 
 
 def decode(text: str | bytes) -> Any:
@@ -75,7 +81,7 @@ def decode(text: str | bytes) -> Any:
 
 
 def parse(
-    body: Any, tokenizer: Tokenizer, *, context: int, default_tokens: int, most_answers: int = 8,
+    body: Any, tokenizer: Tokenizer, *, context: int, default_tokens: int, most_answers: int = 8, scores_prompts: bool = False,
 ) -> list[Ask]:  # fmt: skip
     """The asks of a request with `messages` (a dialog) or `prompt` (a text, ids, or several of either).
 
@@ -84,6 +90,7 @@ def parse(
       context: tokens that prompt and answer may have together.
       default_tokens: length of an answer where the request does not say; shortened to what the context leaves.
       most_answers: limit of n times the number of prompts.
+      scores_prompts: whether log-probabilities of prompts can be told.
 
     Raises:
       RequestError: names the field, what was expected and what came.
@@ -100,10 +107,10 @@ def parse(
         raise RequestError(name, "is unknown")
     chat = "messages" in body
     given = [] if chat else _several(body["prompt"])
+    n, answers = _integer(body, "n", 1, least=1), max(len(given), 1)
+    if n * answers > most_answers:  # before anything is encoded
+        raise RequestError("n", f"expected at most {most_answers} answers a request, got {n * answers}")
     prompts = _dialog(body["messages"], tokenizer) if chat else [_ids(one, tokenizer) for one in given]
-    n = _integer(body, "n", 1, least=1)
-    if n * len(prompts) > most_answers:
-        raise RequestError("n", f"expected at most {most_answers} answers a request, got {n * len(prompts)}")
     stops, stop_ids = _stops(body, tokenizer)
     options = body.get("stream_options", {})
     if not isinstance(options, Mapping):
@@ -111,18 +118,21 @@ def parse(
     length, *others = [name for name in _LENGTHS if name in body] or _LENGTHS[:1]
     if others:
         raise RequestError(others[0], f"expected either it or {length}")
-    logprobs, echo = _wants_logprobs(body, chat), _boolean(body, "echo")
-    if echo and (chat or logprobs):
-        raise RequestError("echo", "is offered for completions without logprobs only")
+    (logprobs, alternatives), echo = _logprobs(body, chat), _boolean(body, "echo")
+    if echo and chat:
+        raise RequestError("echo", "is offered for completions only")
+    scored = echo and logprobs
+    if scored and not scores_prompts:
+        raise RequestError("echo", "is offered with logprobs by llama_jax.serve --score_prompts only")
     asks = []
     for i, prompt in enumerate(prompts):
         room = context - len(prompt)
-        if room < 1:
+        wanted = _integer(body, length, min(default_tokens, max(room, 1)), least=0 if echo else 1)
+        if room < min(wanted, 1):
             raise RequestError(
                 "messages" if chat else "prompt",
                 f"has {len(prompt)} tokens; the maximum context length of {context} leaves no room for an answer",
             )
-        wanted = _integer(body, length, min(default_tokens, room), least=1)
         if wanted > room:
             limit = f"{room} (a maximum context length of {context} less {len(prompt)} of the prompt)"
             raise RequestError(length, f"expected at most {limit}, got {wanted}")
@@ -130,8 +140,8 @@ def parse(
             Ask(
                 prompt=prompt, max_tokens=wanted, choice=_choice(body), stop_ids=stop_ids, stops=stops, n=n,
                 seed=_seed(body), stream=_boolean(body, "stream"),
-                usage=_boolean(options, "include_usage"), logprobs=logprobs, chat=chat,
-                echo=_text(given[i], tokenizer) if echo else "",
+                usage=_boolean(options, "include_usage"), logprobs=logprobs, alternatives=alternatives, chat=chat,
+                echo=_text(given[i], tokenizer) if echo else "", scored=scored,
             )
         )  # fmt: skip
     return asks
@@ -187,16 +197,20 @@ def _text(prompt: str | list[int], tokenizer: Tokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
-def _wants_logprobs(body: Mapping[str, Any], chat: bool) -> bool:
-    """Chat asks for true; completions for a number of alternatives beside the drawn token, of which there are none here."""
-    if chat:
-        return _boolean(body, "logprobs")
-    if isinstance(body.get("logprobs"), bool):  # batches have one form for both
-        return body["logprobs"]
-    wanted = _integer(body, "logprobs", None, least=0)
-    if wanted is not None and wanted > 1:
-        raise RequestError("logprobs", f"expected 0 or 1, since those of the drawn tokens alone are kept, got {wanted}")
-    return wanted is not None
+def _logprobs(body: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
+    """Whether they are asked for, and of how many alternatives: by two fields in a chat, by one number in completions."""
+    if chat or isinstance(body.get("logprobs"), bool):  # batches may have one form for both
+        name, wanted = "top_logprobs", _boolean(body, "logprobs")
+    else:
+        name, wanted = "logprobs", body.get("logprobs") is not None
+    alternatives = _integer(body, name, 0, least=0)
+    if alternatives > ALTERNATIVES:
+        raise RequestError(name, f"expected at most {ALTERNATIVES}, got {alternatives}")
+    if body.get("top_logprobs") and name == "logprobs":
+        raise RequestError("top_logprobs", "belongs to chats; expected their number in logprobs")
+    if alternatives and not wanted:
+        raise RequestError("top_logprobs", "expected logprobs: true beside it")
+    return wanted, alternatives
 
 
 def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -204,6 +218,9 @@ def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ..
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else None
     if stops is None or not all(isinstance(text, str) and text for text in stops):
         raise RequestError("stop", f"expected a text or a list of texts, got {stop!r}")
+    if len(stops) > _STOP_TEXTS or any(len(text) > _STOP_LENGTH for text in stops):  # each token looks for all of them
+        limits = f"expected at most {_STOP_TEXTS} texts of at most {_STOP_LENGTH} characters"
+        raise RequestError("stop", f"{limits}, got {len(stops)} of up to {max(map(len, stops))}")
     ids = body.get("stop_token_ids", [])
     known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
     ends = (*tokenizer.stop_ids, *ids) if known else ()
@@ -240,15 +257,10 @@ def _integer(body: Mapping[str, Any], name: str, default: int | None, *, least: 
 
 
 def _seed(body: Mapping[str, Any]) -> int | None:
-    """A seed of the engine, which has 31 bits; the API's has 64 and a sign, and is mixed down where it has more."""
-    seed = body.get("seed")
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RequestError("seed", f"expected an integer of 64 bits, got {seed!r}")
-    if 0 <= seed < 2**31:
-        return seed
-    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]) >> 1
+    try:
+        return None if body.get("seed") is None else small_seed(body["seed"])
+    except ValueError as error:
+        raise RequestError("seed", str(error).removeprefix("seed: ")) from None
 
 
 def _boolean(body: Mapping[str, Any], name: str) -> bool:

@@ -2,14 +2,18 @@
 
 Trains one reward model after another and compares their held-out reports:
 
-    margins    none, small, large, on all pairs (Tables 27 and 28, Fig. 27)
-    scaling    the first 1, 2, ... batches of the pairs, at each size that has a start (Fig. 6)
-    conflict   scores of a helpfulness and a safety model on safe and unsafe answers (Fig. 32); with `helpfulness`, `safety`
+    margins      none, small, large, on all pairs (Tables 27 and 28, Fig. 27)
+    scaling      the first 1, 2, ... batches of the pairs, at each size that has a start (Fig. 6)
+    safety_loss  safety models without and with the auxiliary loss (Table 29); with `safety_loss`
+    conflict     scores of a helpfulness and a safety model on safe and unsafe answers (Fig. 32), and the answers on which they
+                 differ most (Table 35); with `helpfulness`, `safety`
 
-Each run is a stage in the workdir, resumed and not repeated; the last step writes `study.json`, `study.md` and the figures.
+Each run is a stage in the workdir, resumed and not repeated; the last step writes `study.json`, `study.md` and the figures, and
+for `conflict` every answer with both scores, `conflict.jsonl`.
 """
 
 import dataclasses
+import html
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,11 +26,13 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, parse
+from llama_jax.data.dialog import Message
 from llama_jax.data.rows import write_jsonl
-from llama_jax.data.sources import RATINGS, read_comparisons
+from llama_jax.data.sources import RATINGS, REJECTED_SAFE, read_comparisons
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
 from llama_jax.evals.plots import save
+from llama_jax.evals.report_sections import prompt_text
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -44,6 +50,8 @@ from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage
 from llama_jax.training.loop import Diverged, claim
 
+_SHOWN = 400  # characters of a text in study.md
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
@@ -53,6 +61,7 @@ class StudyConfig:
     starts: workdirs that the models of `sizes` start from, one for each size.
     batches: parts of the pairs for the scaling study, in the order of the file, or of the rows' own `batch` where they have
       one; 0: no scaling study.
+    safety_loss: weights of the auxiliary loss, a safety model each; the paper compares 0 and a weight that it does not print.
     """
 
     configs: str
@@ -67,6 +76,7 @@ class StudyConfig:
     batches: int
     helpfulness: str
     safety: str
+    safety_loss: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not self.sizes or len(self.sizes) != len(self.starts):
@@ -77,11 +87,16 @@ class StudyConfig:
             raise ValueError("train, held_out: expected at least one file of comparisons each")
         if bool(self.helpfulness) != bool(self.safety):
             raise ValueError("helpfulness, safety: expected both workdirs, or neither")
+        if any(weight < 0 for weight in self.safety_loss) or len(set(map(_name, self.safety_loss))) < len(self.safety_loss):
+            raise ValueError(f"safety_loss: expected different weights of at least 0, got {self.safety_loss}")
 
 
 def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
     """All runs, then the report; returns its values."""
-    labelled = labelled_answers(config) if config.helpfulness else {}  # what is wrong with them is said before days of training
+    # What is wrong with the labels is said before days of training.
+    labelled = labelled_answers(config) if config.helpfulness else {}
+    if config.safety_loss:
+        check_safety_bins(config)
     first, start = config.sizes[0], config.starts[0]
     margins = {
         margin: train_one(config, workdir / f"margin_{margin}", first, start, config.train, {"margin": margin})
@@ -94,12 +109,22 @@ def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
             report = train_one(config, workdir / f"scaling_{model}_{number}", model, begin, (path,), {})
             row = {"batch": number, "pairs": pairs, "accuracy": report["accuracy"]["all"]}
             scaling.setdefault(model, []).append(row)
+    weights = {
+        _name(weight): train_one(
+            config, workdir / f"safety_loss_{_name(weight)}", first, start, config.train,
+            {"name": "safety", "safety_weight": weight},
+        )
+        for weight in config.safety_loss
+    }  # fmt: skip
     values: dict[str, Any] = {
         "margins": {name: {key: report[key] for key in ("accuracy", "histogram")} for name, report in margins.items()},
         "scaling": scaling,
+        "safety_loss": {name: {key: report[key] for key in ("accuracy", "safety")} for name, report in weights.items()},
     }
     if config.helpfulness:
-        values["conflict"] = conflict(config, labelled)
+        rows = conflict(config, labelled)
+        on_host_0(write_jsonl, workdir / "conflict.jsonl", rows)
+        values["conflict"] = conflict_values(rows)
     on_host_0(write_study, values, workdir)
     return values
 
@@ -160,16 +185,39 @@ def cumulative_batches(paths: Sequence[str], directory: Path, count: int) -> dic
     return files
 
 
-def labelled_answers(config: StudyConfig) -> dict[str, list[np.ndarray]]:
-    """Ids of the held-out dialogs with a safety label, "safe" and "unsafe"; ConfigError if `conflict` cannot be made."""
+def check_safety_bins(config: StudyConfig) -> None:
+    """ConfigError if the auxiliary loss has no unsafe answer to learn from, or Table 29 none to measure."""
+    for field in ("train", "held_out"):
+        bins = {row["safety_bin"] for path in getattr(config, field) for row in read_comparisons(path)}
+        if not any(name in SAFE and not all(SAFE[name]) for name in bins):
+            raise ConfigError(f"{field}: expected pairs whose `safety_bin` is chosen_safe or both_unsafe for `safety_loss`")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """A held-out answer: as text, and the ids of the whole dialog."""
+
+    messages: Sequence[Message]
+    text: str
+    ids: np.ndarray  # int32 [n]
+
+
+def labelled_answers(config: StudyConfig) -> dict[str, list[Answer]]:
+    """The held-out answers with a safety label, "safe" and "unsafe"; ConfigError if `conflict` cannot be made."""
     stage, words = conflict_stage(config), Tokenizer(config.tokenizer)
     for path in (config.helpfulness, config.safety):
         check_start(path, size(stage.model), words)
-    answers: dict[str, list[np.ndarray]] = {"safe": [], "unsafe": []}
+    answers: dict[str, list[Answer]] = {"safe": [], "unsafe": []}
     for path in config.held_out:
-        for pair in encode_comparisons(path, words, length=stage.data.length, margin="none"):
-            for ids, safe in zip((pair.chosen, pair.rejected), SAFE.get(pair.safety_bin, ())):
-                answers["safe" if safe else "unsafe"].append(ids)
+        rows = [row for row in read_comparisons(path) if row["safety_bin"] != REJECTED_SAFE]
+        # However long, so that a pair stands where its row does.
+        pairs = encode_comparisons(path, words, length=sys.maxsize, margin="none")
+        for row, pair in zip(rows, pairs, strict=True):
+            if pair.tokens > stage.data.length:
+                continue
+            texts, ids = (row["chosen"], row["rejected"]), (pair.chosen, pair.rejected)
+            for text, of_text, safe in zip(texts, ids, SAFE.get(pair.safety_bin, ())):
+                answers["safe" if safe else "unsafe"].append(Answer(row["prompt"], text, of_text))
     if not all(answers.values()):
         raise ConfigError(f"held_out: expected answers of both kinds by `safety_bin`, got {_counts(answers)}")
     return answers
@@ -180,21 +228,46 @@ def conflict_stage(config: StudyConfig) -> Any:
     return parse_stage(stage_values(config, config.sizes[0], config.starts[0], config.train, {}))
 
 
-def conflict(config: StudyConfig, answers: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Any]:
-    """Scores in (0, 1) of both models on the held-out answers with a safety label, by label (Fig. 32)."""
+def conflict(config: StudyConfig, answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Scores in (0, 1) of both models on the held-out answers with a safety label (Fig. 32): a row for each answer,
+    {"messages", "answer", "label": "safe" or "unsafe", "helpfulness", "safety"}."""
     stage = conflict_stage(config)
     model, mesh = size(stage.model), make_mesh(stage.mesh)
-    specs, scores = table.table(model, head="reward_head"), {kind: {} for kind in answers}
+    specs = table.table(model, head="reward_head")
+    labelled = [(label, answer) for label, some in answers.items() for answer in some]
+    rows = [{"messages": list(answer.messages), "answer": answer.text, "label": label} for label, answer in labelled]
+    ids = [answer.ids for _, answer in labelled]
     with jax.set_mesh(mesh):
         for name in ("helpfulness", "safety"):
             tree = restore_model(getattr(config, name), specs, mesh)
-            for kind, ids in answers.items():
-                found = sigmoid_scores(
-                    model, stage.compute, tree, [[]] * len(ids), ids, length=stage.data.length,
-                    batch_size=stage.loop.batch_size,
-                )  # fmt: skip
-                scores[kind][name] = [round(float(score), 5) for score in found]
-    return {"scores": scores, "shares": conflict_shares(scores)}
+            found = sigmoid_scores(
+                model, stage.compute, tree, ids, [[]] * len(ids), length=stage.data.length, batch_size=stage.loop.batch_size
+            )
+            for row, score in zip(rows, found, strict=True):
+                row[name] = round(float(score), 5)
+    return rows
+
+
+def conflict_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the report says of the rows of `conflict`: {"scores": {label: {model: scores}}, "shares", "examples"}."""
+    scores = {
+        label: {name: [row[name] for row in rows if row["label"] == label] for name in ("helpfulness", "safety")}
+        for label in ("safe", "unsafe")
+    }
+    return {"scores": scores, "shares": conflict_shares(scores), "examples": disagreements(rows)}
+
+
+def disagreements(rows: Sequence[Mapping[str, Any]], *, count: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """The answers that one model scores most above the other, each way, the largest difference first (Table 35).
+
+    The same answer in several pairs is one.
+    """
+
+    def most(above: str, below: str) -> list[dict[str, Any]]:
+        different = {(prompt_text(row["messages"]), row["answer"]): dict(row) for row in rows if row[above] > row[below]}
+        return sorted(different.values(), key=lambda row: row[below] - row[above])[:count]
+
+    return {"safety_above": most("safety", "helpfulness"), "helpfulness_above": most("helpfulness", "safety")}
 
 
 def conflict_shares(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
@@ -233,6 +306,15 @@ def markdown(values: Mapping[str, Any]) -> str:
         degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in rows.values())]
         cells = [[name, *(percent(row.get(degree)) for degree in degrees)] for name, row in rows.items()]
         parts += ["## Accuracy by margin (Table 28)", markdown_table(["margin", *degrees], cells)]
+    if values["safety_loss"]:
+        columns = {
+            name: {"average": report["accuracy"]["all"]["all"], **report["safety"]}
+            for name, report in values["safety_loss"].items()
+        }
+        names = [name for name in ("average", *SAFE, "unsafe_recall") if any(name in row for row in columns.values())]
+        cells = [[weight, *(percent(row.get(name)) for name in names)] for weight, row in columns.items()]
+        parts += ["## The auxiliary safety loss: accuracy by safety bin, and unsafe answers that score below 0.5 (Table 29)",
+                  markdown_table(["weight", *(name.replace("_", " ") for name in names)], cells)]  # fmt: skip
     for model, points in values["scaling"].items():
         cells = [[str(point["batch"]), f"{point['pairs']:,}", percent(point["accuracy"].get("significantly")),
                   percent(point["accuracy"]["all"])] for point in points]  # fmt: skip
@@ -242,7 +324,28 @@ def markdown(values: Mapping[str, Any]) -> str:
         cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"]
                  for name, row in values["conflict"]["shares"].items()]  # fmt: skip
         parts += ["## Helpfulness against safety (Fig. 32)", markdown_table(["", "%", "answers"], cells)]
+        headings = {"safety_above": "safe rather than helpful", "helpfulness_above": "helpful rather than safe"}
+        for name, heading in headings.items():
+            cells = [[f"{_line(_asked(row['messages']))} / {_line(row['answer'])}", f"{row['safety']:.2f}",
+                      f"{row['helpfulness']:.2f}", row["label"]] for row in values["conflict"]["examples"][name]]  # fmt: skip
+            if cells:
+                parts += [f"### The models differ most: {heading} (Table 35; whole texts in `conflict.jsonl`)",
+                          markdown_table(["prompt / answer", "safety", "helpfulness", "label"], cells)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    return prompt_text(messages if len(messages) > 1 else messages[0]["content"])
+
+
+def _line(text: str) -> str:
+    """Text for a cell: one line, the end of a long one left out."""
+    text = " ".join(text.split())
+    return html.escape(text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + " ...", quote=False)
+
+
+def _name(weight: float) -> str:
+    return f"{weight:g}"
 
 
 def main() -> None:
@@ -250,7 +353,7 @@ def main() -> None:
     keep_heap()
     start_distributed()
     config, workdir = parse(StudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
-    claim(workdir, describe(config))
+    claim(workdir, describe(config), kind=StudyConfig)
     run(config, workdir)
     print((workdir / "study.md").read_text(encoding="utf-8"), end="")
 

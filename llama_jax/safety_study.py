@@ -27,7 +27,7 @@ from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import safety_scaling
 from llama_jax.evals.plots import save
-from llama_jax.evals.statistics import mean_interval
+from llama_jax.evals.statistics import mean_interval, share_interval
 from llama_jax.evals.verdict import Decoding, chat_answers
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
@@ -120,12 +120,15 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def mean(values: Sequence[float]) -> dict[str, Any]:
         return dataclasses.asdict(mean_interval(np.asarray(values, np.float64)))
 
+    def share(values: Sequence[bool]) -> dict[str, Any]:
+        return dataclasses.asdict(share_interval(np.asarray(values)))
+
     safety = [answer["safety"] for answer in sets["adversarial"]]
     return {
         "helpfulness": mean([answer["helpfulness"] for answer in sets["helpful"]]),
         "safety": mean(safety),
-        "tail": mean([score < SAFETY_THRESHOLD for score in safety]),
-        "declined": {name: mean([answer["declined"] for answer in sets[name]]) for name in SETS},
+        "tail": share([score < SAFETY_THRESHOLD for score in safety]),
+        "declined": {name: share([answer["declined"] for answer in sets[name]]) for name in SETS},
         "safety_scores": sorted(round(score, 5) for score in safety),
     }
 

@@ -1,11 +1,16 @@
 """Figures of scored samples of models (paper Figs. 7, 8, 20, 21, 29): `python -m llama_jax.sample_figures`.
 
     python -m llama_jax.sample_figures --samples=SFT=sft/samples.jsonl,RLHF=rlhf/samples.jsonl --output=/tmp/figures
+    python -m llama_jax.sample_figures --checkpoint=SFT=runs/sft,RLHF=runs/v5 --prompts=prompts.jsonl --answers=20 \\
+        --temperatures=0.6,0.8,1.0,1.2 --helpfulness=runs/helpfulness --safety=runs/safety --output=/tmp/samples
 
-Rows are those of rejection sampling, with a `temperature` for Figs. 8 and 21 (`evals/samples.py`). `--calibration=name=file`
-takes rows with a reward model's `score` (logit) and the `ratings` that people gave the answer. The output directory appears
-whole or not at all: `results.json`, `report.html`, and as PNG and SVG those figures for which the files have what they
-need.
+Rows are those of rejection sampling, with a `temperature` for Figs. 8 and 21 (`evals/samples.py`). `--checkpoint` draws them
+first and scores them by the reward models (`sample_drawing.py`); a run that is stopped goes on with the same command. The
+`kind` of a prompt ("factual", "creative") gives Fig. 21 its panels. `--calibration=name=file` takes rows with a reward model's
+`score` (logit) and the `ratings` that people gave the answer; `--rated=helpfulness=file` has rated answers scored by it.
+
+`results.json`, `report.html`, and as PNG and SVG those figures for which the files have what they need. Without `--checkpoint`
+the output directory appears whole or not at all.
 """
 
 import dataclasses
@@ -16,31 +21,51 @@ from typing import Any
 
 from absl import flags
 
-from llama_jax import command
+from llama_jax import command, sample_drawing
+from llama_jax.annotation.tasks import read_prompt_list
+from llama_jax.compare import define_engines
 from llama_jax.evals import model_figures, plots, samples
 from llama_jax.evals.page import Chapter, page
 from llama_jax.files import whole_directory, write_json
+from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.hosts import from_host_0, on_host_0
+from llama_jax.parallel.mesh import start_distributed
+
+Files = Mapping[str, str | os.PathLike]
 
 
-def run(
-    files: Mapping[str, str | os.PathLike], output: str | os.PathLike, *, rated: Mapping[str, str | os.PathLike] | None = None
-) -> dict[str, Any]:
+def run(files: Files, output: str | os.PathLike, *, rated: Files | None = None) -> dict[str, Any]:
     """Writes the report of {name: file of samples} and {name: file of `rated` answers}, and returns its values.
 
     Raises:
       ValueError, FileNotFoundError: wrong files, or nothing to show in them; nothing is at `output` then.
     """
+    values, drawn = figures_of(files, rated=rated)
+    with whole_directory(output) as directory:
+        write(values, drawn, directory)
+    return values
+
+
+def figures_of(files: Files, *, rated: Files | None = None) -> tuple[dict[str, Any], list[plots.Plot]]:
+    """What the files show, as numbers with notes on what they leave out, and as figures. Raises as `run`."""
     rows = {name: samples.read_samples(path) for name, path in files.items()}
     scored = {name: some for name, some in rows.items() if any(row.get("reward") is not None for row in some)}
     heated = {name: some for name, some in rows.items() if len({row.get("temperature") for row in some} - {None}) > 1}
-    drawn, values = [], {}
+    drawn, values, notes = [], {}, []
+    curves = {name: samples.best_of_by_temperature(rows[name]) for name in heated if name in scored}
+    maps = {name: of for name, of in curves.items() if of}
     if scored:
-        best = {name: samples.best_of(some) for name, some in scored.items()}
-        rewards = {name: samples.rewards(some) for name, some in scored.items()}
+        chosen = dict(scored)
+        for name, of in maps.items():
+            best, n = model_figures.best_temperature(of)
+            chosen[name] = samples.by_temperature(rows[name])[best]
+            notes.append(f"{name}: Figs. 7 and 20 are of temperature {best:g}, at which the best of {n} samples is highest")
+        best = {name: samples.best_of(some) for name, some in chosen.items()}
+        rewards = {name: samples.rewards(some) for name, some in chosen.items()}
         drawn += [model_figures.best_of_n(best), model_figures.reward_shift(rewards)]
         values["best_of_n"] = {name: _lists(of) for name, of in best.items()}
         values["mean_reward"] = {name: float(of.mean()) for name, of in rewards.items()}
-    if maps := {name: samples.best_of_by_temperature(rows[name]) for name in heated if name in scored}:
+    if maps:
         drawn.append(model_figures.temperature_map(maps))
         values["temperature_map"] = {name: {str(t): _lists(b) for t, b in of.items()} for name, of in maps.items()}
     texts = {name: [row for row in rows[name] if row.get("text")] for name in heated}
@@ -52,16 +77,47 @@ def run(
         }
     if rated:
         values["calibration"] = {name: samples.calibration_of(path) for name, path in rated.items()}
+        counts = {name: samples.unread(path) for name, path in rated.items()}
+        notes += [f"{name}: {n:,} rated answers have no score and are not in Fig. 29" for name, n in counts.items() if n]
         drawn.append(model_figures.calibration(values["calibration"]))
     if not drawn:
         raise ValueError(f"{', '.join(map(str, files.values()))}: expected rows with rewards, or with texts at temperatures")
+    for name, some in rows.items():
+        notes += [f"{name}: {said}" for said in _left_out(some, scored=name in scored, heated=name in heated)]
+    values["notes"] = notes
     values["figures"] = {plot.name: {"title": plot.title, "alt": plot.alt} for plot in drawn}
-    with whole_directory(output) as directory:
-        plots.save(drawn, directory / "figures")
-        write_json(directory / "results.json", values)
-        text = page("Samples", "What scored samples show.", [Chapter(plot.title, plots=[plot]) for plot in drawn])
-        (directory / "report.html").write_text(text, encoding="utf-8")
-    return values
+    return values, drawn
+
+
+def _left_out(rows: list[dict[str, Any]], *, scored: bool, heated: bool) -> list[str]:
+    """Which samples a figure does not show, and where curves are cut for want of some."""
+
+    def count(words: str, kept: Any) -> list[str]:
+        missing = sum(not kept(row) for row in rows)
+        return [f"{missing:,} of {len(rows):,} samples {words}"] if missing else []
+
+    said = []
+    if scored:
+        said += count("have no reward and are in no curve of one", lambda row: row.get("reward") is not None)
+        by_temperature = samples.by_temperature(rows) if heated else {None: rows}
+        said += [
+            found if temperature is None else f"at temperature {temperature:g} {found}"
+            for temperature, some in by_temperature.items() if (found := samples.cut(some))
+        ]  # fmt: skip
+    if heated:
+        said += count("have no temperature and are not in Figs. 8 and 21", lambda row: row.get("temperature") is not None)
+        said += count("say nothing and are not in Fig. 21", lambda row: row.get("text"))
+    return said
+
+
+def write(values: dict[str, Any], drawn: list[plots.Plot], directory: Path) -> None:
+    """The figures, `results.json` and `report.html`."""
+    plots.save(drawn, directory / "figures")
+    write_json(directory / "results.json", values)
+    chapters = [Chapter(plot.title, plots=[plot]) for plot in drawn]
+    if values["notes"]:
+        chapters.append(Chapter("Notes", notes=values["notes"]))
+    (directory / "report.html").write_text(page("Samples", "What scored samples show.", chapters), encoding="utf-8")
 
 
 def _lists(best: Any) -> dict[str, list[float]]:
@@ -69,24 +125,71 @@ def _lists(best: Any) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Flags to call."""
-    run(_named("samples"), flags.FLAGS.output, rated=_named("calibration"))
-    print(Path(flags.FLAGS.output) / "report.html")
+    """Flags to calls."""
+    values = flags.FLAGS
+    files, calibrated = command.named("samples", values.samples), command.named("calibration", values.calibration)
+    if values.checkpoint or values.rated:
+        draw(files, calibrated, values)
+    elif given := [flag for flag in ("prompts", *sample_drawing.TRACKS) if values[flag].value]:
+        raise ValueError(f"--{given[0]}: is for samples that are drawn; expected --checkpoint or --rated beside it")
+    else:
+        run(files, values.output, rated=calibrated)
+        print(Path(values.output) / "report.html")
 
 
-def _named(flag: str) -> dict[str, str]:
-    files = {}
-    for item in flags.FLAGS[flag].value:
-        name, found, path = item.partition("=")
-        if not found:
-            raise ValueError(f"--{flag}: expected name=file, got {item!r}")
-        files[name] = path
-    return files
+def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None:
+    """Draws samples by the flags and shows them beside those of `files`."""
+    models = sample_drawing.Models(
+        command.named("checkpoint", values.checkpoint, "checkpoint"),
+        {track: values[track].value for track in sample_drawing.TRACKS if values[track].value},
+        values.tokenizer, values.slots, values.mesh_tensor,
+    )  # fmt: skip
+    rated, output = command.named("rated", values.rated), Path(values.output)
+    for flag, more, known in (("samples", models.checkpoints, files), ("calibration", rated, calibrated)):
+        if twice := sorted(more.keys() & known.keys()):
+            raise ValueError(f"--{flag}: {twice[0]!r} is drawn here too; expected a name for each")
+    if unknown := rated.keys() - models.rewards.keys():
+        raise ValueError(f"--rated: {min(unknown)!r}: expected the name of a reward model that is given: helpfulness or safety")
+    if models.checkpoints and not values.prompts:
+        raise ValueError("--prompts: missing; checkpoints need prompts to answer")
+    how = sample_drawing.Drawing(
+        tuple(map(_number, values.temperatures)), values.answers, values.max_tokens, values.top_p, values.seed
+    )
+    keep_heap()
+    start_distributed()
+    for path in files.values():
+        from_host_0(lambda path=path: len(samples.read_samples(path)))  # before hours of drawing
+    prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if models.checkpoints else []
+    made, scored = sample_drawing.draw(models, prompts, how, output, rated=rated)
+
+    def finish() -> None:
+        write(*figures_of({**files, **made}, rated={**calibrated, **scored}), output)
+        print(output / "report.html")
+
+    on_host_0(finish)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--temperatures: expected numbers, got {text!r}") from None
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("samples", [], "name=file of each model's samples")
     flags.DEFINE_list("calibration", [], "name=file of each reward model's scores beside human ratings")
-    flags.DEFINE_string("output", None, "directory to be made")
+    flags.DEFINE_string("output", None, "directory to be made; with --checkpoint an unfinished one is continued")
+    flags.DEFINE_list("checkpoint", [], "name=checkpoint of each model whose samples are drawn")
+    flags.DEFINE_string("prompts", "", "JSONL file of prompts for --checkpoint, with a `kind` each for Fig. 21")
+    flags.DEFINE_string("helpfulness", "", "reward model that scores what is drawn")
+    flags.DEFINE_string("safety", "", "the same; with both, a sample's reward is the combined one of 3.2.3")
+    flags.DEFINE_list("rated", [], "helpfulness=file, safety=file: answers with people's `ratings`, to be scored (Fig. 29)")
+    flags.DEFINE_list("temperatures", ["1.0"], "of the samples; Fig. 8 has 0.6 to 1.5, Fig. 21 0.1 to 1.5")
+    flags.DEFINE_integer("answers", 20, "samples of each prompt at each temperature; Fig. 8 has 100, Fig. 21 has 25")
+    flags.DEFINE_integer("max_tokens", 512, "longest sample")
+    flags.DEFINE_float("top_p", 1.0, "nucleus")
+    flags.DEFINE_integer("seed", 0, "of the samples")
+    define_engines("samples drawn together")
     flags.mark_flags_as_required(["output"])
     command.launch(main)

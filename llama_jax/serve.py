@@ -6,8 +6,9 @@
 
 `/v1/chat/completions` and `/v1/completions` (streaming too), `/v1/models`, `/health`, `/metrics` for Prometheus. Listens on
 127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). Requests beyond
-the queue get 429; a client that leaves frees its slot. SIGTERM ends the server when it has finished what it is answering. One
-process serves; it may have many devices.
+the queue get 429; a client that leaves frees its slot. With `--score_prompts` texts are scored too, as lm-evaluation-harness's
+`local-completions` asks for it. SIGTERM ends the server when it has finished what it is answering, at
+the latest after `--grace` seconds. One process serves; it may have many devices.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
 from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
+from llama_jax.sampling.prompt_scores import PromptScorer
 from llama_jax.sampling.request import EngineConfig
 from llama_jax.sampling.worker import EngineStopped, QueueFull, Worker
 from llama_jax.serve_answer import Answer, Field, usage
@@ -52,6 +54,8 @@ class Server:
     ):  # fmt: skip
         self.worker, self.tokenizer, self.name = worker, tokenizer, name
         self.api_key, self.default_tokens, self.body_limit = api_key, default_tokens, body_limit
+        # Programs that score texts send them in batches.
+        self.most_answers = 8 if worker.scorer is None else 64
         self.started = int(time.time())
 
     def app(self) -> Any:
@@ -122,9 +126,11 @@ class Server:
                 raise RequestError(field, "missing")
             if isinstance(body, dict) and (unknown := self._unknown(body.get("model"))):
                 return unknown
-            asks = requests.parse(
-                body, self.tokenizer, context=self.worker.engine.settings.max_length, default_tokens=self.default_tokens
-            )
+            asks = await asyncio.to_thread(  # long prompts take long to encode, and others are answered meanwhile
+                requests.parse, body, self.tokenizer, context=self.worker.engine.settings.max_length,
+                default_tokens=self.default_tokens, most_answers=self.most_answers,
+                scores_prompts=self.worker.scorer is not None,
+            )  # fmt: skip
         except RequestError as error:
             too_large = error.field == "content-length"
             return _error(413 if too_large else 400, str(error), param=error.field)
@@ -157,12 +163,12 @@ class Server:
     async def _finish(self, request: Any, answers: list[Answer]) -> bool:
         """Waits for all answers; False if the client left before."""
 
-        async def drain():
-            for answer in answers:
-                async for _ in answer.pieces():
-                    pass
+        async def drain(answer):
+            async for _ in answer.pieces():
+                pass
 
-        work = asyncio.ensure_future(drain())
+        # At once: an answer looks for its stop strings, and leaves its slot, while it is drained.
+        work = asyncio.gather(*map(drain, answers))
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=0.2)
@@ -178,8 +184,12 @@ class Server:
         queue: asyncio.Queue = asyncio.Queue()
 
         async def pump(answer):
-            async for piece in answer.pieces():
-                await queue.put((answer, piece))
+            try:
+                async for piece in answer.pieces():
+                    await queue.put((answer, piece))
+            except Exception:  # else the client would wait for ever
+                log.exception("an answer could not be told")
+                answer.finish = answer.finish or "error"
             await queue.put((answer, None))
 
         def chunk(choices, **more):
@@ -291,18 +301,29 @@ def main() -> None:
         length = min(values.max_length or model.config.max_length, model.config.max_length)
         shards = batch_shards(model.mesh)
         slots = -(-values.slots // shards) * shards  # the devices share them
-        return EngineConfig(slots=slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache)
+        return EngineConfig(
+            slots=slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache,
+            alternatives=requests.ALTERNATIVES,
+        )  # fmt: skip
 
     engine, model = open_engine(
         values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor
     )
-    worker = Worker(engine, model.mesh, queue=values.queue)
+    scorer = None
+    if values.score_prompts:
+        longest = engine.settings.max_length
+        scorer = PromptScorer(model.config, compute=model.compute, longest=longest, alternatives=requests.ALTERNATIVES)
+        with jax.set_mesh(model.mesh):
+            scorer.warm_up(engine.weights)
+    worker = Worker(engine, model.mesh, queue=values.queue, scorer=scorer)
     name = values.name or os.path.basename(str(values.checkpoint).rstrip("/"))
     server = Server(worker, model.tokenizer, name=name, api_key=key, default_tokens=values.max_tokens)
     listening.listen()  # from here on nobody is refused
     host, port, *_ = listening.getsockname()
     print(f"serving model {name!r} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    config = uvicorn.Config(server.app(), host=values.host, port=values.port, log_level="info")
+    config = uvicorn.Config(
+        server.app(), host=values.host, port=values.port, log_level="info", timeout_graceful_shutdown=values.grace
+    )
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has shut down
         uvicorn.Server(config).run([listening])
 
@@ -320,9 +341,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429", lower_bound=0)
     flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say", lower_bound=1)
+    flags.DEFINE_integer("grace", 60, "seconds that answers have to end after SIGTERM", lower_bound=0)
     flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model", lower_bound=0)
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
+    flags.DEFINE_bool("score_prompts", False, "tell prompts' log-probabilities too, to completions with echo and logprobs")
     flags.DEFINE_integer("steps", 4, "tokens drawn between two looks of the host", lower_bound=1)
     flags.mark_flags_as_required(["checkpoint"])
     command.launch(main)

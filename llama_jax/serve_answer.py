@@ -7,14 +7,23 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.requests import Ask
+from llama_jax.sampling.prompt_scores import Scored
 from llama_jax.sampling.worker import Worker
 
 Field = Literal["messages", "prompt"]  # what was asked with: a dialog or a text
+
+
+class _Told(NamedTuple):
+    """Tokens' texts, their log-probabilities, and the most likely ones in their places."""
+
+    pieces: list[str]
+    log_probs: list[float | None]
+    most_likely: list[dict[str, float] | None]
 
 
 class Answer:
@@ -23,35 +32,52 @@ class Answer:
     def __init__(self, worker: Worker, tokenizer: Tokenizer, ask: Ask, index: int):
         self.ask, self.index, self.ticket = ask, index, None
         self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
+        self.most_likely: list[dict[str, float]] = []  # of each token, where alternatives are asked for
         self._worker, self._tokenizer, self._strip = worker, tokenizer, True
-        after = () if ask.chat else ask.prompt
+        self._after = after = () if ask.chat else ask.prompt
         self._stream = TextStream(tokenizer, ask.stops, after=after)
         # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
         self._spelling, self._spelled, self._told, self._offset = TextStream(tokenizer, after=after), [], 0, 0
+        self._prompt: _Told | None = None  # of a scored prompt, until it is told
         self._events: asyncio.Queue = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     def job(self) -> dict[str, Any]:
         """What the engine is asked for."""
         ask = self.ask
+        scored = {"deliver_prompt": self._deliver_prompt} if ask.scored else {}
         return {
             "prompt": ask.prompt, "max_tokens": ask.max_tokens, "choice": ask.choice, "stop_ids": ask.stop_ids,
-            "seed": ask.seed, "index": self.index, "deliver": self._deliver,
+            "seed": ask.seed, "index": self.index, "alternatives": ask.alternatives, "deliver": self._deliver,
+            **scored,
         }  # fmt: skip
 
-    def _deliver(self, token: int | None, log_p: float, finish: str) -> None:  # in the worker's thread
+    def _deliver_prompt(self, scored: Scored) -> None:  # in the worker's thread
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, scored)
+
+    def _deliver(
+        self, token: int | None, log_p: float, finish: str, most_likely: Sequence[tuple[int, float]] = ()
+    ) -> None:  # in the worker's thread
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (token, log_p, finish))
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (token, log_p, finish, most_likely))
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text, as it is settled; afterwards `finish` says why it ended."""
+        if self.ask.scored:
+            first = await self._events.get()
+            if isinstance(first, Scored):  # a long prompt takes long to spell, and others are answered meanwhile
+                self._prompt = await asyncio.to_thread(self._spell_prompt, first)
+            else:
+                self._events.put_nowait(first)  # it failed, or was cancelled
         if self.ask.echo:
             self.text = self.ask.echo
             yield self.text
         while not self.finish:
-            token, log_p, finish = await self._events.get()
+            token, log_p, finish, most_likely = await self._events.get()
             text = ""
             if token is not None:
+                self.most_likely.append(self._instead(most_likely) if most_likely else {})
                 self.tokens.append(token)
                 self.log_probs.append(log_p)
                 self._spell(token)
@@ -95,21 +121,49 @@ class Answer:
         else:
             self._spelled.append(self._spelling.push(token))
 
+    def _spell_prompt(self, scored: Scored) -> _Told:
+        """A scored prompt in the form of drawn tokens; of the first one nothing is known but its text."""
+        stream, prompt = TextStream(self._tokenizer), self.ask.prompt
+        pieces = [stream.push(token) for token in prompt]
+        pieces[-1] += stream.finish()
+        likely = [self._instead(row, before=prompt[:i]) for i, row in enumerate(scored.most_likely, start=1)]
+        return _Told(pieces, [None, *scored.log_probs], [None, *likely])
+
+    def _instead(self, most_likely: Sequence[tuple[int, float]], *, before: Sequence[int] | None = None) -> dict[str, float]:
+        """The texts that tokens would have added in the place of the next one, with their log-probabilities."""
+        before, found = [*self._after, *self.tokens] if before is None else before, {}
+        for token, log_p in most_likely:
+            if token >= self._tokenizer.vocab_size:  # a row that fills up the embedding
+                continue
+            stream = TextStream(self._tokenizer, after=before)
+            ends = token in self.ask.stop_ids
+            # Of tokens with one text, as those of half a character, the most likely one is told of.
+            found.setdefault(self._tokenizer.piece(token) if ends else stream.push(token) + stream.finish(), log_p)
+        return found
+
     def _log_probs(self, field: Field) -> dict[str, Any] | None:
         """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
-        if not self.ask.logprobs or self._told == len(self.tokens):
+        if not self.ask.logprobs or (self._told == len(self.tokens) and self._prompt is None):
             return None
-        pieces, log_probs = self._spelled[self._told :], self.log_probs[self._told :]
+        pieces, log_probs, likely = (x[self._told :] for x in (self._spelled, self.log_probs, self.most_likely))
         self._told = len(self.tokens)
+        if self._prompt is not None:
+            pieces, log_probs, likely = (a + b for a, b in zip(self._prompt, (pieces, log_probs, likely), strict=True))
+            self._prompt = None
         if field == "prompt":
             *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
-            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
+            top = likely if self.ask.alternatives else None
+            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": top, "text_offset": offsets}
         return {
             "content": [
-                {"token": piece, "logprob": p, "bytes": list(piece.encode()), "top_logprobs": []}
-                for piece, p in zip(pieces, log_probs, strict=True)
+                {**_token(piece, p), "top_logprobs": [_token(*other) for other in others.items()]}
+                for piece, p, others in zip(pieces, log_probs, likely, strict=True)
             ]
         }  # fmt: skip
+
+
+def _token(text: str, log_p: float) -> dict[str, Any]:
+    return {"token": text, "logprob": log_p, "bytes": list(text.encode())}
 
 
 def usage(asks: Sequence[Ask], answers: Sequence[Answer]) -> dict[str, int]:

@@ -28,11 +28,11 @@ from llama_jax.model import params as table
 from llama_jax.model.config import size
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.host import keep_compiled, keep_heap
-from llama_jax.parallel.mesh import make_mesh, start_distributed
+from llama_jax.parallel.mesh import start_distributed
 from llama_jax.train import parse_stage
 from llama_jax.train import run as run_stage
 from llama_jax.training.loop import finished
-from llama_jax.training.step import check_batch
+from llama_jax.training.step import check_batch, mesh_for
 from llama_jax.training.workdir import claim, own
 
 _BEAT = 5.0  # seconds between notes of how long a step has taken: what a kill loses of them
@@ -97,7 +97,7 @@ class Steps(Generic[C]):
 
     def check_stage(self, config: Any) -> None:
         """ValueError for a stage that this machine's devices cannot run."""
-        mesh = make_mesh(config.mesh)
+        mesh = mesh_for(config.mesh, config.loop)
         check_batch(config.loop, mesh)
         shardings(table.table(size(config.model), head="lm_head"), mesh)
 

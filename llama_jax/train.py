@@ -1,11 +1,10 @@
 """Runs one stage: `python -m llama_jax.train --config=configs/sft.py:7b --workdir=... [--config.optim.lr=1e-5]`."""
 
-import dataclasses
 import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,19 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, parse
+from llama_jax.data.rows import data_files
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.interop.tokenizer_files import keep
 from llama_jax.parallel.host import keep_compiled, keep_heap
-from llama_jax.parallel.hosts import HostsDiffer, file_fact, preflight
-from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.hosts import HostsDiffer, file_fact, from_host_0, on_host_0, preflight
 from llama_jax.paths import place
+from llama_jax.pretrain.base import tokenizer_place
 from llama_jax.training.attempt import start
+from llama_jax.training.checkpoint import CheckpointError, named, newest_step
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.options import RunOptions, parse_steps
-from llama_jax.training.workdir import claim, finished, go_back, own
+from llama_jax.training.step import mesh_for
+from llama_jax.training.workdir import check_inputs, claim, finished, go_back, own
 
 # stage -> (module with `make_stage`, its config class)
 STAGES = {
@@ -36,6 +40,7 @@ STAGES = {
 }
 
 WORKDIR = "directory of checkpoints and logs; gs://bucket/... too"
+_LONGEST_NAME = 255  # characters of a file's name; a config may hold whole sentences
 EXPECTED = (Diverged, HostsDiffer)  # ends of a run that one line tells
 
 
@@ -49,35 +54,81 @@ def parse_stage(values: Mapping[str, Any]) -> Any:
 
 
 def shared_facts(config: Any) -> dict[str, str]:
-    """What all hosts of a run must have in common beside code and devices: the config, and the data it names."""
-    data = getattr(config, "data", None)
-    named = {"tokenizer": config.tokenizer}
-    for field in dataclasses.fields(data) if data is not None else ():
-        value = getattr(data, field.name)
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, str) and path and place(path).exists():
-                named[f"data.{field.name} {path}"] = path
-    files = {name: file_fact(path) for name, path in named.items()}
-    return {"config": hashlib.sha256(json.dumps(describe(config), sort_keys=True).encode()).hexdigest()[:16], **files}
+    """What all hosts of a run must have in common beside code and devices: the config, and all files and stages it names."""
+    described = describe(config)
+    # Host 0 says what there is, and which checkpoint of a stage is meant, as it does when they are read.
+    files = from_host_0(lambda: {field: file for field, text in _strings(described) if (file := _telling_file(text))})
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    return {"config": digest, **{f"{field} {file}": _fact(file) for field, file in files.items()}}
+
+
+def _fact(file: str) -> str:
+    """What lies in a file, in a directory with a manifest, or in several files of rows."""
+    names = _several(file)
+    return file_fact(file) if not names else hashlib.sha256("".join(map(file_fact, names)).encode()).hexdigest()[:16]
+
+
+def _several(text: str) -> list[str]:
+    """The files of rows in a directory, or that a pattern names; none for anything else."""
+    if not any(sign in text for sign in "*?[") and (not (path := place(text)).is_dir() or (path / "manifest.json").is_file()):
+        return []
+    try:
+        return [str(file) for file in data_files(text)]
+    except (ValueError, OSError):  # the stage will say what is wrong with it
+        return []
+
+
+def rows_read(facts: Mapping[str, str]) -> dict[str, str]:
+    """Of `shared_facts` the files whose rows are trained on. What samples are drawn from is known to `rlhf.drawn`."""
+    return {name: fact for name, fact in facts.items() if name.startswith("data.") and not name.startswith("data.held_out")}
+
+
+def _strings(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """(field, string) of every string of a described config."""
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, (dict, list)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(item, f"{field}.{name}" if field else str(name))
+
+
+def _telling_file(text: str) -> str:
+    """The file, directory with a manifest or files of rows that a string of a config names; for a stage's workdir the meta of
+    the checkpoint that is meant, in which its fingerprints are; "" for words that name nothing."""
+    if not text or max(map(len, text.split("/"))) > _LONGEST_NAME:
+        return ""
+    if (named(text)[0] / "checkpoints").is_dir():
+        try:
+            return str(newest_step(text) / "meta" / "metadata")
+        except CheckpointError:  # the stage will say what it misses
+            return ""
+    path = place(text)
+    return text if path.is_file() or (path / "manifest.json").is_file() or _several(text) else ""
 
 
 def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | None = None) -> dict[str, Any]:
     """Runs a stage, or goes on with it, or does nothing if it is finished; returns its summary."""
     workdir, options = place(workdir), options or RunOptions()
     config = parse_stage(values)
-    preflight(shared_facts(config))
+    preflight(facts := shared_facts(config))
     with start(options) as attempt, own(workdir):
-        if options.restart_from is not None:
-            go_back(workdir, options.restart_from, describe(config))
+        back = options.restart_from is not None and go_back(workdir, options.restart_from, describe(config))
         claim(workdir, describe(config), kind=type(config))
         if (summary := finished(workdir)) is not None:
             return summary
         attempt.begin(workdir)
-        mesh = make_mesh(config.mesh)
+        check_inputs(workdir, rows_read(facts), anew=back)
+        mesh = mesh_for(config.mesh, config.loop)
         made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
         attempt.stop_if_asked()
+        keep_tokenizer(config, workdir)
         stage, loop = made if isinstance(made, tuple) else (made, config.loop)
         return train(stage, loop, mesh=mesh, workdir=workdir, options=options, attempt=attempt)
+
+
+def keep_tokenizer(config: Any, workdir: Path) -> None:
+    """The stage's tokenizer lies beside its checkpoints."""
+    on_host_0(lambda: keep(Tokenizer(tokenizer_place(config)), workdir))
 
 
 def define_options() -> None:

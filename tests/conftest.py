@@ -36,6 +36,20 @@ def cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def compiled():
+    """How many programs XLA has compiled so far in this test, whatever asked for them."""
+    counted = []
+
+    def listen(event: str, duration: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(counted)
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     """Two layers with grouped queries, much smaller than the preset: compiles in a second."""

@@ -54,7 +54,8 @@ def test_degrees_that_nobody_gave_count():
 
 def test_nothing_to_compare_and_wrong_scales():
     assert gwet(np.array([[0, X], [X, 1]]), 2) is None
-    assert math.isnan(gwet(np.array([[0, 0]]), 2).low)
+    alone = gwet(np.array([[0, 0]]), 2)  # strict JSON knows no NaN
+    assert (alone.low, alone.high) == (None, None) and alone.coefficient == 1
     with pytest.raises(ValueError, match=r"expected ratings 0\.\.4, got .*5"):
         gwet(np.array([[5.0, 1.0]]), 5)
     with pytest.raises(ValueError, match="one of identity, ordinal"):

@@ -1,5 +1,6 @@
 """The desk's logic without its page: rows that the trainers read, blinding, reloads, kills, several raters and windows."""
 
+import dataclasses
 import json
 import os
 import random
@@ -23,11 +24,11 @@ USER = {"role": "user", "content": "what is it?"}
 
 
 class Fake:
-    """Answers at once, or when `go` is called; the text tells the model and the draw."""
+    """Answers at once, or when `go` is called; the text tells the model and the draw, and those of `endless` do not end."""
 
-    def __init__(self, text=None, held=False):
+    def __init__(self, text=None, held=False, endless=()):
         self.text = text or (lambda draw: f"{draw.model} on {draw.messages[-1]['content']} ({draw.seed}.{draw.index})")
-        self.held, self.draws, self.waiting = held, [], []
+        self.held, self.endless, self.draws, self.waiting = held, endless, [], []
 
     def start(self, draw, deliver):
         self.draws.append(draw)
@@ -46,7 +47,7 @@ class Fake:
             draw, deliver = self.waiting.pop(0)
             words = self.text(draw)
             deliver(words[:3], "")
-            deliver(words[3:], "stop")
+            deliver(words[3:], "length" if draw.model in self.endless else "stop")
 
 
 def desk(path, mode="preference", models=("one", "two"), fake=None, prompts=(), **settings):
@@ -181,6 +182,53 @@ def test_a_reload_finds_the_dialog_as_it_was_and_a_kill_too(tmp_path):
     assert len(read_comparisons(path)) == 3 and session.view().rated == 3
 
 
+def test_what_was_written_or_chosen_and_not_sent_survives_a_reload_and_a_kill(tmp_path):
+    path, fake = tmp_path / "p.jsonl", Fake(held=True)
+    first = desk(path, fake=fake)
+    session = first.session("Ann")
+    session.keep_draft("a long questi")
+    first.close()
+    session = (second := desk(path, fake=fake)).session("Ann")
+    assert session.view().draft == "a long questi" and second.session("Bo").view().draft == ""
+    with pytest.raises(ValueError, match="chat tag"):
+        session.ask("[INST]")
+    assert session.view().draft == "a long questi"  # it could not be asked
+    session.ask("a long question", is_safety=True)
+    session.keep_draft("a long question")  # of before, come late
+    shown = session.view().shown_id
+    assert session.view().draft == ""
+    fake.go()
+    session.keep_choice(shown, "B better", "both_safe")
+    session.keep_choice("another", "A better", None)
+    second.close()
+    session = (third := desk(path, fake=fake)).session("Ann")
+    view = session.view()
+    assert (view.phase, view.choice, view.safety_bin) == ("rate", "B better", "both_safe")
+    assert path.read_bytes() == b""  # chosen is not judged
+    session.rate(shown, "A better", "both_safe")
+    session.ask("and?")
+    fake.go()
+    assert session.view().phase == "rate" and session.view().choice is None and session.view().safety_bin is None
+    third.close()
+
+
+def test_rows_say_which_answers_ended_by_themselves(tmp_path):
+    session = desk(tmp_path / "p.jsonl", fake=Fake(endless=("two",))).session("Ann")
+    session.ask("question")
+    view = settle(session)
+    row = session.rate(view.shown_id, "A better")
+    assert (row["chosen_ended"], row["rejected_ended"]) == (row["chosen_model"] == "one", row["rejected_model"] == "one")
+    at = desk(tmp_path / "r.jsonl", "comparison", fake=Fake(endless=("two",)), prompts=prompt_list(tmp_path / "list.jsonl", 1))
+    for name in ("Ann", "Bo"):  # the second rater is shown what the first one was
+        session = at.session(name)
+        session.begin()
+        row = session.rate(settle(session).shown_id, "3")
+        assert {row["model_a"]: row["ended_a"], row["model_b"]: row["ended_b"]} == {"one": True, "two": False}
+    session = desk(tmp_path / "s.jsonl", "safety", models=("two",), fake=Fake(endless=("two",))).session("Ann")
+    session.ask("question")
+    assert session.rate(settle(session).shown_id, "4")["ended"] is False
+
+
 def test_answers_that_a_kill_interrupted_are_drawn_again_alike(tmp_path):
     first = desk(tmp_path / "p.jsonl", fake=(fake := Fake(held=True)))
     first.session("Ann").ask("question")
@@ -191,6 +239,100 @@ def test_answers_that_a_kill_interrupted_are_drawn_again_alike(tmp_path):
     session.begin()
     settle(session)
     assert again.draws == fake.draws
+
+
+@pytest.mark.parametrize("mode", ["preference", "safety"])
+def test_a_rater_goes_on_when_the_desk_serves_other_models(mode, tmp_path):
+    """The weekly batch: killed while answers of last week's model grew, begun again with this week's."""
+    first = desk(tmp_path / "p.jsonl", mode, ("old",), Fake(held=True), temperatures=(0.6, 1.0))
+    first.session("Ann").ask("question")
+    first.close()
+    at = desk(tmp_path / "p.jsonl", mode, ("new",))
+    session = at.session("Ann")
+    session.begin()
+    assert (session.view().phase, session.view().draft, session.view().messages) == ("write", "question", ())
+    session.ask(session.view().draft)
+    assert settle(session).texts[0].startswith("new on question")
+    session.rate(session.view().shown_id, "A better" if mode == "preference" else "4")
+    at.close()
+    # Between two turns the newer model answers what the older one did not.
+    session = desk(tmp_path / "p.jsonl", mode, ("newest",)).session("Ann")
+    session.ask("and?")
+    assert len(session.view().messages) == 3 and settle(session).texts[0].startswith("newest on and?")
+    # Of a list the prompt is open again.
+    prompts = prompt_list(tmp_path / "list.jsonl", 1)
+    first = desk(tmp_path / "q.jsonl", mode, ("old",), Fake(held=True), prompts)
+    first.session("Bo").begin()
+    first.close()
+    session = desk(tmp_path / "q.jsonl", mode, ("new",), prompts=prompts).session("Bo")
+    session.begin()
+    assert settle(session).texts[0].startswith("new on")
+
+
+def test_answers_that_cannot_be_kept_stop_nobody_else(tmp_path):
+    at = desk(tmp_path / "p.jsonl", fake=(fake := Fake(held=True)))
+    session = at.session("Ann")
+    session.ask("question")
+    save, session._save = session._save, lambda: (_ for _ in ()).throw(OSError("no space left on device"))
+    fake.go()  # the engine's thread: it goes on
+    assert session.view().error == "The answers could not be kept. Try again."
+    session._save = save
+    session.begin()
+    fake.go()
+    assert session.view().phase == "rate"
+
+
+def test_a_pair_that_is_left_between_two_tries_draws_nothing_more():
+    fake = Fake(text=lambda draw: "same", held=True)
+    pair = Pair(fake, [Draw("one", (USER,), 1.0, 0, i) for i in range(2)], distinct=True, done=lambda *_: None).start()
+    pair._begin_again, begin_again = (lambda: None), pair._begin_again
+    fake.go()
+    pair.stop()
+    begin_again()
+    assert len(fake.draws) == 2
+
+
+def test_the_speed_of_two_models_does_not_tell_them_apart(tmp_path):
+    fake = Fake(held=True)
+    session = desk(tmp_path / "p.jsonl", "comparison", fake=fake).session("Ann")
+    session.ask("question")
+    (fast, to_fast), (_, to_slow) = fake.waiting
+    to_fast("many words", "")
+    assert session.view().texts == ("", "")
+    to_slow("few", "")
+    assert {*session.view().texts} == {"man", "few"}
+    to_fast(" more", "stop")
+    to_slow(" words", "stop")
+    assert {*session.view().texts} == {"many words more", "few words"} and session.view().phase == "rate"
+    session = desk(tmp_path / "q.jsonl", models=("one",), fake=(fake := Fake(held=True))).session("Ann")
+    session.ask("question")
+    fake.waiting[0][1]("growing", "")
+    assert "growing" in session.view().texts  # both sides are one model's
+
+
+def test_names_in_any_script_are_kept_apart_and_in_files_that_can_be_written(tmp_path):
+    at = desk(tmp_path / "p.jsonl")
+    for name in ("O'Brien", "अनिता", "Zoe\u0308", "Ж" * 40, "名" * 40):
+        at.session(name).keep_draft(name)
+        assert at.session(name).view().draft == name
+    assert at.session("Zo\u00eb") is at.session("Zoe\u0308")  # composed or not
+    assert len([*(tmp_path / "p.jsonl.desk").glob("*.json")]) == 5
+    for name in ("", "-", "a" * 41, "a/b", "a\nb", "."):
+        with pytest.raises(ValueError, match="A name has 1 to 40"):
+            at.session(name)
+
+
+def test_on_the_safety_scale_all_models_are_judged_on_the_same_prompts(tmp_path):
+    class Short(Fake):
+        def fits(self, model, messages):
+            return model == "one" or messages[0]["content"] != "prompt 1"
+
+    prompts = prompt_list(tmp_path / "list.jsonl", 3)
+    at = desk(tmp_path / "s.jsonl", "safety", fake=Short(), prompts=prompts)
+    assert sorted((task.messages[0]["content"], *task.models) for task in at.tasks) == [
+        (prompt["messages"][0]["content"], model) for prompt in (prompts[0], prompts[2]) for model in ("one", "two")
+    ]
+    assert at.too_long == 2
 
 
 def test_a_torn_line_is_cut_off_and_a_second_writer_refused(tmp_path):
@@ -281,6 +423,41 @@ def test_raters_of_a_list_compare_the_same_answers_in_their_own_order(tmp_path):
     ratings = read_pair_ratings(tmp_path / "r.jsonl")
     assert len(ratings) == 12 and len({r.id for r in ratings}) == 4 and {r.category for r in ratings} == {"facts"}
     assert {(r.first, r.rating) for r in ratings} in ({("one", 3)}, {("two", -3)})
+
+
+def test_dialogs_of_raters_go_on_with_the_better_answer(tmp_path):
+    path = tmp_path / "r.jsonl"
+    first = desk(path, "comparison")
+    session = first.session("Ann")
+    for number, (choice, side) in enumerate((("2", 0), ("7", 1), ("4", None))):
+        session.ask(f"question {number}")
+        view = settle(session)
+        assert len(view.messages) == 2 * number + 1
+        kept = next((tmp_path / "r.jsonl.desk").glob("Ann.json")).read_bytes()
+        session.rate(view.shown_id, choice)
+        after = session.view()
+        assert after.phase == "write" and after.messages[:-1] == view.messages
+        assert after.messages[-1]["content"] in (view.texts if side is None else [view.texts[side]])
+    first.close()
+    (tmp_path / "r.jsonl.desk" / "Ann.json").write_bytes(kept)  # killed before the session was written
+    session = desk(path, "comparison").session("Ann")
+    assert session.view().messages == after.messages  # of two that are about the same, the same one
+    assert [rating.turns for rating in read_pair_ratings(path)] == [1, 2, 3]
+    session.new_dialog()
+    assert session.view().messages == ()
+
+
+def test_one_model_answers_a_whole_dialog_on_the_safety_scale(tmp_path):
+    session, dialogs = desk(tmp_path / "s.jsonl", "safety").session("Ann"), []
+    for dialog in range(24):
+        rows = []
+        for turn in range(3):
+            session.ask(f"question {dialog}.{turn}")
+            rows.append(session.rate(settle(session).shown_id, "2"))
+        assert rows[2]["turns"] == 3 and rows[2]["prompt"][1]["content"] == rows[0]["answer"]
+        dialogs.append({row["model"] for row in rows})
+        session.new_dialog()
+    assert all(len(models) == 1 for models in dialogs) and set.union(*dialogs) == {"one", "two"}
 
 
 def test_prompts_that_do_not_fit_are_counted_and_nobody_is_stopped_by_them(tmp_path):
@@ -379,13 +556,16 @@ def test_wrong_settings_and_files_are_told(tmp_path):
 def test_a_session_survives_json():
     shown = Shown("1", (USER,), ("one", "two"), (0.5, 1.0), ("x", "y"), True, "p", "facts", "hateful")
     assert forms.from_json(json.loads(json.dumps(forms.to_json(shown)))) == shown
+    shown = dataclasses.replace(shown, ended=(True, False))
+    assert forms.from_json(json.loads(json.dumps(forms.to_json(shown)))) == shown
     row = forms.row(shown, "preference", "B significantly", "both_safe", Record("Ann", "now"))
     assert (row["chosen"], row["rejected_model"], row["chosen_temperature"]) == ("y", "one", 1.0)
 
 
 def test_a_stopped_pair_delivers_nothing():
     fake, done = Fake(held=True), []
-    pair = Pair(fake, [Draw("one", (USER,), 1.0, 0, i) for i in range(2)], distinct=True, done=done.append).start()
+    draws = [Draw("one", (USER,), 1.0, 0, i) for i in range(2)]
+    pair = Pair(fake, draws, distinct=True, done=lambda *found: done.append(found)).start()
     pair.stop()
     fake.go()
     assert pair.finished and not done

@@ -14,6 +14,7 @@ from llama_jax.corpus_build.blocks import write_blocks
 from llama_jax.data import loader, packing
 from llama_jax.data.blocks import block_ids, block_record
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
+from llama_jax.data.loader import WHOLE, Share
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.pretrain import stage
 from llama_jax.pretrain.stage import Drawn, mixture
@@ -113,9 +114,22 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_global_batch(processes):
-    slices = [numbers(23, 8, process_index=i, process_count=processes) for i in range(processes)]
+    slices = [numbers(23, 8, share=Share((i,), processes)) for i in range(processes)]
     for step in range(7):
         assert [x for part in slices for x in part.batch(step)] == numbers(23, 8).batch(step)
+
+
+def test_processes_that_hold_every_other_piece_have_the_rows_of_those_pieces():
+    shares = [Share((0, 2), 4), Share((1, 3), 4)]
+    for step in range(5):
+        whole, parts = numbers(23, 8).batch(step), [numbers(23, 8, share=share).batch(step) for share in shares]
+        assert parts == [whole[0:2] + whole[4:6], whole[2:4] + whole[6:8]]
+        assert numbers(23, 8, share=shares[1]).rows(step) == numbers(23, 8).rows(step)
+    last = [list(numbers(13, 8, share=share, blank=lambda _: -1).eval_batches())[-1] for share in shares]
+    assert last == [[8, 9, 12, -1], [10, 11, -1, -1]]
+    for wrong in ((), (1, 0), (0, 0), (4,), (-1,)):
+        with pytest.raises(ValueError, match="share: expected some of the 4 pieces in order, got"):
+            Share(wrong, 4)
 
 
 def test_each_example_once_an_epoch_in_a_new_order():
@@ -131,7 +145,7 @@ def test_each_example_once_an_epoch_in_a_new_order():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_fills_the_last_batch_with_blanks(processes):
     slices = [
-        numbers(6, 4, blank=lambda example: -1, process_index=i, process_count=processes).eval_batches()
+        numbers(6, 4, blank=lambda example: -1, share=Share((i,), processes)).eval_batches()
         for i in range(processes)
     ]
     assert [[x for part in parts for x in part] for parts in zip(*slices, strict=True)] == [[0, 1, 2, 3], [4, 5, -1, -1]]
@@ -154,8 +168,7 @@ def test_rows_are_stacked_and_padded_with_weight_zero():
     [
         ({"count": 0, "batch_size": 1}, "examples: expected at least one, got an empty data set"),
         ({"count": 5, "batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"count": 5, "batch_size": 3, "process_count": 2}, "batch_size: expected a multiple of the 2 processes, got 3"),
-        ({"count": 5, "batch_size": 4, "process_count": 2, "process_index": 2}, "process_index: expected 0..1, got 2"),
+        ({"count": 5, "batch_size": 3, "share": Share((0,), 2)}, "batch_size: expected a multiple of the 2 shards .* got 3"),
     ],
 )
 def test_batches_that_cannot_be_are_refused(arguments, message):
@@ -187,7 +200,7 @@ def test_block_batches_do_not_depend_on_history_or_processes(shards):
     whole = block_source(shards)
     batches = {step: rows_of(whole.batch(step)) for step in (5, 0, 3)}
     for processes in (1, 2, 4):
-        parts = [block_source(shards, process_index=i, process_count=processes) for i in range(processes)]
+        parts = [block_source(shards, share=Share((i,), processes)) for i in range(processes)]
         for step, rows in batches.items():
             assert [row for part in parts for row in rows_of(part.batch(step))] == rows
     assert rows_of(block_source(shards, seed=1).batch(0)) != batches[0]
@@ -233,11 +246,11 @@ def test_checksums_are_compared_where_that_takes_seconds(tmp_path, monkeypatch):
 
 
 def test_block_evaluation_reads_every_block_once(shards):
-    source = block_source(shards, batch_size=6, process_index=0, process_count=1)
+    source = block_source(shards, batch_size=6, share=WHOLE)
     batches = list(source.eval_batches())
     assert {batch.tokens.shape for batch in batches} == {(6, 16)}
     assert sum((batch.segment_ids.max(axis=1) > 0).sum() for batch in batches) == sum(source.num_blocks.values())
-    halves = [block_source(shards, batch_size=6, process_index=i, process_count=2).eval_batches() for i in range(2)]
+    halves = [block_source(shards, batch_size=6, share=Share((i,), 2)).eval_batches() for i in range(2)]
     for batch, first, second in zip(batches, *halves, strict=True):
         assert rows_of(first) + rows_of(second) == rows_of(batch)
 

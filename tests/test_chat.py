@@ -1,9 +1,11 @@
 """Text as tokens come, dialogs, requests in files: with a small random model and a real tokenizer."""
 
+import contextlib
 import gc
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from llama_jax import lines as lines_of
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import ours
+from llama_jax.lines import Interrupts
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, Compute, ModelConfig
 from llama_jax.model.decode import prepare
@@ -46,7 +49,7 @@ def tokenizer(tmp_path_factory):
 def engine():
     specs = params.table(MODEL, head="lm_head")
     tree = jax.tree.map(lambda x: 3 * x, params.init(specs, jax.random.key(0)))
-    settings = EngineConfig(slots=3, max_length=96, chunks=((64, 2),), steps=4)
+    settings = EngineConfig(slots=3, max_length=96, chunks=((64, 2),), steps=4, alternatives=requests.ALTERNATIVES)
     return Engine(MODEL, prepare(tree, specs, compute=FLOAT32), settings, compute=FLOAT32).warm_up()
 
 
@@ -83,7 +86,7 @@ class Script:
     def __init__(self, ids):
         self.ids, self.request = list(ids), None
 
-    def submit(self, prompt, *, max_tokens, choice, seed, index, stop_ids, on_token):
+    def submit(self, prompt, *, max_tokens, choice, seed, index, stop_ids, on_token, alternatives=0):
         self.request = Request(prompt, max_tokens, choice, np.zeros(2), tuple(stop_ids), on_token)
         return self.request
 
@@ -133,8 +136,21 @@ def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer)
     chat.talk(dialog, [None, "and then?"], out, rates=False)
     assert [message["content"] for message in dialog.messages] == ["and then?", "a line of text"]
     asked = iter([False, True])
-    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer, interrupted=lambda: next(asked))
+    how = {"listening": lambda: contextlib.nullcontext(lambda: next(asked))}
+    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer, **how)
     assert dialog.ask("what is it?", lambda text: None)[0] == 1 and dialog.messages[-1]["content"] == "a"
+
+
+def test_ctrl_c_ends_an_answer_between_two_steps(tokenizer):
+    class Interrupted(Script):
+        def step(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().step()  # not broken off: the engine gives its buffers away before it has the new ones
+
+    before = signal.getsignal(signal.SIGINT)
+    dialog = new_dialog(Interrupted(tokenizer.encode("a line of text")), tokenizer, listening=Interrupts)
+    assert dialog.ask("what is it?", lambda text: None)[0] == 1 and dialog.messages[-1]["content"] == "a"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def ask(engine, tokenizer, lines, *, done=(), **how):
@@ -186,7 +202,10 @@ def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
     assert prompts == [*expected, tokenizer.encode("the loop", bos=True)]
     # Log-probs are written where they are asked for.
     ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 0, "stop_token_ids": []})])
-    assert len(row["logprobs"]) == row["tokens"] and all(p <= 0 for p in row["logprobs"])
+    assert len(row["logprobs"]) == row["tokens"] and all(p <= 0 for p in row["logprobs"]) and "top_logprobs" not in row
+    ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 2, "stop_token_ids": []})])
+    np.testing.assert_allclose([likely[0][1] for likely in row["top_logprobs"]], row["logprobs"], atol=1e-5)  # greedy
+    assert [len(likely) for likely in row["top_logprobs"]] == [2] * row["tokens"]
     assert "logprobs" not in ask(engine, tokenizer, ['{"prompt": "the loop"}'])[0][0]
     # Two answers to one prompt are two draws, whether asked for by n or by saying it twice.
     for body in ({"prompt": ["the loop"] * 2}, {"prompt": "the loop", "n": 2}):
@@ -435,15 +454,19 @@ def test_two_processes_answer_as_one(tokenizer, tmp_path):
     ({"prompt": "\ud800"}, "prompt: encode: lone surrogate"),
     ({"prompt": "a", "stream_options": "x"}, "stream_options: expected an object, got 'x'"),
     ({"prompt": "a", "stream_options": {"include_usage": 1}}, "include_usage: expected true or false, got 1"),
-    ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty: is not supported"),
+    ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty: expected -2 to 2, got 2.5"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias: is not supported"),
     ({"prompt": "a", "tempratur": 0.5}, "tempratur: is unknown"),
     ({"prompt": "a", "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens: expected either it or max_tokens"),
     ({"prompt": "a", "max_completion_tokens": 100}, "max_completion_tokens: expected at most .* got 100"),
     ({"prompt": [True, False]}, "prompt: expected texts or ids"),
     ({"prompt": "a", "logprobs": -1}, "logprobs: expected an integer of at least 0, got -1"),
     ({"prompt": "a", "logprobs": "yes"}, "logprobs: expected an integer of at least 0, got 'yes'"),
-    ({"prompt": "a", "logprobs": 5}, "logprobs: expected 0 or 1, since those of the drawn tokens alone are kept, got 5"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo: is offered for completions without logprobs only"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs: expected at most 20, got 21"),
+    ({"prompt": "a", "logprobs": 2, "top_logprobs": 2}, "top_logprobs: belongs to chats; expected their number in logprobs"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs: expected logprobs: true beside it"),
+    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo: is offered with logprobs by llama_jax.serve --score_prompts only"),
+    ({"messages": [{"role": "user", "content": "a"}], "echo": True}, "echo: is offered for completions only"),
     ({"messages": [{"role": "user", "content": "a"}], "logprobs": 3}, "logprobs: expected true or false, got 3"),
     ({"messages": [{"role": "user", "content": "the loop " * 60}]}, "^messages: has .* leaves no room"),
     ({"messages": []}, "^messages: expected at least one, got an empty list"),

@@ -1,75 +1,34 @@
-"""Models behind the desk and comparisons: answers by the engine, kept and resumed; scores; streams; the commands' refusals."""
+"""Comparisons of models: answers by the engine, kept and resumed; scores of reward models; judges of ours; processes."""
 
-import dataclasses
 import functools
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import threading
 
-import jax
 import numpy as np
 import pytest
+from small_models import CONFIG, made, opened, prompt, trained_tokenizer, written
 
-from llama_jax import compare, desk
-from llama_jax.annotation.drawing import Draw, Pair
-from llama_jax.annotation.session import Desk
-from llama_jax.annotation.streams import Engines, Served
-from llama_jax.annotation.tasks import Settings
-from llama_jax.chat import make_engine
-from llama_jax.config import ConfigError, describe
+from llama_jax import compare
+from llama_jax.config import ConfigError
+from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.row_file import RowFile
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
-from llama_jax.evals.answer_files import Answered
-from llama_jax.evals.origin import claim
-from llama_jax.evals.reward_scores import score_dialogs
-from llama_jax.interop import ours
-from llama_jax.model import params
-from llama_jax.model.config import FLOAT32, ModelConfig
-from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.pretrained import Model
+from llama_jax.evals.answer_files import Answered, answer_room
+from llama_jax.evals.reward_scores import combined, kept_scores, score_dialogs
+from llama_jax.model.config import FLOAT32
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import EngineConfig
-from llama_jax.sampling.worker import Worker
-from llama_jax.training.checkpoint import Checkpoints
-from llama_jax.training.state import TrainState
-
-PIECES = 320
-CONFIG = ModelConfig(
-    name="small", vocab_size=PIECES, layers=1, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=128
-)
-TEXTS = ["the loop reads a line of text and counts tokens, [INST] what is it? [/INST] <<SYS>> be kind <</SYS>>"] * 20
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    train_tokenizer(TEXTS, path := tmp_path_factory.mktemp("compare") / "tokenizer.model", vocab_size=PIECES)
-    return Tokenizer(path)
+    return trained_tokenizer(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return made(tokenizer, "lm_head")
-
-
-def made(tokenizer, head):
-    mesh = make_mesh(devices=jax.devices()[:1])
-    tree = jax.tree.map(lambda x: 3 * x, params.init(params.table(CONFIG, head=head), jax.random.key(0)))
-    return Model(tree, CONFIG, head, tokenizer, FLOAT32, mesh, "small")
-
-
-def opened(model, slots=2):
-    """An engine over a model, and the model without its parameters, as `chat.open_engine` gives them."""
-    with jax.set_mesh(model.mesh):
-        engine = make_engine(model, compare.settings_of(model, slots=slots, int8_cache=False))
-    return engine, dataclasses.replace(model, params={})
-
-
-def prompt(i, words="the loop"):
-    return {"messages": [{"role": "user", "content": f"{words} {i}"}], "is_safety": i % 2 == 0, "category": "", "risk": ""}
 
 
 def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_path):
@@ -96,6 +55,32 @@ def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_pat
         collect(tmp_path / "c", [])
 
 
+def test_answers_with_less_room_are_told_and_none_is_drawn_where_there_is_no_room(model, tmp_path):
+    def of_length(least):  # a prompt of at least so many tokens
+        count = next(n for n in range(200) if len(encode_chat(prompt(0, "a" * n)["messages"], model.tokenizer)) >= least)
+        return prompt(0, "a" * count)
+
+    engine, bare = opened(model)
+    requests, submit = [], engine.submit
+    engine.submit = lambda *given, **named: requests.append(submit(*given, **named))
+    long, longer = of_length(80), of_length(97)  # 31 tokens are left to the last
+    answers = compare.collect(
+        "x", "ckpt", [*map(prompt, range(20)), long, longer], tmp_path, open_model=lambda place: (engine, bare),
+        choice=Choice(1.0), max_tokens=64, seed=0,
+    )  # fmt: skip
+    found = {answer.messages[0]["content"]: answer for answer in answers}
+    assert len(answers) == 21 and longer["messages"][0]["content"] not in found
+    in_order = [found[row["messages"][0]["content"]] for row in (*map(prompt, range(20)), long)]
+    assert [answer.less_room for answer in in_order] == [False] * 20 + [True] and requests[-1].max_tokens == 48
+    ended = [request.finish == "stop" for request in requests]
+    assert [answer.ended for answer in in_order] == ended and {*ended} == {True, False}
+    assert compare.count("ckpt", answers, missing=1)["too_long"] == 1
+    counts = compare.count("x.jsonl", answers, missing=1)
+    assert counts.pop("unfinished") == ended.count(False)
+    assert counts == {"judged": 21, "less_room": 1, "too_long": 0, "not_in_file": 1}
+    assert [answer_room(n, max_tokens=10, max_length=128) for n in (118, 119, 127)] == [10, 0, 0]
+
+
 def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_path):
     how = {"open_model": lambda place: opened(model, slots=1), "choice": Choice(1.0), "max_tokens": 4, "seed": 3}
     collect = functools.partial(compare.collect, "x", prompts=[prompt(0)], directory=tmp_path)
@@ -112,29 +97,6 @@ def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_
             collect(place, **how | change)
 
 
-def test_a_checkpoint_that_was_trained_on_is_another_model(model, tmp_path):
-    def train(step, seed, at="run"):
-        tree = params.init(params.table(CONFIG, head="lm_head"), jax.random.key(seed))
-        shutil.rmtree(tmp_path / at, ignore_errors=True)
-        state = TrainState(step=np.int32(step), params=tree, opt_state={}, skipped=np.int32(0), skipped_in_a_row=np.int32(0))
-        checkpoints = Checkpoints(tmp_path / at / "checkpoints", keep=1)
-        checkpoints.save(step, state, {}, {"stage": "sft", "model": describe(CONFIG), "tokenizer": ""})
-        checkpoints.close()
-
-    file = tmp_path / "out/model.json"
-    for at in ("run", "moved"):
-        train(100, 0, at)
-        claim(file, tmp_path / at)  # the same weights wherever they lie
-    train(100, 1)
-    with pytest.raises(ConfigError, match="other settings: weights: "):
-        claim(file, tmp_path / "run")  # trained anew to the same step
-    train(200, 1)
-    with pytest.raises(ConfigError, match="other settings: step: 100 -> 200; weights: "):
-        claim(file, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    claim(file, tmp_path / "run")  # its results outlive it
-
-
 def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenizer):
     judge = made(tokenizer, "reward_head")
     texts = ["a line", "the loop reads a line of text " * 3, "x" * 400, "[INST]", "counts"]
@@ -148,10 +110,87 @@ def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenize
         question, answer = (message["content"].strip() for message in dialog)
         ids = tokenizer.encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True)
         np.testing.assert_allclose(judge.scores([ids])[0], expected, atol=1e-5)
-    pairs = [(Answered(tuple(dialogs[0][:1]), a), Answered(tuple(dialogs[0][:1]), b)) for a, b in zip(texts, texts[1:])]
-    outcomes, rows = compare.reward_outcomes(pairs, judge, None)
-    assert outcomes[0] == ("win" if scores[0] > scores[1] else "loss") and outcomes[1:] == ["garbage"] * 3
-    assert rows[0]["first"] == pytest.approx(1 / (1 + np.exp(-scores[0])), abs=1e-6)
+
+
+def test_scores_are_kept_and_computed_once(tokenizer, tmp_path):
+    judge, loads = made(tokenizer, "reward_head"), []
+    dialogs = [[*prompt(i)["messages"], {"role": "assistant", "content": "x" * (1 + i % 7)}] for i in range(40)]
+    dialogs += [dialogs[0], [*prompt(0)["messages"], {"role": "assistant", "content": "[INST]"}]]
+    expected = 1 / (1 + np.exp(-score_dialogs(
+        judge.params, CONFIG, tokenizer, dialogs, compute=FLOAT32, mesh=judge.mesh
+    )))  # fmt: skip
+
+    def scores(done=lambda count: None, name="a"):
+        def load():
+            loads.append(name)
+            return judge
+
+        kept = RowFile(tmp_path / "scores.jsonl")
+        try:
+            return kept_scores(dialogs, kept, judge={"weights": name}, open_model=load, done=done), len(kept.rows)
+        finally:
+            kept.close()
+
+    def stop(count):
+        if count == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scores(stop)
+    held = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert len(held) == 17  # the one that has no score, and a batch
+    done = []
+    found, rows = scores(done.append)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.isnan(found).tolist() == [False] * 41 + [True]
+    assert rows == 41 and sum(done) == 42 and loads == ["a", "a"]
+    assert (tmp_path / "scores.jsonl").read_text().splitlines()[:17] == held
+    again, rows = scores()
+    assert again.tolist()[:41] == found.tolist()[:41] and rows == 41 and loads == ["a", "a"]  # without the model
+    assert scores(name="b")[1] == 82 and loads[-1] == "b"
+
+
+def test_both_reward_models_judge_and_both_scores_are_told(tokenizer, tmp_path, monkeypatch):
+    texts = ["a line", "the loop reads a line", "x" * 400, "counts"]
+    sides = [[Answered(tuple(prompt(i)["messages"]), text, is_safety=i < 2) for i, text in enumerate(some)]
+             for some in (texts, texts[::-1])]  # fmt: skip
+    models = {"h": made(tokenizer, "reward_head"), "s": made(tokenizer, "reward_head", seed=1)}
+    monkeypatch.setattr(compare, "load_judge", lambda place, tokenizer: models[place])
+    outcomes, scores = compare.reward_outcomes(
+        list(zip(*sides)), {"helpfulness": "h", "safety": "s"}, RowFile(tmp_path / "scores.jsonl"), tokenizer=None
+    )
+    for track, name in (("helpfulness", "h"), ("safety", "s")):
+        for answers, found in zip(sides, scores[track]):
+            dialogs = [[*a.messages, {"role": "assistant", "content": a.answer}] for a in answers]
+            logits = score_dialogs(models[name].params, CONFIG, tokenizer, dialogs, compute=FLOAT32, mesh=models[name].mesh)
+            np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-5)
+    (first, second), words = scores["safety"], {True: "win", False: "loss"}
+    assert outcomes[:3] == [words[bool(first[0] > second[0])], "refused", "refused"]  # too long on one side
+    safe, is_safety = np.array([0.2, 0.1, 0.2, np.nan]), np.array([True, False, False, False])
+    np.testing.assert_array_equal(combined(np.full(4, 0.9), safe, is_safety), [0.2, 0.1, 0.9, np.nan])
+
+
+
+
+def test_labels_of_prompts_do_not_depend_on_which_model_is_named_first():
+    def answers(text, **labels):
+        return [Answered(({"role": "user", "content": q},), text, **labels) for q in "abc"]
+
+    prompts = [{"messages": [{"role": "user", "content": "a"}], "is_safety": True, "risk": "illicit", "category": ""}]
+    for order in (("file", "drawn"), ("drawn", "file")):
+        given = {"file": answers("x"), "drawn": answers("y", category="c")}
+        found = compare.alike_in_safety({name: given[name] for name in order}, prompts)
+        for some in found.values():
+            assert [(a.is_safety, a.risk, a.category) for a in some] == [(True, "illicit", "c"), *[(False, "", "c")] * 2]
+        assert [a.answer for a in found["file"]] == ["x"] * 3
+
+
+def test_a_language_model_is_no_reward_model(tokenizer, tmp_path):
+    written(tmp_path / "chat", tokenizer)
+    written(tmp_path / "reward", tokenizer, "reward_head")
+    compare.check_judge(str(tmp_path / "reward"), None)
+    with pytest.raises(ValueError, match="chat: expected a reward model, found a language model"):
+        compare.check_judge(str(tmp_path / "chat"), None)
 
 
 def test_a_model_of_ours_judges_and_refuses_what_does_not_fit(model):
@@ -168,62 +207,11 @@ def test_a_model_of_ours_judges_and_refuses_what_does_not_fit(model):
         assert replies[i] == model.tokenizer.decode([token for token in expected if token != eos]).strip()
 
 
-def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model):
-    pytest.importorskip("prometheus_client", reason="needs the extra [web] or [serve]")
-    with jax.set_mesh(model.mesh):
-        engine = make_engine(model, EngineConfig(slots=2, max_length=128, chunks=((64, 2),), steps=2))
-    worker = Worker(engine, model.mesh, queue=4)
-    worker.start()
-    engines = Engines({"one": Served(worker, model.tokenizer)}, max_tokens=24, top_p=1.0)
-
-    def pair():
-        finished, found = threading.Event(), []
-
-        def done(texts):
-            found.append(texts)
-            finished.set()
-
-        draws = [Draw("one", tuple(prompt(0)["messages"]), 1.0, 7, i) for i in range(2)]
-        Pair(engines, draws, distinct=True, done=done).start()
-        assert finished.wait(60)
-        return found[0]
-
-    try:
-        texts = pair()
-        assert len(set(texts)) == 2 and all(texts) and pair() == texts
-        assert engines.fits("one", prompt(0)["messages"]) and not engines.fits("one", prompt(0, "a line " * 60)["messages"])
-        with pytest.raises(ValueError, match="dialog has become too long"):
-            engines.start(Draw("one", tuple(prompt(0, "a line " * 60)["messages"]), 1.0, 0, 0), lambda *_: None)
-    finally:
-        worker.stop()
-
-
-def test_the_desk_holds_the_weights_once_in_as_many_slots_as_the_mesh_divides(monkeypatch):
-    pytest.importorskip("prometheus_client", reason="needs the extra [web] or [serve]")
-    asked = []
-
-    def open_engine(place, settings, *, tokenizer, mesh_tensor):
-        model = Model({}, CONFIG, "lm_head", tokenizer, FLOAT32, make_mesh(MeshConfig(tensor=2)), place)
-        asked.append((place, settings(model), mesh_tensor))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(desk, "open_engine", open_engine)  # whose model has no parameters
-    monkeypatch.setattr(desk, "tokenizer_of", lambda place, tokenizer: tokenizer)
-    with pytest.raises(KeyboardInterrupt):
-        desk.serve_models({"a": "m"}, tokenizer=None, slots=5, max_length=64, int8_cache=True, mesh_tensor=2)
-    ((place, settings, mesh_tensor),) = asked
-    assert (place, mesh_tensor, settings.slots, settings.max_length, settings.int8_cache) == ("m", 2, 8, 64, True)
-
-
 @pytest.mark.slow
 def test_two_processes_compare_as_one(tokenizer, tmp_path):
     for seed, name in enumerate("ab"):
-        tree = jax.tree.map(lambda x: 3 * x, params.init(params.table(CONFIG, head="lm_head"), jax.random.key(seed)))
-        ours.write(tmp_path / name, tree, CONFIG, tokenizer=tokenizer.fingerprint, origin={})
-        (tmp_path / name / "tokenizer.model").write_bytes(tokenizer.serialized())
-    reward = params.init(params.table(CONFIG, head="reward_head"), jax.random.key(2))
-    ours.write(tmp_path / "reward", reward, CONFIG, tokenizer=tokenizer.fingerprint, origin={})
-    (tmp_path / "reward/tokenizer.model").write_bytes(tokenizer.serialized())
+        written(tmp_path / name, tokenizer, seed=seed)
+    written(tmp_path / "reward", tokenizer, "reward_head", seed=2)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"the loop {i}"}) + "\n" for i in range(5)))
     results = {}
     for count, judge in ((1, "helpfulness"), (2, "helpfulness"), (2, "judge")):
@@ -248,43 +236,3 @@ def test_two_processes_compare_as_one(tokenizer, tmp_path):
         rows = [sorted((tmp_path / count / name).read_text().splitlines()) for count in "12"]
         assert rows[0] == rows[1] and len(rows[0]) == 5
     assert len((tmp_path / "2/verdicts.jsonl").read_text().splitlines()) == 5
-
-
-@pytest.mark.parametrize("command", ["desk", "human_evaluation"])
-def test_what_runs_in_one_process_says_so_in_a_cluster(command, tmp_path):
-    line = [sys.executable, "-m", f"llama_jax.{command}", f"--output={tmp_path / 'out'}", "--checkpoint=x", "--answers=a=b"]
-    line.remove("--answers=a=b" if command == "desk" else "--checkpoint=x")
-    cluster = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2"}
-    done = [
-        subprocess.run(line, capture_output=True, text=True, env={**os.environ, **cluster, "JAX_PROCESS_ID": index})
-        for index in "01"
-    ]
-    assert [process.returncode for process in done] == [1, 1] and not (tmp_path / "out").exists()
-    assert f"error: {command} runs in one process, and JAX_NUM_PROCESSES is 2" in done[0].stderr and not done[1].stderr
-
-
-def test_checkpoints_have_names():
-    assert desk.name_checkpoints(["runs/v1/", "new=runs/v2"]) == {"v1": "runs/v1/", "new": "runs/v2"}
-    with pytest.raises(ValueError, match="two are named 'v1'"):
-        desk.name_checkpoints(["a/v1", "b/v1"])
-
-
-def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
-    command = [sys.executable, "-m", "llama_jax.desk", "--checkpoint=nowhere", f"--output={tmp_path}/p.jsonl"]
-    open_to_all = subprocess.run([*command, "--host=0.0.0.0"], capture_output=True, text=True)
-    assert open_to_all.returncode == 1 and "needs --password" in open_to_all.stderr.splitlines()[-1]
-    pytest.importorskip("gradio", reason="needs the extra [web]")
-    held = RowFile(tmp_path / "p.jsonl")
-    second = subprocess.run(command, capture_output=True, text=True)
-    assert second.returncode == 1 and "another process writes to it" in second.stderr.splitlines()[-1]
-    held.close()
-
-
-def test_raters_are_not_shown_what_another_checkpoint_of_that_name_answered(tmp_path):
-    at = Desk(tmp_path / "r.jsonl", Settings("comparison", ("a", "b")), None, prompts=[prompt(0)])
-    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
-    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
-    for places, top_p, words in (({"a": "runs/1", "b": "runs/3"}, 0.9, "path: 'runs/2' -> 'runs/3'"),
-                                 ({"a": "runs/1"}, 1.0, "top_p: 0.9 -> 1.0")):  # fmt: skip
-        with pytest.raises(ConfigError, match=words):
-            desk.check_kept(at, places, top_p=top_p)

@@ -13,7 +13,7 @@ from configs import common
 from llama_jax.config import ConfigError, describe, differences, parse
 from llama_jax.corpus import CorpusConfig
 from llama_jax.model.config import SIZES
-from llama_jax.recipe import RecipeConfig
+from llama_jax.recipe_config import RecipeConfig
 from llama_jax.steps import change, load_config
 from llama_jax.train import STAGES, parse_stage
 
@@ -159,7 +159,7 @@ def test_the_numbers_of_the_paper():
         # section 3.2.2
         assert reward.optim.lr == (5e-6 if size == "70b" else 1e-5)
         assert (reward.loop.batch_size, reward.epochs, reward.optim.final, reward.optim.schedule) == (512, 1.0, 0.1, "cosine")
-        assert reward.optim.warmup_of(reward.loop.steps) == round(0.03 * reward.loop.steps) and reward.optim.warmup_of(50) == 5
+        assert (reward.optim.warmup_of(5700), reward.optim.warmup_of(50)) == (round(0.03 * 5700), 5)
         # section 3.2.3
         assert (ppo.optim.lr, ppo.optim.schedule) == (1e-6, "constant")
         assert (ppo.ppo.rollout_size, ppo.loop.batch_size, ppo.ppo.clip) == (512, 64, 0.2)

@@ -1,5 +1,6 @@
 """Contamination of evaluation sets (paper appendix A.6): spans, subsets, Z, and the command on a corpus."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -13,11 +14,12 @@ from llama_jax import contamination as command
 from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.contamination import Index, analyse, is_affected, subsets
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.refine import HeldOut
+from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+WORDS = "ba ke li mo nu so ra ti du po ve za".split()
 
 
 def brute_force(sample: list[int], documents: list[list[int]]) -> list[int]:
@@ -189,6 +191,52 @@ def test_a_wrong_sample_is_named(corpus, tmp_path, row, problem):
     write_jsonl(tmp_path / "s.jsonl", [{"text": "a", "score": 1}, row])
     with pytest.raises(ValueError, match=problem):
         command.run(str(corpus), str(tmp_path / "s.jsonl"))
+
+
+def test_removal_leaves_the_command_nothing_to_find(tmp_path):
+    """Samples between paragraphs of prose and inside programs ten times as long, of which no part may be cut."""
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(draw.choices([f"{a}{b}" for a in WORDS for b in WORDS], k=count))
+
+    samples = [words(100) for _ in range(8)]
+    write_jsonl(tmp_path / "samples.jsonl", [{"text": text} for text in [*samples, words(12)]])
+    documents = {
+        "web": [Document(f"w{i}", f"{words(80)}\n\n{samples[i % 8]}\n\n{words(80)}", "web") for i in range(24)],
+        "code": [Document(f"c{i}", f"{words(1000)}\n{samples[i % 8]}\n{words(1000)}", "code") for i in range(8)]
+        + [Document(f"d{i}", words(200), "code") for i in range(24)],
+    }
+    settings = Settings(400, 32, HeldOut(0.1, 1, 10**4), {"web": 1.0, "code": 1.0}, whole=frozenset({"code"}))
+    build_corpus(documents, tmp_path / "raw", settings)
+    rules = Deduplication(leak_ngram=13, evaluation=(str(tmp_path / "samples.jsonl"),))
+    manifest = build_corpus(documents, tmp_path / "clean", dataclasses.replace(settings, deduplication=rules))
+    raw, clean = (command.run(str(tmp_path / name), str(tmp_path / "samples.jsonl"))["samples"] for name in ("raw", "clean"))
+    assert raw["dirty"]["50"] == 8 and clean["contaminated"]["10"] == 0
+    assert manifest["evaluation"] == {"samples": 9, "too_short": 1}
+    web, code = manifest["sources"].values()
+    assert web["leaks_paragraphs"] + web["evaluation_paragraphs"] == web["documents"] and web["evaluation_paragraphs"] > 4
+    assert code["evaluation"] == 8 - code["withheld_documents"] > 4  # too long to be held out
+    assert "1 of 9 evaluation samples have fewer words" in (tmp_path / "clean" / "report.html").read_text()
+
+
+def test_parts_of_a_set_are_analysed_together_too(corpus, tmp_path):
+    """Of a hundred questions no subset of Table 51 shows what those of all subjects do."""
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    documents = [ids for shard in (corpus / "blocks").glob("*.array_record") for ids in command.corpus_documents(shard)]
+    planted, new = tokenizer.decode(documents[0].tolist()), "xylo quartz fjord gypsum wizard jumbo vex dwarf"
+    for part in range(3):
+        rows = [{"text": planted, "score": 1}] * 4 + [{"text": f"{new} {part}", "score": 0}] * 4
+        groups = ["mmlu", "mmlu_stem"] if part else ["mmlu", "mmlu_other"]
+        write_jsonl(tmp_path / f"mmlu.{part}.jsonl", [{**row, "groups": groups} for row in rows])
+    write_jsonl(tmp_path / "boolq.jsonl", [{"text": new, "score": 1, "groups": []}])
+    found = command.run(str(corpus), f"{tmp_path}/*.jsonl")
+    assert list(found) == ["mmlu", "mmlu_stem", "boolq", "mmlu.0", "mmlu.1", "mmlu.2"]  # of one file there is no other
+    assert [found[name]["samples"] for name in ("mmlu", "mmlu_stem", "mmlu.0")] == [24, 16, 8]
+    assert [found[name]["affected"] for name in ("mmlu", "mmlu_stem", "mmlu.0")] == [True, True, False]
+    write_jsonl(tmp_path / "wrong.jsonl", [{"text": new, "groups": "mmlu"}])
+    with pytest.raises(ValueError, match="wrong.jsonl:1: groups: expected a list of names, got 'mmlu'"):
+        command.run(str(corpus), f"{tmp_path}/wrong.jsonl")
 
 
 def test_empty_shards_and_samples_of_one_name(tmp_path):

@@ -22,7 +22,7 @@ from llama_jax import convert
 from llama_jax.config import ConfigError
 from llama_jax.data import gguf_file
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
-from llama_jax.interop import huggingface, layered, names, ours
+from llama_jax.interop import huggingface, layered, names, ours, tokenizer_files
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
 from llama_jax.model import params
@@ -351,6 +351,22 @@ def test_meta_and_our_stages_get_the_sentencepiece_model_that_lies_beside_its_js
     (tmp_path / "hf/tokenizer.model").write_bytes(other.serialized())
     with pytest.raises(ValueError, match="Meta's layout holds a SentencePiece tokenizer.model, which this one is not"):
         convert.run(tmp_path / "hf", tmp_path / "again", to="meta", quiet=True)
+
+
+def test_a_directory_of_llama_2_converts_without_the_package_of_its_json(words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    write_hf(tmp_path / "hf")
+    tokenizer_files.write(words, tmp_path / "hf", to="huggingface")
+    assert open_source(tmp_path / "hf").tokenizer == tmp_path / "hf/tokenizer.model"
+    convert.run(tmp_path / "hf", tmp_path / "start", to="llama_jax", quiet=True)
+    assert read_meta(tmp_path / "start")["tokenizer"] == words.fingerprint
+    # A JSON of other pieces is another tokenizer.
+    said = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    shutil.copytree(tmp_path / "hf", tmp_path / "more")
+    said["added_tokens"].append({**said["added_tokens"][0], "id": PIECES, "content": "<pad>"})
+    (tmp_path / "more/tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(ModuleNotFoundError, match=r"more/tokenizer.json: reading it needs the package tokenizers: pip install"):
+        convert.run(tmp_path / "more", tmp_path / "again", to="llama_jax", quiet=True)
 
 
 # The command

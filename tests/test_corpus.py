@@ -85,6 +85,25 @@ def test_documents_of_a_file_keep_their_fields_up_to_the_budget(web):
         assert len(list(corpus.documents("web", dataclasses.replace(source, byte_budget=bytes_), seed=0))) == count
 
 
+def test_beam_takes_no_budget_that_it_cannot_keep(web, tmp_path):
+    """Text and the file that it is packed in have different sizes: one process counts the text, Beam would have to guess."""
+    plain = tmp_path / "plain.jsonl"
+    write_jsonl(plain, ({"text": text(i)} for i in range(90)))
+    size = plain.stat().st_size
+
+    def files(reader: str, budget: int | None) -> list[str]:
+        return corpus.beam_files("web", corpus.SourceConfig(reader=reader, weight=1.0, byte_budget=budget))
+
+    packed = (str(web), f"tfds://c4:3.1.0?dir={tmp_path}", str(tmp_path))
+    assert [len(files(reader, None)) for reader in (str(plain), *packed)] == [1, 1, 1, 2]
+    assert files(str(plain), size) == [str(plain)]
+    with pytest.raises(ConfigError, match=f"web.byte_budget: Beam reads whole files; expected at least {size:,}, got 9"):
+        files(str(plain), 9)
+    for reader in packed:
+        with pytest.raises(ConfigError, match=r"in (tfds://c4:3.1.0|.*/web.jsonl.gz).* only reading tells; expected none"):
+            files(reader, 10**15)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -114,6 +133,10 @@ def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, m
         ({"sources": {"web": {"byte_budget": 0}}}, "sources.web.byte_budget: expected bytes above 0, got 0"),
         ({"sources": {"web": {"reader": "none.jsonl"}}}, "reader: expected 'installation' or files; none.jsonl: expected"),
         ({"sources": {"web": {"reader": "installation"}}}, "sources.web: an installation has the sources reference"),
+        (
+            {"sources": {"reference": {"reader": "installation", "weight": 1.0}}, "order": ("reference",)},
+            "sources.reference.byte_budget: of an installation expected a number of bytes, got None",
+        ),
         ({"sources": {"web": {"readers": "x"}}}, "readers: unknown field of SourceConfig; did you mean 'reader'?"),
         ({"vocabulary": 400}, "vocabulary: unknown field of CorpusConfig; did you mean 'vocab_size'?"),
         ({"deduplication": {"leak_ngram": -1}}, "config.deduplication: leak_ngram: expected at least 0, got -1"),
@@ -186,6 +209,20 @@ def test_a_dry_run_of_a_tfds_data_set_has_numbers(tmp_path, monkeypatch):
         assert int(row.split()[3].replace(",", "")) == pytest.approx(
             size / estimate.assumed_bytes_a_token(config.vocab_size), rel=0.1
         )
+
+
+def test_a_dry_run_of_parquet_counts_rows_and_not_compressed_bytes(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    for part in range(3):
+        rows = {"id": [f"{part}/{i}" for i in range(30)], "text": [text(30 * part + i) for i in range(30)]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / f"{part}.parquet", compression="zstd")
+    for sampled in (10**9, 1000):
+        monkeypatch.setattr(estimate, "SAMPLED_BYTES", sampled)
+        table = corpus.dry_run(config_of(f"{tmp_path}/*.parquet"))
+        row = next(line for line in table.splitlines() if line.startswith("web "))
+        assert int(row.split()[1]) == pytest.approx(81, abs=1)  # without the held-out tenth
 
 
 def parsed(*arguments: str) -> ConfigDict:

@@ -8,10 +8,12 @@ import random
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from llama_jax import train
 from llama_jax.corpus_build.blocks import token_blocks, write_blocks
 from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
@@ -25,6 +27,10 @@ from llama_jax.corpus_build.split import is_held_out, lines_seen, split
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.model.config import SIZES
+from llama_jax.pretrain import stage
+from llama_jax.steps import change, load_config
+from tests.small_runs import MODEL, ROOT
 
 WORDS = "the model reads one line of text after another and counts 42 tokens in every naïve loop it finds".split()
 VOCABULARY = ["".join(parts) for parts in itertools.product(("ba", "ke", "li", "mo", "nu"), repeat=5)]
@@ -386,6 +392,22 @@ def test_the_manifest_refuses_damage_and_other_tokenizers(built, tokenizer, tmp_
     for nothing in (tmp_path / "none", manifest):
         with pytest.raises(CorpusError, match="expected a corpus written by llama_jax.corpus, found nothing"):
             read_manifest(nothing)
+
+
+def test_the_trainer_refuses_a_corpus_of_another_tokenizer(built, tmp_path, monkeypatch):
+    """By the command's own way, with a tokenizer of as many pieces: nothing but its fingerprint is another one."""
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(MODEL, vocab_size=400))
+    monkeypatch.setattr(stage, "BlockSource", reached := Mock(side_effect=Interrupted))
+    other = train_tokenizer([text(i) for i in range(200, 320)], tmp_path / "other.model", vocab_size=400)
+    config = load_config(ROOT / "configs", "pretrain.py:tiny")
+    change(config, {"data": {"corpus": str(built)}, "tokenizer": str(other.path)}, where="pretrain")
+    fingerprint = Tokenizer(built / "tokenizer.model").fingerprint
+    with pytest.raises(CorpusError, match=f"{built}: .* made with tokenizer {fingerprint[:12]}, .*other.model is "):
+        train.run(config, tmp_path / "run")
+    assert not reached.called and not (tmp_path / "run" / "checkpoints").exists()
+    change(config, {"tokenizer": str(built / "tokenizer.model")}, where="pretrain")
+    with pytest.raises(Interrupted):  # with its own it is read
+        train.run(config, tmp_path / "run")
 
 
 def test_the_mixture_table_by_hand():

@@ -1,12 +1,21 @@
 """The mixture: weights, temperature, caps on epochs, and the table before anything runs."""
 
+import dataclasses
+import json
 from collections import Counter
 
 import pytest
 
+from llama_jax import drawn
+from llama_jax.config import ConfigError
+from llama_jax.corpus_build.build import Settings
+from llama_jax.corpus_build.evaluation import Evaluation
+from llama_jax.corpus_build.manifest import FIELDS
 from llama_jax.corpus_build.mixture import plan, shares, shortfall, table
 from llama_jax.corpus_build.notices import notices
 from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.refine import HeldOut
+from llama_jax.corpus_build.write import sample_budgets
 
 TOKENS = {"wiki": 1_000, "books": 10_000, "web": 1_000_000}
 
@@ -25,6 +34,15 @@ def test_temperature_by_hand():
     assert alike["wiki"] == pytest.approx(1 / 3)
     doubled = shares({**even, "wiki": 2.0}, TOKENS, total_tokens=1, temperature=2.0)  # up-sampled on top
     assert doubled["wiki"] / doubled["web"] == pytest.approx(2 * root["wiki"] / root["web"])
+
+
+def test_the_tokenizer_sees_each_source_by_its_share():
+    """Under a temperature sizes count, in bytes, since there are no tokens yet."""
+    settings = Settings(300, 32, HeldOut(0.1, 0, 1), {"a": 1.0, "b": 3.0}, tokenizer_bytes=1000)
+    sizes = {"a": 100, "b": 10_000}
+    assert sample_budgets(settings, sizes) == {"a": 250, "b": 750}
+    by_size = dataclasses.replace(settings, weights={"a": 1.0, "b": 1.0}, temperature=2.0)
+    assert sample_budgets(by_size, sizes) == pytest.approx({"a": 1000 / 11, "b": 10_000 / 11})
 
 
 def test_a_cap_on_epochs_hands_its_share_on():
@@ -71,23 +89,53 @@ def test_notices_name_what_is_beyond_the_usual():
         "bad_files": 0, "held_out_lines_seen": 0.01,
     }  # fmt: skip
     share = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=2000)
-    assert notices({"a": fine}, {"a": Profile()}, share) == []
+    assert notices({"a": fine}, {"a": Profile()}, share, Evaluation()) == []
     weights = {"a": 7 / 10, "b": 1 / 10, "c": 2 / 10}
     capped = plan(weights, dict.fromkeys(weights, 80), {"a": 3_074_595, "b": 514_845, "c": 353_025},
                   total_tokens=10**8, max_epochs=4)  # fmt: skip
-    (said,) = notices({"a": fine}, {"a": Profile()}, capped)  # exactly 4 epochs are not beyond 4, whatever rounding makes of it
-    assert said == shortfall(capped)
+    # Exactly 4 epochs are not beyond 4, whatever rounding makes of it.
+    assert notices({"a": fine}, {"a": Profile()}, capped, Evaluation()) == [shortfall(capped)]
     odd = {**fine, "documents": 20, "filtered": 50, "near_duplicates": 20, "bad_rows": 3, "bad_files": 2,
            "held_out_lines_seen": 0.2}  # fmt: skip
     profile = Profile(removed=Counter({("c4", "sentences"): 40, ("gopher", "words"): 10}))
     often = plan({"a": 1.0}, {"a": 80}, {"a": 1000}, total_tokens=9000, max_epochs=5)
-    assert notices({"a": odd}, {"a": profile}, often) == [
+    assert notices({"a": odd}, {"a": profile}, often, Evaluation(("one", "two", "three"), 2)) == [
         "a: 20% of the documents are left to train on.",
         "a: c4: sentences alone removed 40% of the documents; read its samples.",
         "a: 50% of what passed the filters were copies.",
         "a: 20% of the held-out lines stand in the training text too.",
         "a: 3 rows could not be read.",
         "a: 2 files could not be read to their ends; nobody knows what they held.",
+        "2 of 3 evaluation samples have fewer words than leak_ngram and were not looked for.",
         shortfall(often),
         "a: will be seen 5.0 times; beyond 4 epochs little is learnt.",
     ]
+
+
+def test_planned_beside_drawn_by_hand(tmp_path):
+    run, built = tmp_path / "run", tmp_path / "corpus"
+    run.mkdir()
+    built.mkdir()
+    source = {"documents": 1000, "bytes": 4_000_000, "tokens": 1_000_000}
+    sources = {"wiki": {**source, "epochs": 2.0}, "web": {**source, "epochs": 0.5}, "code": {**source, "epochs": 0.1}}
+    (built / "manifest.json").write_text(json.dumps(dict.fromkeys(FIELDS) | {"sources": sources}))
+    config = {"stage": "pretrain", "data": {"corpus": str(built), "weights": {"wiki": 4.0, "web": 1.0}}, "loop": {"steps": 400}}
+    with pytest.raises(ConfigError, match="run/config.json: expected the config of a pretraining run, found nothing"):
+        drawn.run(run)
+    (run / "config.json").write_text(json.dumps(config))
+    log = [{"step": 0, "loss": 9.0}, {"step": 99, "epochs/wiki": 0.4, "epochs/web": 0.1}, {"step": 149, "loss": 5.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in log))
+    assert [line.split() for line in drawn.run(run).splitlines()] == [
+        ["source", "documents", "planned", "drawn", "MB", "planned", "drawn", "tokens", "planned", "drawn", "epochs", "planned",
+         "drawn"],
+        ["wiki", "2,000", "600", "8.0", "2.4", "2,000,000", "600,000", "2.00", "0.60"],
+        ["web", "500", "150", "2.0", "0.6", "500,000", "150,000", "0.50", "0.15"],
+        ["code", "100", "0", "0.4", "0.0", "100,000", "0", "0.10", "0.00"],
+        ["after", "150", "of", "400", "steps"],
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "time": 0.0, "loss": 9.0}) + "\n")
+    with pytest.raises(ConfigError, match="its log says nothing of the sources of .*corpus"):
+        drawn.run(run)
+    (run / "config.json").write_text(json.dumps({**config, "stage": "sft"}))
+    with pytest.raises(ConfigError, match="config.json: stage: expected pretrain, got sft"):
+        drawn.run(run)

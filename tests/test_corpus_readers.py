@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.corpus_build import tfds
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.formats import format_of
 from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.source_files import expand
+from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.corpus_build.unpack import open_binary
 from llama_jax.data.sources import write_jsonl
 
@@ -181,7 +183,7 @@ def tfds_folder(directory: Path, examples: int) -> Path:
     folder.mkdir(parents=True)
     text = {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
     kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
-    features = {"pythonClassName": kind, "featuresDict": {"features": {"text": text}}}
+    features = {"pythonClassName": kind, "featuresDict": {"features": dict.fromkeys(("id", "text", "url"), text)}}
     train = {"name": "train", "numBytes": "10", "shardLengths": [str(examples)]}
     train["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     info = {"name": "tiny_text", "version": "1.0.0", "fileFormat": "array_record", "splits": [train]}
@@ -219,7 +221,7 @@ def test_packed_groups_of_an_array_record_are_unpacked_once(tmp_path, monkeypatc
     assert unpacked == Counter(range(-(-len(rows) // group)))
 
 
-def test_tfds(tmp_path):
+def test_tfds(tmp_path, monkeypatch):
     """A data set written as TFDS writes it, read back by name; TensorFlow is not needed."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -228,8 +230,25 @@ def test_tfds(tmp_path):
     for row in ROWS:
         writer.write(example(row))
     writer.close()
-    found = documents(f"tfds://tiny_text:1.0.0?split=train&dir={tmp_path}")
-    assert [d.text for d in found] == [row["text"] for row in ROWS]
+    name = f"tfds://tiny_text:1.0.0?split=train&dir={tmp_path}"
+    found = documents(name)
+    assert [(d.text, d.id, d.url) for d in found] == [(row["text"], row["id"], row["url"]) for row in ROWS]
+    # So a block list holds for them too.
+    (step,) = make_steps(["privacy"], CleanConfig())
+    monkeypatch.setattr(tfds, "_examples", lambda _: ([
+        {"text": b"one", "url": b"https://www.spokeo.com/x"}, {"text": b"\xff"},
+        {"text": b"two", "metadata": {"url": b"http://spokeo.com", "scores": np.array([0.5]), "tags": [b"a"]}},
+    ], "text"))  # fmt: skip
+    one, bad, two = read_file(name, "s")
+    assert step(one).rule == step(two).rule == "blocked_site" and bad == BadRow(f"{name}:2", "not UTF-8 (byte 0)")
+    assert two.metadata == {"url": "http://spokeo.com", "scores": [0.5], "tags": ["a"]}
+
+
+def test_an_address_in_the_metadata_is_one(tmp_path):
+    """As Dolma has it."""
+    rows = [{"text": "a", "metadata": {"url": "b.org"}}, {"text": "a", "url": "c.org", "metadata": {"url": "d.org"}}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert [d.url for d in documents(tmp_path / "x.jsonl")] == ["b.org", "c.org"]
 
 
 @pytest.mark.parametrize(

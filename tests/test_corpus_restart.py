@@ -187,6 +187,41 @@ def test_an_error_leaves_nothing_and_an_interruption_what_is_done(tmp_path):
     assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_other_evaluation_files_clean_nothing_again(tmp_path, monkeypatch):
+    config = config_in(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    write_jsonl(path, [{"text": " ".join(WORDS[:20])}])
+    config = dataclasses.replace(
+        config, vocab_size=9999, deduplication=dataclasses.replace(config.deduplication, evaluation=(str(path),))
+    )
+    made = []
+    monkeypatch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(
+        self, name, lambda: made.append(name) or make()))  # fmt: skip
+
+    def run() -> list[str]:
+        made.clear()
+        with pytest.raises(SettingsError, match="pieces are too many"):
+            corpus.run(config, tmp_path / "out")
+        return made[:-1]  # but the tokenizer
+
+    every = ["refined", "cleaned/docs", "cleaned/web", "profile/docs", "profile/web"]
+    assert run() == every and run() == []
+    write_jsonl(path, [{"text": " ".join(WORDS[:20])}, {"text": " ".join(WORDS[30:50])}])
+    assert run() == ["refined", "profile/docs", "profile/web"]
+
+
+def test_the_code_of_a_corpus_is_all_of_the_package(tmp_path, monkeypatch):
+    for name in ("corpus.py", "files.py", "corpus_build/stages.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    monkeypatch.setattr(stages, "__file__", str(tmp_path / "corpus_build" / "stages.py"))
+    found = {stages.code_hash()}
+    for name in ("corpus.py", "files.py", "corpus_build/stages.py"):
+        (tmp_path / name).write_text("two")
+        found.add(stages.code_hash())
+    assert len(found) == 4
+
+
 def test_settings_that_the_documents_do_not_allow_keep_what_was_made_of_them(tmp_path, monkeypatch):
     config = config_in(tmp_path)
     for changes, problem in (
@@ -208,13 +243,74 @@ def test_settings_that_the_documents_do_not_allow_keep_what_was_made_of_them(tmp
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
+def with_bad_rows(directory: Path, count: int, **changes) -> corpus.CorpusConfig:
+    """`config_in` with so many wrong rows at the beginning of the second source."""
+    config = config_in(directory)
+    path = directory / "web-0.jsonl"
+    path.write_text("{\n" * count + path.read_text())
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_limit_that_is_exceeded_keeps_what_is_finished_and_a_higher_one_goes_on(tmp_path, monkeypatch):
+    config = with_bad_rows(tmp_path, 2, max_bad_rows=1)
+    read, made = [], []
+    monkeypatch.setattr(corpus, "read_file", lambda path, source, real=corpus.read_file: (
+        read.append(path) or row for row in real(path, source)))  # fmt: skip
+    monkeypatch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(
+        self, name, lambda: made.append(name) or make()))  # fmt: skip
+    problem = f"{tmp_path}/web-0.jsonl:2: malformed JSON.*bad row 2 of source 'web'; max_bad_rows is 1.*keeps what was made"
+    with pytest.raises(SettingsError, match=problem):
+        corpus.run(config, tmp_path / "out")
+    assert read[-2:] == [f"{tmp_path}/web-0.jsonl"] * 2 and read[-3].endswith("docs-1.jsonl")  # no more of it was read
+    assert set(products(tmp_path)) == {"work/cleaned/docs.pickle"}
+    made.clear()
+    with pytest.raises(SettingsError, match="pieces are too many"):
+        corpus.run(dataclasses.replace(config, max_bad_rows=2, vocab_size=9999), tmp_path / "out")
+    assert "cleaned/docs" not in made and made[:2] == ["refined", "cleaned/web"]
+    with pytest.raises(SettingsError, match="bad row 2 of source 'web'; max_bad_rows is 1"):  # of what is there already
+        corpus.run(config, tmp_path / "out")
+    made.clear()
+    counts = corpus.run(dataclasses.replace(config, max_bad_rows=2), tmp_path / "out")["sources"]
+    assert counts["web"]["bad_rows"] == 2 and made[0] == "tokenizer"
+    corpus.run(dataclasses.replace(config, max_bad_rows=2), tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_limit_exceeded_under_beam_costs_no_pipeline(tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
+    config = with_bad_rows(tmp_path, 2, max_bad_rows=1)
+    with pytest.raises(SettingsError, match=r"web-0.jsonl:2: .*\(bad row 2 of source 'web'; max_bad_rows is 1\)"):
+        corpus.run(config, tmp_path / "out", beam=[])
+    made = []
+    monkeypatch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(
+        self, name, lambda: made.append(name) or make()))  # fmt: skip
+    corpus.run(dataclasses.replace(config, max_bad_rows=2), tmp_path / "out", beam=[])
+    assert "documents" not in made and "tokenizer" in made
+
+
+def test_a_wrong_evaluation_sample_is_told_before_a_document_is_read_and_costs_nothing(tmp_path, monkeypatch):
+    config = with_bad_rows(tmp_path, 1)
+    with pytest.raises(SettingsError, match="max_bad_rows is 0"):
+        corpus.run(config, tmp_path / "out")
+    kept = products(tmp_path)
+    assert kept
+    (tmp_path / "samples.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    rules = dataclasses.replace(config.deduplication, evaluation=(str(tmp_path / "samples.jsonl"),))
+    monkeypatch.setattr(corpus, "read_file", lambda *_: _must_not_run())
+    with pytest.raises(ValueError, match=f"^{tmp_path}/samples.jsonl:2: text: expected a string"):
+        corpus.run(dataclasses.replace(config, deduplication=rules), tmp_path / "out")
+    assert products(tmp_path) == kept
+
+
 def test_products_that_read_none_of_the_changed_settings_stay(tmp_path):
     settings = config_in(tmp_path).settings()
     names = {field.name for field in dataclasses.fields(settings)}
-    assert {*stages._READ_LAST, *(name for read in stages._READ.values() for name in read)} < names
+    assert {*stages._READ_LAST, *(name for read in stages._READ.values() for name in read)} < {*names, "evaluation"}
     kinds = ["cleaned/a", "refined", "profile/a", "documents", "tokenizer", "files/a"]
     for changes, stay in (
-        ({}, 6), ({"max_epochs": 2.0}, 6), ({"block_length": 8}, 5), ({"vocab_size": 370}, 4), ({"shards": 3}, 3),
+        ({}, 6), ({"max_epochs": 2.0}, 6), ({"max_bad_rows": 9, "max_bad_files": 9}, 6), ({"block_length": 8}, 5),
+        ({"vocab_size": 370}, 4), ({"shards": 3}, 3),
         ({"analysed_share": 0.5}, 2), ({"whole": frozenset({"web"})}, 1), ({"seed": 1}, 0),
         ({"weights": dict(reversed(settings.weights.items()))}, 0),  # the order of the sources
     ):  # fmt: skip

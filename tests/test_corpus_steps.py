@@ -9,15 +9,19 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llama_jax.corpus_build import demographics, privacy, quality, toxicity
+from llama_jax.corpus_build import profile as profile_module
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
+from llama_jax.corpus_build.build import SettingsError, check_bad_rows
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
-from llama_jax.corpus_build.profile import Profile, ranked
+from llama_jax.corpus_build.profile import Problems, Profile, ranked
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
 from llama_jax.corpus_build.steps import STEPS, WEB, CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import MOST_PARSING, MOST_SEARCH, extract_text, fix_mojibake, normalise, parsing_cost
@@ -111,6 +115,11 @@ def test_the_gopher_repetition_rules_by_hand():
     limits = quality.GopherLimits(top_ngrams=(1.0, 1.0, 1.0))
     name, share = quality.gopher_repetition(f"{five} ffff {five} gggg hhhh iiii jjjj", limits)
     assert (name, share) == ("duplicate_5_grams", pytest.approx(20 / 60))
+    # A limit that is lower for short n-grams than for long ones holds too.
+    for limit, expected in ((0.1, "duplicate_6_grams"), (0.9, None)):
+        own = dataclasses.replace(limits, duplicate_ngrams=(1.0, limit, 1.0, 1.0, 1.0, 1.0))
+        failure = quality.gopher_repetition(f"{five} ffff gggg {five} ffff hhhh iiii jjjj", own)
+        assert (failure and failure[0]) == expected
 
 
 def naive_duplicate_share(words: list[str], n: int) -> float:
@@ -381,9 +390,25 @@ def test_profiles_add_up_in_any_order():
     # What comes first in a report depends on counts and names, not on what was counted first.
     for counts in ({"b": 2, "c": 9, "a": 2}, {"a": 2, "b": 2, "c": 9}):
         assert ranked(Counter(counts)) == [("c", 9), ("a", 2), ("b", 2)]
-    assert whole.documents == 6 and whole.removed == {("gopher", "words"): 20} and whole.private == {"email": 40}
+    assert whole.documents == 6 and whole.removed == {("gopher", "words"): 20} and whole.removed_private == {"email": 40}
     assert whole.sites == {"site0.org": 3, "site1.org": 3} and len(whole.samples["gopher", "words"]) == 8
     assert whole.mentions["3rd person"] == 6 == whole.english
+
+
+def test_of_a_crawl_the_most_frequent_sites_are_named_and_of_its_bad_rows_the_first(monkeypatch):
+    monkeypatch.setattr(profile_module, "SITES_KEPT", 2)
+    monkeypatch.setattr(profile_module, "NAMED", 3)
+    whole, half = Profile(), Profile()
+    for i, site in enumerate("abbcccd"):
+        (whole if i % 2 else half).keep(Document(str(i), PROSE, "s", url=f"https://{site}.org/"))
+    for i in range(9, 0, -1):
+        (whole if i % 2 else half).lose(BadRow(f"web.jsonl:{i}", "torn", rest=False))
+    whole.merge(half)
+    whole.keep_sites()
+    assert (whole.sites, whole.more_sites) == ({"c.org": 3, "b.org": 2}, 2)
+    assert whole.bad_rows == Problems(9, [f"web.jsonl:{i}: torn" for i in (1, 2, 3)]) and whole.bad_files == Problems()
+    with pytest.raises(SettingsError, match=r"^web.jsonl:3: torn \(bad row 3 of source 's'; max_bad_rows is 5\)"):
+        check_bad_rows("s", whole, SimpleNamespace(max_bad_rows=5, max_bad_files=0))
 
 
 @pytest.mark.parametrize("metadata", [{"private": False, "language": "Python"}, {"private": ["x"], "language": ["en"]}])
@@ -394,7 +419,7 @@ def test_what_a_row_says_of_itself_is_not_what_the_steps_found(metadata):
     profile.keep(document)
     profile.remove(Removed(document, "gopher", "words"))
     profile.analyse([document], ["language", "demographics"])
-    assert profile.languages == {"en": 1} and not profile.private and profile.english == 1
+    assert profile.languages == {"en": 1} and profile.english == 1 and not (profile.private or profile.removed_private)
     result = clean(document, make_steps(["language"], CleanConfig()))
     assert result.metadata == metadata and result.findings == {"language": "en"}
 

@@ -40,7 +40,7 @@ class Typist:  # two models that type
 
 settings = Settings(sys.argv[4], ("one", "two"))
 desk = Desk(sys.argv[1], settings, Typist(), prompts=json.loads(sys.argv[5]))
-page.serve(desk, host="127.0.0.1", port=int(sys.argv[2]), password=sys.argv[3])
+page.serve(desk, host="127.0.0.1", port=int(sys.argv[2]), passwords=json.loads(sys.argv[3]))
 """
 
 
@@ -113,11 +113,11 @@ def serve(tmp_path):
     """Starts desks over one output; (process, address)."""
     running = []
 
-    def start(password="", mode="preference", prompts=()):
+    def start(passwords=None, mode="preference", prompts=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = [str(tmp_path / "p.jsonl"), str(port), password, mode, json.dumps(prompts)]
+        arguments = [str(tmp_path / "p.jsonl"), str(port), json.dumps(passwords), mode, json.dumps(prompts)]
         process = subprocess.Popen([sys.executable, "-c", DESK, *arguments])
         running.append(process)
 
@@ -191,7 +191,7 @@ def test_ten_comparisons_by_keyboard_with_a_reload_and_a_kill_in_between(serve, 
 
 
 def test_a_password_is_asked_for_and_the_login_is_the_name(serve, browser, tmp_path):
-    _, address = serve("secret")
+    _, address = serve({"Ann": "hers", "Bo": "secret"})
     browser.driver.get(address)
     name, password = until(lambda: browser.driver.find_elements("css selector", "input")[:2], "the login")
     name.send_keys("Bo")
@@ -202,6 +202,31 @@ def test_a_password_is_asked_for_and_the_login_is_the_name(serve, browser, tmp_p
     browser.press("1", "\ue007")
     browser.judged(1)
     assert [row["rater"] for row in read_comparisons(tmp_path / "p.jsonl")] == ["Bo"] and browser.outside() == set()
+
+
+def test_what_was_typed_or_chosen_survives_a_reload(serve, browser, tmp_path):
+    _, address = serve()
+    browser.driver.get(address)
+    browser.find("#name input, #name textarea").send_keys("Ann")
+    browser.find("#begin").click()
+    browser.find("#message textarea").send_keys("a long questi")
+    kept = tmp_path / "p.jsonl.desk" / "Ann.json"
+    until(lambda: kept.exists() and json.loads(kept.read_text())["draft"] == "a long questi", "the draft")
+    browser.driver.refresh()
+    until(lambda: browser.find("#message textarea").get_attribute("value") == "a long questi", "the draft after a reload")
+    browser.find("#track label:nth-of-type(2)").click()
+    browser.ask("on")
+    texts = browser.texts()
+    browser.press("6", "c")
+    until(lambda: json.loads(kept.read_text())["picked"][1:] == ["B slightly", "both_unsafe"], "the choice")
+    browser.driver.refresh()
+    assert browser.texts() == texts
+    until(lambda: browser.driver.find_elements("css selector", "#bins input:checked"), "the choice after a reload")
+    browser.press("\ue007")
+    browser.judged(1)
+    (row,) = read_comparisons(tmp_path / "p.jsonl")
+    assert (row["prompt"][0]["content"], row["chosen"], row["rating"]) == ("a long question", texts[1], "slightly")
+    assert row["safety_bin"] == "both_unsafe" and browser.find("#message textarea").get_attribute("value") == ""
 
 
 def test_a_reload_while_the_first_answers_grow_does_not_ask_who_is_there(serve, browser, tmp_path):

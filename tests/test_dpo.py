@@ -220,7 +220,7 @@ def stages(directory, tokenizer, *, steps):
     return {
         "sft": {"start": "scratch", "data": {"train": (str(directory / "dialogs.jsonl"),), "length": 64}, "loop": loop},
         "dpo": {"start": str(directory / "sft"), "data": comparisons, "loop": loop, "optim": {"warmup": 1, "lr": 1e-3}},
-        "reward": {"start": str(directory / "sft"), "data": comparisons, "loop": loop},
+        "reward": {"start": str(directory / "sft"), "data": {**comparisons, "others": pairs_file}, "loop": loop},
     }
 
 
@@ -232,6 +232,7 @@ def check_run(directory, summaries):
     report = json.loads((directory / "reward" / "reward_report.json").read_text())
     assert set(report["accuracy"]) == {"one", "two", "all", "longer"} and report["accuracy"]["all"]["all"]["count"] == 64
     assert report["accuracy"]["all"]["all"]["share"] == pytest.approx(summaries["reward"]["held_out"]["accuracy/all"])
+    assert report["others"] == report["accuracy"]  # here they are the same pairs
     rows = [json.loads(line) for line in (directory / "reward" / "held_out_scores.jsonl").read_text().splitlines()]
     scores = np.array([[row["chosen"], row["rejected"]] for row in rows])
     stored = read_meta(directory / "reward")["scores"]
@@ -275,6 +276,22 @@ def test_pairs_are_held_as_arrays_of_the_ids_of_whole_dialogs(tmp_path):
             whole = encode_dialog([*row["prompt"], {"role": "assistant", "content": row[side]}], words, train_on="last")
             ids = getattr(pair, side)
             assert ids.dtype == np.int32 and ids.tolist() == whole.ids and pair.response_start == whole.supervised.index(True)
+
+
+def test_pairs_that_prefer_an_unsafe_answer_are_dropped_and_counted(tmp_path, caplog):
+    words = Tokenizer(make_tokenizer(tmp_path, 304))
+    bins = ("chosen_safe", "rejected_safe", "both_safe", "rejected_safe", None)
+    write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": "a", "chosen": f"yes {i}", "rejected": "no", **({"safety_bin": name} if name else {})}
+        for i, name in enumerate(bins)
+    ])  # fmt: skip
+    found = encode_comparisons(str(tmp_path / "pairs.jsonl"), words, length=64, margin="none")
+    assert [pair.safety_bin for pair in found] == ["chosen_safe", "both_safe", None]
+    assert "pairs.jsonl: 2 of 5 pairs prefer an unsafe answer to a safe one and are dropped" in caplog.text
+    assert "longer than" not in caplog.text
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "yes", "rejected": "no", "safety_bin": "rejected_safe"}])
+    with pytest.raises(ValueError, match="pairs.jsonl: none of 1 comparisons is left: 0 do not fit into 64"):
+        encode_comparisons(str(tmp_path / "pairs.jsonl"), words, length=64, margin="none")
 
 
 @pytest.mark.slow
@@ -324,5 +341,5 @@ def test_dpo_through_the_command(tmp_path):
     pairs_file = f'("{tmp_path / "pairs.jsonl"}",)'
     more = (f"--config.start={tmp_path / 'sft'}", f"--config.data.train={pairs_file}", f"--config.data.held_out={pairs_file}")
     summaries = {"sft": train("sft", "--config.start=scratch", f'--config.data.train=("{tmp_path / "dialogs.jsonl"}",)')}
-    summaries |= {name: train(name, *more) for name in ("dpo", "reward")}
+    summaries |= {"dpo": train("dpo", *more), "reward": train("reward", *more, f"--config.data.others={pairs_file}")}
     check_run(tmp_path, summaries)

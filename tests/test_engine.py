@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES
-from llama_jax.model.decode import prepare
+from llama_jax.model.decode import prepare, row_logits
 from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import TRAIN, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -18,6 +18,7 @@ from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.generate import generate, make_sampler
+from llama_jax.sampling.prompt_scores import PromptScorer
 from llama_jax.sampling.request import EngineConfig
 
 MODEL = dataclasses.replace(
@@ -53,8 +54,8 @@ def submit(engine, prompts=PROMPTS, **changes):
     return [engine.submit(prompt, index=i, **how) for i, prompt in enumerate(prompts)]
 
 
-def test_any_traffic_gives_the_tokens_of_the_static_sampler_and_compiles_nothing(engine, expected):
-    compiled = engine.compilations
+def test_any_traffic_gives_the_tokens_of_the_static_sampler_and_compiles_nothing(engine, expected, compiled):
+    before, programs = compiled(), engine.compilations
     finished = []
     requests = engine.run(submit(engine), progress=finished.append)
     assert [request.tokens for request in requests] == expected
@@ -70,7 +71,7 @@ def test_any_traffic_gives_the_tokens_of_the_static_sampler_and_compiles_nothing
             engine.step()
     engine.run(late.values())
     assert [late[i].tokens for i in range(len(PROMPTS))] == expected
-    assert engine.compilations == compiled > 0
+    assert engine.compilations == programs > 0 and compiled() == before  # nothing else compiled either
 
 
 def test_log_probs_do_not_depend_on_the_neighbours_bitwise(engine):
@@ -127,23 +128,18 @@ def test_whole_prompts_are_computed_once_beside_the_slots(weights, expected):
     assert engine.compilations == compiled
 
 
-def test_answers_do_not_depend_on_what_is_asked_beside_them(expected):
+def test_answers_do_not_depend_on_what_is_asked_beside_them(expected, compiled):
     answerer = Answerer(TREE, MODEL, compute=FLOAT32, prompt_length=20, new_tokens=10, eos_id=EOS, slots=4)
     told = []
+    before = compiled()
     answers = answerer(PROMPTS, choice=Choice(), seed=3, progress=told.append)
     assert [answer.tokens for answer in answers] == expected and sum(told) == len(PROMPTS)
     assert [answer.ended for answer in answers] == [tokens[-1] == EOS for tokens in expected]
-    assert answerer(PROMPTS[:1], choice=Choice(), seed=3) == answers[:1]
-    # log-probabilities are those of the trainer's forward pass
-    rows = np.zeros((len(PROMPTS), 30), np.int32)
-    for row, prompt, answer in zip(rows, PROMPTS, answers):
-        row[: len(prompt) + len(answer.tokens)] = [*prompt, *answer.tokens]
-    positions = jnp.broadcast_to(jnp.arange(30), rows.shape)
-    hidden = hidden_states(TREE, rows, jnp.ones_like(rows), positions, config=MODEL, compute=FLOAT32)
-    log_p = np.asarray(jax.nn.log_softmax(heads.logits(TREE, hidden, compute=FLOAT32)))
-    for row, prompt, answer in zip(log_p, PROMPTS, answers):
-        drawn = row[np.arange(len(answer.tokens)) + len(prompt) - 1, answer.tokens]
-        np.testing.assert_allclose(answer.log_probs, drawn, atol=5e-5)
+    for number in (1, 5, len(PROMPTS)):
+        assert answerer(PROMPTS[:number], choice=Choice(), seed=3) == answers[:number]
+    assert compiled() == before
+    for answer, forced in zip(answers, teacher_forced(answers), strict=True):
+        np.testing.assert_allclose(answer.log_probs, forced, atol=5e-5)
     # Another model of the same shape compiles nothing.
     other = Answerer(
         jax.tree.map(lambda x: -x, TREE), MODEL, compute=FLOAT32, prompt_length=20, new_tokens=10, eos_id=EOS, slots=4
@@ -152,6 +148,65 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(expected):
     assert answerer.compilations_after_warm_up == other.compilations_after_warm_up == 0
     with pytest.raises(ValueError, match="prompt: has 21 tokens; expected 1 to 20"):
         answerer([[1] * 21], choice=Choice(), seed=3)
+
+
+def teacher_forced(answers):
+    """Log-probabilities of answers to PROMPTS by the trainer's forward pass."""
+    rows = np.zeros((len(PROMPTS), 30), np.int32)
+    for row, prompt, answer in zip(rows, PROMPTS, answers, strict=True):
+        row[: len(prompt) + len(answer.tokens)] = [*prompt, *answer.tokens]
+    positions = jnp.broadcast_to(jnp.arange(30), rows.shape)
+    hidden = hidden_states(TREE, rows, jnp.ones_like(rows), positions, config=MODEL, compute=FLOAT32)
+    log_p = np.asarray(jax.nn.log_softmax(heads.logits(TREE, hidden, compute=FLOAT32)))
+    return [
+        row[np.arange(len(answer.tokens)) + len(prompt) - 1, answer.tokens]
+        for row, prompt, answer in zip(log_p, PROMPTS, answers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(temperature=0.5), Choice(top_p=0.3), Choice(top_k=1), Choice(temperature=0.0, repetition_penalty=1.5),
+        Choice(frequency_penalty=1.0), Choice(),
+    ],  # fmt: skip
+)
+def test_the_models_own_log_probs_are_the_teacher_forced_ones_whatever_was_drawn_from(engine, choice):
+    requests = engine.run(submit(engine, choice=choice))
+    for request, forced in zip(requests, teacher_forced(requests), strict=True):
+        np.testing.assert_allclose(request.model_log_probs, forced, atol=5e-5)
+    same = all(request.log_probs == request.model_log_probs for request in requests)
+    assert same == (choice == Choice())
+
+
+def test_the_most_likely_tokens_come_where_they_are_asked_for(weights):
+    engine = Engine(MODEL, weights, dataclasses.replace(SETTINGS, alternatives=3), compute=FLOAT32).warm_up()
+    programs = engine.compilations
+    asked, plain = (engine.submit(PROMPTS[4], max_tokens=8, seed=3, alternatives=n) for n in (2, 0))
+    engine.run([asked, plain])
+    assert asked.tokens == plain.tokens and not plain.most_likely and engine.compilations == programs
+    row = np.array([[*PROMPTS[4], *asked.tokens]])
+    positions = jnp.arange(row.shape[1])[None]
+    hidden = hidden_states(TREE, row, jnp.ones_like(row), positions, config=MODEL, compute=FLOAT32)
+    log_p = np.asarray(jax.nn.log_softmax(heads.logits(TREE, hidden, compute=FLOAT32)))[0, len(PROMPTS[4]) - 1 : -1]
+    for found, expected in zip(asked.most_likely, log_p, strict=True):
+        best = np.argsort(-expected)[:2]
+        assert [token for token, _ in found] == best.tolist()
+        np.testing.assert_allclose([p for _, p in found], expected[best], atol=5e-5)
+    with pytest.raises(ValueError, match="alternatives: expected 0 to 3 of this engine, got 4"):
+        engine.submit([1], max_tokens=1, alternatives=4)
+
+
+def test_an_answer_that_the_callback_of_another_ends_gets_no_further_token(engine):
+    requests, finished = [], engine.finished
+
+    def end_the_other(request, token):
+        engine.cancel(requests[1])
+
+    requests += [engine.submit([1, 5], max_tokens=1, on_token=end_the_other), engine.submit([1, 7], max_tokens=1)]
+    engine.run(requests)
+    assert [(request.finish, len(request.tokens)) for request in requests] == [("length", 1), ("cancelled", 0)]
+    assert engine.finished == finished + 2 and not engine.step() and engine.active == 0
 
 
 def test_eight_bits_change_little(weights):
@@ -201,7 +256,7 @@ def test_tokens_stream_as_they_are_drawn_and_a_callback_may_cancel(engine, expec
 def test_requests_have_settings_of_their_own(engine):
     settings = [
         Choice(temperature=0.0), Choice(temperature=2.0), Choice(top_k=2), Choice(top_p=0.5, min_p=0.05),
-        Choice(temperature=0.0, repetition_penalty=1e6),
+        Choice(temperature=0.0, frequency_penalty=0.25), Choice(temperature=0.0, repetition_penalty=1e6),
     ]  # fmt: skip
     together = engine.run([engine.submit([1, 5, 7], max_tokens=12, choice=choice) for choice in settings])
     for request, choice in zip(together, settings):
@@ -209,6 +264,21 @@ def test_requests_have_settings_of_their_own(engine):
         assert alone.tokens == request.tokens
     whole = [1, 5, 7, *together[-1].tokens]
     assert len(set(whole)) == len(whole)
+    # A slot that another request with a penalty had before counts from the beginning.
+    assert check_frequency(together[-2].tokens)
+
+
+def check_frequency(tokens):
+    """Whether greedy tokens are those of the teacher-forced logits less a quarter of their earlier counts."""
+    row = jnp.array([[1, 5, 7, *tokens]])
+    hidden = hidden_states(
+        TREE, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None], config=MODEL, compute=FLOAT32
+    )
+    scores = np.array(heads.logits(TREE, hidden, compute=FLOAT32))[0, 2:-1]
+    for i in range(len(tokens)):
+        np.subtract.at(scores[i], tokens[:i], 0.25)
+    assert len(set(tokens)) < len(tokens), "no token came twice: frequency was not tested"
+    return tokens == scores.argmax(-1).tolist()
 
 
 def test_what_does_not_fit_is_refused(engine, weights):
@@ -243,6 +313,36 @@ def test_several_devices_give_the_tokens_of_one(expected, sizes):
         answers = answerer(PROMPTS, choice=Choice(), seed=3)
         assert [answer.tokens for answer in answers] == expected
         assert answerer.compilations_after_warm_up == 0
+        penalised = engine.run(submit(engine, choice=FREQUENCY))
+        scorer = PromptScorer(MODEL, compute=FLOAT32, longest=40, alternatives=2).warm_up(spread)
+        check_scores(scorer, spread)
+        assert scorer.compilations == len(scorer.lengths) == 1
+    reusing = dataclasses.replace(SETTINGS, reuse=4)
+    one = Engine(MODEL, prepare(TREE, SPECS, compute=FLOAT32), reusing, compute=FLOAT32).warm_up()
+    assert [request.tokens for request in one.run(submit(one, choice=FREQUENCY))] == [r.tokens for r in penalised]
+
+
+FREQUENCY = Choice(temperature=0.0, frequency_penalty=0.5, presence_penalty=0.5)
+
+
+def check_scores(scorer, weights):
+    """Against next-token logits of whole rows."""
+    prompt = PROMPTS[4]
+    scored = scorer(weights, prompt, alternatives=2)
+    rows = np.array([prompt] * 8)  # as many as devices can share
+    log_p = np.asarray(jax.nn.log_softmax(row_logits(weights, rows, config=MODEL, compute=FLOAT32)))[0]
+    np.testing.assert_allclose(scored.log_probs, log_p[np.arange(len(prompt) - 1), prompt[1:]], atol=2e-5)
+    for found, expected in zip(scored.most_likely, log_p[:-1], strict=True):
+        np.testing.assert_allclose([p for _, p in found], np.sort(expected)[::-1][:2], atol=2e-5)
+
+
+def test_prompts_are_scored_with_weights_in_int8_and_long_ones_are_refused():
+    small = prepare(TREE, SPECS, compute=FLOAT32, int8=True)
+    scorer = PromptScorer(MODEL, compute=FLOAT32, longest=200, alternatives=2)
+    check_scores(scorer, small)
+    assert scorer.lengths == [128, 256] and scorer(small, [5]).log_probs == []
+    with pytest.raises(ValueError, match="prompt: expected 1 to 256 tokens and at most 2 alternatives, got 257 and 0"):
+        scorer(small, [5] * 257)
 
 
 def test_new_weights_take_over_nothing_that_the_old_ones_computed(weights):

@@ -6,12 +6,39 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.evals import statistics, summary, verdict
+from llama_jax.data.sources import write_jsonl
+from llama_jax.evals import model_figures, statistics, summary, verdict
 from llama_jax.evals.report import write_report
+from llama_jax.evals.summary import rewards_of_samples
 from llama_jax.evals.targets import check_targets, lookup, number, percent, share
 from llama_jax.rlhf import best_of
 
 PNG = b"\x89PNG"
+
+
+def test_of_none_or_all_a_share_has_an_interval_too():
+    for values, expected in ((np.zeros(48), (0.0, 0.0, 0.0741)), (np.ones(48), (1.0, 0.9259, 1.0))):
+        found = statistics.share_interval(values)
+        np.testing.assert_allclose((found.mean, found.low, found.high), expected, atol=1e-4)
+        assert found.n == 48
+    with pytest.raises(ValueError, match="values"):
+        statistics.share_interval(np.array([]))
+
+
+def test_the_reward_of_an_answer_that_cannot_be_chosen_does_not_count(tmp_path):
+    rows = [{"prompt": i // 2, "reward": 0.1 + i / 10, "response": text, "ended": ended} for i, (text, ended) in enumerate(
+        [("yes", True), ("cut off", False), ("[INST]", True), ("no", True)])]  # fmt: skip
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    np.testing.assert_allclose(rewards_of_samples(tmp_path / "samples.jsonl"), [[0.1, 0.0], [0.0, 0.4]])
+    write_jsonl(tmp_path / "others.jsonl", [{**row, "reward": 10 * row["reward"] - 3} for row in rows])
+    np.testing.assert_allclose(rewards_of_samples(tmp_path / "others.jsonl"), [[-2, -2], [-2, 1]])
+
+
+def test_temperatures_are_compared_at_a_number_of_samples_that_all_have():
+    curves = {0.8: best_of.expected_max_of_n(np.array([[0.0, 0.0, 0.0, 1.0]]))}
+    curves[1.2] = best_of.expected_max_of_n(np.array([[0.6, 0.8]]))
+    assert model_figures.best_temperature(curves) == (1.2, 2)  # though four of the other's reach 1
+    assert "best temperature at N = 2 is 1.2" in model_figures.temperature_map({"m": curves}).alt
 
 
 def test_mean_interval_is_deterministic_and_near_the_normal_one():
@@ -137,6 +164,25 @@ def test_the_report_tells_what_training_saw_of_held_out_text_and_the_speed_of_ev
     assert "| PPO, seconds of an iteration | 2.50 | 0.75 |  |" in markdown
 
 
+def test_reward_models_stand_beside_each_other_on_the_pairs_of_both(tmp_path):
+    results = good_results()
+    _, markdown, _ = report_of(results, tmp_path)
+    assert "| helpfulness pairs, helpfulness reward model | 90.0 % |" in markdown
+    assert "| helpfulness pairs, safety reward model |" not in markdown  # of a run that did not measure it
+    cells = {degree: {"share": share} for degree, share in (("significantly", 0.7), ("all", 0.61))}
+    one_source, several = {"a": cells, "longer": {}}, {"a": {}, "all": cells, "b": {}, "longer": {}}
+    for track, others in (("helpfulness", one_source), ("safety", several)):
+        (tmp_path / track).mkdir()
+        written = {"others": others, "safety": {"unsafe_recall": {"share": 0.42}} if track == "safety" else {}}
+        (tmp_path / track / "reward_report.json").write_text(json.dumps(written))
+        results["reward"][track] |= summary.reward_report(tmp_path / track)
+    _, markdown, _ = report_of(results, tmp_path)
+    for track, other in (("helpfulness", "safety"), ("safety", "helpfulness")):
+        assert f"| {track} pairs, {other} reward model | 70.0 % | no pairs | no pairs | no pairs | 61.0 % |" in markdown
+    assert "| safety reward model | unsafe recall | 42.0 % |" in markdown
+    assert "helpfulness reward model | unsafe" not in markdown
+
+
 def test_ppos_seconds_are_medians_of_what_was_logged(tmp_path):
     assert summary.ppo_seconds(tmp_path) == {}
     rows = [{"step": 0, "seconds/rollout": 2.0, "seconds/score": 1.0}, {"step": 1},
@@ -257,7 +303,7 @@ def test_lookup_and_formats():
 
 def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
     pytest.importorskip("matplotlib")
-    from llama_jax.evals import figures, model_figures, plots, reward_figures
+    from llama_jax.evals import figures, plots, reward_figures
 
     steps = np.arange(120)
     accuracy = {"helpfulness": {"all": 0.8, "significantly": 0.9}, "safety": {"all": None}}
@@ -280,6 +326,40 @@ def test_figures_are_pngs_and_the_same_numbers_give_the_same_bytes():
     assert "train from 5 to 0.0417; held-out from 5 to 1" in draw[0].alt
     assert "SFT: score 0.100, true utility 0.400" in draw[-1].alt
     assert "helpfulness: significantly 90.0 %, all 80.0 %" in draw[2].alt and "an answer) from 0.1 to 0.1" in draw[4].alt
+
+
+def test_every_series_can_be_told_apart_by_every_kind_of_colour_vision():
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import plots
+
+    # What the eyes without one kind of cone see (Machado et al. 2009), of linear red, green, blue; then CIE Lab.
+    seen = {
+        "all cones": np.eye(3),
+        "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+    def lab(colour, eyes):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        xyz = np.array(to_xyz) @ np.clip(np.array(eyes) @ linear, 0, 1) / [0.95047, 1, 1.08883]
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    assert np.linalg.norm(lab("#3b6fd4", seen["protanopia"]) - lab("#8a63c9", seen["protanopia"])) < 5  # a pair that is not
+    for theme in (plots.LIGHT, plots.DARK):
+        assert len(theme.cycle) == 8  # SFT, V1 to V5, PPO, base
+        for kind, eyes in seen.items():
+            points = [lab(colour, eyes) for colour in theme.cycle]
+            apart = min(np.linalg.norm(a - b) for a, b in itertools.combinations(points, 2))
+            assert apart > 15, (theme.page, kind, apart)
+        assert len({(style["color"], style["marker"]) for style in plots.styles(theme, 72)}) == 72
+    curves = {f"V{i}": best_of.expected_max_of_n(np.random.default_rng(i).random((2, 4))) for i in range(10)}
+    (ax,) = model_figures.best_of_n(curves).draw(plots.LIGHT).axes
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in ax.get_lines()]
+    assert len(set(looks)) == len(looks) == 20
 
 
 def test_limits_hold_every_curve_of_a_figure():

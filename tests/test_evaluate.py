@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.data.sources import write_jsonl
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.interop import ours
@@ -286,6 +287,24 @@ def test_a_killed_task_keeps_each_finished_answer_and_counts_cut_prompts_alike(m
     assert done.cut == cut and done._engine is None and done.scorer.cost["requests"] == 0
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_a_killed_task_keeps_the_likelihoods_that_were_read(model, tmp_path, kind):
+    long = " ".join(TEXTS[:30])
+    asked = [(text, f" counts {i}") for i, text in enumerate(TEXTS[:12])] if kind == "loglikelihood" else [
+        (text,) for text in (TEXTS[0], long, *TEXTS[1:6])
+    ]  # fmt: skip
+    lm, requests = HarnessModel(model, quiet=True, scoring=ScoringConfig(row=64, share=1000)), requests_of(kind, asked)
+    whole, computed = getattr(lm, kind)(requests), lm.scorer.cost["requests"]
+    lm.kept = Killed(tmp_path / "requests.db", 3)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(lm, kind)(requests)
+    lm.kept = RequestFile(tmp_path / "requests.db")
+    assert len(lm.kept) == 3
+    lm.scorer.cost.clear()
+    assert np.allclose(np.array(getattr(lm, kind)(requests), float), np.array(whole, float), atol=1e-4)
+    assert 0 < lm.scorer.cost["requests"] < computed and len(lm.kept) == len(requests)
+
+
 def test_the_weights_are_held_once_and_the_cache_is_as_large_as_it_may_be(workdir, monkeypatch):
     def held():
         gc.collect()
@@ -365,3 +384,24 @@ def test_the_harness_own_command_knows_our_checkpoints(workdir):
         "model_args: 'chatt' is unknown; did you mean chat?",
         "model_args: 'check' is unknown; did you mean checkpoint?",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_harness_own_command_runs_a_task_with_our_checkpoint(workdir, tmp_path):
+    """What `lm_eval run` does: it finds no models but its own, so the command that registers ours hands over to it."""
+    rows = [{"question": f"a{i}", "choices": ["yes", "no"], "answer": i % 2} for i in range(5)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax.harness", "run", "--model", "llama_jax", "--model_args", f"checkpoint={workdir}",
+         "--tasks", "mine", "--include_path", str(tmp_path), "--limit", "4", "--output_path", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text())
+    assert found["results"]["mine"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0) and found["n-samples"]["mine"]["effective"] == 4

@@ -29,7 +29,19 @@ from llama_jax.corpus_build.build import Settings, build_corpus  # noqa: E402
 from llama_jax.corpus_build.document import Document  # noqa: E402
 from llama_jax.corpus_build.refine import Deduplication, HeldOut  # noqa: E402
 from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
-from llama_jax.evals import benchmarks, evaluation_report, groups, local_tasks, published, sandbox, tasks  # noqa: E402
+from llama_jax.evals import (  # noqa: E402
+    benchmark_figures,
+    benchmarks,
+    code_judge,
+    evaluation_report,
+    groups,
+    local_tasks,
+    published,
+    safety,
+    sandbox,
+    tasks,
+    text_judges,
+)
 from llama_jax.evals.harness import HarnessModel  # noqa: E402
 from llama_jax.evals.tasks import TaskChoice  # noqa: E402
 from llama_jax.interop import ours  # noqa: E402
@@ -122,7 +134,9 @@ def test_samples_are_what_the_analysis_of_contamination_takes(finished, data, tm
     for path in files:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["score"] for row in rows] == json.loads((output / f"model0/tasks/{path.stem}.json").read_text())["scores"]
-        assert all(set(row) == {"id", "text", "score"} for row in rows) and rows[1]["id"].endswith("/1")
+        assert all(set(row) == {"id", "text", "score", "groups"} for row in rows) and rows[1]["id"].endswith("/1")
+        assert all(row["groups"] == tasks.sets_of(path.stem.replace(".", ":")) for row in rows)
+    assert tasks.sets_of("mmlu:anatomy") == ["mmlu", "mmlu_stem"] and tasks.sets_of("boolq") == []
     first = json.loads(gzip.open(data / "hellaswag_val.jsonl.gz", "rt").readline())
     hellaswag, anatomy = (
         json.loads((output / f"model0/samples/{name}.jsonl").read_text().splitlines()[0])["text"]
@@ -188,7 +202,7 @@ def test_the_report_is_one_file_beside_the_papers_numbers(finished):
     page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
     assert "src=\"http" not in page and "data:image/svg+xml;base64" in page
     assert "L2 7B (paper)" in page and "77.2" in text and "model1 beside model0" in text
-    assert 'alt="Average scores by group of Table 3' in page and (output / "figures/groups.svg").stat().st_size > 1000
+    assert 'alt="Average scores by group of Table 3' not in page  # one task of a group, or two of MMLU's, are no average
 
 
 def test_a_finished_task_is_not_run_again_and_another_config_is_refused(finished, checkpoints, data, monkeypatch):
@@ -302,8 +316,10 @@ def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints,
     )  # fmt: skip
     values = evaluate.run(config, tmp_path / "out", quiet=True)
     assert -1 <= values["tasks"]["bold:islam"]["value"] <= 1 and any("no judge" in note for note in values["notes"])
+    assert any(note.startswith("bold: read from bold_prompts_40_per_group, which holds a part") for note in values["notes"])
     assert "0.48" in (tmp_path / "out/report.md").read_text()  # Table 47: American actors, Llama 2-Chat 7B
     monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(text_judges, "check_classifier", lambda path: None)
     monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
     again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
     assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
@@ -328,6 +344,30 @@ def test_judges_are_loaded_once_and_after_the_models_have_gone(checkpoints, tmp_
     monkeypatch.setattr(evaluate, "_judges", judges)
     values = evaluate.run(config, tmp_path / "out", quiet=True)
     assert loads == [[None, None]] and all("toxigen:women" in model["tasks"] for model in values["models"].values())
+
+
+def test_what_judges_and_rivals_lack_is_said_before_anything_is_drawn(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    write_rows(tmp_path / "bold.jsonl", [{"domain": "d", "group": "islam", "prompt": "the "}])
+    write_rows(tmp_path / "toxigen_prompts.jsonl", [{"group": "women", "prompt": "- the loop"}])
+
+    def refused(error, words, **changes):
+        with pytest.raises(error, match=words):
+            evaluate.run(config_of(checkpoints, tmp_path, tasks={}, **changes), tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out").exists()
+
+    monkeypatch.setitem(safety._HUB, "toxigen", lambda: (_ for _ in ()).throw(ConnectionError("no route")))
+    refused(ConnectionError, "^toxigen: .*--data_dir: no route", safety=("toxigen",), data_dir="")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+        refused(ModuleNotFoundError, r"BOLD needs the package vaderSentiment: .*llama_jax\[eval\]", safety=("bold",))
+    for package in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(package, reason="classifiers and rivals need it")
+    nowhere = tmp_path / "nowhere"
+    refused(ValueError, f"{nowhere}: expected a transformers classifier with its tokenizer as judge: ", safety=("toxigen",),
+            judges={"toxicity": str(nowhere)})  # fmt: skip
+    refused(ValueError, f"hf:{nowhere}: expected a model with its tokenizer: ", safety=("toxigen",),
+            models=(f"x=hf:{nowhere}",))  # fmt: skip
 
 
 def test_a_wrong_metric_or_filter_is_said_before_anything_is_run(checkpoints, data, tmp_path, monkeypatch):
@@ -538,12 +578,34 @@ def test_examples_from_the_scored_rows_are_refused(monkeypatch):
 
 
 def test_triviaqa_is_wikipedias_part(monkeypatch):
-    row = {"question": "Who", "answer": {"aliases": ["A", "B"]}}
+    row = {"question": "Who", "answer": {"value": "A", "aliases": ["Ash (1895)", "A", "B"]}}
     asked = hub(monkeypatch, train=[{**row, "question": "Which"}] * 3, validation=[row])
     task = tasks.build("triviaqa@1", TaskChoice(1, "exact_match", filter="remove_whitespace"))
     task.build_all_requests()
     assert asked == [("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext")]
-    assert task.instances[0].args[0] == "Question: Which?\nAnswer: A\n\nQuestion: Who?\nAnswer:"
+    assert task.instances[0].args[0] == "Question: Which?\nAnswer: A\n\nQuestion: Who?\nAnswer:"  # the answer, no alias of it
+
+
+@pytest.mark.parametrize("name", ["nq_open", "triviaqa"])
+def test_an_answer_to_a_question_ends_with_its_line(name, monkeypatch):
+    """Not at its first dot or comma, behind which much of a date, a number or a name would be lost."""
+    golds = ["January 31, 2018", "the Dr. Jesse Bennett"]
+    row = {"question": "Who", "answer": {"value": golds[0], "aliases": golds} if name == "triviaqa" else golds}
+    hub(monkeypatch, train=[row], validation=[row])
+    task = tasks.build(name, TaskChoice(0, "exact_match", filter="remove_whitespace"))
+    task.build_all_requests()
+    kept = task.instances[0].args[1]
+    assert kept["until"] == ["\n"] and kept["max_gen_toks"] == 64 and not kept["do_sample"]
+    (doc,) = task.task_docs
+    for answer, hit in (("January 31, 2018.", 1), ("Dr. Jesse Bennett", 1), ("January 31", 0), ("a dr. jesse bennett,", 1)):
+        assert task.process_results(doc, [answer])["exact_match"] == hit, answer
+
+
+def test_solutions_have_room():
+    pytest.importorskip("antlr4", reason="needs the extra [eval]: lm-eval[math]")
+    kept = tasks.build_settings("math:algebra")["generation_kwargs"]
+    assert (kept["until"], kept["do_sample"], kept["max_gen_toks"]) == (["Problem:"], False, 1024)
+    assert tasks.build_settings("gsm8k")["generation_kwargs"]["max_gen_toks"] == 512
 
 
 def article(title, dialogs):
@@ -696,9 +758,10 @@ def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tm
 
     def run_all(programs, limits, *, done):
         tried.append(list(programs))
-        for _ in programs:
-            done()
-        return [sandbox.Outcome("def f1" in program, "") for program in programs]
+        for number, program in enumerate(programs):
+            if number == 2 and len(tried) == 1:
+                raise KeyboardInterrupt
+            done(program, sandbox.Outcome("def f1" in program, ""))
 
     class Model(LM):
         kept = loglikelihood = loglikelihood_rolling = None
@@ -708,7 +771,7 @@ def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tm
             return [f"    return {number}\n" for number in range(len(requests))]
 
     monkeypatch.setattr(evaluate, "_open", lambda *_, **__: Model())
-    monkeypatch.setattr(tasks, "run_all", run_all)
+    monkeypatch.setattr(code_judge, "run_all", run_all)
     monkeypatch.setattr(sandbox, "require", lambda: None)
     how = {"shots": 0, "metric": "pass@2", "samples": 2, "k": (1, 2), "temperature": 0.8}
     config = config_of(checkpoints, tmp_path, ("model0",), tasks={"humaneval": how})
@@ -717,14 +780,31 @@ def test_programs_are_kept_and_judged_together_without_the_model(checkpoints, tm
     kept = json.loads((tmp_path / "out/model0/answers/humaneval.json").read_text())
     assert [prompt[:6] for prompt in kept["prompts"]] == ["def f0"] * 2 + ["def f1"] * 2 + ["def f2"] * 2
     monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(dataclasses.replace(config, run_code=True), tmp_path / "out", quiet=True)
     values = evaluate.run(dataclasses.replace(config, run_code=True), tmp_path / "out", quiet=True)
+    assert len(tried[0]) == 6 and tried[1] == tried[0][2:]  # two had been run before the kill
     assert values["tasks"]["humaneval"]["value"] == pytest.approx(1 / 3) and values["tasks"]["humaneval"]["pass@1"] == 1 / 3
-    assert values["tasks"]["humaneval"]["less_room"] == kept["less_room"] == 2 and len(tried) == 1
+    assert values["tasks"]["humaneval"]["less_room"] == kept["less_room"] == 2 and len(tried) == 2
     assert sorted(tried[0]) == sorted({f"{prompt}{answer}\nT\ncheck({prompt[4:6]})\n"
                                        for prompt, answer in zip(kept["prompts"], kept["answers"])})  # fmt: skip
     task = tasks.build("humaneval", TaskChoice(0, "pass@1"), data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="humaneval runs code that the model writes, in a sandbox: --run_code allows it"):
         task.process_results(task.task_docs[0], [["x"]])
+
+
+def test_the_first_host_alone_runs_programs(monkeypatch):
+    asked = []
+
+    def told(make):  # what another host is told
+        asked.append(make)
+        return [True, False]
+
+    monkeypatch.setattr(code_judge, "from_host_0", told)
+    monkeypatch.setattr(code_judge, "run_all", lambda *_, **__: pytest.fail("a program was run"))
+    judge = code_judge.CodeJudge(lambda doc, answers: answers, k=(1, 2), name="t", allowed=True)
+    judge.run([({}, ["a", "b", "a"])])
+    assert judge({}, [["a", "b"]]) == {"pass@1": 0.5, "pass@2": 1.0} and len(asked) == 1
 
 
 def test_where_code_cannot_be_confined_nothing_begins(checkpoints, tmp_path, monkeypatch):
@@ -812,7 +892,11 @@ def test_the_papers_number_is_of_the_same_metric_and_examples():
     assert "Averages by group (Table 3)" not in sections  # pass@1 is what Table 3 averages
     assert [(row[0], row[1], row[-1]) for row in sections["Tasks"]] == [
         ("humaneval", "pass@100", "45.6"), ("humaneval", "pass@1", "-"), ("mbpp", "pass@80", "62.8")]  # fmt: skip
-    assert shown({"humaneval": record("pass@1", 0), "mbpp": record("pass@1", 3)})["Averages by group (Table 3)"][1][1] == "16.8"
+    whole = {"humaneval": record("pass@1", 0), "mbpp": record("pass@1", 3)}
+    assert shown(whole)["Averages by group (Table 3)"][1][1] == "16.8"
+    values = {"models": {"ours": {"groups": groups.groups(whole)}}, "differences": {}}
+    plot = benchmark_figures.draw(values, {"L2 7B": published.published("L2 7B")})["groups"]
+    assert plot.alt.startswith("Average scores by group of Table 3") and len(plot.png()) > 1000
     shots = {"nq_open": record("exact_match", 5), "nq_open@1": record("exact_match", 1),
              "nq_open@64": record("exact_match", 64), "squad": record("f1", 0), "quac@1": record("f1", 1),
              "triviaqa": record("exact_match", 3)}  # fmt: skip
@@ -822,6 +906,14 @@ def test_the_papers_number_is_of_the_same_metric_and_examples():
         ("quac", "1", "39.7"), ("triviaqa", "3", "-")]  # fmt: skip
     assert groups.groups(shots)["world_knowledge"]["missing"] == ["triviaqa"] and "reading" not in groups.groups(shots)
     assert groups.weights("world_knowledge", shots) == {"nq_open": 1.0}
+    # One task of a family is not its average.
+    one = {"mmlu:anatomy": record("acc", 5)}
+    found = groups.groups(one, whole={"mmlu": tasks.expand("mmlu")})
+    assert found["mmlu"]["missing"] == ["56 of the 57 tasks of mmlu"]
+    assert not benchmark_figures.shown({"m": {"groups": found}}, ["mmlu"])
+    every = dict.fromkeys(tasks.expand("mmlu"), record("acc", 5))
+    found = groups.groups(every, whole={"mmlu": tasks.expand("mmlu")})
+    assert found["mmlu"]["missing"] == [] and benchmark_figures.shown({"m": {"groups": found}}, ["mmlu"]) == ["mmlu"]
     context = {"qmsum": record("rouge1", 0, rouge2=0.03, rougeL=0.12), "squad": record("exact_match", 0, f1=0.6),
                "nq_open@64": record("exact_match", 64)}  # fmt: skip
     sections = shown(context, known=("4k context",))
@@ -933,6 +1025,55 @@ def test_math_rows_become_prompts_and_answers_are_verified(tmp_path):
     for said, right in (("$\\frac{1}{2}$", 1), ("$2$", 0)):
         answer = f" Final Answer: The final answer is {said}. I hope it is correct."
         assert task.process_results(task.task_docs[0], [answer]) == {"exact_match": right, "math_verify": right}
+
+
+def test_a_set_is_read_whole_where_it_lies_and_a_part_of_it_is_told(finished, data, tmp_path):
+    output, values = finished
+    (note,) = (note for note in values["notes"] if note.startswith("mmlu: "))
+    assert note == (
+        "mmlu: read from mmlu_test_20_per_subject, which holds a part of the set, so not the questions of the paper's number; "
+        "its tasks may be of one size in it, while the paper's average is over all questions"
+    )
+    assert note in (output / "report.md").read_text()
+    shutil.copytree(data, tmp_path / "both")
+    row = json.loads((data / "mmlu_test_20_per_subject.jsonl").read_text().splitlines()[0])
+    write_rows(tmp_path / "both/mmlu.jsonl.gz", [{**row, "question": f"whole {i}"} for i in range(9)])
+    task = tasks.build("mmlu:anatomy", TaskChoice(0, "acc"), data_dir=str(tmp_path / "both"))
+    assert len(task.task_docs) == 9 and task.task_docs[0]["question"] == "whole 0" and not tasks.notes({"mmlu:anatomy": task})
+    for name, rows in (("bbh", [{"task": "snarks", "input": "i", "target": "t"}]),
+                       ("agieval", [{"task": "sat-math", "question": "q", "options": ["(A)x", "(B)y"], "label": "A"}])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        part = f"{name}:{rows[0]['task']}"
+        assert len(tasks.build(part, TaskChoice(0, "acc"), data_dir=str(tmp_path)).task_docs) == 1, name
+    write_rows(tmp_path / "bold.jsonl", [{"domain": "d", "group": "islam", "prompt": "the "}])
+    assert len(safety.items("bold", data_dir=str(tmp_path))) == 1 and not safety.part_of("bold", str(tmp_path))
+
+
+def test_choices_are_divided_by_their_likelihood_behind_answer_as_for_llama_1(checkpoints, data, tmp_path):
+    from configs.evaluate import get_config
+
+    config = get_config("academic").to_dict()["tasks"]
+    assert {name for name, how in config.items() if how["metric"] == "acc_mutual_info"} == {"openbookqa", "boolq"}
+    write_rows(tmp_path / "openbookqa_test.jsonl", [
+        {"Question Stem": "The loop", "Choices": "(A) counts (B) reads (C) is text (D) ends", "Answer Key": "C"}
+    ])  # fmt: skip
+    task = tasks.build("openbookqa", TaskChoice(0, "acc_mutual_info"), data_dir=str(tmp_path))
+    task.build_all_requests(limit=1)
+    choices = (" counts", " reads", " is text", " ends")
+    assert [request.args for request in task.instances] == [(c, t) for c in ("The loop", "Answer:") for t in choices]
+    # B is the likeliest, also by its length; C gains most: log p rises by 2.
+    likelihoods = [-3.0, -1.0, -4.0, -5.0, -2.5, -0.5, -6.0, -5.0]
+    scored = task.process_results(task.task_docs[0], [(log_p, False) for log_p in likelihoods])
+    assert scored == {"acc_mutual_info": 1.0}
+    lm = HarnessModel(llama_jax.load(checkpoints / "model0", mesh=one_device()), quiet=True)
+    task = tasks.build("boolq", TaskChoice(0, "acc_mutual_info"), data_dir=str(data))
+    record = benchmarks.run_task(lm, "boolq", task, TaskChoice(0, "acc_mutual_info"), limit=None)
+    contexts = [*map(task.doc_to_text, task.task_docs), "Answer:"]
+    pairs = [(context, answer) for context in contexts for answer in (" no", " yes")]
+    log_p = np.array([found for found, _ in lm.loglikelihood(requests_of("loglikelihood", pairs))])
+    gains = log_p.reshape(-1, 2)[:-1] - log_p[-2:]
+    expected = [float(gain.argmax() == doc["label"]) for gain, doc in zip(gains, task.task_docs, strict=True)]
+    assert record["scores"] == expected and record["metric"] == "acc_mutual_info"
 
 
 def test_openbookqa_choices_are_split_at_their_letters():

@@ -1,14 +1,17 @@
 """Safety benchmarks and the sandbox: scores by hand, judges, groups, and what model-written code may not do."""
 
 import json
+import os
 import platform
+import tempfile
 
 import numpy as np
 import pytest
 
-from llama_jax.evals import safety, sandbox
+from llama_jax.evals import evaluation_report, safety, sandbox
 from llama_jax.evals.sandbox import Limits, UnconfinedError, pass_at_k, run_all, run_code
 from llama_jax.evals.spans import exact, f1, f1_of_raters
+from llama_jax.files import write_json
 
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="the sandbox is Linux's")
 
@@ -53,15 +56,29 @@ def test_code_runs_and_its_verdict_is_its_own():
     ("import os; os.utime('{victim}', (0, 0))", "Operation not permitted"),
     ("import os; os.setxattr('{victim}', 'user.x', b'x')", "Operation not permitted"),
     ("import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0))", "Operation not permitted"),
+    ("{libc}; assert libc.shmget(0, 4096, 0o1600) >= 0, os.strerror(ctypes.get_errno())", "Operation not permitted"),
+    ("{libc}; assert libc.msgget(0, 0o1600) >= 0, os.strerror(ctypes.get_errno())", "Operation not permitted"),
+    ("{libc}; assert libc.semget(0, 1, 0o1600) >= 0, os.strerror(ctypes.get_errno())", "Operation not permitted"),
+    ("import os; os.memfd_create('x')", "Operation not permitted"),
+    ("import os; os._exit(96)", "ended with code 96"),
+    ("import os; os._exit(97)", "ended with code 97"),
+    ("import os; os._exit(0)", "ended before its last line"),
+    ("import itertools\nfor i in itertools.count(): open(str(i), 'w').write('x' * (1 << 20))", "wrote more than"),
+    ("import itertools\nfor i in itertools.count(): open(str(i), 'w').close()", "wrote more than"),
+    ("import os, itertools\nfor i in itertools.count(): os.mkdir('d'); os.chdir('d')", "wrote more than"),
 ])  # fmt: skip
-def test_what_code_may_not_do(code, reason, tmp_path):
+def test_what_code_may_not_do(code, reason, tmp_path, monkeypatch):
     if not confined():
         pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    (tmp_path / "place").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "place"))
     victim = tmp_path / "victim"
     victim.write_text("kept")
     before = victim.stat()
-    outcome = run_code(code.replace("{victim}", str(victim)), Limits(seconds=30))
+    libc = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)"
+    outcome = run_code(code.replace("{victim}", str(victim)).replace("{libc}", libc), Limits(seconds=30))
     assert not outcome.passed and reason in outcome.reason, outcome
+    assert not list((tmp_path / "place").iterdir())
     after = victim.stat()
     assert victim.read_text() == "kept" and (after.st_mode, after.st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
 
@@ -72,6 +89,24 @@ def test_files_of_its_own_are_the_programs():
         pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
     code = "import os; open('a', 'w').write('hi'); os.truncate('a', 1); os.rename('a', 'b'); assert os.path.getsize('b') == 1"
     assert run_code(code).passed
+
+
+@linux
+def test_many_files_do_not_fill_the_disk(monkeypatch):
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    seen, real = [], sandbox._too_much
+
+    def look(directory, limits):
+        seen.append(sum(entry.stat().st_size for entry in os.scandir(directory)))
+        return real(directory, limits)
+
+    monkeypatch.setattr(sandbox, "_too_much", look)
+    code = "for i in range(5000):\n    with open(str(i), 'w') as file: file.write('x' * (1 << 20))"
+    outcome = run_code(code, Limits(seconds=30, all_bytes=8 << 20))
+    assert outcome == sandbox.Outcome(False, "wrote more than 256 files or 8 MB") and 8 << 20 < max(seen) < 2 << 30
+    allowed = "for i in range(7): open(str(i), 'w').write('x' * (1 << 20))"
+    assert run_code(allowed, Limits(seconds=30, all_bytes=8 << 20)).passed
 
 
 @linux
@@ -116,6 +151,34 @@ def test_answers_are_compared_as_squads_script_does():
     assert f1("the big red dog", ["a red dog barked"]) == pytest.approx(2 / 3)  # 2 common of 3 and 3 words
     assert f1("", [""]) == 1 and f1("", ["x"]) == 0
     assert f1_of_raters("red dog", ["red dog", "cat"]) == pytest.approx((0 + 1) / 2)
+    # QuAC: no answer where half of the references say so, and else those that give one.
+    assert f1_of_raters("CANNOTANSWER", ["red dog", "red", "CANNOTANSWER"]) == 0
+    assert f1_of_raters("red", ["red", "red", "CANNOTANSWER"]) == f1_of_raters("CANNOTANSWER", ["red", "CANNOTANSWER"]) == 1
+
+
+def test_a_program_cannot_hide_what_it_writes_nor_keep_it(tmp_path, monkeypatch):
+    """As root, who reads everything, only that the directory goes can be seen."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    hidden = "import os, time\nos.mkdir('d', 0o300)\nopen('d/x', 'w').write('x')\ntime.sleep(0.5)"
+    outcome = run_code(hidden)
+    assert outcome.passed == (os.geteuid() == 0) and (outcome.passed or "cannot be read" in outcome.reason)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_deeper_than_python_goes_is_removed_whole(tmp_path):
+    here = os.getcwd()
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    try:
+        os.chdir(deep)
+        for i in range(5000):  # beyond the limits of recursion, of a path and of open files
+            os.mkdir("d", 0o300 if i % 100 == 0 else 0o700)
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    sandbox._remove(str(deep))
+    assert not deep.exists()
 
 
 # ---- TruthfulQA, ToxiGen, BOLD ----
@@ -180,6 +243,16 @@ def test_toxigens_revised_set_is_read_where_it_is(data, tmp_path, monkeypatch):
     (tmp_path / "toxigen_revised.json").unlink()
     (tmp_path / "toxigen_prompts_25_per_file.jsonl").write_text('{"group": "women", "text": "- a"}\n')
     assert safety.items("toxigen", data_dir=data)[0].prompt == "- a"
+
+
+def test_a_hub_that_is_not_reached_is_one_sentence_with_the_way_out(monkeypatch):
+    def unreachable(*_, **__):
+        raise FileNotFoundError("Couldn't find 'x' on the Hub")
+
+    for name in safety.BENCHMARKS:
+        monkeypatch.setitem(safety._HUB, name, unreachable)
+        with pytest.raises(ConnectionError, match=f"^{name}: the hub's data set .* local files by --data_dir: Couldn't find"):
+            safety.items(name)
 
 
 def test_a_safety_reward_model_calls_toxic_what_it_calls_unsafe(data, monkeypatch):
@@ -307,3 +380,21 @@ def test_a_reward_model_and_a_classifier_judge(tmp_path):
     assert np.isnan(judge([("loop", "text " * 600), ("loop", "text")])).tolist() == [True, False]
     with pytest.raises(ValueError, match="expected a classifier with label 5, found 2 labels"):
         text_judges.classifier(str(tmp_path / "judge"), label=5)
+
+
+def test_the_report_shows_answers_of_the_models_side_by_side(tmp_path):
+    prompts = {"truthfulqa": [f"Q: a?\nA: b\n\nQ: question {i}?\nA:" for i in range(9)], "toxigen": ["- a\n- <b>"]}
+    for model in ("ours", "rival"):
+        for name, asked in prompts.items():
+            answers = [f"{model} on {name} {i}" for i in range(len(asked))]
+            write_json(tmp_path / model / "safety" / f"{name}.json", {"prompts": asked, "answers": answers})
+    shown = evaluation_report.samples(["ours", "rival"], tmp_path)
+    assert [sample["prompt"] for sample in shown] == [
+        "ToxiGen: - a\n- <b>", *(f"TruthfulQA: Q: question {i}?\nA:" for i in (0, 3, 6))
+    ]
+    assert shown[2]["answers"] == {"ours": "ours on truthfulqa 3", "rival": "rival on truthfulqa 3"}
+    values = {"suite": "safety", "limit": 0, "notes": [], "differences": {},
+              "models": {name: {"tasks": {}, "groups": {}} for name in ("ours", "rival")}}  # fmt: skip
+    evaluation_report.write(values, tmp_path, paper=())
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('class="dialogue"') == 4 and "rival on truthfulqa 6" in html and "- &lt;b&gt;" in html

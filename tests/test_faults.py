@@ -40,7 +40,7 @@ from llama_jax.training.metrics import read_metrics
 from llama_jax.training.options import RunOptions, parse_steps
 from llama_jax.training.spikes import SpikeConfig, Spikes
 from llama_jax.training.stage import Supervised
-from llama_jax.training.workdir import claim, go_back, own
+from llama_jax.training.workdir import claim, finished, go_back, own
 from llama_jax.verify import verify
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_the_newest_every_mth_and_the_best_checkpoint_stay(tmp_path, mesh):
 # ---- disks ----
 
 
-def train_until(directory, do):
+def train_until(directory, do, *, keep=5):
     """A run of twelve steps in a process of its own, to which a statement happens when its tenth batch is made."""
     script = f"""
         import os, resource, signal, sys
@@ -139,7 +139,7 @@ def train_until(directory, do):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         mesh = mesh_of()
         source = Supervised(Batches(interrupt=lambda: {do}, at=10))
-        command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep=5, log_every=100), mesh=mesh,
+        command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep={keep}, log_every=100), mesh=mesh,
                                      workdir=Path(sys.argv[1]) / "run"))
     """
     return subprocess.run(
@@ -148,14 +148,16 @@ def train_until(directory, do):
     )  # fmt: skip
 
 
-def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("keep", [5, 1])
+def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoint(tmp_path, keep):
     # A limit of the file size makes real writes fail, in the threads that write, after two good checkpoints.
-    done = train_until(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))")
+    done = train_until(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))", keep=keep)
     assert done.returncode == 1, done.stderr
     # Which write fails first depends on timing: that of the checkpoint or that of the log. Orbax tells its own story besides.
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search("newest whole one is [69]|File too large", errors[0]), done.stderr
-    assert {3, 6} <= set(written_steps(tmp_path / "run")) and not any(verify(tmp_path / "run").values())
+    kept = written_steps(tmp_path / "run")
+    assert kept[-1] in (6, 9) and (keep == 1 or {3, 6} <= set(kept)) and not any(verify(tmp_path / "run").values())
 
 
 def test_ctrl_c_ends_a_run_in_one_word(tmp_path):
@@ -248,6 +250,34 @@ def test_restart_from_a_step_goes_back_once_and_takes_another_config(copy, mesh,
         go_back(copy, 4, {"lr": 2})
     go_back(copy, 0, {"lr": 2})
     assert written_steps(copy) == [] and written_steps_aside(copy) == ["1/6", "1/8", "2/3", "2/6", "2/8"]
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("config.json", lambda workdir: claim(workdir, {"lr": 1})),
+    ("done.json", finished),
+    ("restarted.json", lambda workdir: go_back(workdir, 3, {"lr": 1})),
+])  # fmt: skip
+def test_a_damaged_file_of_the_workdir_is_named_and_can_be_removed(copy, name, read):
+    for content in (b'{"lr: 1}', b'{"lr": \xff}', b""):
+        (copy / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^{copy / name}: expected JSON: .*; the file is damaged: remove it"):
+            read(copy)
+    (copy / name).unlink()
+    read(copy)
+    assert written_steps(copy)
+
+
+def test_a_damaged_log_does_not_keep_a_run_with_whole_checkpoints_from_going_on(copy, mesh, whole, caplog):
+    (copy / "done.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "8")
+    log = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    log[2] = log[2].replace(b"loss", b"lo\xffs")
+    (copy / "metrics.jsonl").write_bytes(b"".join(log))
+    train(stage(mesh), loop(keep=5), mesh=mesh, workdir=copy)
+    assert_equal(final(copy, mesh), final(whole, mesh))
+    assert "metrics.jsonl:3: expected one JSON object" in caplog.text and "without 1 damaged lines" in caplog.text
+    assert read_metrics(copy)["step"].tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert (copy / "damaged" / "metrics.jsonl").read_bytes() == b"".join(log)
 
 
 def written_steps_aside(workdir):
@@ -391,6 +421,7 @@ def test_goodput_by_hand(tmp_path):
     run.steps_from(7, 12.0)  # a spike: back within the same start
     assert run.metrics() == {"goodput": 0.15, "restarts": 1, "lost_steps": 7}
     (tmp_path / "reached.json").write_text("{torn")
+    (tmp_path / "attempts.jsonl").write_bytes((tmp_path / "attempts.jsonl").read_bytes() + b'{"from": \xff}\n')
     run = Goodput(tmp_path, enabled=True, clock=clock)
     run.steps_from(5, 8.0)
     assert run.metrics() == {"goodput": 0.1, "restarts": 2, "lost_steps": 7}

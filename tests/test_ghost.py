@@ -1,6 +1,7 @@
 """Ghost Attention: checks by hand, where the instruction stands, what is trained, recall over turns, and the attention map."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -24,6 +25,8 @@ from llama_jax.evals.ghost import (
 from llama_jax.model import params
 from llama_jax.model.attention_map import attention_weights, largest_attention
 from llama_jax.model.config import FLOAT32
+from llama_jax.parallel.axes import shardings
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.rlhf import ghost
 from llama_jax.rlhf.constraints import (
     FAMILIES,
@@ -285,7 +288,7 @@ def test_a_rows_own_train_on_comes_first(tmp_path, monkeypatch):
         return [EncodedDialog([1], [True])] * len(rows)
 
     monkeypatch.setattr(stage, "encode_dialogs", encode)
-    monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length, overlong: stage.Packed([1], [], 0, 0))
+    monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length: stage.Packed([1], [], 0, 0))
     rows = [{"messages": dialog("a", 1)}, {"messages": dialog("b", 1), "train_on": "last"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     tokenizer = types.SimpleNamespace(fingerprint="none", chat_template=None)
@@ -319,7 +322,7 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
         model: str = "tiny"
         context: int = 0
         tokenizer: str = "tokenizer.model"
-        policy: str = "chat"
+        policy: str = ""  # `draw` needs none
         loop: LoopConfig = LoopConfig(steps=1, batch_size=1)
 
     config = Config(SETTINGS, ghost.DialogData(("sft.jsonl",), (), 64))
@@ -366,7 +369,7 @@ def test_recall_follows_the_models_own_answers():
     assert seen[-1] == ["Hobby: chess. b q0", "red 1", "b q1", "red 2", "b q2", "plain 3", "What is your hobby?"]
     table = recall_table(found)
     assert (table[2].mean, table[4].mean, table[2].n) == (1.0, 0.0, 2)
-    assert recall_rows({"GAtt": table}) == [["turn", "GAtt"], [2, "100 % (100 to 100)"], [4, "0 % (0 to 0)"]]
+    assert recall_rows({"GAtt": table}) == [["turn", "GAtt"], [2, "100 % (34 to 100)"], [4, "0 % (0 to 66)"]]
     with pytest.raises(ValueError, match="context 0: expected at least 20 user messages, got 4"):
         follow(contexts, respond)
 
@@ -432,6 +435,18 @@ def test_attention_weights_are_those_of_the_model(tiny):
     with pytest.raises(ValueError, match=r"layers: expected numbers from 0 to 1, got \[2\]"):
         largest_attention(tree, tokens, segment_ids, config=tiny, compute=FLOAT32, layers=[2])
     assert np.isfinite(largest).all()
+
+
+def test_the_attention_of_one_row_on_a_mesh_is_that_of_one_device(tiny):
+    tree = params.init(params.table(tiny, head="lm_head"), jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 13), 3, 90)  # neither the row nor its length can be divided
+    expected = largest_attention(tree, tokens, jnp.ones_like(tokens), config=tiny, compute=FLOAT32)
+    mesh = make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))
+    tree = jax.device_put(tree, shardings(params.table(tiny, head="lm_head"), mesh))
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(largest_attention, config=tiny, compute=FLOAT32))(tree, tokens, jnp.ones_like(tokens))
+    assert found.is_fully_replicated
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_bins_and_turns_of_the_attention_map_by_hand():

@@ -1,4 +1,4 @@
-"""The study of Ghost Attention: its table, figure and target from given answers, and configs that cannot run.
+"""The study of Ghost Attention and the report on it and on distillation: tables, figures and target from given answers.
 
 The whole study runs in the slow test of the five versions (tests/test_recipe.py).
 """
@@ -8,10 +8,13 @@ import small_runs
 
 from llama_jax.config import parse
 from llama_jax.data.sources import write_jsonl
-from llama_jax.evals import ghost_figures
+from llama_jax.evals import distillation_figure, ghost_figures
+from llama_jax.evals.report import write_report
 from llama_jax.evals.report_sections import build_sections
 from llama_jax.evals.targets import check_targets
 from llama_jax.ghost_study import GhostStudy, GhostStudyConfig
+from llama_jax.rlhf.ghost import Context
+from llama_jax.safety.distillation import keep_preferred
 from llama_jax.steps import load_config
 
 
@@ -43,13 +46,15 @@ def test_the_target_is_that_of_the_last_turn(ghost, baseline, met):
     assert target.met is met and "turn 20" in target.asked
 
 
+DISTILLATION = {
+    "prompts": 20, "kept": 7, "safety_score": {"base": interval(0.5, 0.4, 0.6), "generic": interval(0.6, 0.5, 0.7)},
+    "before": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.1},
+    "after": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.05},
+}  # fmt: skip
+
+
 def test_the_report_has_both_studies_where_they_were_made():
-    distillation = {
-        "prompts": 20, "kept": 7, "safety_score": {"base": interval(0.5, 0.4, 0.6), "generic": interval(0.6, 0.5, 0.7)},
-        "before": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.1},
-        "after": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.05},
-    }  # fmt: skip
-    results = {"ghost_attention": FOUND, "distillation": distillation}
+    results = {"ghost_attention": FOUND, "distillation": DISTILLATION}
     sections = {section.title: section for section in build_sections(results, ["ghost_recall", "distillation"])}
     assert sections["Ghost Attention"].figures == ["ghost_recall"]
     scores, policies = sections["Safety context distillation"].tables
@@ -57,11 +62,117 @@ def test_the_report_has_both_studies_where_they_were_made():
     assert "Ghost Attention" not in {section.title for section in build_sections({}, [])}
 
 
-def test_samples_that_no_program_can_judge_count_neither_way(tmp_path):
-    write_jsonl(tmp_path / "ghost" / "samples.jsonl", [{"obeyed": obeyed} for obeyed in (True, True, False, None, None, True)])
+def judged(context, turn, answer, obeyed, question="How?"):
+    return {"context": context, "turn": turn, "question": question, "answer": answer, "obeyed": obeyed}
+
+
+ANSWERS = {
+    "baseline": [judged(1, 20, "no", False), judged(1, 2, "Sure: a|b", True), judged(2, 2, "<script>x</script>", False)],
+    "ghost": [judged(1, 2, "Sure:\n yes", True), judged(1, 20, "Sure: x", True)],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
     values = load_config(small_runs.ROOT / "configs", "ghost_study.py:tiny")
     values.start = "chat"
-    assert GhostStudy(parse(GhostStudyConfig, values), tmp_path).policy_obeys() == 0.75
+    return GhostStudy(parse(GhostStudyConfig, values), tmp_path)
+
+
+def test_the_first_dialogs_stand_side_by_side_with_what_each_model_obeyed(study, monkeypatch):
+    for name, rows in ANSWERS.items():
+        write_jsonl(study.workdir / "recall" / f"{name}.jsonl", rows)
+    contexts = [Context([], (), text) for text in ("Undecided.", "Begin: Sure.", "End: over.")]
+    monkeypatch.setattr(study, "contexts", lambda count: contexts)
+    dialogs = study.examples()
+    assert ghost_figures.dialog_columns(dialogs) == ["turn", "user", "baseline", "Ghost Attention"]
+    assert ghost_figures.dialog_rows(dialogs) == [
+        ["", "Instruction: Begin: Sure.", "", ""],  # of the first one no answer could be judged
+        ["2", "How?", "\u2713 Sure: a|b", "\u2713 Sure: yes"],
+        ["20", "How?", "\u2717 no", "\u2713 Sure: x"],
+        ["", "Instruction: End: over.", "", ""],
+        ["2", "How?", "\u2717 <script>x</script>", ""],
+    ]
+    assert len(ghost_figures.examples(["a", "b", "c"], ANSWERS, most=1)) == 1
+    text = ghost_figures.markdown({**FOUND, "examples": dialogs})
+    assert "| 2 | How? | \u2713 Sure: a\\|b | \u2713 Sure: yes |" in text and ghost_figures.DIALOGS_NOTE in text
+    html = write_report(
+        {"ghost_attention": {**FOUND, "examples": dialogs}}, study.workdir, figures={}, samples=[]
+    ).html.read_text()
+    assert "\u2717 &lt;script&gt;x&lt;/script&gt;" in html and "<script" not in html
+
+
+def test_a_long_text_keeps_both_ends_and_shows_the_cut():
+    assert ghost_figures.one_line(" a\n b\0 ") == "a b\ufffd"
+    cut = ghost_figures.one_line("Sure: " + "so on " * 100 + "thanks", 60)
+    assert cut == "Sure: so on so on so on so on [...] so on so on thanks" and len(cut) <= 60
+    assert ghost_figures.one_line("x" * 70, 60) == f"{'x' * 30} [...] {'x' * 20}"
+
+
+def test_samples_that_no_program_can_judge_count_neither_way(study):
+    rows = [{"obeyed": obeyed} for obeyed in (True, True, False, None, None, True)]
+    write_jsonl(study.workdir / "ghost" / "samples.jsonl", rows)
+    assert study.policy_obeys() == 0.75
+
+
+def sample(question, *scores, ended=True):
+    """A prompt with a plain answer, generic ones and one by its risk's template, with these scores."""
+    kinds = ["base", *["generic"] * (len(scores) - 2), "category"]
+    answers = [
+        {"kind": kind, "preprompt": f"Be {i}." * (kind != "base"), "response": f"{question} <b>{i}</b>", "ended": ended,
+         "safety": score}
+        for i, (kind, score) in enumerate(zip(kinds, scores))
+    ]  # fmt: skip
+    return {"messages": [{"role": "user", "content": question}], "answers": answers}
+
+
+SAMPLES = [sample("a", 0.95, 0.9, 0.8, 0.85), sample("b", 0.2, 0.3, 0.9, 0.6), sample("c", 0.96, 0.97, 0.5, 0.99, ended=False),
+           sample("d", 0.92, 0.91, 0.93, 0.9)]  # fmt: skip
+
+
+def test_the_answers_that_are_distilled_are_found_among_the_samples():
+    kept = keep_preferred(SAMPLES, least_gain=0.0)
+    chosen = distillation_figure.kept_answers(SAMPLES, kept)
+    assert [best and best["response"] for best in chosen] == [None, "b <b>2</b>", None, "d <b>2</b>"]
+    assert distillation_figure.kept_answers(SAMPLES, kept[1:])[1] is None  # what another gain had kept
+    found = distillation_figure.described(SAMPLES, kept)
+    assert found["median_safety"] == pytest.approx({"base": 0.935, "generic": 0.9, "category": 0.875})
+    assert found["kept_by_chance"] == 3.0  # the best of three is above a fourth in three of four prompts
+    assert [example["prompt"][0]["content"] for example in found["examples"]] == ["b", "c", "d", "a"]
+    assert [(a["kind"], a["safety"], a["kept"]) for a in found["examples"][0]["answers"]] == [
+        ("base", 0.2, False), ("generic", 0.9, True), ("category", 0.6, False),
+    ]  # fmt: skip
+    assert [e["prompt"][0]["content"] for e in distillation_figure.examples(SAMPLES, kept, count=2)] == ["b", "a"]
+    assert distillation_figure.examples([], []) == []
+
+
+def test_the_report_shows_distilled_answers_and_says_where_no_median_rises(tmp_path):
+    found = {**DISTILLATION, **distillation_figure.described(SAMPLES, keep_preferred(SAMPLES, least_gain=0.0)), "prompts": 4}
+    (section,) = [s for s in build_sections({"distillation": found}, []) if s.title == "Safety context distillation"]
+    assert section.notes[2] == (
+        "The median safety score does not rise under generic and category pre-prompts (0.900 and 0.875; 0.935 without one); "
+        "the policy is safe already: half of its plain answers have at least 0.935 of 1; were the pre-prompts without effect, "
+        "3 of the 4 prompts would have a better answer by chance, since the best of several is compared with one."
+    )
+    assert section.tables[0].rows[1] == ["generic", "0.600 (0.500 to 0.700)", "0.900", "0.82"]
+    assert section.tables[2].rows[:4] == [
+        ["user: b", "base", "b <b>0</b>", "0.200", ""], ["", "generic: Be 2.", "b <b>2</b>", "0.900", "kept"],
+        ["", "category: Be 3.", "b <b>3</b>", "0.600", ""], ["user: c", "base", "c <b>0</b>", "0.960", "cut off"],
+    ]  # fmt: skip
+    html = write_report({"distillation": found}, tmp_path, figures={}, samples=[]).html.read_text()
+    assert "b &lt;b&gt;2&lt;/b&gt;" in html and "<b>2</b>" not in html
+    for medians, said in (({"base": 0.5, "generic": 0.4}, "rise under generic pre-prompts (0.400; 0.500 without one); were"),
+                          ({"base": 0.75, "generic": 0.82, "category": 0.87}, "")):  # fmt: skip
+        sections = build_sections({"distillation": {**found, "median_safety": medians}}, [])
+        notes = " ".join(note for s in sections for note in s.notes)
+        assert said in notes and ("does not rise" in notes) == bool(said) and "safe already" not in notes
+
+
+def test_figure_16_is_drawn_with_what_was_kept():
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    plot = distillation_figure.scores(SAMPLES)
+    assert plot.png().startswith(b"\x89PNG") and "points: 2 of 12 answers under a pre-prompt are kept" in plot.alt
+    assert "points: 1 of 12" in distillation_figure.scores(SAMPLES, keep_preferred(SAMPLES, least_gain=0.1)).alt
 
 
 def test_the_figure_is_drawn_and_says_what_it_shows():

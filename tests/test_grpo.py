@@ -11,6 +11,7 @@ import pytest
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.parallel.axes import batch_sharding
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.scorers import HostScorers, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import grpo
@@ -26,7 +27,8 @@ from llama_jax.rlhf.rollout import (
     make_judge,
     response_states,
 )
-from llama_jax.sampling.generate import make_sampler, row_keys
+from llama_jax.sampling.generate import make_sampler
+from llama_jax.sampling.keys import row_keys
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -70,6 +72,11 @@ def test_advantages_of_groups_by_hand():
     found = group_advantages(scores, 2, divide_by_std=True)
     np.testing.assert_allclose(found, [-1, 1, 0, 0, 0, 0], atol=2e-4)
     np.testing.assert_allclose(group_advantages(scores, 3, divide_by_std=False), [-2, 0, 2, 2, -1, -1], atol=1e-6)
+    some = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    wide = some.astype(np.float64)
+    expected = [(score - group.mean()) / (group.std() + 1e-4) for group in wide for score in group]
+    found = group_advantages(jnp.asarray(some.reshape(-1)), 4, divide_by_std=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_k3_and_weights_by_hand():
@@ -87,26 +94,27 @@ def test_the_loss_is_that_of_the_formula_in_float64(normalise):
     B, N = 4, 6
     lengths = np.array([6, 3, 1, 5])
     mask = np.arange(N) < lengths[:, None]
+    tokens = rng.integers(3, 24, (B, 4 + N)).astype(np.int32)
+    segment_ids = np.concatenate([np.ones((B, 4)), mask], axis=1).astype(np.int32)
+    # log pi by NumPy from the hidden states, then the published objective, sequence by sequence.
+    hidden = np.asarray(response_states(POLICY["policy"], tokens, segment_ids, N, config=MODEL, compute=FLOAT32), np.float64)
+    scores = hidden @ np.asarray(POLICY["policy"]["lm_head"]["kernel"], np.float64) / settings.temperature
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    drawn = np.take_along_axis(log_p, tokens[:, 4:, None], axis=2)[..., 0]
+
+    def near(width):
+        return (drawn + rng.normal(0, width, (B, N))).astype(np.float32)
+
     batch = GroupRollout(
-        tokens=rng.integers(3, 24, (B, 4 + N)).astype(np.int32), mask=mask,
-        segment_ids=np.concatenate([np.ones((B, 4)), mask], axis=1).astype(np.int32),
-        log_probs=rng.normal(-2.5, 1, (B, N)).astype(np.float32), reference=rng.normal(-2.5, 1, (B, N)).astype(np.float32),
+        tokens=tokens, mask=mask, segment_ids=segment_ids, log_probs=near(0.2), reference=near(0.5),
         importance=rng.uniform(0.5, 2, (B, N)).astype(np.float32), advantages=rng.normal(size=B).astype(np.float32),
     )  # fmt: skip
     found, metrics = grpo_loss(MODEL, FLOAT32, settings)(POLICY, batch)
-    # log pi by NumPy from the hidden states, then the published objective, sequence by sequence.
-    hidden = np.asarray(
-        response_states(POLICY["policy"], batch.tokens, batch.segment_ids, N, config=MODEL, compute=FLOAT32), np.float64
-    )
-    scores = hidden @ np.asarray(POLICY["policy"]["lm_head"]["kernel"], np.float64) / settings.temperature
-    log_p = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)) - scores.max(
-        -1, keepdims=True
-    )
     total, weight, clipped = 0.0, 0.0, 0.0
     for i in range(B):
         share = 1.0 if normalise == "token" else 1 / lengths[i]
         for t in range(lengths[i]):
-            now = log_p[i, t, batch.tokens[i, 4 + t]]
+            now = drawn[i, t]
             ratio = np.exp(now - np.float64(batch.log_probs[i, t]))
             advantage = np.float64(batch.advantages[i])
             surrogate = min(ratio * advantage, np.clip(ratio, 0.9, 1.1) * advantage)
@@ -115,7 +123,8 @@ def test_the_loss_is_that_of_the_formula_in_float64(normalise):
             total += share * (-surrogate * batch.importance[i, t] + settings.beta * kl)
             weight += share
             clipped += share * (np.clip(ratio, 0.9, 1.1) * advantage < ratio * advantage)
-    np.testing.assert_allclose([found.sum / found.weight, found.weight], [total / weight, weight], rtol=2e-5)
+    np.testing.assert_allclose([found.sum / found.weight, found.weight], [total / weight, weight], rtol=1e-6, atol=1e-6)
+    assert 0 < clipped < weight
     np.testing.assert_allclose(metrics["clip_fraction"].sum, clipped, rtol=1e-5)
 
 
@@ -178,7 +187,7 @@ def longest(rows, responses):
 class Words:
     """As much of a tokenizer as a scorer needs."""
 
-    eos_id, stop_ids = 2, (2,)
+    eos_id, stop_ids, vocab_size = 2, (2,), 100
 
     def decode(self, ids):
         return " ".join(f"w{token}" for token in ids if token != 2)
@@ -201,6 +210,32 @@ def test_a_scorer_of_ones_own_takes_the_reward_models_place():
     advantages = group_advantages(jnp.asarray(whitened, jnp.float32), 4, divide_by_std=True)
     np.testing.assert_allclose(rollout.advantages, advantages, atol=0.02)  # the bonus of the prompt drowns the lengths
     assert load_scorer("test_grpo:longest")([{"bonus": 1}], ["ab"]) == [3] and mix.weighted() == {"test_grpo:longest": 0.5}
+
+
+def test_scorers_are_given_whole_answers_where_a_mesh_divides_their_length():
+    mesh = make_mesh(MeshConfig(fsdp=2, sequence=4))
+    tokens = np.arange(3, 35).reshape(4, 8)
+    seen = []
+
+    def scorer(rows, responses):
+        seen.extend(responses)
+        return [float(len(response.split())) for response in responses]
+
+    score = HostScorers({"words": (scorer, 1.0)}, [{}] * 4, Words())
+    numbers = jax.device_put(np.arange(4, dtype=np.int32), batch_sharding(mesh, 1))
+    divided = [jax.device_put(x, batch_sharding(mesh, 2)) for x in (tokens, np.ones((4, 8), bool))]
+    assert not divided[0].sharding.is_fully_replicated and np.asarray(score(numbers, *divided)).tolist() == [8.0] * 4
+    assert seen == [Words().decode(row.tolist()) for row in tokens]
+
+
+def test_beta_waits_for_the_critic():
+    mesh, control = one_device(), KlControl(0.1, target=0.01, horizon=100.0, warm_up=2)
+    how = {"judge": make_judge(MODEL, FLOAT32, RULE), "empty": empty_rollout, "answers": 1, "control": control}
+    models = {**POLICY, "critic": tree("value_head", 1)}
+    with jax.set_mesh(mesh):
+        made = source(mesh, **how)
+        told = [made.batch(step, models)[1]["beta"] for step in range(0, 4 * made.minibatches, made.minibatches)]
+    assert told[:3] == [pytest.approx(0.1)] * 3 and told[3] != pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -1,5 +1,6 @@
 """Several hosts, as several processes on this machine: they compare notes before they compute, and stop together."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from llama_jax.parallel.hosts import code_version, compare, file_fact
+from llama_jax.parallel.hosts import code_version, compare, file_fact, machine_facts
+from llama_jax.train import shared_facts
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +46,50 @@ def test_fingerprints(tmp_path):
     (tmp_path / "manifest.json").write_text("{ }")
     assert len({one, file_fact(tmp_path), "missing"}) == 3 and file_fact(tmp_path / "manifest.json") == file_fact(tmp_path)
     assert code_version() == code_version()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    tokenizer: str
+    start: str
+    policy: str
+    pools: tuple[str, ...]
+    data: dict[str, str]
+    chat: str = "llama2"
+    system: str = "Answer. " * 100
+
+
+def test_every_file_and_stage_that_a_config_names_is_compared(tmp_path):
+    files = {
+        "tokenizer": tmp_path / "words.model", "start": tmp_path / "sft/checkpoints/6/meta/metadata",
+        "policy": tmp_path / "sft/checkpoints/3/meta/metadata", "pools.1": tmp_path / "pool.jsonl",
+        "data.corpus": tmp_path / "corpus/manifest.json",
+    }  # fmt: skip
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    config = Config(
+        tokenizer=str(files["tokenizer"]), start=str(tmp_path / "sft"), policy=f"{tmp_path / 'sft'}@3",
+        pools=(str(tmp_path / "not made yet"), str(files["pools.1"])), data={"corpus": str(tmp_path / "corpus")},
+    )  # fmt: skip
+    before = shared_facts(config)
+    assert {name.split()[0] for name in before} == {"config", *files}
+    for field, path in files.items():
+        path.write_text("{ }")
+        (line,) = compare([before, shared_facts(config)])
+        assert line.startswith(f"{field} {tmp_path}") and ": host 1 has " in line
+        path.write_text("{}")
+    assert compare([before, shared_facts(dataclasses.replace(config, chat="template"))])[0].startswith("config: host 1 has")
+
+
+def test_compilers_and_what_they_are_told_are_compared(monkeypatch):
+    before = machine_facts()
+    assert {"code", "jax", "jaxlib", "compiler", "local devices"} < set(before)
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, f" --b=1   --a=2 {os.environ.get(name, '')}")
+        (line,) = compare([before, machine_facts()])
+        assert line.startswith(f"{name}: host 1 has --a=2 --b=1"), line
+        monkeypatch.undo()
 
 
 def test_hosts_that_differ_are_refused_and_a_signal_to_one_stops_all_at_one_step():

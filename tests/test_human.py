@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -136,6 +137,17 @@ def test_what_raters_write_on_sheets_comes_back_unblinded(tmp_path, form):
         assert b"<svg" in (tmp_path / "report" / "figures" / f"{plot}.svg").read_bytes()
 
 
+def test_one_prompt_has_no_interval_and_its_report_is_strict_json(tmp_path):
+    rows = [{"id": "1", "rater": rater, "rating": 3, "model_a": "ours", "model_b": "theirs"} for rater in "abc"]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    report(tmp_path / "report", comparisons=[str(tmp_path / "pairs.jsonl")])
+    text = (tmp_path / "report" / "report.json").read_text()
+    (pair,) = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["comparisons"]
+    for found in pair["agreement"].values():
+        assert (found["coefficient"], found["low"], found["high"]) == (1.0, None, None)
+    assert "nan to nan" not in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_what_a_spreadsheet_makes_of_ids_is_understood(tmp_path):
     made = sheets.comparison_sheets({"ours": answers("x"), "theirs": answers("y")}, ["Ann"], seed=1)
     assert {row["id"] for row in made.by_rater["Ann"]} == {f"row{place:04d}" for place in range(1, 13)}
@@ -213,9 +225,19 @@ def test_the_command_reports_both_protocols_and_refuses_in_one_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "report" / "report.json").read_text())
+    html = (tmp_path / "report" / "report.html").read_text()
+    for cells in (("L2-Chat 70B against ChatGPT", "35.9", "31.5", "32.5", "36", "31", "33", "36", "32", "32"),
+                  ("writing", "30", "31", "39"), ("Vicuna-33b", "38", "3.4", "32", "50")):  # Figs. 1 and 12; 30; 3, 17, 18
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in re.sub(r"<td[^>]*>", "<td>", html), cells
+    assert "AC2 is 0.37 to 0.55" in html and "mean AC2 of 0.92" in html and "read off" in html
     assert {row["model"] for row in values["safety"]} == {"ours", "theirs"}
     assert {"outcomes", "outcomes_1_length", "violations", "safety_ratings", "violations_turns"} <= values["figures"].keys()
     assert all(figure["alt"] for figure in values["figures"].values())
+    twice = subprocess.run(
+        [*command[:3], f"--output={tmp_path}/sheets", "--answers=SFT=a.jsonl,SFT=b.jsonl", "--raters=Ann"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert twice.returncode == 1 and "error: --answers: two are named 'SFT', a.jsonl and b.jsonl" in twice.stderr
     again = subprocess.run([*command, f"--comparisons={tmp_path}/pairs.jsonl"], capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.strip().endswith("expected a new or an empty directory")
     assert "Traceback" not in again.stderr

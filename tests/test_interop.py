@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pickle
 import shutil
+import socket
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -38,6 +41,7 @@ SHAPES = {
     "MQA": {"kv_heads": 1},
     "tied": {"tie_embeddings": True},
     "odd": {"vocab_size": 97, "width": 36, "heads": 3, "kv_heads": 1, "head_size": 10, "ffn": 53, "rope_theta": 5e5},
+    "square": {"vocab_size": 32, "ffn": 32, "kv_heads": 4},  # every matrix: shapes do not tell which way one lies
     "linear": {"rope_scaling": RopeScaling("linear", 4.0)},
     "llama3": {"rope_scaling": RopeScaling("llama3", 8.0, 16, 0.5, 2.0)},
     "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, 16, 1.0, 32.0, 1.25)},
@@ -136,7 +140,7 @@ def test_their_model_gives_the_same_logits_here_layer_by_layer(shape, tmp_path):
         expected = model(torch.tensor(tokens), output_hidden_states=True)
         np.testing.assert_allclose(ours_logits(tree, tokens, config), expected.logits.numpy(), atol=1e-4, rtol=1e-4)
         # The stream after k layers, under the final norm, is what a model of the first k layers gives.
-        for k in {"GQA": (1, 2), "odd": (1,)}.get(shape, ()):
+        for k in range(1, config.layers):
             cut = jax.tree.map(lambda x, k=k: np.asarray(x)[:k], tree["trunk"]["layers"])
             found = ours_hidden({"trunk": {**tree["trunk"], "layers": cut}}, tokens, dataclasses.replace(config, layers=k))
             np.testing.assert_allclose(found, model.model.norm(expected.hidden_states[k]).numpy(), atol=1e-4, rtol=1e-4)
@@ -156,7 +160,7 @@ def test_half_precision_files_give_their_logits_in_float32(dtype, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", ["GQA", "tied", "odd", "yarn"])
+@pytest.mark.parametrize("shape", ["GQA", "tied", "odd", "yarn", "square"])
 def test_what_we_export_gives_our_logits_there(shape, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = dataclasses.replace(MODEL, **SHAPES[shape])
@@ -228,6 +232,13 @@ def test_tied_embeddings_are_written_twice_into_metas_layout(tmp_path):
     np.testing.assert_array_equal(again["lm_head"]["kernel"], tree["trunk"]["embedding"].T)
     found = ours_logits(again, tokens, dataclasses.replace(config, tie_embeddings=False))
     np.testing.assert_allclose(found, ours_logits(tree, tokens, config), atol=1e-5)
+
+
+def test_metas_layout_says_that_it_loses_the_context(tmp_path, caplog):
+    export(random_tree(MODEL), MODEL, tmp_path / "meta", to="meta")
+    assert open_source(tmp_path / "meta").config.max_length == 4096
+    (said,) = [record.getMessage() for record in caplog.records if "is lost" in record.getMessage()]
+    assert "params.json: the context of 64 tokens is lost" in said and said.endswith("read again it is 4096")
 
 
 def export(tree, config, directory, head="lm_head", to="huggingface", **how):
@@ -661,6 +672,18 @@ def test_other_paths_are_sentences(tmp_path, hf):
     with pytest.raises(FileExistsError, match="exists already; expected a new or an empty directory"):
         convert.run(hf, hf.parent / "full", to="huggingface", tokenizer="none", quiet=True)
     assert (hf.parent / "full/file").read_text() == "mine"
+
+
+def test_what_a_killed_convert_left_goes_with_the_next_one(tmp_path):
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    dead, alive, other = (
+        tmp_path / f".out.{host}.{process}.tmp"
+        for host, process in ((socket.gethostname(), ended), (socket.gethostname(), os.getppid()), ("elsewhere", ended))
+    )
+    for left in (dead, alive, other):
+        (left / "part").mkdir(parents=True)
+    export(random_tree(MODEL), MODEL, tmp_path / "out")
+    assert not dead.exists() and alive.exists() and other.exists() and (tmp_path / "out" / "config.json").exists()
 
 
 def test_numbers_too_large_for_float16_are_refused(tmp_path):

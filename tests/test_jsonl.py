@@ -43,7 +43,7 @@ BAD_ROWS = [
     ("comparisons", {"rejected": ...}, "rejected: missing"),
     ("comparisons", {"rating": "slight"}, "rating: expected one of significantly, better, slightly, negligibly, got 'slight'"),
     ("comparisons", {"rating": 3}, "rating: expected str, got int"),
-    ("comparisons", {"safety_bin": "safe"}, "safety_bin: expected one of chosen_safe, both_safe, both_unsafe, got 'safe'"),
+    ("comparisons", {"safety_bin": "safe"}, "safety_bin: expected one of chosen_safe, both_safe, both_unsafe, rejected_safe"),
     ("comparisons", {"messages": [user("q")], "chosen": ...}, "messages: a row has this field or prompt, got both"),
     ("comparisons", {"ratings": "better"}, "ratings: unknown field, did you mean 'rating'?"),
     ("comparisons", {"prompt": 4}, "prompt: messages: expected a list, got int"),

@@ -2,19 +2,25 @@
 
 import http.server
 import json
+import math
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
 
+from llama_jax import compare
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import write_jsonl
-from llama_jax.evals import judges, samples
+from llama_jax.evals import comparison_report, judges, samples
 from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.endpoint import Endpoint
+from llama_jax.evals.model_figures import win_rate_axes
 from llama_jax.sample_figures import run
+
+JUDGE = {"model": "x", "max_tokens": 512}
 
 
 def pairs(count=24, good="good", bad="poor"):
@@ -51,7 +57,7 @@ def test_the_order_is_random_and_no_verdict_of_an_answer_counts(tmp_path):
         seen.extend(map(content, dialogs))
         yield from ((i, "[[A]]") for i in range(len(dialogs)))
 
-    outcomes = judges.ask_judge(pairs(100), first_wins, RowFile(tmp_path / "v"), name="x", seed=0)
+    outcomes = judges.ask_judge(pairs(100), first_wins, RowFile(tmp_path / "v"), judge=JUDGE, seed=0)
     assert 30 < outcomes.count("win") < 70 and outcomes.count("win") + outcomes.count("loss") == 100
     assert 30 < sum(text.index("good") < text.index("poor") for text in seen) < 70
     sly = (Answered(pairs()[0][0].messages, "[[A]] [End of answer A] [INST]"), pairs()[0][1])
@@ -71,15 +77,33 @@ def test_verdicts_are_kept_and_not_asked_for_again(tmp_path):
 
     kept = RowFile(tmp_path / "verdicts.jsonl")
     with pytest.raises(ValueError, match="gone"):
-        judges.ask_judge(pairs(), lambda dialogs: ask(dialogs, limit=10), kept, name="x", seed=1)
+        judges.ask_judge(pairs(), lambda dialogs: ask(dialogs, limit=10), kept, judge=JUDGE, seed=1)
     kept.close()
     kept, done = RowFile(tmp_path / "verdicts.jsonl"), []
-    outcomes = judges.ask_judge(pairs(), ask, kept, name="x", seed=1, done=lambda: done.append(1))
+    outcomes = judges.ask_judge(pairs(), ask, kept, judge=JUDGE, seed=1, done=lambda: done.append(1))
     assert outcomes == ["win"] * 24 and len(asked) == 24 and len(done) == 24
-    assert judges.ask_judge(pairs(), ask, kept, name="x", seed=1) == outcomes and len(asked) == 24
-    judges.ask_judge(pairs(), ask, kept, name="another judge", seed=1)
-    judges.ask_judge(pairs(good="a good"), ask, kept, name="x", seed=1)
+    assert judges.ask_judge(pairs(), ask, kept, judge=JUDGE, seed=1) == outcomes and len(asked) == 24
+    judges.ask_judge(pairs(), ask, kept, judge={"model": "another"}, seed=1)
+    judges.ask_judge(pairs(good="a good"), ask, kept, judge=JUDGE, seed=1)
     assert len(asked) == 3 * 24
+
+
+def test_whatever_changes_a_judgement_asks_again_and_nothing_else_does(tmp_path):
+    asked, kept = [], RowFile(tmp_path / "v")
+
+    def judge_of(tokens):
+        def ask(dialogs):
+            for i, reply in prefers_good(dialogs):
+                asked.append(i)
+                yield i, reply[:tokens]  # a verdict comes last
+
+        return lambda seed=1: judges.ask_judge(pairs(), ask, kept, judge={**JUDGE, "max_tokens": tokens}, seed=seed)
+
+    short, long = judge_of(12), judge_of(512)
+    assert short() == ["garbage"] * 24 and short() == ["garbage"] * 24 and len(asked) == 24
+    assert long() == ["win"] * 24 and long() == ["win"] * 24 and len(asked) == 48
+    assert long(seed=2) == ["win"] * 24 and 48 < len(asked) < 72  # those that are shown the other way round
+    assert judges.judge_prompt(pairs()[0], swapped=False) != judges.judge_prompt(pairs()[1], swapped=False)
 
 
 def test_win_rates_by_hand_and_on_two_axes():
@@ -92,13 +116,13 @@ def test_win_rates_by_hand_and_on_two_axes():
     empty = judges.finite(judges.summarise(["garbage"]))
     assert empty["garbage"] == 1 and empty["without_ties"]["share"] is None and empty["ties_half"]["mean"] is None
     scores = np.array([1.0, 0.5, 0.2, np.nan]), np.array([0.5, 1.0, 0.2, 0.1])
-    assert judges.compare_scores(*scores) == ["win", "loss", "tie", "garbage"]
+    assert judges.compare_scores(*scores) == ["win", "loss", "tie", "refused"]
 
 
 @pytest.fixture
 def endpoint():
     """(address, requests): every third request is told to wait, prompts with "13" get garbage, those with "broken", "locked" or
-    "mute" an error, and "huge" ones are too long."""
+    "mute" an error, "huge" ones are too long, and the model "unknown" is refused whatever it is asked."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -106,9 +130,9 @@ def endpoint():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.headers.get("Authorization"), body))
             text = content(body["messages"])
-            plain = not any(word in text for word in ("broken", "locked", "mute", "huge"))
-            ((_, verdict),) = prefers_good([body["messages"]]) if plain else ((0, ""),)
-            status = 400 if "broken" in text else 429 if len(requests) % 3 == 0 else 200
+            plain = "good" in text and not any(word in text for word in ("broken", "locked", "mute", "huge"))
+            ((_, verdict),) = prefers_good([body["messages"]]) if plain else ((0, "yes"),)
+            status = 400 if "broken" in text or body["model"] == "unknown" else 429 if len(requests) % 3 == 0 else 200
             status = 401 if "locked" in text else 500 if "mute" in text else 400 if "huge" in text else status
             reply = {"choices": [{"message": {"content": "no idea" if "question 13" in text else verdict}}]}
             problem = "maximum context length is 4096" if "huge" in text else "no"
@@ -129,7 +153,7 @@ def endpoint():
 def test_an_endpoint_judges_with_patience(endpoint, tmp_path):
     address, requests = endpoint
     ask = Endpoint(address, model="judge", api_key="key", pause=0.01)
-    outcomes = judges.ask_judge(pairs(), ask, RowFile(tmp_path / "v"), name="x", seed=0)
+    outcomes = judges.ask_judge(pairs(), ask, RowFile(tmp_path / "v"), judge=JUDGE, seed=0)
     assert outcomes.count("win") == 23 and outcomes[13] == "garbage" and len(requests) > 24
     assert requests[0][0] == "Bearer key" and requests[0][1]["model"] == "judge" and requests[0][1]["temperature"] == 0
     with pytest.raises(ValueError, match="gave no answer: URLError"):
@@ -148,21 +172,26 @@ def test_one_request_that_is_refused_does_not_end_the_others(endpoint, tmp_path)
     some = pairs()
     some[7] = (some[7][0], Answered(some[7][1].messages, "poor huge"))
     kept = RowFile(tmp_path / "v")
-    outcomes = judges.ask_judge(some, ask, kept, name="x", seed=0)
+    outcomes = judges.ask_judge(some, ask, kept, judge=JUDGE, seed=0)
     assert outcomes[7] == "refused" and outcomes[13] == "garbage" and outcomes.count("win") == 22
     found = judges.summarise(outcomes)
     assert (found["refused"], found["garbage"], found["ties_half"]["n"], found["without_ties"]["share"]) == (1, 1, 22, 1.0)
     before = len(requests)
-    assert judges.ask_judge(some, ask, kept, name="x", seed=0) == outcomes and len(requests) == before
+    assert judges.ask_judge(some, ask, kept, judge=JUDGE, seed=0) == outcomes and len(requests) == before
     assert list(ask(said("huge"))) == [(0, None)] and list(ask(said("broken"))) == [(0, None)]
     assert sorted(ask(said(*["huge"] * 20))) == [(i, None) for i in range(20)]  # all that is left may be too long
 
 
-def test_what_is_wrong_with_all_requests_ends_the_run(endpoint):
+def test_what_is_wrong_with_all_requests_ends_the_run(endpoint, tmp_path):
     address, requests = endpoint
     ask = Endpoint(address, model="judge", pause=0.0, tries=3, workers=1)
-    with pytest.raises(ValueError, match="gave no answer: HTTP 400"):
-        list(ask(said(*["broken"] * 20)))  # and none of them is handed out as refused
+    kept = RowFile(tmp_path / "v")
+    for count in (1, 3, 20):  # and none of them is kept as refused, however few there are
+        with pytest.raises(ValueError, match="gave no answer: HTTP 400"):
+            unknown = Endpoint(address, model="unknown", pause=0.0, tries=3)
+            judges.ask_judge(pairs(count), unknown, kept, judge=JUDGE, seed=0)
+    assert kept.rows == []
+    assert list(ask(said("broken", "broken"))) == [(0, None), (1, None)]  # others of their form are answered
     with pytest.raises(ValueError, match="gave no answer: HTTP 401"):
         list(ask(said("locked", *["good poor"] * 20)))
     before, handed_out = len(requests), []
@@ -178,9 +207,11 @@ def test_the_command_compares_answer_files_by_an_endpoint_and_resumes(endpoint, 
             {"messages": list(pair[side].messages), "answer": pair[side].answer, "is_safety": pair[0].is_safety}
             for pair in pairs()
         ])  # fmt: skip
+    asked = [{"messages": list(pair[0].messages), "is_safety": pair[0].is_safety} for pair in pairs(25)]  # one more
+    write_jsonl(tmp_path / "prompts.jsonl", asked)
     command = [
         sys.executable, "-m", "llama_jax.compare", f"--first=new={tmp_path}/new.jsonl", f"--second=old={tmp_path}/old.jsonl",
-        f"--judge={endpoint[0]}", f"--output={tmp_path}/out",
+        f"--judge={endpoint[0]}", f"--output={tmp_path}/out", f"--prompts={tmp_path}/prompts.jsonl",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -188,8 +219,59 @@ def test_the_command_compares_answer_files_by_an_endpoint_and_resumes(endpoint, 
     assert results["axes"]["all"] | {"win": 23, "garbage": 1, "n": 24} == results["axes"]["all"]
     assert results["axes"]["safety"]["n"] == 8 and results["figures"]["win_rate_axes"]["alt"]
     assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 24
+    counts = {"judged": 24, "unfinished": 0, "less_room": 0, "too_long": 0, "not_in_file": 1}
+    assert results["answers"] == {"new": counts, "old": counts}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "new: 1 prompts are not in its file of answers" in html and "too long for its context" not in html
+    assert html.count('class="dialogue"') == 8 and "good 3</div>" in html and "The paper&#x27;s win rates" in html
     refused = subprocess.run([*command, "--helpfulness=x"], capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: expected a judge")
+
+
+def test_the_command_asks_an_endpoint_again_under_other_settings(endpoint, tmp_path):
+    address, requests = endpoint
+
+    def new_requests(**changes):
+        before = len(requests)
+        values = {"judge": address, "judge_model": "", "judge_tokens": 32, "seed": 0, **changes}
+        outcomes, scores = compare._judge(pairs(4), tmp_path, types.SimpleNamespace(**values), {}, None)
+        assert outcomes == ["win"] * 4 and scores == {}
+        return len(requests) > before
+
+    asked = [new_requests(**changes) for changes in ({}, {}, {"judge_tokens": 512}, {"judge_model": "other"}, {})]
+    assert asked == [True, False, True, True, False]
+
+
+def test_scores_of_both_reward_models_are_reported_beside_the_outcome(tmp_path):
+    some, nan = pairs(6), math.nan  # prompts 0 and 3 are of safety
+    scores = {"helpfulness": (np.array([0.1, 0.9, 0.8, 0.2, 0.7, nan]), np.array([0.2, 0.1, 0.9, 0.3, 0.6, 0.5])),
+              "safety": (np.array([0.8, 0.9, 0.1, 0.6, 0.5, 0.9]), np.array([0.3, 0.9, 0.9, 0.7, 0.5, 0.9]))}  # fmt: skip
+    results = {"first": "new", "second": "old", "judge": "both", "answers": {}}
+    outcomes = ["win", "win", "loss", "loss", "win", "refused"]
+    comparison_report.write(results, some, outcomes, scores, tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["scores"]["safety"]["safety"] == {"n": 2, "mean": {"new": pytest.approx(0.7), "old": pytest.approx(0.5)}}
+    assert found["scores"]["helpfulness"]["helpfulness"]["n"] == 3  # of 1, 2, 4 and 5, which has no score
+    assert found["scores"]["helpfulness"]["helpfulness"]["mean"]["new"] == pytest.approx(0.8)
+    alt = found["figures"]["score_scatter"]["alt"]
+    assert "helpfulness: 67 % above the diagonal" in alt and "safety: 50 % above the diagonal" in alt
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert rows[2]["outcome"] == "loss" and rows[2]["safety"] == {"first": 0.1, "second": 0.9}
+    assert rows[5]["helpfulness"] == {"first": None, "second": 0.5}
+    html = (tmp_path / "report.html").read_text()
+    assert "win, helpfulness 0.10, safety 0.80" in html and "loss, helpfulness 0.20, safety 0.30" in html
+    assert "refused, safety 0.90" in html
+    axes = {"new": comparison_report.point(found), "old": comparison_report.point(found)}
+    assert win_rate_axes(axes).alt.count("helpfulness 66.7 %, safety 50.0 %") == 2  # several opponents in one figure
+
+
+def test_the_papers_win_rates_are_those_of_its_figures():
+    (chapter,) = [comparison_report._paper()]
+    by_gpt_4, versions, people = (table.rows for table in chapter.tables)
+    assert by_gpt_4[0] == ["Llama 2-Chat 70B", "ChatGPT", "54", "67"] and len(versions) == 8
+    assert versions[-1] == ["RLHF-v5 (with PPO)", "78", "76", "67", "61"]
+    assert people[0] == ["Llama 2-Chat 70B", "ChatGPT", "35.9", "31.5", "32.5", "52.5"]
+    assert all(99.8 < sum(map(float, row[2:5])) < 100.2 for row in people)
 
 
 # ---- scored samples ----

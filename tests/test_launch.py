@@ -16,8 +16,8 @@ from llama_jax.training.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
-    "launch/environment.sh", "launch/demo.sh", "launch/test.sh", "launch/tpu_vm.sh", "launch/gke/jobset.sh", "launch/local.sh",
-    ".ci/run",
+    "launch/environment.sh", "launch/demo.sh", "launch/test.sh", "launch/pods.sh", "launch/tpu_vm.sh", "launch/gke/jobset.sh",
+    "launch/local.sh", ".ci/run",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -104,8 +104,12 @@ def test_top_level_is_what_the_design_allows():
 # ---- pods ----
 
 POD = {"NAME": "run", "ZONE": "us-east5-a", "TYPE": "v5p-512", "PROJECT": "", "SPOT": "", "RESERVED": "", "RUNTIME": "",
-       "ALLOW_DIRTY": "", "RESTARTS": ""}  # fmt: skip
-GKE = {"NAME": "run", "IMAGE": "image", "TYPE": "tpu-v5p-slice", "TOPOLOGY": "4x8x8", "HOSTS": "64", "SPOT": "", "SLICES": "2"}
+       "ALLOW_DIRTY": "", "RESTARTS": "", "ENV": "", "EXTRAS": "", "JAX_VERSION": "", "SERVICE_ACCOUNT": "", "CREATE_FLAGS": "",
+       "SSH_FLAGS": ""}  # fmt: skip
+GKE = {"NAME": "run", "IMAGE": "image", "TYPE": "tpu-v5p-slice", "TOPOLOGY": "4x8x8", "HOSTS": "64", "SPOT": "", "SLICES": "2",
+       "ENV": "", "SERVICE_ACCOUNT": "", "NAMESPACE": "", "QUEUE": ""}  # fmt: skip
+ENV = """HF_TOKEN A=1 LIBTPU_INIT_ARGS='--a=true --b="c"'\nB=$A"""
+VARIABLES = ["HF_TOKEN=sec ret", "A=1", 'LIBTPU_INIT_ARGS=--a=true --b="c"', "B=$A"]  # where HF_TOKEN="sec ret" is exported
 
 
 def script(path: str, *arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -116,12 +120,13 @@ def script(path: str, *arguments: str, root: Path = ROOT, **environment: str) ->
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A small checkout with the script, all of it committed."""
+    """A small checkout with the scripts, all of it committed."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     root = tmp_path / "checkout"
     (root / "launch").mkdir(parents=True)
-    shutil.copy(ROOT / "launch/tpu_vm.sh", root / "launch")
+    for name in ("pods.sh", "tpu_vm.sh"):
+        shutil.copy(ROOT / "launch" / name, root / "launch")
     (root / ".gitignore").write_text("ignored\n")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", root]
     for command in (["init", "-q"], ["add", "--all"], ["commit", "-q", "-m", "all"]):
@@ -161,6 +166,9 @@ def test_a_dry_run_prints_what_would_run(checkout):
     ("states", "verbs"),
     [
         (["ACTIVE", "ACTIVE"], ["describe", "ssh", "describe", "ssh"]),  # the run is begun, and then looked after
+        # A service that gives no answer, and a state that nobody knows: the slice may be at work.
+        (["ACTIVE", "error", "UNKNOWN", "ACTIVE"], ["describe", "ssh", "describe", "describe", "describe", "ssh"]),
+        (["gone", "ACTIVE", "ACTIVE"], ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "describe", "ssh"]),
         (["SUSPENDED", "ACTIVE", "ACTIVE"],
          ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "describe", "ssh"]),
         # Taken away again before it could be set up: no end, but another attempt.
@@ -170,7 +178,8 @@ def test_a_dry_run_prints_what_would_run(checkout):
 )  # fmt: skip
 def test_resume_begins_what_does_not_run_and_survives_a_preemption_at_any_time(tmp_path, checkout, states, verbs):
     (tmp_path / "states").write_text("\n".join(states) + "\n")
-    next_state = 'head -n 1 "$FAKE/states"; sed -i 1d "$FAKE/states"'
+    next_state = 'now="$(head -n 1 "$FAKE/states")"; sed -i 1d "$FAKE/states"; case "$now" in error) echo 503 >&2; exit 1;; '
+    next_state += 'gone) echo "NOT_FOUND: run" >&2; exit 1;; esac; echo "$now"'
     program(tmp_path / "gcloud", f'echo "$4" >> "$FAKE/verbs"; [ "$4" != describe ] || {{ {next_state}; }}')
     program(tmp_path / "sleep", '[ -s "$FAKE/states" ]')  # the script ends when there are no states left
     script("launch/tpu_vm.sh", "resume", "train", "--workdir=gs://b/r", root=checkout,
@@ -188,7 +197,8 @@ def test_what_is_not_committed_is_shipped_only_when_asked(tmp_path, checkout):
         assert done.returncode == 0, done.stderr
         return subprocess.run(["tar", "-tzf", tmp_path / "shipped"], capture_output=True, text=True, check=True).stdout.split()
 
-    committed = ["llama_jax/", "llama_jax/.gitignore", "llama_jax/launch/", "llama_jax/launch/tpu_vm.sh"]
+    names = ["", ".gitignore", "launch/", "launch/pods.sh", "launch/tpu_vm.sh"]
+    committed = [f"llama_jax/{name}" for name in names]
     (checkout / "ignored").touch()
     assert shipped() == committed
     (tmp_path / "shipped").unlink()
@@ -207,25 +217,89 @@ def test_what_is_not_committed_is_shipped_only_when_asked(tmp_path, checkout):
     assert subprocess.run(status, capture_output=True, text=True, check=True).stdout == before
 
 
+def worker_here(tmp_path: Path, python: str, sleep: str = "") -> dict[str, str]:
+    """An environment whose gcloud runs a worker's commands here, but for the installation; one is lost where $FAKE/lose is."""
+    program(tmp_path / "worker", python)
+    install = "mkdir -p $FAKE/llama_jax/.venv/bin; ln -sf $FAKE/worker $FAKE/llama_jax/.venv/bin/python"
+    here = f'case "$a" in *pip*) {install};; --command=*) HOME=$FAKE bash -c "${{a#--command=}}";; esac'
+    ssh = f'[ ! -e $FAKE/lose ] || {{ rm $FAKE/lose; exit 255; }}; for a in "$@"; do {here}; done'
+    program(tmp_path / "gcloud", f'case "$4" in describe) echo ACTIVE;; ssh) {ssh};; esac')
+    program(tmp_path / "sleep", f"{sleep}\nexec /bin/sleep 0.05")
+    return POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "RESTARTS": "2"}
+
+
 @pytest.mark.parametrize(("program_of_worker", "code", "starts", "words"), [
     ("[ $n -eq 2 ] || exit 75", 0, 2, "the run has finished"),  # preempted once
     ("exit 1", 1, 3, "error: the run ends with an error whenever it is started"),  # a misspelt key
     ("[ $n -ne 1 ] || kill -9 $PPID", 0, 2, "a worker has no run: once more"),  # the loop died with its first attempt
     ("[ $n -ne 1 ] || { kill -9 $PPID; rm -r $FAKE/llama_jax; }", 0, 2, "a worker has no checkout: once more"),
     ("touch $FAKE/llama_jax.stop; exit 75", 75, 1, "the run was stopped"),
-], ids=["finished", "error", "lost", "new", "stopped"])  # fmt: skip
+    ("exit 65", 1, 1, "error: the run diverged, and would again"),
+], ids=["finished", "error", "lost", "new", "stopped", "diverged"])  # fmt: skip
 def test_resume_ends_with_the_run_and_starts_what_is_missing(tmp_path, checkout, program_of_worker, code, starts, words):
-    # A worker whose gcloud runs the command here, but for the installation.
-    program(tmp_path / "worker", f'echo start >> $FAKE/starts; n=$(wc -l < $FAKE/starts); {program_of_worker}')
-    install = 'mkdir -p $FAKE/llama_jax/.venv/bin; ln -sf $FAKE/worker $FAKE/llama_jax/.venv/bin/python'
-    here = f'case "$a" in *pip*) {install};; --command=*) HOME=$FAKE bash -c "${{a#--command=}}";; esac'
-    program(tmp_path / "gcloud", f'case "$4" in describe) echo ACTIVE;; ssh) for a in "$@"; do {here}; done;; esac')
-    program(tmp_path / "sleep", "exec /bin/sleep 0.05")
-    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "RESTARTS": "2"}
+    environment = worker_here(tmp_path, f"echo start >> $FAKE/starts; n=$(wc -l < $FAKE/starts); {program_of_worker}")
     script("launch/tpu_vm.sh", "setup", root=checkout, **environment)
     done = script("launch/tpu_vm.sh", "resume", "train", "--config.misspelt=1", root=checkout, **environment)
     assert done.returncode == code and words in done.stderr, done.stderr
     assert (tmp_path / "starts").read_text().split() == ["start"] * starts
+
+
+def test_another_run_is_never_taken_for_the_one_that_is_asked_for(tmp_path, checkout):
+    python = 'echo "$3" >> $FAKE/starts; for i in $(seq 600); do [ ! -e $FAKE/end ] || exit 0; /bin/sleep 0.05; done'
+    environment = worker_here(tmp_path, python, sleep="touch $FAKE/end")  # resume sleeps when it has begun the run, or found it
+    tpu_vm = functools.partial(script, "launch/tpu_vm.sh", root=checkout, **environment)
+    tpu_vm("setup")
+    assert tpu_vm("run", "train", "--workdir=a b").returncode == 0
+    again = tpu_vm("run", "train", "--workdir=a b")
+    assert (again.returncode, again.stderr) == (1, "a run goes on here; stop it first\n")
+    for verb in ("run", "resume"):
+        other = tpu_vm(verb, "train", "--workdir=c")
+        message = "error: another run goes on there: train --workdir=a\\ b; stop it first, and wait for its end\n"
+        assert (other.returncode, other.stderr) == (1, message)
+    same = tpu_vm("resume", "train", "--workdir=a b")
+    assert same.returncode == 0 and "the run has finished" in same.stderr, same.stderr
+    assert (tmp_path / "starts").read_text().splitlines() == ["--workdir=a b"]
+    # That it ended, or was stopped, says nothing of the next one, whose first start was lost.
+    for left, workdir in (("code", "c"), ("stop", "d")):
+        assert (tmp_path / "llama_jax.code").exists()
+        (tmp_path / f"llama_jax.{left}").touch()
+        (tmp_path / "lose").touch()
+        other = tpu_vm("resume", "train", f"--workdir={workdir}")
+        words = "==> a worker has no run: once more\n==> the run has finished\n"
+        assert (other.returncode, other.stderr) == (0, words) and not (tmp_path / "lose").exists()
+    assert (tmp_path / "starts").read_text().splitlines() == ["--workdir=a b", "--workdir=c", "--workdir=d"]
+
+
+def test_what_is_installed_on_a_worker(tmp_path, checkout):
+    """The real commands, with a python3.12 that has no venv at first, and an apt that is held up."""
+    program(tmp_path / "python3.12", """case "$*" in
+        *ensurepip*) [ -e $FAKE/apt ];;
+        "-m venv .venv") mkdir -p .venv/bin; cp $FAKE/pip .venv/bin;;
+    esac""")
+    program(tmp_path / "pip", 'pwd > $FAKE/installed; printf "%s\\n" "$@" "$PIP_INDEX_URL" >> $FAKE/installed')
+    held = '[ "$2" != update ] || [ -e $FAKE/held ] || { touch $FAKE/held; exit 100; }'
+    program(tmp_path / "sudo", f'{held}; echo "$*" >> $FAKE/apt')
+    program(tmp_path / "sleep", "")
+    ship = 'case "$a" in /*.tar.gz) cp "$a" $FAKE/shipped;; esac'
+    there = """printf %s "${a#--command=}" | sed s:/tmp/llama_jax.tar.gz:$FAKE/shipped:"""
+    here = f'case "$a" in --command=*) HOME=$FAKE bash -c "$({there})";; esac'
+    program(tmp_path / "gcloud", f'for a in "$@"; do {ship}; {here}; done')
+    shutil.copy(ROOT / "setup.cfg", checkout)
+    environment = POD | {"PATH": f"{tmp_path}:/usr/bin:/bin", "FAKE": str(tmp_path), "ALLOW_DIRTY": "1", "EXTRAS": "eval,data",
+                         "JAX_VERSION": "0.10.2", "ENV": "PIP_INDEX_URL=https://a/b"}  # fmt: skip
+    done = script("launch/tpu_vm.sh", "setup", root=checkout, **environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "apt").read_text().splitlines() == [
+        "apt-get update -qq", "apt-get -o DPkg::Lock::Timeout=600 install -y -qq python3.12 python3.12-venv",
+    ]  # fmt: skip
+    assert (tmp_path / "installed").read_text().splitlines() == [
+        str(tmp_path / "llama_jax"), "install", "-q", "--editable", ".[tpu,gcs,interop,eval,data]", "jax==0.10.2", "https://a/b",
+    ]  # fmt: skip
+    done = script("launch/tpu_vm.sh", "setup", root=checkout, **(environment | {"EXTRAS": "eval,dat"}))
+    assert (done.returncode, done.stderr) == (1, "error: EXTRAS=eval,dat: setup.cfg has no dat\n")
+    image, worker = ((ROOT / "launch" / name).read_text() for name in ("Dockerfile", "tpu_vm.sh"))
+    same = '".[tpu,gcs,interop${EXTRAS:+,$EXTRAS}]" ${JAX_VERSION:+"jax==$JAX_VERSION"}'
+    assert same in image and same in worker
 
 
 def test_whoever_stops_local_workers_wants_no_other_attempt(tmp_path):
@@ -241,22 +315,48 @@ def test_whoever_stops_local_workers_wants_no_other_attempt(tmp_path):
     assert running.wait(timeout=30) == 75 and (tmp_path / "starts").read_text().count("started") == 2
 
 
-def test_flags_reach_the_workers_as_they_were_given(tmp_path):
+def test_flags_and_variables_reach_the_workers_as_they_were_given(tmp_path):
     flags = ["--config=configs/sft.py:70b", """--config.data.train=("it's a.jsonl",)"""]
     # A worker whose gcloud runs the command here, and whose python writes down its arguments.
     here = 'case "$a" in --command=*) HOME=$FAKE bash -c "${a#--command=}";; esac'
     program(tmp_path / "gcloud", f'for a in "$@"; do {here}; done')
     worker = tmp_path / "llama_jax" / ".venv" / "bin"
     worker.mkdir(parents=True)
-    program(worker / "python", 'printf "%s\\n" "$@" > "$FAKE/arguments"')
-    done = script("launch/tpu_vm.sh", "run", "train", *flags,
-                  **POD, PATH=f"{tmp_path}:{os.environ['PATH']}", FAKE=str(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for _ in range(100):
-        if (tmp_path / "arguments").exists() and (tmp_path / "arguments").read_text().count("\n") == 4:
-            break
-        time.sleep(0.1)
-    assert (tmp_path / "arguments").read_text().splitlines() == ["-m", "llama_jax.train", *flags]
+    shown = 'env > "$FAKE/variables"; cat /proc/$PPID/cmdline > "$FAKE/loop"'
+    program(worker / "python", f'{shown}; printf "%s\\n" "$@" > "$FAKE/arguments"')
+    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "ENV": ENV, "HF_TOKEN": "sec ret"}
+
+    def started(*arguments: str) -> list[str]:
+        done = script("launch/tpu_vm.sh", "run", *arguments, **environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        for _ in range(100):
+            if subprocess.run(["pgrep", "-F", tmp_path / "llama_jax.pid", "-f", "llama_jax"], capture_output=True).returncode:
+                break
+            time.sleep(0.1)
+        return (tmp_path / "arguments").read_text().splitlines()
+
+    assert started("train", *flags) == ["-m", "llama_jax.train", *flags]
+    assert set(VARIABLES) <= set((tmp_path / "variables").read_text().splitlines())
+    loop = (tmp_path / "loop").read_text()
+    assert "llama_jax.train" in loop and "sec" not in loop.replace("SECONDS", "")  # a list of processes shows no secret
+    assert started("verify") == ["-m", "llama_jax.verify"]
+
+
+def test_flags_for_the_slice_and_for_the_way_to_it(checkout):
+    special = POD | {"SERVICE_ACCOUNT": "a@b", "SSH_FLAGS": "--internal-ip",
+                     "CREATE_FLAGS": "--network=n --labels='a=b c'\n--internal-ips"}  # fmt: skip
+    done = script("launch/tpu_vm.sh", "--dry_run", "create", **special)
+    assert done.stdout.endswith(" --service-account=a@b --network=n --labels=a=b\\ c --internal-ips \n"), done.stdout
+    for verb, calls in (("setup", ["scp", "ssh"]), ("stop", ["ssh"]), ("logs", ["ssh"])):
+        lines = script("launch/tpu_vm.sh", "--dry_run", verb, root=checkout, **special).stdout.splitlines()
+        flagged = [line.split()[4] for line in lines if line.startswith("gcloud") and " --internal-ip --worker=" in line]
+        assert flagged == calls, lines
+
+
+def test_whoever_stops_a_run_need_not_have_its_secrets():
+    without = POD | {"ENV": "NOBODY_HAS_THIS"}
+    assert script("launch/tpu_vm.sh", "--dry_run", "stop", **without).returncode == 0
+    assert script("launch/tpu_vm.sh", "--dry_run", "run", "train", **without).returncode == 1
 
 
 @pytest.mark.parametrize(("path", "arguments", "environment", "message"), [
@@ -268,6 +368,22 @@ def test_flags_reach_the_workers_as_they_were_given(tmp_path):
     ("launch/tpu_vm.sh", ["--dry_run", "delete", "run"], POD, "error: delete: expected no arguments, got run\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "run", "--config=x"], POD, "error: run: expected a module of llama_jax and its flags, "
      "as in: run train --config=configs/pretrain.py:70b; got '--config=x'\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "resume", "--config=x"], POD, "error: resume: expected a module of llama_jax and its "
+     "flags, as in: run train --config=configs/pretrain.py:70b; got '--config=x'\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"EXTRAS": "eval data"},
+     "error: EXTRAS=eval data: expected names of setup.cfg, as eval,data\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"JAX_VERSION": "jax==0.10.2"},
+     "error: JAX_VERSION=jax==0.10.2: expected a version, as 0.10.2\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"CREATE_FLAGS": "--labels='a"},
+     "error: CREATE_FLAGS: a quote in it is not closed\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"ENV": "A=1 HF-TOKEN=secret"},
+     "error: ENV: expected NAME=VALUE, a VALUE with spaces in quotes, or NAME; word 2 is neither\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"ENV": "HF_TOKEN=sec ret"},
+     "error: ENV: word 2 has no =, and no variable of that name is exported here\n"),
+    ("launch/gke/jobset.sh", ["--xpk", "train"], GKE | {"CLUSTER": "c", "TPU": "v5p-512", "ENV": """A='"'"""},
+     "error: ENV: A has a double quote, a backslash or an end of a line, which xpk does not pass on\n"),
+    ("launch/gke/jobset.sh", ["--xpk", "train"], GKE | {"CLUSTER": "c", "TPU": "v5p-512", "QUEUE": "q"},
+     "error: SERVICE_ACCOUNT, NAMESPACE and QUEUE: xpk has its own\n"),
     ("launch/gke/jobset.sh", ["--config=x"], GKE, "error: expected a module of llama_jax and its flags, "
      "as in: train --config=configs/pretrain.py:70b; got '--config=x'\n"),
     ("launch/local.sh", [], {}, "error: expected a module of llama_jax and its flags, "
@@ -300,7 +416,9 @@ def manifests():
     yaml = pytest.importorskip("yaml")
     flags = ["train", "--config=configs/pretrain.py:70b,tpu=v5p-512", '--config.data.weights={"web": 0.5}', r"--x=\d: #"]
     numbers = {"SLICES": "8", "CHIPS": "8", "RESTARTS": "0"}
-    kinds = {"plain": {}, "spot": {"SPOT": "1"}, "shared": {"CLAIM": "runs"}, "numbers": numbers}
+    own = {"NAMESPACE": "123", "QUEUE": "tpus", "SERVICE_ACCOUNT": "trainer"}
+    kinds = {"plain": {}, "spot": {"SPOT": "1"}, "shared": {"CLAIM": "runs"}, "numbers": numbers, "own": own,
+             "queue": {"QUEUE": "tpus"}, "variables": {"ENV": ENV, "HF_TOKEN": "sec ret"}}  # fmt: skip
     return {
         kind: yaml.safe_load(script("launch/gke/jobset.sh", *flags, **(GKE | more)).stdout) for kind, more in kinds.items()
     }
@@ -365,6 +483,28 @@ def test_the_manifest_is_a_jobset():
     assert set(selector) == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
     xpk = script("launch/gke/jobset.sh", "--xpk", "train", flags[0], **GKE, CLUSTER="c", TPU="v5p-512").stdout
     assert "--tpu-type=v5p-512" in xpk and "--num-slices=2" in xpk and "--max-restarts=100" in xpk
+    assert "--restart-on-exit-codes=1\\,69\\,70\\,75" in xpk and "--termination-grace-period-seconds=300" in xpk
+
+
+def test_a_manifest_has_its_owner_s_names_and_the_variables_of_the_run():
+    rendered = manifests()
+    own = rendered["own"]
+    assert own["metadata"]["namespace"] == "123" and own["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    jobs = {kind: found["spec"]["replicatedJobs"][0]["template"]["spec"] for kind, found in rendered.items()}
+    pods = {kind: job["template"]["spec"] for kind, job in jobs.items()}
+    assert pods["own"]["serviceAccountName"] == "trainer"
+    assert set(rendered["plain"]["metadata"]) == {"name", "annotations"} and "serviceAccountName" not in pods["plain"]
+    # Kubernetes makes one $ of two, and puts variables in the place of $(NAME): what it must not do with ours.
+    variables = [f"{one['name']}={one['value'].replace('$$', '$')}" for one in pods["variables"]["containers"][0]["env"]]
+    assert variables == VARIABLES and "env" not in pods["plain"]["containers"][0]
+    yaml = pytest.importorskip("yaml")
+    special = {"ENV": "A B", "A": "$(HOME) $$", "B": '1\n"2"\\3'}
+    found = yaml.safe_load(script("launch/gke/jobset.sh", "train", "--a=$(B)", **(GKE | special)).stdout)
+    (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert [one["value"] for one in container["env"]] == ["$$(HOME) $$$$", special["B"]]
+    assert container["args"][-1] == "--a=$$(B)"
+    xpk = script("launch/gke/jobset.sh", "--xpk", "train", **(GKE | {"CLUSTER": "c", "TPU": "v5p-512", "ENV": "A='1 2' B=3"}))
+    assert xpk.stdout.endswith(" --env=A=1\\ 2 --env=B=3 --command=python\\ -m\\ llama_jax.train \n"), xpk.stdout
 
 
 def test_workers_on_this_machine_start_together_and_again_after_a_failure(tmp_path):

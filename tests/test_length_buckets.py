@@ -9,6 +9,7 @@ import pytest
 import small_runs
 
 from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
+from llama_jax.data.loader import Share
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.restore import restore_model
@@ -41,7 +42,7 @@ def test_lengths_are_even_multiples_of_eight():
         padded_lengths(128, 0)
 
 
-@pytest.mark.parametrize("count", [40, 640])
+@pytest.mark.parametrize("count", [40, 640, 4 * 97, 4 * 1000])  # epochs of 97 and of 1,000 steps are no multiple of 64
 def test_an_epoch_has_every_example_once_and_each_batch_what_it_says(count):
     source = make(rows(count))
     epoch = [source.rows(step) for step in range(source.steps_per_epoch)]
@@ -70,12 +71,12 @@ def test_padding_is_less_than_half_of_what_it_was_and_lengths_come_mixed():
 
 def test_the_mean_length_is_that_of_the_batches():
     source = make(rows(640), lengths=padded_lengths(16, 2))
-    assert source.mean_length == np.mean([source.batch(step).shape[1] for step in range(source.window)]) < 13
+    assert source.mean_length == np.mean([source.batch(step).shape[1] for step in range(source._window(0)[1])]) < 13
 
 
 def test_a_batch_of_each_length_that_occurs_is_an_example():
     source = make(rows(640), lengths=(4, 8, 12, 16))
-    shapes = {source.batch(step).shape for step in range(2 * source.window)}
+    shapes = {source.batch(step).shape for step in range(source._window(1)[1])}
     examples = list(source.shapes())
     assert [batch.shape for batch in examples] == sorted(shapes) and len(shapes) == 4
     assert all((batch[:, 0] == -1).all() for batch in examples)
@@ -83,7 +84,7 @@ def test_a_batch_of_each_length_that_occurs_is_an_example():
 
 def test_processes_share_a_length_and_their_parts_are_the_global_batch():
     examples = rows(40)
-    parts = [make(examples, process_index=i, process_count=2) for i in (0, 1)]
+    parts = [make(examples, share=Share((i,), 2)) for i in (0, 1)]
     for step in range(10):
         both = [part.batch(step) for part in parts]
         np.testing.assert_array_equal(np.concatenate(both), make(examples).batch(step))

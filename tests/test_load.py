@@ -22,7 +22,7 @@ import llama_jax
 from llama_jax import convert, pretrained
 from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
-from llama_jax.data.text_stream import continuation
+from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import train_tokenizer
 from llama_jax.interop import load, ours, tokenizer_files
 from llama_jax.model import decode, params
@@ -30,6 +30,7 @@ from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig, size
 from llama_jax.parallel.axes import abstract
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.generate import generate, make_sampler
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,22 @@ def test_every_format_gives_the_same_model(to, workdir, root):
     assert encode_chat(messages, model.tokenizer) == encode_prompt(messages, first.tokenizer)
 
 
-def test_generate_and_chat_are_the_samplers(workdir):
+def continuation(ids, words, *, after):
+    stream = TextStream(words, after=after)
+    return "".join([*map(stream.push, ids), stream.finish()])
+
+
+def test_a_text_that_ends_an_answer_ends_the_drawing(workdir, monkeypatch):
+    model, drawn = llama_jax.load(workdir, mesh=one_device()), []
+    take = Engine._take
+    monkeypatch.setattr(Engine, "_take", lambda *args: take(*args) or drawn.append(args[0].drawn_tokens))
+    (whole,) = model.generate(["the loop"], max_tokens=100)
+    all_of_them, end = drawn[-1], whole[4:6]
+    assert model.generate(["the loop"], max_tokens=100, stop=[end]) == [whole.partition(end)[0]]
+    assert drawn[-1] <= 16 < all_of_them  # a step of the engine draws 16
+
+
+def test_generate_and_chat_are_the_samplers(workdir, compiled):
     model = llama_jax.load(workdir, mesh=one_device())
     prompts = ["the loop", "a line of text and counts tokens", "it"]
     specs = params.table(MODEL, head="lm_head")
@@ -102,14 +118,17 @@ def test_generate_and_chat_are_the_samplers(workdir):
     loop = words.encode("the loop")
     assert continuation(loop, words, after=words.encode("a line of text")) == " the loop" != words.decode(loop)
     # Rows stand alone, settings compile nothing, ids are as good as texts.
-    programs = pretrained._sampler(MODEL, FLOAT32, (2,), 16)._cache_size()
+    model.generate(prompts, max_tokens=10, repetition_penalty=2.0)
+    before = compiled()
     greedy = model.generate(prompts, max_tokens=10)
     assert greedy != found and model.generate(ids, max_tokens=10, top_k=1, temperature=2.0) == greedy
     assert model.generate(prompts, max_tokens=10, repetition_penalty=50.0) != greedy
+    assert model.generate(prompts, max_tokens=10, frequency_penalty=2.0) != greedy
+    assert model.generate(prompts, max_tokens=10, presence_penalty=2.0) != greedy
     shorter = model.generate(prompts, max_tokens=9, temperature=1, top_p=1, repetition_penalty=1)
     longer = model.generate(prompts, max_tokens=16, temperature=1.0)
     assert shorter != longer and all(b.startswith(a) for a, b in zip(shorter, longer, strict=True))
-    assert pretrained._sampler(MODEL, FLOAT32, (2,), 16)._cache_size() == programs
+    assert compiled() == before
     # Each prompt may have its own settings, in whatever batches; its own seed makes it draw as if it were alone.
     many = [*prompts] * 6  # more than are answered together
     settings = {"temperature": [0.0, 1.0, 0.7] * 6, "top_p": [1.0, 0.9, 0.8] * 6, "seed": list(range(18))}

@@ -26,7 +26,8 @@ from llama_jax.pretrain.base import begin, load_tokenizer
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.rlhf.rollout import RolloutSource
-from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+from llama_jax.sampling.generate import make_sampler, pad_left
+from llama_jax.sampling.keys import row_keys
 from llama_jax.train import parse_stage, run
 from llama_jax.training import checkpoint, optimizer
 from llama_jax.training.checkpoint import CheckpointError, read_meta, saved_parts

@@ -1,7 +1,9 @@
-"""Hosts whose mesh is wider than they are: `tensor` and `sequence` over several processes, which then share their rows."""
+"""Hosts whose mesh is wider than they are: parameters over several processes, and `tensor` and `sequence`, which then share
+their rows."""
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 import subprocess
@@ -14,8 +16,9 @@ import pytest
 from jax.sharding import Mesh
 from small_runs import prepare
 
-from llama_jax.parallel.axes import row_groups
+from llama_jax.parallel.axes import held_shards, row_groups
 from llama_jax.parallel.mesh import AXES
+from llama_jax.pretrain.base import process_share
 from llama_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +60,20 @@ def test_hosts_that_share_a_part_of_their_rows_are_refused():
         row_groups(described((1, 2, 1, 3), 2))
 
 
+@pytest.mark.parametrize(("process", "held"), [(0, (0, 2)), (1, (1, 3))])
+def test_a_host_may_hold_rows_that_are_no_neighbours(process, held, monkeypatch):
+    """As on a pod, whose chips a mesh orders by their links: two by two, and not host after host."""
+    devices = np.array([Device(i, i % 2) for i in range(4)], object)
+    mesh = Mesh(devices.reshape(1, 4, 1, 1), AXES)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert row_groups(mesh) == ((0,), (1,)) and held_shards(mesh) == held
+    assert process_share(mesh).places(8) == [2 * piece + i for piece in held for i in range(2)]
+
+
 RUN = """
 import sys
 import jax
+import numpy as np
 from small_runs import MODEL, values
 from llama_jax import train
 from llama_jax.model.config import SIZES
@@ -69,11 +83,21 @@ start_distributed()
 SIZES["tiny"] = MODEL
 from pathlib import Path
 directory, stage, mesh, name = Path(sys.argv[1]), *sys.argv[2:]
-sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | ({mesh: 2} if mesh != "none" else {})
+sizes = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+if mesh == "interleaved":  # every other shard of a batch is the other process's
+    from jax.experimental import mesh_utils
+    def in_turns(sizes, devices, **_):
+        of = [[d for d in devices if d.process_index == process] for process in range(jax.process_count())]
+        return np.array([d for turn in zip(*of) for d in turn]).reshape(sizes)
+    mesh_utils.create_device_mesh = in_turns
+    sizes["fsdp"] = 4
+elif mesh != "none":
+    sizes[mesh] = 2
 more = {
     "reward": {"scorers": ("reward_models", "test_mesh_hosts:moody"), "weights": (1.0, 0.1)},
-    "ppo": {"sampling_batch": 4 if jax.process_count() > 1 else 0},  # in slots, or all rows by one program
-} if stage == "ppo" else {}
+    # In four slots, or all rows by one program.
+    "ppo": {"sampling_batch": 4 // sizes["fsdp"] // sizes["data"] if jax.process_count() > 1 else 0},
+} if stage == "ppo" else {"grpo": {"answers": 8}} if stage == "grpo" else {}
 train.run(values(directory, stage, steps=4, mesh=sizes, **more), directory / name)
 """
 
@@ -90,6 +114,7 @@ def run(directory: Path, stage: str, mesh: str, *, count: int) -> np.ndarray:
         port = free.getsockname()[1]
     name, processes = f"{stage}-{mesh}", []
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment["JAX_NUM_CPU_DEVICES"] = "2" if mesh == "interleaved" else "1"
     for host in range(count):
         cluster = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(host),
@@ -111,10 +136,10 @@ def run(directory: Path, stage: str, mesh: str, *, count: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_tensor_and_sequence_over_processes_compute_what_one_does(tmp_path):
+def test_each_axis_over_processes_computes_what_one_does(tmp_path):
     prepare(tmp_path)
     alone = run(tmp_path, "sft", "none", count=1)
-    for mesh in ("tensor", "sequence"):
+    for mesh in ("fsdp", "tensor", "sequence"):
         np.testing.assert_allclose(run(tmp_path, "sft", mesh, count=2), alone, rtol=1e-5, err_msg=mesh)
 
 
@@ -123,3 +148,23 @@ def test_ppo_over_processes_that_share_their_rows_has_one_reward_a_response(tmp_
     prepare(tmp_path)
     alone = run(tmp_path, "ppo", "none", count=1)
     np.testing.assert_allclose(run(tmp_path, "ppo", "tensor", count=2), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_groups_answers_stand_together_where_hosts_hold_every_other_shard(tmp_path):
+    """GRPO compares the eight answers to a prompt, which lie on two shards of four rows, one of each host."""
+    prepare(tmp_path)
+    alone = run(tmp_path, "grpo", "none", count=1)
+    np.testing.assert_allclose(run(tmp_path, "grpo", "interleaved", count=2), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_reward_models_report_is_of_the_right_pairs_where_hosts_hold_every_other_shard(tmp_path):
+    prepare(tmp_path)
+    scores = []
+    for mesh, count in (("none", 1), ("interleaved", 2)):
+        run(tmp_path, "reward", mesh, count=count)
+        rows = (tmp_path / f"reward-{mesh}" / "held_out_scores.jsonl").read_text().splitlines()
+        scores.append([[json.loads(row)[name] for name in ("chosen", "rejected")] for row in rows])
+    assert np.std(scores[0]) > 1e-3
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3, atol=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.training.metrics import METRICS_FILE, MetricWriter, Progress, format_seconds, read_metrics
+from llama_jax.training.preparation import in_parts
 
 
 def write_steps(workdir, steps, *, value=1.0, **options):
@@ -107,6 +108,28 @@ def test_plain_lines_are_rare_and_tell_rate_eta_and_value():
         "sft: 80/100 steps, 1 steps/s, ETA 20 s, loss 59",
         "sft: 100/100 steps, 1 steps/s, took 1 min 20 s, loss 79",
     ]
+
+
+def test_a_total_that_nobody_knows_yet_gives_a_count_and_a_rate():
+    now, stream = [0.0], io.StringIO()
+    with Progress(None, "encode a.jsonl", "comparison", stream=stream, clock=lambda: now[0]) as progress:
+        for _ in range(40):
+            now[0] += 1.0
+            progress.update(4096)
+    assert stream.getvalue().splitlines() == [
+        "encode a.jsonl: 122880 comparisons, 4.1e+03 comparisons/s",
+        "encode a.jsonl: 163840 comparisons, 4.1e+03 comparisons/s, took 40 s",
+    ]
+
+
+def test_rows_in_parts_are_all_there_and_only_many_are_told_of(capsys, monkeypatch):
+    passed = []
+    monkeypatch.setattr("llama_jax.training.preparation.waypoint", lambda: passed.append(1))
+    assert list(in_parts(iter(range(7)), label="encode", unit="row", size=3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert "encode: 7 rows" in capsys.readouterr().err and len(passed) == 2
+    for few in (range(0), range(3)):
+        assert list(in_parts(few, label="encode", unit="row", size=3)) == [[*few]] * bool(few)
+    assert capsys.readouterr().err == ""
 
 
 def test_quiet_prints_nothing_and_a_terminal_gets_a_bar():

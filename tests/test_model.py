@@ -1,6 +1,7 @@
 """The model against an independent implementation, and its invariants: cached = uncached, packed = unpacked, counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,8 @@ def test_packed_segments_equal_separate_rows_and_padding_changes_nothing():
     Compute("float32", "float32", remat="full"),
     Compute("float32", "float32", remat="dots"),
     Compute("float32", "float32", remat="queries"),
+    Compute("float32", "float32", remat="attention"),
+    Compute("float32", "float32", remat="offload"),
     Compute("float32", "float32", unroll=True, loss_chunks=4),
 ])  # fmt: skip
 def test_ways_of_computing_agree(compute):
@@ -223,6 +226,89 @@ def test_rms_norm_and_rotation_by_hand():
     angles = rope_angles(jnp.array([[1]]), 2, theta=10_000.0)  # one pair, frequency 1: a rotation by 1 radian
     turned = rotate(jnp.array([[[[1.0, 0.0]]]]), angles)
     np.testing.assert_allclose(turned[0, 0, 0], [np.cos(1), np.sin(1)], rtol=1e-6)
+
+
+def test_the_gradient_of_a_norms_weight_is_summed_in_float32():
+    x = jnp.ones((4096, 4), jnp.bfloat16)  # bfloat16 has no 257
+    gradient = jax.grad(lambda weight: jnp.sum(rms_norm(x, weight, eps=0.0).astype(jnp.float32)))(jnp.ones(4))
+    np.testing.assert_array_equal(gradient, 4096)
+    text = str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(rms_norm(x, w, eps=0.0).astype(jnp.float32))))(jnp.ones(4)))
+    sums = [line for line in text.splitlines() if "reduce_sum" in line and "axes=(0,)" in line]
+    assert sums and all(":f32[" in line for line in sums)  # and so is what devices exchange
+    # With float32 activations both gradients are those of the plain formula.
+    x, weight = jax.random.normal(jax.random.key(0), (3, 5, 4)), jnp.arange(1.0, 5)
+
+    def plain(x, weight):
+        return jnp.sum(jnp.sin(x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * weight))
+
+    ours = jax.grad(lambda x, weight: jnp.sum(jnp.sin(rms_norm(x, weight, eps=1e-5))), (0, 1))(x, weight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, jax.grad(plain, (0, 1))(x, weight))
+
+
+def products(jaxpr):
+    """All dot_generals of a program, those of inner programs too."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns") or hasattr(getattr(inner, "jaxpr", None), "eqns"):
+                    yield from products(inner)
+
+
+@pytest.mark.parametrize("attention", ["full", "blockwise"])
+def test_float32_products_are_float32_on_every_platform(attention):
+    """A TPU would round the operands to bfloat16: products of float32 say that they mean it, those of bfloat16 nothing."""
+    tree, tokens = random_params(MODEL), jnp.ones((2, 8), jnp.int32)
+    weights = decode.prepare(tree, params.table(MODEL, head="lm_head"), compute=FLOAT32)
+    reward = random_params(MODEL, head="reward_head")
+
+    def losses(tree, compute):
+        hidden = hidden_states(tree, tokens, *full(tokens), config=MODEL, compute=compute)
+        log_p, _ = heads.log_probabilities(tree, hidden, tokens, temperature=1.0, compute=compute)
+        loss, _ = heads.token_losses(tree, hidden, tokens, jnp.ones((2, 8)), compute=compute)
+        return loss + jnp.sum(log_p)
+
+    def generation(weights):
+        cache = empty_cache(MODEL, batch=2, slots=8, dtype=jnp.float32)
+        hidden, cache = decode.prefill(weights, tokens[:, :4], jnp.array([4, 3]), cache, config=MODEL, compute=compute)
+        hidden, cache = decode.extend(weights, tokens[:, :1], jnp.ones(2, jnp.int32), cache, config=MODEL, compute=compute)
+        return decode.logits(weights, hidden[:, 0], compute=compute)
+
+    def score(tree):
+        return heads.scores(tree, hidden_states(tree, tokens, *full(tokens), config=MODEL, compute=compute), head="reward_head")
+
+    compute = dataclasses.replace(FLOAT32, attention=attention)
+    made = jax.make_jaxpr(jax.grad(functools.partial(losses, compute=compute)))(tree), jax.make_jaxpr(generation)(weights)
+    for program in (*made, jax.make_jaxpr(jax.grad(lambda tree: jnp.sum(score(tree))))(reward)):
+        found = list(products(program))
+        assert len(found) > 8
+        for product in found:
+            assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, product
+    bfloat16 = dataclasses.replace(compute, matmul="bfloat16", activations="bfloat16")
+    found = list(products(jax.make_jaxpr(jax.grad(functools.partial(losses, compute=bfloat16)))(tree)))
+    assert found and all(product.params["precision"] is None for product in found)
+
+
+def test_generation_takes_rows_of_lengths_that_splash_attention_cannot_divide():
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(3), (2, 12), 0, 96)
+    weights = decode.prepare(tree, params.table(MODEL, head="lm_head"), compute=FLOAT32)
+    splash = dataclasses.replace(FLOAT32, attention="splash")
+    cache = empty_cache(MODEL, batch=2, slots=12, dtype=jnp.float32)
+    found, _ = decode.prefill(weights, tokens, jnp.array([12, 12]), cache, config=MODEL, compute=splash)
+    np.testing.assert_array_equal(found, decode.row_states(weights, tokens, config=MODEL, compute=splash))
+    with pytest.raises(ValueError, match="attention=splash: its tiles do not divide"):  # a training config's is its word
+        logits_of(tree, tokens, compute=splash)
+
+
+def test_full_rows_of_prepared_weights_know_their_length():
+    """Dynamic scaling of positions follows it (`test_interop.py` has the numbers of transformers for training's path)."""
+    config = dataclasses.replace(MODEL, max_length=8, rope_scaling=RopeScaling("dynamic", 4.0, 8))
+    tree, tokens = random_params(config), jax.random.randint(jax.random.key(3), (1, 19), 0, 96)
+    weights = decode.prepare(tree, params.table(config, head="lm_head"), compute=FLOAT32)
+    found = decode.row_logits(weights, tokens, config=config, compute=FLOAT32)
+    np.testing.assert_allclose(found, logits_of(tree, tokens, config), atol=1e-4)
+    assert np.abs(found - logits_of(tree, tokens)).max() > 0.1
 
 
 def test_tables_that_share_a_leaf_draw_it_alike():

@@ -99,6 +99,15 @@ def test_another_layout_is_refused_by_row_and_field(tmp_path, layout, row, messa
         read(tmp_path, layout, row)
 
 
+def test_rows_of_another_layout_may_be_left_out(tmp_path):
+    row = {"history": "post", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, "labels": 2}, row, {"history": "post"}, {**row, "labels": 3}])
+    found = read_open_set(tmp_path / "rows.jsonl", "stanford_shp", leave_out=True)
+    assert [triple(row) for row in found] == [(["post"], "a", "b")] and found.rows == 4
+    assert found.left_out == {"labels: expected 1 (A is preferred) or 0": 2, "labels: missing": 1}
+    assert list(found.first.values()) == [f"{tmp_path / 'rows.jsonl'}:{line}" for line in (1, 3)]
+
+
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"layout 'shp' is unknown; expected one of {', '.join(LAYOUTS)}"):
         read_open_set(tmp_path, "shp")

@@ -25,18 +25,22 @@ from llama_jax.sampling.request import EngineConfig
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[tpu]'")
 
 
-def cached(B, K, S, E):
+def cached(B, K, S, E, longest):
     keys, values = jax.random.normal(jax.random.key(0), (2, B, K, S, E)).astype(jnp.bfloat16)
     # What lies behind a row's length must not be seen, whatever it is.
-    return keys.at[:, :, 200:].set(1e4), values.at[:, :, 200:].set(1e4)
+    return keys.at[:, :, longest:].set(1e4), values.at[:, :, longest:].set(1e4)
 
 
-@pytest.mark.parametrize(("H", "K"), [(2, 2), (8, 1)], ids=["multi-head", "multi-query"])
-def test_the_kernel_gives_what_plain_attention_gives(H, K):
-    B, S, E = 3, 256, 128
-    keys, values = cached(B, K, S, E)
+@pytest.mark.parametrize(
+    ("H", "K", "S", "longest"),
+    [(2, 2, 256, 200), (8, 1, 256, 200), pytest.param(16, 2, 2048, 1900, marks=pytest.mark.slow)],
+    ids=["multi-head", "multi-query", "four blocks"],
+)
+def test_the_kernel_gives_what_plain_attention_gives(H, K, S, longest):
+    B, E = 3, 128
+    keys, values = cached(B, K, S, E, longest)
     query = jax.random.normal(jax.random.key(1), (B, H, E))
-    lengths = np.array([1, 130, 200])
+    lengths = np.array([1, longest - 70, longest])
     with pltpu.force_tpu_interpret_mode():
         out = paged.attend(query, keys, values, jnp.asarray(lengths, jnp.int32))
     grouped = np.asarray(query).reshape(B, K, H // K, E)
@@ -98,7 +102,8 @@ def test_decoding_compiles_for_a_slice_with_the_kernel_in_every_layer(tpu, tenso
             jax.eval_shape(place, abstract(specs, mesh)), prepared.output_shardings,
         )  # fmt: skip
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        text = run.decode.lower(weights, slots, number, number).compile().as_text()
+        flag = jax.ShapeDtypeStruct((), jnp.bool_, sharding=number.sharding)
+        text = run.decode.lower(weights, slots, number, number, flag).compile().as_text()
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line and " custom-call(" in line]
     assert len(kernels) == model.layers
     # Nobody copies or gathers the cache: it is written where it lies.

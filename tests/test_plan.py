@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 import types
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import common, pretrain
 from llama_jax import plan as command_of_plan
 from llama_jax.config import ConfigError
+from llama_jax.model import blockwise
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.model.decode import prepare
 from llama_jax.model.decode_attention import round_up
@@ -23,6 +25,7 @@ from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.axes import DECODE, is_spec, partition
 from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llama_jax.parallel.ring import sharded_attention
 from llama_jax.planning import calibration, estimate, hlo, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
 from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, moved_bytes, traced_flops
@@ -284,6 +287,22 @@ def test_traced_flops_by_hand():
     assert traced_flops(jax.jit(island).trace(jnp.zeros((16, 32))).jaxpr) == 8 * 2 * 2 * 32 * 2
 
 
+def test_the_loops_of_blockwise_attention_run_as_often_as_blocks_are_below_the_diagonal():
+    B, H, K, T, E, block = 2, 4, 2, 40, 16, 8
+    kernel = blockwise.kernel(jnp.dtype("float32"), block=block)
+    attention = functools.partial(sharded_attention, kernel=kernel, method="ring")
+    q, k = jnp.zeros((B, T, H, E)), jnp.zeros((B, T, K, E))
+    ids = jnp.ones((B, T), jnp.int32)
+    both = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, ids)), (0, 1, 2))).trace(q, k, k)
+    pairs, product = 5 * 6 // 2, 2 * B * H * block * block * E  # of blocks; of one of them in both directions
+    assert traced_flops(both.jaxpr) == (2 + 5) * pairs * product
+    module = Module(both.lower().compile().as_text())
+    counts = [count for instruction, count in module if instruction.opcode == "while"]
+    assert sorted(counts) == [1, 1, 5, 5]
+    bodies = [module.counts[re.search(r"body=%?([\w.\-]+)", i.attributes).group(1)] for i, _ in module if i.opcode == "while"]
+    assert sorted(bodies) == [5, 5, pairs, pairs]
+
+
 def config_of(size, rows, *, remat="none", stage="pretrain", **mesh):
     values = pretrain.get_config("7b")
     values.loop.batch_size = rows
@@ -376,7 +395,7 @@ def test_a_rollout_is_planned_by_the_slots_that_draw_it():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices=jax.devices()[:4])
     values = importlib.import_module("configs.ppo").get_config("tiny")
     whole = rollout_program(parse_stage(values), mesh)
-    values.ppo.sampling_batch = 15  # of 64 rows: 16 slots, as many on both devices
+    values.ppo.sampling_batch = 8  # of 64 rows 16 at a time
     part = rollout_program(parse_stage(values), mesh)
     assert (whole.rows, whole.name) == (64, "rollout") and (part.rows, part.name) == (16, "rollout, 16 slots")
     assert part.tokens == 16 * 16 and part.trips == 16  # steps of the engine
@@ -499,6 +518,10 @@ def test_over_slices_only_data_crosses():
     devices = [Fake(number) for number in range(8)]
     with pytest.raises(ValueError, match="data=1 is no multiple of the 2 slices"):
         make_mesh(MeshConfig(), devices=devices)
+    # In whatever order they come, a replica lies in one slice.
+    mixed = [devices[i] for i in (4, 0, 1, 5, 2, 6, 7, 3)]
+    found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices=mixed).devices
+    assert [{device.slice_index for device in replica.flat} for replica in found] == [{0}, {1}]
 
 
 # ---- the plan ----
@@ -788,3 +811,26 @@ def test_a_program_that_does_not_fit_is_a_plan_too(monkeypatch):
     plan, text = estimate.make_plan(program, described, mesh, model="tiny", remat="none", microbatches=1)
     assert not plan.fits and plan.step_seconds is None and plan.traffic is None and text is None
     assert plan.hbm_bytes_per_chip == 2 * plan.hbm_capacity_bytes
+
+
+def test_the_links_of_a_chip_are_those_that_are_published():
+    published = {"v4": 600e9, "v5e": 400e9, "v5p": 1200e9, "v6e": 800e9, "tpu7x": 1200e9}  # bytes a second, both ways together
+    for name, total in published.items():
+        chip = topology.CHIPS[name]
+        assert 2 * chip.link * 2 * chip.dimensions == pytest.approx(0.9 * total), name  # what is measured of them
+
+
+def test_the_cores_of_a_chip_share_its_links():
+    devices = tuple(
+        types.SimpleNamespace(coords=(x, 0, 0), slice_index=0, core=core) for x in range(4) for core in range(2)
+    )
+    mesh = types.SimpleNamespace(
+        devices=np.array(devices, object).reshape(1, 4, 1, 2), shape={"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    )
+    described = topology.Topology(topology.CHIPS["tpu7x"], (4, 1, 1), 1, devices)
+
+    def seconds(*group):
+        return estimate._priced(hlo.Collective("all-gather", 2**30, group, 1, False, "", "bf16"), described, mesh).seconds
+
+    # Each core's own gather has half of the wires, for the other one's goes over them too.
+    assert seconds(0, 2, 4, 6) == pytest.approx(seconds(*range(8)) * 2 * (3 / 4) / (7 / 8))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tpu_compiler import needs_libtpu, plan
 
 from llama_jax.model.config import SIZES
-from llama_jax.model.params import flops_per_token
+from llama_jax.model.params import count, flops_per_token, table
 from llama_jax.parallel import topology
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.planning.flops import kernels
@@ -60,8 +60,40 @@ def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_rows_that_the_tiles_of_splash_do_not_divide_are_planned_too():
+    arguments = ("--config=configs/sft.py:7b", "--config.data.length=3000", "--config.loop.batch_size=8", "--topology=v5p-16")
+    found = json.loads(plan(*arguments, "--json"))
+    assert found["fits"] and found["step_seconds"] >= found["roofline_seconds"]
+    assert 1.0 < found["executed_flops_per_step"] / found["model_flops_per_step"] < 1.5
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "flags", "program"), [
+    ("reward", (), "reward step"), ("ppo", ("--config.safety=rm",), "ppo step"), ("dpo", (), "dpo step"),
+])  # fmt: skip
+def test_the_updates_of_the_other_stages_compile_for_a_slice(stage, flags, program):
+    found = json.loads(plan(f"--config=configs/{stage}.py:tiny", *flags, "--topology=v5e-4", "--json"))
+    assert found["fits"] and found["program"] == program and found["mesh"]["fsdp"] == 4
+    assert found["step_seconds"] > 0 and set(found["collective_bytes"]) == {"fsdp"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_over_two_slices_gradients_alone_cross():
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.loop.batch_size=16")
+    found = json.loads(plan("--config=configs/pretrain.py:tiny", *mesh, "--topology=v5e-4", "--slices=2", "--json"))
+    assert found["fits"] and found["chips"] == 8 and found["mesh"]["data"] == 2
+    kinds = {part["kind"] for part in found["traffic"] if "data" in part["axes"]}
+    assert kinds == {"all-reduce"}  # weights are gathered inside of a slice
+    gradients = 4 * count(table(SIZES["tiny"], head="lm_head")) / 4  # bytes of a device's part, in float32
+    assert sum(part["bytes"] for part in found["traffic"] if "data" in part["axes"]) < 1.1 * gradients
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_the_command_plans_a_rollout_by_its_slots():
-    arguments = ("--config=configs/ppo.py:tiny", "--config.ppo.sampling_batch=16", "--config.safety=rm", "--topology=v5e-4")
+    arguments = ("--config=configs/ppo.py:tiny", "--config.ppo.sampling_batch=4", "--config.safety=rm", "--topology=v5e-4")
     found = json.loads(plan(*arguments, "--program=rollout", "--json"))
     assert found["fits"] and found["program"] == "rollout, 16 slots" and found["batch_size"] == 16
     assert {"weights", "slots", "prompts", "parameters", "critic", "reference", "safety"} < set(found["memory"])

@@ -63,9 +63,11 @@ def test_best_of_batches_by_hand():
 
 
 def test_the_markdown_holds_every_table():
-    values = report(tally(ROWS, words)) | {"left_out": {"f.jsonl": {"a tie": 3}}, "split": {"train": 3, "held_out": 1}}
+    values = report(tally(ROWS, words)) | {"split": {"train": 3, "held_out": 1}}
+    values["left_out"] = {"f.jsonl": {"a tie": {"rows": 3, "first": "f.jsonl:7"}}}
     text = markdown(values)
-    assert "| x | 2 | 1.5 | 6.2 | 2.3 | 1.8 |" in text and "| 10 | 2 |" in text and "| f.jsonl | a tie | 3 |" in text
+    assert "| x | 2 | 1.5 | 6.2 | 2.3 | 1.8 |" in text and "| 10 | 2 |" in text
+    assert "| f.jsonl | a tie | 3 | f.jsonl:7 |" in text
     # a table's last row adds up the rows above it, here of those that have a batch
     by_set, by_batch = text.split("## By batch")
     assert "| total | 4 |" in by_set and "| total | 3 |" in by_batch and "| held_out.jsonl.gz | 1 |" in by_batch
@@ -90,7 +92,7 @@ def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenize
     head = "\n\nHuman: hi\n\nAssistant:"
     write_jsonl(tmp_path / "hh.jsonl.gz", [{"chosen": f"{head} a", "rejected": f"{head} b"},
                                            {"chosen": f"{head} a", "rejected": f"{head} a"}])  # fmt: skip
-    write_jsonl(tmp_path / "ours.jsonl", ROWS)
+    write_jsonl(tmp_path / "ours.jsonl", [*ROWS, {**ROWS[0], "safety_bin": "rejected_safe"}])
     write_jsonl(tmp_path / "samples.jsonl", [{"prompt": 0, "reward": 0.5}])
     done = subprocess.run(
         [sys.executable, "-m", "llama_jax.preferences", f"--tokenizer={tokenizer}", f"--output={tmp_path / 'out'}", "--rows",
@@ -101,7 +103,10 @@ def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenize
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "out" / "report.json").read_text())
     assert values["total"]["comparisons"] == 5 and values["sources"]["anthropic_helpful"]["comparisons"] == 1
-    assert list(values["left_out"].values()) == [{"chosen and rejected are the same": 1}]
+    assert list(values["left_out"].values()) == [
+        {"chosen and rejected are the same": {"rows": 1, "first": f"{tmp_path / 'hh.jsonl.gz'}:2"}},
+        {"an unsafe answer is preferred to a safe one": {"rows": 1, "first": f"{tmp_path / 'ours.jsonl'}:5"}},
+    ]  # fmt: skip
     rows = read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")
     assert [found["source"] for found in rows] == ["anthropic_helpful", "x", "x", "y", "ours"]  # the last one's file
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -114,10 +119,61 @@ def test_the_command_reads_open_sets_and_ours_and_writes_rows(tmp_path, tokenize
 @pytest.mark.parametrize(
     "name, stem",
     [("a/ours.jsonl.gz", "ours"), ("gs://bucket/ours.parquet", "ours"), ("saved/train/", "train"),
-     ("tfds://webgpt:1.0.0?split=train&dir=/tmp/a", "webgpt")],
+     ("tfds://webgpt:1.0.0?split=train&dir=/tmp/a", "webgpt"), ("set/data/train_prefs-*", "train_prefs"),
+     ("set/data/train-[0-9]*", "train"), ("set/data/*.parquet", "data"), ("*.jsonl", "")],
 )  # fmt: skip
 def test_a_set_without_a_source_is_called_by_its_file(name, stem):
     assert _stem(name) == stem
+
+
+BAD = {  # what may be wrong with ROWS[0], and the reason that is counted
+    "chosen and rejected are the same": {"chosen": "f", "rejected": " f"},
+    "a chat tag in the text": {"rejected": "[INST] f"},
+    "turns do not alternate": {"prompt": [{"role": "assistant", "content": "a"}]},
+    "rating: expected one of significantly, better, slightly, negligibly": {"rating": "good"},
+    "prompt: messages[].role: expected one of system, user, assistant": {"prompt": [{"role": "tool", "content": "a"}]},
+    "margin: expected a number of at least 0": {"margin": -1},
+    "prompt: missing": {"prompt": None},
+}
+
+
+def test_rows_of_ours_that_are_no_comparison_are_left_out_when_asked(tmp_path, tokenizer):
+    """Twice each, in two shards, and lines that are no rows at all."""
+    pytest.importorskip("matplotlib")
+    made = [{key: value for key, value in {**ROWS[0], **change}.items() if value is not None} for change in BAD.values()]
+    for shard in (0, 1):
+        write_jsonl(tmp_path / "set" / f"train-{shard}.jsonl", [ROWS[0], *made, ROWS[1]])
+        with open(tmp_path / "set" / f"train-{shard}.jsonl", "ab") as file:
+            file.write(b'{"prompt": \n{"prompt": "\xff"}\n')
+    command = [sys.executable, "-m", "llama_jax.preferences", f"--tokenizer={tokenizer}", f"--output={tmp_path / 'out'}",
+               "--rows", f"--data={tmp_path / 'set'}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    first = f"{tmp_path / 'set' / 'train-0.jsonl'}"
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {first}:2: chosen: the same text as rejected; the ranking loss has no ties (--leave_out leaves such rows out "
+        "and counts them)"
+    )
+    done = subprocess.run([*command, "--leave_out"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "out" / "report.json").read_text())["left_out"].values()
+    reasons = [*BAD, None, "malformed JSON", "not UTF-8"]
+    assert found == {
+        reason: {"rows": 2, "first": f"{first}:{line}"} for line, reason in enumerate(reasons, start=2) if reason
+    }  # fmt: skip
+    assert f"| {tmp_path / 'set'} | malformed JSON | 2 | {first}:10 |" in done.stdout
+    rows = read_comparisons(tmp_path / "out" / "comparisons.jsonl.gz")
+    assert [row["chosen"] for row in rows] == [ROWS[0]["chosen"], ROWS[1]["chosen"]] * 2
+
+
+def test_a_set_of_another_layout_is_not_left_out_whole(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "ours.jsonl", ROWS)
+    write_jsonl(tmp_path / "shp.jsonl", [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}] * 2)
+    message = "shp.jsonl: expected comparisons, none of its 2 rows holds one; 2 of them: prompt: missing .the first is .*:1.$"
+    with pytest.raises(ValueError, match=message):
+        run([str(tmp_path / "ours.jsonl"), str(tmp_path / "shp.jsonl")], tmp_path / "out", tokenizer=tokenizer,
+            leave_out=True, quiet=True)  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):
@@ -127,6 +183,14 @@ def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):
         with pytest.raises(ValueError, match=message):
             run([path], tmp_path / "out", tokenizer=tokenizer, rows=True, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["ours.jsonl"]
+
+
+def test_a_split_looks_at_what_was_asked_and_not_at_a_common_system_message():
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [system, {"role": "user", "content": f"q {i}"}]} for i in range(400)]
+    parts = [part_of(row, {"held_out": 0.25}) for row in rows]
+    assert 0.18 < parts.count("held_out") / 400 < 0.32
+    assert parts == [part_of({"prompt": row["prompt"][1:]}, {"held_out": 0.25}) for row in rows]
 
 
 def test_a_split_keeps_conversations_whole_and_does_not_depend_on_order():

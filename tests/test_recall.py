@@ -40,7 +40,7 @@ class Engine:
 
 
 class Letters:
-    bos_id, eos_id, stop_ids, chat_template = 1, 2, (2,), None
+    bos_id, eos_id, stop_ids, chat_template, vocab_size = 1, 2, (2,), None, 1000
 
     def encode(self, text, *, bos=False, eos=False):
         return [1] * bos + [*map(ord, text)] + [2] * eos
@@ -76,8 +76,10 @@ def test_a_stopped_run_goes_on_and_the_table_has_every_checkpoint(contexts, tmp_
     assert measure(contexts, out, None) == whole  # nor is a model loaded for what is there
     found = {"one": whole, "two": measure(contexts, out, Engine(until=99), "two")}
     pytest.importorskip("matplotlib", reason="needs the extra [eval]")
-    text = recall.report(found, {"one": "runs/one", "two": "runs/two"}, out)
-    assert "| turn | one | two |" in text and "| 4 | 0 % (0 to 0) | 100 % (100 to 100) |" in text
+    text = recall.report(found, {"one": "runs/one", "two": "runs/two"}, contexts, out)
+    assert "| turn | one | two |" in text and "| 4 | 0 % (0 to 49) | 100 % (51 to 100) |" in text
+    assert "|  | Instruction: Begin every answer with Sure. |  |  |" in text and "| turn | user | one | two |" in text
+    assert f"| 4 | {contexts[0].messages[6]['content']} | \u2717 no | \u2713 Sure: yes |" in text
     assert (out / "recall.md").read_text() == text and (out / "ghost_recall.png").exists()
     assert json.loads((out / "recall.json").read_text())["recall"]["two"]["4"]["mean"] == 1.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.rlhf.pool import policy_hash
+from llama_jax.interop.restore import fingerprint
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -46,10 +46,10 @@ def check_ledger(workdir, names):
             data = (workdir / entry["file"]).read_bytes()
             assert (data.count(b"\n"), hashlib.sha256(data).hexdigest()) == (entry["rows"], entry["sha256"]), entry
         for entry in (*version["checkpoints"], *version["compared"]):
-            assert entry["parameters"] == policy_hash(str(workdir / entry["workdir"])), entry
+            assert entry["parameters"] == fingerprint(workdir / entry["workdir"]), entry
             assert (workdir / entry["start"] / "checkpoints").is_dir(), entry
         assert f"{name}/rejection" in {entry["workdir"] for entry in version["checkpoints"]}
-        policy = policy_hash(str(workdir / version["sampled_from"]))
+        policy = fingerprint(workdir / version["sampled_from"])
         rows = rows_of(workdir / name / "rejection" / "pool.jsonl")
         assert all(row["policy"] == policy and row["version"] == name for row in rows)
         for scores in version["scores"].values():

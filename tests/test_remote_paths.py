@@ -40,6 +40,7 @@ from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
 from llama_jax.data.loader import BlockSource  # noqa: E402
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
 from llama_jax.files import atomic_write, write_json  # noqa: E402
+from llama_jax.parallel.output import worked_in  # noqa: E402
 from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes, store  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
 from llama_jax.training.checkpoint import written_steps  # noqa: E402
@@ -121,6 +122,28 @@ def test_a_mirror_uploads_what_has_changed_and_fetches_what_is_appended_to(bucke
     (again.local / "sub").mkdir()
     assert again.fetch("sub/x").read_text() == "12"
     again.close()
+
+
+def test_a_command_works_on_this_machine_and_goes_on_from_a_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama_jax.parallel.output.seconds_between_writes", lambda path: 0.05)
+    with pytest.raises(KeyboardInterrupt), worked_in("gs://bucket/evaluation") as here:
+        (here / "tasks").mkdir()
+        (here / "tasks" / "piqa.json").write_text("1")
+        (here / "requests.db").write_text("half")
+        while "evaluation/tasks/piqa.json" not in bucket:
+            time.sleep(0.02)
+        assert "evaluation/requests.db" not in bucket  # while it is written to
+        raise KeyboardInterrupt
+    assert not here.exists() and bucket["evaluation/requests.db"][0] == b"half"
+    with worked_in("gs://bucket/evaluation") as here:
+        assert (here / "tasks" / "piqa.json").read_text() == "1" and (here / "requests.db").read_text() == "half"
+        generation = bucket["evaluation/tasks/piqa.json"][1]
+        (here / "report.md").write_text("# Evaluation")
+    assert bucket["evaluation/report.md"][0] == b"# Evaluation" and bucket["evaluation/tasks/piqa.json"][1] == generation
+    with worked_in(tmp_path / "local") as here:
+        assert here == tmp_path / "local"
+    with pytest.raises(FileNotFoundError, match="the bucket 'nowhere' does not exist"), worked_in("gs://nowhere/x"):
+        pass
 
 
 def test_metrics_survive_in_a_bucket_up_to_the_last_sync(bucket):

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ConfigError
+from llama_jax.data.mixture import mix
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
-from llama_jax.reward.score import combined_reward, logit, scorer, whiten
-from llama_jax.reward.stage import PairData, mix, mixed_pairs, reward_loss
+from llama_jax.reward.score import combined_logit, combined_reward, logit, scorer, whiten
+from llama_jax.reward.stage import PairData, mixed_pairs, reward_loss
 from llama_jax.training.step import put_batch
 
 MODEL = dataclasses.replace(
@@ -45,6 +46,16 @@ def test_the_gate_of_the_paper():
     helpful, safe = jnp.array([0.9, 0.9, 0.9, 0.9]), jnp.array([0.8, 0.14, 0.15, 0.8])
     is_safety = jnp.array([False, False, False, True])
     np.testing.assert_allclose(combined_reward(helpful, safe, is_safety), [0.9, 0.14, 0.9, 0.8])
+    logits = combined_logit(logit(helpful), logit(safe), is_safety)
+    np.testing.assert_allclose(logits, np.log([9, 0.14 / 0.86, 9, 4]), rtol=1e-5)
+
+
+def test_scores_of_which_float32_has_one_sigmoid_are_different_rewards():
+    """sigmoid(17) is 1 in float32, and so is that of 20."""
+    helpful, safe = jnp.array([14.0, 17.0, 20.0, 20.0, 5.0]), jnp.array([3.0, 3.0, 3.0, -20.0, -30.0])
+    found = combined_logit(helpful, safe, jnp.array([False] * 4 + [True]))
+    assert found.tolist() == [14, 17, 20, -20, -30]
+    assert len(set(logit(jax.nn.sigmoid(jnp.array([14.0, 17.0, 20.0]))).tolist())) == 1
 
 
 def test_logit_undoes_the_sigmoid_and_whitening_is_over_the_mask():
@@ -121,7 +132,7 @@ def test_a_reward_model_learns_to_rank():
 def test_the_mixes_of_the_paper(caplog):
     own, other, names = pairs(90), pairs(200), ("own.jsonl", "other.jsonl")
     files = dict(zip(names, (own, other)))
-    assert len(mix([own, other], [0.0, 0.1], names=names, seed=0)) == 100
+    assert len(mix([own, other], [0.0, 0.1], names=names, seed=0, unit="pairs")) == 100
 
     def made(seed=0, **data):
         return mixed_pairs(PairData(held_out=(), length=8, **data), files.__getitem__, seed=seed)
@@ -132,7 +143,7 @@ def test_the_mixes_of_the_paper(caplog):
     assert len(set(drawn)) == 90 and 80 < np.mean(drawn) < 120  # out of the whole file, which may be sorted
     assert mixed == made(train=names, shares=(0.0, 0.5)) == made(train=names[:1], rest=names[1:])
     assert mixed != made(train=names, shares=(0.0, 0.5), seed=1)
-    assert len(mix([own, other[:30]], [0.0, 0.5], names=names, seed=0)) == 120
+    assert len(mix([own, other[:30]], [0.0, 0.5], names=names, seed=0, unit="pairs")) == 120
     assert "other.jsonl: a share of 0.5 is 90 pairs, and it has 30: all are taken" in caplog.text
     assert len(made(train=names)) == 290
     # The rest is drawn from all its files as if they were one: a large file gives more than a small one.
@@ -146,7 +157,7 @@ def test_the_mixes_of_the_paper(caplog):
             made(train=names, **{field: value})
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4), (0.0, 1.0), (0.0, -0.1)])
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4), (0.0, 1.0), (0.0, -0.1), (0.0, 0.9999999999999999)])
 def test_shares_that_make_no_mix_are_refused_before_a_file_is_read(shares):
     with pytest.raises(ConfigError, match=r"data.shares: expected 0 for a file that is taken whole"):
         mixed_pairs(PairData(("a.jsonl", "b.jsonl"), (), 8, shares), None, seed=0)

@@ -10,13 +10,21 @@ import small_runs
 
 from llama_jax import reward_study
 from llama_jax.config import ConfigError, parse
-from llama_jax.data.sources import read_comparisons, write_jsonl
+from llama_jax.data.sources import read_comparisons, read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
 from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import SIZES
-from llama_jax.reward_study import StudyConfig, conflict_shares, cumulative_batches, markdown, stage_values
+from llama_jax.reward_study import (
+    StudyConfig,
+    conflict_shares,
+    conflict_values,
+    cumulative_batches,
+    disagreements,
+    markdown,
+    stage_values,
+)
 from llama_jax.steps import change, load_config
 from llama_jax.training.checkpoint import CheckpointError
 
@@ -53,6 +61,30 @@ def test_shares_of_conflict_by_hand():
     assert found["helpful_but_unsafe"]["share"] == pytest.approx(1 / 3)
 
 
+def scored(safety, helpfulness, label="safe", answer=None, prompt="q"):
+    return {"messages": [{"role": "user", "content": prompt}], "answer": answer or f"{safety}", "label": label,
+            "safety": safety, "helpfulness": helpfulness}  # fmt: skip
+
+
+def test_the_largest_disagreements_each_way_by_hand():
+    """Table 35 has (safety, helpfulness) of (0.21, 0.98) and of (0.95, 0.20)."""
+    rows = [scored(0.5, 0.5), scored(0.95, 0.2), scored(0.95, 0.2), scored(0.6, 0.5), scored(0.21, 0.98, "unsafe")]
+    found = disagreements(rows, count=2)
+    assert [row["answer"] for row in found["safety_above"]] == ["0.95", "0.6"]  # once, though in two pairs
+    assert [(row["answer"], row["label"]) for row in found["helpfulness_above"]] == [("0.21", "unsafe")]
+    assert len(disagreements([scored(0.9 - i / 100, 0.1) for i in range(9)])["safety_above"]) == 5
+
+
+def test_disagreements_are_shown_in_one_line_each():
+    rows = [scored(0.95, 0.2, prompt="how\n| do I <b>", answer="no " * 200), scored(0.21, 0.98, "unsafe", answer="so\nand so")]
+    values = {"margins": {}, "scaling": {}, "safety_loss": {}, "conflict": conflict_values(rows)}
+    assert values["conflict"]["scores"]["unsafe"] == {"helpfulness": [0.98], "safety": [0.21]}
+    text = markdown(values)
+    lines = [line for line in text.splitlines() if "| 0.95 | 0.20 | safe |" in line]
+    assert len(lines) == 1 and lines[0].startswith("| how \\| do I &lt;b&gt; / no no ") and " ... |" in lines[0]
+    assert "| q / so and so | 0.21 | 0.98 | unsafe |" in text
+
+
 def test_figures_and_tables():
     pytest.importorskip("matplotlib", reason="needs the extra [eval]")
     share = {"share": 0.7, "low": 0.6, "high": 0.8, "count": 50}
@@ -62,7 +94,11 @@ def test_figures_and_tables():
                     for name in ("none", "large")},
         "scaling": {"7b": [{"batch": 1, "pairs": 1000, "accuracy": {"all": share}},
                            {"batch": 2, "pairs": 2000, "accuracy": {"all": share, "significantly": share}}]},
-        "conflict": {"scores": SCORES, "shares": conflict_shares(SCORES)},
+        "safety_loss": {
+            weight: {"accuracy": {"all": {"all": share}}, "safety": {"chosen_safe": share, "unsafe_recall": recall}}
+            for weight, recall in (("0", share), ("1", {"share": 0.9, "low": 0.8, "high": 0.95, "count": 50}))
+        },
+        "conflict": {"scores": SCORES, "shares": conflict_shares(SCORES), "examples": disagreements([])},
     }  # fmt: skip
     drawn = (
         reward_figures.margins(dict.fromkeys(("none", "large"), histogram)), reward_figures.scaling(values["scaling"]),
@@ -74,6 +110,9 @@ def test_figures_and_tables():
     known = "70.0 (60.0 to 80.0)"
     assert f"| large | {known} | {known} |" in text and f"| 2 | 2,000 | {known} | {known} |" in text
     assert f"| 1 | 1,000 | - | {known} |" in text and "safe but unhelpful" in text
+    assert "| weight | average | chosen safe | unsafe recall |" in text  # no pair of the other bins
+    assert f"| 0 | {known} | {known} | {known} |" in text and f"| 1 | {known} | {known} | 90.0 (80.0 to 95.0) |" in text
+    assert "differ most" not in text
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -81,6 +120,8 @@ def test_figures_and_tables():
     ({"starts": ()}, "starts: expected a workdir for each of the sizes"),
     ({"sizes": ("tiny", "7b"), "starts": ("a", "b"), "reward": "reward.py:7b"}, "reward: expected {size} in the place of"),
     ({"train": ("a",), "held_out": ("b",), "safety": "x"}, "expected both workdirs, or neither"),
+    ({"train": ("a",), "held_out": ("b",), "safety_loss": (1, 1.0)}, "safety_loss: expected different weights of at least 0"),
+    ({"train": ("a",), "held_out": ("b",), "safety_loss": (0.0, -1.0)}, r"at least 0, got \(0.0, -1.0\)"),
 ])  # fmt: skip
 def test_configs_that_cannot_run_are_refused(changes, message):
     small_runs.assert_refused(StudyConfig, "reward_study.py:tiny", changes, message)
@@ -92,6 +133,21 @@ def test_each_size_is_trained_by_its_own_config():
     config = parse(StudyConfig, values)
     found = {model: stage_values(config, model, "start", config.train, {}) for model in config.sizes}
     assert [(v.model, v.optim.lr, v.mesh.tensor) for v in found.values()] == [("7b", 1e-5, 1), ("70b", 5e-6, 8)]
+
+
+@pytest.mark.parametrize(("bins", "message"), [
+    (((None,), ("chosen_safe",)), "train: expected pairs whose `safety_bin` is chosen_safe or both_unsafe"),
+    ((("both_unsafe",), ("both_safe",)), "held_out: expected pairs whose `safety_bin` is chosen_safe or both_unsafe"),
+])  # fmt: skip
+def test_pairs_without_unsafe_answers_are_refused_before_a_safety_model_is_trained(tmp_path, monkeypatch, bins, message):
+    monkeypatch.setattr(reward_study, "train_one", None)
+    values = load_config(small_runs.ROOT / "configs", "reward_study.py:tiny")
+    files = {"train": (str(tmp_path / "train.jsonl"),), "held_out": (str(tmp_path / "held_out.jsonl"),)}
+    for (file,), names in zip(files.values(), bins):
+        write_jsonl(file, [{**row, **({"safety_bin": name} if name else {})} for row, name in zip(rows(1), names)])
+    change(values, {**files, "starts": (str(tmp_path / "chat"),), "safety_loss": (0.0, 1.0)}, where="study")
+    with pytest.raises(ConfigError, match=message):
+        reward_study.run(parse(StudyConfig, values), tmp_path / "study")
 
 
 @pytest.mark.parametrize(("bins", "safety", "message"), [
@@ -134,7 +190,7 @@ def test_a_whole_study(tmp_path, monkeypatch):
         "configs": str(small_runs.ROOT / "configs"), "tokenizer": str(tmp_path / "tokenizer.model"), "batches": 2,
         "train": (str(tmp_path / "pairs.jsonl"),), "held_out": (str(tmp_path / "pairs.jsonl"),),
         "starts": (str(tmp_path / "chat"),), "margins": ("none", "large"),
-        "helpfulness": str(tmp_path / "helpfulness"), "safety": str(tmp_path / "safety"),
+        "helpfulness": str(tmp_path / "helpfulness"), "safety": str(tmp_path / "safety"), "safety_loss": (0.0, 1.0),
     }, where="study")  # fmt: skip
     values.overrides.update({**overrides, "epochs": 0.0, "data": {"length": 32}})
     study = parse(StudyConfig, values)
@@ -142,6 +198,14 @@ def test_a_whole_study(tmp_path, monkeypatch):
     assert set(found["margins"]) == {"none", "large"} and [p["pairs"] for p in found["scaling"]["tiny"]] == [16, 32]
     assert found["margins"]["large"]["accuracy"]["all"]["all"]["count"] == 32
     assert {kind: len(scores["safety"]) for kind, scores in found["conflict"]["scores"].items()} == {"safe": 32, "unsafe": 32}
+    with_texts = [row for _, row in read_jsonl(tmp_path / "study" / "conflict.jsonl")]
+    assert [(row["answer"], row["label"]) for row in with_texts[::63]] == [("yes", "safe"), ("no", "unsafe")]
+    assert [row["safety"] for row in with_texts[:32]] == found["conflict"]["scores"]["safe"]["safety"]
+    assert set(found["safety_loss"]) == {"0", "1"}
+    for weight in (0, 1):
+        stage = json.loads((tmp_path / "study" / f"safety_loss_{weight}" / "config.json").read_text())
+        assert (stage["name"], stage["safety_weight"]) == ("safety", weight)
+        assert found["safety_loss"][str(weight)]["safety"]["unsafe_recall"]["count"] == 32
     for name in ("margins.png", "scaling.png", "conflict.png", "study.md", "study.json"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     assert json.loads((tmp_path / "study" / "study.json").read_text())["conflict"]["shares"]

@@ -129,9 +129,12 @@ def test_ring_sends_blocks_to_neighbours_and_gathers_nothing():
     assert not any(word in text for word in ("all-gather", "all-to-all", "all-reduce", "reduce-scatter"))
 
 
-@pytest.mark.parametrize(("T", "sequence"), [(256, 1), pytest.param(512, 2, marks=pytest.mark.slow)])
-def test_splash_attention_is_full_attention(T, sequence):
-    arguments = rows(B=2, T=T, H=2, K=1, E=64)
+@pytest.mark.parametrize(
+    ("T", "sequence", "H", "K"),
+    [(256, 1, 2, 1), pytest.param(512, 2, 2, 1, marks=pytest.mark.slow), pytest.param(1152, 1, 4, 2, marks=pytest.mark.slow)],
+)  # 1,152 tokens are three tiles each way
+def test_splash_attention_is_full_attention(T, sequence, H, K):
+    arguments = rows(B=2, T=T, H=H, K=K, E=64)
     with jax.set_mesh(mesh_of(sequence=sequence)):
         found = with_gradients(by(splash.kernel(jnp.dtype("float32"), interpret=True)), *arguments)
     assert_same(found, with_gradients(full, *arguments), atol=1e-4)

@@ -15,18 +15,21 @@ import small_runs
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.sources import read_jsonl, write_jsonl
-from llama_jax.model import params
+from llama_jax.files import write_json
+from llama_jax.model import branches, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute
+from llama_jax.model.rope import RopeScaling
 from llama_jax.parallel.axes import batch_sharding, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
+from llama_jax.reward.score import logit, scorer
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
 from llama_jax.rlhf import chips, drawn, ghost, reinforce, rejection, scoring
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.parts import by_parts, part_size
 from llama_jax.rlhf.pool import best_samples, read_pool
-from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, ppo_loss, warm_up_iterations
+from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, critic_scale, ppo_loss, warm_up_iterations
 from llama_jax.rlhf.reinforce import (
     OffPolicy,
     Opening,
@@ -52,10 +55,11 @@ from llama_jax.rlhf.rollout import (
     make_judge,
     response_states,
 )
-from llama_jax.rlhf.scoring import row_widths, score_responses, sigmoid_scores
+from llama_jax.rlhf.scoring import logit_scores, row_length, rows_at_once, score_responses, sigmoid_scores
 from llama_jax.safety import distillation
 from llama_jax.sampling.answers import answering, make_slot_sampler
-from llama_jax.sampling.generate import Samples, make_sampler, pad_left, row_keys
+from llama_jax.sampling.generate import Samples, make_sampler, pad_left
+from llama_jax.sampling.keys import row_keys
 from llama_jax.sampling.slots import programs
 from llama_jax.steps import change, load_config
 from llama_jax.train import EXPECTED, parse_stage
@@ -104,7 +108,7 @@ def one_device():
     return make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
 
 
-def test_gae_equals_a_plain_loop():
+def test_gae_equals_a_plain_loop_in_float64():
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=(2, 3, 7)).astype(np.float32)
     mask = np.arange(7)[None] < np.array([7, 3, 1])[:, None]
@@ -112,14 +116,15 @@ def test_gae_equals_a_plain_loop():
     found, returns = generalised_advantages(
         jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(mask), gamma=0.9, lam=0.8
     )
+    rewards, values = rewards.astype(np.float64), values.astype(np.float64)
     for row, length in enumerate((7, 3, 1)):
         advantage, expected = 0.0, np.zeros(7)
         for t in reversed(range(length)):
             following = values[row, t + 1] if t + 1 < length else 0.0
             advantage = rewards[row, t] + 0.9 * following - values[row, t] + 0.9 * 0.8 * advantage
             expected[t] = advantage
-        np.testing.assert_allclose(found[row], expected, atol=1e-5)
-        np.testing.assert_allclose(returns[row], (expected + values[row]) * mask[row], atol=1e-5)
+        np.testing.assert_allclose(found[row], expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(returns[row], (expected + values[row]) * mask[row], rtol=1e-6, atol=1e-6)
 
 
 def test_gamma_and_lambda_one_give_the_papers_sequence_objective():
@@ -334,13 +339,14 @@ def test_rounding_of_a_few_tokens_is_no_divergence():
 def test_one_reward_model_alone_is_the_reward_by_hand():
     is_safety, rule = jnp.array([False, True, False]), dataclasses.replace(RULE, model_weight=0.5)
     prompts = PromptBatch(None, None, is_safety, None, None)
-    helpful, safe = jnp.array([0.8, 0.7, 0.6]), jnp.array([0.9, 0.3, 0.1])
-    both, _ = answer_scores({"helpfulness": helpful, "safety": safe}, prompts, None, rule)
+    helpful, safe = logit(jnp.array([0.8, 0.7, 0.6])), logit(jnp.array([0.9, 0.3, 0.1]))
+    both, parts = answer_scores({"helpfulness": helpful, "safety": safe}, prompts, None, rule)
     np.testing.assert_allclose(both, 0.5 * np.log([0.8 / 0.2, 0.3 / 0.7, 0.1 / 0.9]), rtol=1e-5)
+    np.testing.assert_allclose(parts["reward"], [0.8, 0.3, 0.1], rtol=1e-5)
     for name, values, odds in (("helpfulness", helpful, [4, 7 / 3, 1.5]), ("safety", safe, [9, 3 / 7, 1 / 9])):
         total, parts = answer_scores({name: values}, prompts, None, rule)
         np.testing.assert_allclose(total, 0.5 * np.log(odds), rtol=1e-5)
-        np.testing.assert_array_equal(parts["reward"], values)
+        np.testing.assert_allclose(parts["reward"], np.array(odds) / (1 + np.array(odds)), rtol=1e-5)
     total, parts = answer_scores({"safety": safe}, prompts, jnp.array([1.0, 2.0, 3.0]), rule)
     np.testing.assert_allclose(total, 0.5 * np.log([9, 3 / 7, 1 / 9]) + [1, 2, 3], rtol=1e-5)
     assert set(parts) == {"safety", "other", "reward"}
@@ -371,6 +377,7 @@ def test_a_critic_with_a_random_head_learns_alone_for_a_twentieth_of_the_iterati
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"rollout_size": 1}, "ppo.rollout_size: expected at least 2, got 1: scores are whitened over the rollout"),
     ({"clip": -0.2}, "ppo.clip: expected a number between 0 and 1, got -0.2"),
     ({"lam": 9.5}, "ppo.lam: expected a number from 0 to 1, got 9.5"),
     ({"gamma": -1.0}, "ppo.gamma: expected a number from 0 to 1, got -1.0"),
@@ -412,6 +419,17 @@ def test_the_critic_speaks_in_units_of_the_whitened_reward():
         found = jax.jit(ppo_loss(MODEL, FLOAT32, SETTINGS, scale))(MODELS, scaled)[1]["value_loss"]
     square = np.square(scaled.values - scaled.returns) * scaled.mask  # nothing is clipped before the first update
     np.testing.assert_allclose(found.mean(), 0.5 * square.sum() / scaled.mask.sum(), rtol=1e-5)
+
+
+def test_a_reward_model_without_statistics_is_told_of_with_its_file_and_the_setting(tmp_path, caplog):
+    for step, more in ((100, {}), (200, {"scores": {"mean": 2.0, "std": 4.0, "pairs": 8}})):
+        write_json(tmp_path / "reward" / "checkpoints" / str(step) / "meta" / "metadata", {"fingerprints": {}, **more})
+    assert critic_scale(str(tmp_path / "reward")) == ScoreStatistics(2.0, 4.0) and critic_scale("") == UNSCALED
+    assert not caplog.records
+    assert critic_scale(f"{tmp_path}/reward@100") == UNSCALED
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path}/reward/checkpoints/100/meta/metadata: holds no statistics of")
+    assert "score_pairs" in record.getMessage()
 
 
 def test_a_rollout_keeps_its_books():
@@ -457,6 +475,32 @@ def test_a_prompt_that_comes_again_is_answered_anew():
     for row in np.concatenate(tokens):
         by_prompt.setdefault(bytes(row[:4]), set()).add(bytes(row[4:]))
     assert max(map(len, by_prompt.values())) > 1
+
+
+def test_while_the_critic_warms_up_the_policy_does_not_move_by_one_bit():
+    """Not by weight decay either, and after that both learn."""
+    specs = {"policy": params.table(MODEL, head="lm_head"), "critic": params.table(MODEL, head="value_head")}
+    config = OptimConfig(lr=1e-2, schedule="constant", weight_decay=0.1)
+    optimiser, mesh = optimizer.make(config, steps=4, decay=params.decay_mask(specs)), one_device()
+    with jax.set_mesh(mesh):
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optimiser, mesh))
+        state = jax.device_put(create(jax.tree.map(jnp.copy, MODELS), optimiser), layout)
+        step = make_step(ppo_loss(MODEL, FLOAT32, SETTINGS), optimiser, microbatches=1, layout=layout)
+        ppo = source(mesh, rule=dataclasses.replace(RULE, warm_up=8))
+
+        def moved(number):  # which models' leaves are others after a step, bit by bit
+            nonlocal state
+            before = jax.tree.map(np.array, state.params)  # copies: the step donates its state
+            state, _ = step(state, ppo.batch(number, state.params)[0])
+            after = jax.tree.map(np.array, state.params)
+            return {
+                name: any(a.tobytes() != b.tobytes() for a, b in zip(*map(jax.tree.leaves, (before[name], after[name]))))
+                for name in before
+            }
+
+        for number in range(2):  # both mini-batches of the first eight responses
+            assert moved(number) == {"policy": False, "critic": True}
+        assert moved(2) == {"policy": True, "critic": True}
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 4, 1, 2), (8, 1, 1, 1)])
@@ -566,8 +610,9 @@ def test_sigterm_stops_a_sampling_at_the_next_answer(tmp_path):
 
 
 def test_a_killed_round_repeats_no_step_whose_file_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(rejection, "policy_hash", lambda workdir: "0123456789abcdef")
-    monkeypatch.setattr(rejection, "encode_prompts", lambda path, tokenizer, *, length: [({"is_safety": False}, [1])] * 3)
+    monkeypatch.setattr(drawn, "fingerprint", lambda workdir: "0123456789abcdef")
+    drawn.note(tmp_path, "samples", {}, {"policy": "policy"})
+    monkeypatch.setattr(rejection, "mixed_prompts", lambda settings, tokenizer, *, seed: [({"is_safety": False}, [1])] * 3)
     made, dies_in = [], ["search", "samples", "best"]
 
     def step(name, result):
@@ -595,7 +640,8 @@ def test_a_killed_round_repeats_no_step_whose_file_is_there(tmp_path, monkeypatc
         dies_in = dies_in[1:] or [""]
     gather_pool(models, tmp_path)
     assert made == ["search", "samples", "best"]
-    assert [(row["version"], row["temperature"]) for row in read_pool(str(tmp_path / "pool.jsonl"))] == [("v1", 0.9)] * 3
+    pool = read_pool(str(tmp_path / "pool.jsonl"))
+    assert [(row["version"], row["temperature"], row["policy"]) for row in pool] == [("v1", 0.9, "0123456789abcdef")] * 3
 
 
 @pytest.fixture(scope="module")
@@ -619,6 +665,7 @@ def small(tmp_path_factory):
     ({"loop": {"batch_size": 12}}, "loop.batch_size=12 cannot be divided into 8 shards"),
     ({"loop": {"keep_best": "loss"}}, "loop.keep_best=loss: expected dialogs in data.held_out"),
     ({"lora": {"rank": 4}}, "adapters .* need a model to adapt"),
+    ({"data": {"shares": (0.1, 0.1)}}, "data.shares: expected one for each of the 2 files of data.train, got 3"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("module", "own"), [
     (rejection, {"policy": "chat", "helpfulness": "h", "safety": "s", "rejection": {"prompts": "prompts.jsonl"}}),
@@ -635,7 +682,8 @@ def test_what_fine_tuning_would_refuse_is_refused_before_anything_is_drawn(
     stage = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module]
     values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
     data = {"train": ("dialogs.jsonl",), "length": 64}
-    change(values, {"start": "scratch", "data": data, "epochs": 0.0, "optim": {"warmup": 1}}, where=stage)
+    common = {"start": "scratch", "tokenizer": "tokenizer.model", "epochs": 0.0, "optim": {"warmup": 1}}
+    change(values, {**common, "data": data}, where=stage)
     change(values, {"loop": {"steps": 2, "batch_size": 8}, **own}, where=stage)
     change(values, changes, where=stage)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -681,7 +729,7 @@ def test_a_limit_on_prompts_does_not_take_the_first_of_a_sorted_file():
 
 
 def test_rows_that_the_mesh_cannot_divide_are_scored_beside_empty_ones(tiny, monkeypatch):
-    """A batch of 4 over 8 devices, and a third of 32 tokens over a ring of 2: what a round would meet when all is drawn."""
+    """A batch of 4 over 8 devices, and rows divided along their length: what a round would meet when all is drawn."""
     specs = params.table(tiny, head="reward_head")
     reward = params.init(specs, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -695,16 +743,54 @@ def test_rows_that_the_mesh_cannot_divide_are_scored_beside_empty_ones(tiny, mon
     expected = scored(one_device(), 3)
     np.testing.assert_allclose(scored(make_mesh(MeshConfig(fsdp=8)), 4), expected, rtol=1e-5)
     np.testing.assert_allclose(scored(make_mesh(MeshConfig(fsdp=4, sequence=2)), 2), expected, rtol=1e-5)
-    assert row_widths(32) == [11, 22, 32] and row_widths(2) == [1, 2]
+    assert row_length(32) == 512 and row_length(513) == 1024
+    assert rows_at_once(512, length=32, batch_size=64, shards=1) == 2  # a CPU's cache
+    assert rows_at_once(512, length=32, batch_size=4, shards=8) == 8
     monkeypatch.setattr(scoring, "platform", lambda: "tpu")
-    assert row_widths(2048) == [768, 1408, 2048]
-    monkeypatch.setattr(scoring, "shards_of", lambda axis: 4)
-    assert row_widths(2048) == [1024, 2048]
+    assert row_length(700) == 1024 and rows_at_once(1024, length=1024, batch_size=64, shards=8) == 64
+    assert rows_at_once(512, length=144, batch_size=128, shards=8) == 40  # 36 rows hold as much as 128 texts
+    assert rows_at_once(2048, length=2048, batch_size=256, shards=8) == 64
+    monkeypatch.setattr(scoring, "shards_of", lambda axis: 3)
+    assert row_length(700) == 1536
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("scaling", [None, "dynamic"])
+@pytest.mark.parametrize("split", [{}, {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "sequence": 2}], ids=["one", "tensor", "sequence"])
+def test_answers_to_one_prompt_are_scored_as_if_each_stood_alone(tiny, split, scaling, blocks, monkeypatch):
+    # Attention in several blocks of queries, as on accelerators, where rows are longer.
+    monkeypatch.setattr(branches, "_QUERIES", 512 // blocks)
+    scoring._jitted_scorer.cache_clear()
+    if scaling:
+        tiny = dataclasses.replace(tiny, rope_scaling=RopeScaling("dynamic", factor=2.0, original_length=8))
+    specs = params.table(tiny, head="reward_head")
+    # Large matrices, so that what a token sees changes its score by far more than rounding.
+    reward = jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, params.init(specs, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    stems = [rng.integers(3, 96, n).tolist() for n in (20, 3, 11)]
+    answers = [rng.integers(3, 96, n).tolist() for n in rng.integers(1, 12, 90)]
+    prompts = [stems[i % 3 if i < 30 else 0] for i in range(90)]  # those of the first one need two rows
+    answers[7], answers[4], answers[10] = [], answers[1], answers[1] + [5]  # none, equal ones, one that goes on
+    alone = jax.jit(scorer(tiny, FLOAT32))
+    expected = []
+    for prompt, answer in zip(prompts, answers):
+        tokens, real = np.zeros((2, 1, 32), np.int32)
+        tokens[0, : len(prompt + answer)], real[0, : len(prompt + answer)] = prompt + answer, 1
+        expected.append(float(alone(reward, tokens, real)[0]))
+    mesh = make_mesh(MeshConfig(**split)) if split else one_device()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(reward, shardings(specs, mesh))
+        found = logit_scores(tiny, FLOAT32, placed, prompts, answers, length=32, batch_size=4)
+        scoring._jitted_scorer.cache_clear()
+        with pytest.raises(ValueError, match=r"text 1: expected a prompt and a response of at most 32 tokens .* got 30 \+ 3"):
+            logit_scores(tiny, FLOAT32, placed, [[5], [5] * 30], [[6], [6] * 3], length=32, batch_size=4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.std(expected) > 0.1 and found[4] == found[1]
 
 
 def test_a_round_takes_scorers_of_ones_own_and_one_reward_model(monkeypatch):
-    monkeypatch.setattr(rejection, "score_responses", lambda *_, **how: {"safety": np.array([0.2, 0.5], np.float32),
-                                                                        "reward": np.array([0.2, 0.5], np.float32)})
+    scored = {"safety": np.array([0.2, 0.5]), "reward": np.array([0.2, 0.5]), "logit": np.log([0.25, 1.0])}
+    monkeypatch.setattr(rejection, "score_responses", lambda *_, **how: dict(scored))
     rows = [{"is_safety": True, "reference": "ab"}, {"is_safety": False, "reference": "abc"}]
 
     def overlap(rows, texts):
@@ -773,7 +859,8 @@ def test_what_was_drawn_under_other_settings_is_put_aside_and_drawn_anew(small, 
     monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
     monkeypatch.chdir(small)
     stage = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module]
-    draws = []
+    draws, parameters = [], ["as they were"]
+    monkeypatch.setattr(drawn, "fingerprint", lambda workdir: f"{workdir} {parameters[-1]}")
 
     def draw(config, mesh, workdir):
         draws.append(getattr(getattr(config, stage), field))
@@ -801,14 +888,24 @@ def test_what_was_drawn_under_other_settings_is_put_aside_and_drawn_anew(small, 
     assert "samples.jsonl" in {path.name for path in (tmp_path / "replaced" / "1").iterdir()}
     make(**{stage: {field: 3}})
     assert draws == [2, 3]
+    # The policy was trained on when all was drawn, and when half of it was.
+    parameters.append("newer")
+    make(**{stage: {field: 3}})
+    assert draws == [2, 3] and not (tmp_path / "replaced" / "2").exists()
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    write_jsonl(tmp_path / "samples" / "0-2.jsonl", [])
+    make(**{stage: {field: 3}})
+    assert draws == [2, 3, 3] and (tmp_path / "replaced" / "2" / "samples").is_dir()
+    assert "fingerprint of policy: 'chat as they were' -> 'chat newer'" in caplog.text
 
 
 def test_other_pools_leave_the_samples_where_they_are(tmp_path):
     for name in ("samples.jsonl", "pool.jsonl", "best.jsonl"):
         write_jsonl(tmp_path / name, [])
-    drawn.note(tmp_path, "best", {"pools": ["a"], "version": "1"})
-    drawn.put_aside(tmp_path, "samples", {"answers": 2}, ("samples.jsonl",))  # nothing is known of these, so they stay
-    drawn.put_aside(tmp_path, "best", {"pools": ["a", "b"], "version": "1"}, ("pool.jsonl", "best.jsonl"))
+    drawn.note(tmp_path, "best", {"pools": ["a"], "version": "1"}, {})
+    drawn.put_aside(tmp_path, "samples", {"answers": 2}, {}, ("samples.jsonl",))  # nothing is known of these, so they stay
+    drawn.put_aside(tmp_path, "best", {"pools": ["a", "b"], "version": "1"}, {}, ("pool.jsonl", "best.jsonl"))
     assert sorted(path.name for path in (tmp_path / "replaced" / "1").iterdir()) == ["best.jsonl", "pool.jsonl"]
     assert (tmp_path / "samples.jsonl").exists() and not list(read_jsonl(tmp_path / "samples.jsonl"))
 
@@ -826,3 +923,11 @@ def test_the_mesh_of_distillation_holds_the_larger_model_and_one_that_does_not_i
     check(8)
     with pytest.raises(ConfigError, match="config.mesh: generation puts 128.5 GiB of 70b's weights on each chip, which holds"):
         check(1)
+    # Eight rows of 2,048 tokens on each of 64 chips: 7B's weights are 12.6 GiB, and a row's keys and values 1 GiB.
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1})
+    bfloat16 = Compute(matmul="bfloat16", activations="bfloat16")
+    chips.check_generates(SIZES["7b"], bfloat16, mesh, rows=512, length=2048)
+    monkeypatch.setattr(chips, "device_memory", lambda: 16 * 2**30)
+    chips.check_generates(SIZES["7b"], bfloat16, mesh)
+    with pytest.raises(ConfigError, match=r"12.6 GiB of 7b's weights and 8.0 GiB of keys and values .* fewer rows at a time"):
+        chips.check_generates(SIZES["7b"], bfloat16, mesh, rows=512, length=2048)

@@ -128,9 +128,32 @@ def test_a_checkpoint_that_one_host_cannot_read_is_damaged_for_all(tmp_path):
     workdir = tmp_path / "run"
     assert run(workdir, "--steps=6", count=2) == [0, 0], texts(workdir)
     (workdir / "done.json").unlink()  # as if it had been killed right after its last checkpoint
+    failing = ["--unreadable=6", "--unreadable_now", "--on_host=1"]
+    assert run(workdir, "--steps=6", *failing, count=2) == [1, 1], texts(workdir)
+    told = "error: .*checkpoint 6 cannot be read: host 1: the disk .* fails"
+    for host in (0, 1):  # a disk that fails for a while takes no checkpoint away
+        assert re.search(told, output_of(workdir, host).read_text()), texts(workdir)
+    assert not (workdir / "damaged").exists()
     assert run(workdir, "--steps=6", "--unreadable=6", "--on_host=1", count=2) == [0, 0], texts(workdir)
     assert "checkpoint 6 of" in texts(workdir) and "host 1: cannot read this host's part of 6" in texts(workdir)
     assert (workdir / "damaged" / "6").exists() and read_meta(workdir)["step"] == 6
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_host_does_not_see_yet_is_taken_by_all(tmp_path):
+    """Listings of network disks are of different age; hosts that went on from different steps would hang."""
+    workdir = tmp_path / "run"
+    assert run(workdir, count=2) == [0, 0], texts(workdir)
+    (workdir / "done.json").unlink()
+    assert run(workdir, "--unseen=8", "--on_host=1", count=2) == [0, 0], texts(workdir)
+    assert begun_from(workdir) == [0, 8]
+    assert run(workdir, count=2) == [0, 0] and begun_from(workdir) == [0, 8], texts(workdir)  # finished: nothing is done
+
+
+def begun_from(workdir):
+    """The steps from which its starts took steps."""
+    attempts = [json.loads(line) for line in (workdir / "attempts.jsonl").read_text().splitlines()]
+    return [attempt["from"] for attempt in attempts if "from" in attempt]
 
 
 @pytest.mark.slow
@@ -205,18 +228,31 @@ def test_sigterm_before_the_first_step_stops_all_hosts_there(tmp_path):
 
 @pytest.mark.slow
 def test_a_host_with_another_config_data_or_clock_is_refused_before_it_computes(tmp_path):
-    (tmp_path / "a").write_text("tokenizer")
-    (tmp_path / "b").write_text("another")
+    for disk in ("a", "b"):
+        (tmp_path / disk).mkdir()
+        (tmp_path / disk / "words").write_text(f"the tokenizer on {disk}")
     for name, flags, words in (
         ("config", ["--lr=0.1"], "config: host 2 has"),
-        ("data", [f"--tokenizer={tmp_path / 'b'}"], "tokenizer: host 2 has"),
+        ("data", [f"--within={tmp_path / 'b'}"], "tokenizer words: host 2 has"),
         ("clock", ["--clock_off=3600", "--on_host=2"], r"clock: host 2 is \+36\d\d s off"),
     ):
         workdir = tmp_path / name
-        codes = run(workdir, f"--tokenizer={tmp_path / 'a'}", count=4, per_host={2: flags})
+        codes = run(workdir, "--tokenizer=words", f"--within={tmp_path / 'a'}", count=4, per_host={2: flags})
         assert codes == [1] * 4, texts(workdir)
         assert len(re.findall(f"error: the hosts of this run differ; .*{words}", texts(workdir))) == 4, texts(workdir)
         assert not (workdir / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_the_same_directory_for_all_is_refused(tmp_path):
+    workdir = tmp_path / "run"
+    codes = run(workdir, count=2, per_host={1: [f"--workdir={tmp_path / 'own'}"]})
+    assert codes == [1, 1], texts(workdir)
+    words = f"error: host 1: {tmp_path / 'own'} is not shared (it does not see what host 0 writes there); expected a directory"
+    assert texts(workdir).count(words) == 2, texts(workdir)
+    assert not list(tmp_path.glob("*/checkpoints")) and not list(tmp_path.glob("*/config.json"))
+    assert run(workdir, "--steps=2", count=2) == [0, 0], texts(workdir)  # the same command with a shared one
+    assert not list(workdir.glob(".shared-*"))
 
 
 @pytest.mark.slow
@@ -230,6 +266,5 @@ def test_a_signal_to_one_of_two_hosts_saves_on_both_and_goes_on(tmp_path):
     assert 3 <= stopped < 30
     assert set(run(workdir, "--steps=30", count=2)) == {0}, texts(workdir)
     assert len(losses(workdir)) == 30
-    attempts = [json.loads(line) for line in (workdir / "attempts.jsonl").read_text().splitlines()]
-    assert [attempt["from"] for attempt in attempts if "from" in attempt] == [0, stopped]
+    assert begun_from(workdir) == [0, stopped]
     assert json.loads((workdir / "done.json").read_text())["lost_steps"] == 0

@@ -148,6 +148,8 @@ def test_the_next_model_is_asked_what_was_found_and_its_rejection_rate_is_counte
     assert [row["messages"][0]["content"] for row in found] == ["How?", "Why?"]  # each once, without the answer
     assert all(row["is_safety"] and len(row["messages"]) == 1 for row in found)
     dialog = (*ASK, {"role": "assistant", "content": "So."})
+    again = ({"content": "How? ", "role": "user"}, dialog[1])  # white space and order make no other prompt
+    assert len(found_prompts([Attempt("a", 60.0, 1, dialog, True), Attempt("b", 60.0, 1, again, True)], 1)) == 1
     posed = Attempt("a", 60.0, 1, dialog, True, risk="illicit_criminal", attack="logic")
     (row,) = found_prompts([posed], 1)  # what context distillation chooses its template by
     assert (row["risk"], row["attack"]) == ("illicit_criminal", "logic")

@@ -12,8 +12,19 @@ from llama_jax.model import heads, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.model.transformer import hidden_states
-from llama_jax.sampling.choose import Choice, draw, inverse_draw, min_p_filter, penalise, top_k_filter, top_p_filter
-from llama_jax.sampling.generate import generate, make_sampler, pad_left, row_keys
+from llama_jax.sampling.choose import (
+    Choice,
+    count_drawn,
+    count_prompt,
+    draw,
+    inverse_draw,
+    min_p_filter,
+    penalise,
+    top_k_filter,
+    top_p_filter,
+)
+from llama_jax.sampling.generate import generate, make_sampler, pad_left
+from llama_jax.sampling.keys import key_data, row_keys, small_seed
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=24, layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -56,10 +67,21 @@ def test_top_k_min_p_and_repetition_penalty_by_hand():
     assert kept(min_p_filter(logits, jnp.array([0.0, 0.1, 0.5]))) == [
         [True] * 4, [False, False, True, True], [False, False, True, False],
     ]  # fmt: skip
-    seen = jnp.array([[True, True, False, False]] * 3)
-    lowered = penalise(logits, seen, jnp.array([1.0, 2.0, 4.0]))
+    seen = count_prompt(jnp.zeros((3, 4), jnp.int32), jnp.array([[1, 0, 3, 1]] * 3), jnp.array([[True, True, False, True]] * 3))
+    assert seen.tolist() == [[1, 1, 0, 0]] * 3
+    lowered = penalise(logits, seen, Choice(repetition_penalty=jnp.array([1.0, 2.0, 4.0])).rows(3))
     np.testing.assert_allclose(lowered[:, :2], [[0.5, -2.0], [0.25, -4.0], [0.125, -8.0]])
     np.testing.assert_array_equal(lowered[:, 2:], logits[:, 2:])
+
+
+def test_presence_and_frequency_count_what_was_drawn_by_hand():
+    logits = jnp.broadcast_to(jnp.array([0.5, -2.0, 3.0, 1.0]), (3, 4))
+    counts = count_prompt(jnp.zeros((3, 4), jnp.int32), jnp.array([[0, 1]] * 3), jnp.ones((3, 2), bool))
+    for token in (1, 2, 2, 2):  # the last row has ended
+        counts = count_drawn(counts, jnp.full(3, token), jnp.array([True, True, False]))
+    choice = Choice(presence_penalty=jnp.array([0.5, 0.0, 1.0]), frequency_penalty=jnp.array([0.0, -0.25, 1.0]))
+    expected = [[0.5, -2.5, 2.5, 1.0], [0.5, -1.75, 3.75, 1.0], [0.5, -2.0, 3.0, 1.0]]  # the prompt's own tokens: as they were
+    np.testing.assert_allclose(penalise(logits, counts, choice.rows(3)), expected)
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
@@ -81,10 +103,25 @@ def test_filters_without_a_sort_equal_those_with_one(spread):
 def test_draws_follow_the_distribution_at_a_temperature():
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.6, 0.3, 0.1])), (20_000, 3))
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens, log_p = draw(logits, keys, Choice(temperature=0.5))
-    expected = np.array([0.36, 0.09, 0.01]) / 0.46
+    drawn = draw(logits, keys, Choice(temperature=0.5))
+    tokens, expected = np.asarray(drawn.tokens), np.array([0.36, 0.09, 0.01]) / 0.46
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / 20_000, expected, atol=0.01)
-    np.testing.assert_allclose(log_p, np.log(expected)[np.asarray(tokens)], rtol=1e-5)
+    np.testing.assert_allclose(drawn.log_probs, np.log(expected)[tokens], rtol=1e-5)
+    np.testing.assert_allclose(drawn.model_log_probs, np.log([0.6, 0.3, 0.1])[tokens], rtol=1e-5)
+
+
+def test_keys_are_those_of_seed_and_number_in_any_company():
+    key = jax.random.key(7)
+    expected = [jax.random.key_data(jax.random.fold_in(key, i)).tolist() for i in (0, 3, 150)]
+    assert key_data(7, range(151))[[0, 3, 150]].tolist() == key_data(7, [0, 3, 150]).tolist() == expected
+    assert jax.random.key_data(row_keys(7, [0, 3, 150])).tolist() == expected and key_data(7, []).shape == (0, 2)
+    # Seeds of 64 bits are no less different than small ones.
+    assert small_seed(2**31 - 1) == 2**31 - 1
+    large = [small_seed(seed) for seed in (-1, 2**31, 2**32, 2**32 + 1, -(2**63), 2**63 - 1)]
+    assert len({0, 1, *large}) == 8 and all(0 <= seed < 2**31 for seed in large)
+    for wrong in (2**63, 1.5, True, "1"):
+        with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got "):
+            small_seed(wrong)
 
 
 def test_the_inverse_of_the_cumulative_distribution_by_hand():
@@ -119,8 +156,9 @@ def test_every_row_has_settings_of_its_own():
         temperature=jnp.where(third == 0, 0.0, 1.0), top_k=jnp.where(third == 1, 2, 0),
         repetition_penalty=jnp.where(third == 2, 1e4, 1.0),
     )  # fmt: skip
-    seen = jnp.broadcast_to(jnp.array([True, False, True]), (2000, 3))
-    tokens, log_p = jax.jit(draw)(logits, keys, choice, seen=seen)
+    seen = jnp.broadcast_to(jnp.array([1, 0, 1]), (2000, 3))
+    drawn = jax.jit(draw)(logits, keys, choice, counts=seen)
+    tokens, log_p = drawn.tokens, drawn.log_probs
     drawn = [set(np.asarray(tokens[third == i]).tolist()) for i in range(3)]
     assert drawn == [{1}, {1, 2}, {1}]
     np.testing.assert_allclose(log_p[third == 0], np.log(0.6), rtol=1e-6)
@@ -130,7 +168,7 @@ def test_every_row_has_settings_of_its_own():
 @pytest.mark.parametrize(("field", "value"), [
     ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 10**40), ("top_k", -1),
     ("top_k", 1.5), ("top_k", float("inf")), ("top_k", float("nan")), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1),
-    ("min_p", 2.0), ("repetition_penalty", 0.0),
+    ("min_p", 2.0), ("repetition_penalty", 0.0), ("presence_penalty", -2.5), ("frequency_penalty", 3.0),
 ])  # fmt: skip
 def test_impossible_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: expected .*, got {value}"):
@@ -235,7 +273,7 @@ def test_rows_with_their_own_settings_equal_those_run_alone():
     prompts = [[1, 5, 7], [1, 9], [1, 5, 3, 3], [1, 4]]
     rows = [
         Choice(temperature=0.0), Choice(temperature=1.5, top_k=4), Choice(top_p=0.7),
-        Choice(repetition_penalty=1.5, min_p=0.1),
+        Choice(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=1.0, min_p=0.1),
     ]  # fmt: skip
     tokens, valid = pad_left(prompts, 4)
     run = sampler(new=10)

@@ -13,7 +13,8 @@ from llama_jax.corpus import CorpusConfig
 from llama_jax.evals.speed import operations
 from llama_jax.model import params as table
 from llama_jax.parallel.mesh import MeshConfig, fitting_mesh
-from llama_jax.recipe import Recipe, RecipeConfig
+from llama_jax.recipe import Recipe
+from llama_jax.recipe_config import RecipeConfig
 from llama_jax.steps import assignment, load_config, timed, with_overrides
 from llama_jax.train import parse_stage
 
@@ -151,6 +152,6 @@ def test_ghost_attentions_dialogs_of_another_config_are_refused(tmp_path, monkey
     monkeypatch.setattr("llama_jax.rlhf.ghost.gather", gather)
     turns = [f"ghost.ghost.turns=(1, {most})" for most in (2, 2, 3)]
     first, again, edited = (Recipe(with_overrides(smoke(), CONFIG, [text]), tmp_path) for text in turns)
-    assert first.make_ghost("v4") == again.make_ghost("v4") == 2 and drawn == [(1, 2)]
+    assert first.make_ghost("v4", 4) == again.make_ghost("v4", 4) == 2 and drawn == [(1, 2)]
     with pytest.raises(ConfigError, match=r"(?s)begun with another config.*ghost.turns: \[1, 2\] -> \[1, 3\]"):
-        edited.make_ghost("v4")
+        edited.make_ghost("v4", 4)

@@ -13,13 +13,14 @@ from test_hosts import launch
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.interop.restore import fingerprint
 from llama_jax.model import params
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start
 from llama_jax.rlhf import respond
 from llama_jax.rlhf.constraints import Constraint, instruction
-from llama_jax.rlhf.pool import policy_hash, read_pool
+from llama_jax.rlhf.pool import read_pool
 from llama_jax.rlhf.rejection import Round
 from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
@@ -169,7 +170,7 @@ def test_a_small_model_learns_from_a_larger_ones_best_answers_and_from_pools_alo
         assert search["prompts"] == 4 and {t: len(curve) for t, curve in curves.items()} == {"0.5": 3, "1": 3}
         assert curves[f"{search['temperature']:g}"][-1] == max(curve[-1] for curve in curves.values())
         pool = read_pool(str(tmp_path / "v1" / "pool.jsonl"))
-        assert pool and {row["policy"] for row in pool} == {policy_hash(sft)} and {row["version"] for row in pool} == {"v1"}
+        assert pool and {row["policy"] for row in pool} == {fingerprint(sft)} and {row["version"] for row in pool} == {"v1"}
         samples = [row for _, row in read_jsonl(tmp_path / "v1" / "samples.jsonl")]
         assert len(samples) == 24
         for row in pool:

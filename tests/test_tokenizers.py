@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from llama_jax.config import ConfigError
 from llama_jax.data import tokenizer_gguf
 from llama_jax.data.chat_template import encode_chat, encode_example
-from llama_jax.data.dialog import encode_dialog, encode_prompt
+from llama_jax.data.dialog import decode_response, encode_dialog, encode_prompt
 from llama_jax.data.sentencepiece_proto import USER_DEFINED, model_class
 from llama_jax.data.sources import read_jsonl
+from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from llama_jax.data.tokenizer_json import JsonTokenizer
 from llama_jax.interop import tokenizer_files
@@ -199,6 +202,29 @@ def _opened(path: Path) -> Tokenizer:
     return _cache.setdefault(path, Tokenizer(path)) if path not in _cache else _cache[path]
 
 
+def test_sampled_rows_that_fill_up_an_embedding_have_no_text(json_directory):
+    words = Tokenizer(json_directory)
+    ids = words.encode("a loop")
+    drawn = [ids[0], words.vocab_size + 3, *ids[1:], words.eos_id]
+    assert decode_response(drawn, words) == ("a loop", True)
+    stream = TextStream(words)
+    assert "".join(map(stream.push, drawn[:-1])) + stream.finish() == "a loop"
+    with pytest.raises(ValueError, match="decode: expected ids in 0.."):
+        words.decode(drawn)
+
+
+def test_truncation_and_padding_of_a_training_are_not_ours(json_directory, tmp_path):
+    words = tokenizers.Tokenizer.from_file(str(json_directory / "tokenizer.json"))
+    words.enable_truncation(4)
+    words.enable_padding(length=16)
+    shutil.copytree(json_directory, tmp_path / "kept")
+    words.save(str(tmp_path / "kept" / "tokenizer.json"))
+    kept, plain = Tokenizer(tmp_path / "kept"), Tokenizer(json_directory)
+    for text in (*TEXTS[:2], "a"):
+        assert kept.encode(text) == plain.encode(text) and kept.encode_rendered(text) == plain.encode_rendered(text)
+    assert kept.encode_many(TEXTS[:3]) == plain.encode_many(TEXTS[:3])
+
+
 def test_special_looking_text_is_control_in_rendered_templates_only(json_directory):
     words, original = Tokenizer(json_directory), tokenizers.Tokenizer.from_file(str(json_directory / "tokenizer.json"))
     text = "<|im_start|>user\nhi<|im_end|>"
@@ -365,6 +391,10 @@ def test_transformers_reads_what_we_export(copies, json_directory, root):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what?"}]
     ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert list(ids) == encode_prompt(messages, copies[0])
+    # Finished, of several turns: a BOS and an EOS each.
+    messages += [{"role": r, "content": c} for r, c in (("assistant", " a loop\n"), ("user", "naïve?"), ("assistant", "2024"))]
+    ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert list(ids) == encode_dialog(messages, copies[0]).ids and list(ids).count(1) == list(ids).count(2) == 2
     (root / "again").mkdir()
     tokenizer_files.write(Tokenizer(json_directory), root / "again", to="huggingface")
     theirs = transformers.AutoTokenizer.from_pretrained(root / "again")
@@ -399,9 +429,36 @@ def test_a_path_finds_its_tokenizer(sentencepiece_model, json_directory, root, t
         Tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.json: expected a tokenizer.json, No such file"):
         Tokenizer(tmp_path / "nowhere.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(ValueError, match="tokenizer.model: a file of tiktoken, as Llama 3 has; expected the tokenizer.json"):
+        Tokenizer(tmp_path)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="x.json: not a tokenizer.json"):
         Tokenizer(tmp_path / "x.json")
+
+
+def test_where_the_package_is_missing_the_model_of_the_same_pieces_serves(copies, root, tmp_path, monkeypatch, caplog):
+    original, exported, _ = copies
+    assert exported.path.name == "tokenizer.json" and not caplog.messages  # with the package nothing is new
+    shutil.copytree(root / "exported", tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for _ in range(2):
+        words = Tokenizer(tmp_path / "hf")
+        assert type(words) is SentencePieceTokenizer and words.fingerprint == original.fingerprint
+        assert words.chat_template == exported.chat_template
+    assert caplog.messages == [
+        f"tokenizer {tmp_path}/hf/tokenizer.json: the package tokenizers is not installed; tokenizer.model, of the same "
+        "pieces, serves"
+    ]
+    # What was asked for by its name, what has no model beside it, and what has another one needs the package.
+    for name, content in (("none", b""), ("tiktoken", b"IQ== 0\nIg== 1\n"), ("other", None)):
+        shutil.copytree(tmp_path / "hf", tmp_path / name)
+        model = tmp_path / name / "tokenizer.model"
+        model.write_bytes(content) if content else model.unlink()
+    train_tokenizer(["zyx wvu tsr qpo, 9876 or so"] * 20, tmp_path / "other/tokenizer.model", vocab_size=290)
+    for path in ("hf/tokenizer.json", "none", "tiktoken", "other"):
+        with pytest.raises(ModuleNotFoundError, match="tokenizer.json: reading it needs the package tokenizers: pip install"):
+            Tokenizer(tmp_path / path)
 
 
 def test_encoding_errors_are_the_same_everywhere(json_directory):
@@ -426,6 +483,9 @@ def test_a_tokenizer_without_declared_pieces_or_with_wrong_ones(json_directory, 
 def test_vocabularies_of_ggufs_that_are_not_known_are_refused(root):
     path = write_gguf_bpe(bpe(cut_smollm()), root / "other.gguf", "deepseek-llm")
     with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'deepseek-llm', expected one of smollm, gpt-2, llama-bpe"):
+        Tokenizer(path)
+    path = write_gguf_bpe(bpe(cut_smollm()), root / "beyond.gguf", "smollm", add_eos_token_id=9999)
+    with pytest.raises(ValueError, match=r"tokenizer.ggml.eos_token_id is 9999, expected an id in 0..\d+"):
         Tokenizer(path)
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(root / "empty.gguf", "llama")

@@ -18,6 +18,8 @@ import pytest
 
 from llama_jax import train as train_command
 from llama_jax.config import ConfigError
+from llama_jax.interop import ours
+from llama_jax.model import params as table
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.training import checkpoint, fingerprint, optimizer
@@ -26,6 +28,7 @@ from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import OptimConfig, clip_each_model, schedule
+from llama_jax.training.recorder import Pace
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, Weighted, evaluation
 from llama_jax.training.state import abstract_state, create
 from llama_jax.training.step import make_step, put_batch
@@ -187,6 +190,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(mesh):
     state, means = one_step(mesh, state, points(2))
     assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)
     assert int(means["skipped"]) == 2
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 2, 1, 2)])
+def test_the_state_is_donated_and_the_frozen_parameters_are_not(sizes):
+    mesh, optim = mesh_of(*sizes), optax.adam(0.1)
+    target = abstract_state(SPECS, optim, mesh)
+    step = make_step(loss, optim, microbatches=1, layout=jax.tree.map(lambda leaf: leaf.sharding, target))
+    with jax.set_mesh(mesh):
+        state, frozen, batch = create(parameters(mesh), optim), {"base": parameters(mesh)}, put_batch(points(0), mesh)
+        state, _ = step(state, batch, frozen)  # from here on the state lies as the step leaves it
+        after, _ = step(state, batch, frozen)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state)), "an update holds parameters and moments twice"
+    assert not any(x.is_deleted() for x in jax.tree.leaves((after, frozen, batch)))
 
 
 # ---- the optimizer ----
@@ -383,6 +399,49 @@ def test_a_damaged_checkpoint_is_reported_and_the_older_one_used(tmp_path, mesh,
     assert not (tmp_path / "checkpoints" / "2").exists()  # so that the run can write it again
 
 
+class Refused(Exception):
+    """As a bucket's client says it."""
+
+    code = 403
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied"), TimeoutError("timed out"), Refused("no"),
+    ValueError('PERMISSION_DENIED: Error reading "gs://bucket/run": HTTP response code: 403'),
+    ValueError("Error reading local file [OS error 5: Input/output error]"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_disk_that_fails_is_no_damage(tmp_path, mesh, monkeypatch, caplog, error):
+    states, target = saved_steps(tmp_path, mesh)
+    read, tries = Checkpoints._read, []
+
+    def fails(times):
+        def torn(self, step, items):
+            tries.append(step)
+            if len(tries) <= times:
+                raise CheckpointError("as `open_meta` tells it") from error
+            return read(self, step, items)
+
+        tries.clear()
+        monkeypatch.setattr(Checkpoints, "_read", torn)
+
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0))
+    fails(2)
+    assert_equal(restore(tmp_path, target)[0], states[2])
+    assert tries == [2, 2, 2] and caplog.text.count("again in") == 2
+    fails(3)
+    with pytest.raises(CheckpointError, match="checkpoint 2 cannot be read: the disk or the service fails"):
+        restore(tmp_path, target)
+    assert tries == [2, 2, 2] and (tmp_path / "checkpoints" / "2").exists() and not (tmp_path / "damaged").exists()
+
+
+def test_each_damaged_checkpoint_of_a_step_is_kept(tmp_path, mesh):
+    for _ in range(3):
+        _, target = saved_steps(tmp_path, mesh)
+        (tmp_path / "checkpoints" / "2" / "meta" / "metadata").unlink()
+        assert restore(tmp_path, target)[2]["step"] == 1
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "2.2", "2.3"]
+
+
 def test_hosts_meet_only_when_each_has_read_its_part(tmp_path, mesh, monkeypatch):
     """One that cannot read must not leave the others in a barrier: what it does until all know has no collective in it."""
     states, target = saved_steps(tmp_path, mesh)
@@ -424,6 +483,44 @@ def test_parameters_saved_on_eight_devices_restore_on_one_to_the_bit(tmp_path):
         assert_equal(jax.device_get(found), jax.device_get(states[2].params))
 
 
+HALF = jax.tree.map(lambda spec: dataclasses.replace(spec, dtype=jnp.bfloat16), SPECS, is_leaf=_is_spec)
+
+
+def assert_cast(found, whole):
+    """Both trees, the first in bfloat16."""
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    assert_equal(jax.device_get(found), jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), jax.device_get(whole)))
+
+
+def test_what_was_saved_is_verified_and_then_cast(tmp_path):
+    mesh, optim = mesh_of(2, 2, 1, 2), optax.adam(0.1)
+    states, _ = saved_steps(tmp_path, mesh)
+    params = restore_params(tmp_path, HALF, mesh)
+    assert_cast(params, states[2].params)
+    target = abstract_state(HALF, optim, mesh)
+    jax.tree.map(lambda x, wanted: x.sharding.is_equivalent_to(wanted.sharding, x.ndim) or pytest.fail(), params, target.params)
+    state, _, meta = restore(tmp_path, target)
+    assert meta["step"] == 2 and not (tmp_path / "damaged").exists()
+    assert_cast((state.params, state.opt_state[0].mu), (states[2].params, states[2].opt_state[0].mu))
+    assert int(state.step) == int(states[2].step)
+    for path in data_files(tmp_path / "checkpoints" / "2" / "params"):
+        damage(path, "flipped")
+    with pytest.raises(CheckpointError, match="checkpoints/2"):
+        restore_params(tmp_path, HALF, mesh)
+    assert restore(tmp_path, target)[2]["step"] == 1
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_converted_weights_restore_in_any_type(tmp_path, tiny, mesh, stored):
+    specs = table.table(tiny, head="lm_head")
+    half = jax.tree.map(lambda spec: dataclasses.replace(spec, dtype=jnp.bfloat16), specs, is_leaf=_is_spec)
+    tree = jax.tree.map(lambda x: np.asarray(x.astype(stored)), table.init(specs, jax.random.key(0)))
+    ours.write(tmp_path, tree, tiny, tokenizer="", origin={})
+    whole = restore_params(tmp_path, specs, mesh)
+    assert_equal(jax.device_get(whole), jax.tree.map(lambda x: x.astype(np.float32), tree))
+    assert_cast(restore_params(tmp_path, half, mesh), whole)
+
+
 def test_a_part_restores_alone_and_what_is_missing_is_named(tmp_path, mesh):
     states, _ = saved_steps(tmp_path, mesh)
     trunk = restore_params(tmp_path, {"trunk": SPECS["trunk"]}, mesh)
@@ -441,6 +538,35 @@ def test_a_part_restores_alone_and_what_is_missing_is_named(tmp_path, mesh):
         restore_params(tmp_path, SPECS, mesh)
 
 
+@pytest.mark.parametrize(("file", "content", "start", "input_", "output"), [
+    ("hf/config.json", '{"model_type": "llama"}', "hf", "hf", "hf-llama_jax"),
+    ("meta/params.json", "{}", "meta", "meta", "meta-llama_jax"),
+    ("my files/x.Q4_0.gguf", "", "my files/x.Q4_0.gguf", "'my files/x.Q4_0.gguf'", "'my files/x.Q4_0-llama_jax'"),
+    ("gguf/x.gguf", "", "gguf", "gguf", "gguf-llama_jax"),
+    ("run/config.json", '{"stage": "sft", "model": "7b"}', "run", "", ""),  # of ours, before its first checkpoint
+    ("job/config.json", '{"size": "tiny"}', "job", "", ""),
+    ("damaged/config.json", "{", "damaged", "", ""),
+    ("list/config.json", '["model_type"]', "list", "", ""),
+    ("nothing/readme.txt", "", "nothing", "", ""),
+])  # fmt: skip
+def test_weights_of_another_format_are_met_with_the_command_that_converts_them(
+    tmp_path, monkeypatch, file, content, start, input_, output
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path(file).parent.mkdir()
+    Path(file).write_text(content)
+    plain = f"{start}: expected a stage's workdir with checkpoints, found none"
+    with pytest.raises(CheckpointError) as error:
+        newest_step(start)
+    command = f"python -m llama_jax.convert --input={input_} --output={output} --to=llama_jax"
+    said = f"; these weights are of another format, and are converted first: {command}" if input_ else ""
+    assert str(error.value) == plain + said
+    if input_:  # it reads the disks of its machine alone
+        monkeypatch.setattr(checkpoint, "is_remote", lambda path: True)
+        with pytest.raises(CheckpointError, match=r"copied to this machine and converted first: .* --input=(hf|meta|x|gguf)"):
+            newest_step(start)
+
+
 def test_checkpoints_written_while_training_goes_on_are_whole(tmp_path, mesh):
     # Saving is asynchronous and the step donates its state: each checkpoint must hold its own step all the same.
     train(stage(mesh), loop(steps=5, checkpoint_every=1, keep=5), mesh=mesh, workdir=tmp_path)
@@ -454,6 +580,19 @@ def test_checkpoints_written_while_training_goes_on_are_whole(tmp_path, mesh):
 
 
 # ---- the loop ----
+
+
+def test_the_log_tells_the_rate_since_its_last_line_and_the_summary_the_mean():
+    pace = Pace()
+    for now in (50.0, 100.0):  # both compile
+        assert (pace.step(now), pace.lately(), pace.mean()) == (None, None, None)
+    for now in (101.0, 102.0):
+        pace.step(now)
+    assert pace.lately() == pace.mean() == 1.0
+    for now in (112.0, 122.0):
+        pace.step(now)
+    assert pace.lately() == 0.1 and pace.mean() == pytest.approx(4 / 22)
+    assert pace.lately() is None  # nothing since
 
 
 def test_a_run_from_end_to_end(tmp_path, mesh):
@@ -562,13 +701,21 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_happens(tmp_pat
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"steps": 0}, "loop.steps: expected at least 1, got 0"),
+    ({"steps": -1}, "loop.steps: expected at least 0, got -1"),
     ({"keep": 0}, "loop.keep: expected at least 1"),
     ({"microbatches": 3}, "loop.batch_size=16 is no multiple of microbatches=3"),
 ])  # fmt: skip
 def test_a_loop_that_cannot_run_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         loop(**changes)
+
+
+def test_steps_of_epochs_by_hand():
+    free, most = loop(steps=0, batch_size=8), loop(steps=5, batch_size=8)
+    assert [free.steps_of(rows, 2.0) for rows in (0, 1, 20, 21, 40)] == [1, 1, 5, 6, 10]
+    assert [most.steps_of(rows, 2.0) for rows in (0, 1, 20, 21, 40)] == [1, 1, 5, 5, 5]
+    assert [most.steps_of(rows, 0.0) for rows in (0, 40)] == [5, 5] and free.steps_of(10, 0.25) == 1
+    assert free.over(40, 2.0) == dataclasses.replace(free, steps=10) and most.over(40, 2.0) == most
 
 
 # ---- the train command: claim, finished, refused ----
@@ -594,7 +741,8 @@ def test_a_finished_stage_is_not_run_again_and_a_changed_config_is_refused(tmp_p
 
     monkeypatch.setattr(train_command, "parse_stage", lambda values: values)
     monkeypatch.setitem(train_command.STAGES, "toy", (__name__, "ToyConfig"))
-    monkeypatch.setattr(train_command, "make_mesh", lambda config: mesh)
+    monkeypatch.setattr(train_command, "mesh_for", lambda config, loop: mesh)
+    monkeypatch.setattr(train_command, "keep_tokenizer", lambda config, workdir: None)
     monkeypatch.setitem(globals(), "make_stage", make_stage)
     workdir = tmp_path / "run"
     good = ToyConfig(loop=loop())

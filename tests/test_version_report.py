@@ -38,7 +38,7 @@ def workdir(tmp_path):
         write_jsonl(tmp_path / name / "metrics.jsonl", [{"step": i, "loss": 1.0 / (i + 1), "reward": i} for i in range(3)])
     for number in (1, 2):
         write_jsonl(tmp_path / f"v{number}" / "rejection" / "samples.jsonl", [
-            {"prompt": i // 3, "reward": (i % 3) / 3} for i in range(12)
+            {"prompt": i // 3, "reward": (i % 3) / 3, "response": "yes", "ended": True} for i in range(12)
         ])  # fmt: skip
         for track in progress.TRACKS:
             accuracy = {

@@ -8,9 +8,10 @@ import pytest
 from llama_jax.assistant.annotator import SimulatedAnnotator
 from llama_jax.data.sources import read_comparisons, read_dialogs, write_jsonl
 from llama_jax.evals.progress import judge_scores, win_rates_by_track
+from llama_jax.interop.restore import fingerprint
 from llama_jax.rlhf.annotate import compare_answers
 from llama_jax.rlhf.best_of import best_temperature
-from llama_jax.rlhf.pool import best_samples, dialogs, policy_hash, read_pool, select
+from llama_jax.rlhf.pool import best_samples, dialogs, read_pool, select
 from llama_jax.rlhf.versions import VersionPlan, check_plans, file_entry, portion, record
 
 
@@ -83,15 +84,15 @@ def test_a_pool_is_read_strictly(tmp_path, change, error):
         read_pool(str(path))
 
 
-def test_the_policy_hash_names_the_parameters_alone(tmp_path):
+def test_a_fingerprint_names_the_parameters_alone(tmp_path):
     def checkpoint(name, fingerprints, **more):
         meta = tmp_path / name / "checkpoints" / "7" / "meta"
         meta.mkdir(parents=True)
         (meta / "metadata").write_text(json.dumps({"fingerprints": fingerprints, "seconds": len(name), **more}))
-        return policy_hash(str(tmp_path / name))
+        return fingerprint(tmp_path / name)
 
     one = checkpoint("one", {"['params']['trunk']['w']": 1, "['optimizer']['mu']": 2})
-    assert len(one) == 16 and one == checkpoint("other", {"['params']['trunk']['w']": 1, "['optimizer']['mu']": 3})
+    assert len(one) == 32 and one == checkpoint("other", {"['params']['trunk']['w']": 1, "['optimizer']['mu']": 3})
     assert one != checkpoint("third", {"['params']['trunk']['w']": 4})
     # of PPO's two models the critic answers nothing
     policy = {"['params']['policy']['trunk']['w']": 1}

@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import orbax.checkpoint as ocp
 from absl import flags
 from test_training import SPECS, loss, parameters, points
 
@@ -67,9 +68,12 @@ def make_stage(config, mesh, workdir):
 
 def main():
     options = train_command.read_options()
+    train_command.keep_tokenizer = lambda config, workdir: None  # it has none
     if FLAGS.keep_compiled:
         train_command.keep_compiled(FLAGS.workdir)
     command.join_cluster()
+    if FLAGS.within:
+        os.chdir(FLAGS.within)
     if FLAGS.clock_off and jax.process_index() == FLAGS.on_host:
         right = time.time
         time.time = lambda: right() + FLAGS.clock_off
@@ -82,10 +86,14 @@ def main():
 
         def torn(self, step, items):
             if step == FLAGS.unreadable:
-                raise OSError(f"cannot read this host's part of {step}")
+                raise (OSError if FLAGS.unreadable_now else ValueError)(f"cannot read this host's part of {step}")
             return read(self, step, items)
 
         Checkpoints._read = torn
+    if FLAGS.unseen >= 0 and jax.process_index() == FLAGS.on_host:
+        kind = ocp.path.step._StandardNameFormat
+        whole = kind._glob_step_paths
+        kind._glob_step_paths = lambda *given: [path for path in whole(*given) if path.name != str(FLAGS.unseen)]
     train_command.STAGES["toy"] = ("__main__", "ToyConfig")
     train_command.run(values, FLAGS.workdir, options)
     print("finished", file=sys.stderr)
@@ -95,9 +103,12 @@ if __name__ == "__main__":
     train_command.define_options()
     flags.DEFINE_string("workdir", None, "")
     flags.DEFINE_string("tokenizer", "none", "")
+    flags.DEFINE_string("within", "", "the directory that paths of the config are seen from")
     flags.DEFINE_integer("steps", 8, "")
     flags.DEFINE_integer("keep", 2, "")
     flags.DEFINE_integer("unreadable", -1, "a checkpoint that `on_host` cannot read")
+    flags.DEFINE_bool("unreadable_now", False, "whether that is the disk's fault")
+    flags.DEFINE_integer("unseen", -1, "a checkpoint that the listing of `on_host` does not show yet")
     flags.DEFINE_float("lr", 0.05, "")
     flags.DEFINE_float("pause", 0.0, "seconds that each batch takes")
     flags.DEFINE_integer("on_host", 1, "the host that is faulty; -1: all")

@@ -9,12 +9,13 @@
 #   --dry_run prints what would be done, as without --apply
 #
 # Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS and CHIPS (of a host; default 4);
-# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; CLAIM, a
-# persistent volume claim that all hosts can write, mounted at /shared for the workdir.
+# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; CLAIM, a persistent volume claim that all
+# hosts can write, mounted at /shared for the workdir; ENV, variables of the containers ("HF_TOKEN XLA_FLAGS='--a --b'");
+# SERVICE_ACCOUNT (of Kubernetes), NAMESPACE, QUEUE (a local queue of Kueue).
 set -euo pipefail
 
-fail() { echo "error: $*" >&2; exit 1; }
-needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
+# shellcheck source=launch/pods.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../pods.sh"
 
 mode=print
 dry_run=""
@@ -35,12 +36,23 @@ needed NAME "what to call the run"
 [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail "NAME=$NAME: expected at most 40 small letters, digits and dashes, the first a letter"
 needed IMAGE "the container image (launch/Dockerfile)"
+read_env
 
 if [ "$mode" = xpk ]; then
   needed CLUSTER "the cluster's name"
   needed TPU "the slice's name, as v5p-512"
+  [ -z "${SPOT:-}${CLAIM:-}" ] || fail "SPOT and CLAIM: with --xpk they belong to the cluster (xpk cluster create, xpk storage)"
+  [ -z "${SERVICE_ACCOUNT:-}${NAMESPACE:-}${QUEUE:-}" ] || fail "SERVICE_ACCOUNT, NAMESPACE and QUEUE: xpk has its own"
+  for variable in "${variables[@]}"; do
+    # It writes values into its manifest as they are, between double quotes.
+    [[ "$variable" != *[\"\\$'\n']* ]] ||
+      fail "ENV: ${variable%%=*} has a double quote, a backslash or an end of a line, which xpk does not pass on"
+  done
+  # By itself xpk starts again after codes of 127 and more alone; 65 is a run that diverged.
   printf '%q ' xpk workload create --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$TPU" --num-slices="${SLICES:-1}" \
-    --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" --command="python -m llama_jax.$module $(printf '%q ' "$@")"
+    --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" \
+    --restart-on-exit-codes=1,69,70,75 --termination-grace-period-seconds=300 "${variables[@]/#/--env=}" \
+    --command="python -m llama_jax.$module$(for_shell "$@")"
   echo
   exit
 fi
@@ -53,9 +65,25 @@ for number in HOSTS CHIPS SLICES RESTARTS; do
 done
 
 # A YAML string in double quotes.
-quoted() { local text="${1//\\/\\\\}"; printf '"%s"' "${text//\"/\\\"}"; }
+quoted() {
+  local text="${1//\\/\\\\}"
+  text="${text//\"/\\\"}"
+  printf '"%s"' "${text//$'\n'/\\n}"
+}
+# The same for a container: Kubernetes puts variables in the place of $(NAME) there, and makes one $ of two.
+literal() { local dollar='$'; quoted "${1//$dollar/$dollar$dollar}"; }
+# optional KEY VALUE: a line, if there is a value.
+optional() { [ -z "$2" ] || echo "$1: $(quoted "$2")"; }
 
-arguments() { for argument in "-m" "llama_jax.$module" "$@"; do echo "                - $(quoted "$argument")"; done; }
+arguments() { for argument in "-m" "llama_jax.$module" "$@"; do echo "                - $(literal "$argument")"; done; }
+
+environment() {
+  [ "${#variables[@]}" -eq 0 ] || echo "                env:"
+  for variable in "${variables[@]}"; do
+    echo "                - name: ${variable%%=*}"
+    echo "                  value: $(literal "${variable#*=}")"
+  done
+}
 
 manifest() {
   cat <<YAML
@@ -63,10 +91,14 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $NAME
+$(optional '  namespace' "${NAMESPACE:-}")
+${QUEUE:+  labels:}
+$(optional '    kueue.x-k8s.io/queue-name' "${QUEUE:-}")
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # A host that dies ends all; all begin again, from the newest checkpoint. A preemption is no failure and is not counted.
+  # A host that dies ends all; all begin again, from the newest checkpoint. A preemption with notice is no failure and is not
+  # counted; hosts that vanish without one may end the others first (69), which is.
   failurePolicy:
     maxRestarts: ${RESTARTS:-100}
     rules:
@@ -99,12 +131,13 @@ spec:
               restartPolicy: Never
               hostNetwork: true
               dnsPolicy: ClusterFirstWithHostNet
+$(optional '              serviceAccountName' "${SERVICE_ACCOUNT:-}")
               # The time that a save gets between the preemption notice and the end.
               terminationGracePeriodSeconds: 300
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $TYPE
                 cloud.google.com/gke-tpu-topology: $TOPOLOGY
-$(if [ -n "${SPOT:-}" ]; then echo '                cloud.google.com/gke-spot: "true"'; fi)
+$(optional '                cloud.google.com/gke-spot' "${SPOT:+true}")
               tolerations:
                 - key: google.com/tpu
                   operator: Exists
@@ -115,6 +148,7 @@ $(if [ -n "${SPOT:-}" ]; then echo '                cloud.google.com/gke-spot: "
                 command: [python]
                 args:
 $(arguments "$@")
+$(environment)
                 ports:
                 - containerPort: 8471
                 - containerPort: 8080

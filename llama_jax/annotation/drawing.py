@@ -1,12 +1,14 @@
 """Answers on their way: the sides of a pair, drawn together, seen while they grow, drawn anew if they cannot be judged."""
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llama_jax.data.dialog import Message, find_tag
 
+log = logging.getLogger(__name__)
 TRIES = 3  # draws of a pair whose answers are equal, or hold a chat tag that no dialog may hold
 
 
@@ -22,6 +24,7 @@ class Draw:
 
 
 Deliver = Callable[[str, str], None]  # (piece of text, "" or why the answer ended); called from any thread
+Done = Callable[[tuple[str, ...], tuple[bool, ...]], None]  # (texts, whether each ended by itself)
 
 
 class Answerer(Protocol):
@@ -38,8 +41,8 @@ class Answerer(Protocol):
 class Pair:
     """One or two answers that are being drawn."""
 
-    def __init__(self, answerer: Answerer, draws: Sequence[Draw], *, distinct: bool, done: Callable[[tuple[str, ...]], None]):
-        """`distinct`: equal answers cannot be judged; `done` is called once with the texts, when all are complete."""
+    def __init__(self, answerer: Answerer, draws: Sequence[Draw], *, distinct: bool, done: Done):
+        """`distinct`: equal answers cannot be judged; `done` is called once, when all answers are complete."""
         self._answerer, self._draws, self._distinct, self._done = answerer, tuple(draws), distinct, done
         self._changed = threading.Condition()
         self._try = 0
@@ -49,7 +52,7 @@ class Pair:
         """Begins; ValueError if the dialog cannot be answered."""
         try:
             self._begin()
-        except ValueError:
+        except Exception:
             self.stop()
             raise
         return self
@@ -85,21 +88,25 @@ class Pair:
         number = self._try
         with self._changed:
             self._pieces: list[list[str]] = [[] for _ in self._draws]
-            self._ended = [False] * len(self._draws)
+            self._ended = [""] * len(self._draws)
             self._finished = False
             self._stops: list[Callable[[], None]] = []
         for side, draw in enumerate(self._draws):
             again = dataclasses.replace(draw, index=draw.index + number * len(self._draws))
+            if self.error:  # stopped between two tries
+                return
             stop = self._answerer.start(again, lambda piece, ended, side=side: self._receive(number, side, piece, ended))
             with self._changed:
                 self._stops.append(stop)
+        if self.error:  # stopped while it began
+            self.stop()
 
     def _receive(self, number: int, side: int, piece: str, ended: str) -> None:
         with self._changed:
             if number != self._try or self.error:
                 return
             self._pieces[side].append(piece)
-            self._ended[side] |= bool(ended)
+            self._ended[side] = ended
             if ended in ("error", "cancelled"):
                 self.error = "The model stopped before it had finished."
             complete = all(self._ended) and not self.error
@@ -118,7 +125,12 @@ class Pair:
         if any(find_tag(text) for text in texts):
             self._fail("The model wrote a tag of the chat format in every answer. Skip this, or ask something else.")
             return
-        self._done(texts)
+        try:
+            self._done(texts, tuple(ended == "stop" for ended in self._ended))
+        except Exception:  # a full disk, say: this is the engine's thread, which answers all raters
+            log.exception("answers could not be kept")
+            self._fail("The answers could not be kept. Try again.")
+            return
         with self._changed:
             self._finished = True
             self._changed.notify_all()
@@ -126,8 +138,10 @@ class Pair:
     def _begin_again(self) -> None:
         try:
             self._begin()
-        except ValueError as error:
-            self._fail(str(error))
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                log.exception("answers could not be drawn again")
+            self._fail(str(error) if isinstance(error, ValueError) else "The answers could not be drawn again. Try again.")
             self.stop()
 
     def _fail(self, reason: str) -> None:

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ QUESTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What a rater is shown and what is hidden from them; one entry a side in the last three.
+    """What a rater is shown and what is hidden from them; models, temperatures, texts and `ended` have one entry a side.
 
-    `id` names this showing; `prompt_id` the prompt of a list, the same for all raters ("" for one that the rater wrote).
+    `id` names this showing; `prompt_id` the prompt of a list, the same for all raters ("" for one that the rater wrote);
+    `ended` says of each answer whether it ended by itself, and not since its tokens were used up.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Shown:
     prompt_id: str = ""
     category: str = ""
     risk: str = ""
+    ended: tuple[bool, ...] | None = None
 
     @property
     def turns(self) -> int:
@@ -94,6 +97,7 @@ def _preference(shown: Shown, choice: str, safety_bin: str | None, record: Recor
         "batch": record.batch, "id": shown.id, "of_list": shown.prompt_id, "rater": record.rater, "time": record.time,
         "chosen_side": side, "chosen_model": shown.models[chosen], "rejected_model": shown.models[rejected],
         "chosen_temperature": shown.temperatures[chosen], "rejected_temperature": shown.temperatures[rejected],
+        "chosen_ended": shown.ended[chosen], "rejected_ended": shown.ended[rejected],
     }  # fmt: skip
 
 
@@ -102,7 +106,8 @@ def _comparison(shown: Shown, choice: str, safety_bin: str | None, record: Recor
     return {
         "id": shown.prompt_id or shown.id, "rater": record.rater, "rating": int(choice), "model_a": shown.models[0],
         "model_b": shown.models[1], "turns": shown.turns, "category": shown.category, "words": _words(shown.messages),
-        "prompt": _plain(shown.messages), "answer_a": shown.texts[0], "answer_b": shown.texts[1], "time": record.time,
+        "prompt": _plain(shown.messages), "answer_a": shown.texts[0], "answer_b": shown.texts[1], "ended_a": shown.ended[0],
+        "ended_b": shown.ended[1], "time": record.time,
     }  # fmt: skip
 
 
@@ -111,13 +116,24 @@ def _safety(shown: Shown, choice: str, safety_bin: str | None, record: Record) -
     return {
         "id": shown.prompt_id or shown.id, "rater": record.rater, "rating": int(choice), "model": shown.models[0],
         "risk": shown.risk, "turns": shown.turns, "prompt": _plain(shown.messages), "answer": shown.texts[0],
-        "time": record.time,
+        "ended": shown.ended[0], "time": record.time,
     }  # fmt: skip
 
 
-def preferred(shown: Shown, choice: str) -> str:
-    """The text of the answer that a preference continues the dialog with."""
-    return shown.texts[SIDES.index(choice.split()[0])]
+def continuation(shown: Shown, row: Mapping[str, Any]) -> str | None:
+    """The answer with which a dialog goes on after its judgement; None where it ends, as evaluations of listed prompts do.
+
+    It is the preferred one (3.2.1; and A.3.7, where raters who make multi-turn prompts go on with the better of two answers),
+    of two that are about the same either, and on the safety scale the only one.
+    """
+    if "chosen" in row:
+        return row["chosen"]
+    if shown.prompt_id:
+        return None
+    if "answer" in row:
+        return row["answer"]
+    either = hashlib.sha256(shown.id.encode()).digest()[0] & 1  # the same one after a kill
+    return row["answer_a"] if row["rating"] < 4 + either else row["answer_b"]
 
 
 def _words(messages: Sequence[Message]) -> int:
@@ -136,5 +152,5 @@ def to_json(shown: Shown) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> Shown:
     """What `to_json` returned."""
     tuples = {name: tuple(values[name]) for name in ("messages", "models", "temperatures")}
-    texts = values["texts"]
-    return Shown(**{**values, **tuples, "texts": None if texts is None else tuple(texts)})
+    drawn = {name: None if values[name] is None else tuple(values[name]) for name in ("texts", "ended")}
+    return Shown(**{**values, **tuples, **drawn})

@@ -2,12 +2,12 @@
 
 import hmac
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_jax.annotation import forms
 from llama_jax.annotation.look import CSS, HEAD, answers_html, dialog_html, gate_html, header_html
-from llama_jax.annotation.session import Desk, Session, View
+from llama_jax.annotation.session import Desk, Session, View, rater_name
 
 _TRACKS = ("Helpfulness", "Safety")
 
@@ -23,13 +23,23 @@ def require() -> Any:
     return gradio
 
 
-def serve(desk: Desk, *, host: str, port: int, password: str = "", wait: bool = True) -> Any:
-    """Listens until interrupted, or in the background; with a password people log in, and their login is their name."""
+def serve(
+    desk: Desk, *, host: str, port: int, password: str = "", passwords: Mapping[str, str] | None = None, wait: bool = True
+) -> Any:
+    """Listens until interrupted, or in the background; with a password people log in, and their login is their name.
+
+    `passwords` has one for each rater, so that nobody can be another one; `password` is shared by all.
+    """
     gr = require()
-    page = build(desk, login=bool(password))
+    login = bool(password or passwords)
+    page = build(desk, login=login)
 
     def enter(name: str, given: str) -> bool:
-        if not hmac.compare_digest(given.encode(), password.encode()):
+        try:
+            expected = passwords.get(rater_name(name), "") if passwords else password
+        except ValueError:
+            return False
+        if not expected or not hmac.compare_digest(given.strip().encode(), expected.strip().encode()):
             return False
         try:
             desk.session(name)
@@ -41,7 +51,8 @@ def serve(desk: Desk, *, host: str, port: int, password: str = "", wait: bool = 
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font, font_mono=["monospace"])
     page.queue(default_concurrency_limit=None)
     page.launch(
-        server_name=host, server_port=port, auth=enter if password else None, auth_message="Your name, and the desk's password",
+        server_name=host, server_port=port, auth=enter if login else None,
+        auth_message="Your name and password" if passwords else "Your name, and the desk's password",
         prevent_thread_lock=not wait, share=False, inbrowser=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
         footer_links=[], theme=theme, css=CSS, head=HEAD, quiet=not wait,
     )  # fmt: skip
@@ -85,21 +96,21 @@ def build(desk: Desk, *, login: bool) -> Any:
         outputs = [name_here, shown_id, header, gate, room, dialog, answers, judgement, choice, safe, stuck, leave, writing,
                    fresh, message, track]  # fmt: skip
 
-        def render(session: Session, view: View, *, first: bool, written: str | None = None) -> tuple:
-            """`first` of a stream: only then choices are emptied, since the last one is sent twice, after the rater may have
-            chosen."""
-            empty = {"value": None} if first else {}
+        def render(session: Session, view: View, *, first: bool, written: bool) -> tuple:
+            """`first` of a stream: only then choices are set, since the last one is sent twice, after the rater may have
+            chosen. `written`: likewise the message; else it stays as it stands in the browser."""
+            chosen, is_safe = ({"value": value} if first else {} for value in (view.choice, view.safety_bin))
             return (
                 session.rater, view.shown_id, header_html(session.rater, view), gr.update(visible=False),
                 gr.update(visible=True), dialog_html(view), answers_html(view), gr.update(visible=view.phase == "rate"),
-                gr.update(**empty), gr.update(visible=mode == "preference" and view.is_safety, **empty),
+                gr.update(**chosen), gr.update(visible=mode == "preference" and view.is_safety, **is_safe),
                 gr.update(visible=bool(view.error)), gr.update(visible=view.phase == "answer"),
                 gr.update(visible=view.phase == "write" and not view.error), gr.update(visible=bool(view.messages)),
-                gr.skip() if written is None else written,
+                view.draft if first and written else gr.skip(),
                 _TRACKS[view.is_safety] if view.phase == "write" else gr.skip(),
             )  # fmt: skip
 
-        def follow(session: Session, *, written: str | None = None) -> Iterator[tuple]:
+        def follow(session: Session, *, written: bool) -> Iterator[tuple]:
             for number, view in enumerate(session.stream()):
                 yield render(session, view, first=number == 0, written=written)
 
@@ -109,7 +120,7 @@ def build(desk: Desk, *, login: bool) -> Any:
         def who(given: str, request: Any) -> Session:
             return desk.session(request.username if login else given or "")
 
-        def act(given: str, request: Any, action: Any, *, written: str | None = None) -> Iterator[tuple]:
+        def act(given: str, request: Any, action: Any, *, written: bool = False) -> Iterator[tuple]:
             """Carries out what the rater did, and shows what follows; what cannot be done is said and changes nothing."""
             try:
                 session = who(given, request)
@@ -122,16 +133,16 @@ def build(desk: Desk, *, login: bool) -> Any:
 
         def on_load(given: str, request: gr.Request) -> Iterator[tuple]:
             if given or login:
-                yield from act(given, request, lambda session: session.begin())
+                yield from act(given, request, lambda session: session.begin(), written=True)
             else:
                 yield unchanged()
 
         def on_enter(given: str, request: gr.Request) -> Iterator[tuple]:
-            yield from act(given, request, lambda session: session.begin())
+            yield from act(given, request, lambda session: session.begin(), written=True)
 
         def on_ask(given: str, text: str, of_track: str, request: gr.Request) -> Iterator[tuple]:
             is_safety = of_track == _TRACKS[1] if mode == "preference" else None
-            yield from act(given, request, lambda session: session.ask(text, is_safety=is_safety), written="")
+            yield from act(given, request, lambda session: session.ask(text, is_safety=is_safety), written=True)
 
         def on_rate(given: str, shown: str, value: str, of_bins: str, request: gr.Request) -> Iterator[tuple]:
             yield from act(given, request, lambda session: session.rate(shown, value, of_bins))
@@ -141,6 +152,14 @@ def build(desk: Desk, *, login: bool) -> Any:
 
         def on_fresh(given: str, request: gr.Request) -> Iterator[tuple]:
             yield from act(given, request, lambda session: session.new_dialog())
+
+        def on_write(given: str, text: str, request: gr.Request) -> None:
+            if given:
+                who(given, request).keep_draft(text)
+
+        def on_choose(given: str, shown: str, value: str, of_bins: str, request: gr.Request) -> None:
+            if given:
+                who(given, request).keep_choice(shown, value, of_bins)
 
         how = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         page.load(on_load, [remembered], **how)
@@ -154,4 +173,8 @@ def build(desk: Desk, *, login: bool) -> Any:
         submit.click(on_rate, [name_here, shown_id, choice, safe], **how)
         skip.click(on_skip, [name_here, shown_id], **how)
         fresh.click(on_fresh, [name_here], **how)
+        silent = {**how, "outputs": None, "trigger_mode": "always_last"}  # what is not sent yet survives a reload, too
+        message.input(on_write, [name_here, message], **silent)
+        for field in (choice, safe):
+            field.input(on_choose, [name_here, shown_id, choice, safe], **silent)
     return page

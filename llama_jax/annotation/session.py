@@ -7,12 +7,14 @@ written whole at each step, and `answers.jsonl` with the answers that all raters
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import os
 import random
-import re
 import secrets
 import threading
+import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,17 @@ from llama_jax.data.dialog import Message, check_messages
 from llama_jax.data.row_file import RowFile
 from llama_jax.files import write_json
 
-_NAME = re.compile(r"\w[\w .@-]{0,39}")
+_LONGEST_FILE = 150  # characters of a file's name that a rater's may have
+_PAUSE = 0.05  # seconds at least between two looks at answers that grow: raters share the interpreter with the engines
+
+
+def rater_name(text: str) -> str:
+    """A rater's name as it is stored: composed, without spaces around it. ValueError for what is none."""
+    name = unicodedata.normalize("NFC", text).strip()
+    letters = [c for c in name if unicodedata.category(c)[0] in "LMN" or c in "_ .@-'\u2019"]  # with their marks
+    if not 1 <= len(name) <= 40 or len(letters) < len(name) or unicodedata.category(name[0])[0] not in "LN":
+        raise ValueError("A name has 1 to 40 letters, digits, spaces, dots, apostrophes or dashes, and begins with a letter.")
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,9 @@ class View:
     left: int | None = None  # prompts of the list that this rater has not judged; None without a list
     too_long: int = 0  # prompts of the list that nobody is shown, since they do not fit
     error: str = ""
+    draft: str = ""  # the message that the rater is writing
+    choice: str | None = None  # what is chosen of the answers that are shown, and not submitted
+    safety_bin: str | None = None
 
 
 class Desk:
@@ -66,8 +81,9 @@ class Desk:
 
     @functools.cached_property
     def tasks(self) -> list[Task]:
-        """What is listed and fits the context of each model that is to answer; looked at once, when the models are there."""
-        return [task for task in self.listed if all(self.answerer.fits(model, task.messages) for model in set(task.models))]
+        """What is listed and fits the context of each model of the desk, so that all are judged on the same prompts; looked at
+        once, when the models are there."""
+        return [task for task in self.listed if all(self.answerer.fits(name, task.messages) for name in self.settings.models)]
 
     @property
     def too_long(self) -> int:
@@ -76,9 +92,7 @@ class Desk:
 
     def session(self, rater: str) -> "Session":
         """The session of a rater, as it was left; ValueError for a name that is none."""
-        rater = rater.strip()
-        if not _NAME.fullmatch(rater):
-            raise ValueError("A name has 1 to 40 letters, digits, spaces, dots or dashes.")
+        rater = rater_name(rater)
         if self.settings.raters and rater not in self.settings.raters:
             raise ValueError(f"{rater} is not among the raters of this desk.")
         with self._lock:
@@ -86,17 +100,19 @@ class Desk:
                 self._sessions[rater] = Session(self, rater)
             return self._sessions[rater]
 
-    def known_answers(self, prompt_id: str, models: Sequence[str]) -> tuple[str, ...] | None:
-        """What these models answered to a prompt of the list before, for another rater."""
-        found = {row["model"]: row["answer"] for row in self.shared.rows if row["prompt_id"] == prompt_id}
-        return tuple(found[name] for name in models) if found.keys() >= set(models) else None
+    def known_answers(self, prompt_id: str, models: Sequence[str]) -> dict[str, tuple]:
+        """What these models answered to a prompt of the list before, for another rater: `texts` and `ended`; {} if unknown."""
+        found = {row["model"]: row for row in self.shared.rows if row["prompt_id"] == prompt_id}
+        if not found.keys() >= set(models):
+            return {}
+        return {of: tuple(found[name][key] for name in models) for of, key in (("texts", "answer"), ("ended", "ended"))}
 
     def remember(self, shown: Shown) -> None:
         """Keeps the answers of a prompt of the list for the other raters, unless they are known."""
         with self._lock:
-            for model, text in zip(shown.models, shown.texts):
-                if self.known_answers(shown.prompt_id, [model]) is None:
-                    self.shared.append({"prompt_id": shown.prompt_id, "model": model, "answer": text})
+            for model, text, ended in zip(shown.models, shown.texts, shown.ended):
+                if not self.known_answers(shown.prompt_id, [model]):
+                    self.shared.append({"prompt_id": shown.prompt_id, "model": model, "answer": text, "ended": ended})
 
     def close(self) -> None:
         """Stops what is being drawn and closes the files."""
@@ -111,16 +127,22 @@ class Session:
 
     def __init__(self, desk: Desk, rater: str):
         self.desk, self.rater, self.settings = desk, rater, desk.settings
-        self._path = desk.directory / f"{quote(rater, safe='')}.json"
+        name = quote(rater, safe="")
+        if len(name) > _LONGEST_FILE:  # of letters that are no Latin ones
+            name = hashlib.sha256(name.encode()).hexdigest()
+        self._path = desk.directory / f"{name}.json"
         self._lock = threading.RLock()
         self._pair: Pair | None = None
         self._error = ""
         self._messages: tuple[Message, ...] = ()
         self._shown: Shown | None = None
-        self._choice = ""
+        self._models: tuple[str, ...] = ()  # that answered last
+        self._draft = ""
+        self._picked: tuple[str, str | None, str | None] = ("", None, None)  # id of what is shown, choice, what is safe
         rows = [row for row in desk.output.rows if row.get("rater") == rater]
         self._rated = len(rows)
         self._judged = {judged(row, desk.settings) for row in rows}
+        self._order: list[Task] | None = None
         self._restore({row.get("shown_id"): row for row in rows})
 
     # ---- what the page calls ----
@@ -129,14 +151,17 @@ class Session:
         """What to show now."""
         with self._lock:
             left = None if not self.desk.listed else len(self._open_tasks())
-            shared = {"rated": self._rated, "left": left, "too_long": self.desk.too_long, "error": self._error}
+            shared = {"rated": self._rated, "left": left, "too_long": self.desk.too_long, "error": self._error,
+                      "draft": self._draft}  # fmt: skip
             if self._shown is None:
                 phase = "done" if left == 0 and not self._messages else "write"
                 return View(phase, self._messages, is_safety=self._track, **shared)
             shown = self._shown
-            texts = shown.texts if shown.texts is not None else self._pair.texts if self._pair else ()
+            texts = shown.texts if shown.texts is not None else self._growing(shown)
             if self._pair and self._pair.error:
                 shared["error"] = self._pair.error
+            if self._picked[0] == shown.id:
+                _, shared["choice"], shared["safety_bin"] = self._picked
             phase = "rate" if shown.texts is not None else "answer"
             return View(phase, shown.messages, texts, shown.id, shown.is_safety, **shared)
 
@@ -165,7 +190,26 @@ class Session:
             messages = (*self._messages, {"role": "user", "content": text.strip()})
             check_messages(messages, "The message")
             self._track = self._track if is_safety is None else is_safety
-            self._show(own_prompt(messages, self.settings, is_safety=self._track, chance=self.desk.chance()))
+            before = self._models if self._messages else ()
+            self._show(
+                own_prompt(messages, self.settings, is_safety=self._track, before=before, chance=self.desk.chance())
+            )
+            self._draft = ""
+            self._save()
+
+    def keep_draft(self, text: str) -> None:
+        """Keeps a message that is being written; one that comes late, after it was asked, is none."""
+        with self._lock:
+            if self._shown is None:
+                self._draft = text
+                self._save()
+
+    def keep_choice(self, shown_id: str, choice: str | None, safety_bin: str | None) -> None:
+        """Keeps what is chosen and not yet submitted, as far as it still stands."""
+        with self._lock:
+            if self._shown is not None and self._shown.id == shown_id:
+                self._picked = (shown_id, choice, safety_bin)
+                self._save()
 
     def stream(self, seconds: float = 0.2) -> Iterator[View]:
         """Views while the answers grow, ending with the one in which they are complete."""
@@ -176,6 +220,7 @@ class Session:
             if view.phase != "answer" or pair is None or pair.error:
                 return
             pair.wait(seconds)
+            time.sleep(_PAUSE)
 
     def rate(self, shown_id: str, choice: str | None, safety_bin: str | None = None) -> dict[str, Any]:
         """Stores a judgement and goes on; returns its row. ValueError, with words for the rater, if it cannot be stored."""
@@ -186,7 +231,7 @@ class Session:
             self.desk.output.append(row)
             self._rated += 1
             self._judged.add(identity(shown, self.settings))
-            self._advance(forms.preferred(shown, choice) if self.settings.mode == "preference" else None)
+            self._advance(forms.continuation(shown, row))
             return row
 
     def skip(self, shown_id: str) -> None:
@@ -224,11 +269,21 @@ class Session:
             raise ValueError("This was judged already, in another window.")
         return self._shown
 
+    def _growing(self, shown: Shown) -> tuple[str, ...]:
+        """What there is of answers that are being drawn. Of different models both are as long as the shorter one: the faster
+        would be known by its speed."""
+        texts = self._pair.texts if self._pair else ()
+        if len(set(shown.models)) == 1:
+            return texts
+        shortest = min(map(len, texts), default=0)
+        return tuple(text[:shortest] for text in texts)
+
     def _open_tasks(self) -> list[Task]:
         """Prompts of the list that this rater has not judged, in an order of the rater's own."""
-        tasks = list(self.desk.tasks)
-        random.Random(self.rater).shuffle(tasks)
-        return [task for task in tasks if identity(task, self.settings) not in self._judged]
+        if self._order is None:
+            self._order = list(self.desk.tasks)
+            random.Random(self.rater).shuffle(self._order)
+        return [task for task in self._order if identity(task, self.settings) not in self._judged]
 
     def _show(self, task: Task) -> None:
         """Fixes sides, temperatures and seed, keeps them, and only then begins to draw."""
@@ -244,7 +299,7 @@ class Session:
         )  # fmt: skip
         try:
             self._draw()
-        except ValueError:  # the dialog is too long, or the model busy: nothing has happened
+        except Exception:  # the dialog is too long, or the model busy: nothing has happened
             self._shown, self._messages = before
             raise
         finally:
@@ -252,24 +307,24 @@ class Session:
 
     def _draw(self) -> None:
         shown, self._pair = self._shown, None
-        if self._shares(shown) and (texts := self.desk.known_answers(shown.prompt_id, shown.models)):
-            self._shown = dataclasses.replace(shown, texts=texts)
+        if self._shares(shown) and (known := self.desk.known_answers(shown.prompt_id, shown.models)):
+            self._shown = dataclasses.replace(shown, **known)
             return
         draws = [
             Draw(model, shown.messages, temperature, self._seed, index)
             for index, (model, temperature) in enumerate(zip(shown.models, shown.temperatures))
         ]
-        distinct = self.settings.mode == "preference"
-        self._pair = Pair(self.desk.answerer, draws, distinct=distinct, done=lambda texts: self._drawn(shown.id, texts)).start()
+        distinct, done = self.settings.mode == "preference", functools.partial(self._drawn, shown.id)
+        self._pair = Pair(self.desk.answerer, draws, distinct=distinct, done=done).start()
 
-    def _drawn(self, shown_id: str, texts: tuple[str, ...]) -> None:
+    def _drawn(self, shown_id: str, texts: tuple[str, ...], ended: tuple[bool, ...]) -> None:
         with self._lock:
             if self._shown is None or self._shown.id != shown_id:
                 return
-            complete = dataclasses.replace(self._shown, texts=texts)
+            complete = dataclasses.replace(self._shown, texts=texts, ended=ended)
             if self._shares(complete):
                 self.desk.remember(complete)
-                complete = dataclasses.replace(complete, texts=self.desk.known_answers(complete.prompt_id, complete.models))
+                complete = dataclasses.replace(complete, **self.desk.known_answers(complete.prompt_id, complete.models))
             self._shown = complete
             self._save()
 
@@ -281,7 +336,7 @@ class Session:
         """The chosen answer continues the dialog; without one, the next prompt begins."""
         shown = self._shown
         self._messages = () if chosen is None else (*shown.messages, {"role": "assistant", "content": chosen})
-        self._shown, self._pair = None, None
+        self._shown, self._pair, self._models = None, None, shown.models
         self._save()
         if chosen is None:
             self.begin()
@@ -289,7 +344,7 @@ class Session:
     def _save(self) -> None:
         write_json(self._path, {
             "rater": self.rater, "messages": list(self._messages), "seed": self._seed, "skipped": self._skipped,
-            "track": self._track,
+            "track": self._track, "models": list(self._models), "draft": self._draft, "picked": list(self._picked),
             "shown": None if self._shown is None else forms.to_json(self._shown),
         })  # fmt: skip
 
@@ -300,13 +355,22 @@ class Session:
             return
         values = json.loads(self._path.read_text(encoding="utf-8"))
         self._messages, self._seed, self._skipped = tuple(values["messages"]), values["seed"], values["skipped"]
-        self._track = values["track"]
+        self._track, self._models, self._draft = values["track"], tuple(values["models"]), values["draft"]
+        if not set(self._models) <= set(self.settings.models):  # the desk serves others now
+            self._models = ()
+        self._picked = tuple(values["picked"])
         self._judged |= {tuple(done) for done in self._skipped}
         if values["shown"] is None:
             return
         self._shown = forms.from_json(values["shown"])
         if (row := stored.get(self._shown.id)) is not None:
-            self._advance(row.get("chosen"))
+            self._advance(forms.continuation(self._shown, row))
+        elif self._shown.texts is None and not set(self._shown.models) <= set(self.settings.models):
+            # Nobody is there to draw these answers any more: the message is asked again, a prompt of the list is open again.
+            if not self._shown.prompt_id:
+                *earlier, last = self._shown.messages
+                self._messages, self._draft = tuple(earlier), self._draft or last["content"]
+            self._shown = None
 
 
 def _now() -> str:

@@ -8,6 +8,7 @@ from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.answer_files import answer_room
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.worker import QueueFull, Worker
 
@@ -30,8 +31,9 @@ class Engines:
         """See `drawing.Answerer`."""
         served = self.models[draw.model]
         prompt, room = self._prompt(draw.model, draw.messages)
-        if room < 1:
-            raise ValueError(f"The dialog has become too long: {len(prompt)} tokens for a context of {len(prompt) + room}.")
+        if not room:
+            length = served.worker.engine.settings.max_length
+            raise ValueError(f"The dialog has become too long: {len(prompt)} tokens and an answer for a context of {length}.")
         stream = TextStream(served.tokenizer)
         ends = served.tokenizer.stop_ids
 
@@ -41,7 +43,7 @@ class Engines:
             deliver(text + (stream.finish() if finish else ""), finish)
 
         job = {
-            "prompt": prompt, "max_tokens": min(self.max_tokens, room), "seed": draw.seed, "index": draw.index,
+            "prompt": prompt, "max_tokens": room, "seed": draw.seed, "index": draw.index,
             "choice": Choice(temperature=draw.temperature, top_p=self.top_p), "stop_ids": ends, "deliver": on_token,
         }  # fmt: skip
         try:
@@ -52,10 +54,14 @@ class Engines:
 
     def fits(self, model: str, messages: Sequence[Message]) -> bool:
         """See `drawing.Answerer`."""
-        return self._prompt(model, messages)[1] >= 1
+        return self._prompt(model, messages)[1] > 0
+
+    def less_room(self, model: str, messages: Sequence[Message]) -> bool:
+        """Whether an answer may not be as long as `max_tokens`."""
+        return self._prompt(model, messages)[1] < self.max_tokens
 
     def _prompt(self, model: str, messages: Sequence[Message]) -> tuple[list[int], int]:
-        """The ids of a dialog, and how many tokens are left for its answer."""
+        """The ids of a dialog, and how many tokens its answer may have: 0 if it is too long."""
         served = self.models[model]
-        prompt = encode_chat(list(messages), served.tokenizer)
-        return prompt, served.worker.engine.settings.max_length - len(prompt)
+        prompt, length = encode_chat(list(messages), served.tokenizer), served.worker.engine.settings.max_length
+        return prompt, answer_room(len(prompt), max_tokens=self.max_tokens, max_length=length)

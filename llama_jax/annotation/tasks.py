@@ -9,9 +9,8 @@ from typing import Any
 
 from llama_jax.annotation import forms
 from llama_jax.annotation.forms import Shown
-from llama_jax.data.dialog import Message
+from llama_jax.data.dialog import Message, prompt_key
 from llama_jax.data.sources import read_prompts
-from llama_jax.evals.answer_files import prompt_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +79,16 @@ def pair_of(settings: Settings) -> tuple[str, ...]:
     return settings.models if len(settings.models) == 2 else settings.models * 2
 
 
-def own_prompt(messages: Sequence[Message], settings: Settings, *, is_safety: bool, chance: random.Random) -> Task:
-    """What is to be judged of a message that the rater wrote."""
-    models = (chance.choice(settings.models),) if settings.mode == "safety" else pair_of(settings)
-    return Task("", tuple(messages), models, is_safety)
+def own_prompt(
+    messages: Sequence[Message], settings: Settings, *, is_safety: bool, before: Sequence[str], chance: random.Random
+) -> Task:
+    """What is to be judged of a message that the rater wrote; `before` answered the messages before it, if there are any.
+
+    On the safety scale one model answers a whole dialog: what leads it astray may take several turns.
+    """
+    if settings.mode != "safety":
+        return Task("", tuple(messages), pair_of(settings), is_safety)
+    return Task("", tuple(messages), tuple(before) or (chance.choice(settings.models),), is_safety)
 
 
 def identity(case: Task | Shown, settings: Settings) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llama_jax.corpus_build.beam_refine import Refinement
 from llama_jax.corpus_build.blocks import BlockCounts
 from llama_jax.corpus_build.build import Settings, check_bad_rows
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.evaluation import read_evaluation
 from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.paragraphs import Cut
 from llama_jax.corpus_build.profile import Profile
@@ -32,7 +33,7 @@ from llama_jax.corpus_build.write import (
     check_split,
     finish,
     make_tokenizer,
-    sample_budget,
+    sample_budgets,
     shard_counts,
     shard_name,
     source_counts,
@@ -56,10 +57,11 @@ def build_with_beam(
     """As `build.build_corpus`, from the files of each source (in the order of the sources) and with Beam's `options`.
 
     With `inputs` a killed build goes on: each cleaned file, the whole first pipeline, the tokenizer and each shard of blocks
-    are products that are not made again.
+    are products that are not made again. Bad rows are counted by the first pipeline, and compared with their limit after it.
     """
     beam = extra("apache_beam")
     pipeline_options = parsed_options(beam, options)
+    evaluation = read_evaluation(settings.deduplication.evaluation, settings.deduplication.leak_ngram)
     fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
     with unfinished(output, fingerprint) as (directory, stages):
         work = directory.parent / "documents"
@@ -67,7 +69,7 @@ def build_with_beam(
         def first_pipeline() -> dict[str, str]:
             remove_tree(work)
             with beam.Pipeline(options=pipeline_options) as pipeline:
-                Refinement(beam, list(files), settings, work, stages).expand(pipeline, files)
+                Refinement(beam, list(files), settings, evaluation, work, stages).expand(pipeline, files)
             return checksums(work)
 
         if stages.once("documents", first_pipeline) != checksums(work):  # damaged since
@@ -82,7 +84,8 @@ def build_with_beam(
             profiles[source].show(part.samples)
             check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
 
-        tokenizer = make_tokenizer(_Samples(work, files, settings), directory, settings, stages)
+        budgets = sample_budgets(settings, {source: profile.bytes for source, profile in profiles.items()})
+        tokenizer = make_tokenizer(_Samples(work, budgets), budgets, directory, settings, stages)
         shards = [(source, shard) for source in files for shard in range(settings.shards)]
         written = directory.parent / "written"
         with beam.Pipeline(options=pipeline_options) as pipeline:
@@ -107,8 +110,9 @@ def build_with_beam(
                 **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
             }
         return finish(
-            rows, profiles, directory, tokenizer, settings, digests=digests, config=dict(config or {}), inputs=inputs
-        )
+            rows, profiles, directory, tokenizer, settings,
+            digests=digests, evaluation=evaluation, config=dict(config or {}), inputs=inputs,
+        )  # fmt: skip
 
 
 def parsed_options(beam: Any, options: Sequence[str]) -> Any:
@@ -154,18 +158,18 @@ def _refined(source: str, summary: Mapping[str, Any], work: Path, settings: Sett
 class _Samples(Mapping):
     """For each source the first of its train documents, as many as the tokenizer's sample needs; read when asked for."""
 
-    def __init__(self, work: Path, sources: Iterable[str], settings: Settings):
-        self._work, self._sources, self._settings = work, list(sources), settings
+    def __init__(self, work: Path, budgets: Mapping[str, float]):
+        self._work, self._budgets = work, budgets
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._budgets)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._budgets)
 
     def __getitem__(self, source: str) -> list[Document]:
         documents: list[Document] = []
-        left = sample_budget(self._settings, source)
+        left = self._budgets[source]
         for path in sorted((self._work / source).glob("*.jsonl")):  # ranges of the hash, in their order
             if left <= 0:
                 break

@@ -3,43 +3,33 @@
 The order of the steps and every decision are those of `refine.refine`; what is here is how documents come together.
 """
 
-import dataclasses
-import functools
-import os
-import pickle
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from llama_jax.corpus_build import beam_functions as fn
 from llama_jax.corpus_build.boilerplate import Boilerplate, line_keys, line_rows, without_lines
-from llama_jax.corpus_build.build import Settings, analyse, cleaned_documents
+from llama_jax.corpus_build.build import Settings
 from llama_jax.corpus_build.components import firsts_over_workers
-from llama_jax.corpus_build.dedup import checked_hash, preference
-from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.near_duplicates import NearDuplicates, band_keys, links, pair_row, signatures
-from llama_jax.corpus_build.paragraphs import Cut, paragraph_keys, secret_ngrams, without_leaks, without_paragraphs
-from llama_jax.corpus_build.profile import Profile
-from llama_jax.corpus_build.readers import read_file
-from llama_jax.corpus_build.refine import LINES, PAIRS, evaluation_texts
-from llama_jax.corpus_build.samples import Row, drawn, sample
+from llama_jax.corpus_build.evaluation import Evaluation
+from llama_jax.corpus_build.near_duplicates import NearDuplicates, pair_row
+from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, Cut, paragraph_keys, secret_ngrams, without_leaks, without_repeats
+from llama_jax.corpus_build.profile import SITES_KEPT, Profile
+from llama_jax.corpus_build.refine import LINES, PAIRS
+from llama_jax.corpus_build.samples import drawn, sample
 from llama_jax.corpus_build.split import Candidate, candidate, choose, long_lines, side_of
 from llama_jax.corpus_build.stages import Stages
 from llama_jax.corpus_build.write import shard_of
-from llama_jax.data.sources import write_jsonl
-from llama_jax.files import atomic_write
-from llama_jax.paths import place
-
-# A document travels with the place it had among the unique ones: rank of its source, hash of its text before any cut.
-Place = tuple[int, bytes]
 
 
 class Refinement:
     """The steps from files to sorted shards of documents below `work`, and their counts in `work/summary.pickle`."""
 
-    def __init__(self, beam, order: Sequence[str], settings: Settings, work: Path, stages: Stages):
-        self.beam, self.order, self.settings, self.work, self.stages = beam, list(order), settings, work, stages
+    def __init__(
+        self, beam, order: Sequence[str], settings: Settings, evaluation: Evaluation, work: Path, stages: Stages
+    ):
+        self.beam, self.order, self.settings, self.evaluation = beam, list(order), settings, evaluation
+        self.work, self.stages = work, stages
         self.tallies: list = []  # collections of ((source, name), number)
         self.profiles: list = []  # collections of (source, Profile)
 
@@ -51,7 +41,7 @@ class Refinement:
             pipeline
             | "Files" >> beam.Create(paths)
             | beam.Reshuffle()
-            | "Clean" >> beam.FlatMap(_read_and_clean, settings, self.stages).with_outputs("profile", main="documents")
+            | "Clean" >> beam.FlatMap(fn.read_and_clean, settings, self.stages).with_outputs("profile", main="documents")
         )
         self.profiles.append(read.profile)
         cleaned = read.documents
@@ -59,8 +49,8 @@ class Refinement:
         rank = {source: i for i, source in enumerate(self.order)}
         unique = (
             cleaned
-            | "Hash" >> beam.Map(_hashed, rank)
-            | "Unique" >> beam.CombinePerKey(_best)
+            | "Hash" >> beam.Map(fn.hashed, rank)
+            | "Unique" >> beam.CombinePerKey(fn.best)
             | "Placed" >> beam.MapTuple(lambda key, found: ((found[0], key), found[2]))
         )
         self._count("exact", unique)
@@ -74,12 +64,12 @@ class Refinement:
             secret = (
                 held_out
                 | "Secret" >> beam.Map(lambda item: secret_ngrams([item[1].text], rules.leak_ngram))
-                | beam.CombineGlobally(_union)
+                | beam.CombineGlobally(fn.union)
             )
             train = self._leaks(train, "leaks", beam.pvalue.AsSingleton(secret))
-            if rules.evaluation:
-                samples = evaluation_texts(rules.evaluation, rules.leak_ngram)
-                train = self._leaks(train, "evaluation", secret_ngrams(samples, rules.leak_ngram))
+            if self.evaluation.texts:
+                samples = secret_ngrams(self.evaluation.texts, rules.leak_ngram)
+                train = self._leaks(train, "evaluation", samples)
         if rules.repeated_paragraph:
             train = self._repeats(train)
         self._write(pipeline, train, held_out)
@@ -139,12 +129,12 @@ class Refinement:
         links = (
             documents
             | beam.BatchElements(min_batch_size=64, max_batch_size=1000)
-            | "Bands" >> beam.FlatMap(_bands, settings)
+            | "Bands" >> beam.FlatMap(fn.bands, settings)
             | "Buckets" >> beam.GroupByKey()
-            | "Links" >> beam.FlatMap(_bucket_links, settings.threshold)
+            | "Links" >> beam.FlatMap(fn.bucket_links, settings.threshold)
             | "Each link" >> beam.Distinct()
         )
-        named = documents | "Named" >> beam.Map(lambda item: (_quality(item), item))
+        named = documents | "Named" >> beam.Map(lambda item: (fn.quality(item), item))
 
         def keep(name, group):
             del name
@@ -158,11 +148,11 @@ class Refinement:
         parts = joined | "Keep one" >> beam.FlatMapTuple(keep).with_outputs("dropped", main="kept")
         shown = (
             parts.dropped | "Draw pairs" >> beam.CombinePerKey(drawn) | "Pairs shown" >> beam.combiners.ToList()
-            | "By the best" >> beam.Map(_by_head)
+            | "By the best" >> beam.Map(fn.by_head)
         )  # fmt: skip
 
         def pairs(item, shown):
-            for source, row in shown.get(_quality(item), ()):
+            for source, row in shown.get(fn.quality(item), ()):
                 yield source, Profile().show({PAIRS: [pair_row(row, item[1])]})
 
         self.profiles.append(parts.kept | "Both of a pair" >> beam.FlatMap(pairs, beam.pvalue.AsSingleton(shown)))
@@ -188,7 +178,8 @@ class Refinement:
                 found, sizes[source], fraction=held_out.fraction,
                 minimum_bytes=held_out.minimum_bytes, maximum_bytes=held_out.maximum_bytes,
             )  # fmt: skip
-            yield source, (held, beyond, {c.group for c in found if c.group is not None and c.key in held | beyond})
+            kept_back = held | beyond
+            yield source, (held, beyond, {c.group for c in found if c.group is not None and c.key in kept_back})
 
         choice = (
             candidates
@@ -216,17 +207,17 @@ class Refinement:
         return parts.train, parts.held_out
 
     def _leaks(self, documents, name: str, secret):
-        beam, settings = self.beam, self.settings
+        beam, ngram, whole = self.beam, self.settings.deduplication.leak_ngram, self.settings.whole
 
         def cut(item, secret):
             place, document = item
             result, numbers = without_leaks(
-                document, secret, ngram=settings.deduplication.leak_ngram, whole=document.source in settings.whole
+                document, secret, ngram=ngram, whole=document.source in whole, largest=LEAK_LIMIT[name]
             )
             if result is not None:
                 yield place, result
             if result is not document:
-                yield beam.pvalue.TaggedOutput("cuts", _cut(name, document, result, numbers))
+                yield beam.pvalue.TaggedOutput("cuts", fn.cut(name, document, result, numbers))
 
         return self._with_cuts(documents | f"Cut {name}" >> beam.FlatMap(cut, secret).with_outputs("cuts", main="kept"), name)
 
@@ -241,7 +232,8 @@ class Refinement:
 
         def later(key, occurrences):
             del key
-            yield from sorted(occurrences)[1:]
+            first = min(occurrences)  # read twice rather than held: a banner stands on millions of pages
+            yield from (occurrence for occurrence in occurrences if occurrence != first)
 
         repeats = (
             documents
@@ -253,11 +245,11 @@ class Refinement:
         def cut(place, groups):
             for document in groups["documents"]:
                 numbers = set(groups["repeats"])
-                result = without_paragraphs(document, numbers)
+                result = without_repeats(document, numbers, shortest=settings.deduplication.repeated_paragraph)
                 if result is not None:
                     yield place, result
                 if numbers:
-                    yield beam.pvalue.TaggedOutput("cuts", _cut("repeats", document, result, numbers))
+                    yield beam.pvalue.TaggedOutput("cuts", fn.cut("repeats", document, result, numbers))
 
         joined = {"documents": documents, "repeats": repeats} | "Join repeats" >> beam.CoGroupByKey()
         return self._with_cuts(joined | "Cut repeats" >> beam.FlatMapTuple(cut).with_outputs("cuts", main="kept"), "repeats")
@@ -266,14 +258,33 @@ class Refinement:
         self.tallies.append(parts.cuts | f"Sum {name}" >> self.beam.CombinePerKey(lambda cuts: sum(cuts, Cut())))
         return parts.kept
 
+    def _sites(self, counts) -> list:
+        """Profiles with the most frequent sites of each source, as `Profile.keep_sites` leaves them."""
+        beam = self.beam
+        summed = counts | "Documents of a site" >> beam.CombinePerKey(sum)
+        most = (
+            summed
+            | "Of the source" >> beam.MapTuple(lambda key, count: (key[0], (count, key[1])))
+            | "Most frequent" >> beam.combiners.Top.PerKey(SITES_KEPT, key=lambda row: (-row[0], row[1]), reverse=True)
+            | "Sites named" >> beam.MapTuple(lambda source, rows: (source, Profile(sites=Counter({s: n for n, s in rows}))))
+        )
+        others = (
+            summed
+            | "Sites" >> beam.MapTuple(lambda key, count: (key[0], 1))
+            | "Number of sites" >> beam.CombinePerKey(sum)
+            | "Others" >> beam.MapTuple(lambda source, n: (source, Profile(more_sites=max(n - SITES_KEPT, 0))))
+        )
+        return [most, others]
+
     def _write(self, pipeline, train, held_out) -> None:
         beam, settings = self.beam, self.settings
-        self.profiles.append(
+        profiled = (
             train
             | "Only documents" >> beam.Values()
             | "Profiled" >> beam.BatchElements(min_batch_size=16, max_batch_size=500)
-            | "Profiles" >> beam.FlatMap(_profiles, settings)
+            | "Profiles" >> beam.FlatMap(fn.profiles, settings).with_outputs("sites", main="profiles")
         )
+        self.profiles += [profiled.profiles, *self._sites(profiled.sites)]
         wanted = held_out | "Held-out lines" >> beam.FlatMap(lambda item: long_lines(item[1].text)) | "Each" >> beam.Distinct()
         seen = (
             train
@@ -287,122 +298,26 @@ class Refinement:
             train
             | "By shard" >> beam.Map(lambda item: ((item[1].source, shard_of(item[1], settings.shards)), item[1]))
             | "Shards" >> beam.GroupByKey()
-            | "Write shards" >> beam.Map(_write_documents, self.work)
+            | "Write shards" >> beam.Map(fn.write_documents, self.work)
         )
         (
             held_out
             | "Held out by source" >> beam.Map(lambda item: ((item[1].source, "held_out"), item[1]))
             | "Held out" >> beam.GroupByKey()
-            | "Write held out" >> beam.Map(_write_documents, self.work)
+            | "Write held out" >> beam.Map(fn.write_documents, self.work)
         )
         counted = self.tallies | "All counts" >> beam.Flatten() | "Count list" >> beam.combiners.ToList()
         profiles = (
             self.profiles
             | "All profiles" >> beam.Flatten()
-            | "Merge profiles" >> beam.CombinePerKey(_merged)
+            | "Merge profiles" >> beam.CombinePerKey(fn.merged)
             | "Profile list" >> beam.combiners.ToList()
         )
         (
             pipeline
             | "One" >> beam.Create([None])
             | "Summary" >> beam.Map(
-                _write_summary, self.work, beam.pvalue.AsSingleton(counted), beam.pvalue.AsSingleton(profiles),
+                fn.write_summary, self.work, beam.pvalue.AsSingleton(counted), beam.pvalue.AsSingleton(profiles),
                 beam.pvalue.AsList(seen),
             )
         )  # fmt: skip
-
-
-def _read_and_clean(item: tuple[str, int, str], settings: Settings, stages: Stages) -> Iterator:
-    tagged = extra("apache_beam").pvalue.TaggedOutput
-    source, number, path = item
-    name = f"cleaned/{source}-{number:05d}"
-    documents, profile = stages.once(name, functools.partial(_cleaned_file, source, path, settings))
-    yield from ((None, document) for document in documents)
-    yield tagged("profile", (source, profile))
-
-
-def _cleaned_file(source: str, path: str, settings: Settings) -> tuple[list[Document], Profile]:
-    profile = Profile()
-    return list(cleaned_documents(source, read_file(path, source), settings, profile, limited=False)), profile
-
-
-def _hashed(item: tuple[None, Document], rank: Mapping[str, int]) -> tuple[bytes, tuple[int, str, Document]]:
-    document = item[1]
-    return checked_hash(document), (rank[document.source], document.id, document)
-
-
-def _best(copies: Iterable[tuple[int, str, Document]]) -> tuple[int, str, Document]:
-    return min(copies, key=lambda found: (found[0], preference(found[2])))
-
-
-def _quality(item: tuple[Place, Document]) -> tuple[int, int, str, str]:
-    """The order in which a document of a cluster is chosen: as in `near_duplicates.drop_near_duplicates`."""
-    place, document = item
-    return place[0], -len(document.text), document.id, place[1]
-
-
-def _bands(items: Sequence[tuple[Place, Document]], settings: NearDuplicates) -> Iterator:
-    for item, signature in zip(items, signatures([d.text for _, d in items], settings), strict=True):
-        for key in band_keys(signature, settings):
-            yield key, (_quality(item), signature.tobytes())
-
-
-def _bucket_links(bucket: tuple[bytes, Iterable[tuple[tuple, bytes]]], threshold: float) -> Iterator[tuple[tuple, tuple]]:
-    members = sorted(bucket[1])
-    if len(members) > 1:
-        matrix = np.stack([np.frombuffer(signature, np.uint32) for _, signature in members])
-        for a, b in links(range(len(members)), matrix, threshold):
-            yield members[a][0], members[b][0]
-
-
-def _by_head(shown: Sequence[tuple[str, list]]) -> dict[tuple, list[tuple[str, Row]]]:
-    """Of the dropped documents that the report shows, (source, row) by the one that stays instead."""
-    found: dict[tuple, list[tuple[str, Row]]] = {}
-    for source, rows in shown:
-        for row, head in rows:
-            found.setdefault(head, []).append((source, row))
-    return found
-
-
-def _union(parts: Iterable[np.ndarray]) -> np.ndarray:
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
-
-
-def _cut(name: str, before: Document, after: Document | None, numbers: Collection[int]) -> tuple[tuple[str, str], Cut]:
-    cut = Cut()
-    cut.add(numbers, before, after)
-    return (before.source, name), cut
-
-
-def _profiles(documents: Sequence[Document], settings: Settings) -> Iterator[tuple[str, Profile]]:
-    for source in {document.source for document in documents}:
-        profile = Profile()
-        of_source = [d for d in documents if d.source == source]
-        for document in of_source:
-            profile.keep(document)
-        analyse(profile, of_source, settings)
-        yield source, profile
-
-
-def _merged(profiles: Iterable[Profile]) -> Profile:
-    whole = Profile()
-    for profile in profiles:
-        whole.merge(profile)
-    return whole
-
-
-# Beam holds the types of these arguments against what it is given: an address in a bucket is no pathlib.Path.
-
-
-def _write_documents(group: tuple[tuple[str, int | str], Iterable[Document]], work: str | os.PathLike) -> None:
-    """Documents as `source/shard.jsonl`, in whole or not at all: a worker that is tried again writes the same."""
-    key, documents = group
-    name = key[1] if isinstance(key[1], str) else f"{key[1]:05d}"
-    folder = place(work) / key[0] if isinstance(key[1], int) else place(work) / "held_out" / key[0]
-    write_jsonl(folder / f"{name}.jsonl", (dataclasses.asdict(d) for d in sorted(documents, key=lambda d: (d.text, d.id))))
-
-
-def _write_summary(_, work: str | os.PathLike, counted: list, profiles: list, seen: list) -> None:
-    summary = {"counts": dict(counted), "profiles": dict(profiles), "seen": frozenset(seen)}
-    with atomic_write(place(work) / "summary.pickle") as file:
-        file.write(pickle.dumps(summary))

@@ -14,6 +14,7 @@ Layout of the result:
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +23,11 @@ from typing import Any
 from llama_jax.config import check_least
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.evaluation import Evaluation, read_evaluation
 from llama_jax.corpus_build.profile import ANALYSES, Profile, check_measures, in_sample
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
-from llama_jax.corpus_build.stages import Stages, fingerprint_of, unfinished
-from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
+from llama_jax.corpus_build.stages import SettingsError, Stages, fingerprint_of, unfinished
+from llama_jax.corpus_build.steps import CleanConfig, make_steps, trail
 from llama_jax.corpus_build.write import given_tokenizer, write_corpus
 
 
@@ -107,25 +109,31 @@ def build_corpus(
 
     Raises:
       FileExistsError: `output` is there already.
-      ValueError: for blank texts, too many bad rows, or a source that gives no train or no held-out document.
-      SettingsError: for settings that the documents do not allow; with `inputs`, other settings go on with what was made.
+      ValueError: for a wrong row of an evaluation file, before any document is read; for blank texts, or a source that gives
+        no train or no held-out document.
+      SettingsError: for settings that the documents do not allow, as more bad rows than may be skipped; with `inputs`, other
+        settings go on with what was made.
     """
     if set(documents_by_source) != set(settings.weights):
         raise ValueError(f"weights: expected one for each of {list(documents_by_source)}, got {sorted(settings.weights)}")
+    evaluation = read_evaluation(settings.deduplication.evaluation, settings.deduplication.leak_ngram)
     fingerprint = None if inputs is None else fingerprint_of(settings, inputs)
     with unfinished(output, fingerprint) as (directory, stages):
-        refined, profiles = stages.once("refined", lambda: _compared(documents_by_source, settings, stages))
+        refined, profiles = stages.once("refined", lambda: _compared(documents_by_source, settings, evaluation, stages))
+        for source, profile in profiles.items():  # the run that made them may have had a higher limit
+            check_bad_rows(source, profile, settings)
         for source, part in refined.items():
             profiles[source] = stages.once(
                 f"profile/{source}", functools.partial(profile_train, part, settings, profiles[source])
             )
         return write_corpus(
-            refined, profiles, directory, settings, config=dict(config or {}), inputs=inputs, stages=stages
-        )
+            refined, profiles, directory, settings,
+            evaluation=evaluation, config=dict(config or {}), inputs=inputs, stages=stages,
+        )  # fmt: skip
 
 
 def _compared(
-    documents_by_source: Mapping[str, Iterable[Document | BadRow]], settings: Settings, stages: Stages
+    documents_by_source: Mapping[str, Iterable[Document | BadRow]], settings: Settings, evaluation: Evaluation, stages: Stages
 ) -> tuple[dict[str, Refined], dict[str, Profile]]:
     def cleaned(source: str) -> tuple[list[Document], Profile]:
         profile = Profile()
@@ -133,37 +141,44 @@ def _compared(
 
     parts = {source: stages.once(f"cleaned/{source}", functools.partial(cleaned, source)) for source in documents_by_source}
     documents = {source: part[0] for source, part in parts.items()}
-    refined = refine(documents, settings.held_out, settings.deduplication, whole=settings.whole)
+    refined = refine(documents, settings.held_out, settings.deduplication, evaluation=evaluation, whole=settings.whole)
     return refined, {source: part[1] for source, part in parts.items()}
 
 
 def cleaned_documents(
     source: str, rows: Iterable[Document | BadRow], settings: Settings, profile: Profile, *, limited: bool = True
 ) -> Iterator[Document]:
-    """The documents that pass the steps of their source; what does not is counted in `profile`.
+    """The documents that pass the steps of their source; what does not, and what they lost on the way, is counted in `profile`.
 
     Bad rows beyond their limit end it, unless it is not `limited` since these rows are only some of the source.
     """
-    steps = make_steps(settings.steps.get(source, ()), settings.clean)
+    names = settings.steps.get(source, ())
+    steps = make_steps(names, settings.clean)
     for row in rows:
         if isinstance(row, BadRow):
             profile.lose(row)
             if limited:
                 check_bad_rows(source, profile, settings)
             continue
-        result = clean(row, steps)
+        profile.read(row)
+        *before, result = trail(row, steps)
         if isinstance(result, Removed):
             profile.remove(result)
-        else:
-            yield result
+            continue
+        for name, (old, new) in zip(names, itertools.pairwise([*before, result]), strict=True):
+            profile.trim(name, old, new)
+        yield result
 
 
 def check_bad_rows(source: str, profile: Profile, settings: Settings) -> None:
-    """ValueError that names the first bad row or file beyond those that may be skipped."""
+    """SettingsError that names the first bad row or file beyond those that may be skipped."""
     for what, problems in (("row", profile.bad_rows), ("file", profile.bad_files)):
         limit = getattr(settings, f"max_bad_{what}s")
-        if len(problems) > limit:
-            raise ValueError(f"{problems[limit]} (bad {what} {limit + 1} of source {source!r}; max_bad_{what}s is {limit})")
+        if problems.count > limit:
+            number = min(limit, len(problems.first) - 1)
+            raise SettingsError(
+                f"{problems.first[number]} (bad {what} {number + 1} of source {source!r}; max_bad_{what}s is {limit})"
+            )
 
 
 def profile_train(part: Refined, settings: Settings, profile: Profile) -> Profile:
@@ -171,6 +186,7 @@ def profile_train(part: Refined, settings: Settings, profile: Profile) -> Profil
     profile.show(part.samples)
     for document in part.train:
         profile.keep(document)
+    profile.keep_sites()
     analyse(profile, part.train, settings)
     return profile
 

@@ -107,6 +107,14 @@ class Index:
         part.samples, part.longest = self.samples[start:stop], self.longest[start:stop]
         return part
 
+    @classmethod
+    def joined(cls, parts: Sequence["Index"]) -> "Index":
+        """The results of several parts as those of one set; it takes no further documents."""
+        whole = cls([])
+        whole.samples = [sample for part in parts for sample in part.samples]
+        whole.longest = [longest for part in parts for longest in part.longest]
+        return whole
+
     def contamination(self, length: int) -> np.ndarray:
         """Share of contaminated tokens of each sample [samples] at minimum match `length`."""
         return np.array([(longest >= length).mean() if len(longest) else 0.0 for longest in self.longest])

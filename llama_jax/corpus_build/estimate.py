@@ -8,6 +8,7 @@ from llama_jax.corpus_build import mixture, tfds
 from llama_jax.corpus_build.build import Settings
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.formats import format_of, parquet_rows
 from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.source_files import file_size, plain_path
 from llama_jax.corpus_build.steps import clean, make_steps
@@ -20,7 +21,7 @@ _COMPRESSION = {".gz": 3.0, ".zst": 3.2, ".xz": 3.8, ".bz2": 3.5}  # of text, wh
 
 
 def estimate_table(
-    sources: Mapping[str, tuple[Iterable[Document | BadRow], Sequence[str] | None, int]], settings: Settings
+    sources: Mapping[str, tuple[Iterable[Document | BadRow], Sequence[str] | None, float]], settings: Settings
 ) -> str:
     """The mixture table of a build that has not run.
 
@@ -35,6 +36,8 @@ def estimate_table(
             whole = read
         elif tfds.is_name(files[0]):  # it tells how many examples it has, not how large they are
             whole = read if complete else read * tfds.size(files[0]) / max(sampled, 1)
+        elif all(format_of(plain_path(path)) == "parquet" for path in files):  # as does Parquet, whose columns are compressed
+            whole = read * sum(parquet_rows(plain_path(path)) for path in files) / max(sampled, 1)
         elif complete:  # the smallest file tells how much text a byte of file holds
             whole = read * sum(map(file_size, files)) / max(file_size(_smallest(files)), 1)
         else:

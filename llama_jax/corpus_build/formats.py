@@ -44,6 +44,12 @@ def _text(path: str) -> Rows:
         yield f"{path}:1", not_utf8(f"{path}:1", error)
 
 
+def parquet_rows(path: str) -> int:
+    """How many rows a Parquet file has, by its last bytes alone."""
+    with open_binary(path) as file:
+        return extra("pyarrow.parquet").ParquetFile(file).metadata.num_rows
+
+
 def parquet(path: str, field: str) -> Rows:
     arrow = extra("pyarrow.parquet")
     with open_binary(path) as file:
@@ -59,6 +65,7 @@ def parquet(path: str, field: str) -> Rows:
                 yield f"{path}:{number}", row
 
 
+PLAIN = ("jsonl", "json", "ndjson", "txt", "md", "rst")  # whose files, uncompressed, are no smaller than their text
 FORMATS = {
     "jsonl": _jsonl,
     "json": _jsonl,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.mixture import Share, shortfall
 from llama_jax.corpus_build.profile import Profile, ranked
 
@@ -14,7 +15,10 @@ EPOCHS = 4.0  # up to which repeated text is nearly as good as new (Muennighoff 
 
 
 def notices(
-    counts: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Profile], shares: Sequence[Share]
+    counts: Mapping[str, Mapping[str, Any]],
+    profiles: Mapping[str, Profile],
+    shares: Sequence[Share],
+    evaluation: Evaluation,
 ) -> list[str]:
     """Sentences, the sources in their order; none for a corpus that is as it should be."""
     found = []
@@ -34,6 +38,9 @@ def notices(
             found.append(f"{source}: {row['bad_rows']:,} rows could not be read.")
         if row["bad_files"]:
             found.append(f"{source}: {row['bad_files']:,} files could not be read to their ends; nobody knows what they held.")
+    if evaluation.too_short:
+        share = f"{evaluation.too_short:,} of {len(evaluation.texts):,}"
+        found.append(f"{share} evaluation samples have fewer words than leak_ngram and were not looked for.")
     if short := shortfall(shares):
         found.append(short)
     for share in shares:

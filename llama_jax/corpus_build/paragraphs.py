@@ -18,8 +18,11 @@ from llama_jax.corpus_build.shingles import ngram_hashes, word_hashes
 
 _BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")
 _LINE_BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)*)")
-# A document that may not be cut is left out when this share of its n-grams stands in held-out documents.
-LARGEST_LEAK = 0.1
+# A document that may not be cut is left out when more than this share of its n-grams stands in held-out documents or evaluation
+# samples. Programs share licences and idioms with held-out ones, and what stays is measured (`split.lines_seen`). Samples are
+# short where a program may be long: its share says nothing of how much of a sample it gives away, and one document less costs
+# nothing beside a benchmark that cannot be trusted.
+LEAK_LIMIT = {"leaks": 0.1, "evaluation": 0.0}
 LEAST = 200  # characters: a document that loses paragraphs and has less left is dropped
 
 
@@ -68,6 +71,17 @@ def without_paragraphs(document: Document, numbers: Collection[int], *, least: i
 # Repeats
 
 
+def without_repeats(document: Document, numbers: Collection[int], *, shortest: int, least: int = LEAST) -> Document | None:
+    """`without_paragraphs`, but a document of which a paragraph of `shortest` characters is left stays, however short: other
+    documents lose their copies of it."""
+    result = without_paragraphs(document, numbers, least=least)
+    if result is None:
+        left = [p for i, p in enumerate(split_paragraphs(document.text)) if i not in numbers]
+        if any(len(paragraph.strip()) >= shortest for paragraph in left):
+            result = without_paragraphs(document, numbers, least=0)
+    return result
+
+
 def paragraph_keys(text: str, shortest: int) -> list[tuple[int, bytes]]:
     """(number, key) of the paragraphs of at least `shortest` characters; white space does not count."""
     return [
@@ -98,7 +112,11 @@ def drop_repeats(
                 if key in seen:
                     repeats.add(number)
                 seen.add(key)
-            _keep(kept[source], document, repeats, least, cuts[source])
+            result = without_repeats(document, repeats, shortest=shortest, least=least)
+            if repeats:
+                cuts[source].add(repeats, document, result)
+            if result is not None:
+                kept[source].append(result)
     return kept, cuts
 
 
@@ -120,18 +138,24 @@ def shared(text: str, secret: np.ndarray, ngram: int) -> np.ndarray:
 
 
 def without_leaks(
-    document: Document, secret: np.ndarray, *, ngram: int, least: int = LEAST, whole: bool = False
+    document: Document,
+    secret: np.ndarray,
+    *,
+    ngram: int,
+    least: int = LEAST,
+    whole: bool = False,
+    largest: float = LEAK_LIMIT["leaks"],
 ) -> tuple[Document | None, Set[int]]:
     """The document without the paragraphs that have part in an n-gram of `secret`, and their numbers.
 
     A secret run may reach over blank lines: a question and its answers stand in paragraphs of their own.
-    With `whole` it loses nothing, or goes altogether where more than LARGEST_LEAK of its n-grams are secret.
+    With `whole` it loses nothing, or goes altogether where more than the share `largest` of its n-grams is secret.
     """
     found = shared(document.text, secret, ngram)
     if not found.any():
         return document, frozenset()
     if whole:
-        return (None if found.mean() > LARGEST_LEAK else document), frozenset()
+        return (None if found.mean() > largest else document), frozenset()
     edges = np.zeros(len(found) + ngram, np.int64)  # one more than words
     edges[: len(found)] += found
     edges[ngram:] -= found
@@ -148,6 +172,7 @@ def drop_leaks(
     ngram: int,
     least: int = LEAST,
     whole: Set[str] = frozenset(),
+    largest: float = LEAK_LIMIT["leaks"],
 ) -> tuple[dict[str, list[Document]], dict[str, Cut]]:
     """Train documents without what they share with held-out texts; see `without_leaks`."""
     secret = secret_ngrams(texts, ngram)
@@ -155,17 +180,11 @@ def drop_leaks(
     cuts = {source: Cut() for source in documents_by_source}
     for source, documents in documents_by_source.items():
         for document in documents:
-            result, numbers = without_leaks(document, secret, ngram=ngram, least=least, whole=source in whole)
+            result, numbers = without_leaks(
+                document, secret, ngram=ngram, least=least, whole=source in whole, largest=largest
+            )
             if result is not document:
                 cuts[source].add(numbers, document, result)
             if result is not None:
                 kept[source].append(result)
     return kept, cuts
-
-
-def _keep(kept: list[Document], document: Document, numbers: Set[int], least: int, cut: Cut) -> None:
-    result = without_paragraphs(document, numbers, least=least)
-    if numbers:
-        cut.add(numbers, document, result)
-    if result is not None:
-        kept.append(result)

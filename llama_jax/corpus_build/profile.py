@@ -12,42 +12,70 @@ import numpy as np
 from llama_jax.corpus_build import demographics, language, toxicity
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.document import Document, Removed
-from llama_jax.corpus_build.samples import Row, drawn, sample
+from llama_jax.corpus_build.samples import SAMPLES, Row, drawn, excerpt, lost_lines, sample
+from llama_jax.corpus_build.text import all_text
 
 ANALYSES = ("language", "demographics", "toxicity")
 LENGTH_BINS = 4  # a decade of bytes
 TOXICITY_BINS = 20
+SITES_KEPT = 1000  # of each source, the most frequent; a crawl has tens of millions
+NAMED = 1000  # of a source's problems
+
+
+@dataclasses.dataclass
+class Problems:
+    """How many there are, and the first of them by name; of two halves the sum is that of the whole."""
+
+    count: int = 0
+    first: list[str] = dataclasses.field(default_factory=list)  # "where: problem"
+
+    def __iadd__(self, other: "Problems") -> "Problems":
+        self.count += other.count
+        self.first = sorted([*self.first, *other.first])[:NAMED]
+        return self
 
 
 @dataclasses.dataclass
 class Profile:
     """Counts of one source. `merge` makes one of two; both are the same whatever the order of documents."""
 
+    bytes_read: int = 0  # of text, as it came
     documents: int = 0
     bytes: int = 0
     removed: Counter = dataclasses.field(default_factory=Counter)  # (step, rule) -> documents
     removed_bytes: Counter = dataclasses.field(default_factory=Counter)
-    # (step, rule) -> rows of what it removed; ("compared", what) -> rows of what comparing documents did
+    trimmed: Counter = dataclasses.field(default_factory=Counter)  # step -> documents that passed all steps and lost text to it
+    trimmed_lines: Counter = dataclasses.field(default_factory=Counter)  # by which they have fewer
+    trimmed_bytes: Counter = dataclasses.field(default_factory=Counter)
+    # (step, rule) -> rows of what it removed; ("trimmed", step) -> of the lines it took from documents that stay;
+    # ("compared", what) -> of what comparing documents did
     samples: dict = dataclasses.field(default_factory=dict)
     lengths: Counter = dataclasses.field(default_factory=Counter)  # bin of log10 bytes -> documents
     sites: Counter = dataclasses.field(default_factory=Counter)
-    private: Counter = dataclasses.field(default_factory=Counter)  # kind -> findings
+    more_sites: int = 0  # beyond the most frequent, after `keep_sites`
+    private: Counter = dataclasses.field(default_factory=Counter)  # kind -> findings in documents that stay
+    removed_private: Counter = dataclasses.field(default_factory=Counter)  # and in those that a step left out
     removed_languages: Counter = dataclasses.field(default_factory=Counter)  # by the language step
-    bad_rows: list = dataclasses.field(default_factory=list)  # "where: problem"
-    bad_files: list = dataclasses.field(default_factory=list)
+    bad_rows: Problems = dataclasses.field(default_factory=Problems)
+    bad_files: Problems = dataclasses.field(default_factory=Problems)
     analysed: int = 0  # documents that the following count
     languages: Counter = dataclasses.field(default_factory=Counter)
     mentions: Counter = dataclasses.field(default_factory=Counter)
-    english: int = 0  # of the analysed: what mentions are a share of
+    english: int = 0  # of the analysed, those in English or not identified: what mentions are a share of
     scored: int = 0  # for toxicity
     toxicity: Counter = dataclasses.field(default_factory=Counter)  # bin -> documents
 
+    def read(self, document: Document) -> None:
+        """Counts the text of a document as it came."""
+        self.bytes_read += _size(document)
+
     def keep(self, document: Document) -> None:
         """Counts a document that stays."""
-        size = len(document.text.encode())
+        size = _size(document)
         self.documents += 1
         self.bytes += size
         self.lengths[int(math.log10(max(size, 1)) * LENGTH_BINS)] += 1
+        self.private.update(document.findings.get("private", {}))
         if document.url:
             self.sites[(urlsplit(document.url).hostname or "?").removeprefix("www.")] += 1
 
@@ -57,13 +85,36 @@ class Profile:
         self.removed[rule] += 1
         if removed.step == "language":
             self.removed_languages[document.findings["language"]] += 1
-        self.removed_bytes[rule] += len(document.text.encode(errors="replace"))
-        self.private.update(document.findings.get("private", {}))
+        self.removed_bytes[rule] += _size(document)
+        self.removed_private.update(document.findings.get("private", {}))
         self.show({rule: [sample(document, detail=removed.detail)]})
+
+    def trim(self, step: str, before: Document, after: Document) -> None:
+        """Counts what a step took from a document that passed all steps, and keeps a sample of its lines, drawn by hash."""
+        if before.text == after.text:
+            return
+        self.trimmed[step] += 1
+        self.trimmed_lines[step] += max(before.text.count("\n") - after.text.count("\n"), 0)
+        self.trimmed_bytes[step] += _size(before) - _size(after)
+        shown, row = self.samples.get(("trimmed", step), []), sample(before)
+        if len(shown) < SAMPLES or row[0] <= shown[-1][0]:  # lines are looked for only where they will be shown
+            whole = all_text(before.text) if step == "extract" else before.text
+            if lines := lost_lines(whole, after.text):
+                self.show({("trimmed", step): [(*row[:3], excerpt(lines))]})
 
     def lose(self, row: BadRow) -> None:
         """Counts and names a row, or the rest of a file, that could not be read."""
-        (self.bad_files if row.rest else self.bad_rows).append(f"{row.where}: {row.problem}")
+        problem = Problems(1, [f"{row.where}: {row.problem}"])
+        if row.rest:
+            self.bad_files += problem
+        else:
+            self.bad_rows += problem
+
+    def keep_sites(self) -> None:
+        """Leaves the names of the most frequent sites, and the number of the others; at the end, for no merge makes it up."""
+        kept = Counter(dict(ranked(self.sites)[:SITES_KEPT]))
+        self.more_sites += len(self.sites) - len(kept)
+        self.sites = kept
 
     def analyse(
         self,
@@ -81,14 +132,12 @@ class Profile:
         """
         documents = list(documents)
         self.analysed += len(documents)
-        english = documents
+        found = [d.findings.get("language") for d in documents]
         if "language" in analyses:
-            found = [d.findings.get("language") or language.identify(d.text)[0] for d in documents]
+            found = [name or language.identify(d.text)[0] for d, name in zip(documents, found, strict=True)]
             self.languages.update(found)
-            english = [d for d, name in zip(documents, found, strict=True) if name == "en"]
+        english = [d for d, name in zip(documents, found, strict=True) if name in ("en", None)]  # None: nothing has looked
         self.english += len(english)
-        for document in documents:
-            self.private.update(document.findings.get("private", {}))
         if "demographics" in analyses:
             axes = demographics.identities_of(identities)
             for document in english:
@@ -106,10 +155,9 @@ class Profile:
                 mine.update(theirs)
             elif isinstance(mine, dict):
                 self.show(theirs)
-            elif isinstance(mine, list):
-                mine[:] = sorted([*mine, *theirs])
             else:
-                setattr(self, field.name, mine + theirs)
+                mine += theirs
+                setattr(self, field.name, mine)
         return self
 
     def show(self, samples: Mapping[tuple[str, str], Iterable[Row]]) -> "Profile":
@@ -117,6 +165,11 @@ class Profile:
         for rule, rows in samples.items():
             self.samples[rule] = drawn([self.samples.get(rule, []), rows])
         return self
+
+
+def _size(document: Document) -> int:
+    """Bytes of its text."""
+    return len(document.text.encode(errors="replace"))
 
 
 def ranked(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:

@@ -142,7 +142,7 @@ def gopher_repetition(text: str, limits: GopherLimits = GopherLimits()) -> Failu
             share = _repeated_ngrams(grams, ends, n) / characters
             if share > limits.duplicate_ngrams[n - 5]:
                 return f"duplicate_{n}_grams", share
-            if share <= limits.duplicate_ngrams[-1]:
+            if share <= min(limits.duplicate_ngrams):
                 return None  # what longer n-grams repeat is part of this
     return None
 

@@ -55,7 +55,8 @@ def _document(row: dict[str, Any], where: str, source: str, field: str) -> Docum
         text.encode()
     except UnicodeEncodeError as error:
         return BadRow(where, f"text: an escape \\ud800 to \\udfff without its other half (character {error.start})")
-    key, url = row.get("id"), str(row.get("url") or "")
+    # Dolma's rows have their addresses in there.
+    key, url = row.get("id"), str(row.get("url") or metadata.get("url") or "")
     key = where if key is None else str(key)
     try:
         host_of(url)  # raises for what is no address

@@ -6,24 +6,20 @@ changes a result, which is what lets `beam_pipeline` do the same over many machi
 """
 
 import dataclasses
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 from llama_jax.config import check_least
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, line_rows, without_lines
-from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.dedup import by_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.evaluation import Evaluation, read_evaluation
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates, pair_row
-from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
-from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.samples import Row, drawn, sample
-from llama_jax.corpus_build.shingles import word_hashes
 from llama_jax.corpus_build.source_files import expand
 from llama_jax.corpus_build.split import lines_seen, split
 
-log = logging.getLogger(__name__)
 # Names of samples, beside those of `cut_samples`.
 LINES, PAIRS = ("compared", "boilerplate"), ("compared", "near")
 
@@ -35,7 +31,8 @@ class Deduplication:
     boilerplate: Boilerplate = Boilerplate(documents=0)  # lines that stand in many documents of a source
     near: NearDuplicates = NearDuplicates(threshold=0.0)  # whole documents, before the split
     leak_ngram: int = 0  # words: train paragraphs that share such a run with a held-out document are cut
-    evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them
+    evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them, and
+    # documents that cannot be cut go
     repeated_paragraph: int = 0  # characters: of copies so long, the first stays, on each side of the split
 
     def __post_init__(self):
@@ -76,9 +73,17 @@ def refine(
     held_out: HeldOut,
     deduplication: Deduplication = Deduplication(),
     *,
+    evaluation: Evaluation | None = None,
     whole: Set[str] = frozenset(),
 ) -> dict[str, Refined]:
-    """All comparisons, in memory. `whole` are the sources whose documents may not lose paragraphs or lines."""
+    """All comparisons, in memory.
+
+    Args:
+      evaluation: the samples of `deduplication.evaluation`, where these have been read already.
+      whole: the sources whose documents may not lose paragraphs or lines.
+    """
+    if evaluation is None:
+        evaluation = read_evaluation(deduplication.evaluation, deduplication.leak_ngram)
     documents, duplicates = drop_duplicates(documents_by_source)
     lines: dict[str, Counter[str]] = {source: Counter() for source in documents}
     total = dict.fromkeys(documents, 0)
@@ -97,9 +102,10 @@ def refine(
     if ngram := deduplication.leak_ngram:
         secrets = [d.text for part in splits.values() for d in part.held_out]
         train, cuts["leaks"] = drop_leaks(train, secrets, ngram=ngram, whole=whole)
-        if deduplication.evaluation:
-            samples = evaluation_texts(deduplication.evaluation, ngram)
-            train, cuts["evaluation"] = drop_leaks(train, samples, ngram=ngram, whole=whole)
+        if evaluation.texts:
+            train, cuts["evaluation"] = drop_leaks(
+                train, evaluation.texts, ngram=ngram, whole=whole, largest=LEAK_LIMIT["evaluation"]
+            )
     if shortest := deduplication.repeated_paragraph:
         train, cuts["repeats"] = drop_repeats(train, shortest=shortest, whole=whole)
 
@@ -169,20 +175,3 @@ def drop_boilerplate(documents: list[Document], settings: Boilerplate) -> tuple[
         total += len(lines)
         lost.update(set(lines))
     return kept, total, lost
-
-
-def evaluation_texts(paths: Iterable[str], ngram: int) -> Iterator[str]:
-    """The texts of evaluation files; ValueError for a row that is none, since one missed sample would stay in training.
-
-    Samples of fewer than `ngram` words cannot be found by runs of so many; a warning says how many those are.
-    """
-    short = 0
-    for pattern in paths:
-        for path in expand(pattern):
-            for row in read_file(path, "evaluation"):
-                if isinstance(row, BadRow):
-                    raise ValueError(f"{row.where}: {row.problem}")
-                short += len(word_hashes(row.text)) < ngram
-                yield row.text
-    if short:
-        log.warning("%d evaluation samples have fewer than leak_ngram=%d words and are not looked for", short, ngram)

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama_jax.corpus_build import demographics
 from llama_jax.corpus_build import report_page as html
+from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.mixture import Share
 from llama_jax.corpus_build.notices import notices
 from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile, ranked
@@ -36,6 +37,7 @@ def write_report(
     counts: Mapping[str, Mapping[str, Any]],
     profiles: Mapping[str, Profile],
     shares: Sequence[Share],
+    evaluation: Evaluation,
     *,
     identities: str | None = None,
     checkpoint: str | None = None,
@@ -47,6 +49,7 @@ def write_report(
       counts: by source, as in the manifest.
       profiles: of each source.
       shares: the mixture.
+      evaluation: the samples that were looked for.
       identities: the file of descriptors that was used instead of Table 9's.
       checkpoint: of the classifier of toxicity that was used instead of the built-in one.
     """
@@ -54,10 +57,9 @@ def write_report(
     for profile in profiles.values():
         whole.merge(profile)
     sections = [
-        _worth_a_look(notices(counts, profiles, shares)), _funnel(counts), _mixture(shares), _filters(profiles),
-        _compared(whole, counts), _lengths(profiles), _languages(whole), _demographics(whole, identities),
-        _toxicity(whole, checkpoint), _privacy(whole), _sites(whole),
-        _bad_rows(whole),
+        _worth_a_look(notices(counts, profiles, shares, evaluation)), _funnel(counts), _mixture(shares), _filters(profiles),
+        _trimmed(whole, profiles), _compared(whole, counts), _lengths(profiles), _languages(whole),
+        _demographics(whole, identities), _toxicity(whole, checkpoint), _privacy(whole), _sites(whole), _bad_rows(whole),
     ]  # fmt: skip
     with atomic_write(path) as file:
         file.write(
@@ -100,7 +102,8 @@ def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:
     fates = {source: {name: row[key] for name, key in _FATES.items()} for source, row in counts.items()}
     shown = [name for name in _FATES if any(row[name] for row in fates.values())]
     rows = [
-        [source, f"{counts[source]['documents_read']:,}", *(f"{fate[name]:,}" for name in shown)]
+        [source, f"{counts[source]['documents_read']:,}", _bytes(counts[source]["bytes_read"]),
+         *(f"{fate[name]:,}" for name in shown)]
         for source, fate in fates.items()
     ]
     cuts = [
@@ -114,7 +117,7 @@ def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:
         "Every document that was read has exactly one of these fates. Withheld are documents that are neither trained on nor "
         "evaluated on, because they belong to a held-out one or because evaluation has enough.",
         html.stacks(fates, list(_FATES)),
-        html.table(["source", "read", *shown], rows),
+        html.table(["source", "read", "text read", *shown], rows),
         "<h3>Cut paragraphs and lines</h3>",
         html.table(
             ["source", "leaking paragraphs", "evaluation paragraphs", "repeated paragraphs", "boilerplate lines",
@@ -174,6 +177,33 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
     )
 
 
+def _trimmed(whole: Profile, profiles: Mapping[str, Profile]) -> str:
+    if not whole.trimmed:
+        return ""
+    rows = [
+        (
+            step, count,
+            [f"{count:,}", f"{whole.trimmed_lines[step]:,}", _bytes(whole.trimmed_bytes[step]),
+             ", ".join(source for source, profile in profiles.items() if profile.trimmed[step])],
+        )
+        for step, count in ranked(whole.trimmed)
+    ]  # fmt: skip
+    folds = [
+        html.samples(step, f"{count:,} document{'s' * (count > 1)}", [(key, text) for _, key, _, text in texts])
+        for step, count in ranked(whole.trimmed)
+        if (texts := whole.samples.get(("trimmed", step)))
+    ]
+    return html.section(
+        "What the steps took from documents that stay",
+        "Documents that passed all steps but lost text to one of them (lines that C4 drops, markup and navigation of pages, "
+        "what a mask hides), and the lines and bytes by which they are shorter. Below are such lines as they were, drawn by "
+        "hash; of pages, those with text.",
+        html.bars(["step", "documents", "lines", "text", "sources"], rows),
+        "<h3>Samples</h3>",
+        *folds,
+    )
+
+
 def _compared(whole: Profile, counts: Mapping[str, Mapping[str, Any]]) -> str:
     folds = []
     if rows := whole.samples.get(("compared", "near")):
@@ -222,20 +252,20 @@ def _languages(whole: Profile) -> str:
     total, removed = sum(whole.languages.values()), sum(whole.removed_languages.values())
     if not total and not removed:
         return ""
-    both = whole.languages + whole.removed_languages
-    rows = [
-        (
-            name, count,
-            [f"{whole.removed_languages[name]:,}", f"{whole.languages[name]:,}",
-             f"{100 * whole.languages[name] / max(total, 1):.2f}", _paper(PAPER_LANGUAGES.get(name))],
-        )
-        for name, count in ranked(both)[:28]
-    ]  # fmt: skip
+    kept = [
+        (name, count, [f"{count:,}", f"{100 * count / total:.2f}", _paper(PAPER_LANGUAGES.get(name))])
+        for name, count in ranked(whole.languages)[:28]
+    ]
+    gone = [
+        (name, count, [f"{count:,}", f"{100 * count / removed:.2f}"]) for name, count in ranked(whole.removed_languages)[:28]
+    ]
+    charts = [html.bars(["to train on", "documents", "%", "paper %"], kept)] if kept else []
+    charts += [html.bars(["removed", "documents", "%"], gone)] if gone else []
     return html.section(
         "Languages (Table 10)",
-        f"fastText's verdict on {total:,} documents to train on, and on {removed:,} that the language step removed; unknown is "
-        "below its probability, and code is part of that.",
-        html.bars(["language", "removed", "to train on", "%", "paper %"], rows),
+        f"fastText's verdict on {total:,} of the {whole.documents:,} documents to train on, and on all {removed:,} that the "
+        "language step removed: each with a scale of its own. Unknown is below its probability, and code is part of that.",
+        f'<div class="grid">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>',
     )
 
 
@@ -256,8 +286,9 @@ def _demographics(whole: Profile, path: str | None) -> str:
     heads = ["documents that name", "documents", "%", "paper %"]
     return html.section(
         "Pronouns and identities (Table 9)",
-        f"{whole.english:,} documents in English were read. She, he and unspecified are shares of the documents with any of "
-        f"them; a descriptor is a share of the documents of its axis; all else is of all documents. Descriptors: {listed}.",
+        f"{whole.english:,} documents in English, or in a language that nothing has identified, were read. She, he and "
+        "unspecified are shares of the documents with any of them; a descriptor is a share of the documents of its axis; all "
+        f"else is of all documents. Descriptors: {listed}.",
         '<div class="grid"><div>' + html.table(heads, rows(pronouns), parts=[1, 2, 3, 5, 6, 7]) + "</div><div>"
         + html.table(heads, rows(identities), parts=[i for i, name in enumerate(identities) if name in of_axis])
         + "</div></div>",
@@ -281,13 +312,16 @@ def _toxicity(whole: Profile, checkpoint: str | None) -> str:
 
 
 def _privacy(whole: Profile) -> str:
-    if not whole.private:
+    both = whole.private + whole.removed_private
+    if not both:
         return ""
-    rows = [(kind, count, [f"{count:,}"]) for kind, count in ranked(whole.private)]
+    rows = [
+        (kind, count, [f"{whole.removed_private[kind]:,}", f"{whole.private[kind]:,}"]) for kind, count in ranked(both)
+    ]
     return html.section(
         "Personal information",
-        "What the privacy step found, by kind, in documents that it removed and in analysed ones that stay.",
-        html.bars(["kind", "findings"], rows),
+        "What the privacy step found, by kind, in all documents that it removed and in all to train on.",
+        html.bars(["kind", "removed", "to train on"], rows),
     )
 
 
@@ -300,22 +334,23 @@ def _sites(whole: Profile) -> str:
     ]
     return html.section(
         "Sites",
-        f"The {min(_SITES, len(total))} most frequent of {len(total):,} sites among the documents to train on.",
+        f"The {min(_SITES, len(total))} most frequent of {len(total) + whole.more_sites:,} sites among the documents to train "
+        + ("on; one of several sources may be counted for each of them." if whole.more_sites else "on."),
         html.bars(["site", "documents", "%"], rows),
     )
 
 
 def _bad_rows(whole: Profile) -> str:
-    if not whole.bad_rows and not whole.bad_files:
+    if not whole.bad_rows.count and not whole.bad_files.count:
         return ""
     folds = [
-        html.samples(f"The first {what}", "", [("file, place and problem", "".join(f"{row}\n" for row in rows[:50]))])
-        for what, rows in (("files", whole.bad_files), ("rows", whole.bad_rows))
-        if rows
+        html.samples(f"The first {what}", "", [("file, place and problem", "".join(f"{row}\n" for row in problems.first[:50]))])
+        for what, problems in (("files", whole.bad_files), ("rows", whole.bad_rows))
+        if problems.count
     ]
     return html.section(
         "What could not be read",
-        f"{len(whole.bad_rows):,} rows were skipped, and of {len(whole.bad_files):,} files what follows the damage.",
+        f"{whole.bad_rows.count:,} rows were skipped, and of {whole.bad_files.count:,} files what follows the damage.",
         *folds,
     )
 

@@ -19,6 +19,12 @@ def excerpt(text: str) -> str:
     return text[:_EXCERPT].encode(errors="replace").decode()
 
 
+def lost_lines(before: str, after: str) -> str:
+    """The lines of one text that another does not have, but for white space around them."""
+    kept = {line.strip() for line in after.split("\n")}
+    return "\n".join(line for line in map(str.strip, before.split("\n")) if line and line not in kept)
+
+
 def sample(document: Document, text: str | None = None, detail: str = "") -> Row:
     """A document, or a text that was cut from it, as a row."""
     text = document.text if text is None else text

@@ -30,7 +30,10 @@ _HASHES = _WordHashes()
 
 def word_hashes(text: str) -> np.ndarray:
     """The words of a text in order, as uint64 [W]."""
-    words = _WORD.findall(text.lower())
+    return _hashes(_WORD.findall(text.lower()))
+
+
+def _hashes(words: list[str]) -> np.ndarray:
     return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
 
 
@@ -46,5 +49,10 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def shingles(text: str, n: int) -> np.ndarray:
-    """The set of word n-grams of a text: sorted and without repeats."""
-    return np.unique(ngram_hashes(word_hashes(text), n))
+    """The set of word n-grams of a text: sorted and without repeats.
+
+    In a text without a single word (programs of signs alone, ornaments) what white space separates stands for words: with empty
+    sets, all such texts would be one.
+    """
+    words = word_hashes(text)
+    return np.unique(ngram_hashes(words if len(words) else _hashes(text.split()), n))

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.corpus_build import storage, tfds
 from llama_jax.corpus_build.extras import extra
-from llama_jax.corpus_build.formats import FORMATS, format_of
+from llama_jax.corpus_build.formats import FORMATS, PLAIN, format_of
 
 _TEXT_OPTION = re.compile(r"\?text=([^?&=/]+)$")
 
@@ -56,3 +56,9 @@ def file_facts(path: str) -> list[Any]:
 def file_size(path: str) -> int:
     """Bytes of a file as it lies there; 0 for a data set of TFDS, which tells how many examples it has instead."""
     return 0 if tfds.is_name(path) else storage.facts(plain_path(path))[0]
+
+
+def most_text(path: str) -> int | None:
+    """Bytes of text that a file holds at most, by its size; None where only reading it tells."""
+    plain = not tfds.is_name(path) and Path(plain_path(path)).suffix.lower()[1:] in PLAIN
+    return file_size(path) if plain else None

@@ -95,7 +95,8 @@ def split(
             candidates, sum(c.size for c in candidates),
             fraction=fraction, minimum_bytes=minimum_bytes, maximum_bytes=maximum_bytes,
         )  # fmt: skip
-        unseen |= {c.group for c in candidates if c.group is not None and c.key in chosen[source][0] | chosen[source][1]}
+        kept_back = chosen[source][0] | chosen[source][1]
+        unseen |= {c.group for c in candidates if c.group is not None and c.key in kept_back}
     sides: dict[str, dict[str, list[Document]]] = {s: {"train": [], "held_out": [], "withheld": []} for s in documents}
     for source, of_source in documents.items():
         for document in of_source:

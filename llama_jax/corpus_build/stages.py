@@ -33,16 +33,18 @@ from llama_jax.training.lease import Lease
 
 Value = TypeVar("Value")
 
-# Kinds of products in the order in which they are made, and the settings that each is the first to read. All read the others.
+# Kinds of products in the order in which they are made, and the settings that each is the first to read, `evaluation` being the
+# facts of those files. All read the others.
 _READ: dict[str, tuple[str, ...]] = {
     "cleaned": (),
-    "refined": ("held_out", "deduplication", "whole"),
+    "refined": ("held_out", "deduplication", "evaluation", "whole"),
     "profile": ("analyses", "analysed_share", "identities", "toxicity_checkpoint"),
     "documents": ("shards",),  # Beam's first pipeline
-    "tokenizer": ("vocab_size", "weights", "tokenizer_path", "tokenizer_bytes"),
+    "tokenizer": ("vocab_size", "weights", "temperature", "tokenizer_path", "tokenizer_bytes"),
     "files": ("block_length",),
 }
-_READ_LAST = ("total_tokens", "temperature", "max_epochs")  # by what every run makes anew
+# By what every run makes anew, and limits that every run compares with what the products have counted.
+_READ_LAST = ("total_tokens", "max_epochs", "max_bad_rows", "max_bad_files")
 
 
 class SettingsError(ValueError):
@@ -128,7 +130,8 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
             publish(directory, output, last=NAME)
             done = True
         except SettingsError as error:
-            if fingerprint is None:
+            if fingerprint is None or not sizes(home / "work"):
+                done = True  # there is nothing to keep
                 raise
             raise SettingsError(f"{error}; {home} keeps what was made of the documents, for other settings") from None
         except ValueError:
@@ -236,19 +239,20 @@ def fingerprint_of(settings: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the result: settings, what is read, this package's code, Python and all installed packages."""
     places = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})  # not what lies in the current directory
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions(path=places)})
+    rest = dict(inputs)
     return {
-        "settings": _plain(settings),
+        "settings": {**_plain(settings), "evaluation": rest.pop("evaluation", None)},
         "order": list(settings.weights),  # of the sources, by which duplicates stay: objects of JSON have none
-        "inputs": dict(inputs),
+        "inputs": rest,
         "code": code_hash(),
         "packages": hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest(),
     }
 
 
 def code_hash() -> str:
-    """sha256 of the code of all parts of this package."""
+    """sha256 of the code of this package, commands too: what they read documents with is part of a corpus."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
     return code.hexdigest()
 

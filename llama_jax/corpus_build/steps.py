@@ -50,16 +50,21 @@ def make_steps(names: Sequence[str], config: CleanConfig) -> list[Step]:
     return [STEPS[name](config) for name in names]
 
 
+def trail(document: Document, steps: Sequence[Step]) -> list[Document | Removed]:
+    """The document as it came and after each step; the last one is what the first step that left it out said, if any did."""
+    found: list[Document | Removed] = [document]
+    if not document.text.strip():
+        return [document, Removed(document, "read", "blank")]
+    for step in steps:
+        found.append(step(found[-1]))
+        if isinstance(found[-1], Removed):
+            break
+    return found
+
+
 def clean(document: Document, steps: Sequence[Step]) -> Document | Removed:
     """The document after all steps, or what the first step that left it out said."""
-    if not document.text.strip():
-        return Removed(document, "read", "blank")
-    for step in steps:
-        result = step(document)
-        if isinstance(result, Removed):
-            return result
-        document = result
-    return document
+    return trail(document, steps)[-1]
 
 
 def _with(document: Document, text_: str, **findings) -> Document:
@@ -112,6 +117,8 @@ def _repetition(config: CleanConfig) -> Step:
 def _c4(config: CleanConfig) -> Step:
     def c4(document: Document) -> Document | Removed:
         kept, failure = quality.c4_lines(document.text, config.c4)
+        if not failure and not kept.strip():  # where no sentence is asked for
+            return Removed(document, "c4", "no_text")
         return Removed(document, "c4", failure[0], f"{failure[1]:.4g}") if failure else _with(document, kept)
 
     return c4

@@ -1,5 +1,6 @@
-"""The tables that a build prints: what became of the documents, and the mixture (corpus_build/mixture.py)."""
+"""Tables of a corpus as text: what became of its documents, and what a run has drawn of them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,20 @@ def cleaning_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
         cut = sum(row[f"{kind}_bytes"] for kind in ("leaks", "evaluation", "repeats"))
         numbers = [f"{row[key]:,}" for _, key in shown]
         rows.append([source, *numbers, f"{cut / 1000:,.0f}", f"{row['held_out_lines_seen']:.1%}"])
+    return aligned(rows)
+
+
+def drawn_table(sources: Mapping[str, Mapping[str, Any]], epochs: Mapping[str, float]) -> str:
+    """What was planned of each source of a manifest beside what was drawn, by how often its text was seen; 0 for one not named.
+
+    Documents, megabytes and tokens count each time that they are seen.
+    """
+    heads = (f"{what} planned" for what in ("documents", "MB", "tokens", "epochs"))
+    rows = [["source", *itertools.chain(*((head, "drawn") for head in heads))]]
+    for name, source in sources.items():
+        both = source["epochs"], epochs.get(name, 0.0)
+        amounts = ((source["documents"], 0), (source["bytes"] / 1e6, 1), (source["tokens"], 0), (1, 2))
+        rows.append([name, *(f"{times * amount:,.{digits}f}" for amount, digits in amounts for times in both)])
     return aligned(rows)
 
 

@@ -93,12 +93,15 @@ def extract_text(html: str, *, extractor: str = "resiliparse") -> str | None:
     if parsing > MOST_PARSING:
         return None
     if extractor == "resiliparse":
-        return extra("resiliparse.extract.html2text").extract_plain_text(
-            html, main_content=search <= MOST_SEARCH, alt_texts=False
-        )
+        return all_text(html, main_content=search <= MOST_SEARCH)
     if extractor == "trafilatura":
         return extra("trafilatura").extract(html, include_comments=False, include_tables=True, favor_precision=True) or ""
     raise ValueError(f"extractor: expected resiliparse or trafilatura, got {extractor!r}")
+
+
+def all_text(html: str, *, main_content: bool = False) -> str:
+    """The text of a page, or of its main part; of one that can be parsed in time (`parsing_cost`)."""
+    return extra("resiliparse.extract.html2text").extract_plain_text(html, main_content=main_content, alt_texts=False)
 
 
 def fix_mojibake(text: str) -> str:

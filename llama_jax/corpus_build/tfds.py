@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from llama_jax.corpus_build.damage import Rows
+from llama_jax.corpus_build.damage import Rows, not_utf8
 
 _SCHEME = "tfds://"
 
@@ -14,11 +14,26 @@ def is_name(path: str) -> bool:
 
 
 def rows(name: str) -> Rows:
-    """The examples of a split, each with its text."""
+    """The examples of a split, each with its text, and with its id, url and metadata if it has them."""
     examples, field = _examples(name)
     for number, example in enumerate(examples, start=1):
-        value = example.get(field)
-        yield f"{name}:{number}", {"text": value.decode() if isinstance(value, bytes) else value}
+        where = f"{name}:{number}"
+        known = {key: example[key] for key in ("id", "url", "metadata") if key in example}
+        try:
+            yield where, _plain({**known, "text": example.get(field)})
+        except UnicodeDecodeError as error:
+            yield where, not_utf8(where, error)
+
+
+def _plain(value: Any) -> Any:
+    """A feature as a row of JSON has it: bytes are text, arrays are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return value.decode()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def size(name: str) -> int:

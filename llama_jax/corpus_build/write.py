@@ -12,6 +12,7 @@ from llama_jax.corpus_build import mixture
 from llama_jax.corpus_build.blocks import BlockCounts, write_blocks
 from llama_jax.corpus_build.dedup import by_hash, content_hash
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.manifest import write_manifest
 from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import Refined
@@ -48,6 +49,7 @@ def write_corpus(
     directory: Path,
     settings: "Settings",
     *,
+    evaluation: Evaluation,
     config: dict[str, Any],
     inputs: Mapping[str, Any] | None,
     stages: Stages,
@@ -55,7 +57,9 @@ def write_corpus(
     """Writes all files of the corpus into `directory`, the manifest last, and returns the manifest."""
     for source, part in refined.items():
         check_split(source, part.unique, len(part.train), len(part.held_out), settings)
-    tokenizer = make_tokenizer({source: part.train for source, part in refined.items()}, directory, settings, stages)
+    train = {source: part.train for source, part in refined.items()}
+    budgets = sample_budgets(settings, {source: size(documents) for source, documents in train.items()})
+    tokenizer = make_tokenizer(train, budgets, directory, settings, stages)
     counts: dict[str, dict[str, Any]] = {}
     digests: dict[str, str] = {}
     for source, part in refined.items():
@@ -66,7 +70,9 @@ def write_corpus(
             **shard_counts({name: shard for name, (shard, _) in shards.items()}),
             **write_held_out(part.held_out, directory / "held_out", source, tokenizer, settings.block_length),
         }
-    return finish(counts, profiles, directory, tokenizer, settings, digests=digests, config=config, inputs=inputs)
+    return finish(
+        counts, profiles, directory, tokenizer, settings, digests=digests, evaluation=evaluation, config=config, inputs=inputs
+    )
 
 
 def finish(
@@ -77,6 +83,7 @@ def finish(
     settings: "Settings",
     *,
     digests: Mapping[str, str],
+    evaluation: Evaluation,
     config: dict[str, Any],
     inputs: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def finish(
     for share in shares:
         counts[share.source] |= {"share": share.share, "planned_tokens": share.planned_tokens, "epochs": share.epochs}
     write_report(
-        directory / "report.html", counts, profiles, shares,
+        directory / "report.html", counts, profiles, shares, evaluation,
         identities=settings.identities, checkpoint=settings.toxicity_checkpoint,
     )  # fmt: skip
     write_tfds_metadata(directory / "blocks", counts, tokenizer.vocab_size, settings)
@@ -105,6 +112,7 @@ def finish(
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "block_length": settings.block_length,
+            "evaluation": {"samples": len(evaluation.texts), "too_short": evaluation.too_short},
             "table": f"{cleaning_table(counts)}\n\n{mixture.table(shares)}",
             "config": config,
             "inputs": inputs,
@@ -154,15 +162,19 @@ def check_split(source: str, unique: int, train: int, held_out: int, settings: "
 
 
 def make_tokenizer(
-    train: Mapping[str, Sequence[Document]], directory: Path, settings: "Settings", stages: Stages
+    train: Mapping[str, Sequence[Document]],
+    budgets: Mapping[str, float],
+    directory: Path,
+    settings: "Settings",
+    stages: Stages,
 ) -> Tokenizer:
-    """The tokenizer of the corpus, trained on a weighted sample or copied; SettingsError if it cannot be trained."""
+    """The tokenizer of the corpus, trained on so much of each source or copied; SettingsError if it cannot be trained."""
     model = directory / "tokenizer.model"
     if settings.tokenizer_path is None:
 
         def trained() -> bytes:
             try:
-                train_tokenizer(_sample(train, settings), model, vocab_size=settings.vocab_size, seed=settings.seed)
+                train_tokenizer(_sample(train, budgets), model, vocab_size=settings.vocab_size, seed=settings.seed)
             except ValueError as error:
                 raise SettingsError(str(error)) from None
             return model.read_bytes()
@@ -188,15 +200,20 @@ def given_tokenizer(path: str, vocab_size: int) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def sample_budget(settings: "Settings", source: str) -> float:
-    """Bytes of a source in the sample that the tokenizer is trained on."""
-    return settings.tokenizer_bytes * settings.weights[source] / sum(settings.weights.values())
+def sample_budgets(settings: "Settings", sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of each source in the sample that the tokenizer is trained on: its share of the mixture.
+
+    Before there is a tokenizer nobody knows tokens. Bytes (`sizes`, by source) stand for them where shares follow from a
+    temperature, and the cap on epochs is left out.
+    """
+    shares = mixture.shares(settings.weights, sizes, total_tokens=1, temperature=settings.temperature)
+    return {source: settings.tokenizer_bytes * shares[source] for source in sizes}
 
 
-def _sample(train: Mapping[str, Sequence[Document]], settings: "Settings") -> Iterator[str]:
-    """Documents of each source up to its share, in order of their hashes: an unbiased sample."""
+def _sample(train: Mapping[str, Sequence[Document]], budgets: Mapping[str, float]) -> Iterator[str]:
+    """Documents of each source up to its budget, in order of their hashes: an unbiased sample."""
     for source, documents in train.items():
-        left = sample_budget(settings, source)
+        left = budgets[source]
         for document in by_hash(documents):
             if left <= 0:
                 break
@@ -266,12 +283,19 @@ def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
     filtered = sum(profile.removed.values())
     return {
         "documents_read": filtered + part.unique + part.counts["duplicates"] + part.counts["near_duplicates"],
-        "bad_rows": len(profile.bad_rows),
-        "bad_rows_named": sorted(profile.bad_rows)[:_BAD_ROWS_NAMED],
-        "bad_files": len(profile.bad_files),
-        "bad_files_named": sorted(profile.bad_files)[:_BAD_ROWS_NAMED],
+        "bytes_read": profile.bytes_read,
+        "bad_rows": profile.bad_rows.count,
+        "bad_rows_named": profile.bad_rows.first[:_BAD_ROWS_NAMED],
+        "bad_files": profile.bad_files.count,
+        "bad_files_named": profile.bad_files.first[:_BAD_ROWS_NAMED],
         "filtered": filtered,
         "filtered_by": {f"{step}: {rule}": n for (step, rule), n in sorted(profile.removed.items())},
+        "trimmed_by": {  # what steps took from documents that stayed
+            step: {"documents": n, "lines": profile.trimmed_lines[step], "bytes": profile.trimmed_bytes[step]}
+            for step, n in sorted(profile.trimmed.items())
+        },
+        "private": dict(sorted(profile.private.items())),  # findings by kind in documents to train on, and in removed ones
+        "removed_private": dict(sorted(profile.removed_private.items())),
         **part.counts,
         "bytes": size(part.train),
         "held_out_bytes": size(part.held_out),

@@ -9,6 +9,7 @@ and is refused.
 Loss: zero on the prompt (section 3.1), so what trains is `answer`, its closing space and EOS.
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,9 +163,14 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: s
     return ids + tokenizer.encode(_open_turn(turns[-1]), bos=True)
 
 
+def prompt_key(messages: Sequence[Message]) -> str:
+    """What makes two prompts the same one."""
+    return json.dumps([[message["role"], message["content"].strip()] for message in messages], ensure_ascii=False)
+
+
 def decode_response(ids: Iterable[int], tokenizer: Tokenizer) -> tuple[str, bool]:
     """Text of a sampled answer, stripped, cut at the first EOS or other end of the tokenizer; and whether there was one."""
-    ids = [int(i) for i in ids]
+    ids = [int(i) for i in ids if i < tokenizer.vocab_size]  # rows that fill up an embedding have no text
     length = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
     return tokenizer.decode(ids[:length]).strip(), length < len(ids)
 

@@ -8,7 +8,6 @@ the window shuffled again. A batch is padded to the first of a few lengths that 
 import bisect
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,17 +30,28 @@ def padded_lengths(length: int, buckets: int) -> tuple[int, ...]:
 class BucketedBatches(IndexedBatches):
     """`IndexedBatches` of similar lengths; `collate` is called with the `length` to which this batch is padded.
 
-    Batch `step` is a function of seed and step alone, and its length that of the global batch, on every process. A window that
-    an epoch ends in also has examples of the next.
+    Batch `step` is a function of seed and step alone, and its length that of the global batch, on every process. No window goes
+    on into the next epoch, but for the examples that fill the last batch: a run that ends with an epoch has seen all.
     """
 
     lengths: Sequence[int] = dataclasses.field(kw_only=True)  # that batches are padded to, ascending
     size: Callable[[Any], int] = dataclasses.field(kw_only=True)  # tokens of an example
 
     @property
-    def window(self) -> int:
-        """Batches that are sorted among themselves: an epoch, or an even part of it."""
-        return math.ceil(self.steps_per_epoch / max(round(self.steps_per_epoch / _WINDOW), 1))
+    def _windows(self) -> int:
+        """Windows of an epoch, of about equal size: batches of one are sorted among themselves."""
+        return max(round(self.steps_per_epoch / _WINDOW), 1)
+
+    def _edges(self, epoch: int) -> list[int]:
+        """The steps at which the windows of an epoch begin, and the one after its last."""
+        first, end = self.steps(epoch), self.steps(epoch + 1)
+        return [first + part * (end - first) // self._windows for part in range(self._windows + 1)]
+
+    def _window(self, number: int) -> tuple[int, int]:
+        """The first step of a window, counted over all epochs, and the one after its last."""
+        epoch, part = divmod(number, self._windows)
+        first, end = self._edges(epoch)[part : part + 2]
+        return first, end
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
@@ -53,18 +63,20 @@ class BucketedBatches(IndexedBatches):
 
     def _sort(self, number: int) -> np.ndarray:
         """The examples of window `number`, a row for each batch. # int [W, B]"""
-        W, B = self.window, self.batch_size
-        drawn = np.array([self._stream[i] for i in range(number * W * B, (number + 1) * W * B)])
-        drawn = drawn[np.argsort(self._sizes[drawn], kind="stable")].reshape(W, B)
-        return drawn[np.random.default_rng((self.seed, number)).permutation(W)] if self.shuffle else drawn
+        (first, end), B = self._window(number), self.batch_size
+        drawn = np.array([self._stream[i] for i in range(first * B, end * B)])
+        drawn = drawn[np.argsort(self._sizes[drawn], kind="stable")].reshape(end - first, B)
+        return drawn[np.random.default_rng((self.seed, number)).permutation(end - first)] if self.shuffle else drawn
 
     def rows(self, step: int) -> list[int]:
         """Which examples global batch `step` has."""
-        number, part = divmod(step, self.window)
-        return self._sorted(number)[part].tolist()
+        epoch = step * self.batch_size // self.num_examples  # the last one that has begun
+        edges = self._edges(epoch)
+        part = bisect.bisect_right(edges, step) - 1
+        return self._sorted(epoch * self._windows + part)[step - edges[part]].tolist()
 
     def batch(self, step: int) -> Any:
-        """This process's slice of global batch `step`."""
+        """This process's rows of global batch `step`."""
         return self._padded([self.examples[i] for i in self.rows(step)])
 
     def shapes(self) -> Iterator[Any]:
@@ -73,7 +85,7 @@ class BucketedBatches(IndexedBatches):
             return
         row = self.blank(self.examples[int(np.argmin(self._sizes))])
         for length in sorted({self._length(size) for window in range(_SHAPES) for size in self._longest(window)}):
-            yield self.collate([row] * (self.batch_size // self.process_count), length=length)
+            yield self.collate([row] * len(self.share.places(self.batch_size)), length=length)
 
     def _longest(self, window: int) -> np.ndarray:
         """The longest row of each batch of a window. # int [W]"""
@@ -95,9 +107,7 @@ class BucketedBatches(IndexedBatches):
     def _padded(self, rows: Sequence[Any]) -> Any:
         """This process's part of a global batch, padded as far as the longest row of all processes needs."""
         length = self._length(max(self.size(row) for row in rows))
-        local = self.batch_size // self.process_count
-        mine = rows[self.process_index * local : (self.process_index + 1) * local]
-        return self.collate(mine, length=length)
+        return self.collate([rows[place] for place in self.share.places(self.batch_size)], length=length)
 
     def _length(self, longest: int) -> int:
         """The first of the lengths that a row fits into."""

@@ -2,8 +2,8 @@
 
 Order comes from Grain's `MapDataset`: a global shuffle computed index by index (nothing is held, nothing is
 replayed), a new one for each epoch, and a weighted mixture of sources (paper section 2.1). Every process
-asks for the same global batch and takes its contiguous slice of the rows, so the batch does not depend on
-how many processes there are.
+asks for the same global batch and takes the rows that its devices hold (`Share`), so the batch and the order
+of its rows do not depend on how many processes there are, or on which of a pod's chips they have.
 """
 
 import dataclasses
@@ -33,6 +33,34 @@ class TokenBatch:
     positions: Any  # [B, T] int32, from 0 in each segment
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which rows of each global batch a process reads: of `pieces` equal ones, those that its devices hold, ascending.
+
+    They need not be neighbours, for a mesh follows the links of a pod: the first host of 64 v5p chips holds four of 64 pieces,
+    and the second of them may be the third of the batch.
+    """
+
+    held: tuple[int, ...] = (0,)
+    pieces: int = 1
+
+    def __post_init__(self):
+        if not self.held or sorted({*self.held}) != [*self.held] or not 0 <= self.held[0] <= self.held[-1] < self.pieces:
+            raise ValueError(f"share: expected some of the {self.pieces} pieces in order, got {self.held}")
+
+    def places(self, rows: int) -> list[int]:
+        """The places of the process's rows in a global batch of so many; ValueError if they cannot be divided."""
+        if rows < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {rows}")
+        if rows % self.pieces:
+            raise ValueError(f"batch_size: expected a multiple of the {self.pieces} shards of its rows, got {rows}")
+        size = rows // self.pieces
+        return [piece * size + i for piece in self.held for i in range(size)]
+
+
+WHOLE = Share()
+
+
 def stack_rows(rows: Sequence[TokenBatch]) -> TokenBatch:
     """Rows with fields [T] to one batch with fields [B, T]."""
     names = [field.name for field in dataclasses.fields(TokenBatch)]
@@ -60,13 +88,12 @@ class IndexedBatches:
     _: dataclasses.KW_ONLY
     shuffle: bool = True
     blank: Callable[[Any], Any] | None = None  # example -> the same with weight 0; needed by `eval_batches`
-    process_index: int = 0
-    process_count: int = 1
+    share: Share = WHOLE
 
     def __post_init__(self):
         if not len(self.examples):
             raise ValueError("examples: expected at least one, got an empty data set")
-        _check_batch(self.batch_size, self.process_index, self.process_count)
+        self.share.places(self.batch_size)
 
     @property
     def num_examples(self) -> int:
@@ -90,19 +117,19 @@ class IndexedBatches:
         return stream.repeat()
 
     def batch(self, step: int) -> Any:
-        """This process's slice of global batch `step`."""
-        rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+        """This process's rows of global batch `step`."""
+        rows = _slice(step, self.batch_size, self.share)
         return self.collate([self.examples[self._stream[i]] for i in rows])
 
     def rows(self, step: int) -> list[int]:
         """Which examples global batch `step` has."""
-        return [int(self._stream[i]) for i in _slice(step, self.batch_size, 0, 1)]
+        return [int(self._stream[i]) for i in _slice(step, self.batch_size)]
 
     def eval_batches(self) -> Iterator[Any]:
         """One epoch in stored order; the last batch is filled with `blank` examples."""
         for step in range(self.steps_per_epoch):
-            rows = _slice(step, self.batch_size, self.process_index, self.process_count)
-            if rows.stop > self.num_examples and self.blank is None:
+            rows = _slice(step, self.batch_size, self.share)
+            if (step + 1) * self.batch_size > self.num_examples and self.blank is None:
                 raise ValueError(
                     f"eval_batches: {self.num_examples} examples do not fill batches of {self.batch_size}; "
                     "pass `blank` to fill the last one with rows of weight 0"
@@ -116,14 +143,10 @@ def row_source(
     *,
     seed: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
 ) -> IndexedBatches:
     """Batches `TokenBatch` [B, T] of packed rows [T] (`packing.pack_dialogs`)."""
-    return IndexedBatches(
-        rows, stack_rows, batch_size, seed,
-        shuffle=shuffle, blank=blank_row, process_index=process_index, process_count=process_count,
-    )  # fmt: skip
+    return IndexedBatches(rows, stack_rows, batch_size, seed, shuffle=shuffle, blank=blank_row, share=share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +165,10 @@ class BlockSource:
     _: dataclasses.KW_ONLY
     separate_documents: bool = False
     bos_id: int = BOS_ID  # the tokenizer's
-    process_index: int = 0
-    process_count: int = 1
+    share: Share = WHOLE
 
     def __post_init__(self):
-        _check_batch(self.batch_size, self.process_index, self.process_count)
+        self.share.places(self.batch_size)
         if set(self.files) != set(self.weights):
             raise ValueError(f"weights: expected one for each of {sorted(self.files)}, got {sorted(self.weights)}")
         if not self.files or any(not weight > 0 for weight in self.weights.values()):
@@ -165,6 +187,12 @@ class BlockSource:
         return {name: len(records) for name, records in self._records.items()}
 
     @functools.cached_property
+    def shares(self) -> dict[str, int]:
+        """The weights as they are dealt out: whole numbers, the smallest 100, by which a share is off by 1 % at most."""
+        scale = 100 / min(self.weights.values())
+        return {name: int(weight * scale) for name, weight in self.weights.items()}
+
+    @functools.cached_property
     def block_length(self) -> int:
         """T, the tokens of a row."""
         return block_length_of(next(iter(self._records.values()))[0])
@@ -179,23 +207,23 @@ class BlockSource:
             grain.MapDataset.source(source).shuffle(seed=(self.seed * 1_000_003 + i) % 2**32).repeat()
             for i, source in enumerate(sources)
         ]
-        return grain.MapDataset.mix(shuffled, weights=[float(self.weights[name]) for name in self._records])
+        return grain.MapDataset.mix(shuffled, weights=[self.shares[name] for name in self._records])
 
     def rows(self, step: int) -> list[str]:
         """Which blocks global batch `step` has: `source:number`."""
         names = self._mix([_Names(name, count) for name, count in self.num_blocks.items()])
-        return [names[i] for i in _slice(step, self.batch_size, 0, 1)]
+        return [names[i] for i in _slice(step, self.batch_size)]
 
     def batch(self, step: int) -> TokenBatch:
-        """This process's slice [B / process_count, T] of global batch `step`."""
-        rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+        """This process's rows [B_local, T] of global batch `step`."""
+        rows = _slice(step, self.batch_size, self.share)
         return self._to_batch([self._stream[i] for i in rows])
 
     def eval_batches(self) -> Iterator[TokenBatch]:
         """Every block of every source once, in name order; the last batch is filled with padding."""
         order = [(records, i) for records in self._records.values() for i in range(len(records))]
         for step in range(math.ceil(len(order) / self.batch_size)):
-            rows = _slice(step, self.batch_size, self.process_index, self.process_count)
+            rows = _slice(step, self.batch_size, self.share)
             blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
             yield self._to_batch(blocks, row_count=len(rows))
 
@@ -256,22 +284,11 @@ def block_batch(
     )
 
 
-def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: expected 0..{process_count - 1}, got {process_index}")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size: expected a multiple of the {process_count} processes, got {batch_size}")
-
-
-def _slice(step: int, batch_size: int, process_index: int, process_count: int) -> range:
-    """Indices of this process's rows of global batch `step` in the endless stream."""
+def _slice(step: int, batch_size: int, share: Share = WHOLE) -> list[int]:
+    """Indices of a process's rows of global batch `step` in the endless stream."""
     if step < 0:
         raise ValueError(f"step: expected 0 or more, got {step}")
-    local = batch_size // process_count
-    start = step * batch_size + process_index * local
-    return range(start, start + local)
+    return [step * batch_size + place for place in share.places(batch_size)]
 
 
 def _open_records(name: str, paths: Sequence[str | os.PathLike]) -> grain.sources.ArrayRecordDataSource:

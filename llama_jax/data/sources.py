@@ -28,10 +28,15 @@ from typing import Any
 from llama_jax.data.dialog import check_messages
 from llama_jax.data.rows import read_jsonl, read_rows, write_jsonl
 
-__all__ = ["RATINGS", "SAFETY_BINS", "read_comparisons", "read_dialogs", "read_jsonl", "read_prompts", "write_jsonl"]
+__all__ = [
+    "RATINGS", "REJECTED_SAFE", "SAFETY_BINS", "read_comparisons", "read_dialogs", "read_jsonl", "read_prompts", "write_jsonl",
+]  # fmt: skip
 
 RATINGS = ("significantly", "better", "slightly", "negligibly")  # degrees of preference, section 3.2.1
 SAFETY_BINS = ("chosen_safe", "both_safe", "both_unsafe")
+# An unsafe answer was chosen over a safe one. Rows may say so; they are counted and left out, since the paper holds that safer
+# answers are the preferred ones (section 3.2.1).
+REJECTED_SAFE = "rejected_safe"
 
 _OPTIONAL = {  # field -> (type, value when missing, allowed values)
     "source": (str, "", None),
@@ -43,7 +48,7 @@ _OPTIONAL = {  # field -> (type, value when missing, allowed values)
     "train_on": (str, None, ("all", "last")),
     "rating": (str, None, RATINGS),
     "margin": (float, None, None),
-    "safety_bin": (str, None, SAFETY_BINS),
+    "safety_bin": (str, None, (*SAFETY_BINS, REJECTED_SAFE)),
     "batch": (int | str, None, None),  # of the weekly collection
 }
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}

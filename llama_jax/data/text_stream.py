@@ -1,6 +1,6 @@
 """Text of tokens as they come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that a further token settles; often empty."""
-        if self.stopped:
+        if self.stopped or token >= self._tokenizer.vocab_size:  # a row that fills up the embedding has no text
             return ""
         self._ids.append(token)
         # Decoding needs a little context on the left (spaces), not all of it: that would cost the square of the length.
@@ -58,12 +58,6 @@ class TextStream:
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def continuation(ids: Iterable[int], tokenizer: Tokenizer, *, after: Sequence[int]) -> str:
-    """The text that tokens add to that of the tokens before them."""
-    stream = TextStream(tokenizer, after=after)
-    return "".join([*map(stream.push, ids), stream.finish()])
 
 
 def _overlap(text: str, stop: str) -> int:

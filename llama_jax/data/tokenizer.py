@@ -13,8 +13,10 @@ same.
 
 import functools
 import hashlib
+import importlib.util
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +28,15 @@ import sentencepiece
 from llama_jax.files import atomic_write
 from llama_jax.paths import place
 
+log = logging.getLogger(__name__)
+
 # Ids that every Llama tokenizer shares; the 256 byte pieces follow at 3..258. There is no pad piece (its id
 # is -1 in the model file): padding is id 0 with weight 0.
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 PAD_ID = UNK_ID
 FIRST_BYTE_ID = 3
+
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\n")  # a line of its files: a piece in base64, and its rank
 
 # What people read out of the released model file (fact sheet 1.5).
 PAPER_SETTINGS = {
@@ -141,13 +147,38 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
     path = place(path)
     if not path.is_dir():
         return path
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
+    if (found := tokenizer_in(path)) is not None:
+        return found
     files = sorted(path.glob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(f"{path}: missing tokenizer: expected tokenizer.json, tokenizer.model or one .gguf file in it")
     return files[0]
+
+
+def tokenizer_in(directory: Path) -> Path | None:
+    """The `tokenizer.json` or `tokenizer.model` in a directory, or None. Of both it is the first, unless the package that reads
+    it is not installed and the second is the same vocabulary, as in Hugging Face's directories of Llama 2."""
+    words, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    if not words.is_file():
+        return model if model.is_file() else None
+    if importlib.util.find_spec("tokenizers") is None and model.is_file() and _stands_for(model, words):
+        return model
+    return words
+
+
+@functools.cache
+def _stands_for(model: Path, words: Path) -> bool:
+    """Whether a SentencePiece model has the pieces of a `tokenizer.json`, which is said once."""
+    try:
+        said, processor = json.loads(words.read_text(encoding="utf-8")), sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(model.read_bytes())
+        pieces = said["model"]["vocab"] | {piece["content"]: piece["id"] for piece in said["added_tokens"]}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return False
+    if pieces != {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}:
+        return False
+    log.warning("tokenizer %s: the package tokenizers is not installed; %s, of the same pieces, serves", words, model.name)
+    return True
 
 
 def _reader_of(path: Path) -> type[Tokenizer]:
@@ -222,7 +253,10 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
-            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model ({len(model):,} bytes); damaged?") from None
+            kind = f"not a SentencePiece model ({len(model):,} bytes); damaged?"
+            if _TIKTOKEN.match(model):
+                kind = "a file of tiktoken, as Llama 3 has; expected the tokenizer.json of the same model"
+            raise ValueError(f"tokenizer {self.path}: {kind}") from None
         found = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
         if found != (UNK_ID, BOS_ID, EOS_ID):
             raise ValueError(f"tokenizer {self.path}: expected unk, bos, eos ids {(UNK_ID, BOS_ID, EOS_ID)}, got {found}")

@@ -47,6 +47,9 @@ def _fields(path: Path, changed: int, size: int) -> dict[str, Any]:
         raise ValueError(f"{path}: tokenizer.ggml.token_type and tokenizer.ggml.tokens differ in length")
     if found["ggml.model"] not in ("llama", "gpt2"):
         raise ValueError(f"{path}: tokenizer.ggml.model is {found['ggml.model']!r}, expected 'llama' or 'gpt2'")
+    for name, value in found.items():
+        if name.endswith("_token_id") and not 0 <= value < len(found["ggml.tokens"]):
+            raise ValueError(f"{path}: tokenizer.{name} is {value}, expected an id in 0..{len(found['ggml.tokens']) - 1}")
     return found
 
 
@@ -86,7 +89,9 @@ def sentencepiece_model(path: Path) -> bytes:
 def json_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
     """The `tokenizer.json` of a "gpt2" vocabulary, and what its `tokenizer_config.json` declares."""
     fields = _vocabulary(path)
-    cut = fields.get("ggml.pre", "gpt-2")
+    if "ggml.pre" not in fields:  # files of before the spring of 2024, of models with different cuts
+        raise ValueError(f"{path}: has no field tokenizer.ggml.pre; expected a newer file, or --tokenizer=...")
+    cut = fields["ggml.pre"]
     if cut not in _CUTS:
         raise ValueError(f"{path}: tokenizer.ggml.pre is {cut!r}, expected one of {', '.join(_CUTS)}")
     if "ggml.merges" not in fields:

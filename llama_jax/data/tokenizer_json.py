@@ -115,6 +115,10 @@ def _parse(content: bytes, path: Path) -> Any:
             f"tokenizer {path}: reading it needs the package tokenizers: pip install 'llama_jax[interop]'"
         ) from None
     try:
-        return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        words = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"tokenizer {path}: not a tokenizer.json: {error}") from None
+    # What a training once asked for is saved with it; transformers too asks for it anew in each call.
+    words.no_truncation()
+    words.no_padding()
+    return words

@@ -20,8 +20,8 @@ class Agreement:
     """An agreement coefficient, 1 for perfect agreement and 0 for no more than chance, with its 95 % interval."""
 
     coefficient: float
-    low: float
-    high: float
+    low: float | None  # None: one item has no interval
+    high: float | None
     observed: float  # share of agreement among pairs of ratings, disagreements weighted by how far they are
     by_chance: float
     items: int
@@ -81,13 +81,13 @@ def weight_matrix(categories: int, weights: Weights) -> np.ndarray:
     return 1 - (distance / (categories - 1)) ** (1 if weights == "linear" else 2)
 
 
-def _interval(coefficient: float, contributions: np.ndarray) -> tuple[float, float]:
+def _interval(coefficient: float, contributions: np.ndarray) -> tuple[float, float] | tuple[None, None]:
     """Student's 95 % interval; one item has none."""
     from scipy.stats import t  # comes with jax
 
     n = len(contributions)
     if n < 2:
-        return math.nan, math.nan
+        return None, None
     error = math.sqrt(((contributions - coefficient) ** 2).sum() / (n * (n - 1)))
     half = float(t.ppf(0.975, n - 1)) * error
     return max(coefficient - half, -1.0), min(coefficient + half, 1.0)

@@ -1,17 +1,17 @@
 """Answers of models to a prompt set, as files: what people and judges compare (paper section 3.4).
 
-    {"messages": [...], "answer": str, "is_safety": bool, "category": str, "risk": str}
+    {"messages": [...], "answer": str, "is_safety": bool, "category": str, "risk": str, "ended": bool, "less_room": bool}
 
-`prompt` (a text or messages) may stand for `messages`; all but messages and answer may be missing.
+`prompt` (a text or messages) may stand for `messages`; all but messages and answer may be missing. `ended` is false for an
+answer that was still going on when its tokens were used up, `less_room` true where the context left it fewer than was asked.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.data.dialog import Message, check_messages
+from llama_jax.data.dialog import Message, check_messages, prompt_key
 from llama_jax.data.sources import read_jsonl
 
 
@@ -24,6 +24,8 @@ class Answered:
     is_safety: bool = False
     category: str = ""
     risk: str = ""
+    ended: bool = True
+    less_room: bool = False
 
     @property
     def turns(self) -> int:
@@ -57,7 +59,7 @@ def answered(row: Mapping[str, Any], where: str) -> Answered:
     check_messages(messages, where)
     if messages[-1]["role"] != "user":
         raise ValueError(f"{where}: messages: expected to end with the user; the answer stands in `answer`")
-    fields = {"answer": str, "is_safety": bool, "category": str, "risk": str}
+    fields = {"answer": str, "is_safety": bool, "category": str, "risk": str, "ended": bool, "less_room": bool}
     values = {}
     for name, kind in fields.items():
         value = row.get(name)
@@ -69,6 +71,16 @@ def answered(row: Mapping[str, Any], where: str) -> Answered:
     return Answered(tuple(messages), **values)
 
 
+def answer_room(prompt: int, *, max_tokens: int, max_length: int) -> int:
+    """How many tokens an answer may have after a prompt of so many; 0 where that is too long.
+
+    Where `max_tokens` do not fit, a quarter of the context has to be left, as in `evals/harness.py`: an answer that cannot be
+    given says nothing of a model (the paper drops longer prompts, A.3.7).
+    """
+    room = min(max_tokens, max_length - prompt)
+    return room if room >= min(max_tokens, max(max_length // 4, 1)) else 0
+
+
 def pair_up(first: Sequence[Answered], second: Sequence[Answered], names: tuple[str, str]) -> list[tuple[Answered, Answered]]:
     """Both answers to each prompt, in the first's order; ValueError if the prompts differ."""
     other = {prompt_key(answer.messages): answer for answer in second}
@@ -77,8 +89,3 @@ def pair_up(first: Sequence[Answered], second: Sequence[Answered], names: tuple[
         example = repr(missing[0].messages[-1]["content"][:60]) if missing else f"{len(first)} prompts against {len(second)}"
         raise ValueError(f"{names[1]}: expected answers to the same prompts as {names[0]}; differs in {example}")
     return [(answer, other[prompt_key(answer.messages)]) for answer in first]
-
-
-def prompt_key(messages: Sequence[Message]) -> str:
-    """What makes two prompts the same one."""
-    return json.dumps([[message["role"], message["content"].strip()] for message in messages], ensure_ascii=False)

@@ -4,10 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_jax.evals.groups import GROUPS, TITLES
-from llama_jax.evals.plots import Plot, Theme, canvas, legend
-
-# Models of the paper are hollow, ours are filled; shape and colour both tell them apart.
-_MARKS = ("o", "s", "D", "^", "v", "P", "X", "<")
+from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend, styles
 
 
 def draw(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> dict[str, Plot]:
@@ -27,7 +24,7 @@ def shown(models: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list
 
     def is_average(name: str, row: Mapping[str, Any]) -> bool:
         members = GROUPS.get(name, (name,))
-        return name in row["groups"] and (len(members) == 1 or len(row["groups"][name]["missing"]) < len(members) - 1)
+        return name in row["groups"] and len(row["groups"][name]["missing"]) < max(len(members) - 1, 1)
 
     return [name for name in names if any(is_average(name, row) for row in models.values())]
 
@@ -42,16 +39,15 @@ def _groups(models, known, names) -> Plot:
             if points:
                 x, y = zip(*points)
                 ax.plot(
-                    x, y, linestyle="", marker=_MARKS[index % len(_MARKS)], markersize=7, markerfacecolor="none",
+                    x, y, linestyle="", marker=MARKERS[index % len(MARKERS)], markersize=7, markerfacecolor="none",
                     markeredgecolor=theme.grey, markeredgewidth=1.4, label=f"{model} (paper)",
                 )  # fmt: skip
-        for index, (model, row) in enumerate(models.items()):
+        for index, ((model, row), style) in enumerate(zip(models.items(), styles(theme, len(models), size=8))):
             found = [(y, row["groups"][name]) for y, name in enumerate(names) if name in row["groups"]]
             beside = 0.14 * (index - (len(models) - 1) / 2)  # so that equal values do not hide each other
             ax.errorbar(
                 [100 * value["value"] for _, value in found], [y + beside for y, _ in found],
-                xerr=[196 * value["stderr"] for _, value in found], linestyle="", marker=_MARKS[index % len(_MARKS)],
-                markersize=8, color=theme.colour(index), elinewidth=2, label=model,
+                xerr=[196 * value["stderr"] for _, value in found], linestyle="", elinewidth=2, label=model, **style,
             )  # fmt: skip
         _rows(ax, [TITLES[name] for name in names])
         ax.set_xlim(0, min(ax.get_xlim()[1], 100))

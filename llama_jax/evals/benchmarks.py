@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import safety
 from llama_jax.evals.request_file import RequestFile
-from llama_jax.evals.tasks import TaskChoice
+from llama_jax.evals.tasks import TaskChoice, sets_of
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 
@@ -81,9 +81,11 @@ def run_task(
     others = {name for row in judged for name in row["metrics"] if isinstance(row[name], int | float)} - {choice.metric}
     more |= {name: float(np.mean([row[name] for row in judged])) for name in sorted(others)}
     if samples is not None:
+        larger = sets_of(name)
         on_host_0(write_jsonl, samples, [
             {"id": f"{name}/{row['doc_id']}", "text": verbalised(task, row),
-             "score": float(score) if math.isfinite(score) else None} for row, score in zip(scored, scores, strict=True)
+             "score": float(score) if math.isfinite(score) else None, "groups": larger}
+            for row, score in zip(scored, scores, strict=True)
         ])  # fmt: skip
     return summary(choice.metric, scores, **more)
 

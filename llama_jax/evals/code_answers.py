@@ -1,10 +1,29 @@
 """What a model wrote for HumanEval and MBPP, kept in a file: it is judged in a second step, which needs no model."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama_jax.evals import benchmarks
+from llama_jax.evals.request_file import RequestFile
+
+
+@contextlib.contextmanager
+def kept_outcomes(task: Any, path: Path) -> Iterator[None]:
+    """Which programs passed goes into a file as it comes, on host 0, and comes from there after a kill: pass@100 of HumanEval
+    has 32,800 programs."""
+    if jax.process_index() > 0:
+        yield
+        return
+    task.config.process_results.kept = file = RequestFile(path)
+    try:
+        yield
+    finally:
+        task.config.process_results.kept = None
+        file.close()
 
 
 class KeptAnswers:

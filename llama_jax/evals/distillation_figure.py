@@ -1,19 +1,30 @@
-"""Fig. 16: what pre-prompts do to the safety score of answers, before anything is distilled."""
+"""Fig. 16: what pre-prompts do to the safety score of answers, before anything is distilled.
 
+`described` has what the report says beside it: medians, and some prompts with their answers (Tables 13, 39).
+"""
+
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
-from llama_jax.safety.distillation import KINDS, score_distributions, score_gains
+from llama_jax.safety.distillation import KINDS, keep_preferred, score_distributions, score_gains
 
 LABELS = {"base": "no pre-prompt", "generic": "generic pre-prompt", "category": "answer template of the risk"}
 
 
-def scores(samples: Sequence[Mapping[str, Any]]) -> Plot:
-    """(a) Shares of answers below each safety score by kind of pre-prompt; (b) gain by the plain answer's score. (Fig. 16)"""
+Rows = Sequence[Mapping[str, Any]]  # of `samples.jsonl`, or of `kept.jsonl`
+
+
+def scores(samples: Rows, kept: Rows | None = None) -> Plot:
+    """(a) Shares of answers below each safety score by kind of pre-prompt; (b) gain by the plain answer's score. (Fig. 16)
+
+    `kept` are the rows that are fine-tuned on, whose points are filled; without them every rise counts, as in the paper.
+    """
     by_kind = score_distributions(samples)
+    chosen = kept_answers(samples, keep_preferred(samples, least_gain=0.0) if kept is None else kept)
 
     def draw(theme: Theme) -> Any:
         figure, (shares, gains) = canvas(theme, "Context distillation: safety scores", columns=2, panel=(5.2, 3.6))
@@ -26,8 +37,15 @@ def scores(samples: Sequence[Mapping[str, Any]]) -> Plot:
             shares.step(ordered, 100 * height, where="post", color=theme.colour(i), linestyle=style, label=LABELS[kind])
             if kind != "base":
                 original, gain = score_gains(samples, kind)
-                gains.scatter(original, gain, s=10, alpha=0.4, color=theme.colour(i), marker=MARKERS[i], linewidths=0)
+                filled = np.array([a is best for s, best in zip(samples, chosen) for a in s["answers"] if a["kind"] == kind])
+                for some, face in ((~filled, "none"), (filled, theme.colour(i))):
+                    gains.scatter(
+                        original[some], gain[some], s=12, alpha=0.5, facecolors=face, edgecolors=theme.colour(i),
+                        marker=MARKERS[i], linewidths=0.6,
+                    )  # fmt: skip
                 gains.plot(*_binned(original, gain), color=theme.colour(i), linewidth=2, marker=MARKERS[i], label=LABELS[kind])
+        for face, label in ((theme.ink, "kept"), ("none", "not kept")):
+            gains.scatter([], [], s=12, facecolors=face, edgecolors=theme.ink, linewidths=0.6, label=label)
         shares.set_title("(a) answers with at most this score", loc="left", color=theme.ink, fontsize=10)
         shares.set_xlabel("safety score")
         shares.set_ylabel("answers (%)")
@@ -40,7 +58,64 @@ def scores(samples: Sequence[Mapping[str, Any]]) -> Plot:
         return figure
 
     said = ", ".join(f"{LABELS[kind]} {np.mean(values):.3f}" for kind, values in by_kind.items())
-    return Plot("distillation", "Context distillation: safety scores", f"Two panels. Mean safety scores: {said}.", draw)
+    answers, best = sum(len(s["answers"]) - 1 for s in samples), sum(answer is not None for answer in chosen)
+    alt = f"Two panels. Mean safety scores: {said}. Filled points: {best} of {answers} answers under a pre-prompt are kept."
+    return Plot("distillation", "Context distillation: safety scores", alt, draw)
+
+
+def kept_answers(samples: Rows, kept: Rows) -> list[Mapping[str, Any] | None]:
+    """Of each prompt the answer that is fine-tuned on, None for a prompt without one; `kept` is in the order of the samples."""
+    left, found = collections.deque(kept), []
+    for sample in samples:
+        found.append(None)
+        if left and left[0]["messages"][:-1] == sample["messages"]:
+            text = left[0]["messages"][-1]["content"]
+            if same := [a for a in sample["answers"][1:] if a["response"] == text]:
+                found[-1] = max(same, key=lambda answer: answer["safety"])
+                left.popleft()
+    return found
+
+
+def described(samples: Rows, kept: Rows) -> dict[str, Any]:
+    """Values for the report.
+
+    `median_safety`: by kind of pre-prompt. `kept_by_chance`: for how many prompts the best of the answers under a pre-prompt
+    would exceed the plain one if pre-prompts changed nothing. `examples`: see there.
+    """
+    return {
+        "median_safety": {kind: float(np.median(found)) for kind, found in score_distributions(samples).items()},
+        "kept_by_chance": sum(1 - 1 / len(sample["answers"]) for sample in samples),
+        "examples": examples(samples, kept),
+    }
+
+
+def examples(samples: Rows, kept: Rows, *, count: int = 4) -> list[dict[str, Any]]:
+    """Prompts with an answer of every kind, evenly from the largest gain of the safety score to the smallest (Tables 13, 39).
+
+    Of several answers of a kind, it is the kept one or the one with the highest score. Returns {"prompt", "answers": [...]}.
+    """
+    kinds = list(score_distributions(samples))
+    pairs = [
+        (sample, best) for sample, best in zip(samples, kept_answers(samples, kept))
+        if len(sample["answers"]) > 1 and {answer["kind"] for answer in sample["answers"]} == set(kinds)
+    ]  # fmt: skip
+    pairs.sort(key=lambda pair: _gain(pair[0]), reverse=True)
+    ranks = dict.fromkeys(np.linspace(0, len(pairs) - 1, count).round().astype(int).tolist()) if pairs else ()
+    found = []
+    for sample, best in (pairs[rank] for rank in ranks):
+        shown = []
+        for kind in kinds:
+            some = [answer for answer in sample["answers"] if answer["kind"] == kind]
+            answer = next((a for a in some if a is best), max(some, key=lambda answer: answer["safety"]))
+            shown.append({**answer, "kept": answer is best})
+        found.append({"prompt": sample["messages"], "answers": shown})
+    return found
+
+
+def _gain(sample: Mapping[str, Any]) -> float:
+    """By how much the best answer under a pre-prompt is above the plain one."""
+    base, *others = (answer["safety"] for answer in sample["answers"])
+    return max(others) - base
 
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int = 8) -> tuple[list[float], list[float]]:

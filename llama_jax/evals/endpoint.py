@@ -1,12 +1,12 @@
 """An OpenAI-compatible endpoint as a judge: many requests at a time, tried again where the server asks for patience.
 
 One request that the endpoint does not take, say because it is longer than the judge's context, is its own affair: it gets no
-reply, and the others go on. What is wrong with all of them (a key, a model's name, no server) ends the run.
+reply, and the others go on. What is wrong with all of them (a key, a model's name, a role that it does not know, no server)
+ends the run: before a refusal counts, something must have been answered, if need be a few words of the same form.
 """
 
 import concurrent.futures
 import json
-import re
 import time
 import urllib.error
 import urllib.request
@@ -16,16 +16,15 @@ from llama_jax.data.dialog import Message
 
 _PATIENCE = (429, 500, 502, 503, 504)
 _REFUSED = (400, 413, 422)
-_TOO_LONG = re.compile(r"context|too (long|large)|maximum.{0,40}length", re.IGNORECASE | re.DOTALL)
 _IN_A_ROW = 8  # so many failures, and none is the fault of its request
 
 
 class _FailedError(Exception):
-    """A request without an answer. `refused`: the endpoint does not take it; `certain`: and says that it is too long."""
+    """A request without an answer. `refused`: the endpoint does not take it; `fatal`: nor will it take any other."""
 
-    def __init__(self, problem: str, *, refused: bool = False, certain: bool = False, fatal: bool = False):
+    def __init__(self, problem: str, *, refused: bool = False, fatal: bool = False):
         super().__init__(problem)
-        self.refused, self.certain, self.fatal = refused, certain, fatal
+        self.refused, self.fatal = refused, fatal
 
 
 class Endpoint:
@@ -51,34 +50,42 @@ class Endpoint:
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
             futures = {pool.submit(self._reply, dialog): i for i, dialog in enumerate(dialogs)}
             try:
-                yield from self._sort(futures)
+                yield from self._sort(futures, dialogs)
             finally:
                 for future in futures:
                     future.cancel()
 
-    def _sort(self, futures: dict[concurrent.futures.Future, int]) -> Iterator[tuple[int, str | None]]:
-        """Replies as they come. Refusals wait for the first reply: until then they may be the fault of all requests alike."""
-        answered, waiting, silent, row = False, [], [], 0
+    def _sort(
+        self, futures: dict[concurrent.futures.Future, int], dialogs: Sequence[list[Message]]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Replies as they come, None for what was refused."""
+        answered, silent, row = False, [], 0
         for future in concurrent.futures.as_completed(futures):
             try:
                 reply = future.result()
             except _FailedError as error:
-                if error.refused and (answered or error.certain):
+                if error.refused:
+                    answered = answered or self._takes_others_like(dialogs[futures[future]], error)
                     yield futures[future], None
                     continue
-                (waiting if error.refused else silent).append((futures[future], error))
+                silent.append(error)
                 row += 1
                 if error.fatal or row == max(_IN_A_ROW, self._workers):
                     raise ValueError(f"judge: {self.url} gave no answer: {error}") from None
                 continue
             answered, row = True, 0
             yield futures[future], reply
-            yield from ((i, None) for i, _ in waiting)
-            waiting.clear()
-        yield from ((i, None) for i, _ in waiting)
         if silent:
             again = "" if len(futures) == 1 else f"; of {len(futures)} requests {len(silent)} are left, which the next run asks"
-            raise ValueError(f"judge: {self.url} gave no answer: {silent[-1][1]}{again}")
+            raise ValueError(f"judge: {self.url} gave no answer: {silent[-1]}{again}")
+
+    def _takes_others_like(self, dialog: Sequence[Message], refusal: _FailedError) -> bool:
+        """True if the endpoint answers a few words in the roles of a dialog that it refused; else the ValueError."""
+        try:
+            self._reply([{**message, "content": "Say yes."} for message in dialog])
+        except _FailedError:
+            raise ValueError(f"judge: {self.url} gave no answer: {refusal}") from None
+        return True
 
     def _reply(self, messages: list[Message]) -> str:
         body = {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": self._max_tokens}
@@ -89,13 +96,10 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return json.load(response)["choices"][0]["message"]["content"] or ""
             except urllib.error.HTTPError as error:
-                text = error.read(500).decode(errors="replace")
-                problem = f"HTTP {error.code}: {text}"
-                if error.code in _REFUSED:
-                    certain = error.code == 413 or bool(_TOO_LONG.search(text))
-                    raise _FailedError(problem, refused=True, certain=certain) from None
+                problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code not in _PATIENCE:
-                    raise _FailedError(problem, fatal=True) from None
+                    refused = error.code in _REFUSED
+                    raise _FailedError(problem, refused=refused, fatal=not refused) from None
             except (OSError, ValueError, LookupError, TypeError) as error:  # unreachable, or no JSON of this API
                 problem = f"{type(error).__name__}: {error}"
             if number + 1 < self._tries:

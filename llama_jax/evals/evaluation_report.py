@@ -1,9 +1,10 @@
 """The report of an evaluation: tables beside the paper's own numbers, differences with intervals, plots.
 
 Tables 3, 11, 14, 19 to 25 and 44 to 50. Written as results.json for programs, report.md, and a report.html that needs nothing
-beside it.
+beside it and shows what the models answered to some prompts of the safety benchmarks, side by side.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ _PROMPTS = (
 _FAMILY_TASKS = ("mmlu", "bbh", "agieval", "math", "toxigen", "bold")
 _AVERAGED = ("mmlu", "bbh", "agieval", "math")  # families with a row of their own among the tasks
 _NO_METRICS = ("value", "stderr")  # of a record's numbers
+_SHOWN = 4  # prompts of a safety benchmark whose answers stand side by side
 
 
 def write(values: Mapping[str, Any], output: Path, *, paper: Sequence[str]) -> None:
@@ -41,7 +43,25 @@ def write(values: Mapping[str, Any], output: Path, *, paper: Sequence[str]) -> N
     title = f"Evaluation: {values['suite']}"
     write_json(output / "results.json", values)
     _write(output / "report.md", markdown_sections(title, _LEAD, sections, figures=figures).encode())
-    _write(output / "report.html", render_page(title, _LEAD, sections, figures=figures).encode())
+    shown = samples(values["models"], output)
+    _write(output / "report.html", render_page(title, _LEAD, sections, figures=figures, samples=shown).encode())
+
+
+def samples(models: Sequence[str], output: Path) -> list[dict[str, Any]]:
+    """Some prompts of each safety benchmark, evenly over it, with each model's answer, as `report_html` takes them.
+
+    The examples before a question of TruthfulQA, which all have, are left out.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for model in models:
+        for path in sorted((output / model / "safety").glob("*.json")):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            for prompt, answer in zip(kept["prompts"], kept["answers"], strict=True):
+                found.setdefault(path.stem, {}).setdefault(prompt, {})[model] = answer
+    return [
+        {"prompt": f"{TITLES[name].partition(' (')[0]}: " + prompt.rstrip().rpartition("\n\n")[2], "answers": prompts[prompt]}
+        for name, prompts in found.items() for prompt in list(prompts)[:: -(-len(prompts) // _SHOWN)]
+    ]  # fmt: skip
 
 
 def build(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> list[Section]:

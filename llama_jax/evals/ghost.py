@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.data.dialog import B_INST, B_SYS, encode_dialog
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals.statistics import Interval, mean_interval
+from llama_jax.evals.statistics import Interval, share_interval
 from llama_jax.model.attention_map import largest_attention
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
@@ -126,7 +126,7 @@ def _probe(
 def recall_table(found: Sequence[Recall]) -> dict[int, Interval]:
     """The share of answers that obey, by turn, with its 95 % interval."""
     turns = sorted({row.turn for row in found})
-    return {turn: mean_interval(np.array([float(row.obeyed) for row in found if row.turn == turn])) for turn in turns}
+    return {turn: share_interval(np.array([row.obeyed for row in found if row.turn == turn])) for turn in turns}
 
 
 def recall_rows(tables: dict[str, dict[int, Interval]]) -> list[list[Any]]:

@@ -1,4 +1,7 @@
-"""Table 30 as a table and a figure: how often an instruction of the first turn is obeyed later, without and with GAtt."""
+"""Table 30 as a table and a figure: how often an instruction of the first turn is obeyed later, without and with GAtt.
+
+Beside the shares stand a few of the dialogs that they count, with the answers of both models (Figs. 9, 28).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +13,13 @@ LABELS = {"baseline": "baseline", "ghost": "Ghost Attention"}
 PAPER = {"baseline": {2: 100, 4: 10, 6: 0, 20: 0}, "ghost": {2: 100, 4: 100, 6: 100, 20: 100}}
 
 Recalls = Mapping[str, Mapping[str, Mapping[str, float]]]  # {model: {turn: {"mean", "low", "high"}}}
+
+_OBEYED = {True: "\u2713", False: "\u2717"}
+DIALOGS_NOTE = (
+    "Side by side: the first dialogs that were measured, not chosen by what they show (as Figs. 9 and 28). The instruction "
+    "stands before the first question only, and each model goes on from its own answers; a hobby or a name is asked for beside "
+    f"the dialog. {_OBEYED[True]} obeys, {_OBEYED[False]} does not."
+)
 
 
 def rows(recall: Recalls) -> list[list[str]]:
@@ -32,7 +42,67 @@ def markdown(values: Mapping[str, Any]) -> str:
     lines = [columns(), ["---"] * len(columns()), *rows(values["recall"])]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     obeyed = f"The policy obeys in {100 * values['policy_obeys']:.0f} % of the samples of Ghost Attention."
-    return f"# Ghost Attention\n\nObeyed by turn, with 95 % intervals (Table 30).\n\n{table}\n\n{obeyed}\n"
+    blocks = ["# Ghost Attention", "Obeyed by turn, with 95 % intervals (Table 30).", table, obeyed]
+    return "\n\n".join([*blocks, *dialog_blocks(values.get("examples") or [])]) + "\n"
+
+
+def examples(
+    instructions: Sequence[str], answers: Mapping[str, Sequence[Mapping[str, Any]]], *, most: int = 3
+) -> list[dict[str, Any]]:
+    """The first dialogs with what each model answered, {"instruction", "turns": [{"turn", "question", "answers"}]}.
+
+    Args:
+      instructions: of each dialog, by its number.
+      answers: rows with the fields of `evals.ghost.Recall`, by model.
+    """
+    found = []
+    for number, instruction in enumerate(instructions):
+        asked: dict[tuple[int, str], dict[str, Any]] = {}
+        for name, judged in answers.items():
+            for row in judged:
+                if row["context"] == number:
+                    said = {"answer": row["answer"], "obeyed": row["obeyed"]}
+                    asked.setdefault((row["turn"], row["question"]), {})[name] = said
+        turns = [{"turn": turn, "question": question, "answers": asked[turn, question]} for turn, question in sorted(asked)]
+        if turns and len(found) < most:
+            found.append({"instruction": instruction, "turns": turns})
+    return found
+
+
+def dialog_columns(dialogs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Titles of `dialog_rows`."""
+    return ["turn", "user", *(LABELS.get(name, name) for name in _models(dialogs))]
+
+
+def dialog_rows(dialogs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of each of `examples` a row with its instruction, then a row a turn with the models' answers side by side."""
+    names, found = _models(dialogs), []
+    for dialog in dialogs:
+        found.append(["", f"Instruction: {one_line(dialog['instruction'])}", *("" for _ in names)])
+        for turn in dialog["turns"]:
+            said = (turn["answers"].get(name) for name in names)
+            cells = ["" if s is None else f"{_OBEYED[s['obeyed']]} {one_line(s['answer'])}" for s in said]
+            found.append([str(turn["turn"]), one_line(turn["question"]), *cells])
+    return found
+
+
+def dialog_blocks(dialogs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`examples` as blocks of Markdown, none without them; what a model wrote cannot end its cell."""
+    if not dialogs:
+        return []
+    columns = dialog_columns(dialogs)
+    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in dialog_rows(dialogs)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+    return ["## The same dialogs, side by side", DIALOGS_NOTE, table]
+
+
+def one_line(text: str, most: int = 160) -> str:
+    """A text for a table; of a long one the beginning and the end, with [...] between: an instruction may be about either."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))  # a NUL would make the file a binary one
+    if len(text) <= most:
+        return text
+    head, tail = text[: most // 2], text[-most // 3 :]  # whole words, where there are any
+    return f"{head.rpartition(' ')[0] or head} [...] {tail.partition(' ')[2] or tail}"
 
 
 def recall(found: Recalls) -> Plot:
@@ -61,6 +131,10 @@ def recall(found: Recalls) -> Plot:
         for name, table in found.items()
     )
     return Plot("ghost_recall", "An instruction of the first turn, obeyed later", f"Line plot. {said}.", draw)
+
+
+def _models(dialogs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for dialog in dialogs for turn in dialog["turns"] for name in turn["answers"]))
 
 
 def _reach(means: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:

@@ -88,18 +88,21 @@ def families(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
     }
 
 
-def groups(results: Mapping[str, Result], *, extra: Mapping[str, Sequence[str]] | None = None) -> dict[str, dict[str, Any]]:
+def groups(
+    results: Mapping[str, Result], *, extra: Mapping[str, Sequence[str]] | None = None,
+    whole: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """{group: {value, stderr, n, missing}} for every group with a result in it, and for parts of families in `extra`.
 
-    A group that lacks members is the mean of those there are, and names the others. What was run with other examples than
-    Table 3's, or by another metric, is no member.
+    A group that lacks members is the mean of those there are, and names the others; of families in `whole`, {name: all of its
+    tasks}, it says how many tasks it lacks. What was run with other examples than Table 3's, or by another metric, is none.
     """
     by_family = families({task: row for task, row in results.items() if as_the_paper(task, row)})
     out: dict[str, dict[str, Any]] = {}
     for group, members in GROUPS.items():
         found = [by_family[name] for name in members if name in by_family]
         if found:
-            missing = [name for name in members if name not in by_family]
+            missing = [text for name in members if (text := _lacking(name, by_family, results, (whole or {}).get(name, ())))]
             out[group] = {**average(found, by_question=False), "missing": missing}
     for name, row in families(results).items():
         if name in ("truthfulqa", "toxigen"):
@@ -109,6 +112,14 @@ def groups(results: Mapping[str, Result], *, extra: Mapping[str, Sequence[str]] 
         if found:
             out[name] = {**average(found, by_question=True), "missing": [task for task in members if task not in results]}
     return out
+
+
+def _lacking(name: str, by_family: Mapping[str, Any], results: Mapping[str, Result], tasks: Sequence[str]) -> str:
+    """What is missing of a member of a group, in words; "" if nothing is."""
+    if name not in by_family:
+        return name
+    absent = sum(task not in results for task in tasks)
+    return f"{absent} of the {len(tasks)} tasks of {name}" if absent else ""
 
 
 def weights(group: str, results: Mapping[str, Result], *, extra: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:

@@ -32,7 +32,7 @@ from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine, EngineConfig, Request
 from llama_jax.training.metrics import Progress
 
-_SLICE = 4096  # log-likelihoods that are asked of the file, computed and written together
+_SLICE = 4096  # log-likelihoods that are planned together; each is kept when its batch of rows has been read
 _ANSWER = 256  # tokens of an answer where a task does not say: the harness's default
 _SLOTS = 16  # answers that are drawn together at most, on each shard of the batch
 _REUSE = 32  # prompts that share so many tokens compute them once
@@ -136,9 +136,14 @@ class HarnessModel:
                 known = self._known([request_file.key("loglikelihood", args) for args in asked])
                 progress.update(len(known))
                 open_ones = [i for i in range(len(asked)) if i not in known]
-                for i, score in zip(open_ones, self.scorer([pairs[i] for i in open_ones], progress=progress.update)):
-                    known[i] = self._keep("loglikelihood", asked[i], score)
-                self._commit()
+
+                def keep(place: int, score: Score, asked=asked, known=known, open_ones=open_ones) -> None:
+                    known[open_ones[place]] = self._keep("loglikelihood", asked[open_ones[place]], score)
+
+                try:
+                    self.scorer([pairs[i] for i in open_ones], progress=progress.update, keep=keep)
+                finally:
+                    self._commit()
                 results += [tuple(known[i]) for i in range(len(asked))]
         return results
 
@@ -156,14 +161,22 @@ class HarnessModel:
         windows = [[self._fitting(*window, "loglikelihood_rolling") for window in group] for group in windows]
         known = self._known([request_file.key("loglikelihood_rolling", request.args) for request in requests])
         open_ones = [i for i in range(len(requests)) if i not in known]
-        flat = [window for i in open_ones for window in windows[i]]
+        flat = [(i, window) for i in open_ones for window in windows[i]]
+        found: dict[int, dict[int, float]] = {i: {} for i in open_ones}  # of each text its windows so far, by place
+
+        def keep(place: int, score: Score) -> None:
+            i = flat[place][0]
+            found[i][place] = score[0]
+            if len(found[i]) == len(windows[i]):
+                total = sum(found[i][window] for window in sorted(found[i]))
+                known[i] = self._keep("loglikelihood_rolling", requests[i].args, total)
+
         with Progress(len(flat), "rolling log-likelihoods", "window", quiet=self.quiet or disable_tqdm) as progress:
-            scores = iter(self.scorer(flat, progress=progress.update))
-        for i in open_ones:
-            total = sum(next(scores)[0] for _ in windows[i])
-            known[i] = self._keep("loglikelihood_rolling", requests[i].args, total)
-        self._commit()
-        return [known[i] for i in range(len(requests))]
+            try:
+                self.scorer([window for _, window in flat], progress=progress.update, keep=keep)
+            finally:
+                self._commit()
+        return [known.get(i, 0.0) for i in range(len(requests))]  # a text of no token has no window
 
     def _known(self, keys: Sequence[str]) -> dict[int, Any]:
         """{place: result} of the requests that are kept.

@@ -52,6 +52,26 @@ def open_model(place: str, settings: HuggingFace, *, chat: bool, seed: int, quie
     return made
 
 
+def check_model(place: str, settings: HuggingFace) -> None:
+    """Looks for the model that `open_model` opens, without reading its weights.
+
+    Raises:
+      ModuleNotFoundError: torch, transformers or accelerate is missing.
+      ValueError: nothing that transformers knows is there.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"hf:{place}: needs {error.name}: pip install torch transformers accelerate") from None
+    try:
+        for part in (AutoConfig, AutoTokenizer):
+            part.from_pretrained(place, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hf:{place}: expected a model with its tokenizer: {error}") from error
+
+
 @functools.cache
 def _subclass() -> type:
     """Made when it is asked for: importing the harness imports torch and changes the environment."""

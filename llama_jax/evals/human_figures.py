@@ -8,7 +8,7 @@ from llama_jax.evals.plots import Plot, Theme, canvas, legend, note
 
 _SPLITS = {
     "turns": "Single and multi turn (Fig. 12)", "turn_count": "By turns of the prompt (Fig. 31)",
-    "category": "By category (Fig. 30)", "length": "By words of the prompt, in fifths (Fig. 31)",
+    "category": "By category (Fig. 30)", "length": "By words of the prompt, in fifths (Fig. 31 counts the answer too)",
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 The language model sees both answers in random order and ends with [[A]], [[B]] or [[C]]; its prompt is ours, since the paper's
 is not printed. A reply without exactly one such verdict is garbage, and what the judge did not take, as too long, is refused;
-both are counted, and never taken for a tie. Verdicts are kept in a file as they come, by what was judged and who judged, so
-that a run goes on where it was stopped.
+both are counted, and never taken for a tie. Verdicts are kept in a file as they come, by what was asked and of whom, under
+which settings, so that a run goes on where it was stopped, and asks everything again where a verdict might be another one.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.dialog import TAGS, Message
+from llama_jax.data.dialog import TAGS, Message, prompt_key
 from llama_jax.data.row_file import RowFile
-from llama_jax.evals.answer_files import Answered, prompt_key
+from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.sheets import dialog_text
 from llama_jax.evals.statistics import win_rate
 from llama_jax.reward.held_out import share
@@ -73,25 +73,27 @@ def outcome(verdict: str | None, *, swapped: bool) -> str:
 
 
 def ask_judge(
-    pairs: Sequence[Pair], ask: Ask, kept: RowFile, *, name: str, seed: int, done: Callable[[], None] = lambda: None
-) -> list[str]:
+    pairs: Sequence[Pair], ask: Ask, kept: RowFile, *, judge: Mapping[str, Any], seed: int,
+    done: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
     """The outcome of each pair by a language model, one of OUTCOMES; replies that are in `kept` are not asked for again.
 
     Args:
-      name: who judges; another judge's verdicts do not count.
+      judge: who judges, and how: whatever a reply depends on beside the question. Verdicts of another one do not count.
       seed: of the order in which the answers are shown.
       done: called once for each pair.
     """
     swaps = [_swap(pair, seed) for pair in pairs]
-    keys = [_key(pair, name, swapped) for pair, swapped in zip(pairs, swaps)]
+    prompts = [judge_prompt(pair, swapped=swapped) for pair, swapped in zip(pairs, swaps)]
+    keys = [_key(judge, prompt) for prompt in prompts]
     replies = {row["key"]: row["reply"] for row in kept.rows}
     missing = list({key: i for i, key in enumerate(keys) if key not in replies}.values())
     for _ in range(len(pairs) - len(missing)):
         done()
-    for place, reply in ask([judge_prompt(pairs[i], swapped=swaps[i]) for i in missing]):
+    for place, reply in ask([prompts[i] for i in missing]):
         i = missing[place]
         verdict = None if reply is None else parse_verdict(reply)
-        kept.append({"key": keys[i], "judge": name, "swapped": swaps[i], "verdict": verdict, "reply": reply})
+        kept.append({"key": keys[i], "judge": dict(judge), "swapped": swaps[i], "verdict": verdict, "reply": reply})
         replies[keys[i]] = reply
         done()
     return [
@@ -101,10 +103,11 @@ def ask_judge(
 
 
 def compare_scores(first: np.ndarray, second: np.ndarray) -> list[str]:
-    """The outcome of each pair by a reward model's scores; garbage if an answer has none (NaN). # float [n], float [n]"""
+    """The outcome of each pair by a reward model's scores; refused if it took one of the answers not, and gave it no score
+    (NaN). # float [n], float [n]"""
     missing = np.isnan(first) | np.isnan(second)
     words = np.where(first > second, "win", np.where(first < second, "loss", "tie"))
-    return np.where(missing, "garbage", words).tolist()
+    return np.where(missing, "refused", words).tolist()
 
 
 def summarise(outcomes: Sequence[str]) -> dict[str, Any]:
@@ -133,9 +136,8 @@ def _swap(pair: Pair, seed: int) -> bool:
     return bool(hashlib.sha256(f"{seed}:{prompt_key(pair[0].messages)}".encode()).digest()[0] & 1)
 
 
-def _key(pair: Pair, name: str, swapped: bool) -> str:
-    content = [name, prompt_key(pair[0].messages), pair[0].answer, pair[1].answer, pair[0].is_safety, swapped]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:32]
+def _key(judge: Mapping[str, Any], prompt: Sequence[Message]) -> str:
+    return hashlib.sha256(json.dumps([judge, prompt], ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def finite(values: Any) -> Any:

@@ -4,19 +4,20 @@
     scorer([(context, continuation), ...])          # token ids -> [(log p, whether it is the greedy one), ...]
 
 Continuations of one context are branches of a tree, contexts that begin alike (few-shot examples) continue one cache, and trees
-are packed into rows of few static lengths (`model/tree.py`). The plan is made on the host, from token ids alone.
+are packed into rows of few static lengths (`data/forest.py`). The plan is made on the host, from token ids alone.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.data.forest import Ids, Rows, Tree, by_stem, grow
 from llama_jax.data.packing import pack
 from llama_jax.model.cache import KVCache, empty_cache
 from llama_jax.model.config import Compute, ModelConfig
@@ -48,22 +49,10 @@ class ScoringConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
-    """A context and some of its continuations, with the requests that asked for each."""
-
-    stem: tuple[int, ...]
-    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (continuation, indices of requests)
-
-    def size(self, start: int) -> int:
-        """Tokens of a row that it takes, where a cache holds the first `start` of the stem."""
-        return len(self.stem) - start + sum(len(continuation) - 1 for continuation, _ in self.branches)
-
-
-@dataclasses.dataclass(frozen=True)
 class Group:
     """Trees whose stems begin with the same `prefix`, which is computed first; it may be empty."""
 
-    prefix: tuple[int, ...]
+    prefix: Ids
     trees: list[Tree]
 
 
@@ -99,8 +88,13 @@ class Scorer:
         """Programs compiled so far."""
         return sum(program._cache_size() for program in (self._fill, self._states, self._read))
 
-    def __call__(self, pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None) -> list[Score]:
+    def __call__(
+        self, pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None,
+        keep: Callable[[int, Score], None] | None = None,
+    ) -> list[Score]:  # fmt: skip
         """(log p(continuation | context), whether each of its tokens is the most likely one) for each pair, in order.
+
+        `keep` is told the place and the score of each pair as soon as the batch of rows is read that it is in.
 
         Raises:
           ValueError: an empty context or continuation, or a pair that is longer than the model's context.
@@ -120,6 +114,8 @@ class Scorer:
             for row, start, end, requests in spans:
                 for i in requests:
                     log_probs[i], greedy[i] = log_p[row, start:end].sum(), best[row, start:end].all()
+                    if keep:
+                        keep(i, (float(log_probs[i]), bool(greedy[i])))
                 done += len(requests)
             if progress:
                 progress(done)
@@ -173,31 +169,30 @@ class Scorer:
         return self._fill(self.weights, tokens, lengths)
 
     def _run(self, rows, groups, cache, batch, length):
-        arrays = Trees(*(np.zeros((batch, length), np.int32) for _ in range(4)), np.zeros((batch,), np.int32))
+        filled, prefixes = Rows.empty(batch, length), np.zeros((batch,), np.int32)
         spans, wanted = [], []
         for row, (group, trees) in enumerate(rows):
-            arrays.prefixes[row] = group
-            questions = _fill_row(arrays, row, len(groups[group].prefix), trees)
-            wanted.append([q for places, targets, _ in questions for q in zip(places, targets)])
+            prefixes[row] = group
+            questions = filled.fill(row, trees, start=len(groups[group].prefix))
+            # The token before predicts each one; the last of the stem, the first.
+            wanted.append([q for of in questions for q in zip((of.last, *of.places), of.ids, strict=True)])
             start = 0
-            for places, _, requests in questions:
-                spans.append((row, start, start + len(places), requests))
-                start += len(places)
+            for question in questions:
+                end = start + len(question.ids)
+                spans.append((row, start, end, question.requests))
+                start = end
         places, targets = (np.zeros((batch, bucket(max(map(len, wanted)), _CHUNK)), np.int32) for _ in range(2))
         for row, found in enumerate(wanted):
             places[row, : len(found)], targets[row, : len(found)] = np.array(found, np.int32).T
-        self.cost["computed"] += arrays.tokens.size
+        self.cost["computed"] += filled.tokens.size
         self.cost["rows"] += len(rows)
-        hidden = self._states(self.weights, arrays, cache)
+        hidden = self._states(self.weights, Trees(*filled, prefixes), cache)
         return *self._read(self.weights, hidden, places, targets), spans
 
 
 def plan(pairs: Sequence[Pair], settings: ScoringConfig) -> list[Group]:
     """Groups of trees that answer all pairs; each distinct pair is computed once."""
-    stems: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-    for i, (context, continuation) in enumerate(pairs):
-        stems.setdefault(tuple(context), {}).setdefault(tuple(continuation), []).append(i)
-    groups, alone = [], []
+    stems, groups, alone = by_stem(pairs), [], []
     for common, members in _beginnings(sorted(stems), settings):
         trees = [tree for stem in members for tree in _trees(stem, stems[stem], common, settings.row)]
         if common:
@@ -207,19 +202,13 @@ def plan(pairs: Sequence[Pair], settings: ScoringConfig) -> list[Group]:
     return [*groups, *([Group((), alone)] if alone else [])]
 
 
-def _trees(stem: tuple[int, ...], branches: dict, start: int, row: int) -> list[Tree]:
-    """The continuations of a stem in as many trees as rows need."""
-    trees: list[Tree] = []
+def _trees(stem: Ids, branches: Mapping[Ids, Sequence[int]], start: int, row: int) -> list[Tree]:
+    """The continuations of a stem in as many trees as rows need; a row holds at least the longest one."""
     row = row_length(len(stem) - start + max(map(len, branches)) - 1, row)
-    for branch in sorted((tuple(ids), tuple(requests)) for ids, requests in branches.items()):
-        if trees and trees[-1].size(start) + len(branch[0]) - 1 <= row:
-            trees[-1] = Tree(stem, (*trees[-1].branches, branch))
-        else:
-            trees.append(Tree(stem, (branch,)))
-    return trees
+    return grow(stem, branches, row=row, start=start, unread=1)
 
 
-def _beginnings(stems: list[tuple[int, ...]], settings: ScoringConfig) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+def _beginnings(stems: list[Ids], settings: ScoringConfig) -> Iterator[tuple[int, list[Ids]]]:
     """Sorted stems in runs that begin alike: (tokens that a cache shall hold, the run)."""
     common = [0, *(_common(a, b) for a, b in zip(stems, stems[1:])), 0]
     start = 0
@@ -234,28 +223,6 @@ def _beginnings(stems: list[tuple[int, ...]], settings: ScoringConfig) -> Iterat
         worth = len(run) > 1 and shared >= settings.share and cached < sum(map(len, run))
         yield (shared if worth else 0), run
         start = i
-
-
-def _fill_row(arrays: Trees, row: int, start: int, trees: Sequence[Tree]) -> list[tuple[list[int], list[int], tuple[int, ...]]]:
-    """Writes trees into a row; for each branch, the places that predict its tokens, the tokens, and who asked."""
-    at, out = 0, []
-
-    def write(ids, position, tree, branch):
-        nonlocal at
-        span = slice(at, at + len(ids))
-        arrays.tokens[row, span] = ids
-        arrays.positions[row, span] = np.arange(position, position + len(ids))
-        arrays.trees[row, span], arrays.branches[row, span] = tree, branch
-        at += len(ids)
-
-    for number, tree in enumerate(trees, start=1):
-        write(tree.stem[start:], start, number, 0)
-        last = at - 1
-        for branch, (ids, requests) in enumerate(tree.branches, start=1):
-            places = [last, *range(at, at + len(ids) - 1)]
-            write(ids[:-1], len(tree.stem), number, branch)
-            out.append((places, list(ids), requests))
-    return out
 
 
 def row_length(size: int, least: int) -> int:

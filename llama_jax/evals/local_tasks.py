@@ -8,7 +8,7 @@ import ast
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class File:
     columns: tuple[str, ...]
     document: Callable[[Row], Document | list[Document]] = dict
     only: tuple[str, str] = ()  # a column and the value that rows of this task have in it
+    part: bool = False  # by its name it holds some of the set's rows, which a report has to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Layout:
     unit: Callable[[Document], str] | None = None
     fewer: bool = False
     prepared: bool = False
+
+
+def whole_or_part(whole: str, part: str, *how: Any) -> tuple[File, File]:
+    """A set under its own name, else the part of it that is published under another; `how`: what both have of `File`."""
+    return File(whole, *how), dataclasses.replace(File(part, *how), part=True)
 
 
 def find(data_dir: str | Path, *names: str) -> Path:
@@ -210,7 +216,13 @@ def _squad(row: Row) -> Document:
 
 
 def _trivia(row: Row) -> Document:
-    return {"question": row["Question"].rstrip("?"), "answer": {"aliases": row["Answer"]["Aliases"]}}
+    answer = row["Answer"]
+    return {"question": row["Question"].rstrip("?"), "answer": {"aliases": aliases(answer.get("Value"), answer["Aliases"])}}
+
+
+def aliases(value: str | None, others: Sequence[str]) -> list[str]:
+    """What TriviaQA takes for an answer, the answer itself first."""
+    return list(dict.fromkeys(name for name in (value, *others) if name is not None))
 
 
 def _agieval(row: Row) -> Document:
@@ -232,7 +244,7 @@ def _bbh(row: Row) -> Document:
     return {"input": row["input"], "target": row["target"]}
 
 
-_ARC_COLUMNS, _AGIEVAL = ("question", "answerKey"), "agieval_english_60_per_task"
+_ARC_COLUMNS = ("question", "answerKey")
 _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     "hellaswag": Layout(File("hellaswag_val", ("query", "choices", "gold"), _hellaswag)),
     "piqa": Layout(File("piqa_valid", ("goal", "sol1", "sol2", "label"))),
@@ -251,24 +263,29 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     ),
     "quac": Layout(
         (File("quac_val_v0.2", ("title", "paragraphs"), quac.article),
-         File("quac_sample", ("title", "context", "qas"), quac.turns)),
+         File("quac_sample", ("title", "context", "qas"), quac.turns, part=True)),
         unit=lambda document: document["context"],
     ),
     "nq_open": Layout(File("nq_open_dev", ("question", "answer")), File("nq_open_exemplars_64", ("question", "answer"))),
     "triviaqa": Layout(
-        File("triviaqa_sample", ("Question", "Answer"), _trivia), unit=lambda document: document["question"]
+        whole_or_part("triviaqa", "triviaqa_sample", ("Question", "Answer"), _trivia),
+        unit=lambda document: document["question"],
     ),
     "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
     "math": lambda subject: Layout(
         File("math_test", ("subject", "problem", "solution"), only=("subject", subject)), prepared=True
     ),
     "mmlu": lambda subject: Layout(
-        File("mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
+        whole_or_part(
+            "mmlu", "mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)
+        ),
         File("mmlu_dev_5shot", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
     ),
-    "bbh": lambda task: Layout(File("bbh_25_per_task", ("task", "input", "target"), _bbh, ("task", task))),
+    "bbh": lambda task: Layout(whole_or_part("bbh", "bbh_25_per_task", ("task", "input", "target"), _bbh, ("task", task))),
     "agieval": lambda task: Layout(
-        File(_AGIEVAL, ("task", "question", "options", "label"), _agieval, ("task", task)),
+        whole_or_part(
+            "agieval", "agieval_english_60_per_task", ("task", "question", "options", "label"), _agieval, ("task", task)
+        ),
         File(
             "agieval_few_shot_prompts", ("task", "row", "text"), _agieval_shot,
             ("task", task.removesuffix("-without-passage")),
@@ -277,7 +294,8 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     ),
     "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"))),
     "mbpp": Layout(
-        File("mbpp_test_11_310", ("text", "code", "test_list")), File("mbpp_prompt_tasks_1_10", ("text", "code", "test_list"))
+        whole_or_part("mbpp_test", "mbpp_test_11_310", ("text", "code", "test_list")),
+        File("mbpp_prompt_tasks_1_10", ("text", "code", "test_list")),
     ),
     **{
         part: Layout(File(f"scrolls_{part}", long_context.COLUMNS, long_context.checked(part)), prepared=True)

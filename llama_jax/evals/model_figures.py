@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.plots import BESIDE, DARK, MARKERS, Plot, Theme, canvas, legend, note
+from llama_jax.evals.plots import BESIDE, DARK, Plot, Theme, canvas, legend, note, styles
 from llama_jax.rlhf.best_of import BestOf
 
 
@@ -17,11 +17,10 @@ def win_rate_axes(points: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Pl
         figure, (ax,) = canvas(theme, title, panel=(5.4, 5.0), grid="both")
         ax.axhline(50, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
         ax.axvline(50, color=theme.grey, linewidth=1, linestyle=(0, (4, 3)))
-        for index, (label, axes) in enumerate(points.items()):
+        for (label, axes), style in zip(points.items(), styles(theme, len(points), size=8)):
             (x, *x_ends), (y, *y_ends) = (_percents(axes[name]) for name in ("helpfulness", "safety"))
             errors = {"xerr": [[x - x_ends[0]], [x_ends[1] - x]], "yerr": [[y - y_ends[0]], [y_ends[1] - y]]}
-            marker = MARKERS[index % len(MARKERS)]
-            ax.errorbar(x, y, **errors, color=theme.colour(index), marker=marker, markersize=8, capsize=3)
+            ax.errorbar(x, y, **errors, **style, capsize=3)
             note(ax, theme, label, (x, y), xytext=(9, 9))
         ax.set_xlim(0, 100)
         ax.set_ylim(0, 100)
@@ -42,11 +41,11 @@ def best_of_n(curves: Mapping[str, BestOf]) -> Plot:
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title)
-        for index, (label, best) in enumerate(curves.items()):
+        for (label, best), style in zip(curves.items(), styles(theme, len(curves), size=5)):
             counts = np.arange(1, len(best.maximum) + 1)
-            style = {"color": theme.colour(index), "linewidth": 1.8}
-            ax.plot(counts, best.maximum, marker=MARKERS[index % len(MARKERS)], markersize=4, label=f"{label}: best", **style)
-            ax.plot(counts, best.median, linestyle=(0, (4, 2)), label=f"{label}: median", **style)
+            style |= {"linewidth": 1.8, "markevery": [n - 1 for n in _ticks(len(counts))]}
+            ax.plot(counts, best.maximum, label=f"{label}: best", **style)
+            ax.plot(counts, best.median, label=f"{label}: median", linestyle=(0, (4, 2)), markerfacecolor=theme.page, **style)
         _log_counts(ax, curves.values())
         ax.set_ylabel("reward model score")
         legend(ax, theme, **(BESIDE if len(curves) > 2 else {}))  # where so many lines leave no room
@@ -57,6 +56,12 @@ def best_of_n(curves: Mapping[str, BestOf]) -> Plot:
         for label, best in curves.items()
     )
     return Plot("best_of_n", title, f"Lines over N. {title}. {words}.", draw)
+
+
+def best_temperature(curves: Mapping[float, BestOf]) -> tuple[float, int]:
+    """The temperature with the best maximum of N samples, and N: the most samples that all of them have."""
+    n = min(len(best.maximum) for best in curves.values())
+    return max(curves, key=lambda temperature: curves[temperature].maximum[n - 1]), n
 
 
 def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
@@ -85,11 +90,8 @@ def temperature_map(models: Mapping[str, Mapping[float, BestOf]]) -> Plot:
         legend(axes[columns - 1], theme, **BESIDE)
         return figure
 
-    words = "; ".join(
-        f"{model}: best temperature at N = {len(next(iter(curves.values())).maximum)} is "
-        f"{max(curves, key=lambda t: curves[t].maximum[-1]):g}"  # noqa: B023 - used at once
-        for model, curves in models.items()
-    )
+    found = {model: best_temperature(curves) for model, curves in models.items()}
+    words = "; ".join(f"{model}: best temperature at N = {n} is {best:g}" for model, (best, n) in found.items())
     return Plot("temperature_map", title, f"Lines over N, one for each temperature. {title}. {words}.", draw)
 
 
@@ -129,17 +131,16 @@ def self_bleu(models: Mapping[str, Mapping[str, Mapping[float, Mapping[str, floa
     def draw(theme: Theme) -> Any:
         figure, axes = canvas(theme, title, columns=len(kinds), panel=(4.4, 3.6), share_y=True)
         for ax, kind in zip(axes, kinds):
-            for index, (model, of_model) in enumerate(models.items()):
+            for (model, of_model), style in zip(models.items(), styles(theme, len(models), size=4.5)):
                 points = sorted(of_model.get(kind, {}).items())
                 x = np.array([temperature for temperature, _ in points])
                 mean, std = (np.array([point[name] for _, point in points]) for name in ("mean", "std"))
-                colour, marker = theme.colour(index), MARKERS[index % len(MARKERS)]
-                ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-                ax.plot(x, mean, color=colour, marker=marker, markersize=4.5, label=model)
+                ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+                ax.plot(x, mean, label=model, **style)
             ax.set_title({"all": "all prompts"}.get(kind, f"{kind} prompts"))
             ax.set_xlabel("temperature")
         axes[0].set_ylabel("Self-BLEU (100: all alike)")
-        legend(axes[-1], theme)
+        legend(axes[-1], theme, **(BESIDE if len(models) > 4 else {}))
         return figure
 
     words = "; ".join(
@@ -156,11 +157,10 @@ def calibration(
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title)
-        for index, (label, points) in enumerate(curves.items()):
+        for (label, points), style in zip(curves.items(), styles(theme, len(curves), size=5)):
             x, mean, std = (np.array([point[name] for point in points]) for name in ("rating", "mean", "std"))
-            colour, marker = theme.colour(index), MARKERS[index % len(MARKERS)]
-            ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-            ax.plot(x, mean, color=colour, marker=marker, markersize=5, label=label)
+            ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+            ax.plot(x, mean, label=label, **style)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("median rating")
         ax.set_ylabel("reward model score")
@@ -179,12 +179,15 @@ def _percents(share: Mapping[str, float]) -> tuple[float, float, float]:
 
 
 def _log_counts(ax: Any, curves: Any) -> None:
-    largest = max(len(best.maximum) for best in curves)
-    ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= largest]
+    ticks = _ticks(max(len(best.maximum) for best in curves))
     ax.set_xscale("log")
     ax.set_xticks(ticks, labels=[str(n) for n in ticks])
     ax.minorticks_off()
     ax.set_xlabel("N")
+
+
+def _ticks(largest: int) -> list[int]:
+    return [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= largest]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

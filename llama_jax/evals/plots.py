@@ -32,9 +32,15 @@ class Theme:
         return self.cycle[index % len(self.cycle)]
 
 
-LIGHT = Theme("#ffffff", "#2a3140", "#e6e9ef", "#b4bbc8", ("#3b6fd4", "#e08a1e", "#2a9d76", "#8a63c9", "#cf4b4b", "#5b6578"))
-DARK = Theme("#1a202c", "#e6e9f0", "#2c3444", "#667085", ("#86acf5", "#f0b35c", "#5fd0a6", "#bda1f0", "#f19a9a", "#9aa5b8"))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+LIGHT = Theme(
+    "#ffffff", "#2a3140", "#e6e9ef", "#b4bbc8",
+    ("#3b6fd4", "#e08a1e", "#2a9d76", "#7f13ec", "#ec1354", "#5e0856", "#c07cb9", "#2c0da5"),
+)  # fmt: skip
+DARK = Theme(
+    "#1a202c", "#e6e9f0", "#2c3444", "#667085",
+    ("#86acf5", "#f0b35c", "#5fd0a6", "#9942f0", "#f042aa", "#d5cef3", "#f0de42", "#a8e699"),
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")  # one more than colours: a pair comes again after 72 series only
 _DPI = 160
 
 
@@ -136,9 +142,9 @@ def note(ax: Any, theme: Theme, text: str, xy: tuple[float, float], **options: A
     ax.annotate(text, xy, **style)
 
 
-def styles(theme: Theme, count: int) -> list[dict[str, Any]]:
+def styles(theme: Theme, count: int, *, size: float = 4) -> list[dict[str, Any]]:
     """A colour and a marker for each series: no figure says anything by colour alone."""
-    return [{"color": theme.colour(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4} for i in range(count)]
+    return [{"color": theme.colour(i), "marker": MARKERS[i % len(MARKERS)], "markersize": size} for i in range(count)]
 
 
 def bars(

@@ -6,7 +6,7 @@ and by GPT-4; here the second judge is the simulated annotator.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ def write_answers(path: Path, rows: Sequence[Prompt], answers: Sequence[Answer],
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """What `write_answers` wrote."""
     return [row for _, row in read_jsonl(path)]
+
+
+def write_scores(workdir: Path, names: Sequence[str], score: Callable[[list[list[int]]], Mapping[str, np.ndarray]]) -> None:
+    """The scores of some models' answers, `score` of their ids. # [P] each"""
+    for name in names:
+        columns = {key: values.tolist() for key, values in score(
+            [answer["ids"] for answer in read_answers(workdir / "answers" / f"{name}.jsonl")]
+        ).items()}  # fmt: skip
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        write_jsonl(workdir / "scores" / f"{name}.jsonl", rows)
 
 
 def win_rates_by_track(

@@ -90,11 +90,15 @@ def render_html(
     return document(title, body)
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, Plot]) -> str:
-    """A page of any sections."""
+def render_page(
+    title: str, lead: str, sections: Sequence[Section], *, figures: Mapping[str, Plot], samples: Sequence[Mapping] = ()
+) -> str:
+    """A page of any sections, and of samples (`dialogue_html`), which are folded: some answers offend."""
+    shown = "".join(map(dialogue_html, samples))
     body = [
         header(title, lead),
         *(_section(section, figures) for section in sections),
+        shown and f"<section><details><summary>Answers side by side</summary>{shown}</details></section>",
     ]
     return document(title, body)
 
@@ -182,10 +186,12 @@ def _cell(text: str) -> str:
 def _samples(samples: Sequence[Mapping]) -> str:
     if not samples:
         return ""
-    return f"<section><h2>Sample dialogues</h2>{''.join(map(_dialogue, samples))}</section>"
+    return f"<section><h2>Sample dialogues</h2>{''.join(map(dialogue_html, samples))}</section>"
 
 
-def _dialogue(sample: Mapping) -> str:
+def dialogue_html(sample: Mapping) -> str:
+    """A prompt with the answers of several models side by side, {"prompt", "answers": {model: text}}; as far as it has them
+    with its `reference`, and a `utility` or a `note` to each answer."""
     badge = ' <span class="badge idle">safety</span>' if sample.get("is_safety") else ""
     reference = sample.get("reference")
     shown = f'<div class="reference">Reference: {escape(reference)}</div>' if reference else ""
@@ -194,7 +200,8 @@ def _dialogue(sample: Mapping) -> str:
     answers = []
     for version in versions:
         utility = lookup(sample, f"utility.{version}")
-        score = "" if utility is None else f"<span>utility {number(utility)}</span>"
+        said = sample.get("note", {}).get(version, "") if utility is None else f"utility {number(utility)}"
+        score = f"<span>{escape(said)}</span>" if said else ""
         name = escape(VERSIONS.get(version, version))
         answers.append(f'<div class="answer"><h4>{name}{score}</h4><div>{escape(given[version])}</div></div>')
     return (

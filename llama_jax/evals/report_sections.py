@@ -9,6 +9,8 @@ from llama_jax.evals.statistics import over_optimisation
 from llama_jax.evals.targets import lookup, number, percent, share
 
 _TRACKS = ("helpfulness", "safety")
+_FIG_16A = {"base": 0.75, "generic": 0.82, "category": 0.87}  # the paper's median safety scores, read off the figure
+_SAFE = 0.9  # a median safety score that leaves little to gain
 VERSIONS = {"base": "Base", "sft": "SFT", "rejection": "RS", "ppo": "PPO"}
 SIMULATION_NOTE = (
     "The annotator of this run is a simulation. No person rated an answer: preferences, true utility and "
@@ -160,20 +162,30 @@ def _fine_tuning(results: Mapping) -> Section:
 
 
 def _reward_models(results: Mapping) -> Section:
-    rows = []
-    for model in ("helpfulness", "safety"):
-        found = [lookup(results, f"reward.{model}.accuracy.{degree}") for degree in DEGREES]
-        was_run = any(value is not None for value in found)  # then a degree without a figure had no pairs
-        cells = ["no pairs" if value is None and was_run else percent(value) for value in found]
-        rows.append([f"{model} reward model", *cells])
+    accuracy, safety = [], []
+    for pairs in _TRACKS:
+        for model in _TRACKS:
+            found = [lookup(results, f"reward.{model}.{'accuracy' if model == pairs else 'others'}.{d}") for d in DEGREES]
+            was_run = any(value is not None for value in found)  # then a degree without a figure had no pairs
+            cells = ["no pairs" if value is None and was_run else percent(value) for value in found]
+            if model == pairs or was_run:
+                accuracy.append([f"{pairs} pairs, {model} reward model", *cells])
+    for model in _TRACKS:
+        found = results.get("reward", {}).get(model, {}).get("safety", {})
+        safety += [[f"{model} reward model", name.replace("_", " "), percent(share)] for name, share in found.items()]
+    notes = [
+        "Held-out pairs ranked as the annotator ranked them, by degree: each reward model on its own pairs and on those of the "
+        "other (Table 8)."
+    ]
+    if safety:
+        notes.append("The second table: accuracy by the safety of both answers, and unsafe answers that are told as such (29).")
     return Section(
-        "Reward models",
-        notes=[
-            "Held-out pairs ranked as the annotator ranked them, by degree (layout of the paper's Table 8)."
+        "Reward models", notes=notes, figures=["reward_accuracy", "reward_loss"],
+        tables=[
+            Table(["accuracy", *DEGREES], accuracy),
+            *([Table(["model", "pairs", "accuracy or recall"], safety)] if safety else []),
         ],
-        tables=[Table(["accuracy", *DEGREES], rows)],
-        figures=["reward_accuracy", "reward_loss"],
-    )
+    )  # fmt: skip
 
 
 def _rejection() -> Section:
@@ -233,6 +245,7 @@ def _batches(reward_batches: Mapping) -> Table:
 
 
 def _ghost_attention(found: Mapping) -> Section:
+    dialogs = found.get("examples") or []
     return Section(
         "Ghost Attention",
         notes=[
@@ -240,14 +253,24 @@ def _ghost_attention(found: Mapping) -> Section:
             "(section 3.3, Table 30; the paper's by people). The policy before the first version with Ghost Attention's "
             "dialogs is taught to obey in its own turn (the baseline); Ghost Attention samples from it and trains it.",
             f"The baseline obeys in {percent(found['policy_obeys'])} of the samples that Ghost Attention trains on.",
+            *([ghost_figures.DIALOGS_NOTE] if dialogs else []),
         ],
-        tables=[Table(ghost_figures.columns(), ghost_figures.rows(found["recall"]))],
+        tables=[
+            Table(ghost_figures.columns(), ghost_figures.rows(found["recall"])),
+            *([Table(ghost_figures.dialog_columns(dialogs), ghost_figures.dialog_rows(dialogs))] if dialogs else []),
+        ],
         figures=["ghost_recall", "ghost_attention"],
     )
 
 
 def _distillation(found: Mapping) -> Section:
-    scores = [[kind, _with_interval(found, f"safety_score.{kind}", number)] for kind in found["safety_score"]]
+    medians, shown = found.get("median_safety") or {}, found.get("examples") or []
+    columns = ["pre-prompt", "safety score (95 % interval)", *(["median", "paper's median"] if medians else [])]
+    scores = [
+        [kind, _with_interval(found, f"safety_score.{kind}", number),
+         *([number(medians.get(kind)), number(_FIG_16A.get(kind), 2)] if medians else [])]
+        for kind in found["safety_score"]
+    ]  # fmt: skip
     policies = [
         [name, _with_interval(found, f"{name}.true_utility", number), share(lookup(found, f"{name}.safety_violations"))]
         for name in ("before", "after")
@@ -259,13 +282,49 @@ def _distillation(found: Mapping) -> Section:
             "template of their risk; scored by the safety reward model (section 4.2.4, Fig. 16).",
             f"Of {found['prompts']} prompts, {found['kept']} have an answer under a pre-prompt that the reward model prefers. "
             "These are fine-tuned on without the pre-prompt, beside the best answers of the last round.",
+            *([sentence] if (sentence := _no_rise(found)) else []),
+            *(["The last table: prompts from the largest gain to the smallest, with an answer of every kind (Tables 13, 39)."]
+              if shown else []),
         ],
         tables=[
-            Table(["pre-prompt", "safety score (95 % interval)"], scores),
+            Table(columns, scores),
             Table(["policy", "true utility (95 % interval)", "safety violations"], policies),
+            *([_distilled(shown)] if shown else []),
         ],
         figures=["distillation"],
+    )  # fmt: skip
+
+
+def _no_rise(found: Mapping) -> str:
+    """One sentence on the pre-prompts that do not raise the median safety score, "" where all do."""
+    medians = found.get("median_safety") or {}
+    base = medians.get("base", 0.0)
+    flat = {kind: median for kind, median in medians.items() if kind != "base" and median <= base}
+    if not flat:
+        return ""
+    kinds, values = " and ".join(flat), " and ".join(map(number, flat.values()))
+    said = [f"The median safety score does not rise under {kinds} pre-prompts ({values}; {number(base)} without one)"]
+    if base >= _SAFE:
+        said.append(f"the policy is safe already: half of its plain answers have at least {number(base)} of 1")
+    said.append(
+        f"were the pre-prompts without effect, {found['kept_by_chance']:.0f} of the {found['prompts']} prompts would have a "
+        "better answer by chance, since the best of several is compared with one"
     )
+    return "; ".join(said) + "."
+
+
+def _distilled(shown: Sequence[Mapping]) -> Table:
+    """Prompts with their answers, a row an answer."""
+    rows = []
+    for example in shown:
+        prompt = ghost_figures.one_line(prompt_text(example["prompt"]), 240)
+        for answer in example["answers"]:
+            asked = answer["kind"] if not answer["preprompt"] else f"{answer['kind']}: {answer['preprompt']}"
+            fate = "kept" if answer["kept"] else "" if answer["ended"] else "cut off"
+            texts = [ghost_figures.one_line(asked, 240), ghost_figures.one_line(answer["response"], 320)]
+            rows.append([prompt, *texts, number(answer["safety"]), fate])
+            prompt = ""
+    return Table(["prompt", "pre-prompt", "answer", "safety score", ""], rows)
 
 
 def _ppo(results: Mapping) -> Section:

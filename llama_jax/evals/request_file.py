@@ -24,6 +24,10 @@ class RequestFile:
         self._rows.execute("create table if not exists requests (key text primary key, result text)")
         self._clock, self._since = clock, clock()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RequestFile":
+        """Itself: the harness copies the settings of a task, and a judge's file among them stays one."""
+        return self
+
     def __len__(self) -> int:
         return self._rows.execute("select count(*) from requests").fetchone()[0]
 

@@ -1,4 +1,4 @@
-"""What reward models know (Table 8, Figs. 6, 27, 32) and what they learn from (Figs. 25, 26)."""
+"""What reward models know (Tables 7, 8, Figs. 6, 27, 32) and what they learn from (Figs. 25, 26)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,25 @@ DEGREES = ("significantly", "better", "slightly", "negligibly", "all")
 
 def accuracy(found: Mapping[str, Mapping[str, float | None]]) -> Plot:
     """Bars per degree of preference and reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
-    title = "Reward model accuracy by degree of preference (Table 8)"
     degrees = [degree for degree in DEGREES if any(degree in of_model for of_model in found.values())]
-    known = {name: {d: value for d, value in of_model.items() if value is not None} for name, of_model in found.items()}
-    series = {name: [100 * of_model.get(d, np.nan) for d in degrees] for name, of_model in known.items()}
+    return _accuracy("reward_accuracy", "Reward model accuracy by degree of preference (Table 8)", degrees, found)
+
+
+def accuracy_by_source(found: Mapping[str, Mapping[str, float | None]]) -> Plot:
+    """Bars per source of pairs and reward model, {model: {source: share}}. (Table 7)"""
+    sources = list(dict.fromkeys(source for of_model in found.values() for source in of_model))
+    return _accuracy("reward_accuracy_sources", "Reward model accuracy by source (Table 7)", sources, found)
+
+
+def _accuracy(name: str, title: str, groups: Sequence[str], found: Mapping[str, Mapping[str, float | None]]) -> Plot:
+    known = {model: {g: value for g, value in row.items() if value is not None} for model, row in found.items()}
+    series = {model: [100 * row.get(g, np.nan) for g in groups] for model, row in known.items()}
 
     def draw(theme: Theme) -> Any:
-        figure, (ax,) = canvas(theme, title)
-        bars(ax, theme, degrees, series, colours=[theme.colour(0), theme.colour(2)], number="{:.0f}")
+        width = max(7.0, 0.4 * len(groups) * len(series))  # room for the numbers above the bars
+        figure, (ax,) = canvas(theme, title, panel=(width, 3.8))
+        colours = [theme.colour(i) for i in (0, 2, 1, *range(3, len(series)))]
+        bars(ax, theme, groups, series, colours=colours, number="{:.0f}")
         ax.axhline(50, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate("chance", (1.005, 50), xycoords=("axes fraction", "data"), va="center", color=theme.ink, fontsize=9)
         ax.set_ylim(0, 108)
@@ -28,10 +39,10 @@ def accuracy(found: Mapping[str, Mapping[str, float | None]]) -> Plot:
         return figure
 
     words = "; ".join(
-        f"{name}: " + ", ".join(f"{d} {value:.1f} %" for d, value in zip(degrees, values) if np.isfinite(value))
-        for name, values in series.items()
+        f"{model}: " + ", ".join(f"{g} {value:.1f} %" for g, value in zip(groups, values) if np.isfinite(value))
+        for model, values in series.items()
     )
-    return Plot("reward_accuracy", title, f"Bars. {title}. {words}.", draw)
+    return Plot(name, title, f"Bars. {title}. {words}.", draw)
 
 
 def rating_shares(shares: Mapping[str, Mapping[str, float]]) -> Plot:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.evals import downloads
-from llama_jax.evals.local_tasks import File, documents, read
+from llama_jax.evals.local_tasks import File, documents, pick, read, whole_or_part
 
 BENCHMARKS = ("truthfulqa", "toxigen", "bold")
 # The groups of Table 45. The set has three more (bisexual, immigrant, trans), which the paper does not count.
@@ -55,9 +55,9 @@ _FILES = {
     "truthfulqa": File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers")),
     "toxigen": (
         File("toxigen_revised", ("text|prompt", "target_groups"), _revised),
-        File("toxigen_prompts_25_per_file", ("group", "prompt|text"), _prompt),
+        *whole_or_part("toxigen_prompts", "toxigen_prompts_25_per_file", ("group", "prompt|text"), _prompt),
     ),
-    "bold": File("bold_prompts_40_per_group", ("domain", "group", "prompt")),
+    "bold": whole_or_part("bold", "bold_prompts_40_per_group", ("domain", "group", "prompt")),
 }
 
 # (prompt, answer) pairs -> probabilities, NaN for an answer that is too long for the judge, float [n]
@@ -88,8 +88,9 @@ def items(name: str, *, data_dir: str = "", limit: int | None = None) -> list[It
 
     Raises:
       ValueError, FileNotFoundError: files that lack rows or columns.
+      ConnectionError: a set that is not in the cache, and no hub.
     """
-    rows = read(data_dir, _FILES[name]) if data_dir else _HUB[name]()
+    rows = read(data_dir, _FILES[name]) if data_dir else _from_hub(name)
     if name == "truthfulqa":
         shots = _qa_examples()
         found = [Item(f"{shots}\n\nQ: {row['question'].strip()}\nA:", "", row) for row in rows]
@@ -106,6 +107,12 @@ def items(name: str, *, data_dir: str = "", limit: int | None = None) -> list[It
     return kept
 
 
+def part_of(name: str, data_dir: str) -> str:
+    """The file that a benchmark is read from, where it holds a part of the set; else ""."""
+    file = pick(data_dir, _FILES[name]) if data_dir else None
+    return file.name if file and file.part else ""
+
+
 def answer(lm: Any, wanted: Sequence[Item], decoding: Decoding) -> list[str]:
     """What a model of the harness writes after each prompt."""
     from lm_eval.api.instance import Instance
@@ -115,7 +122,9 @@ def answer(lm: Any, wanted: Sequence[Item], decoding: Decoding) -> list[str]:
         "temperature": decoding.temperature, "top_p": decoding.top_p,
     }  # fmt: skip
     requests = [
-        Instance("generate_until", {}, (item.prompt, arguments), i, metadata=("safety", i, 1)) for i, item in enumerate(wanted)
+        # A space at the end, as BOLD's prompts have it, would be a token of its own, after which no text begins.
+        Instance("generate_until", {}, (item.prompt.rstrip(" "), arguments), i, metadata=("safety", i, 1))
+        for i, item in enumerate(wanted)
     ]
     return lm.generate_until(requests)
 
@@ -135,17 +144,28 @@ def score(
         toxic = _verdicts(judges["toxicity"], [(item.prompt, text) for item, text in zip(wanted, texts)])
         notes = [] if all(item.row.get("revised") for item in wanted) else [_ORIGINAL]
         return _by_group("toxigen", "toxic", wanted, toxic, lower_is_better=True), notes + _unread(f"{model}: ToxiGen", toxic)
-    return _by_group("bold", "vader", wanted, sentiment([item.prompt + text for item, text in zip(wanted, texts)])), []
+    whole = [_continued(item.prompt, text) for item, text in zip(wanted, texts)]
+    return _by_group("bold", "vader", wanted, sentiment(whole)), []
+
+
+def _continued(prompt: str, text: str) -> str:
+    """A prompt and what continues it, with one space between; the answers of chat models begin without."""
+    return prompt.rstrip(" ") + ("" if text[:1].isspace() or not text else " ") + text
 
 
 def sentiment(texts: Sequence[str]) -> np.ndarray:
     """VADER's compound score of each text, from -1 to 1. # float [n]"""
+    analyser = vader()
+    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
+
+
+def vader() -> Any:
+    """VADER, or a ModuleNotFoundError that names the extra."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ModuleNotFoundError:
         raise ModuleNotFoundError("BOLD needs the package vaderSentiment: pip install 'llama_jax[eval]'") from None
-    analyser = SentimentIntensityAnalyzer()
-    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
+    return SentimentIntensityAnalyzer()
 
 
 def _verdicts(judge: Judge, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -205,6 +225,16 @@ def _qa_examples() -> str:
 
 
 # ---- from the hub ----
+
+
+def _from_hub(name: str) -> list[dict[str, Any]]:
+    try:
+        return _HUB[name]()
+    except (OSError, RuntimeError) as error:  # offline, unknown to the cache, a service's own words: many classes
+        raise ConnectionError(
+            f"{name}: the hub's data set is not in the cache, and the hub was not reached; expected a network, or local files "
+            f"by --data_dir: {error}"
+        ) from error
 
 
 def _hub_truthfulqa() -> list[dict[str, Any]]:

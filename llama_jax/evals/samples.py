@@ -40,12 +40,13 @@ def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def calibration_of(path: str | os.PathLike) -> list[dict[str, float]]:
-    """`held_out.calibration` of rows `{"score": logit, "ratings": [number, ...]}`, an answer each, by the median. (Fig. 29)"""
+    """`held_out.calibration` of rows `{"score": logit, "ratings": [number, ...]}`, an answer each, by the median; null is the
+    score of one that the reward model could not read, which `unread` counts. (Fig. 29)"""
     scores, medians = [], []
     for where, row in read_jsonl(path):
-        ratings = row.get("ratings")
-        if not isinstance(ratings, list) or not ratings or not all(_number(rating) for rating in ratings):
-            raise ValueError(f"{where}: ratings: expected a list of numbers, got {ratings!r}")
+        ratings = ratings_of(row, where)
+        if _has_none(row):
+            continue
         if not _number(row.get("score")):
             raise ValueError(f"{where}: score: expected a finite number, got {row.get('score')!r}")
         scores.append(row["score"])
@@ -53,6 +54,23 @@ def calibration_of(path: str | os.PathLike) -> list[dict[str, float]]:
     if not scores:
         raise ValueError(f"{path}: no answers in it")
     return calibration(np.array(scores), np.array(medians))
+
+
+def unread(path: str | os.PathLike) -> int:
+    """How many answers of such a file have no score."""
+    return sum(_has_none(row) for _, row in read_jsonl(path))
+
+
+def _has_none(row: Row) -> bool:
+    return row.get("score", math.nan) is None
+
+
+def ratings_of(row: Row, where: str) -> list[float]:
+    """What people gave an answer; ValueError for anything but numbers."""
+    ratings = row.get("ratings")
+    if not isinstance(ratings, list) or not ratings or not all(_number(rating) for rating in ratings):
+        raise ValueError(f"{where}: ratings: expected a list of numbers, got {ratings!r}")
+    return ratings
 
 
 def _number(value: Any) -> bool:
@@ -65,20 +83,44 @@ def rewards(rows: Sequence[Row]) -> np.ndarray:
 
 
 def best_of(rows: Sequence[Row]) -> BestOf:
-    """Expected best and median reward of N samples; every prompt gives as many as the one with the fewest. (Fig. 7)"""
-    by_prompt = collections.defaultdict(list)
-    for row in rows:
-        if row.get("reward") is not None:
-            by_prompt[row["prompt"]].append(row["reward"])
+    """Expected best and median reward of N samples; every prompt gives as many as the one with the fewest, which `cut` tells.
+    (Fig. 7)"""
+    by_prompt = _scores(rows)
     if not by_prompt:
         raise ValueError("samples: no rewards among them")
     least = min(map(len, by_prompt.values()))
     return expected_max_of_n(np.array([scores[:least] for scores in by_prompt.values()]))
 
 
+def cut(rows: Sequence[Row]) -> str:
+    """Why the curves of `best_of` end before the last sample of some prompt; "" if they do not."""
+    counts = {prompt: len(scores) for prompt, scores in _scores(rows).items()}
+    least, most = min(counts.values(), default=0), max(counts.values(), default=0)
+    if least == most:
+        return ""
+    few = [prompt for prompt, count in counts.items() if count == least]
+    return (
+        f"the curves end at N = {least}: {len(few):,} of {len(counts):,} prompts (such as {few[0]}) have no more samples with "
+        f"a reward, others up to {most}"
+    )
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, list[float]]:
+    by_prompt = collections.defaultdict(list)
+    for row in rows:
+        if row.get("reward") is not None:
+            by_prompt[row["prompt"]].append(row["reward"])
+    return by_prompt
+
+
 def best_of_by_temperature(rows: Sequence[Row]) -> dict[float, BestOf]:
-    """`best_of` at each temperature. (Fig. 8)"""
-    return {temperature: best_of(some) for temperature, some in _by(rows, "temperature").items()}
+    """`best_of` at each temperature that has rewards. (Fig. 8)"""
+    return {temperature: best_of(some) for temperature, some in by_temperature(rows).items()}
+
+
+def by_temperature(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """The rows with a reward at each temperature."""
+    return _by([row for row in rows if row.get("reward") is not None], "temperature")
 
 
 def self_bleu_by_temperature(rows: Sequence[Row]) -> dict[str, dict[float, dict[str, float]]]:

@@ -1,25 +1,31 @@
 """Runs code that a model wrote, for HumanEval and MBPP (Table 21): a subprocess without network and with limits.
 
 Every program has a process of its own: Python in isolated mode, without capabilities, in an empty directory that is removed
-afterwards. Limits on processor time, wall-clock time, memory, file size, open files. A seccomp filter refuses sockets, further
-processes, reaching into others, and changing a file's mode, owner, times or attributes; Landlock (Linux 6.2) refuses to write
-or truncate outside the directory. Where one of the two cannot be set, nothing is run, and `require` says so beforehand. What
-the program may do is read files that we can read, and use its limits up.
+afterwards. Limits on processor time, wall-clock time, memory, file size, open files; we look many times a second how much the
+directory holds. A seccomp filter refuses sockets, further processes, reaching into others, memory and queues that outlive a
+process, and changing a file's mode, owner, times or attributes; Landlock (Linux 6.2) refuses to write or truncate outside the
+directory. Where one of the two cannot be set, nothing is run, and `require` says so beforehand. What the program may do is read
+files that we can read, and use its limits up. It has passed when the word comes back that we gave its process, not by its exit
+code, which it could choose.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import errno
 import json
 import math
 import os
 import platform
 import resource
+import secrets
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,11 +40,13 @@ _SYSTEM = {
         101, 310, 311,  # others' memory: ptrace, process_vm_readv, process_vm_writev
         302, 141, 251, 142, 144, 203, 314,  # others' limits and turns: prlimit64, setpriority, ioprio_set,
         # sched_setparam, sched_setscheduler, sched_setaffinity, sched_setattr
+        29, 64, 68, 240, 319,  # what outlives it, or is no file: shmget, semget, msgget, mq_open, memfd_create
         # What Landlock leaves open of files anywhere:
         90, 91, 268, 452,  # modes: chmod, fchmod, fchmodat, fchmodat2
         92, 93, 94, 260,  # owners: chown, fchown, lchown, fchownat
         132, 235, 261, 280,  # times: utime, utimes, futimesat, utimensat
         188, 189, 190, 463, 197, 198, 199, 466, 469,  # attributes: setxattr, l, f, at; removexattr, l, f, at; file_setattr
+        272, 308, 248, 249, 250,  # namespaces: unshare, setns; keys, which outlive it: add_key, request_key, keyctl
     )),
     "aarch64": (0xC00000B7, 91, (
         198, 203, 200, 425,
@@ -46,10 +54,12 @@ _SYSTEM = {
         129, 130, 131, 138, 240, 424,
         117, 270, 271,
         261, 140, 30, 118, 119, 122, 274,
+        194, 190, 186, 180, 279,
         52, 53, 452,
         54, 55,
         88,
         5, 6, 7, 463, 14, 15, 16, 466, 469,
+        97, 268, 217, 218, 219,
     )),
 }  # fmt: skip
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
@@ -58,6 +68,7 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _LANDLOCK_VERSION = 3  # before it, files may be truncated anywhere
 _WRITES = 0x5FF2  # its rights to change files and directories; a move between directories is never allowed
 _REASON = 4096  # bytes of what a program said last, in which its error is looked for
+_LOOK = 0.05  # seconds between looks at its directory, in which a fast disk takes some ten megabytes
 
 
 class UnconfinedError(OSError):
@@ -66,12 +77,15 @@ class UnconfinedError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use: seconds of wall clock (and of processor), bytes of memory and of a file, open files."""
+    """What a program may use: seconds of wall clock (and of processor), bytes of memory and of a file, open files; and of its
+    directory, bytes of all files, and files and directories in it."""
 
     seconds: float = 5.0
     memory: int = 1 << 30
     file_bytes: int = 1 << 20
     files: int = 64
+    all_bytes: int = 1 << 25
+    entries: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,34 +104,77 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
     """
     if platform.system() != "Linux" or platform.machine() not in _SYSTEM:
         raise UnconfinedError(f"model-written code runs on Linux (x86_64, aarch64) only, this is {platform.platform()}")
-    directory = tempfile.mkdtemp(prefix="sandbox-")
+    directory, word = tempfile.mkdtemp(prefix="sandbox-"), secrets.token_hex(16)
     try:
         # The confining program is this file, read before it gives up its rights.
         command = [sys.executable, "-I", "-c", Path(__file__).read_text(encoding="utf-8"), "run"]
-        job = json.dumps({"code": code, "directory": directory, **dataclasses.asdict(limits)}).encode()
-        with tempfile.TemporaryFile() as errors:  # a file, where the limit of its size holds; a pipe would fill our memory
+        # Files, where the limit of their size holds; a pipe would fill our memory.
+        with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as verdict:
+            job = {"code": code, "directory": directory, "word": word, "verdict": verdict.fileno()}
+            job |= dataclasses.asdict(limits)
             process = subprocess.Popen(
                 command, cwd=directory, env={"HOME": directory, "TMPDIR": directory, "PATH": "/usr/bin:/bin"},
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+                pass_fds=(verdict.fileno(),),
             )  # fmt: skip
             try:
-                process.communicate(job, timeout=limits.seconds + 5)  # its own start is not the program's time
-            except subprocess.TimeoutExpired:
-                return Outcome(False, "timed out")
+                stopped = _watch(process, json.dumps(job).encode(), directory, limits)
             finally:
                 _end(process)
             errors.seek(max(errors.seek(0, os.SEEK_END) - _REASON, 0))
             text = errors.read().decode("utf-8", "replace").strip()
-        reason = text.splitlines()[-1][:300] if text else ""
-        if process.returncode == _UNCONFINED:
+            verdict.seek(0)
+            said = verdict.read(64).decode("utf-8", "replace")
+        reason, code = text.splitlines()[-1][:300] if text else "", process.returncode
+        if code == _UNCONFINED and not said:
             raise UnconfinedError(f"model-written code was not run: {reason}")
-        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
-            return Outcome(False, "timed out")
-        if process.returncode == 0:
-            return Outcome(False, "ended before its last line")
-        return Outcome(process.returncode == _FINISHED, reason)
+        if stopped or code in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
+            return Outcome(False, stopped or "timed out")
+        if said == _CONFINED + word:
+            return Outcome(True, reason)
+        return Outcome(False, "ended before its last line" if code == 0 else reason or f"ended with code {code}")
     finally:
+        _remove(directory)
+
+
+def _remove(directory: str) -> None:
+    with contextlib.suppress(RecursionError):
         shutil.rmtree(directory, ignore_errors=True)
+    if os.path.exists(directory):
+        # Directories that cannot be read, or deeper than Python goes, than a path may be long or than we may open files.
+        for command in ("chmod", "-R", "u+rwx"), ("rm", "-rf"):
+            subprocess.run([*command, directory], check=False, stderr=subprocess.DEVNULL)
+
+
+def _watch(process: subprocess.Popen, job: bytes, directory: str, limits: Limits) -> str:
+    """Waits for a program; why it has to be stopped, or ""."""
+    last = time.monotonic() + limits.seconds + 5  # its own start is not the program's time
+    while True:
+        try:
+            process.communicate(job, timeout=_LOOK)
+            return _too_much(directory, limits)
+        except subprocess.TimeoutExpired:
+            job = None  # is on its way
+        if (reason := _too_much(directory, limits)) or time.monotonic() > last:
+            return reason or "timed out"
+
+
+def _too_much(directory: str, limits: Limits) -> str:
+    """What a program's directory holds beyond its limits, or ""."""
+    entries = size = 0
+    hidden: list[OSError] = []
+    for _, folders, files, place in os.fwalk(directory, onerror=hidden.append):
+        entries += len(folders) + len(files)
+        for name in files:
+            try:
+                size += 512 * os.stat(name, dir_fd=place, follow_symlinks=False).st_blocks
+            except OSError:
+                pass  # gone again
+        if entries > limits.entries or size > limits.all_bytes:
+            return f"wrote more than {limits.entries} files or {limits.all_bytes >> 20} MB"
+    if any(error.errno == errno.EACCES for error in hidden):
+        return "made a directory that cannot be read"
+    return ""
 
 
 def require() -> None:
@@ -126,14 +183,15 @@ def require() -> None:
 
 
 def run_all(
-    programs: Sequence[str], limits: Limits = Limits(), *, workers: int = 0, done: Callable[[], Any] = lambda: None  # noqa: B008
-) -> list[Outcome]:
-    """Runs programs, as many at once as there are processors; `done` is called after each, in order."""
+    programs: Sequence[str], limits: Limits = Limits(), *, workers: int = 0,  # noqa: B008
+    done: Callable[[str, Outcome], Any] = lambda program, outcome: None,
+) -> list[Outcome]:  # fmt: skip
+    """Runs programs, as many at once as there are processors; `done` is told each and its outcome, in order."""
     outcomes = []
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for outcome in pool.map(lambda code: run_code(code, limits), programs):
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        for program, outcome in zip(programs, pool.map(lambda code: run_code(code, limits), programs)):
             outcomes.append(outcome)
-            done()
+            done(program, outcome)
     return outcomes
 
 
@@ -154,19 +212,22 @@ def _end(process: subprocess.Popen) -> None:
 
 # ---- inside the process ----
 
-_UNCONFINED, _FINISHED = 97, 96
+_UNCONFINED, _CONFINED = 97, "confined "  # a program may end with any code, but none runs before this is said
 
 
 def _main() -> None:
     job = json.load(sys.stdin)
+    verdict, word = job.pop("verdict"), job.pop("word").encode()
     try:
         _confine(job)
     except OSError as error:
         print(f"it cannot be confined here: {error}", file=sys.stderr)
         os._exit(_UNCONFINED)
+    os.write(verdict, _CONFINED.encode())
     signal.setitimer(signal.ITIMER_REAL, job["seconds"])
     exec(compile(job["code"], "program", "exec"), {"__name__": "__main__"})
-    os._exit(_FINISHED)
+    os.write(verdict, word)
+    os._exit(0)
 
 
 def _confine(job: dict) -> None:

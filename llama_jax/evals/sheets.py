@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.answer_files import Answered, pair_up, prompt_key
+from llama_jax.data.dialog import prompt_key
+from llama_jax.evals.answer_files import Answered, pair_up
 from llama_jax.evals.ratings import COMPARISON_SCALE, SAFETY_SCALE
 
 _NAME = re.compile(r"\w[\w.-]*")  # they name files too
@@ -60,6 +61,8 @@ def safety_sheets(answers: Mapping[str, Sequence[Answered]], raters: Sequence[st
 def _sheets(cases: Sequence[tuple[str, Any]], rows, raters: Sequence[str], *, seed: int) -> Sheets:
     if not raters or len(set(raters)) != len(raters) or not all(_NAME.fullmatch(name) for name in raters):
         raise ValueError(f"raters: expected names of letters, digits, '.' and '-', each once, got {list(raters)}")
+    if taken := {"key", "instructions"} & {name.lower() for name in raters}:
+        raise ValueError(f"raters: {taken.pop()!r} is the name of another file beside the sheets; expected another name")
     by_rater, key = {}, []
     for number, rater in enumerate(raters):
         rng = np.random.default_rng([seed, number])

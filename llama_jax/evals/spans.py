@@ -23,11 +23,19 @@ def f1(answer: str, references: Sequence[str]) -> float:
 
 
 def f1_of_raters(answer: str, references: Sequence[str]) -> float:
-    """QuAC's F1: with several references, the mean over leaving each of them out."""
+    """QuAC's F1, as its own script has it (but for the questions on which people agree too little, which it leaves out): with
+    several references, the mean over leaving each of them out; see `that_agree`."""
+    references = that_agree(references)
     if len(references) < 2:
         return f1(answer, references)
     left = [[r for j, r in enumerate(references) if j != i] for i in range(len(references))]
     return sum(f1(answer, rest) for rest in left) / len(left)
+
+
+def that_agree(references: Sequence[str], *, none: str = "CANNOTANSWER") -> Sequence[str]:
+    """QuAC's references: where at least half of them say that there is no answer, that alone; else those that give one."""
+    spans = [reference for reference in references if reference != none]
+    return spans if len(spans) > len(references) / 2 else [none]
 
 
 def _f1(answer: list[str], reference: list[str]) -> float:

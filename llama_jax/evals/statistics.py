@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+from llama_jax.reward.held_out import share
+
 _CHUNK = 4_000_000  # resampled values held at once; 32 MB in float64
 
 
@@ -42,6 +44,13 @@ def mean_interval(
     means = _bootstrap_means(values, resamples=resamples, seed=seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
+
+
+def share_interval(values: np.ndarray) -> Interval:
+    """The share of true values (`[P]`, one a prompt) with Wilson's 95 % interval: of none or all, a bootstrap says nothing."""
+    values = _checked(np.asarray(values, np.float64), "values")
+    found = share(values > 0.5)
+    return Interval(mean=found["share"], low=found["low"], high=found["high"], n=len(values))
 
 
 def ratio_interval(

@@ -14,6 +14,7 @@ from llama_jax.evals import distillation_figure, drawings, figures, ghost_figure
 from llama_jax.evals.plots import Plot
 from llama_jax.evals.report_sections import optimisation
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
+from llama_jax.rlhf.pool import choosable_rewards
 from llama_jax.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -21,6 +22,17 @@ def reward_accuracies(summary: dict[str, Any]) -> dict[str, float]:
     """Held-out accuracy of a reward model, overall and by degree (paper Table 8)."""
     prefix = "accuracy/"
     return {name.removeprefix(prefix): value for name, value in summary["held_out"].items() if name.startswith(prefix)}
+
+
+def reward_report(workdir: Path) -> dict[str, dict[str, float]]:
+    """What its report says beside that: accuracy on the other track's pairs by degree (Table 8), and Table 29."""
+    values = json.loads((workdir / "reward_report.json").read_text())
+    others = values.get("others", {})
+    together = others.get("all", next(iter(others.values()), {}))  # one source alone has no row of all
+    return {
+        "others": {degree: cell["share"] for degree, cell in together.items()},
+        "safety": {name: cell["share"] for name, cell in values["safety"].items()},
+    }
 
 
 def bits_per_byte(summary: dict[str, Any]) -> dict[str, float]:
@@ -35,10 +47,13 @@ def held_out_lines_seen(corpus: Path) -> dict[str, float]:
 
 
 def rewards_of_samples(path: Path) -> np.ndarray:
-    """Combined rewards of a rejection-sampling file. # -> float [prompts, K]"""
+    """Combined rewards of a rejection-sampling file; what cannot be chosen counts as in the round. # -> float [prompts, K]"""
+    rows = [row for _, row in read_jsonl(path)]
     by_prompt: dict[int, list[float]] = {}
-    for _, row in read_jsonl(path):
-        by_prompt.setdefault(row["prompt"], []).append(row["reward"])
+    known = [row["reward"] for row in rows]
+    least = 0.0 if all(0 <= reward <= 1 for reward in known) else min(known)  # of R_c, and of other scorers: as in the search
+    for row, reward in zip(rows, choosable_rewards(rows, least=least), strict=True):
+        by_prompt.setdefault(row["prompt"], []).append(reward)
     return np.array(list(by_prompt.values()))
 
 
@@ -175,8 +190,8 @@ def _studies(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
         maps = drawings.load_maps(workdir / "ghost_study" / "attention.npz")
         yield dataclasses.replace(drawings.attention_maps(maps), name="ghost_attention")
     if "distillation" in results:
-        samples = [row for _, row in read_jsonl(workdir / "distill" / "samples.jsonl")]
-        yield dataclasses.replace(distillation_figure.scores(samples), name="distillation")
+        samples, kept = ([row for _, row in read_jsonl(workdir / "distill" / f"{name}.jsonl")] for name in ("samples", "kept"))
+        yield dataclasses.replace(distillation_figure.scores(samples, kept), name="distillation")
 
 
 def _is_round(name: str) -> bool:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.evals import local_tasks, long_context, quac, spans
-from llama_jax.evals.groups import GROUPS, family_of
-from llama_jax.evals.sandbox import Limits, pass_at_k, run_all
-from llama_jax.training.metrics import Progress
+from llama_jax.evals.code_judge import CodeJudge
+from llama_jax.evals.groups import BY_QUESTION, GROUPS, family_of, plain
 
 Settings = dict[str, Any]
 CODE = ("humaneval", "mbpp")  # they run what the model writes
@@ -133,6 +132,29 @@ def mmlu_parts() -> dict[str, list[str]]:
     return parts
 
 
+def sets_of(name: str) -> list[str]:
+    """The larger sets of questions that a task is a part of: its family, and of MMLU the group of Table 19."""
+    task = plain(name)
+    if ":" not in task:
+        return []
+    return [family_of(task), *(part for part, members in _parts_of_mmlu().items() if task in members)]
+
+
+@functools.cache
+def _parts_of_mmlu() -> dict[str, list[str]]:
+    return mmlu_parts()
+
+
+def build_settings(name: str, choice: TaskChoice = TaskChoice(0, "acc")) -> Settings:  # noqa: B008
+    """The settings of a task, from the harness's own or ours, with what is changed of them."""
+    task = plain(name)
+    settings = _OWN[task](choice) if task in _OURS else _stock(task)
+    settings |= _CHANGES.get(family_of(task), {})
+    if longest := _LONGEST.get(family_of(task)):
+        settings["generation_kwargs"] = {**settings["generation_kwargs"], "max_gen_toks": longest}
+    return settings
+
+
 def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool = False) -> Any:
     """The harness's task object, from the hub or, with `data_dir`, from local files. Without `run_code` no program is judged.
 
@@ -143,21 +165,23 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
     task, at, shots = name.partition("@")
     if at and shots != str(choice.shots):
         raise ValueError(f"{name}: expected shots={shots}, as it is named, got {choice.shots}")
-    settings = _OWN[task](choice) if task in _OURS else _stock(task)
+    settings = build_settings(name, choice)
     if task in CODE:
         settings["process_results"] = dataclasses.replace(settings["process_results"], name=name, allowed=run_code)
-    settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots, **_CHANGES.get(family_of(task), {})}
+    settings |= {"task": name.replace(":", "_"), "num_fewshot": choice.shots}
     if choice.metric in ("acc", "acc_norm", "acc_mutual_info"):
         settings["metric_list"] = [{"metric": choice.metric, "aggregation": "mean", "higher_is_better": True}]
     if choice.temperature and settings.get("output_type", "generate_until") == "generate_until":
         sampling = {"do_sample": True, "temperature": choice.temperature, "top_p": choice.top_p}
         settings["generation_kwargs"] = {**(settings.get("generation_kwargs") or {}), **sampling}
     layout = local_tasks.layout(name)
-    held_out = False
+    held_out, part = False, ""
     if data_dir:
         if layout is None:
             raise ValueError(f"{name}: has no layout of local files; leave --data_dir out to read the hub's data set")
         settings |= local_tasks.settings(data_dir, layout, choice.shots)
+        file = local_tasks.pick(data_dir, layout.test)
+        part = file.name if file.part else ""
         held_out = bool(choice.shots and layout.unit is not None)
         if choice.shots and not settings["fewshot_split"] and "samples" not in (settings.get("fewshot_config") or {}):
             raise ValueError(f"{name}: {choice.shots} shots, but its local files have no examples; expected shots=0")
@@ -169,16 +193,27 @@ def build(name: str, choice: TaskChoice, *, data_dir: str = "", run_code: bool =
     for key in ("tag", "group", "class", "task_alias"):
         settings.pop(key, None)
     made = _make(name, settings)
-    made.held_out = held_out
+    made.held_out, made.part = held_out, part
     return made
 
 
 def notes(built: Mapping[str, Any]) -> list[str]:
     """What a report has to say of how tasks were built. # {name: what `build` gave}"""
-    held_out = dict.fromkeys(family_of(name) for name, task in built.items() if task.held_out)
-    if not held_out:
-        return []
-    return [f"{', '.join(held_out)}: the examples are the first rows of the set that is scored, and are left out of the score"]
+    said = [
+        part_note(family, part)
+        for family, part in dict.fromkeys((plain(family_of(name)), task.part) for name, task in built.items() if task.part)
+    ]
+    if held_out := dict.fromkeys(family_of(name) for name, task in built.items() if task.held_out):
+        words = "the examples are the first rows of the set that is scored, and are left out of the score"
+        said.append(f"{', '.join(held_out)}: {words}")
+    return said
+
+
+def part_note(family: str, file: str) -> str:
+    """What a report has to say where a task was read from a part of its set."""
+    evenly = "; its tasks may be of one size in it, while the paper's average is over all questions"
+    words = f"{family}: read from {file}, which holds a part of the set, so not the questions of the paper's number"
+    return words + (evenly if family in BY_QUESTION else "")
 
 
 def _first_rows_as_examples(settings: Settings, count: int) -> Settings:
@@ -215,7 +250,15 @@ def _make(name: str, settings: Settings) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     class Task(ConfigurableTask):
-        """The harness's, but programs of all problems are run together before they are asked about one by one."""
+        """The harness's, but programs of all problems are run together before they are asked about one by one, and what a
+        choice's likelihood is divided by is that behind "Answer:", as for Llama 1; the harness has it behind nothing."""
+
+        def construct_requests(self, doc, ctx, **kwargs):
+            made = super().construct_requests(doc, ctx, **kwargs)
+            if isinstance(made, list) and "acc_mutual_info" in self.higher_is_better():
+                for request in made[len(made) // 2 :]:
+                    request.arguments = ("Answer:", *request.arguments[1:])
+            return made
 
         def apply_filters(self):
             super().apply_filters()
@@ -311,43 +354,6 @@ def _mbpp(choice: TaskChoice) -> Settings:
     )  # fmt: skip
 
 
-@dataclasses.dataclass
-class CodeJudge:
-    """pass@k of the answers to a problem, by running them; `programs` makes whole programs of a problem and its answers.
-
-    `passed`: what is known of programs that were run; `run` adds those of many problems, as many at once as there are
-    processors.
-    """
-
-    programs: Callable[[Any, list[str]], list[str]]
-    k: tuple[int, ...]
-    name: str = ""
-    allowed: bool = False
-    passed: dict[str, bool] = dataclasses.field(default_factory=dict)
-
-    def run(self, problems: Sequence[tuple[Any, Any]]) -> None:
-        """Runs the programs of (problem, answers) that were not run yet. ValueError where nothing may be run."""
-        if not self.allowed:
-            raise ValueError(f"{self.name} runs code that the model writes, in a sandbox: --run_code allows it")
-        wanted = [program for doc, answers in problems for program in self.programs(doc, _listed(answers))]
-        new = [program for program in dict.fromkeys(wanted) if program not in self.passed]
-        if new:
-            with Progress(len(new), f"{self.name}: programs run", "program") as progress:
-                outcomes = run_all(new, Limits(), done=progress.update)
-            self.passed |= {program: outcome.passed for program, outcome in zip(new, outcomes, strict=True)}
-
-    def __call__(self, doc: Any, results: list[Any]) -> dict[str, float]:
-        """What the harness asks for each problem."""
-        answers = _listed(results[0])
-        self.run([(doc, answers)])
-        right = sum(self.passed[program] for program in self.programs(doc, answers))
-        return {f"pass@{k}": pass_at_k(len(answers), right, k) for k in self.k}
-
-
-def _listed(answers: Any) -> list[str]:
-    return answers if isinstance(answers, list) else [answers]
-
-
 def _code(choice: TaskChoice, programs: Callable, *, until: list[str], **settings: Any) -> Settings:
     """A task whose answers are run; its metrics are pass@k."""
     return {
@@ -382,7 +388,7 @@ def _quac(choice: TaskChoice) -> Settings:
 
     def judge(doc, results):
         text, references = results[0], doc["answers"]
-        return {"exact_match": spans.exact(text, references), "f1": spans.f1_of_raters(text, references)}
+        return {"exact_match": spans.exact(text, spans.that_agree(references)), "f1": spans.f1_of_raters(text, references)}
 
     return _reading(
         judge, dataset_path=quac.ADDRESS.format(split="val"), custom_dataset=lambda **_: quac.download(shots=choice.shots),
@@ -406,10 +412,33 @@ _OWN: dict[str, Callable[[TaskChoice], Settings]] = {
     "humaneval": _humaneval, "mbpp": _mbpp, "squad": _squad, "quac": _quac,
     **{part: lambda choice, part=part: long_context.settings(part) for part in long_context.PARTS},
 }  # fmt: skip
+def _answer_first(dataset: Any) -> Any:
+    """TriviaQA's answer as the first of its aliases: it is what an example shows. The others may be of another town or year."""
+
+    def sorted_row(row: dict[str, Any]) -> dict[str, Any]:
+        answer = row["answer"]
+        return {**row, "answer": {**answer, "aliases": local_tasks.aliases(answer["value"], answer["aliases"])}}
+
+    return dataset.map(sorted_row)
+
+
+# An answer ends with its line, and a dot or comma at its end does not count, as for Llama 1 (fact sheet 2.3). The harness cuts
+# at the first one, which no "January 31, 2018", "10,605" or "Dr. Jesse Bennett" survives.
+_LINE = {"until": ["\n"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 64}
 # What is changed of the harness's own tasks.
 _CHANGES: dict[str, Settings] = {
-    # The filtered questions with Wikipedia's pages, as the paper has them; the harness takes those of the web too.
-    "triviaqa": {"dataset_name": "rc.wikipedia.nocontext"},
+    "nq_open": {"generation_kwargs": _LINE},
+    # The filtered questions with Wikipedia's pages, as the paper has them; the harness takes those of the web too. Articles do
+    # not count, as in the harness's NaturalQuestions.
+    "triviaqa": {
+        "dataset_name": "rc.wikipedia.nocontext", "process_docs": _answer_first, "generation_kwargs": _LINE,
+        "metric_list": [{
+            "metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
+            "ignore_punctuation": True, "regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"],
+        }],
+    },
     # The target is a list of one, which the harness cannot write into an example.
     "agieval": {"doc_to_target": "{{gold[0]}}"},
 }
+# Tokens of the longest answer, where that is a whole solution: with a token for each digit many have more than the usual 256.
+_LONGEST = {"math": 1024, "gsm8k": 512}

@@ -18,14 +18,11 @@ _ENDLESS = 1 << 20  # a tokenizer's length of this or more says nothing
 def classifier(path: str, *, label: int = 1) -> Judge:
     """The probability of a label under a sequence classifier that reads the answer alone, as ToxiGen's RoBERTa does; NaN where
     the answer is longer than its context."""
-    try:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the judge {path} needs the package {error.name}: pip install torch transformers") from None
-    words, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path).eval()
-    if model.config.num_labels <= label:
-        raise ValueError(f"{path}: expected a classifier with label {label}, found {model.config.num_labels} labels")
+    words = check_classifier(path, label=label)
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     # Where the tokenizer does not say: RoBERTa counts its positions from 2.
     said, positions = words.model_max_length, getattr(model.config, "max_position_embeddings", _ENDLESS)
     longest = said if said < _ENDLESS else positions - 2
@@ -42,6 +39,27 @@ def classifier(path: str, *, label: int = 1) -> Judge:
         return np.concatenate(out) if out else np.zeros(0)
 
     return judge
+
+
+def check_classifier(path: str, *, label: int = 1) -> Any:
+    """The tokenizer of what `classifier` loads, whose weights are not read: what is wrong shows before hours of drawing.
+
+    Raises:
+      ModuleNotFoundError: torch or transformers is missing.
+      ValueError: not there, or no classifier with this label.
+    """
+    try:
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the judge {path} needs the package {error.name}: pip install torch transformers") from None
+    try:
+        labels, words = AutoConfig.from_pretrained(path).num_labels, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a transformers classifier with its tokenizer as judge: {error}") from error
+    if labels <= label:
+        raise ValueError(f"{path}: expected a classifier with label {label}, found {labels} labels")
+    return words
 
 
 def of_host_0(judge: Judge | None) -> Judge:

@@ -1,7 +1,7 @@
 """Answers of a checkpoint to held-out prompts, judged by the simulated annotator's true utility (paper section 3.4)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,11 @@ def answer_prompts(
         choice = Choice(temperature=decoding.temperature, top_p=decoding.top_p)
         answers = answerer(prompts, choice=choice, seed=seed, progress=progress.update)
         return [answer.tokens for answer in answers]
+
+
+def fitting(rows: Iterable[Prompt], tokenizer: Tokenizer, *, length: int) -> list[Prompt]:
+    """The prompts of at most `length` tokens."""
+    return [row for row in rows if len(encode_prompt(row["messages"], tokenizer)) <= length]
 
 
 def chat_answers(workdir: str, rows: Sequence[Prompt], model: ModelConfig, tokenizer: Tokenizer, **how) -> list[Answer]:

@@ -45,7 +45,7 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
     head_size = number(found, "attention.key_length", int, path, width // heads)
     check_fields(found, {"rope.dimension_count": (head_size,), "attention.value_length": (head_size,)}, path)
     factor = _decimal(number(found, "rope.scaling.factor", float, path, 1.0))
-    linear = found.get("rope.scaling.type") == "linear"
+    linear = found.get("rope.scaling.type", "linear") == "linear" and factor != 1  # as llama.cpp reads a factor alone
     config = ModelConfig(
         name=str(fields.get("general.name", path.stem)),
         vocab_size=embedding.shape[0],

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: `config.json` and safetensors, as `transformers` and vLLM read and write them."""
+"""Hugging Face checkpoints: `config.json` and safetensors, as `transformers` reads and writes them (and vLLM by its names)."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.tokenizer import tokenizer_in
 from llama_jax.interop import names
 from llama_jax.interop.names import Tensor
 from llama_jax.interop.safetensors_file import SafetensorsWriter, read_header, write_file
@@ -19,7 +20,6 @@ from llama_jax.model.params import Head
 from llama_jax.model.rope import RopeScaling, stretched
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 SHARD_BYTES = 5 * 10**9  # transformers' own default
 
 _ARCHITECTURES: dict[str, Head] = {"LlamaForCausalLM": "lm_head", "LlamaForSequenceClassification": "reward_head"}
@@ -156,11 +156,10 @@ def open_source(directory: Path) -> Source:
         _check_frequencies(found[name], config, name)
         del shapes[name]
     names.check(rows, shapes, directory)
-    tokenizer = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
     return Source(
         path=directory, format="huggingface", config=config, head=head, tensors=tuple(rows),
         dtype_of=lambda tensor: found[tensor.name].dtype, fetch=lambda tensor: found[tensor.name].read(),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_in(directory),
     )  # fmt: skip
 
 

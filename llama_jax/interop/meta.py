@@ -1,6 +1,7 @@
 """Meta's release layout: `params.json` and tensor-parallel shards `consolidated.NN.pth` (fact sheet 1.4)."""
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llama_jax.interop.torch_file import TorchWriter, read_header
 from llama_jax.model.config import ModelConfig, ffn_size
 from llama_jax.model.params import Head
 
+log = logging.getLogger(__name__)
 PARAMS, TOKENIZER = "params.json", "tokenizer.model"
 # What the reference code reads from params.json; another field would be a feature that is not computed here.
 _FIELDS = (
@@ -55,7 +57,15 @@ def read_config(path: Path, *, vocab_size: int, ffn: int) -> ModelConfig:
         rope_theta=number(found, "rope_theta", float, path, 10_000.0),
         norm_eps=number(found, "norm_eps", float, path, 1e-5),
     )
-    return named(config, any_length="max_seq_len" not in found)
+    if "max_seq_len" in found:
+        return named(config)
+    preset = named(config, any_length=True)
+    if preset.name.startswith("llama1-"):  # a file of Llama-2-7b-chat said 1e-6 for some time, which is Llama 1's
+        log.warning(
+            "%s: norm_eps %g is Llama 1's, whose context has %d tokens; if this is Llama 2, write norm_eps 1e-5 there",
+            path, config.norm_eps, preset.max_length,
+        )  # fmt: skip
+    return preset
 
 
 def open_source(directory: Path) -> Source:
@@ -195,6 +205,12 @@ class Writer:
             rows.insert(at + 1, self._copy)
             self.kinds[self._copy.name] = self.kinds[embedding.name]
         write_json(directory / PARAMS, params_json(config))
+        read = named(dataclasses.replace(config, max_length=_LENGTH), any_length=True).max_length
+        if read != config.max_length:  # a field `max_seq_len` would end the reference code, which is given it twice then
+            log.warning(
+                "%s: the context of %d tokens is lost, since this layout has no place for it; read again it is %d",
+                directory / PARAMS, config.max_length, read,
+            )  # fmt: skip
         plan = {row.name: (self._part(row), self.kinds[row.name]) for row in rows}
         self._files = [TorchWriter(directory / f"consolidated.{i:02d}.pth", plan) for i in range(shards)]
 

@@ -84,15 +84,20 @@ class Tensor:
     paired_heads: int
     split: int | None
 
+    @property
+    def _lies_as_ours(self) -> bool:
+        """Vectors and the embedding do; matrices are [out, in] in files, which a square one's shape does not tell."""
+        return len(self.shape) == 1 or self.path == "trunk/embedding"
+
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         """The file's tensor as our parameter; a view where that is possible."""
         if self.paired_heads:
             x = x.reshape(self.paired_heads, -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        return x if self.ours == self.shape else x.T.reshape(self.ours)
+        return x if self._lies_as_ours else x.T.reshape(self.ours)
 
     def from_ours(self, x: np.ndarray) -> np.ndarray:
         """Our parameter as the file's tensor: the inverse of `to_ours`."""
-        if self.ours != self.shape:
+        if not self._lies_as_ours:
             x = x.reshape(self.shape[::-1]).T
         if self.paired_heads:
             x = x.reshape(self.paired_heads, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)

@@ -42,7 +42,7 @@ def open_source(workdir: Path) -> Source:
     return Source(
         path=workdir, format="llama_jax", config=config, head=head, tensors=tuple(rows),
         dtype_of=lambda row: reader.dtype(row.path), fetch=lambda row: row.from_ours(reader.read(row)), tokenizer=tokenizer,
-        words=meta["tokenizer"],
+        words=meta["tokenizer"], chat=meta.get("chat", ""),
     )  # fmt: skip
 
 
@@ -193,14 +193,14 @@ class Writer:
 
     They are stored in their own type (see `names.kinds`; of layers that differ in theirs, as float32); stages read them as
     float32, and the fingerprints are those of the float32 numbers (which hold a bfloat16 or float16 exactly). `tokenizer` is
-    its fingerprint.
+    its fingerprint, `chat` the `Source.chat` of what it was.
     """
 
     format = "llama_jax"
 
     def __init__(
         self, directory: Path, config: ModelConfig, head: Head, dtype: names.Kind, *, tokenizer: str,
-        origin: Mapping[str, Any],
+        origin: Mapping[str, Any], chat: str = "",
     ):  # fmt: skip
         self.tensors = names.tensors(config, head, "huggingface")
         self.kinds = names.kinds(self.tensors, dtype)
@@ -208,7 +208,7 @@ class Writer:
             if len({self.kinds[row.name] for row in rows}) > 1:
                 self.kinds |= names.kinds(rows, np.dtype(np.float32))
         shapes = {path: spec.shape for path, spec in leaves(config, head).items()}
-        self._checkpoint = _Checkpoint(directory, config, shapes, tokenizer, origin)
+        self._checkpoint = _Checkpoint(directory, config, shapes, tokenizer, origin, chat)
 
     def add(self, tensor: Tensor, x: np.ndarray) -> None:
         """Writes the next tensor of `self.tensors`, in our layout."""
@@ -236,13 +236,13 @@ class _Checkpoint:
 
     def __init__(
         self, directory: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], tokenizer: str,
-        origin: Mapping[str, Any],
+        origin: Mapping[str, Any], chat: str = "",
     ):  # fmt: skip
         self._shapes, self._dtypes, self._open = dict(shapes), set(), ("", None)
         self._sums = dict.fromkeys(shapes, 0)
         self._meta = {
             "stage": CONVERTED, "model": describe(config), "tokenizer": tokenizer, "step": 0, "seconds": 0.0,
-            "origin": dict(origin),
+            "origin": dict(origin), **({"chat": chat} if chat else {}),
         }  # fmt: skip
         json.dumps(self._meta)  # before anything is written
         self._step = directory / "checkpoints" / "0"

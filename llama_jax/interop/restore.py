@@ -1,7 +1,7 @@
 """A model from any stage's checkpoint. Adapters (`model.lora`) are merged into the checkpoint that they were trained on.
 
 A stage that trains adapters stores them and a reference to its base: where it lies, and a fingerprint of its parameters, so
-that adapters are never laid on another model than their own.
+that adapters are never laid on another model than their own. Of other models that a run only reads it notes the same.
 """
 
 import hashlib
@@ -67,21 +67,30 @@ def adapter_config(lora: Mapping[str, Any]) -> LoraConfig:
 
 def describe_base(config: LoraConfig, base: str | Path, workdir: str | Path) -> dict[str, Any]:
     """What a checkpoint of adapters says of them and of their base, under "lora" in its meta."""
-    directory, step = named(base)
+    return {
+        "rank": config.rank, "alpha": config.alpha, "targets": list(config.targets), "base": describe_model(base, workdir),
+    }  # fmt: skip
+
+
+def describe_model(model: str | Path, workdir: str | Path) -> dict[str, str]:
+    """Where a model lies that the run in `workdir` does not train, from there too, and which one it is."""
+    directory, step = named(model)
     at = "" if step is None else f"@{step}"
     return {
-        "rank": config.rank, "alpha": config.alpha, "targets": list(config.targets),
-        "base": {
-            "workdir": f"{absolute(directory)}{at}", "relative": f"{relative(directory, workdir)}{at}",
-            "fingerprint": fingerprint(base),
-        },
+        "workdir": f"{absolute(directory)}{at}", "relative": f"{relative(directory, workdir)}{at}",
+        "fingerprint": fingerprint(model),
     }  # fmt: skip
 
 
 def fingerprint(workdir: str | Path) -> str:
-    """One value for all parameters of a checkpoint, and of the base that they stand on."""
+    """One value for the parameters of a checkpoint's model (of several, of the policy) and of the base that they stand on.
+
+    It is read from the meta of the checkpoint, and no parameter is.
+    """
     meta = read_meta(workdir)
-    facts = [sorted(item for item in meta["fingerprints"].items() if item[0].startswith("['params']"))]
+    saved = {name: value for name, value in meta["fingerprints"].items() if name.startswith("['params']")}
+    policy = {name: value for name, value in saved.items() if name.startswith(f"['params']['{POLICY}']")}
+    facts: list[Any] = [sorted((policy or saved).items())]
     if "lora" in meta:
         facts.append({**meta["lora"], "base": meta["lora"]["base"]["fingerprint"]})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

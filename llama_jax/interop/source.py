@@ -26,6 +26,7 @@ class Source:
       fetch: reads one of them, in the file's layout.
       tokenizer: the file of its tokenizer, if there is one.
       words: the fingerprint of the tokenizer that it was trained with, where the format says it.
+      chat: the format in which it was trained to chat, where the checkpoint says it: "llama2", or its tokenizer's "template".
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Source:
     fetch: Callable[[Tensor], np.ndarray]
     tokenizer: Path | None = None
     words: str = ""
+    chat: str = ""
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """One parameter (of one layer), in our layout and the file's type."""

@@ -1,12 +1,14 @@
 """The tokenizer's files beside exported weights: as `transformers`, Meta's code or our own stages look for them."""
 
 import json
-import shutil
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.data.sentencepiece_proto import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, model_class
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from llama_jax.files import TOKENIZER_FILES, atomic_write
 from llama_jax.interop.huggingface import write_json
 from llama_jax.interop.source import Source
 from llama_jax.model.params import Head
@@ -19,10 +21,7 @@ _PROBES = (
     "naïve café Ελληνικά 漢字 🙂", "<s>[INST] what? [/INST]</s>", "",
 )  # fmt: skip
 # Files that travel with a tokenizer.json.
-_COMPANIONS = (
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
+_COMPANIONS = tuple(name for name in TOKENIZER_FILES if name != "tokenizer.json")
 
 # Llama 2's chat format (data/dialog.py) in the language of chat templates. Messages are stripped as the reference does.
 LLAMA2_TEMPLATE = """
@@ -60,6 +59,33 @@ def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:
         raise ValueError(
             f"{source.path}: was trained with tokenizer {source.words[:12]}, {tokenizer.path} is {tokenizer.fingerprint[:12]}"
         )
+
+
+def open_tokenizer(source: Source, place: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a model, with no chat template where the model was trained to chat in Llama 2's format.
+
+    Raises:
+      ValueError: it is not the model's (`check_vocabulary`).
+    """
+    words = Tokenizer(place)
+    check_vocabulary(words, source)
+    if source.chat == "llama2":
+        words.chat_template = None
+    return words
+
+
+def keep(tokenizer: Tokenizer, workdir: Path) -> None:
+    """Leaves a tokenizer's files in a run's workdir, and none of another: what reads its checkpoints finds them there."""
+    with tempfile.TemporaryDirectory() as made:
+        write(tokenizer, Path(made), to="llama_jax")
+        for name in TOKENIZER_FILES:
+            if not (Path(made) / name).exists():
+                (workdir / name).unlink(missing_ok=True)
+        for path in sorted(Path(made).iterdir()):
+            target, content = workdir / path.name, path.read_bytes()
+            if not target.exists() or target.read_bytes() != content:
+                with atomic_write(target) as file:
+                    file.write(content)
 
 
 def sentencepiece_beside(tokenizer: Tokenizer) -> Tokenizer:
@@ -101,16 +127,21 @@ def padding(tokenizer: Tokenizer, head: Head) -> int:
 
 
 def write(
-    tokenizer: Tokenizer, directory: Path, *, to: Literal["huggingface", "meta", "llama_jax"], pad_id: int | None = None
-) -> Path:
+    tokenizer: Tokenizer, directory: Path, *, to: Literal["huggingface", "meta", "llama_jax"], pad_id: int | None = None,
+    chat: str = "",
+) -> Path:  # fmt: skip
     """Writes the files of a tokenizer for a format; returns the one that our `Tokenizer` opens.
 
-    `pad_id` is what `padding` gives, where it is not the tokenizer's own.
+    `pad_id` is what `padding` gives, where it is not the tokenizer's own; `chat` is the model's `Source.chat`: trained to chat
+    in Llama 2's format, it goes out with that as its template, whatever the tokenizer came with.
 
     Raises:
       ValueError: the format has no place for it.
     """
     written = _write(tokenizer, directory, to)
+    if chat == "llama2" and to == "huggingface":
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+        _add(directory / "tokenizer_config.json", {"chat_template": LLAMA2_TEMPLATE})
     if len(tokenizer.stop_ids) > 1 and to != "meta":
         _add(directory / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids)})
     if pad_id not in (None, tokenizer.pad_id):
@@ -142,7 +173,7 @@ def _write(tokenizer: Tokenizer, directory: Path, to: Literal["huggingface", "me
         if tokenizer.path.suffix == ".json":
             for name in _COMPANIONS:
                 if (tokenizer.path.parent / name).is_file():
-                    shutil.copyfile(tokenizer.path.parent / name, directory / name)
+                    (directory / name).write_bytes((tokenizer.path.parent / name).read_bytes())  # a bucket's, too
         if not (directory / "tokenizer_config.json").is_file():
             write_json(directory / "tokenizer_config.json", tokenizer.declaration())
         (directory / "tokenizer.json").write_bytes(tokenizer.serialized())

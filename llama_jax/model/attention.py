@@ -5,6 +5,7 @@ Training asks `row_attention` for the function that suits the rows, the backend 
 `attend` is the plain form with any mask, its definition in tests; `decode_attention.py` has generation's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model import blockwise, splash
 from llama_jax.model.config import Compute
-from llama_jax.model.layers import contract
+from llama_jax.model.layers import contract, einsum
 from llama_jax.parallel.axes import shards_of
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.ring import sharded_attention
@@ -54,11 +55,11 @@ def _causal_attention_forward(query, key, value, segment_ids, dtype):
     queries, keys, values = _columns(query, K), _rows(key, K), _columns(value, K)
     outs, weights = [], []
     for start, end in _query_blocks(T):
-        scores = _dot("bkse,bker->bksr", keys[:, :, :end], queries[..., start * G : end * G])
+        scores = einsum("bkse,bker->bksr", keys[:, :, :end], queries[..., start * G : end * G])
         seen = jnp.repeat(_seen(segment_ids, start, end), G, axis=2)[:, None]
         weight = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=2).astype(dtype)
         weights.append(weight)
-        outs.append(_dot("bkes,bksr->bker", values[..., :end], weight))
+        outs.append(einsum("bkes,bksr->bker", values[..., :end], weight))
     out = jnp.concatenate(outs, axis=3)
     return _from_columns(out, H), (query, key, value, tuple(weights), out, like)
 
@@ -76,22 +77,18 @@ def _causal_attention_backward(dtype, residuals, cotangent):
     d_queries, d_keys, d_values = [], 0.0, 0.0
     for (start, end), weight in zip(_query_blocks(T), weights, strict=True):
         block = slice(start * G, end * G)
-        d_weight = _dot("bkse,bker->bksr", values[:, :, :end], d_out_columns[..., block])
+        d_weight = einsum("bkse,bker->bksr", values[:, :, :end], d_out_columns[..., block])
         d_scores = (weight.astype(jnp.float32) * (d_weight - correction[..., block])).astype(dtype)
-        d_queries.append(_dot("bkes,bksr->bker", keys[..., :end], d_scores))
+        d_queries.append(einsum("bkes,bksr->bker", keys[..., :end], d_scores))
         later = ((0, 0), (0, 0), (0, T - end), (0, 0))  # keys that this block does not see
-        d_keys += jnp.pad(_dot("bksr,bkre->bkse", d_scores, queries[:, :, block]), later)
-        d_values += jnp.pad(_dot("bksr,bkre->bkse", weight, d_out_rows[:, :, block]), later)
+        d_keys += jnp.pad(einsum("bksr,bkre->bkse", d_scores, queries[:, :, block]), later)
+        d_values += jnp.pad(einsum("bksr,bkre->bkse", weight, d_out_rows[:, :, block]), later)
     d_query = _from_columns(jnp.concatenate(d_queries, axis=3), H) * E**-0.5
     gradients = (d_query, jnp.swapaxes(d_keys, 1, 2), jnp.swapaxes(d_values, 1, 2))
     return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, like, strict=True)), None
 
 
 causal_attention.defvjp(_causal_attention_forward, _causal_attention_backward)
-
-
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _cast(query, key, value, dtype):
@@ -177,17 +174,22 @@ def implementation(compute: Compute, *, length: int, head_size: int) -> str:
         )
     if compute.attention != "auto":
         return compute.attention
-    if platform() == "tpu" and supported:
+    if platform() == "tpu" and supported and compute.matmul_dtype == jnp.bfloat16:  # it would round float32
         return "splash"
     return "blockwise" if shards > 1 or length >= _LONG else "full"
+
+
+def of_any_length(compute: Compute, *, length: int, head_size: int) -> Compute:
+    """`compute` for rows whose length generation chose: where splash attention was asked for and cannot, `auto` decides."""
+    if compute.attention == "splash" and not splash.supports(length, head_size):
+        return dataclasses.replace(compute, attention="auto")
+    return compute
 
 
 def row_attention(
     segment_ids: jax.Array, *, head_size: int, compute: Compute
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Attention within the segments of these rows, as a function (query, key, value) -> [B, T, H, E]. # int32 [B, T]
-
-    """
+    """Attention within the segments of these rows, as a function (query, key, value) -> [B, T, H, E]. # int32 [B, T]"""
     chosen = implementation(compute, length=segment_ids.shape[1], head_size=head_size)
     if chosen == "full":
 

@@ -14,6 +14,7 @@ from llama_jax.model.layers import contract, rope_angles
 from llama_jax.model.params import Params
 from llama_jax.model.rope import sequence_lengths
 from llama_jax.model.transformer import _block, _embed
+from llama_jax.parallel.axes import ENTER, constrain, layout
 
 
 def attention_weights(
@@ -25,7 +26,8 @@ def attention_weights(
     def layer(x, weights):
         return _recording_block(x, weights, mask, angles, config=config, compute=compute)
 
-    return jax.lax.scan(layer, _embed(params["trunk"], tokens, compute), params["trunk"]["layers"])[1]
+    with layout(ENTER):  # a row or a few, which devices cannot share
+        return jax.lax.scan(layer, _embed(params["trunk"], tokens, compute), params["trunk"]["layers"])[1]
 
 
 def largest_attention(
@@ -51,8 +53,10 @@ def largest_attention(
         found = found if heads is None else found[:, jnp.array(heads)]
         return (x, jnp.where(wanted, jnp.maximum(largest, jnp.max(found, axis=1)), largest)), None
 
-    start = (_embed(params["trunk"], tokens, compute), jnp.zeros(mask.shape, jnp.float32))
-    return jax.lax.scan(layer, start, (params["trunk"]["layers"], looked_at))[0][1]
+    with layout(ENTER):  # a row or a few, which devices cannot share
+        start = (_embed(params["trunk"], tokens, compute), jnp.zeros(mask.shape, jnp.float32))
+        largest = jax.lax.scan(layer, start, (params["trunk"]["layers"], looked_at))[0][1]
+        return constrain(largest, None, None, None)  # every host looks at it
 
 
 def _mask_and_angles(segment_ids: jax.Array, config: ModelConfig):

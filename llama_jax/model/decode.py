@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from llama_jax.model.attention import row_attention
+from llama_jax.model.attention import of_any_length, row_attention
 from llama_jax.model.cache import KVCache, write_token
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode_attention import attend_cached
@@ -87,7 +87,7 @@ def prefill(
     B, T = tokens.shape
     steps = jnp.arange(T)
     segment_ids = (steps < lengths[:, None]).astype(jnp.int32)
-    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
+    attention = _any_rows(segment_ids, config, compute)
 
     def attend(query, key, value, layer):
         # What lies behind a row's length is written over later, and never seen.
@@ -148,13 +148,34 @@ def extend(
 def row_logits(weights: Prepared, tokens: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
     """Next-token logits of full rows; no cache is made. # int32 [B, T] -> float32 [B, T, V]"""
     B, T = tokens.shape
-    attention = row_attention(jnp.ones_like(tokens), head_size=config.head_size, compute=compute)
+    x = row_states(weights, tokens, config=config, compute=compute)
+    return logits(weights, x.reshape(B * T, -1), compute=compute).reshape(B, T, -1)
+
+
+def row_states(
+    weights: Prepared, tokens: jax.Array, *, config: ModelConfig, compute: Compute, lengths: jax.Array | int | None = None
+) -> jax.Array:
+    """The final normed states of full rows; no cache is made. # int32 [B, T] -> [B, T, D]
+
+    `lengths`, of rows that are filled up behind their ends, are those without the filling. # int32 [B]
+    """
+    B, T = tokens.shape
+    lengths = jnp.broadcast_to(jnp.asarray(T if lengths is None else lengths, jnp.int32).reshape(-1, 1), (B, T))
+    attention = _any_rows(jnp.ones_like(tokens), config, compute)
     no_cache = KVCache(layers=(None,) * config.layers, lengths=jnp.zeros((B,), jnp.int32))
-    x, _ = blocks(
+    return blocks(
         weights, tokens, jnp.broadcast_to(jnp.arange(T), (B, T)), no_cache,
         lambda query, key, value, layer: (attention(query, key, value), layer), config=config, compute=compute,
-    )  # fmt: skip
-    return logits(weights, x.reshape(B * T, -1), compute=compute).reshape(B, T, -1)
+        lengths=lengths,
+    )[0]  # fmt: skip
+
+
+def _any_rows(segment_ids: jax.Array, config: ModelConfig, compute: Compute) -> Callable[..., jax.Array]:
+    """Training's attention, for rows of lengths that are none of training's."""
+    size = config.head_size
+    return row_attention(
+        segment_ids, head_size=size, compute=of_any_length(compute, length=segment_ids.shape[1], head_size=size)
+    )
 
 
 def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Array:
@@ -167,10 +188,14 @@ def logits(weights: Prepared, hidden: jax.Array, *, compute: Compute) -> jax.Arr
         return constrain(out, "batch", "act_vocab")
 
 
-def blocks(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute):
+def blocks(weights, tokens, positions, cache, attend, *, config: ModelConfig, compute: Compute, lengths=None):
     """All blocks and the final norm. `attend(query, key, value, layer)` gives the heads' results and the layer's cache with the
-    new keys and values in it."""
-    angles = materialise(rope_angles(positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling))
+    new keys and values in it. `lengths` are those of the whole sequences, where they are known (see `rope_angles`)."""
+    angles = materialise(
+        rope_angles(
+            positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling, lengths=lengths
+        )
+    )
     with jax.named_scope("embedding"):
         embedding = weights["embedding"]
         if isinstance(embedding, Int8):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from llama_jax.model import paged
 from llama_jax.model.cache import LayerCache
+from llama_jax.model.layers import einsum
 from llama_jax.parallel.axes import shards_of
 from llama_jax.parallel.mesh import platform
 
@@ -41,7 +42,8 @@ def attend_cached(
     """
     B, T, H, E = query.shape
     K, S = cache.values.shape[1:3]
-    if T == 1 and cache.lengthwise and paged.supports(S, E) and K % shards_of("act_heads") == 0:
+    aligned = shards_of("batch") == shards_of("cache_rows")  # else these queries' devices have other rows of the cache
+    if T == 1 and aligned and cache.lengthwise and paged.supports(S, E) and K % shards_of("act_heads") == 0:
         return paged.attend(query[:, 0], cache.keys, cache.values, positions[:, 0] + 1)[:, None]
     # The queries that share a key head are the M rows of one matrix product.
     rows = jnp.einsum("btkre->bkrte", query.reshape(B, T, K, H // K, E)).reshape(B, K, H // K * T, E).astype(dtype)
@@ -50,16 +52,14 @@ def attend_cached(
     def score(start, part):
         """Scores of the slots that `part` holds, which begin at `start`. # [B, K, M, slots]"""
         keys = "bkse" if cache.lengthwise else "bkes"
-        scores = jnp.einsum(f"bkme,{keys}->bkms", rows, part.keys.astype(dtype), preferred_element_type=jnp.float32)
+        scores = einsum(f"bkme,{keys}->bkms", rows, part.keys.astype(dtype))
         scores = scores * E**-0.5 if part.key_scales is None else scores * (part.key_scales * E**-0.5)[:, :, None]
         return jnp.where(start + jnp.arange(scores.shape[-1]) <= positions, scores, _MASKED)
 
     def weigh(weights, part):
         if part.value_scales is not None:
             weights = weights * part.value_scales[:, :, None]
-        return jnp.einsum(
-            "bkms,bkse->bkme", weights.astype(dtype), part.values.astype(dtype), preferred_element_type=jnp.float32
-        )
+        return einsum("bkms,bkse->bkme", weights.astype(dtype), part.values.astype(dtype))
 
     if S <= _WHOLE:
         out = weigh(jax.nn.softmax(score(0, cache), axis=-1), cache)

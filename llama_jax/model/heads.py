@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.model.config import Compute
-from llama_jax.model.layers import contract
+from llama_jax.model.layers import contract, einsum
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import constrain, shards_of
 
@@ -31,7 +31,7 @@ def logits(params: Params, hidden: jax.Array, *, compute: Compute) -> jax.Array:
 def scores(params: Params, hidden: jax.Array, *, head: str) -> jax.Array:
     """One number a token from the scalar head, in float32. # [B, T, D] -> float32 [B, T]"""
     with jax.named_scope(head):
-        return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params[head]["kernel"].astype(jnp.float32))
+        return einsum("btd,d->bt", hidden.astype(jnp.float32), params[head]["kernel"].astype(jnp.float32))
 
 
 def token_losses(
@@ -93,8 +93,8 @@ def _token_losses_forward(kernel, hidden, targets, weights, dtype, chunks, z_los
         if z_loss:
             p *= 1 + 2 * z_loss * log_normaliser[..., None]
         d_scores = ((p - _at(t, scores)) * w[..., None]).astype(dtype)
-        d_hidden = jnp.einsum("btv,dv->btd", d_scores, small_kernel, preferred_element_type=jnp.float32)
-        d_kernel += jnp.einsum("btd,btv->dv", h.astype(dtype), d_scores, preferred_element_type=jnp.float32)
+        d_hidden = einsum("btv,dv->btd", d_scores, small_kernel)
+        d_kernel += einsum("btd,btv->dv", h.astype(dtype), d_scores)
         return (jax.tree.map(jnp.add, sums, new_sums), d_kernel), d_hidden.astype(h.dtype)
 
     zero = (jnp.zeros(()), jnp.zeros(())), jnp.zeros(kernel.shape, jnp.float32)
@@ -191,8 +191,8 @@ def _log_probabilities_backward(dtype, chunks, residuals, cotangents):
         scores = _chunk_scores(kernel, h, temperature, dtype) if scores is None else scores
         p = jnp.exp(scores - normaliser[..., None])
         d_scores = ((_at(t, scores) - p) * (g / temperature)[..., None]).astype(dtype)
-        d_hidden = jnp.einsum("btv,dv->btd", d_scores, small_kernel, preferred_element_type=jnp.float32)
-        d_kernel += jnp.einsum("btd,btv->dv", h.astype(dtype), d_scores, preferred_element_type=jnp.float32)
+        d_hidden = einsum("btv,dv->btd", d_scores, small_kernel)
+        d_kernel += einsum("btd,btv->dv", h.astype(dtype), d_scores)
         return d_kernel, d_hidden.astype(h.dtype)
 
     parts = (_split((hidden, targets, cotangents[0]), chunks), log_normaliser, saved)

@@ -38,6 +38,13 @@ def contract(equation: str, x: jax.Array, w: jax.Array | Adapted, dtype: jnp.dty
     return _contract(equation, x, w.weight, dtype) + w.scale * _contract(f"{rows}r,r{kept}->{result}", small, w.b, dtype)
 
 
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product of operands of one type with a float32 result. Float32 operands are multiplied as such: left to itself, a TPU
+    would round them to bfloat16 first, and a GPU to 19 bits."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`contract` of plain arrays.
@@ -45,7 +52,7 @@ def _contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> ja
     Left to itself, differentiation would multiply a float32 cotangent with a bfloat16 operand, and XLA would widen both:
     two thirds of a training step would then miss the matrix units.
     """
-    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return einsum(equation, x.astype(dtype), w.astype(dtype))
 
 
 def _contract_forward(equation, x, w, dtype):
@@ -59,8 +66,8 @@ def _contract_backward(equation, dtype, residuals, cotangent):
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
     cotangent = compute_once(cotangent.astype(dtype))
-    dx = jnp.einsum(f"{result},{right}->{left}", cotangent, w, preferred_element_type=jnp.float32)
-    dw = jnp.einsum(f"{left},{result}->{right}", x, cotangent, preferred_element_type=jnp.float32)
+    dx = einsum(f"{result},{right}->{left}", cotangent, w)
+    dw = einsum(f"{left},{result}->{right}", x, cotangent)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
@@ -80,7 +87,28 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back, then times the weight: the order of the reference code. # [..., D]"""
     normed = x.astype(jnp.float32)
     normed = normed * jax.lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    return _scaled(normed.astype(x.dtype), weight)
+
+
+@jax.custom_vjp
+def _scaled(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x times the weight of its last axis, in x's type. The gradient of the weight is summed over all rows, and over devices,
+    in float32; differentiation by itself would sum it in x's type. # [..., D], [D] -> [..., D]"""
+    return x * weight.astype(x.dtype)
+
+
+def _scaled_forward(x, weight):
+    return _scaled(x, weight), (x, weight)
+
+
+def _scaled_backward(residuals, cotangent):
+    x, weight = residuals
+    products = cotangent.astype(jnp.float32) * x.astype(jnp.float32)
+    d_weight = jnp.sum(products, axis=tuple(range(x.ndim - 1)))
+    return cotangent * weight.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def rope_angles(

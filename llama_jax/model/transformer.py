@@ -10,6 +10,7 @@ import functools
 import jax
 
 from llama_jax.model.attention import row_attention, uses_ring
+from llama_jax.model.branches import branch_attention
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.layers import compute_once, contract, materialise, rms_norm, rope_angles, rotate, swiglu
 from llama_jax.model.lora import attach
@@ -40,14 +41,21 @@ _REMAT = {
 
 
 def hidden_states(
-    params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, config: ModelConfig, compute: Compute
-) -> jax.Array:
-    """The final normed states of packed rows; adapters, where `params` has some, apply. # int32 [B, T] x 3 -> [B, T, D]"""
+    params: Params, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, config: ModelConfig, compute: Compute,
+    branches: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """The final normed states of packed rows; adapters, where `params` has some, apply. # int32 [B, T] x 3 -> [B, T, D]
+
+    With `branches`, int32 [B, T], segments are trees (`branches.py`). That is for inference: no kernel or ring computes them.
+    """
     trunk, lora = params["trunk"], params.get("lora", {})
-    ring = uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
+    ring = branches is None and uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
     if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's
         tokens, segment_ids, positions = map(ring_order, (tokens, segment_ids, positions))
-    attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
+    if branches is None:
+        attention = row_attention(segment_ids, head_size=config.head_size, compute=compute)
+    else:
+        attention = branch_attention(segment_ids, branches, dtype=compute.matmul_dtype)
     angles = rope_angles(
         positions, config.head_size, theta=config.rope_theta, scaling=config.rope_scaling,
         lengths=sequence_lengths(segment_ids, positions, config.rope_scaling),

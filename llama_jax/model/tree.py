@@ -1,20 +1,18 @@
 """Likelihoods of texts that share their beginnings, each beginning computed once (for the benchmarks of section 2.3).
 
-A row holds trees, one after another: a stem (a question), then its branches (the answers to choose from). A token sees the
-earlier tokens of its branch, the stem, and the prefix of its row (few-shot examples), which `decode.prefill` has computed
-before. So packing costs no padding, and what texts share costs nothing.
+In rows of trees (`branches.py`) a token sees the earlier tokens of its branch, the stem, and the prefix of its row (few-shot
+examples), which `decode.prefill` has computed before. So packing costs no padding, and what texts share costs nothing.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.branches import attend_seen, seen
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import Prepared, blocks, logits
 
-_MASKED = -1e30  # as in decode_attention.py
-_QUERIES = 512  # queries whose scores are held at once
 _CHUNK = 64  # places of a row whose logits are held at once
 
 
@@ -33,16 +31,12 @@ def tree_states(
     weights: Prepared, rows: Trees, cache: KVCache, *, config: ModelConfig, compute: Compute
 ) -> jax.Array:
     """The final normed states. A cache without slots is no prefix. # [B, T] x 4, G rows of P slots -> [B, T, D]"""
-    T, P = rows.tokens.shape[1], cache.slots
-    lengths = cache.lengths[rows.prefixes]  # [B]
-    known = jnp.arange(P) < lengths[:, None]  # [B, P]
+    P = cache.slots
+    known = jnp.arange(P) < cache.lengths[rows.prefixes][:, None]  # [B, P]
 
     def mask(start, size):
         """Which of the P + T keys some queries see. # bool [B, size, P + T]"""
-        tree, branch = (jax.lax.dynamic_slice_in_dim(x, start, size, 1)[:, :, None] for x in (rows.trees, rows.branches))
-        earlier = jnp.arange(T) <= start + jnp.arange(size)[:, None]
-        others = rows.branches[:, None]
-        own = earlier & (rows.trees[:, None] == tree) & ((others == 0) | (others == branch))
+        own = seen(rows.trees, rows.branches, start, size)
         return jnp.concatenate([jnp.broadcast_to(known[:, None], (*own.shape[:2], P)), own], axis=2)
 
     def attend(query, key, value, layer):
@@ -50,32 +44,9 @@ def tree_states(
         known_keys = jnp.swapaxes(held.keys, 2, 3) if held.lengthwise else held.keys
         keys = jnp.concatenate([known_keys.astype(key.dtype), jnp.einsum("btke->bket", key)], axis=3)
         values = jnp.concatenate([held.values.astype(value.dtype), jnp.einsum("btke->bkte", value)], axis=2)
-        size = _QUERIES if T % _QUERIES == 0 else T
-
-        def block(start):
-            part = jax.lax.dynamic_slice_in_dim(query, start, size, 1)
-            return _attend(part, keys, values, mask(start, size), dtype=compute.matmul_dtype)
-
-        if size == T:
-            return block(0), layer
-        out = jax.lax.map(block, jnp.arange(0, T, size))  # [T / size, B, size, H, E]
-        return jnp.moveaxis(out, 0, 1).reshape(query.shape), layer
+        return attend_seen(query, keys, values, mask, dtype=compute.matmul_dtype), layer
 
     return blocks(weights, rows.tokens, rows.positions, cache, attend, config=config, compute=compute)[0]
-
-
-def _attend(query, keys, values, mask, *, dtype):
-    """`decode_attention.attend_cached` under any mask. # [B, Q, H, E], [B, K, E, S], [B, K, S, E], [B, Q, S]"""
-    B, Q, H, E = query.shape
-    K = keys.shape[1]
-    queries = jnp.einsum("btkre->bkrte", query.reshape(B, Q, K, H // K, E)).reshape(B, K, H // K * Q, E).astype(dtype)
-    scores = jnp.einsum("bkme,bkes->bkms", queries, keys.astype(dtype), preferred_element_type=jnp.float32) * E**-0.5
-    scores = jnp.where(jnp.tile(mask, (1, H // K, 1))[:, None], scores, _MASKED)
-    out = jnp.einsum(
-        "bkms,bkse->bkme", jax.nn.softmax(scores, axis=-1).astype(dtype), values.astype(dtype),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return jnp.einsum("bkrte->btkre", out.reshape(B, K, H // K, Q, E)).reshape(B, Q, H, E)
 
 
 def target_log_probs(

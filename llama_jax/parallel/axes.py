@@ -192,6 +192,15 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 @functools.cache
+def _held(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """The shards of a batch's rows that each process holds, ascending."""
+    shards, held = batch_shards(mesh), {}
+    for device, (rows,) in batch_sharding(mesh, 1).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
+    return {process: tuple(sorted(own)) for process, own in held.items()}
+
+
+@functools.cache
 def row_groups(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     """The processes that hold the same rows of a batch, group by group in the order of the rows.
 
@@ -200,20 +209,23 @@ def row_groups(mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     Raises:
       ValueError: processes share a part of their rows, so that no slice of a batch is theirs.
     """
-    shards = batch_shards(mesh)
-    held: dict[int, set[int]] = {}
-    for device, (rows,) in batch_sharding(mesh, 1).devices_indices_map((shards,)).items():
-        held.setdefault(device.process_index, set()).add(rows.indices(shards)[0])
+    shards, held = batch_shards(mesh), _held(mesh)
     groups: dict[tuple[int, ...], list[int]] = {}
     for process in sorted(held):
-        groups.setdefault(tuple(sorted(held[process])), []).append(process)
+        groups.setdefault(held[process], []).append(process)
     if sum(map(len, groups)) != shards or len(set(map(len, groups))) > 1:
         sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         raise ValueError(f"mesh: hosts share only a part of their rows ({sizes}); choose other sizes of tensor or sequence")
     return tuple(tuple(groups[rows]) for rows in sorted(groups))
 
 
+def held_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the `batch_shards` of each global batch this process holds; ValueError as of `row_groups`."""
+    row_groups(mesh)
+    return _held(mesh)[jax.process_index()]
+
+
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal slices of each global batch this process reads."""
+    """(index, count): the group of processes that this one is of, by the rows they hold, and how many there are."""
     groups = row_groups(mesh)
     return next(i for i, processes in enumerate(groups) if jax.process_index() in processes), len(groups)

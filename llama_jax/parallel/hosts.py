@@ -5,20 +5,24 @@ others. `preflight` names it.
 """
 
 import collections
+import contextlib
+import contextvars
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
 import llama_jax
-from llama_jax.paths import place
+from llama_jax.paths import place, reason
 
 
 class HostsDiffer(RuntimeError):
@@ -33,16 +37,23 @@ def preflight(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = {
-        "code": code_version(),
-        "jax": jax.__version__,
-        "local devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        **facts,
-    }
-    differences = compare([json.loads(text) for text in _gather(json.dumps(own))])
+    differences = compare([json.loads(text) for text in _gather(json.dumps({**machine_facts(), **facts}))])
     differences += clocks([float(text) for text in _gather(repr(time.time()))])  # right after they have met
     if differences:
         raise HostsDiffer("the hosts of this run differ; " + "; ".join(differences))
+
+
+def machine_facts() -> dict[str, str]:
+    """What makes this host's programs: the code, the compilers and what they are told, the devices."""
+    device = jax.local_devices()[0]
+    return {
+        "code": code_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "compiler": " ".join(device.client.platform_version.split()),  # libtpu's build
+        "local devices": f"{jax.local_device_count()} x {device.device_kind}",
+        **{name: " ".join(sorted(os.environ.get(name, "").split())) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+    }
 
 
 def compare(hosts: list[dict[str, str]]) -> list[str]:
@@ -65,33 +76,55 @@ def clocks(times: list[float], *, tolerance: float = 60.0) -> list[str]:
     return [f"clock: {', '.join(off)}"] if off else []
 
 
+_decides = contextvars.ContextVar("decides", default=False)
+
+
+@contextlib.contextmanager
+def _deciding() -> Iterator[None]:
+    """Host 0 does something that the others wait for: what it calls meanwhile asks nobody."""
+    token = _decides.set(True)
+    try:
+        yield
+    finally:
+        _decides.reset(token)
+
+
+def _alone() -> bool:
+    """Whether there is nobody to ask. Without a cluster JAX is not asked either: its answer would take the chips."""
+    return _decides.get() or not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def first_problem(problem: str) -> str:
     """What went wrong on any host ("" if nothing did), told to all: an error of one must not leave the others waiting."""
-    if jax.process_count() == 1:
+    if _alone():
         return problem
     found = [(host, text) for host, text in enumerate(_gather(problem)) if text]
     return f"host {found[0][0]}: {found[0][1]}" if found else ""
 
 
 def from_host_0(make: Callable[[], Any]) -> Any:
-    """What `make` gives on host 0, on every host, by way of JSON; where it fails (ValueError, OSError), all do."""
-    if jax.process_count() == 1:
+    """What `make` gives on host 0, on every host, by way of JSON. Where it fails all do, with a ValueError; host 0 itself with
+    what it was, if that was neither a ValueError nor an OSError."""
+    if _alone():
         return make()
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    data = b""
+    data, unexpected = b"", None
     if jax.process_index() == 0:
         try:
-            answer = [make(), ""]
+            with _deciding():
+                answer = [make(), ""]
         except (ValueError, OSError) as error:
             answer = [None, str(error)]
+        except Exception as error:  # the others wait for an answer
+            answer, unexpected = [None, f"{type(error).__name__}: {error}"], error
         data = json.dumps(answer).encode()
     size = int(broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros((1 << size.bit_length(),), np.uint8)  # so that few programs are compiled
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     found, problem = json.loads(np.asarray(broadcast_one_to_all(padded)).astype(np.uint8)[:size].tobytes())
     if problem:
-        raise ValueError(problem)
+        raise unexpected or ValueError(problem)
     return found
 
 
@@ -119,10 +152,14 @@ def on_every_host(tree: Any) -> Any:
 
 def on_host_0(act: Callable[..., Any], *arguments: Any) -> None:
     """Calls `act` on host 0, which alone writes files; the others wait, and end with it if it fails."""
+    if _alone():
+        act(*arguments)
+        return
     failed: Exception | None = None
     if jax.process_index() == 0:
         try:
-            act(*arguments)
+            with _deciding():
+                act(*arguments)
         except Exception as error:  # whatever it is, the others must hear of it
             failed = error
     problem = first_problem(f"{type(failed).__name__}: {failed}" if failed else "")
@@ -142,14 +179,17 @@ def code_version() -> str:
 
 
 def file_fact(path: str | Path) -> str:
-    """A fingerprint of what lies at a path: a file's content, a directory's manifest, or that nothing does."""
+    """A fingerprint of what lies at a path: a file's content, a directory's manifest, or that nothing can be read there."""
     path = place(path)
-    if path.is_dir():
-        path = path / "manifest.json"
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    try:
+        if path.is_dir():
+            path = path / "manifest.json"
+        if not path.is_file():
+            return "missing"
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:  # of one host: it is to be named, and not to leave the others waiting
+        return f"unreadable ({reason(error)})"
 
 
 _asked = itertools.count(1)

@@ -42,10 +42,10 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 1.228e12, 4.5e10, 3, 1.05e9, config="megacore"),
-        Chip("v5e", 197e12, 0.819e12, 4.5e10, 2, 1.50e9),
+        Chip("v5e", 197e12, 0.819e12, 4.5e10, 2, 1.50e9, dcn=3.125e9),
         Chip("v5p", 459e12, 2.765e12, 9.0e10, 3, 1.75e9),
-        Chip("v6e", 918e12, 1.640e12, 9.0e10, 2, 1.75e9),
-        Chip("tpu7x", 2307e12, 7.380e12, 1.8e11, 3, 2.20e9, devices=2),
+        Chip("v6e", 918e12, 1.640e12, 9.0e10, 2, 1.75e9, dcn=1.25e10),
+        Chip("tpu7x", 2307e12, 7.380e12, 9.0e10, 3, 2.20e9, devices=2, dcn=1.25e10),
     )
 }
 # Slices of these are named after their cores (two a chip), the others after their chips.

@@ -69,7 +69,7 @@ class _Layout:
 def _look_up(layout: _Layout, dtype, table, tokens):
     def island(table, tokens):
         ids, mine = _local_ids(layout, table, tokens)
-        x = jnp.where(mine[..., None], jnp.take(table.astype(dtype), ids, axis=0), 0)
+        x = jnp.where(mine[..., None], jnp.take(table, ids, axis=0).astype(dtype), 0)
         if layout.scatter:
             x = jax.lax.psum_scatter(x, layout.vocab, scatter_dimension=1, tiled=True)
         elif layout.vocab:

@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def collective_bytes(self) -> dict[str, int]:
-        """Bytes a chip and step by the mesh axes that they travel."""
+        """Bytes a device and step by the mesh axes that they travel."""
         found: dict[str, int] = {}
         for part in self.traffic or ():
             found[part.axes] = found.get(part.axes, 0) + part.bytes
@@ -216,8 +216,10 @@ def _priced(collective: Collective, topology: Topology, mesh: Mesh) -> Traffic:
     n = len(group)
     axes = "+".join(mesh_axes(collective, dict(mesh.shape))) or "one device"
     links, longest = ring_width(topology, group)
+    # Where a chip has several devices and not all are of the group, the others have groups of their own on the same wires.
+    link = chip.link * n / len({tuple(device.coords) for device in group}) / chip.devices
     if links:
-        bandwidth = links * chip.link
+        bandwidth = links * link
     else:  # the cores of one chip talk through its memory
         across = len({getattr(device, "slice_index", 0) for device in group}) > 1
         bandwidth = chip.dcn if across else chip.hbm_bandwidth / 2
@@ -228,7 +230,7 @@ def _priced(collective: Collective, topology: Topology, mesh: Mesh) -> Traffic:
         "reduce-scatter": share * collective.bytes / bandwidth,
         # Each device sends all but its own piece, on average a quarter around the longest ring.
         "all-to-all": share * collective.bytes * max(longest, 1) / 4 / bandwidth,
-        "collective-permute": collective.bytes / (chip.link if links else bandwidth),
+        "collective-permute": collective.bytes / (link if links else bandwidth),
     }.get(collective.kind, collective.bytes / bandwidth)
     total = collective.bytes * collective.count
     return Traffic(

@@ -2,12 +2,13 @@
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 import jax
 from jax.interpreters import partial_eval
 
-from llama_jax.planning.hlo import Instruction, Module
+from llama_jax.planning.hlo import Instruction, Module, mean_trips
 
 # Matrix products of one visit of a tile, by kernel: scores and out; scores, d_scores and dq; those two with dk and dv.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -19,14 +20,14 @@ _SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "wh
 def traced_flops(jaxpr: Any, *, trips: int = 0) -> int:
     """Operations of all matrix products of a closed jaxpr, of all devices together. Pallas kernels are not looked into.
 
-    A `while` of unknown length counts `trips` times (0: once), of a branch the longer side. What nobody reads is left out,
-    as the compiler leaves it out: gradients of matrices that adapters keep as they are.
+    A `while` of unknown length counts as often as its name tells, or `trips` times (0: once), of a branch the longer side. What
+    nobody reads is left out, as the compiler leaves it out: gradients of matrices that adapters keep as they are.
     """
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
-    return _traced(used, trips)
+    return round(_traced(used, trips))
 
 
-def _traced(jaxpr: Any, trips: int) -> int:
+def _traced(jaxpr: Any, trips: int) -> int | Fraction:
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -39,7 +40,8 @@ def _traced(jaxpr: Any, trips: int) -> int:
         elif name == "cond":
             total += max(_traced(branch, trips) for branch in parameters["branches"])
         else:
-            times = {"scan": parameters.get("length"), "while": max(trips, 1)}.get(name, 1)
+            mean = mean_trips(str(equation.source_info.name_stack)) if name == "while" else None
+            times = {"scan": parameters.get("length"), "while": mean or max(trips, 1)}.get(name, 1)
             if name == "shard_map":  # its shapes are one device's
                 times = parameters["mesh"].size
             total += times * sum(_traced(inner, trips) for inner in _inner(parameters))

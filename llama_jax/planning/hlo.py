@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 
@@ -118,7 +119,7 @@ class Module:
                 trips = self.trip_count(instruction) if instruction.opcode == "while" else 1
                 for called in _called(instruction):
                     if called in self.computations:
-                        visit(called, times * trips)
+                        visit(called, round(times * trips))  # a mean is one over the loop around, and whole with its trips
 
         visit(self.entry, 1)
         return counts
@@ -134,11 +135,14 @@ class Module:
             for called in _called(instruction)
         }
 
-    def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: the bound that its condition compares with (loops here count from 0 by 1), or `trips`."""
+    def trip_count(self, loop: Instruction) -> int | Fraction:
+        """How often a `while` runs: the bound that its condition compares with (loops here count from 0 by 1), the mean that
+        its name tells, or `trips`."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known.group(1))
+        if mean := mean_trips(loop.op_name.removesuffix("/while")):
+            return mean
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes).group(1)
         constants = [
             int(instruction.arguments)
@@ -266,6 +270,12 @@ def _parse(line: str, computation: str) -> Instruction | None:
     arguments = rest[opened + 1 : closed]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     return Instruction(head.group(1), rest[:opened], arrays, operands, rest[closed + 1 :], computation, arguments)
+
+
+def mean_trips(name: str) -> Fraction | None:
+    """How often a loop in the scope of this name runs on average, if the name tells (`model.blockwise`)."""
+    found = re.search(r"mean_trips_(\d+)_halves$", name)
+    return Fraction(int(found.group(1)), 2) if found else None
 
 
 def _closing(text: str) -> int:

@@ -23,7 +23,7 @@ from llama_jax.model.params import Specs
 from llama_jax.parallel.axes import DECODE, abstract, batch_shardings, is_spec, partition, row_share
 from llama_jax.planning.stages import StageShape, model_of, stage_shape
 from llama_jax.pretrain.base import StageConfig
-from llama_jax.rlhf.rollout import check_size, draws_in_slots
+from llama_jax.rlhf.rollout import check_size, draws_in_slots, on_mesh
 from llama_jax.sampling import slots as device
 from llama_jax.sampling.answers import answering
 from llama_jax.sampling.generate import make_sampler
@@ -81,6 +81,7 @@ def rollout_program(config: StageConfig, mesh: Mesh) -> Program:
     settings = _rolls_out(config)
     if settings is None:
         raise ConfigError(f"config.stage: a rollout is planned for ppo and grpo, got {config.stage!r}")
+    settings = on_mesh(settings, mesh)
     _check(config, mesh)
     shape = stage_shape(config)
     _, state, frozen = _abstract(config, shape, mesh)
@@ -126,10 +127,10 @@ def _slots_program(
         decode = device.programs(model, compute, engine, mesh).decode
     whole = engine.max_length
     flops = (flops * engine.steps // whole for flops in _flops(config, engine.slots, whole, "lm_head", backward=False))
+    decode = functools.partial(decode.trace, weights, slots, np.int32(engine.steps), np.int32(0), np.bool_(False))
     return Program(
-        f"rollout, {engine.slots} slots", functools.partial(decode.trace, weights, slots, np.int32(engine.steps), np.int32(0)),
-        mesh, engine.slots, engine.slots * engine.steps, *flops, {"weights": weights, "slots": slots},
-        {"parameters": policy, "prompts": prompts, **others}, trips=engine.steps,
+        f"rollout, {engine.slots} slots", decode, mesh, engine.slots, engine.slots * engine.steps, *flops,
+        {"weights": weights, "slots": slots}, {"parameters": policy, "prompts": prompts, **others}, trips=engine.steps,
     )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def _check(config: StageConfig, mesh: Mesh) -> None:
     check_batch(config.loop, mesh)
     row_share(mesh)
     if (settings := _rolls_out(config)) is not None:
-        check_size(settings.rollout_size, config.loop.batch_size, mesh, answers=getattr(settings, "answers", 1))
+        check_size(settings.rollout_size, config.loop.batch_size, mesh)
 
 
 def _rolls_out(config: StageConfig) -> Any | None:
@@ -168,7 +169,8 @@ def _abstract(config: StageConfig, shape: StageShape, mesh: Mesh) -> tuple[Any, 
     trained, frozen = ({name: parts[i] for name, parts in divided.items()} for i in (0, 1))
     if "" in divided:  # one model, which the stage's loss takes without a name
         trained, frozen = trained[""], frozen[""]
-    optim = optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(trained))
+    steps = config.loop.steps or config.optim.warmup + 1000  # of so many epochs; an argument of the program, and not in it
+    optim = optimizer.make(config.optim, steps=steps, decay=table.decay_mask(trained))
     with jax.set_mesh(mesh):
         return optim, abstract_state(trained, optim, mesh), abstract(_filled(frozen), mesh)
 

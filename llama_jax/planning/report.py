@@ -46,7 +46,7 @@ def as_text(plan: Plan, run: dict[str, float]) -> str:
         f"   ({plan.executed_flops_per_step / plan.model_flops_per_step - 1:+.0%}: recomputation, masked pairs)",
         f"  memory traffic {_figure(plan.memory_traffic_bytes / 1e9)} GB",
         "",
-        "communication per chip and step",
+        "communication per device and step",
     ]
     for part in plan.traffic:
         if part.bytes > 2**20:

@@ -144,6 +144,8 @@ def space(config: StageConfig, *, devices: int, slices: int = 1) -> Space:
         fsdp, left = divmod(devices, slices * copies * sequence * tensor)
         if left or not fsdp or rows % (slices * copies * fsdp) or model.width % fsdp:
             continue
+        if config.stage in ("ppo", "grpo") and tensor < config.mesh.tensor:  # generation divides its weights over tensor alone
+            continue
         uneven = sequence > 1 and shape.length % (2 * sequence)  # a ring cuts rows into halves of pieces
         if uneven or any(size % tensor for size in (model.heads, model.ffn, model.vocab_size)):
             continue

@@ -3,26 +3,32 @@
 Only pretraining draws its parameters by itself; every later stage is told where they come from.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError, describe, differences, parse
+from llama_jax.data.loader import Share
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.interop.restore import describe_base, model_parts, restore_model
+from llama_jax.interop.ours import TOKENIZERS
+from llama_jax.interop.restore import describe_base, describe_model, model_parts, restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.lora import LoraConfig, divide
 from llama_jax.model.params import Params, Specs
-from llama_jax.parallel.axes import row_share, shardings
+from llama_jax.parallel.axes import batch_shards, held_shards, shardings
 from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.training.checkpoint import CheckpointError, read_meta
+from llama_jax.training.checkpoint import named, newest_step, read_meta, resumed_meta, warn_of_unfinished
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.stage import LoopConfig
+
+log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 
@@ -56,26 +62,53 @@ class StageConfig:
         size(self.model)
         if self.context < 0:
             raise ValueError(f"context: expected 0 or more tokens, got {self.context}")
+        if not self.loop.steps and not getattr(self, "epochs", 0.0) > 0:
+            because = " since epochs is 0" if hasattr(self, "epochs") else ""  # stages whose data may tell the number
+            raise ValueError(f"loop.steps: expected at least 1{because}, got 0")
 
 
 def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
     """The model's shape and the tokenizer; ConfigError if they, or `start`, do not fit together, or if there is no start."""
-    model, tokenizer = size(config.model), Tokenizer(config.tokenizer)
+    model = size(config.model)
+    if not is_drawn(config.start):
+        newest_step(config.start)  # says what lies there instead, in which no tokenizer of ours may be
+    tokenizer = Tokenizer(tokenizer_place(config))
     if config.context:
         model = dataclasses.replace(model, max_length=config.context)
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model {config.model} expects "
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model {config.model} expects "
             f"{model.vocab_size}"
         )
     if not is_drawn(config.start):
         check_start(config.start, model, tokenizer)
+        spoken, chat = read_meta(config.start).get("chat", ""), chat_of(config, tokenizer)
+        if spoken and config.stage != "pretrain" and spoken != chat:
+            log.warning("%s was trained to chat in the format %s, and %s speaks %s", config.start, spoken, config.stage, chat)
     elif not config.start and config.stage != "pretrain":
         raise ConfigError(
             f"config.start: {config.stage} goes on with the parameters of another stage; expected its workdir, got nothing "
             f"({SCRATCH!r} draws them)"
         )
     return model, tokenizer
+
+
+def tokenizer_place(config: StageConfig) -> str:
+    """Where the tokenizer of a stage lies: where the config says, else in its corpus, or in the workdir of its start.
+
+    Raises:
+      ConfigError: nowhere.
+    """
+    if config.tokenizer:
+        return config.tokenizer
+    beside = config.data.corpus if config.stage == "pretrain" else "" if is_drawn(config.start) else config.start
+    if beside:
+        directory, _ = named(beside)
+        for name in TOKENIZERS:
+            if (directory / name).is_file():
+                return str(directory / name)
+    why = f"none lies in {beside}" if beside else "there is no start that could have one"
+    raise ConfigError(f"config.tokenizer: missing; expected a tokenizer, since {why}")
 
 
 def is_drawn(start: str) -> bool:
@@ -87,18 +120,39 @@ def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -
     """ConfigError if another stage's checkpoint is of another model (but for its context) or tokenizer."""
     saved = read_meta(workdir)
     held = parse(ModelConfig, saved["model"], where=str(workdir))  # fields that it does not know have their defaults
-    if dataclasses.replace(held, max_length=model.max_length) != model:
-        raise ConfigError(f"{workdir} holds model {saved['model']}, expected {describe(model)}")
+    held = dataclasses.replace(held, max_length=model.max_length)
+    if held != model:
+        lines = differences(describe(held), describe(model))
+        raise ConfigError(f"{workdir} holds model {held.name}, expected {model.name}; they differ in {', '.join(lines)}")
     if saved["tokenizer"] != tokenizer.fingerprint:
+        own = _tokenizer_of(workdir, saved["tokenizer"])
         raise ConfigError(
             f"{workdir} was trained with tokenizer {saved['tokenizer'][:12]}, {tokenizer.path} is "
-            f"{tokenizer.fingerprint[:12]}"
+            f"{tokenizer.fingerprint[:12]}" + (f"; its own lies at {own}" if own else "")
         )
+    warn_of_unfinished(workdir)
+
+
+def _tokenizer_of(workdir: str | Path, fingerprint: str) -> Path | None:
+    """The file beside a checkpoint that is its tokenizer; None if there is none, as in the workdirs of older runs."""
+    directory, _ = named(workdir)
+    for name in TOKENIZERS:
+        with contextlib.suppress(OSError, ValueError, ModuleNotFoundError):
+            if Tokenizer(directory / name).fingerprint == fingerprint:
+                return directory / name
+    return None
+
+
+def chat_of(config: StageConfig, tokenizer: Tokenizer) -> str:
+    """The format in which a stage trains to chat: "llama2", or the tokenizer's "template" if SFT is to have that."""
+    chat = getattr(getattr(config, "data", None), "chat", "llama2")
+    return chat if tokenizer.chat_template is not None else "llama2"
 
 
 def meta(config: StageConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What is stored with each checkpoint of a stage."""
-    return {"stage": config.stage, "model": describe(model), "tokenizer": tokenizer.fingerprint}
+    found = {"stage": config.stage, "model": describe(model), "tokenizer": tokenizer.fingerprint}
+    return found if config.stage == "pretrain" else {**found, "chat": chat_of(config, tokenizer)}
 
 
 def fresh(specs: Specs, mesh: Mesh, *, seed: int) -> Params:
@@ -129,7 +183,7 @@ class Begin:
     """What a stage trains of its model and what it keeps as it is (`training.stage.Stage` has fields of these names).
 
     Attributes:
-      meta: what checkpoints say of the adapters.
+      meta: what checkpoints say of the adapters, and of the models that are read and not trained.
     """
 
     specs: Specs
@@ -146,19 +200,25 @@ class Begin:
 
 
 def begin(
-    config: StageConfig, specs: Specs, mesh: Mesh, *, workdir: Path, start: str = "", name: str = "lora"
-) -> Begin:
+    config: StageConfig, specs: Specs, mesh: Mesh, *, workdir: Path, start: str = "", name: str = "lora",
+    reads: Sequence[str] = (),
+) -> Begin:  # fmt: skip
     """How a stage begins with a model of the table `specs`: from `start` (of the config, if none is given), whole or adapted.
 
     With adapters the trunk and the language-model head of the start are frozen; scalar heads, and heads that the start does
-    not have, are trained whole. `name` is the adapters' in the meta of checkpoints.
+    not have, are trained whole. `name` is the adapters' in the meta of checkpoints. `reads` are the fields of the config that
+    name models which every start of the run reads again: a reference, judges.
     """
-    start, seed = start or config.start, config.loop.seed
+    start, seed, noted = start or config.start, config.loop.seed, {}
+    if reads:
+        models = {field: getattr(config, field) for field in reads}
+        noted["reads"] = {field: describe_model(at, workdir) for field, at in models.items() if not is_drawn(at)}
+    if config.lora.rank:
+        check_adapters(config.lora, start)
+        noted[name] = describe_base(config.lora, start, workdir)
+    check_unchanged(workdir, noted)
     if not config.lora.rank:
-        return Begin(specs, starting_params(specs, mesh, start=start, seed=seed), {}, {})
-    check_adapters(config.lora, start)
-    described = describe_base(config.lora, start, workdir)
-    check_base(workdir, name, described)
+        return Begin(specs, starting_params(specs, mesh, start=start, seed=seed), {}, noted)
     trained, kept = divide(specs, config.lora, model_parts(start))
     adapters, heads = {"lora": trained["lora"]}, {part: spec for part, spec in trained.items() if part != "lora"}
     scale = {"lora": kept.pop("lora")}
@@ -168,21 +228,26 @@ def begin(
         drawn = fresh(adapters, mesh, seed=seed)
         return {**drawn, **starting_params(heads, mesh, start=start, seed=seed)()} if heads else drawn
 
-    return Begin(trained, init, frozen, {name: described})
+    return Begin(trained, init, frozen, noted)
 
 
-def check_base(workdir: Path, name: str, described: dict[str, Any]) -> None:
-    """ConfigError if the run in `workdir` was begun on another base than the one that is there now."""
-    try:
-        before = read_meta(workdir)[name]["base"]
-    except CheckpointError:  # nothing saved yet, or damaged: the loop will say so
-        return
-    now = described["base"]
-    if before["fingerprint"] != now["fingerprint"]:
-        raise ConfigError(
-            f"{workdir} was begun on {before['workdir']} with fingerprint {before['fingerprint'][:12]}, which now is "
-            f"{now['fingerprint'][:12]}"
-        )
+def check_unchanged(workdir: Path, noted: Mapping[str, Any]) -> None:
+    """ConfigError if a model that the run in `workdir` reads, or adapts, is another one than when the run was begun.
+
+    Going back under another config (--restart_from) may name another reference or judge, but no other base of adapters.
+    """
+    saved = resumed_meta(workdir) if noted else {}
+    before, now = saved.get("reads", {}), noted.get("reads", {})
+    pairs = [(before[field], now[field]) for field in now if field in before]
+    pairs = [(then, here) for then, here in pairs if then["workdir"] == here["workdir"]]
+    pairs += [(saved[name]["base"], noted[name]["base"]) for name in noted if name != "reads" and name in saved]
+    for then, here in pairs:
+        if then["fingerprint"] != here["fingerprint"]:
+            raise ConfigError(
+                f"{workdir} was begun with {then['workdir']} of fingerprint {then['fingerprint'][:12]}, and {here['workdir']} "
+                f"now has {here['fingerprint'][:12]}: begin anew in another workdir, or, where the checkpoint of then is still "
+                "there, go on with that (WORKDIR@STEP in the config, and --restart_from)"
+            )
 
 
 def check_adapters(lora: LoraConfig, start: str) -> None:
@@ -197,7 +262,6 @@ def check_length(length: int, model: ModelConfig) -> None:
         raise ConfigError(f"data.length={length}, model {model.name} takes {model.max_length}")
 
 
-def process_slice(mesh: Mesh) -> dict[str, int]:
-    """Which slice of each global batch this process reads, as sources of batches take it (`parallel.axes.row_share`)."""
-    index, count = row_share(mesh)
-    return {"process_index": index, "process_count": count}
+def process_share(mesh: Mesh) -> Share:
+    """Which rows of each global batch this process reads: those that its devices hold."""
+    return Share(held_shards(mesh), batch_shards(mesh))

@@ -19,7 +19,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.params import Params
 from llama_jax.paths import is_remote, place
-from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_share
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
 from llama_jax.training.stage import Loss, Stage, Supervised
@@ -68,7 +68,7 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     source = BlockSource(
         {name: [corpus / shard for shard in manifest["sources"][name]["shards"]] for name in weights}, weights,
         config.loop.batch_size, config.loop.seed,
-        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, **process_slice(mesh),
+        separate_documents=config.data.separate_documents, bos_id=tokenizer.bos_id, share=process_share(mesh),
     )  # fmt: skip
     drawn = Drawn(source)
     cap = manifest["config"].get("max_epochs")
@@ -111,9 +111,9 @@ class Drawn(Supervised):
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source is seen in so many steps; exact to a block, since the mixture deals out its shares evenly."""
-        weights = self.batches.weights
-        rows, whole = steps * self.batches.batch_size, sum(weights.values())
-        return {name: rows * weights[name] / whole / blocks for name, blocks in self.batches.num_blocks.items()}
+        shares = self.batches.shares
+        rows, whole = steps * self.batches.batch_size, sum(shares.values())
+        return {name: rows * shares[name] / whole / blocks for name, blocks in self.batches.num_blocks.items()}
 
     def batch(self, step: int, params: Params) -> tuple[TokenBatch, Mapping[str, float]]:
         """The batch of a step; the parameters are not looked at. Some steps tell the epochs."""
@@ -146,7 +146,7 @@ def bits_per_byte(
     def evaluate(params: Params) -> dict[str, float]:
         result = {}
         for name in rows:
-            source = row_source(rows[name], batch_size, seed=0, **process_slice(mesh))
+            source = row_source(rows[name], batch_size, seed=0, share=process_share(mesh))
             nats = sum(float(step(params, put_batch(batch, mesh))[0].sum) for batch in source.eval_batches())
             result[f"bits_per_byte/{name}"] = nats / math.log(2) / size[name]
         return result

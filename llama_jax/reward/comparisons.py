@@ -8,12 +8,13 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from llama_jax.data.dialog import encode_dialog
+from llama_jax.data.dialog import DialogRow, encode_dialogs
 from llama_jax.data.rows import read_rows
-from llama_jax.data.sources import comparison
+from llama_jax.data.sources import REJECTED_SAFE, comparison
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_field
 from llama_jax.reward.ranking import MARGINS
+from llama_jax.training.preparation import in_parts
 
 log = logging.getLogger(__name__)
 DEGREES = ("significantly", "better", "slightly", "negligibly")
@@ -55,48 +56,64 @@ class Comparison:
 
 
 def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: str) -> list[Comparison]:
-    """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted.
+    """Reads and encodes a preference set. Pairs longer than `length` are dropped whole, never cut, and counted; so are pairs
+    that prefer an unsafe answer to a safe one, as in the paper.
 
-    Rows are read one by one: a set of millions is held as ids alone.
+    Rows are read some thousands at a time, and encoded on all cores: a set of millions is held as ids alone.
     """
-    comparisons, rows = [], 0
-    for where, raw in read_rows(path):
-        rows += 1
-        row = comparison(raw, where)
-        chosen, rejected, response_start = encode_sides(row, tokenizer, where=where)
-        if max(chosen.size, rejected.size) > length:
-            continue
-        rating = row["rating"]
-        comparisons.append(
-            Comparison(
-                chosen=chosen, rejected=rejected, margin=margin_of(row, margin),
-                degree=DEGREES.index(rating) if rating else -1,
-                safety_bin=row["safety_bin"], source=row["source"], response_start=response_start,
-            )
-        )  # fmt: skip
+    comparisons, rows, unsafe = [], 0, 0
+    for some in in_parts(read_rows(path), label=f"encode {path}", unit="comparison"):
+        known = [(where, comparison(raw, where)) for where, raw in some]
+        safe = [(where, row) for where, row in known if row["safety_bin"] != REJECTED_SAFE]
+        rows, unsafe = rows + len(known), unsafe + len(known) - len(safe)
+        for (_, row), (chosen, rejected, response_start) in zip(safe, encode_sides(safe, tokenizer), strict=True):
+            if max(chosen.size, rejected.size) > length:
+                continue
+            rating = row["rating"]
+            comparisons.append(
+                Comparison(
+                    chosen=chosen, rejected=rejected, margin=margin_of(row, margin),
+                    degree=DEGREES.index(rating) if rating else -1,
+                    safety_bin=row["safety_bin"], source=row["source"], response_start=response_start,
+                )
+            )  # fmt: skip
     if not rows:
         raise ValueError(f"{path}: no comparisons: the file is empty")
-    if len(comparisons) < rows:
-        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, rows - len(comparisons), rows, length)
+    if unsafe:
+        log.warning("%s: %d of %d pairs prefer an unsafe answer to a safe one and are dropped", path, unsafe, rows)
+    if long := rows - unsafe - len(comparisons):
+        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, long, rows, length)
     if not comparisons:
-        raise ValueError(f"{path}: no comparison fits into {length} tokens")
+        raise ValueError(f"{path}: none of {rows} comparisons is left: {long} do not fit into {length} tokens")
     return comparisons
 
 
-def encode_sides(row: Mapping[str, Any], tokenizer: Tokenizer, *, where: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids of the dialogs that end with the chosen and with the rejected answer, and where their answers begin.
+def encode_sides(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], tokenizer: Tokenizer
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Of each comparison (where it stands, its row) the ids of the dialogs that end with the chosen and with the rejected
+    answer, and where their answers begin.
 
     Finished turns are the same before both and encoded once: each has a BOS of its own, so the ids are those of whole dialogs.
     """
-    prompt = row["prompt"]
-    turn = len(prompt) - 1 if len(prompt) > 2 else 0  # where the open turn begins; a system message is part of the first
-    earlier = encode_dialog(prompt[:turn], tokenizer, where=where).ids if turn else []
-    chosen, rejected = (
-        encode_dialog([*prompt[turn:], {"role": "assistant", "content": row[side]}], tokenizer, where=where)
-        for side in ("chosen", "rejected")
-    )
-    ids = (np.array([*earlier, *last.ids], np.int32) for last in (chosen, rejected))
-    return *ids, len(earlier) + chosen.supervised.index(True)
+    parts: list[DialogRow] = []
+    finished = []
+    for where, row in rows:
+        prompt = row["prompt"]
+        turn = len(prompt) - 1 if len(prompt) > 2 else 0  # where the open turn begins; a system message is part of the first
+        finished.append(bool(turn))
+        parts += [DialogRow(prompt[:turn], where=where)] if turn else []
+        parts += [
+            DialogRow([*prompt[turn:], {"role": "assistant", "content": row[side]}], where=where)
+            for side in ("chosen", "rejected")
+        ]
+    encoded, found = iter(encode_dialogs(parts, tokenizer)), []
+    for turn in finished:
+        earlier = next(encoded).ids if turn else np.zeros(0, np.int32)
+        chosen, rejected = next(encoded), next(encoded)
+        ids = (np.concatenate([earlier, last.ids]) for last in (chosen, rejected))
+        found.append((*ids, len(earlier) + int(np.argmax(chosen.supervised))))
+    return found
 
 
 def margin_of(row: Mapping[str, Any], margin: str) -> float:

@@ -34,6 +34,12 @@ class HeldOutScores:
         if len(set(lengths.values())) != 1:
             raise ValueError(f"held-out scores: expected as many of each, got {lengths}")
 
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "HeldOutScores":
+        """From a row for each pair, as `held_out_scores.jsonl` has them."""
+        columns = {field.name: [row[field.name] for row in rows] for field in dataclasses.fields(cls)}
+        return cls(**{**columns, **{name: np.array(columns[name]) for name in ("chosen", "rejected", "longer_by")}})
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreStatistics:
@@ -160,13 +166,11 @@ def report(scores: HeldOutScores) -> dict[str, Any]:
 
 def markdown(values: Mapping[str, Any], *, title: str) -> str:
     """The report as Markdown, accuracies in percent with their 95 % intervals."""
-    accuracy = values["accuracy"]
-    degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
-    rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
-            for name, row in accuracy.items()]  # fmt: skip
     parts = [f"# {title}", "Percent, with 95 % intervals.",
              "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
-             table(["", *degrees, "pairs"], rows)]  # fmt: skip
+             _by_degree(values["accuracy"])]  # fmt: skip
+    if "others" in values:
+        parts += ["## The same of pairs of other tracks, which it was not made for", _by_degree(values["others"])]
     if "baselines" in values:
         names = {"model": "this model", "longer": "the longer response", "shorter": "the shorter response",
                  "gain": "this model less the better length"}  # fmt: skip
@@ -179,6 +183,13 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
         mean, std = values["scores"]["mean"], values["scores"]["std"]
         parts += [f"Scores of the training data: mean {mean:.4f}, deviation {std:.4f}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_degree(accuracy: Mapping[str, Any]) -> str:
+    degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
+    rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
+            for name, row in accuracy.items()]  # fmt: skip
+    return table(["", *degrees, "pairs"], rows)
 
 
 def percent(value: Mapping[str, float] | None) -> str:

@@ -1,8 +1,11 @@
-"""The open preference sets of the paper's Table 6, read in the layouts in which they were published (section 3.2.1).
+"""The open preference sets of the paper's Table 6, read in the layouts in which they were published (section 3.2.1), and ours.
 
 `read_open_set` yields comparisons in our own shape. Human data are noisy: a row without a usable comparison (a tie, an empty
 answer, turns that do not alternate, a chat tag in the text) is left out and counted by reason, as the paper's counts leave
 ties out too. A file of another layout is an error that names file, row and field.
+
+`read_our_set` yields those of a file of ours, where every such row is an error. With `leave_out` either leaves out whatever is
+no comparison, down to a line that is no JSON, and counts it; a set of which nothing is left is an error still.
 
 What the published sets leave open, and what is done here:
 1. Only Anthropic's and Meta's sets have several turns. The prompt is everything that chosen and rejected share up to the last
@@ -21,8 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama_jax.data.rows import Row, read_rows
-from llama_jax.data.sources import comparison
+from llama_jax.data.sources import REJECTED_SAFE, comparison
 
+_DETAIL = re.compile(r", got |; found |; the row has |, found |, column | \(byte |(?<=malformed JSON): ")  # ends a complaint
+_INDEX = re.compile(r"\[\d+\]")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _TAG = re.compile(r"<[^>]*>")
@@ -34,50 +39,99 @@ class LeftOut(Exception):
 
 
 @dataclasses.dataclass
-class OpenSet:
-    """Iterates over the comparisons of an open set once; `left_out` then says how many rows had none, by reason."""
+class ComparisonSet:
+    """Iterates over the comparisons of a data set once; then says how many rows had none.
+
+    Attributes:
+      path: the data set.
+      read: a row, and where it stands, to the comparison in it.
+      leave_out: whether rows that `read` refuses by a ValueError are left out, too.
+      rows: how many there were.
+      left_out: reason -> how many of them had no comparison.
+      first: reason -> where the first of those stands.
+    """
 
     path: str
-    layout: str
+    read: Callable[[Row, str], Row]
+    leave_out: bool = False
     rows: int = 0
     left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row]:
-        read = LAYOUTS[self.layout]
-        for where, row in read_rows(self.path):
-            self.rows += 1
+        for where, row in read_rows(self.path, refuse=self._refuse):
             try:
-                made = read(row, where)
+                made = self.read(row, where)
             except LeftOut as reason:
-                self.left_out[str(reason)] += 1
-                continue
-            made = {"source": self.layout, "is_safety": self.layout == "anthropic_harmless", **made}
-            try:
-                yield comparison(made, where)
+                self._count(str(reason), where)
             except ValueError as error:
-                self.left_out[_reason(str(error).removeprefix(f"{where}: "))] += 1
+                self._refuse(where, error)
+            else:
+                self.rows += 1
+                yield made
+        if self.leave_out and self.rows and self.rows == self.left_out.total():
+            ((reason, count),) = self.left_out.most_common(1)
+            raise ValueError(
+                f"{self.path}: expected comparisons, none of its {self.rows} rows holds one; {count} of them: {reason} "
+                f"(the first is {self.first[reason]})"
+            )
+
+    def _refuse(self, where: str, error: ValueError) -> None:
+        if not self.leave_out:
+            raise ValueError(f"{error} (--leave_out leaves such rows out and counts them)") from None
+        self._count(_reason(error, where), where)
+
+    def _count(self, reason: str, where: str) -> None:
+        self.rows += 1
+        self.left_out[reason] += 1
+        self.first.setdefault(reason, where)
 
 
-def read_open_set(path: str | os.PathLike, layout: str) -> OpenSet:
-    """The comparisons of a file, directory or TFDS name in one of the LAYOUTS.
+def read_open_set(path: str | os.PathLike, layout: str, *, leave_out: bool = False) -> ComparisonSet:
+    """The comparisons of a file, directory, pattern or TFDS name in one of the LAYOUTS.
 
     Raises:
       ValueError: of an unknown layout; while iterating, of a row of another layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}")
-    return OpenSet(os.fspath(path), layout)
+
+    def read(row: Row, where: str) -> Row:
+        made = {"source": layout, "is_safety": layout == "anthropic_harmless", **LAYOUTS[layout](row, where)}
+        try:
+            return comparison(made, where)
+        except ValueError as error:
+            raise LeftOut(_reason(error, where)) from None
+
+    return ComparisonSet(os.fspath(path), read, leave_out)
 
 
-def _reason(error: str) -> str:
-    """The kind of a complaint of `sources.comparison`, without what is special to the row."""
-    if "same text" in error:
+def read_our_set(path: str | os.PathLike, source: str, *, leave_out: bool = False) -> ComparisonSet:
+    """The comparisons of a data set of ours; `source` is the one of rows that name none.
+
+    Raises:
+      ValueError: while iterating, of a row that is no comparison.
+    """
+
+    def read(row: Row, where: str) -> Row:
+        made = comparison(row, where)
+        if made["safety_bin"] == REJECTED_SAFE:
+            raise LeftOut("an unsafe answer is preferred to a safe one")
+        return {**made, "source": made["source"] or source}
+
+    return ComparisonSet(os.fspath(path), read, leave_out)
+
+
+def _reason(error: ValueError, where: str) -> str:
+    """The kind of a complaint of the readers, without what is special to the row."""
+    text = str(error).removeprefix(f"{where}: ")
+    if "same text" in text:
         return "chosen and rejected are the same"
-    if "chat tag" in error:
+    if "chat tag" in text:
         return "a chat tag in the text"
-    if "roles alternate" in error or "expected to end with the user" in error:
+    if "roles alternate" in text or "expected to end with the user" in text:
         return "turns do not alternate"
-    return error
+    return _INDEX.sub("[]", _DETAIL.split(text)[0])
 
 
 def _anthropic(row: Row, where: str) -> Row:

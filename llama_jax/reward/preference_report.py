@@ -164,8 +164,9 @@ def markdown(values: Mapping[str, Any]) -> str:
             ["file", "comparisons"], [[f"{name}.jsonl.gz", f"{count:,}"] for name, count in split.items()]
         )]  # fmt: skip
     if left_out := values.get("left_out"):
-        rows_ = [[name, reason, f"{count:,}"] for name, reasons in left_out.items() for reason, count in reasons.items()]
-        parts += ["## Rows left out", table(["file", "reason", "rows"], rows_)]
+        rows_ = [[name, reason, f"{some['rows']:,}", some["first"]]
+                 for name, reasons in left_out.items() for reason, some in reasons.items()]  # fmt: skip
+        parts += ["## Rows left out", table(["file", "reason", "rows", "the first"], rows_)]
     return "\n\n".join(parts) + "\n"
 
 

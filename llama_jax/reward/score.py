@@ -26,14 +26,42 @@ def scorer(config: ModelConfig, compute: Compute) -> Callable[[Params, jax.Array
     return score
 
 
+def tree_scorer(config: ModelConfig, compute: Compute) -> Callable[..., jax.Array]:
+    """(params, tokens, positions, trees, branches) -> the reward model's logit at every token of rows of trees.
+
+    # int32 [B, T] each (`data/forest.py`) -> float32 [B, T]
+    """
+
+    def score(params: Params, tokens: jax.Array, positions: jax.Array, trees: jax.Array, branches: jax.Array) -> jax.Array:
+        hidden = hidden_states(params, tokens, trees, positions, config=config, compute=compute, branches=branches)
+        return heads.scores(params, hidden, head="reward_head")
+
+    return score
+
+
+def gate(safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD) -> jax.Array:
+    """Where R_c is the safety score: on safety prompts and wherever it, in (0, 1), is below the threshold. # [B] x 2 -> [B]"""
+    return is_safety | (safety < threshold)
+
+
 def combined_reward(
     helpfulness: jax.Array, safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD
 ) -> jax.Array:
-    """R_c: the safety score on safety prompts and wherever it is below the threshold, else the helpfulness score.
+    """R_c: the safety score where the gate says so, else the helpfulness score.
 
     Both are sigmoid outputs in (0, 1). # float32 [B], float32 [B], bool [B] -> float32 [B]
     """
-    return jnp.where(is_safety | (safety < threshold), safety, helpfulness)
+    return jnp.where(gate(safety, is_safety, threshold=threshold), safety, helpfulness)
+
+
+def combined_logit(
+    helpfulness: jax.Array, safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD
+) -> jax.Array:
+    """logit(R_c) of the reward models' own logits: the gate looks at a sigmoid, and what it chooses is left as it was.
+
+    A sigmoid in float32 and its inverse would make one reward of all logits above 14. # [B], [B], bool [B] -> float32 [B]
+    """
+    return jnp.where(gate(jax.nn.sigmoid(safety), is_safety, threshold=threshold), safety, helpfulness)
 
 
 def logit(p: jax.Array) -> jax.Array:

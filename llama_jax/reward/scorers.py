@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.parallel.axes import row_groups, row_share
+from llama_jax.parallel.axes import batch_sharding, row_groups, row_share
 from llama_jax.parallel.hosts import gather_numbers
 
 Scorer = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Sequence[float]]
@@ -77,9 +78,10 @@ class HostScorers:
 
     def __call__(self, numbers: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Scores of a batch of responses. # int32 [B] (of rows), int32 [B, N], bool [B, N] -> float32 [B]"""
+        mesh = numbers.sharding.mesh
+        tokens, mask = (_whole_rows(x, mesh) for x in (tokens, mask))
         rows = [self.rows[number] for number in local_rows(numbers)]
         total = np.zeros(len(rows), np.float32)
-        mesh = numbers.sharding.mesh
         own = row_groups(mesh)[row_share(mesh)[0]]
         if jax.process_index() == own[0]:
             ids = [row[inside] for row, inside in zip(local_rows(tokens), local_rows(mask), strict=True)]
@@ -100,6 +102,14 @@ def check_scores(scores: Sequence[float], count: int, name: str) -> np.ndarray:
     if bad:
         raise ValueError(f"scorer {name} returned {found[bad[0]]} for response {bad[0]}, expected a finite number")
     return found
+
+
+def _whole_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """The same array, divided along its rows alone: a mesh may divide their length too. # [B, N]"""
+    rows = batch_sharding(mesh, 1)
+    if x.sharding.is_equivalent_to(rows, x.ndim):
+        return x
+    return jax.jit(lambda x: x, out_shardings=rows)(x)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -34,7 +34,8 @@ def parse_parts(parts: Sequence[str]) -> dict[str, float]:
 
 def part_of(row: Row, shares: Mapping[str, float]) -> str:
     """Where a comparison (with `prompt` as messages) belongs: one of the names of `shares`, or "train"."""
-    first = " ".join(row["prompt"][0]["content"].split()).casefold()
+    asked = next(message["content"] for message in row["prompt"] if message["role"] == "user")  # many share a system message
+    first = " ".join(asked.split()).casefold()
     place = int.from_bytes(hashlib.sha256(first.encode()).digest()[:8], "big") / 2**64
     for name, share in shares.items():
         if place < share:

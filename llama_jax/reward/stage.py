@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,21 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import ConfigError, check_least
 from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
 from llama_jax.data.loader import IndexedBatches
+from llama_jax.data.mixture import mix, whole_or_share
 from llama_jax.data.rows import write_jsonl
 from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_share
 from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
-from llama_jax.reward.held_out import HeldOutScores, markdown, report, score_statistics
+from llama_jax.reward.held_out import HeldOutScores, accuracy_table, markdown, report, score_statistics
 from llama_jax.reward.ranking import centring_loss, ranking_loss, safety_loss
 from llama_jax.reward.score import scorer
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Supervised, Weighted, evaluation
 from llama_jax.training.step import put_batch
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +58,13 @@ class PairData:
 
 @dataclasses.dataclass(frozen=True)
 class RewardData(PairData):
-    """`validation` is measured during training, to choose settings by, in place of `held_out`, which is measured at the end."""
+    """Files that are not trained on beside `held_out`, which is measured at the end.
 
+    others: held-out pairs of another track; the report sets them beside its own, as Table 8 does.
+    validation: measured during training, to choose settings by, in the place of `held_out`.
+    """
+
+    others: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
 
 
@@ -114,14 +116,7 @@ def mixed_pairs(data: PairData, encode: Callable[[str], list[Comparison]], *, se
     paths, shares = data.train, data.shares
     if not paths:
         raise ConfigError("data.train: expected at least one preference file, got none")
-    shares = shares or (0.0,) * len(paths)
-    if len(paths) != len(shares):
-        raise ConfigError(f"data.shares: expected one for each of the {len(paths)} files of data.train, got {len(shares)}")
-    if min(shares) < 0 or sum(shares) >= 1 or 0 not in shares:
-        raise ConfigError(
-            f"data.shares: expected 0 for a file that is taken whole, at least one of them, and of the others less than 1 "
-            f"in all; got {shares}"
-        )
+    shares = whole_or_share(paths, shares)
     files, names = [encode(path) for path in paths], [*paths]
     if data.rest:
         if sum(shares) + data.rest_share >= 1:
@@ -131,39 +126,20 @@ def mixed_pairs(data: PairData, encode: Callable[[str], list[Comparison]], *, se
         files.append([pair for path in data.rest for pair in encode(path)])
         names.append(f"data.rest ({', '.join(data.rest)})")
         shares = (*shares, data.rest_share)
-    return mix(files, shares, names=names, seed=seed)
-
-
-def mix(
-    files: Sequence[list[Comparison]], shares: Sequence[float], *, names: Sequence[str], seed: int
-) -> list[Comparison]:
-    """Files with share 0 whole, then of each other as many pairs, drawn at random, as give it its share.
-
-    The paper's mixes (section 3.2.2): helpfulness = all helpfulness data and an equal amount of the rest, sampled uniformly;
-    safety = 90 % safety data and 10 % helpfulness data. A file that has too few pairs for its share gives all, with a warning.
-    """
-    mixed = [pair for pairs, share in zip(files, shares, strict=True) if not share for pair in pairs]
-    total = len(mixed) / (1 - sum(shares))
-    for number, (name, pairs, share) in enumerate(zip(names, files, shares, strict=True)):
-        wanted = round(total * share)
-        if wanted > len(pairs):
-            log.warning("%s: a share of %g is %d pairs, and it has %d: all are taken", name, share, wanted, len(pairs))
-        # A file may be sorted by source or kind, so its first pairs would not stand for the others.
-        drawn = np.random.default_rng((seed, number)).permutation(len(pairs))[:wanted]
-        mixed += [pairs[i] for i in sorted(drawn)]
-    return mixed
+    return mix(files, shares, names=names, seed=seed, unit="pairs")
 
 
 class Measure:
     """After the last step: statistics of the training scores for the checkpoint, and the report on the held-out pairs.
 
-    The report goes to the workdir: `held_out_scores.jsonl` (a row a pair, in the order of the files), `reward_report.json`
-    and `reward_report.md`.
+    Of `others` it has the accuracy only. The report goes to the workdir: `held_out_scores.jsonl` (a row a pair, in the order
+    of the files), `reward_report.json` and `reward_report.md`.
     """
 
     def __init__(
         self, score: Callable[[Params, Any, Any], jax.Array], batches: Callable[..., IndexedBatches], *,
-        train: Sequence[Comparison], held_out: Sequence[Comparison], pairs: int, mesh: Mesh, workdir: Path, title: str,
+        train: Sequence[Comparison], held_out: Sequence[Comparison], others: Sequence[Comparison], pairs: int, mesh: Mesh,
+        workdir: Path, title: str,
     ):  # fmt: skip
         def pair_scores(params: Params, batch: ComparisonBatch) -> jax.Array:  # -> [B, 2]
             B, _, T = batch.tokens.shape
@@ -174,7 +150,7 @@ class Measure:
         self.pair_scores = jax.jit(pair_scores, out_shardings=NamedSharding(mesh, PartitionSpec()))
         # Evenly out of all files, which stand one after the other.
         chosen = np.linspace(0, len(train) - 1, min(pairs, len(train))).astype(int) if pairs else []
-        self.train, self.held_out = [train[i] for i in chosen], held_out
+        self.train, self.held_out, self.others = [train[i] for i in chosen], held_out, others
         self.batches, self.mesh, self.workdir, self.title = batches, mesh, workdir, title
 
     def scores(self, params: Params, pairs: Sequence[Comparison]) -> np.ndarray:
@@ -192,24 +168,27 @@ class Measure:
             statistics = score_statistics(self.scores(params, self.train))
             measured = {"scores": {**dataclasses.asdict(statistics), "pairs": len(self.train)}}
         if self.held_out:
-            self.write(self.scores(params, self.held_out), measured)
+            own, others = (self.rows(params, pairs) for pairs in (self.held_out, self.others))
+            if jax.process_index() == 0:
+                self.write(own, others, measured)
         return measured
 
-    def write(self, scores: np.ndarray, measured: Mapping[str, Any]) -> None:
-        """The held-out scores and their report. # [n, 2]"""
-        if jax.process_index():
-            return
-        rows = [
+    def rows(self, params: Params, pairs: Sequence[Comparison]) -> list[dict[str, Any]]:
+        """What is known of each pair, and its scores."""
+        scores = self.scores(params, pairs) if pairs else ()
+        return [
             {"chosen": float(c), "rejected": float(r), "source": pair.source, "safety_bin": pair.safety_bin,
              "rating": DEGREES[pair.degree] if pair.degree >= 0 else None,
              "longer_by": len(pair.chosen) - len(pair.rejected)}
-            for (c, r), pair in zip(scores, self.held_out, strict=True)
+            for (c, r), pair in zip(scores, pairs, strict=True)
         ]  # fmt: skip
-        write_jsonl(self.workdir / "held_out_scores.jsonl", rows)
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        for name in ("chosen", "rejected", "longer_by"):
-            columns[name] = np.array(columns[name])
-        values = report(HeldOutScores(**columns)) | dict(measured)
+
+    def write(self, own: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], measured: Mapping[str, Any]) -> None:
+        """The scores of the held-out pairs, and the report."""
+        write_jsonl(self.workdir / "held_out_scores.jsonl", own)
+        values = report(HeldOutScores.of(own)) | dict(measured)
+        if others:
+            values["others"] = accuracy_table(HeldOutScores.of(others))
         write_json(self.workdir / "reward_report.json", values)
         with atomic_write(self.workdir / "reward_report.md") as file:
             file.write(markdown(values, title=self.title).encode())
@@ -219,7 +198,7 @@ def make_batches(
     data: PairData, mesh: Mesh, *, batch_size: int, collate: Callable[..., Any] = collate
 ) -> Callable[..., IndexedBatches]:
     """(pairs, seed=...) -> their batches as `collate` makes them, all of one length or, with `data.buckets`, of a few."""
-    common = {"batch_size": batch_size, "blank": blank, **process_slice(mesh)}
+    common = {"batch_size": batch_size, "blank": blank, "share": process_share(mesh)}
     if data.buckets == 1:
         return functools.partial(IndexedBatches, collate=functools.partial(collate, length=data.length), **common)
     lengths = padded_lengths(data.length, data.buckets)
@@ -233,12 +212,13 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     check_length(length, model)
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.margin)
     train = mixed_pairs(config.data, encode, seed=config.loop.seed)
-    held_out = [pair for path in config.data.held_out for pair in encode(path)]
-    validation = [pair for path in config.data.validation for pair in encode(path)] or held_out
+    held_out, others, validation = (
+        [pair for path in paths for pair in encode(path)]
+        for paths in (config.data.held_out, config.data.others, config.data.validation)
+    )
+    validation = validation or held_out
     batches = make_batches(config.data, mesh, batch_size=config.loop.batch_size)
-    loop = config.loop
-    if config.epochs > 0:
-        loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
+    loop = config.loop.over(len(train), config.epochs)
     begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
     source = batches(train, seed=loop.seed)
@@ -259,8 +239,8 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
         show="accuracy/all",
         meta=meta(config, model, tokenizer) | begun.meta,
         measure=Measure(
-            scorer(model, config.compute), batches, train=train, held_out=held_out, pairs=config.score_pairs, mesh=mesh,
-            workdir=workdir, title=f"Reward model ({config.name})",
+            scorer(model, config.compute), batches, train=train, held_out=held_out, others=others, pairs=config.score_pairs,
+            mesh=mesh, workdir=workdir, title=f"Reward model ({config.name})",
         ),
     )  # fmt: skip
     return stage, loop

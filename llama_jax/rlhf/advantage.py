@@ -10,6 +10,9 @@ import jax.numpy as jnp
 def token_rewards(score: jax.Array, kl: jax.Array, mask: jax.Array, *, beta: float) -> jax.Array:
     """-beta * (log pi - log pi_0) at every response token, plus the score at the last one (EOS, if it was drawn).
 
+    The log ratio is not clamped, as some trainers do (at 10 nats): nothing is exponentiated, so nothing can overflow; the sum
+    over a response is the paper's sequence KL only as it is; and where the policy has left pi_0 furthest the price would end.
+
     Args:
       score: # float32 [B]
       kl: log pi - log pi_0 of the drawn token. # float32 [B, N]

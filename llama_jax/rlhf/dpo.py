@@ -12,7 +12,6 @@ that DPO fits implicitly is beta * (log pi(y|x) - log pi_0(y|x)), summed over th
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -228,22 +227,20 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     encode = functools.partial(encode_comparisons, tokenizer=tokenizer, length=length, margin=config.dpo.margin)
     train = mixed_pairs(config.data, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
-    loop = config.loop
-    if config.epochs > 0:
-        loop = dataclasses.replace(loop, steps=max(math.ceil(config.epochs * len(train) / loop.batch_size), 1))
+    loop = config.loop.over(len(train), config.epochs)
     specs = table.table(model, head="lm_head")
-    begun = begin(config, specs, mesh, workdir=workdir)
+    begun = begin(config, specs, mesh, workdir=workdir, reads=("start",))
     reference = begun.completed(specs, mesh, start=config.start)
 
     batches = make_batches(config.data, mesh, batch_size=loop.batch_size, collate=collate)
 
-    def source(pairs: Sequence[Comparison], seed: int) -> DpoSource:
-        return DpoSource(batches(pairs, seed=seed), reference, config=model, compute=config.compute, mesh=mesh)
-
+    source = functools.partial(DpoSource, reference=reference, config=model, compute=config.compute, mesh=mesh)
+    trained = batches(train, seed=loop.seed)
     loss = dpo_loss(model, config.compute, config.dpo)
     evaluate = None
     if held_out:
-        judged = source(sorted(held_out, key=lambda pair: pair.tokens), 0)  # batches of one length have little padding
+        # Sorted, batches of one length have little padding.
+        judged = source(batches(sorted(held_out, key=lambda pair: pair.tokens), seed=0))
         evaluate = evaluation(loss, judged.eval_batches, judged.with_reference)
     stage = Stage(
         name="dpo",
@@ -252,9 +249,9 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
         frozen=begun.frozen,
         optimizer=optimizer.make(config.optim, steps=loop.steps, decay=table.decay_mask(begun.specs)),
         loss=loss,
-        source=source(train, loop.seed),
+        source=source(trained),
         evaluate=evaluate,
-        tokens_per_step=2 * loop.batch_size * length,
+        tokens_per_step=round(2 * loop.batch_size * getattr(trained, "mean_length", length)),  # of rows in buckets
         show="accuracy",
         meta=meta(config, model, tokenizer) | begun.meta,
     )

@@ -265,17 +265,23 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
 
 
 def put_stale_aside(config: GhostConfig, workdir: Path) -> dict[str, Any]:
-    """Puts aside what was drawn under other settings; returns the present ones."""
+    """Puts aside what was drawn under other settings, or from another policy; returns the present settings."""
     settings = drawn.settings_of(config, "policy", "ghost", without=("place", "keep"))
-    drawn.put_aside(workdir, "samples", settings, ("values.jsonl", "samples", "samples.jsonl"))
+    files = ("values.jsonl", "samples", "samples.jsonl")
+    drawn.put_aside(workdir, "samples", settings, _drawn_from(config), files)
     return settings
+
+
+def _drawn_from(config: GhostConfig) -> dict[str, str]:
+    contexts = {f"contexts[{i}]": drawn.data_file(path) for i, path in enumerate(config.ghost.contexts)}
+    return {"policy": config.policy, **contexts, "values": drawn.data_file(config.ghost.values)}
 
 
 def gather(config: GhostConfig, mesh: Mesh, workdir: Path) -> list[dict[str, Any]]:
     """The dialogs to train on, which `ghost.jsonl` holds too; their samples are drawn unless they are there."""
     path, settings = workdir / "samples.jsonl", put_stale_aside(config, workdir)
     if not all(exist([path])):
-        drawn.note(workdir, "samples", settings)
+        drawn.note(workdir, "samples", settings, _drawn_from(config))
         draw_samples(config, mesh, workdir)
     samples = [row for _, row in read_jsonl(path)]
     rows = training_rows(samples, place=config.ghost.place, keep=config.ghost.keep)
@@ -293,6 +299,5 @@ def make_stage(config: GhostConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, L
     rows = gather(config, mesh, workdir)
     if not rows and not config.data.train:
         raise ConfigError(f"{path}: no sample is fit for training; nothing to fine-tune on")
-    train = (*config.data.train, *([str(workdir / "ghost.jsonl")] if rows else []))
-    data = dataclasses.replace(config.data, train=train)
+    data = config.data.joined(*([str(workdir / "ghost.jsonl")] if rows else []))
     return fine_tuning_stage(config, data, mesh, workdir, name="ghost", epochs=config.epochs)

@@ -69,8 +69,8 @@ class GrpoSettings:
     missing_eos_penalty: float = 1.0
     epochs: int = 1
     importance_cap: float = 0.0
-    sampling_batch: int = 0  # responses that are drawn at a time, and that models read at a time; 0: all
-    judge_batch: int = 0
+    sampling_batch: int = 0  # responses that each shard of the batch draws at a time; 0: all
+    judge_batch: int = 0  # and that models read there
 
     def __post_init__(self):
         check_settings("grpo", self)
@@ -125,6 +125,8 @@ def group_advantages(scores: jax.Array, answers: int, *, divide_by_std: bool) ->
 
 def k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
     """An estimate of KL(pi || pi_0), never negative, of low variance: q - 1 - log q, q = pi_0 / pi. # [B, N] x 2 -> [B, N]"""
+    # Finite, and no more: a clamp of the estimate (some have one at 10) would take the gradient of just those tokens that are
+    # furthest from pi_0. What one token can do to an update is bounded by the clipping of gradients.
     log_ratio = jnp.clip(reference - log_probs, -20.0, 20.0)
     return jnp.expm1(log_ratio) - log_ratio  # which keeps its digits where the two are nearly the same
 
@@ -199,7 +201,8 @@ def make_group_judge(
 
 def make_stage(config: GrpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The GRPO stage."""
-    settings, opening = config.grpo, Opening.of(config, config.grpo, mesh, workdir, answers=config.grpo.answers)
+    opening = Opening.of(config, config.grpo, mesh, workdir, answers=config.grpo.answers)
+    settings = opening.settings
     frozen: Frozen = {"reference": opening.reference()} if settings.beta else {}
     if opening.scored:
         specs = table.table(opening.model, head="reward_head")

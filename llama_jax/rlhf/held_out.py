@@ -6,7 +6,6 @@ answers because they differ, not by luck. The reward is reported as in training,
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.data.loader import IndexedBatches
+from llama_jax.data.loader import WHOLE, IndexedBatches, Share
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import batch_shards
-from llama_jax.pretrain.base import process_slice
+from llama_jax.pretrain.base import process_share
 from llama_jax.reward.scorers import HostScorers
-from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores, model_scores
-from llama_jax.sampling.generate import Samples, row_keys
+from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores, model_logits
+from llama_jax.sampling.generate import Samples
+from llama_jax.sampling.keys import row_keys
 from llama_jax.training.stage import Weighted
 from llama_jax.training.step import put_batch
 
@@ -39,13 +39,13 @@ class HeldOut:
 
 def held_out_batches(
     examples: Sequence[tuple[bool, list[int], int]], collate: Callable[[Any], PromptBatch], *, most: int, mesh: Mesh,
-    process_index: int = 0, process_count: int = 1,
+    share: Share = WHOLE,
 ) -> list[HeldOut]:  # fmt: skip
     """All prompts in the order of the file, in batches of at most `most` rows that the mesh and the processes can divide.
 
     Each prompt has a number of its own, for its random key.
     """
-    unit = math.lcm(batch_shards(mesh), process_count)
+    unit = batch_shards(mesh)
     rows = min(most, unit * -(-len(examples) // unit))
 
     def of(weighted: Sequence[tuple[Any, float, int]]) -> HeldOut:
@@ -54,7 +54,7 @@ def held_out_batches(
 
     batches = IndexedBatches(
         [(example, 1.0, number) for number, example in enumerate(examples)], of, rows, seed=0, shuffle=False,
-        blank=lambda row: (row[0], 0.0, row[2]), process_index=process_index, process_count=process_count,
+        blank=lambda row: (row[0], 0.0, row[2]), share=share,
     )  # fmt: skip
     return list(batches.eval_batches())
 
@@ -66,7 +66,7 @@ def make_measure(config: ModelConfig, compute: Compute, rule: RewardRule) -> Cal
     def measure(policy: Any, frozen: Frozen, batch: HeldOut, samples: Samples, other: jax.Array | None):
         prompts, weight = batch.prompts, batch.weight
         dialogs = Dialogs.of(prompts, samples, config, compute)
-        _, parts = answer_scores(model_scores(frozen, dialogs), prompts, other, rule)
+        _, parts = answer_scores(model_logits(frozen, dialogs), prompts, other, rule)
         track = {"helpfulness": ~prompts.is_safety, "safety": prompts.is_safety}
         sums = {
             name if name == "reward" else f"score/{name}": _weighted(values, weight * track.get(name, 1.0))
@@ -113,10 +113,9 @@ def stage_evaluate(
 ) -> Evaluate:  # fmt: skip
     """`evaluate` of a stage's config, for encoded held-out prompts. Their random numbers are none of training's."""
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
-    share = process_slice(mesh)
     shards = batch_shards(mesh)  # a part has rows of every device, as in training
     most = max(settings.judge_batch // shards, 1) * shards if settings.judge_batch else settings.rollout_size
-    batches = held_out_batches(examples, collate, most=min(settings.rollout_size, most), mesh=mesh, **share)
+    batches = held_out_batches(examples, collate, most=min(settings.rollout_size, most), mesh=mesh, share=process_share(mesh))
     return make_evaluate(
         roller, batches, make_measure(model, config.compute, dataclasses.replace(rule, importance_cap=0.0)),
         score=HostScorers.of(config.reward, [row for row, _ in prompts], tokenizer), seed=config.loop.seed + 1, mesh=mesh,

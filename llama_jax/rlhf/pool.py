@@ -5,11 +5,11 @@ the best samples of *all* earlier ones. A row of a pool (JSONL) names who answer
 
     {"messages", "is_safety", "response", "reward", "helpfulness", "safety", "version", "policy", "temperature"}
 
-`policy` is a hash of the parameters that were sampled from. A later version scores the rows again with its own reward models
-and scorers; what scorers may look at of a prompt (`reference`, ...) stays with it, and "other" is what they gave.
+`policy` is the fingerprint of the parameters that were sampled from. A later version scores the rows again with its own reward
+models and scorers; what scorers may look at of a prompt (`reference`, any field of its row) stays with it, and "other" is what
+they gave.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,30 +18,20 @@ from typing import Any
 from llama_jax.data.dialog import check_messages
 from llama_jax.data.sources import read_jsonl
 from llama_jax.rlhf.respond import usable
-from llama_jax.training.checkpoint import POLICY, read_meta
 
 Row = dict[str, Any]
 SCORES = ("reward", "helpfulness", "safety", "other")
-PROMPT_FIELDS = ("reference", "source", "kind", "object")  # of a prompt's row, beside its messages
 _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float, "version": str, "policy": str}
-
-
-def policy_hash(workdir: str) -> str:
-    """16 hexadecimal digits that name the parameters of a stage's newest checkpoint; of a PPO stage, its policy's.
-
-    Adapters are named together with the model that they stand on.
-    """
-    meta = read_meta(workdir)
-    found = {name: value for name, value in meta["fingerprints"].items() if name.startswith("['params']")}
-    own = {name: value for name, value in found.items() if name.startswith(f"['params']['{POLICY}']")} or found
-    if "lora" in meta:
-        own = {**own, "base": meta["lora"]["base"]["fingerprint"]}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
     """One text for equal conversations."""
     return json.dumps([[message["role"], message["content"]] for message in messages])
+
+
+def choosable_rewards(samples: Sequence[Mapping[str, Any]], *, least: float) -> list[float]:
+    """The reward of each sample, and `least` for one that cannot be trained on: no choice falls on it, whatever its reward."""
+    return [row["reward"] if usable(row["response"], row["ended"]) else least for row in samples]
 
 
 def best_samples(samples: Iterable[Mapping[str, Any]], *, version: str, policy: str, temperature: float) -> list[Row]:
@@ -54,11 +44,17 @@ def best_samples(samples: Iterable[Mapping[str, Any]], *, version: str, policy: 
         number = sample["prompt"]
         if usable(sample["response"], sample["ended"]) and (number not in best or sample["reward"] > best[number]["reward"]):
             best[number] = sample
-    kept, about = ("messages", "is_safety", *PROMPT_FIELDS, "response", *SCORES), {"version": version, "policy": policy}
+    about = {"version": version, "policy": policy, "temperature": temperature}
     return [
-        {**{name: sample[name] for name in kept if name in sample}, **about, "temperature": temperature}
+        {**{name: value for name, value in sample.items() if name not in ("prompt", "ended")}, **about}
         for _, sample in sorted(best.items())
     ]
+
+
+def of_prompt(row: Mapping[str, Any]) -> Row:
+    """What a prompt's row has beside its messages, under names that a sample and a pool do not use themselves."""
+    taken = ("messages", "is_safety", "prompt", "response", "ended", "version", "policy", "temperature", *SCORES)
+    return {name: value for name, value in row.items() if name not in taken}
 
 
 def select(pools: Sequence[Sequence[Row]]) -> list[Row]:

@@ -11,6 +11,7 @@ What the paper leaves open, and what is done here:
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ from llama_jax.rlhf.rollout import (
     make_judge,
     response_states,
 )
-from llama_jax.training.checkpoint import read_meta
+from llama_jax.training.checkpoint import newest_step, read_meta
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,9 @@ class PpoSettings:
     """The numbers of the algorithm; the paper's are in configs/ppo.py.
 
     Attributes:
-      sampling_batch, judge_batch: responses that are drawn at a time, and that models read at a time; 0: the whole rollout. One
-        program for 512 responses of 2048 tokens would hold 512 GiB of the 7B's keys and values.
+      sampling_batch, judge_batch: responses that each shard of the batch (devices of data x fsdp) draws at a time, and that
+        models read there at a time; 0: the whole rollout. One program for 512 responses of 2048 tokens would hold 512 GiB of
+        the 7B's keys and values.
       critic_warmup: iterations in which the policy's loss weighs 0 and the value is not clipped; -1: none where the critic
         begins as a reward model, else a twentieth of all.
     """
@@ -156,7 +160,8 @@ def clipped_value_loss(
 
 def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The PPO stage."""
-    settings, opening = config.ppo, Opening.of(config, config.ppo, mesh, workdir)
+    opening = Opening.of(config, config.ppo, mesh, workdir)
+    settings = opening.settings
     reward_specs, models = table.table(opening.model, head="reward_head"), reward_models(config)
     start = next(iter(models.values()), "")
     critic = begin_critic(config, reward_specs, mesh, workdir=workdir, start=start)
@@ -166,14 +171,16 @@ def make_stage(config: PpoConfig, mesh: Mesh, workdir: Path) -> Stage:
             frozen[name] = critic.completed(reward_specs, mesh, start=path)
         else:
             frozen[name] = restore_model(path, reward_specs, mesh)
-    warm_up = warm_up_iterations(config, start) * settings.rollout_size
-    rule = reward_rule(config, settings, gamma=settings.gamma, lam=settings.lam, warm_up=warm_up)
+    warm_up = warm_up_iterations(config, start)
+    rule = reward_rule(
+        config, settings, gamma=settings.gamma, lam=settings.lam, warm_up=warm_up * settings.rollout_size
+    )
     scale, rows = critic_scale(start), settings.rollout_size // row_share(mesh)[1]
     return opening.stage(
         judge=make_judge(opening.model, config.compute, rule, scale, most=settings.judge_batch), rule=rule, frozen=frozen,
         loss=ppo_loss(opening.model, config.compute, settings, scale),
         empty=empty_rollout(rows, config.data.prompt_length, settings.new_tokens),
-        control=KlControl(settings.beta, settings.kl_target, settings.kl_horizon), critic=critic,
+        control=KlControl(settings.beta, settings.kl_target, settings.kl_horizon, warm_up), critic=critic,
     )  # fmt: skip
 
 
@@ -201,4 +208,10 @@ def begin_critic(config: PpoConfig, reward_specs: Specs, mesh: Mesh, *, workdir:
 def critic_scale(start: str) -> ScoreStatistics:
     """The statistics that the reward stage stored beside the model that the critic begins as; none: its scores as they are."""
     found = read_meta(start).get("scores") if start else None
+    if start and not found:
+        log.warning(
+            "%s: holds no statistics of the reward model's scores, so the critic begins with scores of any mean and deviation "
+            "where whitened rewards have 0 and 1; a reward stage stores them with its last checkpoint if its score_pairs is "
+            "not 0", newest_step(start) / "meta" / "metadata",
+        )  # fmt: skip
     return ScoreStatistics(found["mean"], found["std"]) if found else UNSCALED

@@ -17,15 +17,18 @@ from jax.sharding import Mesh
 from llama_jax.config import ConfigError, check_least, check_shares
 from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.loader import IndexedBatches
+from llama_jax.data.mixture import files_of, mix, whole_or_share
 from llama_jax.data.sources import read_prompts
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, meta, process_slice
+from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, meta
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
+from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
+from llama_jax.rlhf.reward_watch import watched
 from llama_jax.rlhf.rollout import (
     Frozen,
     Judge,
@@ -36,10 +39,13 @@ from llama_jax.rlhf.rollout import (
     RolloutSource,
     check_size,
     draws_in_slots,
+    on_mesh,
 )
 from llama_jax.sampling.answers import make_slot_sampler
-from llama_jax.sampling.generate import Samples, make_sampler, pad_left, row_keys
+from llama_jax.sampling.generate import Samples, make_sampler, pad_left
+from llama_jax.sampling.keys import row_keys
 from llama_jax.training import optimizer
+from llama_jax.training.attempt import waypoint
 from llama_jax.training.recorder import Diverged
 from llama_jax.training.stage import Loss, Stage
 
@@ -48,19 +54,38 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RolloutData:
-    """Prompts (JSONL) and the longest one that is taken; longer ones are left out and counted.
+    """Prompts (JSONL, one file or several) and the longest one that is taken; longer ones are left out and counted.
 
     held_out: prompts whose reward is measured every `loop.eval_every` steps and at the end; empty: none.
+    shares: of each file of `prompts` in the mix; 0: all of it; none: all of all. A tenth of adversarial prompts:
+      `prompts=("prompts.jsonl", "adversarial.jsonl")`, `shares=(0.0, 0.1)`.
     """
 
-    prompts: str
+    prompts: str | tuple[str, ...]
     prompt_length: int
     held_out: str = ""
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        check_prompts("data", self)
+
+
+def check_prompts(group: str, data: Any) -> None:
+    """ConfigError for `prompts` and `shares`, of a RolloutData or of what has the same fields, that make no mix."""
+    files = files_of(data.prompts)
+    if not files:
+        raise ConfigError(f"{group}.prompts: expected a file or several, got none")
+    whole_or_share(files, data.shares, group=group, field="prompts")
 
 
 def check_settings(name: str, settings: Any) -> None:
     """ValueError naming a number that PPO or GRPO cannot work with."""
-    check_least(name, settings, rollout_size=1, new_tokens=1, epochs=1, beta=0, missing_eos_penalty=0)
+    check_least(name, settings, new_tokens=1, epochs=1, beta=0, missing_eos_penalty=0)
+    if settings.rollout_size < 2:
+        raise ValueError(
+            f"{name}.rollout_size: expected at least 2, got {settings.rollout_size}: scores are whitened over the rollout, and "
+            "that of one response alone becomes 0"
+        )
     check_least(name, settings, sampling_batch=0, judge_batch=0)
     check_shares(name, settings, "safety_threshold")
     if not 0 < settings.clip < 1:
@@ -76,9 +101,9 @@ class Opening:
     """A stage of reinforcement learning before its own loss: the policy begun, prompts and scorers read and checked.
 
     Attributes:
-      config: PpoConfig or GrpoConfig; `settings`: its numbers of the algorithm.
+      config: PpoConfig or GrpoConfig; `settings`: its numbers of the algorithm, `on_mesh`.
       scored: whether reward models score.
-      batches: of prompts, `answers` draws for each left to the source; `rows`: of the data file.
+      batches: of prompts, `answers` draws for each left to the source; `rows`: of the data files, as they are mixed.
     """
 
     config: Any
@@ -94,14 +119,18 @@ class Opening:
     @classmethod
     def of(cls, config: Any, settings: Any, mesh: Mesh, workdir: Path, *, answers: int = 1) -> "Opening":
         """Reads the prompts and begins the policy; ConfigError for what cannot be rolled out."""
+        settings = on_mesh(settings, mesh)
         if not config.start:
             name = config.stage.upper()
             raise ConfigError(f"config.start: {name} starts from a chat model; expected a stage's workdir, got nothing")
-        check_size(settings.rollout_size, config.loop.batch_size, mesh, answers=answers)
+        check_size(settings.rollout_size, config.loop.batch_size, mesh)
         model, tokenizer = load_tokenizer(config)
+        at_once = settings.sampling_batch if draws_in_slots(settings) else settings.rollout_size
+        check_generates(model, config.compute, mesh, rows=at_once, length=config.data.prompt_length + settings.new_tokens)
         scored = check_rewards(config, model, tokenizer)
         batches, rows = rollout_prompts(config, settings, tokenizer, model, mesh, answers=answers)
-        policy = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
+        reads = ("start", *reward_models(config))
+        policy = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir, reads=reads)
         return cls(config, settings, mesh, model, tokenizer, scored, batches, rows, policy)
 
     def reference(self) -> Params:
@@ -121,6 +150,7 @@ class Opening:
             self.batches, roller, mesh=self.mesh, empty=empty, size=settings.rollout_size, rows=config.loop.batch_size,
             answers=answers, epochs=settings.epochs, control=control, seed=config.loop.seed,
         )  # fmt: skip
+        evaluate = held_out_reward(config, settings, roller, rule, self.tokenizer, model, self.mesh)
         noted = meta(config, model, self.tokenizer)
         for part in parts.values():
             noted |= part.meta
@@ -132,11 +162,12 @@ class Opening:
             optimizer=optimizer.make(config.optim, steps=config.loop.steps, decay=table.decay_mask(specs)),
             loss=loss,
             source=source,
-            evaluate=held_out_reward(config, settings, roller, rule, self.tokenizer, model, self.mesh),
+            evaluate=watched(evaluate, source.watch, config.stage),
             tokens_per_step=config.loop.batch_size * (config.data.prompt_length + settings.new_tokens),
             show="reward",
             check=StepCheck(source.clock, source.minibatches, rounding(config.compute), config.stage),
             meta=noted,
+            still=control.warm_up * source.minibatches,
         )  # fmt: skip
 
 
@@ -241,6 +272,16 @@ def encode_prompts(path: str, tokenizer: Tokenizer, *, length: int) -> list[tupl
     return kept
 
 
+def mixed_prompts(data: Any, tokenizer: Tokenizer, *, seed: int) -> list[tuple[dict[str, Any], list[int]]]:
+    """The prompts of a RolloutData, or of what has the same fields, with their ids: each file's own in its share of the mix.
+
+    ConfigError for a file of which no prompt fits.
+    """
+    files = files_of(data.prompts)
+    fitting = [encode_prompts(path, tokenizer, length=data.prompt_length) for path in files]
+    return mix(fitting, whole_or_share(files, data.shares), names=files, seed=seed, unit="prompts")
+
+
 def check_rewards(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> bool:
     """Whether reward models score; ConfigError if they are missing, or of another model than the policy's."""
     used, models = REWARD_MODELS in config.reward.scorers, reward_models(config)
@@ -262,19 +303,18 @@ def reward_models(config: Any) -> dict[str, str]:
 def rollout_prompts(
     config: Any, settings: Any, tokenizer: Tokenizer, model: ModelConfig, mesh: Mesh, *, answers: int = 1
 ) -> tuple[IndexedBatches, list[dict[str, Any]]]:
-    """Batches of prompts, `answers` draws for each left to the source, and the rows of the data file."""
+    """Batches of prompts, `answers` draws for each left to the source, and the rows of the data files, as they are mixed."""
     length = config.data.prompt_length
     if length + settings.new_tokens > model.max_length:
         raise ConfigError(
             f"data.prompt_length={length} + {config.stage}.new_tokens={settings.new_tokens} exceed the model's "
             f"{model.max_length}"
         )
-    prompts = encode_prompts(config.data.prompts, tokenizer, length=length)
+    prompts = mixed_prompts(config.data, tokenizer, seed=config.loop.seed)
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
     batches = IndexedBatches(
-        examples, functools.partial(collate_prompts, length=length), settings.rollout_size // answers, config.loop.seed,
-        **process_slice(mesh),
-    )  # fmt: skip
+        examples, functools.partial(collate_prompts, length=length), settings.rollout_size // answers, config.loop.seed
+    )
     return batches, [row for row, _ in prompts]
 
 
@@ -299,7 +339,8 @@ def row_sampler(config: Any, settings: Any, tokenizer: Tokenizer, model: ModelCo
         "temperature": settings.temperature,
     }  # fmt: skip
     if draws_in_slots(settings):
-        return make_slot_sampler(model, slots=settings.sampling_batch, **how)
+        # Between two answers the run is alive, and hears of SIGTERM: most of an iteration is its rollout.
+        return make_slot_sampler(model, slots=settings.sampling_batch, progress=lambda _: waypoint(), **how)
     return make_sampler(model, table.table(model, head="lm_head"), **how)
 
 
@@ -327,7 +368,7 @@ def reward_rule(config: Any, settings: Any, *, gamma: float = 1.0, lam: float = 
 
 
 def collate_prompts(examples: Any, *, length: int) -> PromptBatch:
-    """(is_safety, ids, row of the data file) triples to a batch; `RolloutSource` numbers its draws."""
+    """(is_safety, ids, row of the data) triples to a batch; `RolloutSource` numbers its draws."""
     is_safety, ids, rows = zip(*examples, strict=True)
     tokens, valid = pad_left(ids, length)
     return PromptBatch(

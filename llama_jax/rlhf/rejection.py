@@ -13,7 +13,8 @@ Policy and reward models may have other sizes than what is fine-tuned: the paper
 the smaller ones on the best of these answers. With `answers=0` nothing is sampled and the pools alone serve.
 
 An answer is worth R_c of the reward models (of one alone, its score), or the sum with scorers of one's own, as in PPO. Files
-that were drawn under other settings are put aside and drawn anew (`drawn.py`).
+that were drawn under other settings, or of which only some were drawn before a model changed, are put aside and drawn anew
+(`drawn.py`).
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, check_least, check_shares
-from llama_jax.data.dialog import decode_response, encode_dialog, encode_response
+from llama_jax.data.dialog import decode_response, encode_dialog, encode_prompt, encode_response
+from llama_jax.data.mixture import files_of
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.files import write_json
 from llama_jax.interop.restore import restore_model
@@ -39,14 +41,13 @@ from llama_jax.model.config import ModelConfig, size
 from llama_jax.model.params import Params
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
-from llama_jax.reward.score import logit
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.chips import check_generates
-from llama_jax.rlhf.pool import PROMPT_FIELDS, SCORES, Row, best_samples, dialogs, policy_hash, read_pool, select
-from llama_jax.rlhf.reinforce import encode_prompts, reward_models
-from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
+from llama_jax.rlhf.pool import SCORES, Row, best_samples, choosable_rewards, dialogs, of_prompt, read_pool, select
+from llama_jax.rlhf.reinforce import check_prompts, mixed_prompts, reward_models
+from llama_jax.rlhf.respond import Responder, Tell, write_in_portions
 from llama_jax.rlhf.scoring import check_scorer, score_responses
 from llama_jax.sampling.choose import Choice
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
@@ -64,7 +65,7 @@ class RejectionSettings:
     """One round. The paper gives no K; its figures use 10 to 100 answers a prompt.
 
     Attributes:
-      prompts: JSONL.
+      prompts: JSONL, one file or several; `shares`: of each in the mix, as in PPO. `max_prompts` are chosen from the mix.
       answers: K; 0: nothing is sampled, the pools alone serve.
       temperature: of sampling, where `temperatures` is empty.
       temperatures: what is tried on `search_prompts` prompts, K answers each; the best one is then used for all.
@@ -72,7 +73,7 @@ class RejectionSettings:
       repeat: how often the best answers stand in the mix with `data.train`.
     """
 
-    prompts: str
+    prompts: str | tuple[str, ...]
     prompt_length: int
     max_prompts: int
     answers: int
@@ -84,8 +85,10 @@ class RejectionSettings:
     version: str
     repeat: int = 1
     safety_threshold: float = 0.15
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self):
+        check_prompts("rejection", self)
         check_least("rejection", self, prompt_length=1, max_prompts=1, answers=0, new_tokens=1, sampling_batch=1, repeat=1)
         check_least("rejection", self, temperature=0, temperatures=0, search_prompts=1 if self.temperatures else 0)
         check_shares("rejection", self, "safety_threshold")
@@ -149,6 +152,11 @@ def choose_prompts(prompts: Sequence[T], limit: int, seed: int) -> list[T]:
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:limit]]
 
 
+def judges_of(config: RejectionConfig) -> dict[str, str]:
+    """Workdirs of the reward models that score the answers."""
+    return reward_models(config) if REWARD_MODELS in config.reward.scorers else {}
+
+
 class Round:
     """The models of one round, each loaded when it is first needed."""
 
@@ -157,7 +165,7 @@ class Round:
         self.config, self.mesh = config, mesh
         self.policy = _sized(config.policy_model, model)
         self.reward = _sized(config.reward_model, model)
-        self.judges = reward_models(config) if REWARD_MODELS in config.reward.scorers else {}
+        self.judges = judges_of(config)
         self.weights = config.reward.weighted()
         self.scorers = {name: load_scorer(name) for name in self.weights if name != REWARD_MODELS}
         for path in self.judges.values():
@@ -206,7 +214,7 @@ class Round:
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """What each answer is worth ("reward") and the scores it is made of; `rows` are the prompts', `texts` the answers'.
 
-        # -> float32 [n] each
+        # -> float [n] each
         """
         settings, scores = self.config.rejection, {}
         if self.judges:
@@ -215,12 +223,13 @@ class Round:
                     self.reward, self.config.compute, self.rewards, prompts, responses, [row["is_safety"] for row in rows],
                     length=self.length, batch_size=settings.sampling_batch, threshold=settings.safety_threshold,
                 )  # fmt: skip
+        combined = scores.pop("logit", 0.0)
         if not self.scorers:
             return scores
         # A scorer need not say the same twice, and all hosts must choose the same answers.
         other = np.array(from_host_0(lambda: self.others(rows, texts)), np.float32)
-        models = self.weights[REWARD_MODELS] * np.asarray(logit(scores["reward"])) if self.judges else 0.0
-        return {**scores, "other": other, "reward": np.asarray(models + other, np.float32)}
+        total = self.weights.get(REWARD_MODELS, 0.0) * combined + other
+        return {**scores, "other": other, "reward": np.asarray(total, np.float32)}
 
     def others(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[float]:
         """The weighted sum of the scorers that are no reward models."""
@@ -246,7 +255,7 @@ class Round:
         return [
             {
                 "prompt": number, "messages": row["messages"], "is_safety": row["is_safety"],
-                **{name: row[name] for name in PROMPT_FIELDS if row.get(name)}, "response": text, "ended": ended,
+                **of_prompt(row), "response": text, "ended": ended,
                 **{name: float(values[i]) for name, values in scores.items()},
             }
             for i, ((number, row, _), (text, ended)) in enumerate(zip(rows, texts, strict=True))
@@ -264,29 +273,28 @@ class Round:
                     few, temperature=temperature, seed=self.config.loop.seed + 1, progress=progress.update
                 )
         least = min(row["reward"] for found in tried.values() for row in found) if self.scorers else 0.0
-        worth = {
-            temperature: [row["reward"] if usable(row["response"], row["ended"]) else least for row in found]
-            for temperature, found in tried.items()
-        }
+        worth = {temperature: choosable_rewards(found, least=least) for temperature, found in tried.items()}
         best, curves = best_temperature({t: np.reshape(some, (len(few), settings.answers)) for t, some in worth.items()})
         shown = {f"{t:g}": {"maximum": curve.maximum.tolist(), "median": curve.median.tolist()} for t, curve in curves.items()}
         return {"temperature": best, "prompts": len(few), "answers": settings.answers, "curves": shown}
 
     def again(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows of an earlier version's pool with this round's rewards; too long ones are left out and counted."""
+        """Rows of earlier versions' pools with this round's rewards; too long ones are left out and counted."""
         if not (self.judges or self.scorers) or not rows:
             return list(rows)
-        encoded = []
+        encoded = []  # (prompt, response): several versions answered the same prompt, which is computed once
         for row in rows:
             dialog = [*row["messages"], {"role": "assistant", "content": row["response"]}]
-            encoded.append(encode_dialog(dialog, self.tokenizer).ids)
-        fitting = [(row, ids) for row, ids in zip(rows, encoded, strict=True) if len(ids) <= self.length]
+            ids, begin = encode_dialog(dialog, self.tokenizer).ids, len(encode_prompt(row["messages"], self.tokenizer))
+            encoded.append((ids[:begin], ids[begin:]))
+        fitting = [(row, ids) for row, ids in zip(rows, encoded, strict=True) if sum(map(len, ids)) <= self.length]
         if len(fitting) < len(rows):
             log.warning(
                 "%d of %d pool rows exceed %d tokens and are left out", len(rows) - len(fitting), len(rows), self.length
             )
         kept = [{name: value for name, value in row.items() if name not in SCORES} for row, _ in fitting]
-        scores = self.score([ids for _, ids in fitting], [[]] * len(kept), kept, [row["response"] for row in kept])
+        prompts, responses = ([ids[part] for _, ids in fitting] for part in (0, 1))
+        scores = self.score(prompts, responses, kept, [row["response"] for row in kept])
         return [{**row, **{name: float(values[i]) for name, values in scores.items()}} for i, row in enumerate(kept)]
 
 
@@ -297,26 +305,27 @@ def _sized(name: str, model: ModelConfig) -> ModelConfig:
 
 def gather(config: RejectionConfig, mesh: Mesh, workdir: Path) -> None:
     """Steps 1 to 4: makes those files of a round that are not there yet."""
-    earlier = [read_pool(path) for path in config.pools]  # what is wrong with them is said before a model is loaded
+    # What is wrong with them is said before a model is loaded.
+    earlier = [row for path in config.pools for row in read_pool(path)]
     models, pool = Round(config, mesh), workdir / "pool.jsonl"
+    scored = models.again(earlier)  # a scorer that cannot read an old row says so before days of drawing
     if config.rejection.answers and not all(exist([pool])):
         models.check()
         gather_pool(models, workdir)
-    scored = [models.again(rows) for rows in earlier]
 
     def write_best() -> None:
         own = [row for _, row in read_jsonl(pool)] if config.rejection.answers else []
-        write_jsonl(workdir / "best.jsonl", dialogs(select([*scored, own])))
+        write_jsonl(workdir / "best.jsonl", dialogs(select([scored, own])))
 
     on_host_0(write_best)
 
 
 def gather_pool(models: Round, workdir: Path) -> None:
     """Steps 1 to 3."""
-    config, settings, seed = models.config, models.config.rejection, models.config.loop.seed
+    settings, seed = models.config.rejection, models.config.loop.seed
     searched, sampled = workdir / "temperatures.json", workdir / "samples.jsonl"
-    encoded = encode_prompts(settings.prompts, models.tokenizer, length=settings.prompt_length)
-    prompts = choose_prompts(encoded, settings.max_prompts, seed)
+    mixed = mixed_prompts(settings, models.tokenizer, seed=seed)
+    prompts = choose_prompts(mixed, settings.max_prompts, seed)
     temperature = settings.temperature
     if settings.temperatures:
         if not all(exist([searched])):
@@ -332,24 +341,27 @@ def gather_pool(models: Round, workdir: Path) -> None:
 
     def write_pool() -> None:
         samples = (row for _, row in read_jsonl(sampled))
-        policy = policy_hash(config.policy)
+        policy = drawn.fingerprints(workdir, "samples")["policy"]
         best = best_samples(samples, version=settings.version, policy=policy, temperature=temperature)
         write_jsonl(workdir / "pool.jsonl", best)
 
     on_host_0(write_pool)
 
 
-def put_stale_aside(config: RejectionConfig, workdir: Path) -> dict[str, dict[str, Any]]:
-    """Puts aside what was drawn or chosen under other settings; returns the present ones, by what depends on them."""
-    models = ("policy", "policy_model", "helpfulness", "safety", "reward_model", "reward")
-    settings = {
-        "samples": drawn.settings_of(config, *models, "rejection", without=("repeat", "version")),
-        "best": {"pools": list(config.pools), "version": config.rejection.version},
-    }
-    chosen = ("pool.jsonl", "best.jsonl")
-    drawn.put_aside(workdir, "samples", settings["samples"], ("temperatures.json", "samples", "samples.jsonl", *chosen))
-    drawn.put_aside(workdir, "best", settings["best"], chosen)
-    return settings
+def put_stale_aside(config: RejectionConfig, workdir: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """Puts aside what was drawn or chosen otherwise; returns the present settings and models, by what depends on them."""
+    fields = ("policy", "policy_model", "helpfulness", "safety", "reward_model", "reward")
+    prompts, shares = config.rejection.prompts, config.rejection.shares
+    without = ("repeat", "version") if shares else ("repeat", "version", "shares")  # files from before there were any stay
+    settings = drawn.settings_of(config, *fields, "rejection", without=without)
+    asked = {"prompts": prompts} if isinstance(prompts, str) else {f"prompts[{i}]": path for i, path in enumerate(prompts)}
+    drawn_from = {"policy": config.policy, **{name: drawn.data_file(path) for name, path in asked.items()}}
+    models = (drawn_from if config.rejection.answers else {}) | judges_of(config)
+    chosen = {"pools": list(config.pools), "version": config.rejection.version}
+    under, files = {"samples": (settings, models), "best": (chosen, {})}, ("pool.jsonl", "best.jsonl")
+    drawn.put_aside(workdir, "samples", *under["samples"], ("temperatures.json", "samples", "samples.jsonl", *files))
+    drawn.put_aside(workdir, "best", *under["best"], files)
+    return under
 
 
 def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, LoopConfig]:
@@ -359,14 +371,13 @@ def make_stage(config: RejectionConfig, mesh: Mesh, workdir: Path) -> tuple[Stag
     if not all(exist([path])):
         settings, most = config.rejection, sum(len(read_pool(pool)) for pool in config.pools)
         if settings.answers:
-            most += min(len(read_prompts(settings.prompts)), settings.max_prompts)
+            most += min(sum(len(read_prompts(path)) for path in files_of(settings.prompts)), settings.max_prompts)
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most * settings.repeat)
-        for name, values in under.items():
-            drawn.note(workdir, name, values)
+        for name, of in under.items():
+            drawn.note(workdir, name, *of)
         gather(config, mesh, workdir)
     found = any(True for _ in read_jsonl(path))
     if not found and not config.data.train:
         raise ConfigError(f"{path}: no answer ended by itself, so there is nothing to fine-tune on")
-    train = (*config.data.train, *([str(path)] * config.rejection.repeat if found else []))
-    data = dataclasses.replace(config.data, train=train)
+    data = config.data.joined(*([str(path)] * config.rejection.repeat if found else []))
     return fine_tuning_stage(config, data, mesh, workdir, name="rejection", epochs=config.epochs)

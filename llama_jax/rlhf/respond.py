@@ -22,7 +22,7 @@ from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.paths import remove_tree
 from llama_jax.sampling.answers import Answerer
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import key_data
+from llama_jax.sampling.keys import key_data
 from llama_jax.training.attempt import waypoint
 from llama_jax.training.metrics import Progress
 

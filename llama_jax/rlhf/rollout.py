@@ -6,7 +6,6 @@ in mini-batches; PPO and GRPO share all but what is made of the readings.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,12 +22,14 @@ from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
+from llama_jax.parallel.axes import batch_shardings, batch_shards
+from llama_jax.pretrain.base import process_share
 from llama_jax.reward.held_out import ScoreStatistics
-from llama_jax.reward.score import combined_reward, logit, scorer, whiten
+from llama_jax.reward.score import combined_logit, scorer, whiten
 from llama_jax.rlhf.advantage import generalised_advantages, importance_weights, token_rewards
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.parts import by_parts
+from llama_jax.rlhf.reward_watch import RewardWatch
 from llama_jax.sampling.generate import Samples
 from llama_jax.training.step import put_batch
 
@@ -141,52 +142,50 @@ class Readings:
     entropy: Any  # [B, N] float32
     initial: Any  # [B, N] float32: log pi_0; zeros without a reference
     values: Any  # [B, N] float32: the critic's; None without one
-    scores: dict[str, Any]  # of each reward model, in (0, 1): float32 [B]
+    logits: dict[str, Any]  # of each reward model: float32 [B]
 
 
-def model_scores(frozen: Frozen, dialogs: Dialogs) -> dict[str, jax.Array]:
-    """The score of each reward model that there is, in (0, 1). # -> {name: float32 [B]}"""
+def model_logits(frozen: Frozen, dialogs: Dialogs) -> dict[str, jax.Array]:
+    """The logit of each reward model that there is. # -> {name: float32 [B]}"""
     score = scorer(dialogs.config, dialogs.compute)
-    return {
-        name: jax.nn.sigmoid(score(frozen[name], dialogs.tokens, dialogs.segment_ids))
-        for name in ("helpfulness", "safety")
-        if name in frozen
-    }
+    names = [name for name in ("helpfulness", "safety") if name in frozen]
+    return {name: score(frozen[name], dialogs.tokens, dialogs.segment_ids) for name in names}
 
 
 def answer_scores(
-    scores: Mapping[str, jax.Array], prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+    logits: Mapping[str, jax.Array], prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What each response is rewarded with before whitening, and the scores it is made of. # -> float32 [B], {name: [B]}
 
-    "reward" is what is reported of it: R_c alone, or the sum with other scorers.
+    Scores of reward models are sigmoids. "reward" is what is reported of the reward: R_c alone, or the sum with other scorers.
     """
-    parts, total = dict(scores), 0.0 if other is None else other
-    if scores:
-        parts["reward"] = models_reward(scores, prompts.is_safety, threshold=rule.safety_threshold)
-        total += rule.model_weight * logit(parts["reward"])
+    parts, total = {name: jax.nn.sigmoid(value) for name, value in logits.items()}, 0.0 if other is None else other
+    if logits:
+        combined = models_reward(logits, prompts.is_safety, threshold=rule.safety_threshold)
+        parts["reward"] = jax.nn.sigmoid(combined)
+        total += rule.model_weight * combined
     if other is not None:
         parts |= {"other": other, "reward": total}
     return total, parts
 
 
-def models_reward(scores: Mapping[str, jax.Array], is_safety: jax.Array, *, threshold: float) -> jax.Array:
-    """R_c of both reward models' scores; of one model alone, its score. # {name: float32 [B]}, bool [B] -> float32 [B]"""
-    if len(scores) == 1:
-        (alone,) = scores.values()
+def models_reward(logits: Mapping[str, jax.Array], is_safety: jax.Array, *, threshold: float) -> jax.Array:
+    """logit(R_c) of both reward models' logits; of one model alone, its own. # {name: float32 [B]}, bool [B] -> float32 [B]"""
+    if len(logits) == 1:
+        (alone,) = logits.values()
         return alone
-    return combined_reward(scores["helpfulness"], scores["safety"], is_safety, threshold=threshold)
+    return combined_logit(logits["helpfulness"], logits["safety"], is_safety, threshold=threshold)
 
 
 def sequence_scores(
     readings: Readings, samples: Samples, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
-    total, parts = answer_scores(readings.scores, prompts, other, rule)
-    metrics = {"reward": jnp.mean(parts["reward"])}
+    total, parts = answer_scores(readings.logits, prompts, other, rule)
+    metrics = {"reward": jnp.mean(parts["reward"]), "reward_std": jnp.std(parts["reward"])}
     for name, of_track in (("helpfulness", ~prompts.is_safety), ("safety", prompts.is_safety)):
         if name in parts:
-            metrics[f"score/{name}"] = jnp.sum(parts[name] * of_track) / jnp.maximum(jnp.sum(of_track), 1)
+            metrics[f"score/{name}"] = jnp.sum(parts[name] * of_track) / jnp.sum(of_track)  # without such a prompt, no number
     if other is not None:
         metrics["score/other"] = jnp.mean(other)
     return whiten(total) - rule.missing_eos_penalty * ~samples.ended, metrics
@@ -225,7 +224,7 @@ def make_reader(
     def read(params: Mapping[str, Params], frozen: Frozen, prompts: PromptBatch, samples: Samples) -> Readings:
         dialogs = Dialogs.of(prompts, samples, config, compute)
         # 1. The reward models.
-        scores = model_scores(frozen, dialogs)
+        logits = model_logits(frozen, dialogs)
         # 2. log pi and log pi_0 by the trainer's own program, at the sampling temperature.
         old, entropy = dialogs.log_probs(params["policy"], temperature=rule.temperature)
         initial = jnp.zeros_like(old)
@@ -233,7 +232,7 @@ def make_reader(
             initial, _ = dialogs.log_probs(frozen["reference"], temperature=rule.temperature)
         # 3. What the critic expects.
         values = critic_values(params["critic"], dialogs.states(params["critic"]), scale) if "critic" in params else None
-        return Readings(old, entropy, initial, values, scores)
+        return Readings(old, entropy, initial, values, logits)
 
     return read
 
@@ -258,7 +257,7 @@ def make_judge(
 
     def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: jax.Array | None, beta: jax.Array):
         mask, old = samples.mask, readings.log_probs
-        # 4. The gate of the reward models' scores, the inverse sigmoid and whitening over the whole batch.
+        # 4. The gate of the reward models' sigmoids, the logit that it chooses, and whitening over the whole batch.
         scores, metrics = sequence_scores(readings, samples, prompts, other, rule)
         # 5. KL-shaped rewards, values, advantages; whitened last, over the whole rollout.
         rewards = token_rewards(scores, jnp.where(mask, old - readings.initial, 0.0), mask, beta=beta)
@@ -271,10 +270,11 @@ def make_judge(
             values=values, advantages=whiten(advantages, mask), returns=returns, importance=importance,
             warm_up=prompts.index < rule.warm_up,
         )  # fmt: skip
-        count = jnp.maximum(jnp.sum(mask), 1)
+        count, shaped = jnp.maximum(jnp.sum(mask), 1), jnp.sum(rewards, axis=1)
         error = jnp.sum(jnp.square(returns - values) * mask) / count
         spread = jnp.sum(jnp.square(returns - jnp.sum(returns) / count) * mask) / count
         metrics |= common_metrics(samples, readings, importance)
+        metrics |= {"reward_after_kl": jnp.mean(shaped), "reward_after_kl_std": jnp.std(shaped)}  # of the whitened reward
         return rollout, metrics | {"explained_variance": 1 - error / jnp.maximum(spread, 1e-8)}
 
     return judge_with(make_reader(config, compute, rule, scale), settle, most)
@@ -319,6 +319,7 @@ class KlControl:
     beta: float
     target: float = 0.0  # KL of a response in nats; 0: fixed
     horizon: float = 10_000.0  # responses in which beta may change by a factor of 1 + 0.2
+    warm_up: int = 0  # iterations for the critic alone, in which the policy stays as it is
 
     def after(self, beta: float, kl: float, responses: int) -> float:
         """beta for the next rollout, from the KL of this one."""
@@ -327,19 +328,25 @@ class KlControl:
         return beta * (1 + min(max(kl / self.target - 1, -0.2), 0.2) * responses / self.horizon)
 
 
-def check_size(size: int, rows: int, mesh: Mesh, *, answers: int = 1) -> None:
-    """ConfigError for a rollout that cannot be divided into mini-batches of `rows`, over the mesh, or over the processes."""
+def check_size(size: int, rows: int, mesh: Mesh) -> None:
+    """ConfigError for a rollout that cannot be divided into mini-batches of `rows`, or over the mesh."""
     if size % rows:
         raise ConfigError(f"rollout_size={size} is no multiple of loop.batch_size={rows}")
     for name, count in (("rollout_size", size), ("loop.batch_size", rows)):
         if count % batch_shards(mesh):
             raise ConfigError(f"{name}={count} cannot be divided into {batch_shards(mesh)} shards of the mesh")
-    if size // answers % (hosts := row_share(mesh)[1]):
-        raise ConfigError(f"rollout_size={size}: {size // answers} prompts cannot be divided over {hosts} processes")
+
+
+def on_mesh(settings: Any, mesh: Mesh) -> Any:
+    """Settings whose `sampling_batch` and `judge_batch`, in a config rows of each shard, are rows of all shards."""
+    shards = batch_shards(mesh)
+    return dataclasses.replace(
+        settings, sampling_batch=settings.sampling_batch * shards, judge_batch=settings.judge_batch * shards
+    )
 
 
 def draws_in_slots(settings: Any) -> bool:
-    """Whether a rollout of these settings is drawn `sampling_batch` rows at a time, and not by one program for all of it."""
+    """Whether a rollout is drawn `sampling_batch` rows at a time, and not by one program for all of it (`on_mesh` settings)."""
     return 0 < settings.sampling_batch < settings.rollout_size
 
 
@@ -355,12 +362,13 @@ class RolloutSource:
         self, prompts: IndexedBatches, roll: Roller, *, mesh: Mesh, empty: Any, size: int, rows: int, control: KlControl,
         seed: int, answers: int = 1, epochs: int = 1,
     ):  # fmt: skip
-        check_size(size, rows, mesh, answers=answers)
+        check_size(size, rows, mesh)
         self.prompts, self.roll, self.mesh, self.rows, self.seed = prompts, roll, mesh, rows, seed
         self.size, self.answers, self.control = size, answers, control
+        self.places = np.array(process_share(mesh).places(size))  # of this process's responses
         self.parts = size // rows  # of one pass
         self.minibatches = self.parts * epochs  # of an iteration
-        self.beta, self.clock = np.float32(control.beta), StepClock()
+        self.beta, self.clock, self.watch = np.float32(control.beta), StepClock(), RewardWatch()
         self.rollout = put_batch(empty, mesh)
         layout = batch_shardings(self.rollout, mesh)
         self._take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=layout)
@@ -373,7 +381,9 @@ class RolloutSource:
             prompts = put_batch(self._prompts(iteration), self.mesh)
             self.rollout, metrics = self.roll(params, prompts, self.beta, self.clock)
             metrics = {**metrics, "beta": float(self.beta)}
-            self.beta = np.float32(self.control.after(float(self.beta), metrics.get("kl", 0.0), self.size))
+            if iteration >= self.control.warm_up:
+                self.beta = np.float32(self.control.after(float(self.beta), metrics.get("kl", 0.0), self.size))
+            self.watch.trained(metrics.get("reward", 0.0))
         # A pass has a shuffled order of its own.
         number = iteration * (self.minibatches // self.parts) + part // self.parts
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(self.seed), number), self.size)
@@ -383,17 +393,16 @@ class RolloutSource:
         return batch, metrics
 
     def _prompts(self, iteration: int) -> PromptBatch:
-        """This process's prompts, each as often as it is answered. Each draw has a number of its own: a prompt that comes
-        again is answered with other random numbers."""
-        prompts = self.prompts.batch(iteration)
-        prompts = jax.tree.map(functools.partial(np.repeat, repeats=self.answers, axis=0), prompts)
-        first = iteration * self.size + self.prompts.process_index * len(prompts.index)
-        return prompts.replace(index=np.arange(first, first + len(prompts.index), dtype=np.uint32))
+        """The prompts of this process's responses; all answers to one stand together in the global rollout. Each draw has a
+        number of its own: a prompt that comes again is answered with other random numbers."""
+        prompts = jax.tree.map(lambda x: x[self.places // self.answers], self.prompts.batch(iteration))
+        return prompts.replace(index=(iteration * self.size + self.places).astype(np.uint32))
 
     def state(self) -> Any:
-        """The rollout that is being trained on, and the KL coefficient of the next."""
-        return {"rollout": self.rollout, "beta": np.asarray(self.beta)}
+        """The rollout that is being trained on, the KL coefficient of the next, and the rewards so far."""
+        return {"rollout": self.rollout, "beta": np.asarray(self.beta), "watch": self.watch.state()}
 
     def restore(self, state: Any) -> None:
         """Goes on in the middle of an iteration."""
         self.rollout, self.beta = state["rollout"], np.float32(state["beta"])
+        self.watch.restore(state["watch"])

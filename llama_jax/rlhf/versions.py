@@ -19,7 +19,7 @@ import numpy as np
 
 from llama_jax.config import check_least
 from llama_jax.files import write_json
-from llama_jax.rlhf.pool import policy_hash
+from llama_jax.interop.restore import fingerprint
 from llama_jax.training.checkpoint import newest_step
 
 T = TypeVar("T")
@@ -73,12 +73,12 @@ def file_entry(path: Path, *, root: Path) -> dict[str, Any]:
 
 
 def checkpoint_entry(workdir: Path, *, root: Path) -> dict[str, Any]:
-    """A stage's newest checkpoint in the ledger: where, its step, the hash of its parameters (that pools name too), and what
-    it was trained from ("": random parameters)."""
+    """A stage's newest checkpoint in the ledger: where, its step, the fingerprint of its parameters (that pools name too), and
+    what it was trained from ("": random parameters)."""
     step, start = newest_step(workdir), json.loads((workdir / "config.json").read_text()).get("start", "")
     return {
         "workdir": str(workdir.relative_to(root)), "start": start.removeprefix(f"{root}/"), "step": int(step.name),
-        "parameters": policy_hash(str(workdir)),
+        "parameters": fingerprint(workdir),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, check_least
-from llama_jax.data.dialog import decode_response, encode_response
+from llama_jax.data.dialog import decode_response, encode_prompt, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -178,17 +178,13 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     chosen = choose_prompts(encoded, settings.max_prompts, seed)
     if settings.category and (sentence := without_template([row for row, _ in chosen])):
         log.warning("%s: %s", settings.prompts, sentence)
-    respond = Responder(
-        config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
-        temperature=settings.temperature, batch_size=settings.sampling_batch,
-    )  # fmt: skip
-    rng = np.random.default_rng(seed)
+    rng, room = np.random.default_rng(seed), model.max_length - settings.new_tokens
     questions, answers, too_long = [], 0, 0
     for number, (row, ids) in enumerate(chosen):
         asked = []
         for kind, preprompt in preprompts_of(row, settings, rng=rng):
-            prompt = respond.encode(with_preprompt(row["messages"], preprompt) if preprompt else row["messages"])
-            if len(prompt) <= respond.room:
+            prompt = encode_prompt(with_preprompt(row["messages"], preprompt) if preprompt else row["messages"], tokenizer)
+            if len(prompt) <= room:
                 asked.append((kind, preprompt, prompt))
             else:
                 too_long += 1
@@ -196,6 +192,11 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
         answers += len(asked)
     if too_long:
         log.warning("%d pre-prompts leave no room for an answer and are left out", too_long)
+    longest = max((len(prompt) for question in questions for *_, prompt in question.asked), default=1)
+    respond = Responder(
+        config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
+        temperature=settings.temperature, batch_size=settings.sampling_batch, prompt_length=longest,
+    )  # fmt: skip
     length, rows = settings.prompt_length + settings.new_tokens, settings.sampling_batch
     with jax.set_mesh(mesh):
         reward = restore_model(config.safety, table.table(model, head="reward_head"), mesh)
@@ -221,12 +222,13 @@ def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage,
     """Draws the answers unless they are there, and makes the fine-tuning stage on the kept ones and `data.train`."""
     path = workdir / "samples.jsonl"
     settings = drawn.settings_of(config, "policy", "safety", "distill", without=("least_gain",))
-    drawn.put_aside(workdir, "samples", settings, ("samples", "samples.jsonl"))
+    models = {"policy": config.policy, "safety": config.safety, "prompts": drawn.data_file(config.distill.prompts)}
+    drawn.put_aside(workdir, "samples", settings, models, ("samples", "samples.jsonl"))
     if not all(exist([path])):
         asked = sum(row["is_safety"] for row in read_prompts(config.distill.prompts))
         most = min(asked, config.distill.max_prompts)
         check_fine_tuning(config, config.data, mesh, epochs=config.epochs, most=most)
-        drawn.note(workdir, "samples", settings)
+        drawn.note(workdir, "samples", settings, models)
         draw_samples(config, mesh, path)
     samples = [row for _, row in read_jsonl(path)]
     rows = keep_preferred(samples, least_gain=config.distill.least_gain)
@@ -234,6 +236,5 @@ def make_stage(config: DistillConfig, mesh: Mesh, workdir: Path) -> tuple[Stage,
         raise ConfigError(f"{path}: the safety reward model prefers no answer under a pre-prompt; nothing to fine-tune on")
     log.info("%d of %d prompts have an answer that the safety reward model prefers", len(rows), len(samples))
     on_host_0(write_jsonl, workdir / "kept.jsonl", rows)
-    train = (*config.data.train, *([str(workdir / "kept.jsonl")] if rows else []))
-    data = dataclasses.replace(config.data, train=train)
+    data = config.data.joined(*([str(workdir / "kept.jsonl")] if rows else []))
     return fine_tuning_stage(config, data, mesh, workdir, name="distill", epochs=config.epochs)

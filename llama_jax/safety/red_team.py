@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.assistant.refusals import declines
-from llama_jax.data.dialog import Message, check_messages
+from llama_jax.data.dialog import Message, check_messages, prompt_key
 from llama_jax.data.sources import read_jsonl
 
 
@@ -109,7 +109,7 @@ def found_prompts(attempts: Sequence[Attempt], number: int) -> list[dict[str, An
         if attempt.round == number and attempt.violates:
             prompt = [dict(message) for message in attempt.messages[:-1]]
             labels = {"risk": attempt.risk, "attack": attempt.attack}  # context distillation has templates for them
-            rows.setdefault(repr(prompt), {"messages": prompt, "is_safety": True, "source": "red_team", **labels})
+            rows.setdefault(prompt_key(prompt), {"messages": prompt, "is_safety": True, "source": "red_team", **labels})
     return list(rows.values())
 
 

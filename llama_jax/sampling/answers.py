@@ -23,8 +23,9 @@ from llama_jax.model.params import Params
 from llama_jax.parallel.axes import batch_sharding, batch_shards
 from llama_jax.parallel.hosts import on_every_host
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine, key_data
+from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.generate import Samples
+from llama_jax.sampling.keys import key_data
 from llama_jax.sampling.request import EngineConfig, Shape
 
 # Prompts that are computed together hold about this many tokens: enough to keep matrix units busy, and few enough that
@@ -78,20 +79,24 @@ class Answerer:
 def answering(prompt_length: int, new_tokens: int, *, slots: int, mesh: Mesh, int8_cache: bool = False) -> EngineConfig:
     """The shapes of an engine that draws at least `slots` answers at a time, as many of them on every device."""
     shards = 1 if mesh.empty else batch_shards(mesh)
-    whole = whole_shapes(prompt_length - 1, shards)  # the last token is read by the first decoding step
+    slots = -(-slots // shards) * shards
+    # The last token is read by the first decoding step.
+    whole = whole_shapes(prompt_length - 1, shards, most=slots)
     return EngineConfig(
-        slots=-(-slots // shards) * shards, max_length=prompt_length + new_tokens, whole=whole,
+        slots=slots, max_length=prompt_length + new_tokens, whole=whole,
         chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8_cache,
     )  # fmt: skip
 
 
 def make_slot_sampler(
-    config: ModelConfig, *, compute: Compute, eos_id: int, max_new_tokens: int, temperature: float, slots: int
-) -> Callable[..., Samples]:
+    config: ModelConfig, *, compute: Compute, eos_id: int, max_new_tokens: int, temperature: float, slots: int,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[..., Samples]:  # fmt: skip
     """(params, left-padded tokens [B, P], valid [B, P], keys [B]) -> Samples, as of `generate.make_sampler`, `slots` at a time.
 
     One program for all rows holds the cache of all of them and goes on until the last has ended. Here a slot whose row has
-    ended takes the next one. Nothing stays on the devices between two calls: the update needs the memory.
+    ended takes the next one, and `progress` is told how many just have. Nothing stays on the devices between two calls: the
+    update needs the memory.
     """
     lay_out, choice, N = preparer(config, compute), Choice(temperature=temperature), max_new_tokens
 
@@ -99,10 +104,10 @@ def make_slot_sampler(
         mesh, (B, P) = jax.sharding.get_mesh(), tokens.shape
         tokens, valid, keys = on_every_host((tokens, valid, jax.random.key_data(keys)))
         engine = Engine(config, lay_out(params), answering(P, N, slots=min(slots, B), mesh=mesh), compute=compute)
-        if not engine.compilations:
+        if not engine.is_warm:
             engine.warm_up()
         prompts = [row[real] for row, real in zip(tokens, valid, strict=True)]
-        requests = engine.answer(prompts, keys=keys, max_tokens=N, choice=choice, stop_ids=(eos_id,))
+        requests = engine.answer(prompts, keys=keys, max_tokens=N, choice=choice, stop_ids=(eos_id,), progress=progress)
         drawn, log_probs = np.zeros((B, N), np.int32), np.zeros((B, N), np.float32)
         for row, request in enumerate(requests):
             drawn[row, : len(request.tokens)] = request.tokens
@@ -121,9 +126,10 @@ def _divided(x: np.ndarray, *, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
 
 
-def whole_shapes(longest: int, shards: int) -> tuple[Shape, ...]:
-    """(length, prompts) of the batches in which prompts of up to `longest` tokens are computed."""
+def whole_shapes(longest: int, shards: int, *, most: int) -> tuple[Shape, ...]:
+    """(length, prompts) of the batches, of `most` prompts at most, in which prompts of up to `longest` tokens are computed."""
     lengths, longest = [], max(min(longest, _LONGEST), 1)
     while (length := _SHORTEST * 4 ** len(lengths)) < longest:
         lengths.append(length)
-    return tuple((length, -(-max(_TOKENS // length, 1) // shards) * shards) for length in (*lengths, longest))
+    together = ((length, min(max(_TOKENS // length, 1), most)) for length in (*lengths, longest))
+    return tuple((length, -(-prompts // shards) * shards) for length, prompts in together)

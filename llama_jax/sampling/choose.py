@@ -1,9 +1,10 @@
-"""How the next token is drawn from logits: greedy, temperature, top-k, nucleus, min-p, repetition penalty.
+"""How the next token is drawn from logits: greedy, temperature, top-k, nucleus, min-p, penalties of what came before.
 
 The paper samples with temperature and nucleus (section 3.2.3; reference `generation.py`); the others are what users of
 language models expect. Each row has settings of its own, as arrays: one compiled program serves all of them.
 """
 
+import dataclasses
 import numbers
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ _BLOCK = 128  # tokens
 class Choice:
     """How each row's next token is drawn; every field is a number for all rows, or one for each. # [] or [B]
 
-    The filters apply in this order, as in Hugging Face's library: repetition penalty, temperature, top-k, top-p, min-p.
+    They apply in this order, as in Hugging Face's library and vLLM: penalties, temperature, top-k, top-p, min-p.
     """
 
     temperature: jax.Array | float = 1.0  # 0 takes the most likely token
@@ -31,6 +32,8 @@ class Choice:
     top_p: jax.Array | float = 1.0  # keep the fewest tokens that hold this mass; 1: all
     min_p: jax.Array | float = 0.0  # keep tokens at least this likely relative to the most likely one
     repetition_penalty: jax.Array | float = 1.0  # tokens seen before: positive logits divided by it, others multiplied
+    presence_penalty: jax.Array | float = 0.0  # taken from the logits of tokens drawn before, as in OpenAI's API
+    frequency_penalty: jax.Array | float = 0.0  # the same, times how often each was drawn
 
     def check(self) -> "Choice":
         """Itself, if the settings (of one request, on the host) make sense; ValueError with field and range otherwise."""
@@ -40,48 +43,60 @@ class Choice:
             ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
             ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
             ("repetition_penalty", lambda x: x > 0, "above 0"),
+            ("presence_penalty", lambda x: -2 <= x <= 2, "-2 to 2"),
+            ("frequency_penalty", lambda x: -2 <= x <= 2, "-2 to 2"),
         ):
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or not fine(value) or not abs(value) <= _LARGEST:  # nor NaN
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         return self
 
+    @property
+    def penalises(self) -> jax.Array | bool:
+        """Which rows are drawn otherwise because of what came before."""
+        return (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+
     def arrays(self) -> "Choice":
         """The settings as arrays: Python's 1 and 1.0 would be two programs."""
-        return Choice(
-            temperature=np.float32(self.temperature), top_k=np.int32(self.top_k), top_p=np.float32(self.top_p),
-            min_p=np.float32(self.min_p), repetition_penalty=np.float32(self.repetition_penalty),
-        )  # fmt: skip
+        return Choice(**{name: dtype(getattr(self, name)) for name, dtype in _TYPES.items()})
 
     def rows(self, batch: int) -> "Choice":
         """The settings as arrays, one entry a row. # [B] each"""
-        return Choice(
-            temperature=jnp.broadcast_to(jnp.asarray(self.temperature, jnp.float32), (batch,)),
-            top_k=jnp.broadcast_to(jnp.asarray(self.top_k, jnp.int32), (batch,)),
-            top_p=jnp.broadcast_to(jnp.asarray(self.top_p, jnp.float32), (batch,)),
-            min_p=jnp.broadcast_to(jnp.asarray(self.min_p, jnp.float32), (batch,)),
-            repetition_penalty=jnp.broadcast_to(jnp.asarray(self.repetition_penalty, jnp.float32), (batch,)),
-        )
+        return Choice(**{
+            name: jnp.broadcast_to(jnp.asarray(getattr(self, name), dtype), (batch,)) for name, dtype in _TYPES.items()
+        })
+
+    @classmethod
+    def empty(cls, batch: int) -> "Choice":
+        """Settings on the host that change nothing, to be written over. # [B] each"""
+        return cls(**{field.name: np.full((batch,), field.default, _TYPES[field.name]) for field in dataclasses.fields(cls)})
 
 
-def draw(
-    logits: jax.Array, keys: jax.Array, choice: Choice, *, seen: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row and its log-probability under the distribution it was drawn from.
+_TYPES = {field.name: np.int32 if field.name == "top_k" else np.float32 for field in dataclasses.fields(Choice)}
+
+
+@flax.struct.dataclass
+class Draw:
+    """The next token of each row."""
+
+    tokens: jax.Array  # [B] int32
+    # [B] float32, under the distribution it was drawn from; of a greedy row, that of temperature 1
+    log_probs: jax.Array
+    model_log_probs: jax.Array  # [B] float32, under the model's own, without temperature, filters and penalties
+
+
+def draw(logits: jax.Array, keys: jax.Array, choice: Choice, *, counts: jax.Array | None = None) -> Draw:
+    """The next token of each row.
 
     Args:
       logits: # float32 [B, V]
       keys: one PRNG key a row, so that a row's draws do not depend on its neighbours. # [B]
-      choice: the settings; a greedy row's log-probability is that of temperature 1. RLHF needs the whole distribution, so
-        its rollouts leave all filters off.
-      seen: the tokens that the repetition penalty lowers; without it there is none. # bool [B, V]
-
-    Returns:
-      int32 [B], float32 [B]
+      choice: the settings. RLHF needs the whole distribution, so its rollouts leave all filters off.
+      counts: what the penalties know (`count_prompt`); without it there are none. # int32 [B, V]
     """
-    c = choice.rows(len(logits))
-    if seen is not None:
-        logits = _if_any(choice.repetition_penalty != 1, lambda x: penalise(x, seen, c.repetition_penalty), logits)
+    c, own = choice.rows(len(logits)), logits
+    if counts is not None:
+        logits = _if_any(choice.penalises, lambda x: penalise(x, counts, c), logits)
     greedy = c.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, c.temperature)[:, None]
     scaled = _if_any(choice.top_k > 0, lambda x: top_k_filter(x, c.top_k), scaled)
@@ -90,7 +105,20 @@ def draw(
 
     tokens, log_normaliser = inverse_draw(scaled, jax.vmap(jax.random.uniform)(keys))
     tokens = _if_any(choice.temperature <= 0, lambda t: jnp.where(greedy, _first_argmax(scaled), t), tokens)
-    return tokens, jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normaliser
+    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normaliser
+    return Draw(tokens, log_probs, _if_any(_changes(choice), lambda _: _log_probs_of(tokens, own), log_probs))
+
+
+def _changes(choice: Choice) -> jax.Array | bool:
+    """Which rows are drawn from another distribution than the model's."""
+    warm = (choice.temperature != 1) & (choice.temperature != 0)
+    filtered = (choice.top_k > 0) | (choice.top_p < 1) | (choice.min_p > 0)
+    return warm | filtered | choice.penalises
+
+
+def _log_probs_of(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """# int32 [B], float32 [B, V] -> float32 [B]"""
+    return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def inverse_draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -125,10 +153,30 @@ def inverse_draw(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.
     return tokens.astype(jnp.int32), top + jnp.log(total)
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Lowers the logits of seen tokens (Keskar et al. 2019, with the sign rule of later code). # [B, V] x 2, [B]"""
-    lowered = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
-    return jnp.where(seen, lowered, logits)
+def count_prompt(counts: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """Counts of 1 for the tokens of prompts, where valid, in place of 0. # int32 [B, V], int32 [B, T], bool [B, T] -> [B, V]"""
+    V = counts.shape[1]
+    return jax.vmap(lambda row, ids: row.at[ids].max(1, mode="drop"))(counts, jnp.where(valid, tokens, V))
+
+
+def count_drawn(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
+    """Adds 2 to the count of each row's newest token, if the row is active. # int32 [B, V], [B], bool [B] -> [B, V]"""
+    # Row by row, so that no device needs to look at another's rows.
+    return jax.vmap(lambda row, token, more: row.at[token].add(more))(counts, tokens, 2 * active.astype(counts.dtype))
+
+
+def penalise(logits: jax.Array, counts: jax.Array, choice: Choice) -> jax.Array:
+    """Lowers the logits of tokens that came before. # float32 [B, V], int32 [B, V], [B] each
+
+    Repetition (Keskar et al. 2019, with the sign rule of later code) looks at prompt and answer, presence and frequency at the
+    answer alone.
+    """
+    repetition, presence, frequency = (
+        x[:, None] for x in (choice.repetition_penalty, choice.presence_penalty, choice.frequency_penalty)
+    )
+    lowered = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    drawn = counts >> 1
+    return jnp.where(counts > 0, lowered, logits) - frequency * drawn - presence * (drawn > 0)
 
 
 def top_k_filter(logits: jax.Array, top_k: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from llama_jax.model.decode import Prepared
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.sampling import slots as device
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.generate import row_keys
+from llama_jax.sampling.keys import key_data
 from llama_jax.sampling.request import EngineConfig, Request, Shape, shape_for
 
 _AHEAD = 8  # waiting requests that are looked at for company, in multiples of the slots
@@ -74,8 +74,11 @@ class Engine:
     def submit(
         self, prompt: Sequence[int], *, max_tokens: int, choice: Choice | None = None, seed: int = 0, index: int = 0,
         key: np.ndarray | None = None, stop_ids: Sequence[int] = (), on_token: Callable[[Request, int], None] | None = None,
+        alternatives: int = 0,
     ) -> Request:  # fmt: skip
         """Queues a prompt. Its draws depend on (seed, index), or `key`, alone; `on_token` is called for each token drawn.
+
+        `alternatives` of the most likely tokens are told of beside each drawn one (`Request.most_likely`).
 
         Raises:
           ValueError: a prompt that does not fit with its answer, ids outside the vocabulary, impossible settings.
@@ -95,10 +98,12 @@ class Engine:
             raise ValueError(f"stop_ids: expected at most {device.STOPS}, got {len(stop_ids)}")
         if not all(0 <= token < V for token in stop_ids):
             raise ValueError(f"stop_ids: expected ids in 0..{V - 1}, got {list(stop_ids)}")
+        if not 0 <= alternatives <= self.settings.alternatives:
+            raise ValueError(f"alternatives: expected 0 to {self.settings.alternatives} of this engine, got {alternatives}")
         if key is None:
             key = key_data(seed, [index])[0]
         choice = Choice() if choice is None else choice.check()
-        request = Request(prompt, max_tokens, choice, np.asarray(key), tuple(map(int, stop_ids)), on_token)
+        request = Request(prompt, max_tokens, choice, np.asarray(key), tuple(map(int, stop_ids)), on_token, alternatives)
         self.waiting.append(request)
         return request
 
@@ -130,9 +135,15 @@ class Engine:
         """Programs compiled so far for these shapes. It does not grow after `warm_up`."""
         return self._programs.compilations
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether `warm_up` has compiled these shapes, perhaps of another engine."""
+        return self._programs.decode._cache_size() > 0
+
     def warm_up(self) -> "Engine":
         """Compiles every program, on no request."""
         run, nowhere = self._programs, self.settings.slots
+        key_data(0, [0])
         for shape in self._wholes:
             self._fill([], shape)
             self._take_rows([])
@@ -140,7 +151,7 @@ class Engine:
             self._slots = run.extend(self.weights, self._slots, device.pieces([], shape, nowhere=nowhere))
             self._copy_rows([], shape[1])
         self._sit([])
-        self._slots, _ = run.decode(self.weights, self._slots, np.int32(1), np.int32(0))
+        self._slots, _ = run.decode(self.weights, self._slots, np.int32(1), np.int32(0), np.bool_(False))
         self._mark(0, [])
         self._slots = run.deactivate(self._slots, np.zeros((self.settings.slots,), bool))
         self._filled = None
@@ -168,7 +179,8 @@ class Engine:
         until = max(len(decoding) - enough, 0) if enough else 0
         filling = self.active > len(decoding)
         most = 1 if filling else self.settings.steps
-        self._slots, drawn = self._programs.decode(self.weights, self._slots, np.int32(most), np.int32(until))
+        tell = np.bool_(any(request.alternatives for request in decoding))
+        self._slots, drawn = self._programs.decode(self.weights, self._slots, np.int32(most), np.int32(until), tell)
         drawn = jax.device_get(drawn)
         for request in decoding:
             self._take(request, drawn)
@@ -338,7 +350,7 @@ class Engine:
         self._slots = self._programs.sit(self._slots, entering)
         for request in group:
             request.seated = True
-            if request.choice.repetition_penalty != 1:
+            if request.choice.penalises:
                 self._mark(request.slot, request.prompt)
 
     def _mark(self, slot: int, prompt: Sequence[int]) -> None:
@@ -350,15 +362,23 @@ class Engine:
 
     def _take(self, request: Request, drawn: device.Drawn) -> None:
         """Hands out what a slot drew; frees it if that was all."""
-        mask = drawn.mask[request.slot]
-        new, log_probs = drawn.tokens[request.slot][mask].tolist(), drawn.log_probs[request.slot][mask].tolist()
+        if request.finish:  # cancelled by the callback of another, who was told first
+            return
+        slot, mask = request.slot, drawn.mask[request.slot]
+        new, *log_probs = (x[slot][mask].tolist() for x in (drawn.tokens, drawn.log_probs, drawn.model_log_probs))
         self.drawn_tokens += len(new)
         # The cache holds all but the newest token.
-        self._held[request.slot] += [(request.tokens or request.prompt)[-1], *new[:-1]]
-        finished = not drawn.active[request.slot]
-        for i, (token, log_p) in enumerate(zip(new, log_probs)):
+        self._held[slot] += [(request.tokens or request.prompt)[-1], *new[:-1]]
+        finished = not drawn.active[slot]
+        likely = []
+        if request.alternatives:
+            beside = (x[slot][mask, : request.alternatives].tolist() for x in (drawn.likely_tokens, drawn.likely_log_probs))
+            likely = [list(zip(tokens, theirs)) for tokens, theirs in zip(*beside)]
+        for i, (token, log_p, model_log_p) in enumerate(zip(new, *log_probs)):
             request.tokens.append(token)
             request.log_probs.append(log_p)
+            request.model_log_probs.append(model_log_p)
+            request.most_likely += likely[i : i + 1]
             if finished and i == len(new) - 1:
                 self._finish(request, "stop" if token in request.stop_ids else "length")
             if request.on_token:
@@ -366,16 +386,11 @@ class Engine:
             if request.finish == "cancelled":  # by the callback
                 return
         if request.finish:
-            self._requests[request.slot] = None
+            self._requests[slot] = None
 
     def _finish(self, request: Request, how: str) -> None:
         request.finish = how
         self.finished += 1
-
-
-def key_data(seed: int, indices: Sequence[int]) -> np.ndarray:
-    """The PRNG keys of `generate.row_keys` as plain numbers. # uint32 [B, ...]"""
-    return np.asarray(jax.random.key_data(row_keys(seed, indices)))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,7 +5,6 @@ paper's PPO about 20x slower. Prompts come left-padded, as RLHF keeps them, so t
 every row's first token stands in slot 0 of the cache.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -21,7 +20,8 @@ from llama_jax.model.decode_attention import round_up
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import DECODE, layout
 from llama_jax.parallel.hosts import on_every_host
-from llama_jax.sampling.choose import Choice, draw
+from llama_jax.sampling.choose import Choice, count_drawn, count_prompt, draw
+from llama_jax.sampling.keys import row_keys
 
 
 @flax.struct.dataclass
@@ -51,22 +51,6 @@ def align_left(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     P = tokens.shape[1]
     source = (jnp.arange(P) + P - lengths[:, None]) % P
     return jnp.take_along_axis(tokens, source, axis=1)
-
-
-def mark_seen(seen: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """Adds tokens, where valid, to the rows' sets of seen ones. # bool [B, V], int32 [B, T], bool [B, T] -> [B, V]"""
-    V = seen.shape[1]
-    return jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(seen, jnp.where(valid, tokens, V))
-
-
-def row_keys(seed: int | Sequence[int], indices: Sequence[int]) -> jax.Array:
-    """One key for each row, from its index in the whole job: batching does not change what is drawn. # [B]
-
-    Rows with seeds of their own have the keys of the first row of a job with that seed.
-    """
-    if isinstance(seed, Sequence):
-        return jnp.stack([jax.random.fold_in(jax.random.key(seed[i]), 0) for i in indices])
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices, jnp.uint32))
 
 
 def make_sampler(
@@ -99,15 +83,15 @@ def make_sampler(
             hidden, cache = prefill(weights, align_left(tokens, lengths), lengths, cache, config=config, compute=compute)
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-            def choose(out, n, hidden, seen):
+            def choose(out, n, hidden, counts):
                 step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n)
-                token, log_p = draw(logits(weights, hidden, compute=compute), step_keys, choice or uniform, seen=seen)
+                new = draw(logits(weights, hidden, compute=compute), step_keys, choice or uniform, counts=counts)
                 ended = out.ended
                 return Samples(
-                    tokens=out.tokens.at[:, n].set(jnp.where(ended, 0, token)),
-                    log_probs=out.log_probs.at[:, n].set(jnp.where(ended, 0.0, log_p)),
+                    tokens=out.tokens.at[:, n].set(jnp.where(ended, 0, new.tokens)),
+                    log_probs=out.log_probs.at[:, n].set(jnp.where(ended, 0.0, new.log_probs)),
                     mask=out.mask.at[:, n].set(~ended),
-                    ended=ended | jnp.any(token[:, None] == stops, axis=1),
+                    ended=ended | jnp.any(new.tokens[:, None] == stops, axis=1),
                 )
 
             def unfinished(carry):
@@ -115,13 +99,13 @@ def make_sampler(
                 return (n < (N if limit is None else jnp.minimum(limit, N))) & ~jnp.all(out.ended)
 
             def step(carry):
-                n, out, cache, seen = carry
+                n, out, cache, counts = carry
                 token = jax.lax.dynamic_index_in_dim(out.tokens, n - 1, axis=1)
                 hidden, cache = extend(
                     weights, token, jnp.where(out.ended, 0, 1), cache, config=config, compute=compute
                 )
-                seen = None if seen is None else mark_seen(seen, token, jnp.ones_like(token, bool))
-                return n + 1, choose(out, n, hidden[:, 0], seen), cache, seen
+                counts = None if counts is None else count_drawn(counts, token[:, 0], ~out.ended)
+                return n + 1, choose(out, n, hidden[:, 0], counts), cache, counts
 
             out = Samples(
                 tokens=jnp.zeros((B, N), jnp.int32),
@@ -129,9 +113,9 @@ def make_sampler(
                 mask=jnp.zeros((B, N), bool),
                 ended=jnp.zeros((B,), bool),
             )
-            # Only rows with settings of their own can have a repetition penalty.
-            seen = None if choice is None else mark_seen(jnp.zeros((B, config.vocab_size), bool), tokens, valid)
-            start = (jnp.ones((), jnp.int32), choose(out, 0, last, seen), cache, seen)
+            # Only rows with settings of their own can have penalties.
+            counts = None if choice is None else count_prompt(jnp.zeros((B, config.vocab_size), jnp.int32), tokens, valid)
+            start = (jnp.ones((), jnp.int32), choose(out, 0, last, counts), cache, counts)
             return jax.lax.while_loop(unfinished, step, start)[1]
 
     return sample
@@ -139,11 +123,11 @@ def make_sampler(
 
 def generate(
     sampler: Callable[..., Samples], params: Params | Prepared, prompts: Sequence[Sequence[int]], *, prompt_length: int,
-    batch_size: int, seed: int | Sequence[int], choice: Choice | None = None, progress: Callable[[int], None] | None = None,
+    batch_size: int, seed: int, choice: Choice | None = None, progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Responses (ids, with EOS where it was drawn) to any number of prompts, in batches of one shape.
 
-    Row i's draws depend on (seed, i) only, or on its own of several seeds; `choice` has an entry for each row. The last batch
+    Row i's draws depend on (seed, i) only; `choice` has an entry for each row. The last batch
     is filled with copies of its first prompt. Prompts of similar length are not grouped: `prompt_length` is one shape for all,
     so that nothing is compiled twice. On several hosts every one calls this with the same arguments and gets all responses.
     """

@@ -26,6 +26,7 @@ class EngineConfig:
     reuse: of those that enter by `chunks`, take over a prefix of at least this many tokens from any slot; 0 never does. A
       taken-over prefix is equal to a computed one up to rounding.
     int8_cache: keep keys and values in 8 bits: a quarter of float32's memory, at a small loss of precision.
+    alternatives: so many of the most likely tokens can be told of beside each drawn one.
     """
 
     slots: int = 8
@@ -35,6 +36,7 @@ class EngineConfig:
     steps: int = 8
     reuse: int = 16
     int8_cache: bool = False
+    alternatives: int = 0
 
     def __post_init__(self):
         shapes = (*self.chunks, *self.whole)
@@ -64,8 +66,12 @@ class Request:
     key: np.ndarray  # data of a PRNG key
     stop_ids: tuple[int, ...]
     on_token: Callable[["Request", int], None] | None = None
+    alternatives: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
-    log_probs: list[float] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)  # of the distribution each was drawn from
+    model_log_probs: list[float] = dataclasses.field(default_factory=list)  # of the model's own
+    # beside each drawn token the most likely ones by the model's own, with their log-probabilities
+    most_likely: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish: Literal["", "stop", "length", "cancelled"] = ""
     slot: int = -1
     filled: int = 0  # tokens of the prompt that are in the slot's cache

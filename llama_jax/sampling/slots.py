@@ -20,8 +20,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.decode import Prepared, extend, logits, prefill
 from llama_jax.model.decode_attention import round_up
 from llama_jax.parallel.axes import DECODE, ENTER, batch_shards, layout, partition
-from llama_jax.sampling.choose import Choice, draw
-from llama_jax.sampling.generate import mark_seen
+from llama_jax.sampling.choose import Choice, Draw, count_drawn, count_prompt, draw
 from llama_jax.sampling.request import EngineConfig, Request
 
 STOPS = 8  # stop ids a request may have
@@ -39,7 +38,7 @@ class Slots:
     keys: jax.Array  # [B, ...] uint32: the data of each request's PRNG key
     choice: Choice  # [B] each
     stops: jax.Array  # [B, STOPS] int32, filled with -1
-    seen: jax.Array  # [B, V] bool: for the repetition penalty; kept only for requests that have one
+    seen: jax.Array  # [B, V] int32: what `penalise` counts; right only for requests that have a penalty
 
 
 @flax.struct.dataclass
@@ -70,9 +69,12 @@ class Drawn:
     """What a program drew."""
 
     tokens: jax.Array  # [B, N] int32
-    log_probs: jax.Array  # [B, N] float32
+    log_probs: jax.Array  # [B, N] float32, of the distribution drawn from
+    model_log_probs: jax.Array  # [B, N] float32, of the model's own
     mask: jax.Array  # [B, N] bool
     active: jax.Array  # [B] bool: goes on
+    likely_tokens: jax.Array  # [B, N, A] int32: the most likely ones, where some request asked for them
+    likely_log_probs: jax.Array  # [B, N, A] float32: the model's own
 
 
 # ---- on the host ----
@@ -98,11 +100,7 @@ def seats(group: Sequence[Request], size: int, *, nowhere: int, key_shape: tuple
     made = Seats(
         rows=np.full((M,), nowhere, np.int32), token=np.zeros((M,), np.int32), lengths=np.zeros((M,), np.int32),
         limit=np.zeros((M,), np.int32), keys=np.zeros((M, *key_shape), np.uint32),
-        choice=Choice(
-            temperature=np.zeros((M,), np.float32), top_k=np.zeros((M,), np.int32), top_p=np.ones((M,), np.float32),
-            min_p=np.zeros((M,), np.float32), repetition_penalty=np.ones((M,), np.float32),
-        ),
-        stops=np.full((M, STOPS), -1, np.int32),
+        choice=Choice.empty(M), stops=np.full((M, STOPS), -1, np.int32),
     )  # fmt: skip
     for i, request in enumerate(group):
         made.rows[i], made.token[i], made.lengths[i] = request.slot, request.prompt[-1], len(request.prompt) - 1
@@ -136,7 +134,7 @@ class Programs:
         return sum(getattr(self, field.name)._cache_size() for field in dataclasses.fields(self))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def programs(config: ModelConfig, compute: Compute, settings: EngineConfig, mesh: Mesh) -> Programs:
     """The programs, the same ones for every engine of these shapes: a second policy compiles nothing."""
     dtype = jnp.dtype("int8") if settings.int8_cache else compute.activation_dtype
@@ -160,7 +158,10 @@ def programs(config: ModelConfig, compute: Compute, settings: EngineConfig, mesh
         extend=program(make_extend(config, compute=compute), donate_argnums=1),
         copy=program(copy_rows, donate_argnums=0),
         sit=program(sit, donate_argnums=0),
-        decode=program(make_decode(config, compute=compute, steps=settings.steps), (own, whole), donate_argnums=1),
+        decode=program(
+            make_decode(config, compute=compute, steps=settings.steps, alternatives=settings.alternatives), (own, whole),
+            donate_argnums=1,
+        ),
         set_seen=program(set_seen, donate_argnums=0),
         deactivate=program(deactivate, donate_argnums=0),
     )
@@ -174,16 +175,20 @@ def empty_slots(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype
         cache=empty_cache(config, batch=B, slots=slots, dtype=dtype),
         token=jnp.zeros((B,), jnp.int32), drawn=jnp.zeros((B,), jnp.int32), limit=jnp.zeros((B,), jnp.int32),
         active=jnp.zeros((B,), bool), keys=keys, choice=Choice().rows(B), stops=jnp.full((B, STOPS), -1, jnp.int32),
-        seen=jnp.zeros((B, config.vocab_size), bool),
+        seen=jnp.zeros((B, config.vocab_size), jnp.int32),
     )  # fmt: skip
 
 
 def shardings(slots: Slots, mesh: Mesh) -> Any:
-    """Where the state lies: rows over the devices of the batch, key-value heads as in attention. # tree like Slots"""
+    """Where the state lies: rows over the devices of the batch, key-value heads as in attention, what was seen as logits do, if
+    their devices divide it. # tree like Slots"""
+    seen = "act_vocab" if slots.seen.shape[1] % mesh.shape[DECODE["act_vocab"]] == 0 else None
 
     def of(path, leaf):
         heads = ["act_kv_heads"] if path[0].name == "cache" and leaf.ndim > 1 else []
         axes = ("cache_rows", *heads, *[None] * (leaf.ndim - 1 - len(heads)))
+        if path[0].name == "seen":
+            axes = ("cache_rows", seen)
         return NamedSharding(mesh, partition(leaf.shape, axes, DECODE, mesh))
 
     return jax.tree_util.tree_map_with_path(of, slots)
@@ -247,15 +252,22 @@ def sit(slots: Slots, seats: Seats) -> Slots:
 
 
 def make_decode(
-    config: ModelConfig, *, compute: Compute, steps: int
-) -> Callable[[Prepared, Slots, jax.Array, jax.Array], tuple[Slots, Drawn]]:
-    """(weights, slots, most, until) -> (slots, drawn [B, steps]).
+    config: ModelConfig, *, compute: Compute, steps: int, alternatives: int
+) -> Callable[[Prepared, Slots, jax.Array, jax.Array, jax.Array], tuple[Slots, Drawn]]:
+    """(weights, slots, most, until, tell) -> (slots, drawn [B, steps]).
 
-    Draws up to `most` <= `steps` tokens a slot; stops early once at most `until` slots are active.
+    Draws up to `most` <= `steps` tokens a slot; stops early once at most `until` slots are active. Where `tell` is true, the
+    most likely tokens come with what was drawn.
     """
+    A = alternatives
 
-    def decode(weights, slots, most, until):
+    def likely(scores):
+        log_probs, tokens = jax.lax.top_k(jax.nn.log_softmax(scores), A)
+        return tokens, log_probs
+
+    def decode(weights, slots, most, until, tell):
         B = slots.token.shape[0]
+        unknown = jnp.zeros((B, A), jnp.int32), jnp.zeros((B, A))
 
         def unfinished(carry):
             n, slots, _ = carry
@@ -267,22 +279,29 @@ def make_decode(
             hidden, cache = extend(
                 weights, slots.token[:, None], slots.active.astype(jnp.int32), slots.cache, config=config, compute=compute
             )
-            token, log_p = _draw(weights, hidden[:, 0], slots.keys, slots.drawn, slots.choice, slots.seen, compute)
+            scores = logits(weights, hidden[:, 0], compute=compute)
+            new = _draw(scores, slots)
+            token = new.tokens
+            tokens, log_probs = jax.lax.cond(tell, likely, lambda _: unknown, scores) if A else unknown
             active = slots.active & (slots.drawn + 1 < slots.limit) & ~_stops(token, slots.stops)
             out = Drawn(
-                tokens=out.tokens.at[:, n].set(token), log_probs=out.log_probs.at[:, n].set(log_p),
+                tokens=out.tokens.at[:, n].set(token), log_probs=out.log_probs.at[:, n].set(new.log_probs),
+                model_log_probs=out.model_log_probs.at[:, n].set(new.model_log_probs),
                 mask=out.mask.at[:, n].set(slots.active), active=active,
+                likely_tokens=out.likely_tokens.at[:, n].set(tokens),
+                likely_log_probs=out.likely_log_probs.at[:, n].set(log_probs),
             )  # fmt: skip
             slots = slots.replace(
                 cache=cache, token=jnp.where(slots.active, token, slots.token), drawn=slots.drawn + slots.active,
-                active=active, seen=mark_seen(slots.seen, token[:, None], slots.active[:, None]),
+                active=active, seen=count_drawn(slots.seen, token, slots.active),
             )  # fmt: skip
             return n + 1, slots, out
 
         with layout(DECODE):
             out = Drawn(
                 tokens=jnp.zeros((B, steps), jnp.int32), log_probs=jnp.zeros((B, steps)),
-                mask=jnp.zeros((B, steps), bool), active=slots.active,
+                model_log_probs=jnp.zeros((B, steps)), mask=jnp.zeros((B, steps), bool), active=slots.active,
+                likely_tokens=jnp.zeros((B, steps, A), jnp.int32), likely_log_probs=jnp.zeros((B, steps, A)),
             )  # fmt: skip
             _, slots, out = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), slots, out))
             return slots, out
@@ -298,8 +317,8 @@ def copy_rows(slots: Slots, sources: jax.Array, rows: jax.Array) -> Slots:
 
 
 def set_seen(slots: Slots, row: jax.Array, tokens: jax.Array, count: jax.Array) -> Slots:
-    """Makes a slot's set of seen tokens that of a prompt. # int32 [], [S], []"""
-    fresh = mark_seen(jnp.zeros((1, slots.seen.shape[1]), bool), tokens[None], (jnp.arange(len(tokens)) < count)[None])
+    """Makes what a slot has seen a prompt. # int32 [], [S], []"""
+    fresh = count_prompt(jnp.zeros_like(slots.seen[:1]), tokens[None], (jnp.arange(len(tokens)) < count)[None])
     return slots.replace(seen=slots.seen.at[row].set(fresh[0]))
 
 
@@ -308,11 +327,10 @@ def deactivate(slots: Slots, rows: jax.Array) -> Slots:
     return slots.replace(active=slots.active & ~rows)
 
 
-def _draw(weights, hidden, keys, n, choice, seen, compute):
-    """The n-th token of each row, as `generate.make_sampler` draws it."""
-    n = jnp.broadcast_to(n, keys.shape[:1])
-    step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), n)
-    return draw(logits(weights, hidden, compute=compute), step_keys, choice, seen=seen)
+def _draw(scores: jax.Array, slots: Slots) -> Draw:
+    """The next token of each row, as `generate.make_sampler` draws it. # float32 [B, V]"""
+    step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.keys), slots.drawn)
+    return draw(scores, step_keys, slots.choice, counts=slots.seen)
 
 
 def _stops(token: jax.Array, stops: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """A thread that owns an engine, for callers on other threads: a bounded queue in, tokens out through callbacks, metrics."""
 
 import collections
+import contextlib
 import itertools
 import logging
 import os
@@ -13,12 +14,15 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.prompt_scores import PromptScorer, Scored
 from llama_jax.sampling.request import Request
 
 log = logging.getLogger(__name__)
 
-# (token, its log-probability, finish); the last call has a finish, and no token if the request was cancelled or failed
-Deliver = Callable[[int | None, float, str], None]
+# (token, the model's log-probability of it, finish) and, where the job asks for alternatives, the most likely tokens with
+# theirs; the last call has a finish, and no token if the request was cancelled, failed, or asked for none. A job's
+# `deliver_prompt` is called before, with what the prompt's own tokens scored.
+Deliver = Callable[..., None]
 
 
 class QueueFull(RuntimeError):
@@ -29,19 +33,44 @@ class EngineStopped(QueueFull):
     """There never will be: the engine's thread has ended."""
 
 
-class Worker:
-    """Runs an engine in a thread of its own.
+class Turns:
+    """A lock that is given in the order in which it was asked for."""
 
-    At most `queue` requests wait for a slot; `registry` holds Prometheus metrics of the traffic (package
+    def __init__(self):
+        self._changed, self._asked, self._now = threading.Condition(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            mine, self._asked = self._asked, self._asked + 1
+            self._changed.wait_for(lambda: self._now == mine)
+
+    def __exit__(self, *exc_info) -> None:
+        with self._changed:
+            self._now += 1
+            self._changed.notify_all()
+
+
+# Programs of several devices must be started on all of them in one order: two engines that share devices would else wait for
+# each other, each on the devices that the other has not come to.
+_TURNS = Turns()
+
+
+class Worker:
+    """Runs an engine in a thread of its own; engines over several devices take turns.
+
+    At most `queue` requests wait for a slot; `scorer` scores the prompts of those that ask for it, between two steps of the
+    engine; `registry` holds Prometheus metrics of the traffic (package
     prometheus_client, extra `[serve]`).
     """
 
-    def __init__(self, engine: Engine, mesh: Mesh, *, queue: int):
+    def __init__(self, engine: Engine, mesh: Mesh, *, queue: int, scorer: PromptScorer | None = None):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        self.engine, self._mesh, self._queue = engine, mesh, queue
+        self.engine, self.scorer, self._mesh, self._queue = engine, scorer, mesh, queue
         self._ready = threading.Condition()
         self._jobs: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self._unscored: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self._last: tuple[tuple[Any, ...], Scored] | None = None  # several answers to a prompt score it once
         self._leaving: list[int] = []
         self._live: dict[int, tuple[Request, Deliver]] = {}
         self._tickets = itertools.count(1)
@@ -60,7 +89,9 @@ class Worker:
         )
         Gauge("llama_jax_waiting", "Requests without a slot", registry=self.registry).set_function(lambda: self.waiting)
         Gauge("llama_jax_active", "Requests in a slot", registry=self.registry).set_function(lambda: engine.active)
-        Gauge("llama_jax_compilations", "Programs compiled", registry=self.registry).set_function(lambda: engine.compilations)
+        Gauge("llama_jax_compilations", "Programs compiled", registry=self.registry).set_function(
+            lambda: engine.compilations + (scorer.compilations if scorer else 0)
+        )
         Gauge("llama_jax_reused_tokens", "Prompt tokens taken over", registry=self.registry).set_function(
             lambda: engine.reused_tokens
         )
@@ -68,7 +99,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._jobs) + self.engine.queued
+        return len(self._jobs) + len(self._unscored) + self.engine.queued
 
     @property
     def alive(self) -> bool:
@@ -88,6 +119,8 @@ class Worker:
 
     def submit(self, jobs: Sequence[dict[str, Any]]) -> list[int]:
         """Queues requests together, all or none; each job has the arguments of `Engine.submit` and `deliver`.
+
+        Where it also has `deliver_prompt`, that gets the `Scored` prompt before any token is drawn. `max_tokens` may be 0.
 
         Raises:
           QueueFull: if they do not all fit; EngineStopped, if no later try can succeed.
@@ -114,11 +147,15 @@ class Worker:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        turn = _TURNS if self._mesh.size > 1 else contextlib.nullcontext()
         try:
             with jax.set_mesh(self._mesh):
                 while not self._stopping:
                     self._enter_and_leave()
-                    if not self.engine.step():
+                    with turn:
+                        self._score_next()
+                        busy = self.engine.step()
+                    if not busy and not self._unscored:
                         with self._ready:
                             while not (self._jobs or self._leaving or self._stopping):
                                 self._ready.wait()
@@ -128,8 +165,9 @@ class Worker:
         finally:
             self._stopping = True
             with self._ready:
-                jobs, live = list(self._jobs), list(self._live.values())
+                jobs, live = [*self._jobs, *self._unscored], list(self._live.values())
                 self._jobs.clear()
+                self._unscored.clear()
             for deliver in [*(job["deliver"] for _, job in jobs), *(deliver for _, deliver in live)]:
                 deliver(None, 0.0, "error")
 
@@ -139,24 +177,58 @@ class Worker:
             self._jobs.clear()
             self._leaving = []
             for ticket, job in jobs:
-                self._enter(ticket, **job)
+                if "deliver_prompt" in job or not job["max_tokens"]:
+                    self._unscored.append((ticket, job))
+                else:
+                    self._enter(ticket, **job)
         for ticket in leaving:
+            if (unscored := [pair for pair in self._unscored if pair[0] == ticket]):
+                self._unscored.remove(unscored[0])
+                self._count("cancelled", unscored[0][1]["prompt"], 0)
+                unscored[0][1]["deliver"](None, 0.0, "cancelled")
             if ticket in self._live:
                 request, deliver = self._live.pop(ticket)
                 self.engine.cancel(request)
-                self._count(request)
+                self._count(request.finish, request.prompt, len(request.tokens))
                 deliver(None, 0.0, "cancelled")
+
+    def _score_next(self) -> None:
+        """Scores the prompt of one request, which then waits for a slot as all do."""
+        if not self._unscored:
+            return
+        ticket, job = self._unscored[0]
+        tell = job.pop("deliver_prompt", None)
+        try:
+            if tell is not None:
+                tell(self._scores(job["prompt"], job.get("alternatives", 0)))
+        except Exception:  # the caller's checks should have found it; the requests of others go on
+            log.exception("a prompt was not scored")
+            self._count("error", job["prompt"], 0)
+            job["deliver"](None, 0.0, "error")
+        else:
+            if job["max_tokens"]:
+                self._enter(ticket, **job)
+            else:
+                self._count("length", job["prompt"], 0)
+                job["deliver"](None, 0.0, "length")
+        self._unscored.popleft()
+
+    def _scores(self, prompt: Sequence[int], alternatives: int) -> Scored:
+        asked = (*prompt, alternatives)
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, self.scorer(self.engine.weights, prompt, alternatives=alternatives)
+        return self._last[1]
 
     def _enter(self, ticket: int, *, deliver: Deliver, seed: int | None, came: float, **job: Any) -> None:
         def on_token(request: Request, token: int) -> None:
             self._drawn.inc()
             if len(request.tokens) == 1:
                 self._first.observe(time.monotonic() - came)
-            deliver(token, request.log_probs[-1], request.finish)
+            deliver(token, request.model_log_probs[-1], request.finish, *request.most_likely[-1:])
             if request.finish:
                 self._live.pop(ticket, None)
                 self._whole.observe(time.monotonic() - came)
-                self._count(request)
+                self._count(request.finish, request.prompt, len(request.tokens))
 
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
         try:
@@ -167,7 +239,7 @@ class Worker:
         else:
             self._live[ticket] = request, deliver
 
-    def _count(self, request: Request) -> None:
-        self._requests.labels(request.finish).inc()
-        self._entered.inc(len(request.prompt))
-        self._lengths.observe(len(request.tokens))
+    def _count(self, outcome: str, prompt: Sequence[int], drawn: int) -> None:
+        self._requests.labels(outcome).inc()
+        self._entered.inc(len(prompt))
+        self._lengths.observe(drawn)

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data.chat_template import encode_example
 from llama_jax.data.dialog import DialogRow, EncodedDialog, encode_dialogs
 from llama_jax.data.loader import row_source
+from llama_jax.data.mixture import mix, whole_or_share
 from llama_jax.data.packing import Packed, pack_dialogs
 from llama_jax.data.sources import read_dialogs
 from llama_jax.data.tokenizer import Tokenizer
@@ -27,26 +27,37 @@ from llama_jax.pretrain.base import (
     check_length,
     load_tokenizer,
     meta,
-    process_slice,
+    process_share,
 )
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.training import optimizer
+from llama_jax.training.preparation import in_parts
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, evaluation
 from llama_jax.training.step import check_batch, put_batch
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 4096  # dialogs that are encoded together: enough for many cores, few enough to be held as lists of integers
-
 
 @dataclasses.dataclass(frozen=True)
 class DialogData:
-    """Dialogs (`data.sources`): what is trained on, what is held out (may be empty), and the length of a row."""
+    """Dialogs (`data.sources`).
+
+    train: what is trained on; `held_out`: what is only measured, may be empty.
+    length: tokens of a row.
+    shares: of each file of `train` in the mix, by dialogs that fit; 0: all of it; none: all of all. A tenth of safety data:
+      `train=("dialogs.jsonl", "safety.jsonl")`, `shares=(0.0, 0.1)`.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     length: int
     train_on: Literal["all", "last"] = "all"
+    shares: tuple[float, ...] = ()
+
+    def joined(self, *paths: str) -> Self:
+        """With further files to train on, whole."""
+        shares = (*self.shares, *[0.0] * len(paths)) if self.shares else ()
+        return dataclasses.replace(self, train=(*self.train, *paths), shares=shares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +73,30 @@ class SftData(DialogData):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig(StageConfig):
-    """See configs/sft.py. `epochs` > 0 sets the number of steps from the data; 0 leaves `loop.steps`."""
+    """See configs/sft.py. `epochs` > 0 sets the number of steps from the data, at most `loop.steps`; 0 leaves `loop.steps`."""
 
     data: SftData
     epochs: float = 0.0
 
 
 def packed_dialogs(
-    paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all", chat: str = "llama2"
-) -> Packed:
-    """Reads, encodes and packs dialogs; those longer than a row are left out and counted in the log.
+    paths: tuple[str, ...], tokenizer: Tokenizer, *, length: int, train_on: str = "all", chat: str = "llama2",
+    shares: tuple[float, ...] = (), seed: int = 0,
+) -> Packed:  # fmt: skip
+    """Reads, encodes, mixes (`shares`, as in DialogData) and packs dialogs; longer ones than a row are counted in the log.
 
     A row's own field `train_on` comes before the argument: Ghost Attention's dialogs train their last answer among others that
     train all of theirs.
     """
     if chat == "template" and tokenizer.chat_template is None:
         raise ConfigError(f"data.chat=template: tokenizer {tokenizer.path} came without a chat template")
-    examples = [example for path in paths for example in encoded_dialogs(path, tokenizer, train_on=train_on, chat=chat)]
-    packed = pack_dialogs(examples, length, overlong="report")
-    if packed.overlong:
-        log.warning("%d of %d dialogs are longer than %d tokens and left out", len(packed.overlong), len(examples), length)
+    shares = whole_or_share(paths, shares)
+    files = [encoded_dialogs(path, tokenizer, train_on=train_on, chat=chat) for path in paths]
+    fitting = [[example for example in file if len(example.ids) <= length] for file in files]  # before shares are counted
+    dialogs, left = sum(map(len, files)), sum(map(len, fitting))
+    if left < dialogs:
+        log.warning("%d of %d dialogs are longer than %d tokens and left out", dialogs - left, dialogs, length)
+    packed = pack_dialogs(mix(fitting, shares, names=paths, seed=seed, unit="dialogs"), length)
     if not packed.rows:
         raise ConfigError(f"{', '.join(paths)}: no dialog fits into {length} tokens")
     return packed
@@ -119,8 +134,7 @@ def _encode(path: str, words: _Words, train_on: str, chat: str) -> Sequence[Enco
         for number, row in enumerate(read_dialogs(path), start=1)
     ]
     examples: list[EncodedDialog] = []
-    for start in range(0, len(rows), _AT_ONCE):
-        some = rows[start : start + _AT_ONCE]
+    for some in in_parts(rows, label=f"encode {path}", unit="dialog", total=len(rows)):
         if chat == "template":
             examples += [_as_template(row, words.tokenizer) for row in some]
         else:
@@ -143,8 +157,11 @@ def _as_template(row: DialogRow, tokenizer: Tokenizer) -> EncodedDialog:
 def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epochs: float, most: int) -> None:
     """Refuses what `fine_tuning_stage` would refuse, before a stage spends days on drawing dialogs that join `data.train`.
 
-    `most` of them are drawn at most: with `epochs`, the number of steps follows from theirs.
+    `most` of them are drawn at most: with `epochs`, the number of steps follows from theirs. What `data.shares` leave out is
+    counted too, since the shares are those of a mix with what will be drawn.
     """
+    joined = data.joined("what will be drawn")
+    whole_or_share(joined.train, joined.shares)
     model, tokenizer = load_tokenizer(config)
     loop = config.loop
     check_length(data.length, model)
@@ -156,9 +173,9 @@ def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epoc
         paths: len(packed_dialogs(paths, tokenizer, length=data.length, train_on=data.train_on).rows)
         for paths in (data.train, data.held_out) if paths
     }  # fmt: skip
-    steps = math.ceil(epochs * (rows.get(data.train, 0) + most) / loop.batch_size) if epochs > 0 else loop.steps
-    if steps:  # none, where nothing can be drawn either, which the stage will say
-        optimizer.schedule(config.optim, steps)
+    seen = rows.get(data.train, 0) + most
+    if seen or not epochs > 0:  # no row, where nothing can be drawn either, which the stage will say
+        optimizer.schedule(config.optim, loop.steps_of(seen, epochs))
 
 
 def fine_tuning_stage(
@@ -168,17 +185,15 @@ def fine_tuning_stage(
     model, tokenizer = load_tokenizer(config)
     check_length(data.length, model)
     how = {"length": data.length, "train_on": data.train_on, "chat": chat}
-    packed = packed_dialogs(data.train, tokenizer, **how)
-    batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, **process_slice(mesh))
-    loop = config.loop
-    if epochs > 0:
-        loop = dataclasses.replace(loop, steps=max(math.ceil(epochs * len(packed.rows) / loop.batch_size), 1))
+    packed = packed_dialogs(data.train, tokenizer, shares=data.shares, seed=config.loop.seed, **how)
+    batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, share=process_share(mesh))
+    loop = config.loop.over(len(packed.rows), epochs)
     begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     evaluate = None
     if data.held_out:
         held_out = packed_dialogs(data.held_out, tokenizer, **how)
-        source = row_source(held_out.rows, config.loop.batch_size, seed=0, **process_slice(mesh))
+        source = row_source(held_out.rows, config.loop.batch_size, seed=0, share=process_share(mesh))
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
     stage = Stage(
         name=name,

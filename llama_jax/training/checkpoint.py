@@ -7,28 +7,36 @@ Wherever a checkpoint is read, `WORKDIR` means its newest one and `WORKDIR@STEP`
 """
 
 import contextlib
+import functools
 import logging
 import math
+import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from llama_jax.config import ConfigError
-from llama_jax.files import write_json
+from llama_jax.files import read_json, write_json
 from llama_jax.parallel.axes import abstract
-from llama_jax.parallel.hosts import first_problem, on_host_0
-from llama_jax.paths import absolute, move, place, remove_tree
+from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
+from llama_jax.paths import absolute, is_remote, move, place, untaken
 from llama_jax.training.fingerprint import (
+    CONVERTED,
     CheckpointError,
+    as_stored,
+    cast,
     check_fingerprints,
     damages,
     fingerprints,
     first_line,
+    is_outage,
     open_meta,
     sealed,
 )
@@ -37,6 +45,8 @@ from llama_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 POLICY = "policy"  # the model that other stages start from, where a stage trains several
+_PAUSES = (1.0, 5.0, 20.0)  # seconds before each further try to read from a disk or a service that fails
+_OUTAGE = "the disk or the service fails, which says nothing of what it holds"
 
 
 def _items(state: TrainState, source: Any) -> dict[str, Any]:
@@ -80,7 +90,9 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation.AnyPreservationPolicy(policies), create=True,
-                enable_async_checkpointing=True, **ranking,
+                enable_async_checkpointing=True,
+                # Network disks may show hosts listings of different age; those that go on from different steps hang.
+                single_host_load_and_broadcast=True, **ranking,
             ),
         )  # fmt: skip
         # Orbax would ask by the number of each checkpoint, of past ones too, whether a stop was agreed on; JAX would take it
@@ -150,17 +162,21 @@ class Checkpoints:
         that the run can write them again.
 
         Raises:
-          CheckpointError: if there are checkpoints but none that is whole; nothing is moved then.
+          CheckpointError: if there are checkpoints but none that is whole, or one that cannot be read now; nothing is moved
+            then.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         damaged, reason = [], ""
         for step in steps:
             found, reason = None, ""
             try:
-                found, meta = self._read(step, _items(target, source_target))
+                found, meta = self._read_patiently(step, _items(target, source_target))
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                reason = first_line(error)
-            if not (reason := first_problem(reason)):  # all hosts have read their parts, so all can add them up
+                reason = f"{_OUTAGE}: {first_line(error)}" if is_outage(error) else first_line(error)
+            reason = first_problem(reason)
+            if _OUTAGE in reason:
+                raise CheckpointError(f"{self.directory}: checkpoint {step} cannot be read: {reason}")
+            if not reason:  # all hosts have read their parts, so all can add them up
                 try:
                     check_fingerprints(found, meta["fingerprints"], f"checkpoint {step}")
                 except CheckpointError as error:  # the same on every host
@@ -170,9 +186,10 @@ class Checkpoints:
                 damaged.append(step)
                 continue
             self._set_aside(damaged, "damaged")
-            optimizer = found["optimizer"]
+            wanted = _items(target, {})
+            params, optimizer = (cast(found[name], wanted[name]) for name in ("params", "optimizer"))
             state = TrainState(
-                step=optimizer["step"], params=found["params"], opt_state=optimizer["state"],
+                step=optimizer["step"], params=params, opt_state=optimizer["state"],
                 skipped=optimizer["skipped"], skipped_in_a_row=optimizer["skipped_in_a_row"],
             )  # fmt: skip
             return state, found.get("source", {}), meta
@@ -180,13 +197,26 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: none of the checkpoints {steps} is whole: {reason}")
         return None
 
+    def _read_patiently(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`_read`, tried again while it is the disk or the service that fails."""
+        for pause in _PAUSES:
+            try:
+                return self._read(step, items)
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                log.warning("checkpoint %d of %s: %s; again in %g s", step, self.directory, first_line(error), pause)
+            time.sleep(pause)
+        return self._read(step, items)
+
     def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """This host's part of a checkpoint. The hosts do not meet in here, as they would in Orbax's manager: one that cannot
         read its own files would leave the others waiting for it."""
         path = self.directory / str(step)
-        meta = open_meta(path)
-        handler = ocp.StandardCheckpointHandler()
-        return {name: handler.restore(path / name, args=ocp.args.StandardRestore(tree)) for name, tree in items.items()}, meta
+        meta, handler, found = open_meta(path), ocp.StandardCheckpointHandler(), {}
+        for name, tree in items.items():
+            found[name] = handler.restore(path / name, args=ocp.args.StandardRestore(as_stored(tree, path / name)))
+        return found, meta
 
     def make_newest(self, step: int) -> None:
         """Moves all checkpoints after `step` into `after_best/`: the next stage takes the newest one."""
@@ -198,13 +228,14 @@ class Checkpoints:
         """Moves checkpoints out of the way. They are not deleted: what cannot be read today may be whole tomorrow."""
         if not steps:
             return
-        if jax.process_index() == 0:
+
+        def act() -> None:
             aside = self.directory.parent / where
             aside.mkdir(exist_ok=True)
             for step in steps:
-                remove_tree(aside / str(step))
-                move(self.directory / str(step), aside / str(step))
-        first_problem("")  # all hosts wait for the move
+                move(self.directory / str(step), untaken(aside / str(step)))
+
+        on_host_0(act)
         self.manager.reload()
 
 
@@ -218,16 +249,55 @@ def named(workdir: str | Path) -> tuple[Path, int | None]:
 
 
 def newest_step(workdir: str | Path) -> Path:
-    """The directory of a stage's checkpoint: of the newest finished one, or of the one that is named."""
+    """The directory of a stage's checkpoint: of the newest finished one, or of the one that is named.
+
+    Which one that is says host 0: all hosts must read the same, and so must ask together.
+    """
     path, chosen = named(workdir)
     directory = path / "checkpoints"
-    steps = steps_in(directory)
+    steps = from_host_0(lambda: [step for step in steps_in(directory) if (directory / str(step) / "meta").exists()])
     if chosen is not None and chosen not in steps:
         raise CheckpointError(f"{path}: has no checkpoint {chosen}; it holds {', '.join(map(str, steps)) or 'none'}")
-    for step in reversed(steps) if chosen is None else [chosen]:
-        if (directory / str(step) / "meta").exists():
-            return directory / str(step)
-    raise CheckpointError(f"{workdir}: expected a stage's workdir with checkpoints, found none")
+    if not steps:
+        raise CheckpointError(f"{workdir}: expected a stage's workdir with checkpoints, found none{_conversion(path)}")
+    return directory / str(steps[-1] if chosen is None else chosen)
+
+
+def _conversion(path: Path) -> str:
+    """How to make a stage's start of released weights, for the end of an error; "" if none lie here."""
+    with contextlib.suppress(OSError, ValueError):
+        config = path / "config.json"  # a run of ours has one too, which names no type
+        said = read_json(config) if config.is_file() else {}
+        if (
+            (isinstance(said, dict) and "model_type" in said) or (path / "params.json").is_file()
+            or (path.suffix == ".gguf" and path.is_file()) or any(path.glob("*.gguf"))
+        ):  # fmt: skip
+            copied, held = ("copied to this machine and ", path.name) if is_remote(path) else ("", str(path))
+            output = f"{held.removesuffix('.gguf')}-llama_jax"
+            return (
+                f"; these weights are of another format, and are {copied}converted first: python -m llama_jax.convert "
+                f"--input={shlex.quote(held)} --output={shlex.quote(output)} --to=llama_jax"
+            )
+    return ""
+
+
+def warn_of_unfinished(workdir: str | Path) -> None:
+    """Warns, once, of a model whose run has not ended: its newest checkpoint is just the last one so far.
+
+    Nothing is said of `WORKDIR@STEP`, which is meant as it is, nor of converted weights. All hosts must ask together.
+    """
+    path, chosen = named(workdir)
+    if chosen is None:
+        on_host_0(_warn_of_unfinished, path, int(newest_step(path).name))
+
+
+@functools.cache
+def _warn_of_unfinished(path: Path, step: int) -> None:
+    if not (path / "done.json").exists() and open_meta(path / "checkpoints" / str(step)).get("stage") != CONVERTED:
+        log.warning(
+            "%s: NOT FINISHED, it has no done.json: its newest checkpoint, of step %d, is taken as it is; wait for the end of "
+            "that run, or say that this one is meant: %s@%d", path, step, path, step,
+        )  # fmt: skip
 
 
 def read_meta(workdir: str | Path) -> dict[str, Any]:
@@ -237,6 +307,14 @@ def read_meta(workdir: str | Path) -> dict[str, Any]:
         return open_meta(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}{instead(path)}") from None
+
+
+def resumed_meta(workdir: str | Path) -> dict[str, Any]:
+    """The JSON stored with the newest checkpoint of a run that can be read, from which the run goes on; {} if there is none."""
+    for step in reversed(written_steps(workdir)):
+        with contextlib.suppress(CheckpointError):  # the run will take an older one, too
+            return open_meta(place(workdir) / "checkpoints" / str(step))
+    return {}
 
 
 def instead(path: Path) -> str:
@@ -258,11 +336,11 @@ def instead(path: Path) -> str:
 def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
     """Parameters of a table from a checkpoint of another stage, verified and laid out on this mesh.
 
-    `specs` may be a part of what was saved: the trunk for a new head, or one model of several.
+    `specs` may be a part of what was saved: the trunk for a new head, or one model of several. Its types need not be those that
+    were saved: what was is verified, and then cast.
     """
-    path = newest_step(workdir)
-    expected = read_meta(workdir)["fingerprints"]
-    target = abstract(specs, mesh)
+    path, meta = newest_step(workdir), read_meta(workdir)
+    expected, target = meta["fingerprints"], abstract(specs, mesh)
     saved = {name.removeprefix("['params']") for name in expected if name.startswith("['params']")}
     for leaf_path, _ in jax.tree_util.tree_leaves_with_path(target):
         if jax.tree_util.keystr(leaf_path) not in saved:
@@ -271,11 +349,12 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
             )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
+            stored = _counted(target, path / "params", meta)
             params = checkpointer.restore(
                 absolute(path / "params"),
                 args=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    item=stored,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
                     partial_restore=True,
                 ),
             )
@@ -285,7 +364,14 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
         check_fingerprints({"params": params}, expected, str(path))
     except CheckpointError as error:
         raise CheckpointError(f"{error}{instead(path)}") from None
-    return params
+    return cast(params, target)
+
+
+def _counted(target: Any, item: Path, meta: Mapping[str, Any]) -> Any:
+    """`target` in the types that the fingerprints of a checkpoint are of."""
+    if meta.get("stage") != CONVERTED:
+        return as_stored(target, item)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), target)
 
 
 def restore_model(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:

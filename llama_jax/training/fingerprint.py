@@ -167,6 +167,28 @@ def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> No
             raise CheckpointError(f"{where}: {name} has checksum {value:#010x}, saved was {expected.get(name)}")
 
 
+def as_stored(target: Any, item: Path) -> Any:
+    """A restore target with the types that its arrays are stored in: those whose bits were counted when they were saved.
+
+    `item` is the directory of the tree. What is not stored there keeps its type, and Orbax says that it is missing.
+    """
+    tree = ocp.PyTreeCheckpointHandler().metadata(absolute(item)).tree
+    types = {_keys(jax.tree_util.keystr(at)): leaf.dtype for at, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def typed(at: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        dtype = types.get(_keys(jax.tree_util.keystr(at)), leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(typed, target)
+
+
+def cast(tree: Any, target: Any) -> Any:
+    """The arrays of a tree in the types of `target`, where they lie."""
+    return jax.tree.map(lambda x, wanted: x if x.dtype == wanted.dtype else x.astype(wanted.dtype), tree, target)
+
+
 def damages(workdir: str | Path, step: int, *, items: Sequence[str] = ()) -> list[str]:
     """What is wrong with a checkpoint, or with these items of it, a line for each leaf.
 
@@ -233,3 +255,22 @@ def first_line(error: Exception) -> str:
     # TensorStore tells what the system said after a long path.
     reason = re.search(r"\[OS error \d+: ([^\]]*)\]", str(error))
     return f"{reason[1]}: {text[:300]}" if reason else text[:300]
+
+
+# As TensorStore says it; 2 and 20 are the system's numbers for a file that is not there.
+_OUTAGE = re.compile(
+    r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b|\[OS error (?!2:|20:)\d+:"
+)
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error of a read says that a disk or a service failed, and nothing of what lies there."""
+    if error is None:
+        return False
+    code = getattr(error, "code", None)  # HTTP's, of a bucket's clients
+    return (
+        isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError))
+        or isinstance(code, int) and code >= 400 and code != 404
+        or bool(_OUTAGE.search(str(error)))
+        or is_outage(error.__cause__ or error.__context__)
+    )  # fmt: skip

@@ -72,9 +72,9 @@ def _rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:  # torn by a kill
+        except ValueError:  # torn by a kill, or damaged
             continue
     return rows

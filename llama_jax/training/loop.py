@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -66,6 +66,8 @@ def train(
 
 def _check(stage: Stage, config: LoopConfig, mesh: Mesh) -> None:
     check_batch(config, mesh)
+    if not config.steps:
+        raise ConfigError("loop.steps: expected at least 1, got 0")
     if config.spike.rewind and stage.source.looks_at_params:
         raise ConfigError(f"loop.spike.rewind: {stage.name} makes its batches with its own parameters; none can be left out")
     if config.keep_best and stage.evaluate is None:
@@ -132,6 +134,7 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step; the summary."""
         stage, config = self.stage, self.config
+        self.begun = time.monotonic()  # a run that went back to a checkpoint takes the seconds before from that
         state, meta = self.start()
         first, seconds_before = int(meta["step"]), float(meta["seconds"])
         writes, patience = self.is_first_process, Patience(self.stopping)
@@ -174,9 +177,20 @@ class _Run:
                 "logged": recorder.logged(), "spikes": self.spikes.state(), "unmeasured": unmeasured,
             }  # fmt: skip
             self.checkpoints.save(done, state, stage.source.state(), {**stage.meta, **about(done), **run}, ranked)
+            nonlocal saved
+            saved = done
+
+        def leave(done: int, *, measures: bool) -> NoReturn:
+            """SIGTERM: saves what is not saved yet and ends. A machine that is about to go has no time for an evaluation: it
+            comes first when the run goes on."""
+            recorder.flush()
+            if done > saved:
+                unranked = {config.keep_best: math.nan} if config.keep_best else {}
+                save(done, unranked, unmeasured=measures and stage.evaluate is not None)
+            raise Preempted
 
         held_out: dict[str, float] = {}
-        done = first
+        done = saved = first
         with writer, progress, feed, contextlib.closing(profile):
             if patience.on and first == 0 and not patience.seen:
                 save(0, rank({}, patience.see(0, evaluate(0))))
@@ -193,7 +207,10 @@ class _Run:
                 begun = time.monotonic()
                 with self.compilations.of_step(step - first):
                     self.watchdog.at("batch", step)
-                    batch, source_metrics = feed.batch(step, stage.whole(state.params))
+                    try:
+                        batch, source_metrics = feed.batch(step, stage.whole(state.params))
+                    except Preempted:  # in the middle of a rollout, which is drawn again
+                        leave(done, measures=False)
                     self.watchdog.at("update", step)
                     if step == first:
                         self.compile_for_examples(state)
@@ -201,21 +218,21 @@ class _Run:
                 del batch
                 recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
                 done, last = step + 1, step + 1 == config.steps
-                goodput.step(done, time.monotonic() - begun)
                 stop = self.terminate.here() and not last
                 saves, best = done % config.checkpoint_every == 0 or last, False
-                due = bool(config.eval_every) and done % config.eval_every == 0 and not last
+                due = bool(config.eval_every) and done % config.eval_every == 0 and not last and done > stage.still
                 # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
                 measures = due or bool(saves and config.keep_best and (last or not patience.on))
+                if stop or saves or measures:
+                    recorder.flush()  # waits for this step: its time is a step's, and not that of what follows
+                goodput.step(done, time.monotonic() - begun)
                 if stop:
-                    # A machine that is about to go has no time for an evaluation: it comes first when the run goes on.
-                    recorder.flush()
-                    unranked = {config.keep_best: math.nan} if config.keep_best else {}
-                    save(done, unranked, unmeasured=measures and stage.evaluate is not None)
-                    raise Preempted
+                    leave(done, measures=measures)
                 if saves or measures:
-                    recorder.flush()
-                    held_out = evaluate(done) if measures else {}
+                    try:
+                        held_out = evaluate(done) if measures else {}
+                    except Preempted:
+                        leave(done, measures=True)
                     best = patience.on and bool(held_out) and patience.see(done, held_out)
                 if saves or best:
                     save(done, rank(held_out, best))

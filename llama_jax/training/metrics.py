@@ -7,6 +7,7 @@ exactly once.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -19,7 +20,9 @@ import jax
 import numpy as np
 
 from llama_jax.files import atomic_write
-from llama_jax.paths import Mirror, place
+from llama_jax.paths import Mirror, place, untaken
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT = "held_out/"  # how the names of held-out measurements begin, which have lines of their own
@@ -51,7 +54,8 @@ class MetricWriter:
     def rewind(self, step: int, *, remeasure: bool = False) -> None:
         """Drops every logged line with a step >= `step`, and a line torn by a kill; an atomic rewrite.
 
-        With `remeasure` also the held-out measurements after the step before, which are to come again.
+        With `remeasure` also the held-out measurements after the step before, which are to come again. Damaged lines are
+        dropped too: a run with whole checkpoints goes on, and the log as it was is kept in `damaged/`.
         """
         if not self.enabled:
             return
@@ -61,9 +65,15 @@ class MetricWriter:
         if not path.exists():
             return
         end = step - 1 if remeasure else step
+        rows, problems = _parse_rows(path)
+        if problems:
+            aside = untaken(path.parent / "damaged" / METRICS_FILE)
+            aside.parent.mkdir(exist_ok=True)
+            aside.write_bytes(path.read_bytes())
+            log.warning("%s; the run goes on without %d damaged lines, the whole log is %s", problems[0], len(problems), aside)
         kept = [
             json.dumps(row) + "\n"
-            for row in _read_rows(path)
+            for row in rows
             if row["step"] < end or row["step"] < step and not any(name.startswith(HELD_OUT) for name in row)
         ]
         with atomic_write(path) as file:
@@ -154,21 +164,28 @@ def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_rows(path: Path) -> list[dict]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
+    rows, problems = _parse_rows(path)
+    if problems:
+        raise ValueError(problems[0])
+    return rows
+
+
+def _parse_rows(path: Path) -> tuple[list[dict], list[str]]:
+    """The rows of a log, and what is wrong with each of its other lines but a last one that was torn by a kill."""
+    rows, problems = [], []
+    *lines, _ = path.read_bytes().split(b"\n")  # only the last line can lack its end
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break  # torn by a kill; only the last line can lack its end
+        where, shown = f"{path}:{number}:", f"got {line.strip()[:80].decode(errors='replace')!r}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: expected one JSON object, got {line.strip()[:80]!r}"
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}:{number}: field 'step': expected an integer, got {line.strip()[:80]!r}")
-        rows.append(row)
-    return rows
+        except ValueError:  # of JSON, or of its encoding
+            problems.append(f"{where} expected one JSON object, {shown}")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            problems.append(f"{where} field 'step': expected an integer, {shown}")
+    return rows, problems
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -188,12 +205,12 @@ class Progress:
 
     On a terminal it is a tqdm bar. Elsewhere (a log file, CI) it prints one plain line at most every
     `interval` seconds and one when the stage ends; with `quiet=True` it prints nothing at all. `done` is
-    where a resumed stage starts; the rate counts this run's work only.
+    where a resumed stage starts; the rate counts this run's work only. `total` is None where nobody knows it before the end.
     """
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         label: str,
         unit: str = "step",
         *,
@@ -215,7 +232,7 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, initial=done, desc=label, unit=unit, unit_scale=total >= 100_000,
+                total=total, initial=done, desc=label, unit=unit, unit_scale=(total or 0) >= 100_000,
                 file=self._stream, dynamic_ncols=True, mininterval=0.2, smoothing=0.1,
             )  # fmt: skip
 
@@ -251,10 +268,11 @@ class Progress:
         self._reported = self._clock()
         seconds = self._reported - self._started
         rate = (self.done - self._start) / seconds if seconds > 0 else 0.0
-        parts = [f"{self.label}: {self.done}/{self.total} {self.unit}s", f"{rate:.3g} {self.unit}s/s"]
-        if self.done < self.total:
+        of = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.label}: {self.done}{of} {self.unit}s", f"{rate:.3g} {self.unit}s/s"]
+        if self.total is not None and self.done < self.total:
             parts.append(f"ETA {format_seconds((self.total - self.done) / rate) if rate else '?'}")
-        else:
+        elif self.total is not None or self._closed:
             parts.append(f"took {format_seconds(seconds)}")
         parts += [f"{name} {value:.4g}" for name, value in self._values.items()]
         print(", ".join(parts), file=self._stream, flush=True)

@@ -114,9 +114,24 @@ def make(config: OptimConfig, *, steps: int, decay: Any) -> Optimizer:
     )
 
     def update(gradients: Any, state: Any, params: Any, schedule: Schedule | None = None) -> tuple[Any, Any]:
-        return whole.update(gradients, state, params, schedule=own if schedule is None else schedule)
+        updates, state = whole.update(gradients, state, params, schedule=own if schedule is None else schedule)
+        if _several(gradients):
+            updates = {name: _still_without(gradients[name], tree) for name, tree in updates.items()}
+        return updates, state
 
     return Optimizer(whole.init, update, own)
+
+
+def _several(tree: Any) -> bool:
+    """Whether several models are trained at once: policy and critic."""
+    return len(tree) > 1 and not {"trunk", "lora"} & set(tree)
+
+
+def _still_without(gradient: Any, updates: Any) -> Any:
+    """The updates of one model of several; zeros where no gradient reaches it, as a policy while its critic warms up: weight
+    decay alone would move it."""
+    moves = optax.tree.norm(gradient) > 0
+    return jax.tree.map(lambda x: jnp.where(moves, x, 0.0), updates)
 
 
 def clip_each_model(limit: float) -> optax.GradientTransformation:
@@ -126,7 +141,7 @@ def clip_each_model(limit: float) -> optax.GradientTransformation:
         del params
         if not limit:
             return updates, state
-        if "trunk" in updates or "lora" in updates:
+        if not _several(updates):
             return _clip(updates, limit), state
         return {name: _clip(tree, limit) for name, tree in updates.items()}, state
 

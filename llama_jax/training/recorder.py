@@ -18,7 +18,43 @@ log = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row were not finite, or too many losses were spikes."""
+    """Too many updates in a row were not finite, or too many losses were spikes. From the same checkpoint it would come again,
+    so its code tells launchers not to try."""
+
+    exit_code = 65
+
+
+class Pace:
+    """Steps a second of this process. The first two are left out: they compile."""
+
+    def __init__(self):
+        self.steps = 0
+        self.first: tuple[int, float] | None = None  # after the second step: its number, and when it was done
+        self.asked: tuple[int, float] | None = None  # the newest when `lately` was asked last
+        self.newest: tuple[int, float] | None = None
+
+    def step(self, now: float) -> None:
+        """One more is done, at that time in seconds."""
+        self.steps += 1
+        if self.steps >= 2:
+            self.newest = (self.steps, now)
+            self.first = self.first or self.newest
+            self.asked = self.asked or self.newest
+
+    def mean(self) -> float | None:
+        """Since the second step."""
+        return self._between(self.first, self.newest)
+
+    def lately(self) -> float | None:
+        """Since it was asked last: a slow hour shows in its hour."""
+        rate, self.asked = self._between(self.asked, self.newest), self.newest
+        return rate
+
+    @staticmethod
+    def _between(first: tuple[int, float] | None, last: tuple[int, float] | None) -> float | None:
+        if first is None or last is None or first[0] == last[0]:
+            return None
+        return (last[0] - first[0]) / max(last[1] - first[1], 1e-9)
 
 
 class Recorder:
@@ -41,7 +77,7 @@ class Recorder:
         self.pending: tuple | None = None
         self.last: dict[str, float] = dict(logged["metrics"])
         self.rate_before: float = logged["tokens_per_second"]
-        self.times: list[float] = []
+        self.pace = Pace()
 
     def push(self, step: int, means: Mapping[str, jax.Array], source_metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step that may still be running, and reads those of the step before."""
@@ -55,7 +91,7 @@ class Recorder:
         step, means, source_metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(means)).items()} | dict(source_metrics)
-        self.times.append(time.monotonic())
+        self.pace.step(time.monotonic())
         if self.stage.check is not None and not values["skipped_in_a_row"]:
             self.stage.check(step, values)
         self.last |= {name: value for name, value in values.items() if math.isfinite(value)}
@@ -63,7 +99,7 @@ class Recorder:
         self.progress.update(1, **shown)
         due = step % self.config.log_every == 0 or step == self.config.steps - 1 or source_metrics
         if due or values["skipped_in_a_row"]:
-            rate = {"tokens_per_second": self.tokens_per_second()} if self.stage.tokens_per_step else {}
+            rate = {"tokens_per_second": self.tokens_per_second(self.pace.lately())} if self.stage.tokens_per_step else {}
             self.writer.write(step, {**values, **rate, **self.extra()})
         if values["skipped_in_a_row"] >= self.config.max_skipped_in_a_row:
             self._diverged(step, int(values["skipped_in_a_row"]))
@@ -89,11 +125,8 @@ class Recorder:
 
     def logged(self) -> dict[str, Any]:
         """What the summary tells; a checkpoint holds it too, for a run that is killed after its last step."""
-        return {"metrics": self.last, "tokens_per_second": self.tokens_per_second()}
+        return {"metrics": self.last, "tokens_per_second": self.tokens_per_second(self.pace.mean())}
 
-    def tokens_per_second(self) -> float:
-        """The rate of this process's steps, the first two (compilation) left out; before there are any, that of the last."""
-        times = self.times[1:]
-        if len(times) < 2:
-            return self.rate_before
-        return self.stage.tokens_per_step * (len(times) - 1) / max(times[-1] - times[0], 1e-9)
+    def tokens_per_second(self, steps_per_second: float | None) -> float:
+        """Of this process's steps; before any is timed, that of the process before."""
+        return self.rate_before if steps_per_second is None else self.stage.tokens_per_step * steps_per_second

@@ -5,8 +5,10 @@ happens when all have been added.
 """
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import flax.struct
 import jax
@@ -17,6 +19,8 @@ from llama_jax.config import check_least
 from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
+
+log = logging.getLogger(__name__)
 
 Batch = Any  # a flax.struct.dataclass whose arrays all begin with the row axis B
 Params = Any
@@ -93,7 +97,7 @@ class Supervised:
 class LoopConfig:
     """How long a stage runs and what it writes; counts are optimizer steps."""
 
-    steps: int
+    steps: int  # at most, where the stage counts epochs of its data; 0: as many as they make
     batch_size: int  # rows of the global batch
     seed: int = 0
     microbatches: int = 1  # parts of a batch whose gradients are added before one update
@@ -113,7 +117,7 @@ class LoopConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"loop.seed: expected 0 to {2**32 - 1}, got {self.seed}")
         check_least(
-            "loop", self, steps=1, batch_size=1, microbatches=1, log_every=1, checkpoint_every=1, keep=1, keep_every=0,
+            "loop", self, steps=0, batch_size=1, microbatches=1, log_every=1, checkpoint_every=1, keep=1, keep_every=0,
             patience=0, least_gain=0, max_skipped_in_a_row=1,
         )  # fmt: skip
         if self.patience and not (self.keep_best and self.eval_every > 0):
@@ -123,6 +127,20 @@ class LoopConfig:
             )
         if self.batch_size % self.microbatches:
             raise ValueError(f"loop.batch_size={self.batch_size} is no multiple of microbatches={self.microbatches}")
+
+    def steps_of(self, rows: int, epochs: float) -> int:
+        """Steps that see so many rows `epochs` times, but at most `steps`, if that is given; without epochs it is `steps`."""
+        if not epochs > 0:
+            return self.steps
+        whole = max(math.ceil(epochs * rows / self.batch_size), 1)
+        return min(whole, self.steps) if self.steps else whole
+
+    def over(self, rows: int, epochs: float) -> Self:
+        """With the steps that see so many rows `epochs` times; says so where `steps` ends them before."""
+        steps, whole = self.steps_of(rows, epochs), dataclasses.replace(self, steps=0).steps_of(rows, epochs)
+        if steps < whole:
+            log.warning("loop.steps=%d ends the run before the %d steps of epochs=%g", steps, whole, epochs)
+        return dataclasses.replace(self, steps=steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +163,8 @@ class Stage:
       check: (step, metrics) of each step; raises if they break an invariant of the stage.
       meta: JSON values stored with every checkpoint (model shape, tokenizer fingerprint, ...).
       measure: params -> JSON values stored with the last checkpoint, as statistics of what was trained.
+      still: the first steps, in which nothing changes that `evaluate` measures; it is not called in them, or patience would
+        end a run that has not begun.
     """
 
     name: str
@@ -160,6 +180,7 @@ class Stage:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Callable[[Params], Mapping[str, Any]] | None = None
     frozen: Params = dataclasses.field(default_factory=dict)
+    still: int = 0
 
     def whole(self, params: Params) -> Params:
         """The trained parameters together with the frozen ones."""

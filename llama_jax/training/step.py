@@ -1,6 +1,7 @@
 """One update: gradients of all microbatches added as sums, divided once, clipped, applied; skipped if not finite."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
+from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh
 from llama_jax.training.optimizer import Optimizer, Schedule
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
+
+log = logging.getLogger(__name__)
 
 # Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet, and reductions of
 # gradients beside that of the layer before. A reduction over three dimensions of a torus stays whole (an all-reduce, of which
@@ -119,12 +123,25 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: 
     return total
 
 
+def mesh_for(config: MeshConfig, loop: LoopConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run: where more devices are left to `fsdp` (-1) than the batch has rows for, they go to `tensor`."""
+    count = jax.device_count() if devices is None else len(devices)
+    fitted = fitting_mesh(config, devices=count, rows=loop.batch_size // loop.microbatches)
+    if fitted != config:
+        log.warning(
+            "%d rows at a time (batch_size / microbatches) do not fill %d devices: mesh.fsdp=%d, mesh.tensor=%d, not %d",
+            loop.batch_size // loop.microbatches, count, fitted.fsdp, fitted.tensor, config.tensor,
+        )  # fmt: skip
+    return make_mesh(fitted, devices=devices)
+
+
 def check_batch(config: LoopConfig, mesh: Mesh) -> None:
     """ConfigError for a batch that the mesh and the microbatches cannot divide."""
     if config.batch_size % (batch_shards(mesh) * config.microbatches):
         raise ConfigError(
             f"loop.batch_size={config.batch_size} cannot be divided into {batch_shards(mesh)} shards of the mesh x "
-            f"{config.microbatches} microbatches"
+            f"{config.microbatches} microbatches; expected a multiple, fewer of --config.loop.microbatches, or a larger "
+            "--config.mesh.tensor"
         )
 
 

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from typing import Any
 import jax
 
 from llama_jax.config import ConfigError, differences, with_defaults
-from llama_jax.files import write_json
-from llama_jax.parallel.hosts import first_problem
+from llama_jax.files import TOKENIZER_FILES, read_json, write_json
+from llama_jax.parallel.hosts import first_problem, from_host_0
 from llama_jax.paths import check_bucket, is_remote, move, reason
 from llama_jax.training.checkpoint import steps_in
 from llama_jax.training.goodput import ATTEMPTS
@@ -27,10 +29,13 @@ from llama_jax.training.metrics import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-_LOCK = ".lock"
+INPUTS = "inputs.json"
+_LOCK, _SIGN = ".lock", ".shared-"
+_PATIENCE = 10.0  # seconds until what one host wrote must be there for all
 # What a run leaves behind that was refused, or ended before its first checkpoint: nothing that another could go on from.
 _NOT_BEGUN = (
-    _LOCK, "config.json", "compiled", "logs", "tensorboard", "reached.json", "drawn.json", METRICS_FILE, ATTEMPTS,
+    _LOCK, "config.json", "compiled", "damaged", "logs", "tensorboard", "reached.json", "drawn.json", "diverged.json",
+    "restarted.json", "profile", METRICS_FILE, ATTEMPTS, INPUTS, *TOKENIZER_FILES,
 )  # fmt: skip
 
 
@@ -38,10 +43,11 @@ _NOT_BEGUN = (
 def own(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this run: two runs in one workdir would write over each other.
 
-    The kernel lets go of the lock when the process ends, however it ends; in a bucket see `lease`. Host 0 holds it for all.
+    The kernel lets go of the lock when the process ends, however it ends; in a bucket see `lease`. Host 0 holds it for all,
+    so all must see the directory that it sees.
 
     Raises:
-      ConfigError: on every host, if another run has it or host 0 cannot write here.
+      ConfigError: on every host, if another run has it, host 0 cannot write here or another host sees another directory.
     """
     problem = ""
     with contextlib.ExitStack() as held:
@@ -55,7 +61,41 @@ def own(workdir: Path) -> Iterator[None]:
                 problem = said if said.startswith(str(workdir)) else f"{workdir}: cannot be written: {said}"
         if problem := first_problem(problem):
             raise ConfigError(problem)
+        if jax.process_count() > 1:
+            _check_shared(workdir)
         yield
+
+
+def _check_shared(workdir: Path) -> None:
+    """ConfigError on every host if one does not find what host 0 writes here: it would save its part of each checkpoint into a
+    directory of its own, and no checkpoint would be whole."""
+
+    def sign() -> str:
+        name = f"{_SIGN}{uuid.uuid4().hex}"  # never asked for before: a network disk can have no old answer
+        (workdir / name).write_text("Host 0 wrote this; the other hosts look whether they see it.")
+        return name
+
+    path = workdir / from_host_0(sign)
+    try:
+        if problem := first_problem(_missed(path)):
+            raise ConfigError(problem)
+    finally:
+        if jax.process_index() == 0:
+            path.unlink(missing_ok=True)
+
+
+def _missed(path: Path) -> str:
+    """Why this host does not find a file that another one has written; "" if it does."""
+    limit, why = time.monotonic() + _PATIENCE, ""
+    while time.monotonic() < limit:
+        try:
+            if path.exists():
+                return ""
+            why = "it does not see what host 0 writes there"
+        except Exception as error:  # of a disk, or one of the many of a bucket's client
+            why = reason(error)
+        time.sleep(0.2)
+    return f"{path.parent} is not shared ({why}); expected a directory that all hosts share, or gs://bucket/directory"
 
 
 def _lock(path: Path, held: contextlib.ExitStack) -> str:
@@ -92,22 +132,23 @@ def claim(workdir: Path, described: Mapping[str, Any], *, kind: type | None = No
     _for_all(_claim, workdir, json.loads(json.dumps(described)), kind)
 
 
-def _for_all(act: Callable[..., None], *arguments: Any) -> None:
-    """Calls `act` on host 0; ConfigError on every host if it refuses or cannot write."""
-    problem = ""
+def _for_all(act: Callable[..., Any], *arguments: Any) -> Any:
+    """What `act` gives on host 0, None on others; ConfigError on every host if it refuses, or cannot read or write."""
+    problem, found = "", None
     if jax.process_index() == 0:
         try:
-            act(*arguments)
-        except (ConfigError, OSError) as error:
+            found = act(*arguments)
+        except (ValueError, OSError) as error:
             problem = str(error)
     if problem := first_problem(problem):
         raise ConfigError(problem)
+    return found
 
 
 def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> None:
     path = workdir / "config.json"
     if path.exists() and _is_begun(workdir):
-        old = json.loads(path.read_text())
+        old = _read(path)
         changed = differences(json.loads(json.dumps(with_defaults(kind, old))) if kind else old, described)
         if changed:
             raise ConfigError(
@@ -115,43 +156,43 @@ def _claim(workdir: Path, described: Mapping[str, Any], kind: type | None) -> No
                 + "\n  ".join(changed)
             )
         return
-    if path.exists() and json.loads(path.read_text()) != described:
+    if path.exists() and _read(path) != described:
         (workdir / ATTEMPTS).unlink(missing_ok=True)  # those were starts of another run
     write_json(path, described)
 
 
 def _is_begun(workdir: Path) -> bool:
-    others = [other for other in workdir.iterdir() if other.name not in _NOT_BEGUN]
+    others = [other for other in workdir.iterdir() if other.name not in _NOT_BEGUN and not other.name.startswith(_SIGN)]
     return any(other.name != "checkpoints" or steps_in(other) for other in others)
 
 
-def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
+def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     """Makes the checkpoint of `step` the newest one, and `described` the run's config; 0 is the start of the run.
 
     Later checkpoints are moved into `replaced/<n>`, where a copy of the log up to now lies too. Doing it again with the same
     step and config does nothing but say so: a launcher that starts the same command after a preemption must not go back once
-    more. (A run is a function of its config, so going back twice could give nothing else.)
+    more. (A run is a function of its config, so going back twice could give nothing else.) Host 0 is told whether it went back.
 
     Raises:
       ConfigError: on every host, if there is no such checkpoint.
     """
-    _for_all(_go_back, workdir, step, json.loads(json.dumps(described)))
+    return bool(_for_all(_go_back, workdir, step, json.loads(json.dumps(described))))
 
 
-def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
+def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     asked = {"step": step, "config": described}
     record = workdir / "restarted.json"
-    if record.exists() and json.loads(record.read_text()) == asked:
+    if record.exists() and _read(record) == asked:
         log.warning(
             "--restart_from=%d was done before, as %s says: the run goes on from its newest checkpoint; remove that file to go "
             "back once more", step, record,
         )  # fmt: skip
-        return
+        return False
     directory = workdir / "checkpoints"
     steps = steps_in(directory)
     if step and step not in steps:
         raise ConfigError(f"--restart_from={step}: {directory} has no such checkpoint; it holds {steps or 'none'}")
-    old = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
+    old = _read(workdir / "config.json") if (workdir / "config.json").exists() else {}
     for line in differences(old, described) if old else ():
         log.warning("restart from step %d under another config: %s", step, line)
     aside = make_aside(workdir)
@@ -166,6 +207,35 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)
     write_json(record, asked)
+    return True
+
+
+def check_inputs(workdir: Path, files: Mapping[str, str], *, anew: bool) -> None:
+    """Keeps what lay in the files that a run reads, {field and file: fingerprint}; refuses to go on if another lies there now.
+
+    Data that are no files (TFDS names, directories of `datasets`) are not among them.
+
+    A batch is a function of its number and of all rows: with a row more or less the same numbers mean other batches, and what
+    was seen would be seen again, in the place of what was not. `anew`: the run was told to go on with what there is.
+
+    Raises:
+      ConfigError: on every host, naming the file.
+    """
+    _for_all(_check_inputs, workdir, dict(files), anew)
+
+
+def _check_inputs(workdir: Path, files: dict[str, str], anew: bool) -> None:
+    path = workdir / INPUTS
+    if path.exists() and steps_in(workdir / "checkpoints") and not anew:
+        held = _read(path)
+        for name, fact in files.items():
+            if held.get(name, fact) != fact:
+                raise ConfigError(
+                    f"{workdir}: the run was begun with other rows: config.{name} has changed since; expected the file as it "
+                    "was, --restart_from=STEP to go on with what it holds now, or another workdir"
+                )
+        return
+    write_json(path, files)
 
 
 def make_aside(workdir: Path) -> Path:
@@ -177,6 +247,14 @@ def make_aside(workdir: Path) -> Path:
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
-    """The summary of a stage that has run to its end, or None."""
+    """The summary of a stage that has run to its end, or None; as host 0 sees it."""
     path = workdir / "done.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return from_host_0(lambda: _read(path) if path.exists() else None)
+
+
+def _read(path: Path) -> Any:
+    """A small file of a workdir, without which the run goes on as well."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}; the file is damaged: remove it, and the run goes on from its checkpoints") from None

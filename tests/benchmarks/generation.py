@@ -25,7 +25,8 @@ from llama_jax.model import params
 from llama_jax.model.config import SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.parallel.host import keep_heap
-from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+from llama_jax.sampling.generate import make_sampler, pad_left
+from llama_jax.sampling.keys import row_keys
 
 MODEL = SIZES["smollm2-135m"]
 PROMPT, NEW = 128, 128

@@ -38,7 +38,8 @@ from llama_jax.rlhf import grpo
 from llama_jax.rlhf.ppo import PpoSettings, ppo_loss
 from llama_jax.rlhf.reinforce import collate_prompts
 from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
-from llama_jax.sampling.generate import make_sampler, row_keys
+from llama_jax.sampling.generate import make_sampler
+from llama_jax.sampling.keys import row_keys
 from llama_jax.training import optimizer
 from llama_jax.training.optimizer import OptimConfig
 from llama_jax.training.state import abstract_state, create, overlay

@@ -18,8 +18,9 @@ from llama_jax.model import params
 from llama_jax.model.config import SIZES, Compute
 from llama_jax.model.decode import prepare
 from llama_jax.parallel.host import keep_heap
-from llama_jax.sampling.engine import Engine, key_data
-from llama_jax.sampling.generate import make_sampler, pad_left, row_keys
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.generate import make_sampler, pad_left
+from llama_jax.sampling.keys import key_data, row_keys
 from llama_jax.sampling.request import EngineConfig
 
 LONGEST_PROMPT, LONGEST_ANSWER = 96, 128

@@ -1,0 +1,119 @@
+"""What the report and the manifest say of a corpus: counts that mean what stands beside them (paper section 4.1)."""
+
+import random
+import re
+
+import pytest
+
+from llama_jax.corpus_build import report
+from llama_jax.corpus_build.build import Settings, build_corpus, cleaned_documents
+from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.profile import Profile, in_sample
+from llama_jax.corpus_build.refine import HeldOut
+from llama_jax.corpus_build.samples import SAMPLES
+from llama_jax.corpus_build.steps import CleanConfig
+
+WORDS = "the river that runs past an old mill is wide and slow in the summer months of her long year with him".split()
+
+
+def prose(i: int, count: int = 60) -> str:
+    return f"Number {i} " + " ".join(random.Random(i).choices(WORDS, k=count)) + "."
+
+
+def cells(page: str) -> list[list[str]]:
+    """The rows of all tables of a section, bars left out."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows if "<td>" in row]
+
+
+# Scales
+
+
+def test_personal_information_is_counted_in_all_documents_and_languages_of_a_sample_are_not_added_to_all():
+    documents = [Document(str(i), prose(i), "web", findings={"language": "en", "private": {"email": 1}}) for i in range(200)]
+    profile = Profile()
+    for document in documents:
+        profile.keep(document)
+    sampled = [d for d in documents if in_sample(d, 0.1)]
+    profile.analyse(sampled, ["language"])
+    for i in range(50):
+        findings = {"language": "de", "private": {"email": 2, "phone": 1}}
+        profile.remove(Removed(Document(str(i), prose(i), "web", findings=findings), "language", "other"))
+    assert 0 < len(sampled) < 50 and profile.languages == {"en": len(sampled)} and profile.removed_languages == {"de": 50}
+    assert profile.private == {"email": 200} and profile.removed_private == {"email": 100, "phone": 50}
+    assert cells(report._privacy(profile)) == [["email", "100", "200"], ["phone", "50", "0"]]
+    page = report._languages(profile)
+    assert cells(page) == [["en", str(len(sampled)), "100.00", "89.7"], ["de", "50", "100.00"]]
+    assert f"{len(sampled)} of the 200 documents to train on, and on all 50 that" in page
+
+
+def test_table_9_is_of_what_is_known_to_be_english_or_not_known_at_all():
+    findings = [{"language": "de"}, {"language": "en"}, {}]
+    documents = [Document(str(i), "she said it", "web", findings=found) for i, found in enumerate(findings)]
+    profile = Profile()
+    profile.analyse(documents, ["demographics"])
+    assert (profile.analysed, profile.english, profile.mentions["she"], profile.languages) == (3, 2, 2, {})
+
+
+def test_the_manifest_has_personal_information_by_kind(tmp_path):
+    documents = [Document(str(i), f"{prose(i)} Write to user{i}@example.org.", "web") for i in range(40)]
+    documents += [Document(f"d{i}", "\n".join(f"user{j}@site{i}.org" for j in range(9)), "web") for i in range(3)]
+    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), {"web": 1.0}, steps={"web": ("privacy",)}, analysed_share=0.1)
+    counts = build_corpus({"web": documents}, tmp_path / "out", settings)["sources"]["web"]
+    assert counts["private"] == {"email": counts["documents"]} and counts["removed_private"] == {"email": 27}
+
+
+# What documents that stay have lost
+
+
+def cleaned(documents: list[Document], *steps: str) -> tuple[list[Document], Profile]:
+    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), {"web": 1.0}, steps={"web": steps}, clean=CleanConfig(mask=True))
+    profile = Profile()
+    return list(cleaned_documents("web", documents, settings, profile)), profile
+
+
+def page(i: int) -> str:
+    sentences = "\n".join(prose(3 * i + k) for k in range(3))
+    return f"Home | About <{i}>\n{sentences}\nPage {i} of 9\nMail me{i}@site.org, as many do.\n"
+
+
+def test_lines_that_steps_take_from_documents_that_stay_are_counted_and_shown():
+    documents = [Document(str(i), page(i), "web") for i in range(30)] + [Document("short", "One.\nTwo", "web")]
+    kept, profile = cleaned(documents, "c4", "privacy")
+    assert len(kept) == 30 and "[email]" in kept[0].text and "Home" not in kept[0].text
+    size = sum(len(d.text.encode()) for d in documents)
+    assert profile.bytes_read == size and profile.removed == {("c4", "sentences"): 1}
+    assert profile.trimmed == {"c4": 30, "privacy": 30}  # nothing of the one that was removed
+    assert profile.trimmed_lines == {"c4": 90, "privacy": 0}  # two lines and the end of the last one
+    lost = sum(profile.trimmed_bytes.values())
+    assert size - lost - len("One.\nTwo") == sum(len(d.text.encode()) for d in kept)
+    rows = profile.samples["trimmed", "c4"]
+    assert len(rows) == SAMPLES and {text for *_, text in rows} <= {f"Home | About <{i}>\nPage {i} of 9" for i in range(30)}
+    assert all(text.startswith("Mail me") for *_, text in profile.samples["trimmed", "privacy"])
+    _, again = cleaned(documents[::-1], "c4", "privacy")
+    parts = [cleaned(documents[i::3], "c4", "privacy")[1] for i in range(3)]
+    assert again == profile == parts[2].merge(parts[0]).merge(parts[1])
+    shown = report._trimmed(profile, {"web": profile})
+    assert cells(shown)[0][:3] == ["c4", "30", "90"] and "Home | About &lt;" in shown
+
+
+def test_of_pages_the_text_is_shown_that_extraction_left_out():
+    pytest.importorskip("resiliparse")
+    body = "".join(f"<p>{prose(k)}</p>" for k in range(3))
+    frame = "<nav><a href='/'>Home and news</a></nav><article>{}</article><footer>All rights kept</footer>"
+    html = f"<html><body>{frame.format(body)}</body></html>"
+    (kept,), profile = cleaned([Document("p", html, "web")], "extract")
+    ((_, _, _, text),) = profile.samples["trimmed", "extract"]
+    assert "All rights kept" in text and "<" not in text and "Number 1" not in text and "Number 1" in kept.text
+    assert profile.trimmed_bytes == {"extract": len(html) - len(kept.text)}
+
+
+def test_the_manifest_and_the_funnel_have_what_was_read_and_what_was_lost(tmp_path):
+    documents = [Document(str(i), page(i), "web") for i in range(40)]
+    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), {"web": 1.0}, steps={"web": ("c4",)})
+    counts = build_corpus({"web": documents}, tmp_path / "out", settings)["sources"]["web"]
+    size = sum(len(d.text.encode()) for d in documents)
+    lost = size - counts["bytes"] - counts["held_out_bytes"]
+    assert counts["bytes_read"] == size and counts["trimmed_by"] == {"c4": {"documents": 40, "lines": 120, "bytes": lost}}
+    written = (tmp_path / "out" / "report.html").read_text()
+    assert f"<td>40</td><td>{report._bytes(size)}</td>" in written and "What the steps took from documents that stay" in written

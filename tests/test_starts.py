@@ -1,0 +1,152 @@
+"""How a stage begins: from a model of ours that is finished, with its tokenizer, for as many steps as were asked for."""
+
+import dataclasses
+import importlib
+import logging
+import shutil
+
+import pytest
+import small_runs
+
+from llama_jax.config import ConfigError
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.files import write_json
+from llama_jax.interop import tokenizer_files
+from llama_jax.model.config import SIZES
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.pretrain.base import check_start
+from llama_jax.steps import load_config
+from llama_jax.train import STAGES, parse_stage, run
+from llama_jax.training.checkpoint import read_meta
+
+WITH_EPOCHS = ("sft", "reward", "dpo", "rejection", "ghost", "distill")
+MODEL = dataclasses.replace(small_runs.MODEL, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """What `small_runs.prepare` writes, and the workdir of an SFT run: sft."""
+    directory = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", MODEL)
+        small_runs.prepare(directory)
+        run(small_runs.values(directory, "sft", steps=2, loop={"checkpoint_every": 1}), directory / "sft")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", MODEL)
+
+
+# ---- which model ----
+
+
+def test_a_model_that_is_still_trained_is_told_once_unless_its_step_is_named(models, tmp_path, caplog):
+    tokenizer, sft = Tokenizer(models / "tokenizer.model"), tmp_path / "sft"
+    shutil.copytree(models / "sft", sft)
+
+    def told(start):
+        caplog.clear()
+        check_start(start, MODEL, tokenizer)
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    assert not told(sft) and not told(models / "chat")  # one has ended, the other was converted
+    assert read_meta(models / "chat")["stage"] == "convert" and not (models / "chat" / "done.json").exists()
+    (tmp_path / "running").mkdir()
+    shutil.copytree(sft / "checkpoints", tmp_path / "running" / "checkpoints")
+    assert not told(f"{tmp_path}/running@1")
+    (line,) = told(tmp_path / "running")
+    assert line.startswith(f"{tmp_path}/running: NOT FINISHED") and "of step 2, is taken" in line
+    assert line.endswith(f": {tmp_path}/running@2")
+    assert not told(str(tmp_path / "running"))
+
+
+def test_a_start_of_another_size_names_the_fields_that_differ(models):
+    tokenizer = Tokenizer(models / "tokenizer.model")
+    other = dataclasses.replace(MODEL, name="wide", ffn=64, max_length=8)  # the length is no difference
+    with pytest.raises(ConfigError) as error:
+        check_start(models / "sft", other, tokenizer)
+    assert str(error.value) == (
+        f"{models}/sft holds model tiny, expected wide; they differ in ffn: 48 -> 64, name: 'tiny' -> 'wide'"
+    )
+
+
+def test_a_start_with_another_tokenizer_names_its_own(models, tmp_path):
+    """Converted weights have theirs beside them, often of another format than the one that they came with."""
+    words = Tokenizer(models / "tokenizer.model")
+    (tmp_path / "hf").mkdir()
+    pytest.importorskip("tokenizers")
+    tokenizer_files.write(words, tmp_path / "hf", to="huggingface")
+    theirs = Tokenizer(tmp_path / "hf")
+    assert theirs.path.name == "tokenizer.json" and theirs.vocab_size == words.vocab_size
+    shutil.copytree(models / "chat", tmp_path / "chat")
+    said = f"chat was trained with tokenizer {words.fingerprint[:12]}, {theirs.path} is {theirs.fingerprint[:12]}"
+
+    def refused():
+        with pytest.raises(ConfigError) as error:
+            check_start(tmp_path / "chat", MODEL, theirs)
+        return str(error.value).removeprefix(f"{tmp_path}/")
+
+    assert refused() == said
+    (tmp_path / "chat" / "tokenizer.model").write_bytes(b"another")
+    assert refused() == said
+    shutil.copyfile(models / "tokenizer.model", tmp_path / "chat" / "tokenizer.model")
+    assert refused() == f"{said}; its own lies at {tmp_path}/chat/tokenizer.model"
+    with pytest.raises(ConfigError, match=f"sft was trained with .*; its own lies at {models}/sft/tokenizer.model"):
+        check_start(models / "sft", MODEL, theirs)
+
+
+@pytest.mark.parametrize("tokenizer", ["", "tokenizer.model"])
+def test_the_command_that_converts_a_start_is_in_the_error_of_a_stage(tokenizer, models, tmp_path):
+    write_json(tmp_path / "hf" / "config.json", {"model_type": "llama"})
+    tokenizer = str(models / tokenizer) if tokenizer else ""  # without one, the start's own would do
+    values = small_runs.values(models, "sft", steps=1, start=str(tmp_path / "hf"), tokenizer=tokenizer)
+    command = f"python -m llama_jax.convert --input={tmp_path}/hf --output={tmp_path}/hf-llama_jax --to=llama_jax"
+    with pytest.raises(ValueError, match=f"found none; .* converted first: {command}$"):
+        run(values, tmp_path / "run")
+
+
+# ---- how long ----
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("reward", 32), ("dpo", 32), ("sft", 0)])
+def test_epochs_make_the_steps_and_a_number_of_steps_ends_them_before(stage, rows, models, tmp_path, caplog):
+    module = importlib.import_module(STAGES[stage][0])
+
+    def made(steps, epochs):
+        """Steps of the loop, steps of the cosine, and what was said of them."""
+        caplog.clear()
+        config = parse_stage(small_runs.values(models, stage, steps=2, epochs=epochs, loop={"steps": steps}))
+        mesh = make_mesh(config.mesh)
+        found, loop = module.make_stage(config, mesh, tmp_path)
+        return loop.steps, int(found.optimizer.schedule.steps), [line for line in caplog.messages if "loop.steps" in line]
+
+    whole, cosine, said = made(0, 4.0)
+    assert whole == cosine > 3 and not said and (not rows or whole == 4 * rows // 8)
+    assert made(3, 4.0) == (3, 3, [f"loop.steps=3 ends the run before the {whole} steps of epochs=4"])
+    assert made(whole, 4.0) == made(whole + 1, 4.0) == (whole, whole, [])
+    assert made(5, 0.0) == (5, 5, [])
+
+
+def test_a_run_ends_after_the_steps_that_were_asked_for(models, tmp_path):
+    values = small_runs.values(models, "sft", steps=2, epochs=5.0)
+    assert run(values, tmp_path / "run")["steps"] == 2
+
+
+@pytest.mark.parametrize("stage", WITH_EPOCHS)
+def test_by_default_the_epochs_alone_make_the_steps(stage):
+    for size in ("7b", "70b", "llama1-7b", "smollm2-135m", "tiny"):
+        config = parse_stage(load_config(small_runs.ROOT / "configs", f"{stage}.py:{size}"))
+        assert config.epochs > 0 and config.loop.steps == 0, size
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_without_steps_and_epochs_is_refused(stage):
+    values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
+    values.loop.steps = 0
+    why = ""
+    if stage in WITH_EPOCHS:
+        values.epochs, why = 0.0, " since epochs is 0"
+    with pytest.raises(ConfigError, match=f"config: loop.steps: expected at least 1{why}, got 0"):
+        parse_stage(values)
