@@ -49,9 +49,12 @@ def define_cluster() -> None:
     """Defines the flags that name the processes of a run on several hosts."""
     from absl import flags
 
+    from llama_jax.parallel.mesh import MEET_SECONDS
+
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU pods need none of these three")
     flags.DEFINE_integer("processes", None, "how many processes there are")
     flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
+    flags.DEFINE_float("meet_seconds", MEET_SECONDS, "the longest until all of them have come; then this one ends")
 
 
 def join_cluster() -> None:
@@ -61,7 +64,10 @@ def join_cluster() -> None:
     from llama_jax.parallel.mesh import start_distributed
 
     values = flags.FLAGS
-    start_distributed(coordinator=values.coordinator, processes=values.processes, process_id=values.process_id)
+    start_distributed(
+        coordinator=values.coordinator, processes=values.processes, process_id=values.process_id,
+        meet_seconds=values.meet_seconds,
+    )  # fmt: skip
 
 
 def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = ()) -> None:

@@ -128,6 +128,7 @@ def test_keeping_the_heap_works_on_linux():
 def test_a_single_process_starts_alone_and_a_cluster_is_joined(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr("llama_jax.parallel.mesh.on_abort", lambda end: None)  # of the process that runs the tests
     for name in ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     start_distributed()
@@ -142,18 +143,21 @@ def test_a_single_process_starts_alone_and_a_cluster_is_joined(monkeypatch):
     start_distributed()
     # A host that died is noticed in less than a minute.
     assert [call.pop("heartbeat_timeout_seconds") < 60 for call in calls] == [True, True]
+    assert [call.pop("initialization_timeout") for call in calls] == [300, 300]
     assert calls == [{}, {"coordinator_address": "one:1234", "num_processes": 2, "process_id": 1}]
 
 
 def test_a_cluster_named_by_flags_wins_and_a_part_of_one_is_refused(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr("llama_jax.parallel.mesh.on_abort", lambda end: None)  # of the process that runs the tests
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "one:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
     cluster = {"coordinator": "two:5", "processes": 4, "process_id": 3}
-    start_distributed(**cluster)
+    start_distributed(**cluster, meet_seconds=20)
     calls[0].pop("heartbeat_timeout_seconds")
+    assert calls[0].pop("initialization_timeout") == 20
     assert calls == [{"coordinator_address": "two:5", "num_processes": 4, "process_id": 3}]
     for changes, words in (
         (dict.fromkeys(cluster), "^JAX_COORDINATOR_ADDRESS=one:1234 and JAX_NUM_PROCESSES=2: expected JAX_PROCESS_ID too; "),
@@ -174,6 +178,7 @@ def test_a_tpu_vm_finds_the_others_in_its_metadata(monkeypatch, workers):
     said = {"agent-worker-number": "1", "worker-network-endpoints": workers}
     calls, asked = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr("llama_jax.parallel.mesh.on_abort", lambda end: None)  # of the process that runs the tests
     monkeypatch.setattr(
         cloud_tpu_cluster, "get_metadata", lambda key: (asked.append(key) or said.get(key, ""), "200" if key in said else "404")
     )

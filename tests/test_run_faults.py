@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.parallel.abort import EXIT_HOST_LOST
 from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.preemption import EXIT_PREEMPTED
-from llama_jax.training.watchdog import EXIT_HANGS, EXIT_HOST_LOST
+from llama_jax.training.watchdog import EXIT_HANGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +177,18 @@ def test_a_host_that_dies_or_stops_is_named_and_ends_all(tmp_path, how, victim):
     saved = read_meta(workdir)["step"]
     # The same command goes on; here it goes back too, to end soon: another number of steps is another config.
     assert set(run(workdir, f"--steps={saved + 2}", f"--restart_from={saved}", count=4)) == {0}, texts(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_never_comes_is_not_waited_for_long(tmp_path, victim):
+    workdir, begun = tmp_path / "run", time.monotonic()
+    processes = start(workdir, "--meet_seconds=5", count=2)
+    processes[victim].kill()  # long before it has imported anything
+    assert processes[1 - victim].wait(timeout=60) == EXIT_HOST_LOST, texts(workdir)
+    assert time.monotonic() - begun < 60 and not workdir.exists()
+    last = output_of(workdir, 1 - victim).read_text().splitlines()[-1]
+    assert re.fullmatch(rf"error: process {1 - victim} of 2 ends: not all others came to 127.0.0.1:\d+ within 5 s", last)
 
 
 @pytest.mark.slow

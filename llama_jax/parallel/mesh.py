@@ -9,16 +9,21 @@
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from llama_jax.parallel.abort import EXIT_HOST_LOST, on_abort
+
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Seconds until JAX itself gives up on a silent host. The watchdog of a training run is quicker and says more.
 _HEARTBEAT = 50
+
+MEET_SECONDS = 300.0  # until all processes have come; those of a pod begin minutes apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +94,17 @@ def cores() -> int:
 
 
 def start_distributed(
-    *, coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
-) -> None:
+    *, coordinator: str | None = None, processes: int | None = None, process_id: int | None = None,
+    meet_seconds: float = MEET_SECONDS,
+) -> None:  # fmt: skip
     """Joins this process to the others when a cluster is described; a single process goes on alone.
 
     What is given here (the flags of `command.define_cluster`) wins over `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID` in the environment. Without either, TPU pods are recognised as JAX does it, by GKE's environment or a TPU
     VM's metadata. Must run before anything touches a device.
+
+    If not all have come after about `meet_seconds`, or one dies later while no watchdog runs, the process ends with one line
+    and EXIT_HOST_LOST, on which launchers start again.
 
     Raises:
       ValueError: a part of a cluster is described, or one that cannot be.
@@ -108,15 +117,31 @@ def start_distributed(
     })  # fmt: skip
     if described:
         address, count, index = described
-        jax.distributed.initialize(
-            coordinator_address=address, num_processes=count, process_id=index, heartbeat_timeout_seconds=_HEARTBEAT
-        )
+        cluster = {"coordinator_address": address, "num_processes": count, "process_id": index}
+        who, where = f"process {index} of {count}", f" to {address}"
     elif (
         len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
         or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
         or _is_one_of_many_tpu_vms()
     ):
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
+        cluster, who, where = {}, "a process of this pod", ""
+    else:
+        return
+    met = False
+
+    def end() -> None:
+        late = f"not all others came{where} within {meet_seconds:.0f} s"
+        print(
+            f"error: {who} ends: {'another has died, or the coordinator cannot be reached' if met else late}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(EXIT_HOST_LOST)
+
+    on_abort(end)
+    jax.distributed.initialize(
+        **cluster, initialization_timeout=max(round(meet_seconds), 1), heartbeat_timeout_seconds=_HEARTBEAT
+    )
+    met = True
 
 
 def _described(given: Mapping[str, str | int | None]) -> tuple[str, int, int] | None:

@@ -6,11 +6,9 @@ workdir, and the process ends with a code on which launchers start again.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,13 +18,13 @@ from typing import TextIO
 
 import jax
 
+from llama_jax.parallel.abort import EXIT_HOST_LOST, on_abort
 from llama_jax.parallel.peers import Peers, lost, places
 from llama_jax.paths import Mirror
 
 log = logging.getLogger(__name__)
 
 EXIT_HANGS = 70  # this host made no progress (EX_SOFTWARE)
-EXIT_HOST_LOST = 69  # another host failed, died or stopped (EX_UNAVAILABLE)
 _STOPPED = 60.0  # seconds without a look of the watchdog that count as no time of the run
 _SENDING = 15.0  # seconds for the upload of a log
 _STUCK = 300.0  # seconds without the interpreter's lock until the watchdog of the watchdog acts
@@ -190,11 +188,8 @@ class Watchdog:
 
     def _on_abort(self) -> None:
         """JAX's service aborts the process when host 0 has gone; its message does not say so, ours does."""
-        library = ctypes.CDLL(None)
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
-        def aborted(number: int) -> None:
-            del number
+        def aborted() -> None:
             if self.failed is not None:  # our error made the others end, and the service with them; it has been told
                 os._exit(1)
             words = self.peers.words()
@@ -203,11 +198,7 @@ class Watchdog:
             who = "host 0, the coordinator, died or cannot be reached" if self.host else "see the message above"
             self._end(f"host {self.host}, in {self.place}, was aborted: {blame or who}", EXIT_HOST_LOST)
 
-        self.abort_handler = kind(aborted)  # kept alive: C holds no reference
-        library.signal.restype = ctypes.c_void_p
-        library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        before = library.signal(signal.SIGABRT, ctypes.cast(self.abort_handler, ctypes.c_void_p))
-        self.restore_abort = lambda: library.signal(signal.SIGABRT, before)
+        self.restore_abort = on_abort(aborted)
 
 
 def _comes_from_outside(error: BaseException) -> bool:

@@ -47,6 +47,7 @@ KINDS = ("kill", "kill all", "terminate", "stop", "flip", "truncate", "delete")
 UNASKED = "(by itself)"  # an end that a launcher starts again after, without a fault of ours
 AGAIN = {69, 70, 75}
 FORK = multiprocessing.get_context("fork")
+_MEETING = 25.0  # seconds until all processes have come, of which one may have been killed before: all begin at once
 
 
 @dataclasses.dataclass
@@ -77,7 +78,8 @@ class Cluster:
                 "CHAOS_PAUSE": str(pause), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(host),
             }  # fmt: skip
-            told = ([*arguments, f"--peer_seconds={peer_seconds}"], environment, logs / f"worker-{host}.log")
+            patience = (f"--peer_seconds={peer_seconds}", f"--meet_seconds={max(peer_seconds, _MEETING)}")
+            told = ([*arguments, *patience], environment, logs / f"worker-{host}.log")
             self.processes.append(FORK.Process(target=run_worker, args=told))
             self.processes[-1].start()
 
