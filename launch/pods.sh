@@ -8,12 +8,23 @@ needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
 for_shell() { [ "$#" -eq 0 ] || printf ' %q' "$@"; }
 
 # split_words NAME: sets `words` to those of the variable NAME: between spaces and ends of lines, but for what is in quotes.
-# Nothing in them is expanded, which is why it is not the shell that takes them apart.
+# Nothing in them is expanded, which is why it is not the shell that takes them apart; nor a program, which lists of processes
+# would show with them. Outside of quotes a backslash could mean itself or the next character: it is refused.
 split_words() {
-  local text word
+  local text="${!1:-}" word="" begun="" quote="" character index
   words=()
-  text="$(xargs -r printf '%s\n' <<<"${!1:-}" 2>/dev/null)" || fail "$1: a quote in it is not closed"
-  while IFS= read -r word; do [ -z "$word" ] || words+=("$word"); done <<<"$text"
+  for ((index = 0; index < ${#text}; index++)); do
+    character="${text:index:1}"
+    case "$quote$character" in
+      \' | \") quote="$character"; begun=1 ;;
+      "''" | '""') quote="" ;;
+      [[:space:]]) [ -z "$begun" ] || words+=("$word"); word=""; begun="" ;;
+      \\) fail "$1: word $((${#words[@]} + 1)) has a backslash outside of quotes; expected it in quotes: '\\'" ;;
+      *) word+="$character"; begun=1 ;;
+    esac
+  done
+  [ -z "$quote" ] || fail "$1: a quote in it is not closed"
+  [ -z "$begun" ] || words+=("$word")
 }
 
 # read_env: sets `variables` to the NAME=VALUE of ENV; a NAME alone has here the value that it shall have there. The errors

@@ -53,6 +53,13 @@ accelerator() { echo "${TYPE/#v5e-/v5litepod-}"; }
 
 place() { printf '%s\n' "--zone=$ZONE"; if [ -n "${PROJECT:-}" ]; then printf '%s\n' "--project=$PROJECT"; fi; }
 
+# to_workers FILE THERE: copies it to all of them; THERE without a / is in the home directory.
+to_workers() {
+  local where
+  mapfile -t where < <(place)
+  do_it gcloud compute tpus tpu-vm scp "$1" "$NAME:$2" "${where[@]}" "${ssh_flags[@]}" --worker=all
+}
+
 on_workers() {
   local worker="$1" command="$2" where
   mapfile -t where < <(place)
@@ -90,8 +97,21 @@ wait_until_there() {
   say "$NAME is there"
 }
 
-# The variables of ENV, for a worker's shell: a loop inherits them, so that no list of processes shows them there.
-exported() { [ "${#variables[@]}" -eq 0 ] || echo "export$(for_shell "${variables[@]}")"; }
+# The variables of ENV go to the workers as a file that its owner alone can read, here and there: a command's words would be in
+# the lists of processes of both, and in gcloud's logs. (Standard input is one for all workers: one of them would read it.)
+send_variables() {
+  [ "${#variables[@]}" -gt 0 ] || return 0
+  if [ -n "$dry_run" ]; then
+    echo "# $files/env exports ${variables[*]%%=*}"
+  else
+    (umask 077; printf 'export%s\n' "$(for_shell "${variables[@]}")" >"$files/env") || return
+  fi
+  to_workers "$files/env" llama_jax.env || return
+  rm -f "$files/env"
+}
+
+# What a worker's shell does first, which ends without that file; a loop inherits the variables.
+read_variables() { [ "${#variables[@]}" -eq 0 ] || echo 'trap "rm -f ~/llama_jax.env" EXIT; . ~/llama_jax.env || exit'; }
 
 # What a worker does with the archive, but for what is to be installed. Some TPU images bring a Python older than 3.11, or one
 # without venv; on a machine that has just started, others hold the locks of apt. (The workers expand it, not we.)
@@ -130,8 +150,7 @@ archive=""
 pack() {
   local what
   what="$(tree)" || return
-  archive="$(mktemp -t llama_jax.XXXXXX.tar.gz)"
-  trap 'rm -f "$archive"' EXIT
+  archive="$files/llama_jax.tar.gz"
   do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ "$what"
 }
 
@@ -141,13 +160,10 @@ refuse="echo 'a run goes on here; stop it first' >&2; exit 1"
 
 # ship WHERE_A_RUN_GOES_ON: copies and installs, but on workers where one goes on; they do that.
 ship() {
-  local where
-  mapfile -t where < <(place)
   [ -n "$archive" ] || pack || return
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/llama_jax.tar.gz" "${where[@]}" "${ssh_flags[@]}" --worker=all ||
-    return
-  on_workers all "if $alive; then $1; fi
-$(exported)
+  to_workers "$archive" /tmp/llama_jax.tar.gz && send_variables || return
+  on_workers all "$(read_variables)
+if $alive; then $1; fi
 $install$(packages)"
 }
 
@@ -162,7 +178,12 @@ name_it='echo "worker: runs another: $(cat ~/llama_jax.command 2>/dev/null || ec
 # refuse_another ANSWERS: an error where a worker has named another run.
 refuse_another() {
   local other="${1#*worker: runs another: }"
-  [ "$other" = "$1" ] || fail "another run goes on there: ${other%%$'\n'*}; stop it first, and wait for its end"
+  [ "$other" != "$1" ] || return 0
+  other="${other%%$'\n'*}"
+  [ "$other" != unknown ] ||
+    fail "a run goes on there that an older launch/tpu_vm.sh began, whose flags are not known; end it (bash launch/tpu_vm.sh" \
+      "stop, until logs show its end), then give this command again: a workdir goes on from its newest checkpoint"
+  fail "another run goes on there: $other; stop it first, and wait for its end"
 }
 
 # begin WHERE_IT_GOES_ON MODULE [FLAGS]: starts the loop on all workers but those where it lives; they do the first. An error
@@ -180,11 +201,12 @@ begin() {
   again+=" if [ \$code -eq 1 ] && [ \$SECONDS -lt 600 ]; then errors=\$((errors + 1)); else errors=0; fi;"
   again+=" if [ \$errors -gt $restarts ]; then echo '1 again and again' > ~/llama_jax.code; exit 1; fi;"
   again+=" echo \"=== ended with \$code, again in 10 s\"; sleep 10; done"
-  start="if $alive; then if $(differs "$module" "$@"); then $name_it; exit 1; fi; $otherwise; fi
-$(exported)
+  start="$(read_variables)
+if $alive; then if $(differs "$module" "$@"); then $name_it; exit 1; fi; $otherwise; fi
 cd ~/llama_jax || exit; rm -f ~/llama_jax.stop ~/llama_jax.code
 echo$(for_shell "$module$flags") > ~/llama_jax.command
 nohup bash -c $(printf '%q' "$again") >> ~/llama_jax.log 2>&1 < /dev/null & echo \$! > ~/llama_jax.pid"
+  send_variables || return
   if [ -n "$dry_run" ]; then on_workers all "$start"; return; fi
   answers="$(on_workers all "$start")" || code=$?
   refuse_another "$answers"
@@ -300,8 +322,9 @@ split_words CREATE_FLAGS; create_flags=("${words[@]}")
 split_words SSH_FLAGS; ssh_flags=("${words[@]}")
 variables=()
 case "$command" in setup | run | resume) read_env ;; esac  # whoever stops a run need not have its secrets
-[ "${#variables[@]}" -eq 0 ] || export CLOUDSDK_CORE_DISABLE_FILE_LOGGING=true  # gcloud's logs would have them
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+files="$(mktemp -d -t llama_jax.XXXXXX)"  # which nobody else can look into
+trap 'rm -rf "$files"' EXIT
 case "$command" in
   logs) on_workers "${WORKER:-0}" 'tail -n 100 -F ~/llama_jax.log' ;;
   status) state ;;

@@ -5,7 +5,6 @@
     llama_jax.train.run(values, workdir / "sft")
 """
 
-import html
 import importlib.metadata
 import io
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.evals import markdown
 from llama_jax.evals.plots import Plot
 from llama_jax.parallel.host import keep_heap
 from llama_jax.steps import change, load_config
@@ -100,6 +100,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def verbatim(text: str) -> str:
-    """Text of a model as a cell: nothing in it is taken for Markdown or HTML."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#~$|])", lambda found: f"&#{ord(found[0])};", escaped)
+    """Text of a model as a cell of one line: nothing in it is taken for Markdown or HTML."""
+    return markdown.verbatim(" ".join(text.split()))

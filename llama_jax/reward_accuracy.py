@@ -12,12 +12,13 @@ report counts such pairs, and those that prefer an unsafe answer to a safe one, 
 
 `results.json`, `report.md`, `report.html` and `figures/`. Scores are kept in `scores/MODEL/SET/scores.jsonl`, a row for each
 pair that fits: a run that is stopped goes on with the same command, and further models or sets are added to those that are
-there. Another model under a name, or other pairs, are refused; degrees and sources of the same pairs may be corrected. On a pod
-the same command runs on every host.
+there. Another model under a name, or other pairs, are refused; degrees and sources of the same pairs may be corrected. The
+output may lie in a bucket (gs://bucket/...). On a pod the same command runs on every host.
 """
 
 import dataclasses
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
+from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
 from llama_jax.reward.comparisons import DEGREES, Comparison, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, percent
@@ -327,20 +330,21 @@ def main() -> None:
     values = flags.FLAGS
     checkpoints = command.named("checkpoint", values.checkpoint, "checkpoint")
     data = command.named("data", values.data)
-    if "://" in values.output:
-        raise ValueError(f"--output={values.output}: expected a directory; this command writes no buckets")
+    if "://" in values.output and not is_remote(values.output):
+        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     keep_heap()
     start_distributed()
-    run(checkpoints, data, values.output, tokenizer=values.tokenizer)
-    if jax.process_index() == 0:
-        print((Path(values.output) / "report.md").read_text(encoding="utf-8"), end="")
-        print(Path(values.output) / "report.html")
+    with worked_in(values.output) as output:
+        run(checkpoints, data, output, tokenizer=values.tokenizer)
+        if jax.process_index() == 0:
+            print((output / "report.md").read_text(encoding="utf-8"), end="")
+            print(os.path.join(values.output, "report.html"))
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", None, "name=checkpoint of each reward model")
     flags.DEFINE_list("data", None, "name=file of each set of comparisons")
-    flags.DEFINE_string("output", None, "directory of scores and report; an unfinished one is continued")
+    flags.DEFINE_string("output", None, "directory of scores and report, gs://bucket/... too; an unfinished one is continued")
     flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
     flags.mark_flags_as_required(["checkpoint", "data", "output"])
     command.launch(main)

@@ -13,7 +13,6 @@ for `conflict` every answer with both scores, `conflict.jsonl`.
 """
 
 import dataclasses
-import html
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from llama_jax.data.rows import write_jsonl
 from llama_jax.data.sources import RATINGS, REJECTED_SAFE, read_comparisons
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
+from llama_jax.evals.markdown import verbatim
 from llama_jax.evals.plots import save
 from llama_jax.evals.report_sections import prompt_text
 from llama_jax.files import atomic_write, write_json
@@ -341,7 +341,7 @@ def _asked(messages: Sequence[Message]) -> str:
 def _line(text: str) -> str:
     """Text for a cell: one line, the end of a long one left out."""
     text = " ".join(text.split())
-    return html.escape(text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + " ...", quote=False)
+    return verbatim(text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + " ...")
 
 
 def _name(weight: float) -> str:

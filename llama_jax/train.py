@@ -12,7 +12,7 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError, describe, parse
-from llama_jax.data.rows import data_files
+from llama_jax.data.rows import rows_fact, several_files
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.tokenizer_files import keep
 from llama_jax.parallel.host import keep_compiled, keep_heap
@@ -41,6 +41,8 @@ STAGES = {
 
 WORKDIR = "directory of checkpoints and logs; gs://bucket/... too"
 _LONGEST_NAME = 255  # characters of a file's name; a config may hold whole sentences
+# Fields whose strings name rows: a file, a directory or a pattern. Words of others may happen to be a directory here.
+ROWS = {"train", "held_out", "rest", "others", "validation", "prompts", "contexts"}
 EXPECTED = (Diverged, HostsDiffer)  # ends of a run that one line tells
 
 
@@ -57,25 +59,14 @@ def shared_facts(config: Any) -> dict[str, str]:
     """What all hosts of a run must have in common beside code and devices: the config, and all files and stages it names."""
     described = describe(config)
     # Host 0 says what there is, and which checkpoint of a stage is meant, as it does when they are read.
-    files = from_host_0(lambda: {field: file for field, text in _strings(described) if (file := _telling_file(text))})
+    files = from_host_0(lambda: {field: file for field, text in _strings(described) if (file := _telling_file(field, text))})
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-    return {"config": digest, **{f"{field} {file}": _fact(file) for field, file in files.items()}}
+    facts = {f"{field} {file}": (rows_fact if _holds_rows(field) else file_fact)(file) for field, file in files.items()}
+    return {"config": digest, **facts}
 
 
-def _fact(file: str) -> str:
-    """What lies in a file, in a directory with a manifest, or in several files of rows."""
-    names = _several(file)
-    return file_fact(file) if not names else hashlib.sha256("".join(map(file_fact, names)).encode()).hexdigest()[:16]
-
-
-def _several(text: str) -> list[str]:
-    """The files of rows in a directory, or that a pattern names; none for anything else."""
-    if not any(sign in text for sign in "*?[") and (not (path := place(text)).is_dir() or (path / "manifest.json").is_file()):
-        return []
-    try:
-        return [str(file) for file in data_files(text)]
-    except (ValueError, OSError):  # the stage will say what is wrong with it
-        return []
+def _holds_rows(field: str) -> bool:
+    return not ROWS.isdisjoint(field.split("."))
 
 
 def rows_read(facts: Mapping[str, str]) -> dict[str, str]:
@@ -92,8 +83,8 @@ def _strings(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(item, f"{field}.{name}" if field else str(name))
 
 
-def _telling_file(text: str) -> str:
-    """The file, directory with a manifest or files of rows that a string of a config names; for a stage's workdir the meta of
+def _telling_file(field: str, text: str) -> str:
+    """The file, directory with a manifest or files of rows that a field of a config names; for a stage's workdir the meta of
     the checkpoint that is meant, in which its fingerprints are; "" for words that name nothing."""
     if not text or max(map(len, text.split("/"))) > _LONGEST_NAME:
         return ""
@@ -103,7 +94,8 @@ def _telling_file(text: str) -> str:
         except CheckpointError:  # the stage will say what it misses
             return ""
     path = place(text)
-    return text if path.is_file() or (path / "manifest.json").is_file() or _several(text) else ""
+    is_file = path.is_file() or (path / "manifest.json").is_file()
+    return text if is_file or (_holds_rows(field) and several_files(text)) else ""
 
 
 def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | None = None) -> dict[str, Any]:

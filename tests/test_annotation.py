@@ -553,6 +553,16 @@ def test_wrong_settings_and_files_are_told(tmp_path):
         read_prompt_list(tmp_path / "list.jsonl")
 
 
+@pytest.mark.parametrize(("row", "problem"), [
+    ({"prompt": "a"}, "messages: the same prompt"), ({"prompt": "d", "category": 3}, "category: expected a string, got 3"),
+])  # fmt: skip
+def test_of_several_lists_the_one_that_holds_a_wrong_prompt_is_named(tmp_path, row, problem):
+    write_jsonl(tmp_path / "0.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    write_jsonl(tmp_path / "1.jsonl", [{"prompt": "c"}, row])
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/1\.jsonl:2: {problem}"):
+        read_prompt_list(tmp_path)
+
+
 def test_a_session_survives_json():
     shown = Shown("1", (USER,), ("one", "two"), (0.5, 1.0), ("x", "y"), True, "p", "facts", "hateful")
     assert forms.from_json(json.loads(json.dumps(forms.to_json(shown)))) == shown

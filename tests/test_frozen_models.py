@@ -103,10 +103,11 @@ def test_a_damaged_newest_checkpoint_does_not_hide_what_the_run_was_begun_with(d
         begun(directory, directory / "run")
 
 
-def test_files_are_drawn_anew_if_prompts_changed_before_all_of_them_were_there(directory):
-    prompts, workdir = directory / "asked.jsonl", directory / "run"
+@pytest.mark.parametrize("named", ["asked/0.jsonl", "asked", "asked/*"])
+def test_files_are_drawn_anew_if_prompts_changed_before_all_of_them_were_there(directory, named):
+    prompts, workdir = directory / "asked" / "0.jsonl", directory / "run"
     write_jsonl(prompts, [{"prompt": "a"}])
-    under = {"answers": 2}, {"policy": str(directory / "chat"), "prompts": drawn.data_file(str(prompts))}
+    under = {"answers": 2}, {"policy": str(directory / "chat"), "prompts": drawn.data_file(str(directory / named))}
     drawn.note(workdir, "samples", *under)
     write_jsonl(workdir / "samples" / "0-1.jsonl", [{}])
     drawn.put_aside(workdir, "samples", *under, ("samples", "samples.jsonl"))

@@ -3,12 +3,16 @@
 The whole study runs in the slow test of the five versions (tests/test_recipe.py).
 """
 
+import re
+from html import unescape
+
 import pytest
 import small_runs
 
 from llama_jax.config import parse
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import distillation_figure, ghost_figures
+from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.report import write_report
 from llama_jax.evals.report_sections import build_sections
 from llama_jax.evals.targets import check_targets
@@ -95,11 +99,52 @@ def test_the_first_dialogs_stand_side_by_side_with_what_each_model_obeyed(study,
     ]
     assert len(ghost_figures.examples(["a", "b", "c"], ANSWERS, most=1)) == 1
     text = ghost_figures.markdown({**FOUND, "examples": dialogs})
-    assert "| 2 | How? | \u2713 Sure: a\\|b | \u2713 Sure: yes |" in text and ghost_figures.DIALOGS_NOTE in text
+    assert "| 2 | How? | \u2713 Sure: a&#124;b | \u2713 Sure: yes |" in text and ghost_figures.DIALOGS_NOTE in text
     html = write_report(
         {"ghost_attention": {**FOUND, "examples": dialogs}}, study.workdir, figures={}, samples=[]
     ).html.read_text()
     assert "\u2717 &lt;script&gt;x&lt;/script&gt;" in html and "<script" not in html
+
+
+HOSTILE = "<img src=x> | `a|b\\| ![i](http://e/x.png) *b* a_b _c_ &lt; \0"
+SHOWN = (
+    "&lt;img src=x&gt; &#124; &#96;a&#124;b&#92;&#124; !&#91;i&#93;(http://e/x.png) &#42;b&#42; a_b &#95;c&#95; &amp;lt; \ufffd"
+)
+
+
+def test_what_a_model_writes_is_shown_and_never_markup(tmp_path):
+    assert verbatim(HOSTILE) == SHOWN and verbatim("\n# a\r\n\n- b\t\ud800") == "&#35; a<br><br>- b \ufffd"
+    turn = {"turn": 2, "question": HOSTILE, "answers": {"ghost": {"answer": f"# a\n{HOSTILE}", "obeyed": True}}}
+    dialogs = [{"instruction": HOSTILE, "turns": [turn]}]
+    rows = [f"|  | Instruction: {SHOWN} |  |", f"| 2 | {SHOWN} | \u2713 &#35; a {SHOWN} |"]
+    assert ghost_figures.dialog_blocks(dialogs)[-1].split("\n")[2:] == rows
+    answer = {"kind": "base", "preprompt": "", "response": HOSTILE, "safety": 0.5, "ended": True, "kept": False}
+    found = {
+        "ghost_attention": {**FOUND, "examples": dialogs},
+        "distillation": {
+            "safety_score": {"base": interval(0.5, 0.4, 0.6)}, "prompts": 1, "kept": 0,
+            "examples": [{"prompt": HOSTILE, "answers": [answer]}],
+        },
+    }  # fmt: skip
+    samples = [{"prompt": f"```\n{HOSTILE}", "answers": {"sft": f"<b>\n\n# a\n{HOSTILE}"}}]
+    text = write_report(found, tmp_path, figures={}, samples=samples).markdown.read_text()
+    lines = text.split("\n")
+    assert all(row in lines for row in (*rows, f"| {SHOWN} | base | {SHOWN} | 0.500 |  |"))
+    raw = [line for line in lines if "<" in line]
+    assert len(raw) == 3 and all(line.startswith("    ") for line in raw)  # dialogues are indented blocks
+
+
+@pytest.mark.parametrize("text", [
+    HOSTILE, "# head\n## two\n\n- l\n> q", "```\ncode\n```\r\n---", "| --- |\n| x |", "<!-- c", "\\",
+    "a_ _a 1_0_ ~~x~~", "[^1] [x][y]",
+])  # fmt: skip
+def test_a_reader_of_markdown_gives_the_text_back(text):
+    reader = pytest.importorskip("markdown_it").MarkdownIt().enable(["table", "strikethrough"])
+    page = reader.render(markdown_table(["a", "b", "c"], [["1", verbatim(text), "3"]]))
+    (cells,) = re.findall(r"<tbody>\s*<tr>(.*)</tr>\s*</tbody>", page, re.DOTALL)
+    first, cell, last = re.findall("<td>(.*?)</td>", cells, re.DOTALL)
+    assert (first, last) == ("1", "3")
+    assert [unescape(line) for line in cell.split("<br>")] == text.replace("\0", "\ufffd").splitlines()
 
 
 def test_a_long_text_keeps_both_ends_and_shows_the_cut():

@@ -1,15 +1,20 @@
 """Several hosts, as several processes on this machine: they compare notes before they compute, and stop together."""
 
 import dataclasses
+import importlib
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
+import pytest
+
+from llama_jax.data.rows import rows_fact, write_jsonl
 from llama_jax.parallel.hosts import code_version, compare, file_fact, machine_facts
-from llama_jax.train import shared_facts
+from llama_jax.train import ROWS, STAGES, rows_read, shared_facts
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +53,31 @@ def test_fingerprints(tmp_path):
     assert code_version() == code_version()
 
 
+def test_rows_of_a_directory_or_pattern_have_one_fingerprint_of_all_their_files(tmp_path):
+    rows = tmp_path / "rows"
+    for name in ("0", "1", "0[1]"):
+        write_jsonl(rows / f"{name}.jsonl", [{"prompt": name}])
+    names = [str(rows / name) for name in ("[01].jsonl", "*.jsonl", "0.jsonl", "0[1].jsonl")]
+    before = [rows_fact(name) for name in names]
+    assert len({*before, "missing"}) == 5 and before[2:] == [file_fact(name) for name in names[2:]]
+    write_jsonl(rows / "1.jsonl", [{"prompt": "2"}])
+    assert [rows_fact(name) == fact for name, fact in zip(names, before)] == [False, False, True, True]
+    assert rows_fact(rows) == "missing"  # several splits, which no stage reads
+    (rows / "0[1].jsonl").unlink()
+    assert rows_fact(tmp_path) == rows_fact(rows) == rows_fact(f"{rows}/*") == rows_fact(names[0])
+    assert rows_fact(rows / "none*") == "missing"
+    (rows / "manifest.json").write_text("{}")
+    assert rows_fact(rows) == file_fact(rows / "manifest.json")
+
+
+def test_a_saved_data_set_has_the_fingerprint_of_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name, prompt in (("one", "a"), ("same", "a"), ("other", "b")):
+        datasets.Dataset.from_list([{"prompt": prompt}]).save_to_disk(str(tmp_path / name))
+    one, same, other = (rows_fact(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other and "missing" not in (one, other)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     tokenizer: str
@@ -80,6 +110,30 @@ def test_every_file_and_stage_that_a_config_names_is_compared(tmp_path):
         assert line.startswith(f"{field} {tmp_path}") and ": host 1 has " in line
         path.write_text("{}")
     assert compare([before, shared_facts(dataclasses.replace(config, chat="template"))])[0].startswith("config: host 1 has")
+
+
+def test_only_fields_of_rows_may_be_directories_or_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama2", "rows"):
+        write_jsonl(tmp_path / name / "0.jsonl", [{"prompt": name}])
+    config = Config(
+        tokenizer="*/0.jsonl", start="rows", policy="", pools=("llama2",), system="What is it?",
+        data={"train": "rows", "held_out": "*/0.jsonl", "chat": "llama2"},
+    )  # fmt: skip
+    before = shared_facts(config)
+    assert set(before) == {"config", "data.train rows", "data.held_out */0.jsonl"}
+    write_jsonl(tmp_path / "rows" / "0.jsonl", [{"prompt": "others"}])
+    lines = compare([before, shared_facts(config)])
+    assert [line.partition(":")[0] for line in lines] == ["data.held_out */0.jsonl", "data.train rows"]
+    assert set(rows_read(before)) == {"data.train rows"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_of_a_stage_that_names_data_is_one_of_rows(stage):
+    module, name = STAGES[stage]
+    data = typing.get_type_hints(getattr(importlib.import_module(module), name))["data"]
+    named = {field for field, kind in typing.get_type_hints(data).items() if str in (kind, *typing.get_args(kind))}
+    assert named - {"corpus", "weights"} <= ROWS and (named & ROWS or stage == "pretrain")
 
 
 def test_compilers_and_what_they_are_told_are_compared(monkeypatch):

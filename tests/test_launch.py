@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +111,8 @@ POD = {"NAME": "run", "ZONE": "us-east5-a", "TYPE": "v5p-512", "PROJECT": "", "S
 GKE = {"NAME": "run", "IMAGE": "image", "TYPE": "tpu-v5p-slice", "TOPOLOGY": "4x8x8", "HOSTS": "64", "SPOT": "", "SLICES": "2",
        "ENV": "", "SERVICE_ACCOUNT": "", "NAMESPACE": "", "QUEUE": ""}  # fmt: skip
 ENV = """HF_TOKEN A=1 LIBTPU_INIT_ARGS='--a=true --b="c"'\nB=$A"""
+# Values that shells, YAML and Kubernetes would take for more than text.
+SPECIAL = [r"C:\new \1", "it's", 'say "x"', "$HOME $(A) ${A} $$ `id`", "# * ~ ; & !", "a\n b\t", "", "=ü="]
 VARIABLES = ["HF_TOKEN=sec ret", "A=1", 'LIBTPU_INIT_ARGS=--a=true --b="c"', "B=$A"]  # where HF_TOKEN="sec ret" is exported
 
 
@@ -256,6 +260,11 @@ def test_another_run_is_never_taken_for_the_one_that_is_asked_for(tmp_path, chec
         other = tpu_vm(verb, "train", "--workdir=c")
         message = "error: another run goes on there: train --workdir=a\\ b; stop it first, and wait for its end\n"
         assert (other.returncode, other.stderr) == (1, message)
+    (tmp_path / "llama_jax.command").rename(tmp_path / "command")  # as when an older version began it
+    for verb in ("run", "resume"):
+        other = tpu_vm(verb, "train", "--workdir=a b")
+        assert other.returncode == 1 and "an older launch/tpu_vm.sh began" in other.stderr, other.stderr
+    (tmp_path / "command").rename(tmp_path / "llama_jax.command")
     same = tpu_vm("resume", "train", "--workdir=a b")
     assert same.returncode == 0 and "the run has finished" in same.stderr, same.stderr
     assert (tmp_path / "starts").read_text().splitlines() == ["--workdir=a b"]
@@ -280,7 +289,7 @@ def test_what_is_installed_on_a_worker(tmp_path, checkout):
     held = '[ "$2" != update ] || [ -e $FAKE/held ] || { touch $FAKE/held; exit 100; }'
     program(tmp_path / "sudo", f'{held}; echo "$*" >> $FAKE/apt')
     program(tmp_path / "sleep", "")
-    ship = 'case "$a" in /*.tar.gz) cp "$a" $FAKE/shipped;; esac'
+    ship = 'case "$a" in /*.tar.gz) cp "$a" $FAKE/shipped;; /*/env) cp "$a" $FAKE/llama_jax.env;; esac'
     there = """printf %s "${a#--command=}" | sed s:/tmp/llama_jax.tar.gz:$FAKE/shipped:"""
     here = f'case "$a" in --command=*) HOME=$FAKE bash -c "$({there})";; esac'
     program(tmp_path / "gcloud", f'for a in "$@"; do {ship}; {here}; done')
@@ -317,14 +326,19 @@ def test_whoever_stops_local_workers_wants_no_other_attempt(tmp_path):
 
 def test_flags_and_variables_reach_the_workers_as_they_were_given(tmp_path):
     flags = ["--config=configs/sft.py:70b", """--config.data.train=("it's a.jsonl",)"""]
+    flags += [f"--x={value}" for value in SPECIAL]
+    special = {f"X{number}": value for number, value in enumerate(SPECIAL)}
     # A worker whose gcloud runs the command here, and whose python writes down its arguments.
     here = 'case "$a" in --command=*) HOME=$FAKE bash -c "${a#--command=}";; esac'
-    program(tmp_path / "gcloud", f'for a in "$@"; do {here}; done')
+    copy = 'case "$4" in scp) cp -p "$5" "$FAKE/${6#run:}"; stat -c %a "$5" > "$FAKE/mode";; esac'
+    program(tmp_path / "gcloud", f'echo "$@" >> "$FAKE/calls"; {copy}; for a in "$@"; do {here}; done')
     worker = tmp_path / "llama_jax" / ".venv" / "bin"
     worker.mkdir(parents=True)
-    shown = 'env > "$FAKE/variables"; cat /proc/$PPID/cmdline > "$FAKE/loop"'
-    program(worker / "python", f'{shown}; printf "%s\\n" "$@" > "$FAKE/arguments"')
-    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "ENV": ENV, "HF_TOKEN": "sec ret"}
+    shown = 'env -0 > "$FAKE/variables"; cat /proc/$PPID/cmdline > "$FAKE/loop"'
+    program(worker / "python", f'{shown}; printf "%s\\0" "$@" > "$FAKE/arguments"')
+    variables = " ".join([ENV, *(f"{name}={shlex.quote(value)}" for name, value in special.items())])
+    environment = POD | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "ENV": variables,
+                         "HF_TOKEN": "sec ret"}  # fmt: skip
 
     def started(*arguments: str) -> list[str]:
         done = script("launch/tpu_vm.sh", "run", *arguments, **environment)
@@ -333,13 +347,24 @@ def test_flags_and_variables_reach_the_workers_as_they_were_given(tmp_path):
             if subprocess.run(["pgrep", "-F", tmp_path / "llama_jax.pid", "-f", "llama_jax"], capture_output=True).returncode:
                 break
             time.sleep(0.1)
-        return (tmp_path / "arguments").read_text().splitlines()
+        return (tmp_path / "arguments").read_text().split("\0")[:-1]
 
     assert started("train", *flags) == ["-m", "llama_jax.train", *flags]
-    assert set(VARIABLES) <= set((tmp_path / "variables").read_text().splitlines())
-    loop = (tmp_path / "loop").read_text()
-    assert "llama_jax.train" in loop and "sec" not in loop.replace("SECONDS", "")  # a list of processes shows no secret
+    found = set((tmp_path / "variables").read_text().split("\0"))
+    assert {*VARIABLES, *(f"{name}={value}" for name, value in special.items())} <= found
+    # No list of processes shows a secret, here or there; the file that does is its owner's, and gone.
+    for shown in ("loop", "calls"):
+        assert "llama_jax.train" in (text := (tmp_path / shown).read_text()) and "sec ret" not in text and "X0" not in text
+    assert (tmp_path / "mode").read_text() == "600\n" and not (tmp_path / "llama_jax.env").exists()
     assert started("verify") == ["-m", "llama_jax.verify"]
+
+
+def test_a_dry_run_names_the_variables_but_not_their_values(checkout):
+    secret = POD | {"ENV": "A=1 HF_TOKEN", "HF_TOKEN": "sec ret"}
+    done = script("launch/tpu_vm.sh", "--dry_run", "setup", root=checkout, **secret)
+    _, _, names, copy, install = done.stdout.split("\n", maxsplit=4)
+    assert names == f"# {copy.split()[5]} exports A HF_TOKEN" and " run:llama_jax.env " in copy and "pip" in install
+    assert not re.search(r"sec\W+ret", done.stdout) and not Path(copy.split()[5]).parent.exists(), done.stdout
 
 
 def test_flags_for_the_slice_and_for_the_way_to_it(checkout):
@@ -376,6 +401,8 @@ def test_whoever_stops_a_run_need_not_have_its_secrets():
      "error: JAX_VERSION=jax==0.10.2: expected a version, as 0.10.2\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"CREATE_FLAGS": "--labels='a"},
      "error: CREATE_FLAGS: a quote in it is not closed\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"ENV": r"A='\1' B=sec\ ret"},
+     "error: ENV: word 2 has a backslash outside of quotes; expected it in quotes: '\\'\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"ENV": "A=1 HF-TOKEN=secret"},
      "error: ENV: expected NAME=VALUE, a VALUE with spaces in quotes, or NAME; word 2 is neither\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"ENV": "HF_TOKEN=sec ret"},
@@ -503,8 +530,15 @@ def test_a_manifest_has_its_owner_s_names_and_the_variables_of_the_run():
     (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     assert [one["value"] for one in container["env"]] == ["$$(HOME) $$$$", special["B"]]
     assert container["args"][-1] == "--a=$$(B)"
+    special = {"ENV": " ".join(f"X{number}={shlex.quote(value)}" for number, value in enumerate(SPECIAL))}
+    found = yaml.safe_load(script("launch/gke/jobset.sh", "train", *SPECIAL, **(GKE | special)).stdout)
+    (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    doubled = [value.replace("$", "$$") for value in SPECIAL]
+    assert [one["value"] for one in container["env"]] == doubled and container["args"][2:] == doubled
     xpk = script("launch/gke/jobset.sh", "--xpk", "train", **(GKE | {"CLUSTER": "c", "TPU": "v5p-512", "ENV": "A='1 2' B=3"}))
     assert xpk.stdout.endswith(" --env=A=1\\ 2 --env=B=3 --command=python\\ -m\\ llama_jax.train \n"), xpk.stdout
+    xpk = script("launch/gke/jobset.sh", "--xpk", "train", **(GKE | {"CLUSTER": "c", "TPU": "v5p-512", "ENV": "A='$(B) $'"}))
+    assert "--env=A=$$(B) $$" in shlex.split(xpk.stdout), xpk.stdout
 
 
 def test_workers_on_this_machine_start_together_and_again_after_a_failure(tmp_path):

@@ -39,7 +39,9 @@ from llama_jax.corpus_build.stages import Stages, unfinished  # noqa: E402
 from llama_jax.data.blocks import block_ids, block_record  # noqa: E402
 from llama_jax.data.loader import BlockSource  # noqa: E402
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl  # noqa: E402
+from llama_jax.data.tokenizer import Tokenizer  # noqa: E402
 from llama_jax.files import atomic_write, write_json  # noqa: E402
+from llama_jax.interop.tokenizer_files import keep  # noqa: E402
 from llama_jax.parallel.output import worked_in  # noqa: E402
 from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes, store  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
@@ -186,6 +188,25 @@ def test_rows_and_blocks_are_read_from_a_bucket(bucket, tmp_path):
     assert block_ids(source._records["web"][3]).tolist() == [3] * 5
     with pytest.raises(ValueError, match="source web: cannot read .*No such object"):
         BlockSource({"web": ["gs://bucket/corpus/none"]}, {"web": 1.0}, batch_size=4, seed=0)
+
+
+def test_a_tokenizer_in_a_bucket_is_kept_beside_checkpoints(bucket, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2}, []))
+    declared = {"chat_template": "{{ messages[0]['content'] }}", "bos_token": "<s>", "eos_token": "</s>"}
+    laid = {"tokenizer.json": words.to_str(), "tokenizer_config.json": json.dumps(declared)}
+    for name, text in laid.items():
+        bucket[f"words/{name}"] = (text.encode(), 1)
+    original = Tokenizer("gs://bucket/words")
+    for workdir in (tmp_path, place("gs://bucket/run")):
+        (workdir / "tokenizer.model").write_bytes(b"another")
+        keep(original, workdir)
+        kept = Tokenizer(workdir)
+        assert (kept.fingerprint, kept.chat_template) == (original.fingerprint, declared["chat_template"])
+        assert {name: (workdir / name).read_text() for name in laid} == laid and not (workdir / "tokenizer.model").exists()
+    before = bucket["run/tokenizer.json"]
+    keep(original, place("gs://bucket/run"))
+    assert bucket["run/tokenizer.json"] == before, "uploaded again, although nothing has changed"
 
 
 def test_a_corpus_in_a_bucket_is_compared_with_its_manifest(bucket, tmp_path):

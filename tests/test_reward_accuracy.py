@@ -1,6 +1,7 @@
 """Reward models side by side: both tables by hand, through the real command, killed, and refused."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -53,9 +54,9 @@ def run(root, output, **changes):
     return reward_accuracy.run(given["checkpoints"], given["data"], output, tokenizer=tokenizer)
 
 
-def run_command(*arguments):
+def run_command(*arguments, **environment):
     line = [sys.executable, "-m", "llama_jax.reward_accuracy", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
 
 
 def test_accuracies_by_source_and_degree_by_hand():
@@ -131,6 +132,34 @@ def test_the_command_scores_and_reports_and_goes_on(root, tmp_path):
     assert again.returncode == 0 and len(before) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((out / "results.json").read_text()) == values
+
+
+def test_scores_and_report_lie_in_a_bucket(root):
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("needs gcsfs (extra [gcs])")
+    from bucket_server import BucketServer  # needs what gcsfs brings
+
+    line = [
+        f"--checkpoint=ours={root / 'safety'}", f"--data=plain={root / 'plain.jsonl'}",
+        f"--tokenizer={root / 'tokenizer.model'}",
+    ]  # fmt: skip
+    with BucketServer("bucket") as server:
+        done = run_command("--output=gs://bucket/accuracy", *line, **server.environment())
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "gs://bucket/accuracy/report.html", done.stderr[-2000:]
+        kept = dict(server.buckets["bucket"])
+        scores = "accuracy/scores/ours/plain/scores.jsonl"
+        assert {f"accuracy/{name}" for name in ("results.json", "report.md", "report.html")} | {scores} <= set(kept)
+        assert kept[scores][0].count(b"\n") == 4
+        # Other scores in their place: the second run goes on from those of the bucket.
+        ranked = b"".join(json.dumps({"chosen": 1.0 + i, "rejected": 0.0}).encode() + b"\n" for i in range(4))
+        server.put("bucket", scores, ranked)
+        assert run_command("--output=gs://bucket/accuracy", *line, **server.environment()).returncode == 0
+        values = json.loads(server.buckets["bucket"]["accuracy/results.json"][0])
+        assert values["accuracy"]["ours"]["plain"]["all"]["share"] == 1.0
+        assert server.buckets["bucket"][scores][0] == ranked
+    refused = run_command("--output=s3://bucket/accuracy", *line)
+    assert refused.returncode and "--output=s3://bucket/accuracy: expected a directory, or gs://bucket" in refused.stderr
 
 
 def test_a_killed_run_scores_only_what_is_missing(root, tmp_path, monkeypatch):

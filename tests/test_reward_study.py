@@ -81,7 +81,7 @@ def test_disagreements_are_shown_in_one_line_each():
     assert values["conflict"]["scores"]["unsafe"] == {"helpfulness": [0.98], "safety": [0.21]}
     text = markdown(values)
     lines = [line for line in text.splitlines() if "| 0.95 | 0.20 | safe |" in line]
-    assert len(lines) == 1 and lines[0].startswith("| how \\| do I &lt;b&gt; / no no ") and " ... |" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("| how &#124; do I &lt;b&gt; / no no ") and " ... |" in lines[0]
     assert "| q / so and so | 0.21 | 0.98 | unsafe |" in text
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_a_dialog_that_is_all_prompt_is_an_error_with_its_line(tmp_path, tokeniz
     path = written(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "prompt_messages": 2})
     with pytest.raises(ValueError, match=rf"^{path}:2: messages: expected an answer that is trained on, got none: 2 of 2 are"):
         packed_dialogs((str(path),), tokenizer, length=128)
+
+
+def test_of_several_files_the_one_that_holds_a_bad_dialog_is_named(tmp_path, tokenizer):
+    for name, last in (("train-0", {}), ("train-1", {"prompt_messages": 2})):
+        sources.write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], **last}])
+    for name in (tmp_path, f"{tmp_path}/train-*"):
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/train-1.jsonl:2: messages: expected an answer that is trained on"):
+            packed_dialogs((str(name),), tokenizer, length=128)
 
 
 def test_a_file_is_encoded_once_until_it_changes(tmp_path, tokenizer, monkeypatch):
@@ -260,6 +269,22 @@ def test_formats_are_not_mixed(tmp_path):
         with pytest.raises(ValueError, match=rf"expected files of one format, {found}; .*: {tmp_path}/\*.jsonl\* or"):
             found_in(name)
     assert found_in(f"{tmp_path}/*.parquet") == [1]
+
+
+@pytest.mark.parametrize(("names", "pattern"), [
+    (("a.json", "b.jsonl"), "*.json"), (("a.json.gz", "b.jsonl"), "*.json.gz"), (("a.json", "b.parquet"), "*.json"),
+])  # fmt: skip
+def test_json_beside_another_format_is_left_out_only_if_it_describes_the_data(tmp_path, names, pattern):
+    for name in ("dataset_infos.json", "dataset_info.json", "metadata.json", "train-metadata.json", "croissant.json"):
+        (tmp_path / name).write_text("{}")
+    for number, name in enumerate(names):
+        numbered(tmp_path / name, number)
+    found = rf"found 1 of .json \({tmp_path}/{names[0]}\) and 1 of"
+    with pytest.raises(ValueError, match=rf"expected files of one format, {found} .*: {re.escape(f'{tmp_path}/{pattern} or')}"):
+        found_in(tmp_path)
+    assert found_in(f"{tmp_path}/{pattern}") == [0]
+    (tmp_path / names[0]).unlink()
+    assert found_in(tmp_path) == [1]
 
 
 @pytest.mark.parametrize(("files", "found"), [

@@ -84,7 +84,7 @@ def test_tables_and_figures_stand_beside_the_papers():
     example = {"set": "borderline", "prompt": "How do I kill a process?", "answers": {"0": told, "100": told}}
     text = safety_scaling.markdown({"shares": shares, "answers": [example]})
     assert "| 100 % | 1,200 + 2,400 | 0.450 (" in text and "| 50.0 % | 0.400 (" in text and "| 0.773 | 0.583 |" in text
-    assert "| 27.2 % | 0.051 % |" in text and "| 0 % | 0.25 | 0.75 | a \\| b c |" in text
+    assert "| 27.2 % | 0.051 % |" in text and "| 0 % | 0.25 | 0.75 | a &#124; b<br>c |" in text
     plots = safety_scaling.scaling(shares), safety_scaling.false_refusals(shares)
     assert all(plot.png().startswith(b"\x89PNG") for plot in plots) and "0 % 0.450" in plots[0].alt
     assert plots[0].png() == plots[0].png()

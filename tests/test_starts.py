@@ -1,23 +1,30 @@
-"""How a stage begins: from a model of ours that is finished, with its tokenizer, for as many steps as were asked for."""
+"""How a stage begins: from a model of ours that is finished, with its tokenizer, for as many steps as were asked for; or
+again, from a step that it has passed."""
 
 import dataclasses
 import importlib
+import itertools
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import small_runs
 
+from llama_jax import train as train_command
 from llama_jax.config import ConfigError
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.files import write_json
+from llama_jax.files import read_json, write_json
 from llama_jax.interop import tokenizer_files
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import check_start
 from llama_jax.steps import load_config
 from llama_jax.train import STAGES, parse_stage, run
-from llama_jax.training.checkpoint import read_meta
+from llama_jax.training import workdir as workdirs
+from llama_jax.training.checkpoint import read_meta, steps_in
+from llama_jax.training.options import RunOptions
 
 WITH_EPOCHS = ("sft", "reward", "dpo", "rejection", "ghost", "distill")
 MODEL = dataclasses.replace(small_runs.MODEL, name="tiny")
@@ -150,3 +157,84 @@ def test_a_stage_without_steps_and_epochs_is_refused(stage):
         values.epochs, why = 0.0, " since epochs is 0"
     with pytest.raises(ConfigError, match=f"config: loop.steps: expected at least 1{why}, got 0"):
         parse_stage(values)
+
+
+# ---- going back ----
+
+
+class Killed(BaseException):
+    """The process ends here, and nothing that stands behind is done."""
+
+
+@pytest.fixture
+def start_run(models, tmp_path, monkeypatch):
+    """start_run(workdir, lr, row, back=, kill_at=): the train command's own code up to the first step, in a run of 8 steps
+    whose checkpoints are empty; killed before a write by its number. Gives the step it would go on from, and the writes."""
+    monkeypatch.setattr(importlib.import_module(STAGES["sft"][0]), "make_stage", lambda config, mesh, workdir: config)
+    monkeypatch.setattr(train_command, "keep_tokenizer", lambda config, workdir: None)
+    monkeypatch.setattr(train_command, "train", lambda *_, workdir, **more: {"from": steps_in(workdir / "checkpoints")[-1]})
+    numbers, wanted = itertools.count(), [-1]
+
+    def before(write):
+        def writes(*arguments, **more):
+            if next(numbers) == wanted[0]:
+                raise Killed
+            return write(*arguments, **more)
+
+        return writes
+
+    for module, name in ((workdirs, "move"), (workdirs, "write_json"), (workdirs, "make_aside"), (Path, "write_bytes")):
+        monkeypatch.setattr(module, name, before(getattr(module, name)))
+    rows = tmp_path / "rows.jsonl"
+
+    def start_run(workdir, lr, row, *, back=None, kill_at=-1):
+        nonlocal numbers
+        numbers, wanted[0] = itertools.count(), kill_at
+        rows.write_text(json.dumps({"prompt": "a", "completion": row}) + "\n")
+        values = small_runs.values(models, "sft", steps=8, data={"train": (str(rows),)}, optim={"lr": lr})
+        return run(values, workdir, RunOptions(restart_from=back)).get("from"), next(numbers)
+
+    return start_run
+
+
+def begun_run(workdir, start_run):
+    """A finished run with lr 1e-3 and the row "yes"."""
+    for step in (3, 6, 8):
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    assert start_run(workdir, 1e-3, "yes")[0] == 8
+    (workdir / "metrics.jsonl").write_text('{"step": 7}\n')
+    write_json(workdir / "done.json", {"steps": 8})
+    return read_json(workdir / "config.json")
+
+
+def test_a_kill_while_a_run_goes_back_to_a_step_stops_no_later_start(tmp_path, start_run):
+    begun_run(tmp_path / "whole", start_run)
+    step, writes = start_run(tmp_path / "whole", 2e-3, "no", back=3)
+    # A directory; done.json; two copies; two checkpoints; fingerprints; config, record and, of the run, fingerprints again.
+    assert (step, writes) == (3, 10)
+    for kill_at in range(writes):
+        workdir = tmp_path / str(kill_at)
+        old = begun_run(workdir, start_run)
+        with pytest.raises(Killed):
+            start_run(workdir, 2e-3, "no", back=3, kill_at=kill_at)
+        shutil.copytree(workdir, given_up := tmp_path / f"{kill_at}.given_up")
+        for _ in range(2):  # the same command goes on, as often as it is given
+            assert start_run(workdir, 2e-3, "no", back=3)[0] == 3
+        assert start_run(workdir, 2e-3, "no")[0] == 3
+        assert steps_in(workdir / "checkpoints") == [3] and not (workdir / "done.json").exists()
+        assert sorted(int(path.name) for path in workdir.glob("replaced/*/[0-9]*")) == [6, 8]  # nothing is lost
+        assert {"done.json", "inputs.json", "metrics.jsonl"} <= {path.name for path in workdir.glob("replaced/*/*")}
+        assert old in [read_json(path) for path in workdir.glob("replaced/*/config.json")]
+        with pytest.raises(ConfigError, match="was begun with other rows"):
+            start_run(workdir, 2e-3, "yes")
+        # Who gives it up: the old run is as it was but for steps that are done again, and takes no other config before.
+        newest = steps_in(given_up / "checkpoints")[-1]
+        if read_json(given_up / "config.json") == old:
+            with pytest.raises(ConfigError, match="was begun with another config"):
+                start_run(given_up, 2e-3, "no")
+            if newest > 3 and not (given_up / "done.json").exists():
+                with pytest.raises(ConfigError, match="was begun with other rows"):
+                    start_run(given_up, 1e-3, "no")
+            assert start_run(given_up, 1e-3, "yes")[0] == (None if (given_up / "done.json").exists() else newest)
+        else:
+            assert start_run(given_up, 2e-3, "no")[0] == 3

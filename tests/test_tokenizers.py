@@ -283,6 +283,19 @@ def test_a_sentencepiece_vocabulary_keeps_the_chat_format_it_came_with(copies, r
     assert copies[2].chat_template is None and copies[2].adds_bos
 
 
+def test_a_kept_tokenizer_has_the_fingerprint_of_its_original(copies, tmp_path):
+    model = model_class().FromString(copies[0].serialized())
+    pieces = type(model)(pieces=model.pieces)
+    model.ClearField("pieces")
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString() + pieces.SerializeToString())
+    last = Tokenizer(tmp_path)  # its pieces stand after all else, which is not how SentencePiece writes them
+    assert last.serialized() != last.path.read_bytes() and last.encode(TEXTS[0]) == copies[0].encode(TEXTS[0])
+    for number, words in enumerate([*copies, last]):
+        (tmp_path / str(number)).mkdir()
+        tokenizer_files.keep(words, tmp_path / str(number))
+        assert Tokenizer(tmp_path / str(number)).fingerprint == words.fingerprint, words.path
+
+
 def test_answers_end_at_every_id_that_the_models_files_name(json_directory, copies, root, tmp_path):
     def with_files(**files):
         for name in ("tokenizer.json", "tokenizer_config.json"):

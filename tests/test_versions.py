@@ -52,6 +52,8 @@ def test_later_versions_choose_among_all_pools():
     # a skill of V1 is kept, V2 is better at b, of equals the newest, and d is known to V2 only
     assert [r["response"] for r in select([v1, v2, v3])] == ["a1", "b2", "c3", "d2"]
     assert select([]) == []
+    # white space around a message makes no other prompt: it is not encoded either
+    assert [r["response"] for r in select([[row("a", "a1", 0.9, "v1")], [row(" a\n", "a2", 0.5, "v2")]])] == ["a1"]
     # a prompt is the whole conversation
     system = [{"role": "system", "content": "Be brief."}, *ask("a")]
     assert len(select([v1[:1], [{**v2[1], "messages": system}]])) == 2

@@ -48,10 +48,12 @@ if [ "$mode" = xpk ]; then
     [[ "$variable" != *[\"\\$'\n']* ]] ||
       fail "ENV: ${variable%%=*} has a double quote, a backslash or an end of a line, which xpk does not pass on"
   done
+  dollar='$'  # of two Kubernetes makes one, and puts variables in the place of $(NAME)
+  doubled=("${variables[@]//$dollar/$dollar$dollar}")
   # By itself xpk starts again after codes of 127 and more alone; 65 is a run that diverged.
   printf '%q ' xpk workload create --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$TPU" --num-slices="${SLICES:-1}" \
     --docker-image="$IMAGE" --max-restarts="${RESTARTS:-100}" \
-    --restart-on-exit-codes=1,69,70,75 --termination-grace-period-seconds=300 "${variables[@]/#/--env=}" \
+    --restart-on-exit-codes=1,69,70,75 --termination-grace-period-seconds=300 "${doubled[@]/#/--env=}" \
     --command="python -m llama_jax.$module$(for_shell "$@")"
   echo
   exit

@@ -10,6 +10,7 @@ from typing import Any
 from llama_jax.annotation import forms
 from llama_jax.annotation.forms import Shown
 from llama_jax.data.dialog import Message, prompt_key
+from llama_jax.data.rows import read_rows
 from llama_jax.data.sources import read_prompts
 
 
@@ -55,12 +56,12 @@ class Settings:
 def read_prompt_list(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Prompts as `data.sources.read_prompts` reads them, with `category` and `risk`, each prompt once."""
     rows, seen = [], set()
-    for number, row in enumerate(read_prompts(path), start=1):
+    for (where, _), row in zip(read_rows(path), read_prompts(path), strict=True):
         for name in ("category", "risk"):
             if not isinstance(row.setdefault(name, ""), str):
-                raise ValueError(f"{path}:{number}: {name}: expected a string, got {row[name]!r}")
+                raise ValueError(f"{where}: {name}: expected a string, got {row[name]!r}")
         if (key := prompt_key(row["messages"])) in seen:
-            raise ValueError(f"{path}:{number}: messages: the same prompt stands above; expected each once")
+            raise ValueError(f"{where}: messages: the same prompt stands above; expected each once")
         seen.add(key)
         rows.append(row)
     return rows

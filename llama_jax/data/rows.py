@@ -18,6 +18,7 @@ Formats with columns write a missing field as null, so there a null is left out;
 import collections
 import glob
 import gzip
+import hashlib
 import importlib
 import itertools
 import json
@@ -45,6 +46,8 @@ _SAVED = ("state.json", "dataset_dict.json")  # one of them lies in what `save_t
 # Endings of data, and which of them are read. Others, such as those of README.md or checksums, may lie beside.
 _DATA = re.compile(r"\.(jsonl?|parquet|arrow|csv|tsv)(\.(?:gz|bz2|xz|zst))?$")
 _READ = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz")
+# Files of such an ending that hold no rows, but say what the data beside them are.
+_DESCRIBES = re.compile(r"(dataset_infos?|dataset_dict|state|schema|manifest|croissant|(.*[-_.])?metadata)\.json")
 _MAGIC = re.compile(r"[*?[]")
 _NUMBER = "[0-9]*"  # of a shard, in a pattern
 _SHARD = re.compile(r"\d+-of-(\d+)")  # train-00000-of-00003.parquet
@@ -98,6 +101,27 @@ def data_files(name: str | os.PathLike) -> list[Path]:
     raise FileNotFoundError(f"{path}: expected a {'Parquet' if path.suffix == '.parquet' else 'JSONL'} file, found nothing")
 
 
+def several_files(name: str | os.PathLike) -> list[Path]:
+    """The files of rows in a directory, or that a pattern matches; none of anything else, nor of what `data_files` refuses."""
+    path = place(name)
+    if path.is_file() or (path / "manifest.json").is_file() or not (path.is_dir() or _MAGIC.search(os.fspath(name))):
+        return []
+    if (path / "state.json").is_file():  # of `save_to_disk`
+        return sorted(path.glob("*.arrow"))
+    try:
+        return data_files(name)
+    except (ValueError, OSError):
+        return []
+
+
+def rows_fact(name: str | os.PathLike) -> str:
+    """`file_fact` of a data set: of its file, or of all files of rows in a directory or that a pattern matches."""
+    from llama_jax.parallel.hosts import file_fact  # brings JAX, which those who only read rows do without
+
+    files = several_files(name)
+    return hashlib.sha256("".join(map(file_fact, files)).encode()).hexdigest()[:16] if files else file_fact(name)
+
+
 def _matching(pattern: Path) -> list[Path]:
     text = os.fspath(pattern)
     root = text[: _MAGIC.search(text).start()].rpartition("/")[0]
@@ -117,15 +141,13 @@ def _of_one_format(name: Path, files: Iterable[Path]) -> list[Path]:
     """The data among files, sorted."""
     formats: dict[str, list[Path]] = {}
     for file in sorted(files, key=os.fspath):
-        if found := _DATA.search(file.name):
+        if (found := _DATA.search(file.name)) and not _DESCRIBES.fullmatch(file.name):
             formats.setdefault(f".{found[1]}" if found[0] in _READ else found[0], []).append(file)
-    if len(formats) > 1:
-        formats.pop(".json", None)  # beside data it describes them, as dataset_infos.json does
     readable = {kind: some for kind, some in formats.items() if kind in _READ}
     if readable and len(formats) > 1:
         found = " and ".join(f"{len(some)} of {kind} ({some[0]})" for kind, some in formats.items())
-        patterns = " or ".join(f"{some[0].parent}/*{kind}*" for kind, some in readable.items())
-        raise ValueError(f"{name}: expected files of one format, found {found}; choose by a pattern: {patterns}")
+        patterns = [f"{some[0].parent}/*{ending}" for kind, some in readable.items() for ending in _endings(kind, some)]
+        raise ValueError(f"{name}: expected files of one format, found {found}; choose by a pattern: {' or '.join(patterns)}")
     for some in readable.values():
         return some
     found = _listed([str(file) for some in formats.values() for file in some])
@@ -133,6 +155,11 @@ def _of_one_format(name: Path, files: Iterable[Path]) -> list[Path]:
         f"{name}: expected files {', '.join(f'*{ending}' for ending in _READ)}, or a directory with the state.json of "
         f"datasets' save_to_disk; found {found or ('a directory without data' if name.is_dir() else 'nothing')}"
     )
+
+
+def _endings(kind: str, files: Sequence[Path]) -> list[str]:
+    """What patterns of the files of one format end in; `*.json*` would match `.jsonl` as well."""
+    return sorted({_DATA.search(file.name)[0] for file in files}) if kind == ".json" else [f"{kind}*"]
 
 
 def _check_one_split(directory: Path, files: Sequence[Path]) -> None:

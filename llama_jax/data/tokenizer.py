@@ -249,7 +249,8 @@ class SentencePieceTokenizer(Tokenizer):
             model, said = sentencepiece_model(self.path), declared(self.path)
         else:
             model, said = read_content(self.path, "a SentencePiece model file"), declared_beside(self.path)
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        # Kept: SentencePiece may write the fields of a model in another order than its file has.
+        self._content, self.fingerprint = model, hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
@@ -303,8 +304,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.id_to_piece(int(token_id))
 
     def serialized(self) -> bytes:
-        """The model file's content."""
-        return self._model.serialized_model_proto()
+        """The model file's content, of which its fingerprint is."""
+        return self._content
 
 
 def train_tokenizer(

@@ -6,6 +6,7 @@ Beside the shares stand a few of the dialogs that they count, with the answers o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
 
 LABELS = {"baseline": "baseline", "ghost": "Ghost Attention"}
@@ -39,8 +40,7 @@ def columns() -> list[str]:
 
 def markdown(values: Mapping[str, Any]) -> str:
     """study.md."""
-    lines = [columns(), ["---"] * len(columns()), *rows(values["recall"])]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = markdown_table(columns(), rows(values["recall"]))
     obeyed = f"The policy obeys in {100 * values['policy_obeys']:.0f} % of the samples of Ghost Attention."
     blocks = ["# Ghost Attention", "Obeyed by turn, with 95 % intervals (Table 30).", table, obeyed]
     return "\n\n".join([*blocks, *dialog_blocks(values.get("examples") or [])]) + "\n"
@@ -90,10 +90,8 @@ def dialog_blocks(dialogs: Sequence[Mapping[str, Any]]) -> list[str]:
     """`examples` as blocks of Markdown, none without them; what a model wrote cannot end its cell."""
     if not dialogs:
         return []
-    columns = dialog_columns(dialogs)
-    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in dialog_rows(dialogs)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
-    return ["## The same dialogs, side by side", DIALOGS_NOTE, table]
+    columns, *rows = ([verbatim(cell) for cell in cells] for cells in (dialog_columns(dialogs), *dialog_rows(dialogs)))
+    return ["## The same dialogs, side by side", DIALOGS_NOTE, markdown_table(columns, rows)]
 
 
 def one_line(text: str, most: int = 160) -> str:

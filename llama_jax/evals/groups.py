@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Members of the groups of Table 3, by the names of `evals/tasks.py`; a family (mmlu, bbh, ...) is all of its tasks.
+# Members of the groups of Table 3, by the names of `evals/task_names.py`; a family (mmlu, bbh, ...) is all of its tasks.
 GROUPS: dict[str, tuple[str, ...]] = {
     "code": ("humaneval", "mbpp"),
     "commonsense": (

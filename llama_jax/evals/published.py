@@ -1,8 +1,8 @@
 """The paper's own numbers, to stand beside ours: Tables 3, 4, 11, 14, 16 to 25 and 44 to 50, Figs. 1, 3, 12, 17 to 19 and 30
 (percent unless a table says otherwise).
 
-L1 is Llama 1, L2 Llama 2. A column is named as its task in `evals/tasks.py`, or as its group; "@" is another number of examples
-than Table 3's, "/" another metric. `cell` looks a result's column up.
+L1 is Llama 1, L2 Llama 2. A column is named as its task in `evals/task_names.py`, or as its group; "@" is another number of
+examples than Table 3's, "/" another metric. `cell` looks a result's column up.
 """
 
 # ruff: noqa: E501 (a table is read by its columns)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import Plot, save
 from llama_jax.evals.report_html import render_html
 from llama_jax.evals.report_sections import (
@@ -88,12 +89,12 @@ def render_markdown(
 ) -> str:
     """The report as Markdown; figures are links to `figures/<name>.png`."""
     marks = {True: "met", False: "**missed**", None: "not run"}
-    rows = [[t.stage, t.asked, t.measured, marks[t.met]] for t in targets]
+    rows = [[*map(verbatim, (t.stage, t.asked, t.measured)), marks[t.met]] for t in targets]
     blocks = [
         f"# {title}",
         f"> {SIMULATION_NOTE}",
         "## Targets",
-        _markdown_table(Table(["stage", "target", "measured", ""], rows)),
+        markdown_table(["stage", "target", "measured", ""], rows),
     ]
     blocks += _markdown_sections(sections, figures)
     if samples:
@@ -124,10 +125,8 @@ def _markdown_sections(sections: Sequence[Section], figures: Mapping[str, Plot])
 
 
 def _markdown_table(table: Table) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
-    )
+    columns, *rows = ([verbatim(cell) for cell in cells] for cells in (table.columns, *table.rows))
+    return markdown_table(columns, rows)
 
 
 def _quoted(text: str) -> str:

@@ -218,7 +218,7 @@ def _qa_examples() -> str:
     """The six questions and answers of TruthfulQA's own prompt, as the harness has them."""
     from lm_eval import utils
 
-    from llama_jax.evals.tasks import harness_folder, load_settings
+    from llama_jax.evals.task_names import harness_folder, load_settings
 
     text = load_settings(harness_folder() / "truthfulqa/truthfulqa_gen.yaml")["doc_to_text"]
     return utils.apply_template(text, {"question": ""}).removesuffix("\n\nQ: ").removesuffix("\n\nQ:")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
 
 # The paper's points, read off its figures: mean safety and helpfulness score (Fig. 15), false refusals in percent of
@@ -91,29 +92,23 @@ def markdown(values: Mapping[str, Any]) -> str:
          *_paper(share, (3, 2), "{:g} %")]
         for share, found in shares.items()
     ]  # fmt: skip
+    columns = ["share", "safety + helpful", "safety", "tail", "helpfulness", "paper, safety", "paper, helpfulness"]
     return "\n\n".join((
         "# Safety data",
         "Mean scores with 95 % intervals (Fig. 15); the tail are adversarial prompts' answers below the gate of the reward.",
-        _table(["share", "safety + helpful", "safety", "tail", "helpfulness", "paper, safety", "paper, helpfulness"], scores),
+        markdown_table(columns, scores),
         "Declined prompts; of borderline and helpful ones these are false refusals (Fig. 33).",
-        _table(["share", "adversarial", "borderline", "helpful", "paper, borderline", "paper, helpful"], refusals),
+        markdown_table(["share", "adversarial", "borderline", "helpful", "paper, borderline", "paper, helpful"], refusals),
         "## Answers by share (Tables 36 to 38)",
         *(_answers(example) for example in values["answers"]),
     )) + "\n"  # fmt: skip
 
 
 def _answers(example: Mapping[str, Any]) -> str:
-    cells = [[f"{share} %", f"{found['safety']:.2f}", f"{found['helpfulness']:.2f}", _one_line(found["answer"])]
+    cells = [[f"{share} %", f"{found['safety']:.2f}", f"{found['helpfulness']:.2f}", verbatim(found["answer"])]
              for share, found in example["answers"].items()]  # fmt: skip
-    return f"{example['set']}: {_one_line(example['prompt'])}\n\n" + _table(["share", "safety", "helpfulness", "answer"], cells)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    table = markdown_table(["share", "safety", "helpfulness", "answer"], cells)
+    return f"{example['set']}: {verbatim(example['prompt'])}\n\n{table}"
 
 
 def _paper(share: str, columns: tuple[int, ...], form: str) -> list[str]:

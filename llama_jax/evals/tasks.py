@@ -1,43 +1,22 @@
 """The benchmarks of Tables 3 and 16 to 25 as tasks of the harness: its own prompts and metrics, with the paper's shots.
 
-A task is named "hellaswag", or "mmlu:anatomy" within a family; "nq_open@1" is one with 1 example; any other name is the
-harness's. HumanEval, MBPP, SQuAD, QuAC and SCROLLS (`long_context.py`) are task settings of ours: the harness has them
-otherwise (code would run outside a sandbox; a script of the hub would score), or not at all. No example is a row that is
-scored.
-Where the paper's own prompts differ is unknown; they were never published (fact sheet 2.3).
+HumanEval, MBPP, SQuAD, QuAC and SCROLLS (`long_context.py`) are task settings of ours: the harness has them otherwise (code
+would run outside a sandbox; a script of the hub would score), or not at all. No example is a row that is scored.
+Where the paper's own prompts differ is unknown; they were never published (fact sheet 2.3). Names: `task_names.py`.
 """
 
 import dataclasses
-import difflib
-import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_jax.evals import local_tasks, long_context, quac, spans
 from llama_jax.evals.code_judge import CodeJudge
-from llama_jax.evals.groups import BY_QUESTION, GROUPS, family_of, plain
+from llama_jax.evals.groups import BY_QUESTION, family_of, plain
+from llama_jax.evals.task_names import CODE, NAMES, OURS, file_of, load_settings
 
 Settings = dict[str, Any]
-CODE = ("humaneval", "mbpp")  # they run what the model writes
-AGIEVAL = (
-    "aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage", "sat-math",
-)  # fmt: skip
 # With how many examples AGIEval's own prompts come; the paper says 3 to 5.
 _AGIEVAL_SHOTS = {"aqua-rat": 5, "sat-math": 5}
-_FILES = {
-    "hellaswag": "hellaswag/hellaswag", "piqa": "piqa/piqa", "siqa": "siqa/siqa", "winogrande": "winogrande/default",
-    "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "openbookqa": "openbookqa/openbookqa",
-    "commonsense_qa": "commonsense_qa/default", "boolq": "super_glue/boolq/default", "nq_open": "nq_open/nq_open",
-    "triviaqa": "triviaqa/default", "gsm8k": "gsm8k/gsm8k-cot",
-}  # fmt: skip
-_FOLDERS = {
-    "mmlu": ("mmlu/default", "mmlu_"), "bbh": ("bbh/cot_fewshot", ""), "agieval": ("agieval", ""),
-    "math": ("minerva_math", "minerva_math_"),
-}  # fmt: skip
-_OURS = ("humaneval", "mbpp", "squad", "quac", *long_context.PARTS)
-NAMES = (*_FILES, *_FOLDERS, *_OURS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,95 +39,10 @@ class TaskChoice:
             raise ValueError(f"expected shots of at least 0, samples for every k, sensible sampling, got {self}")
 
 
-def expand(name: str) -> list[str]:
-    """A family as its tasks, any other task as itself.
-
-    Raises:
-      ValueError: a name that nobody knows, with the nearest ones.
-    """
-    task, at, shots = name.partition("@")
-    if at and not shots.isdecimal():
-        raise ValueError(f"task {name!r}: expected a number of examples behind the @")
-    if task in _FILES or task in _OURS or task.partition(":")[0] in _FOLDERS and ":" in task:
-        return [name]
-    if task == "agieval":
-        return [f"agieval:{part}{at}{shots}" for part in AGIEVAL]
-    if task in _FOLDERS:
-        folder, prefix = _FOLDERS[task]
-        files = (path.stem for path in (harness_folder() / folder).glob("*.yaml"))
-        parts = [stem.removeprefix(prefix) for stem in sorted(files) if stem.startswith(prefix) and _is_task(stem)]
-        return [f"{task}:{part}{at}{shots}" for part in parts]
-    if task in _index():
-        return [name]
-    # Ours first: among the harness's there is always one that is alike.
-    raise ValueError(f"task {name!r} is unknown{_did_you_mean(task, NAMES) or _did_you_mean(task, [*NAMES, *_index()])}")
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def of_groups(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of a suite's tasks that belong to the named groups of Table 3; without names all of them.
-
-    Raises:
-      ValueError: a group that nobody knows.
-    """
-    for name in names:
-        if name not in GROUPS:
-            raise ValueError(f"groups: {name!r} is unknown; expected some of {', '.join(GROUPS)}")
-    wanted = {family_of(task) for name in names for task in GROUPS[name]}
-    return {name: how for name, how in choices.items() if not names or family_of(name) in wanted}
-
-
-def choose(choices: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of a suite's tasks that are named, or of which a part is (mmlu:anatomy); "nq_open@1" is nq_open with 1 example.
-
-    Raises:
-      ValueError: a name that is not in the suite, with what is and the nearest names.
-    """
-    chosen = {}
-    for name in names:
-        task, at, shots = name.partition("@")
-        if family_of(name) in choices:
-            chosen[name] = choices[family_of(name)]
-        elif at and family_of(task) in choices:
-            expand(name)  # says what is wrong with its number
-            chosen[name] = {**choices[family_of(task)], "shots": int(shots)}
-        else:
-            raise ValueError(
-                f"task {name!r} is not in this suite, which has {', '.join(choices)}{_did_you_mean(task, [*choices, *NAMES])}; "
-                "`python -m llama_jax.harness` runs any task of the harness"
-            )
-    return chosen
-
-
-def mmlu_parts() -> dict[str, list[str]]:
-    """MMLU's four groups of Table 19, by the tags of the harness."""
-    parts: dict[str, list[str]] = {}
-    for task in expand("mmlu"):
-        parts.setdefault(_stock(task)["tag"].removesuffix("_tasks"), []).append(task)
-    return parts
-
-
-def sets_of(name: str) -> list[str]:
-    """The larger sets of questions that a task is a part of: its family, and of MMLU the group of Table 19."""
-    task = plain(name)
-    if ":" not in task:
-        return []
-    return [family_of(task), *(part for part, members in _parts_of_mmlu().items() if task in members)]
-
-
-@functools.cache
-def _parts_of_mmlu() -> dict[str, list[str]]:
-    return mmlu_parts()
-
-
 def build_settings(name: str, choice: TaskChoice = TaskChoice(0, "acc")) -> Settings:  # noqa: B008
     """The settings of a task, from the harness's own or ours, with what is changed of them."""
     task = plain(name)
-    settings = _OWN[task](choice) if task in _OURS else _stock(task)
+    settings = _OWN[task](choice) if task in OURS else _stock(task)
     settings |= _CHANGES.get(family_of(task), {})
     if longest := _LONGEST.get(family_of(task)):
         settings["generation_kwargs"] = {**settings["generation_kwargs"], "max_gen_toks": longest}
@@ -279,50 +173,16 @@ def _make(name: str, settings: Settings) -> Any:
 
 def _stock(name: str) -> Settings:
     """The settings of a task of the harness, functions resolved."""
-    family, _, part = name.partition(":")
-    if family in _FOLDERS:
-        folder, prefix = _FOLDERS[family]
-        path = harness_folder() / folder / f"{prefix}{part}.yaml"
-        if not path.is_file():
-            near = difflib.get_close_matches(name, expand(family), n=3, cutoff=0.3)
-            raise ValueError(f"task {name!r} is unknown; did you mean {' or '.join(near) or family}?")
-    else:
-        path = harness_folder() / f"{_FILES[name]}.yaml" if name in _FILES else _index()[name]
+    path = file_of(name)
     try:
         settings = load_settings(path)
     except (ModuleNotFoundError, AssertionError) as error:  # an assertion: in another version. The harness's words name others.
         missing = getattr(error.__cause__ or error, "name", None) or str(error)
-        extra = "'llama_jax[eval]'" if family in NAMES else missing
+        extra = "'llama_jax[eval]'" if family_of(name) in NAMES else missing
         raise ModuleNotFoundError(f"{name}: needs the package {missing}: pip install {extra}", name=missing) from error
     if "class" in settings or settings.get("output_type") is None and not isinstance(settings.get("task"), str):
         raise ValueError(f"task {name!r}: expected a single task of the harness with settings in YAML")
     return settings
-
-
-def load_settings(path: Path) -> Settings:
-    """A YAML file of the harness, with the functions that it names."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return dict(load_yaml(path))
-
-
-def harness_folder() -> Path:
-    """Where the harness keeps its tasks."""
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
-@functools.cache
-def _index() -> Mapping[str, Path]:
-    """{name: file} of every single task of the harness. Its own index parses some ten thousand files, for a quarter minute."""
-    named = re.compile(rb"^['\"]?task['\"]?:[ \t]*['\"]?([^\s'\"#]+)['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
-    found = ((named.search(path.read_bytes()), path) for path in sorted(harness_folder().rglob("*.yaml")))
-    return {match[1].decode(): path for match, path in found if match}
-
-
-def _is_task(stem: str) -> bool:
-    return not stem.startswith("_") and not stem.endswith("500")
 
 
 # ---- task settings of ours ----

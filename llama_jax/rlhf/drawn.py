@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import describe, differences
+from llama_jax.data.rows import rows_fact
 from llama_jax.files import write_json
 from llama_jax.interop.restore import fingerprint
-from llama_jax.parallel.hosts import file_fact, on_host_0
+from llama_jax.parallel.hosts import on_host_0
 from llama_jax.paths import move
 from llama_jax.training.workdir import make_aside
 
@@ -84,13 +85,13 @@ def fingerprints(workdir: Path, name: str) -> dict[str, str]:
 
 def _fingerprints(models: Mapping[str, str]) -> dict[str, str]:
     return {
-        field: file_fact(path.removeprefix(_DATA)) if path.startswith(_DATA) else fingerprint(path)
+        field: rows_fact(path.removeprefix(_DATA)) if path.startswith(_DATA) else fingerprint(path)
         for field, path in models.items() if path
     }  # fmt: skip
 
 
 def data_file(path: str) -> str:
-    """A file of data among the models that something is drawn from: rows that come or go would shift all others."""
+    """Files of rows among the models that something is drawn from: rows that come or go would shift all others."""
     return f"{_DATA}{path}" if path else ""
 
 

@@ -10,23 +10,17 @@ models and scorers; what scorers may look at of a prompt (`reference`, any field
 they gave.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llama_jax.data.dialog import check_messages
+from llama_jax.data.dialog import check_messages, prompt_key
 from llama_jax.data.sources import read_jsonl
 from llama_jax.rlhf.respond import usable
 
 Row = dict[str, Any]
 SCORES = ("reward", "helpfulness", "safety", "other")
 _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float, "version": str, "policy": str}
-
-
-def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
-    """One text for equal conversations."""
-    return json.dumps([[message["role"], message["content"]] for message in messages])
 
 
 def choosable_rewards(samples: Sequence[Mapping[str, Any]], *, least: float) -> list[float]:

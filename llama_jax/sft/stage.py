@@ -17,6 +17,7 @@ from llama_jax.data.dialog import DialogRow, EncodedDialog, encode_dialogs
 from llama_jax.data.loader import row_source
 from llama_jax.data.mixture import mix, whole_or_share
 from llama_jax.data.packing import Packed, pack_dialogs
+from llama_jax.data.rows import read_rows
 from llama_jax.data.sources import read_dialogs
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
@@ -130,8 +131,8 @@ def _encoded_file(
 
 def _encode(path: str, words: _Words, train_on: str, chat: str) -> Sequence[EncodedDialog]:
     rows = [
-        DialogRow(row["messages"], row["train_on"] or train_on, row["prompt_messages"], f"{path}:{number}")
-        for number, row in enumerate(read_dialogs(path), start=1)
+        DialogRow(row["messages"], row["train_on"] or train_on, row["prompt_messages"], where)
+        for (where, _), row in zip(read_rows(path), read_dialogs(path), strict=True)
     ]
     examples: list[EncodedDialog] = []
     for some in in_parts(rows, label=f"encode {path}", unit="dialog", total=len(rows)):

@@ -173,6 +173,9 @@ def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     step and config does nothing but say so: a launcher that starts the same command after a preemption must not go back once
     more. (A run is a function of its config, so going back twice could give nothing else.) Host 0 is told whether it went back.
 
+    A kill at any moment loses nothing: the same command does the rest, into another `replaced/<n>`; a start without the flag
+    goes on, under the old config until the new one is written.
+
     Raises:
       ConfigError: on every host, if there is no such checkpoint.
     """
@@ -195,15 +198,19 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     old = _read(workdir / "config.json") if (workdir / "config.json").exists() else {}
     for line in differences(old, described) if old else ():
         log.warning("restart from step %d under another config: %s", step, line)
+    # The order is for a kill in between: never finished without the last checkpoint, never under another config, or with other
+    # rows, at a later checkpoint than `step`. After the record nothing is left to do: the next start takes the rows there are.
     aside = make_aside(workdir)
-    for name in ("config.json", "done.json"):
+    if (workdir / "done.json").exists():
+        move(workdir / "done.json", aside / "done.json")
+    for name in ("config.json", METRICS_FILE):  # the run goes on with the log, without the lines from `step` on
         if (workdir / name).exists():
-            move(workdir / name, aside / name)
-    if (workdir / METRICS_FILE).exists():  # the run goes on with it, without the lines from `step` on
-        (aside / METRICS_FILE).write_bytes((workdir / METRICS_FILE).read_bytes())
-    for later in steps:
+            (aside / name).write_bytes((workdir / name).read_bytes())
+    for later in reversed(steps):
         if later > step or not step:  # early stopping keeps the start as checkpoint 0
             move(directory / str(later), aside / str(later))
+    if (workdir / INPUTS).exists():
+        move(workdir / INPUTS, aside / INPUTS)
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)
     write_json(record, asked)
@@ -213,7 +220,7 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
 def check_inputs(workdir: Path, files: Mapping[str, str], *, anew: bool) -> None:
     """Keeps what lay in the files that a run reads, {field and file: fingerprint}; refuses to go on if another lies there now.
 
-    Data that are no files (TFDS names, directories of `datasets`) are not among them.
+    Data that are no files (TFDS names) are not among them.
 
     A batch is a function of its number and of all rows: with a row more or less the same numbers mean other batches, and what
     was seen would be seen again, in the place of what was not. `anew`: the run was told to go on with what there is.

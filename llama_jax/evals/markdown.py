@@ -1,0 +1,22 @@
+"""Tables of Markdown, and the text of models and people in it: what they wrote is shown as it is and cannot be markup."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+# An underscore within a word is no markup, and the names of metrics have many.
+_MARKUP = re.compile(r"[\\`*{}\[\]#~$|]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def verbatim(text: str) -> str:
+    """Text for a cell, or for a line that words of ours begin: it ends neither, and its own lines are parted by <br>."""
+    # A NUL would make the file a binary one, a lone surrogate no file at all.
+    lines = ["".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in line)
+             for line in text.strip().splitlines()]  # fmt: skip
+    # References: what a backslash does depends on what the text has before it.
+    return "<br>".join(_MARKUP.sub(lambda found: f"&#{ord(found[0])};", escape(line, quote=False)) for line in lines)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are Markdown; `verbatim` makes them of other text."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))

@@ -1,0 +1,105 @@
+"""The study of serving: equal sizes, batches, memory that is too small, kept results, and the figure."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from configs import serving_study as configs
+from llama_jax import serving_study
+from llama_jax.config import ConfigError, parse
+from llama_jax.evals import serving_figure
+from llama_jax.model import params
+from llama_jax.model.config import SIZES
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
+from llama_jax.serving_study import ServingConfig, batches, run, variants
+
+
+def parameters(model):
+    return params.count(params.table(model, head="lm_head"))
+
+
+def settings(**changes):
+    config = configs.get_config("smoke")
+    config.update({"prompts": (6,), "new_tokens": 3, "largest": 2, **changes})
+    return parse(ServingConfig, config)
+
+
+@pytest.mark.parametrize("name", ["7b", "llama1-33b", "tiny", "nano"])
+def test_variants_have_as_many_parameters(name):
+    found = variants(SIZES[name], longest=4096)
+    heads = SIZES[name].heads
+    assert [one.kv_heads for one in found.values()] == [heads, {4: 2, 32: 8, 52: 4}[heads], 1]
+    sizes = [parameters(one) for one in found.values()]
+    # What rounding to 64 columns leaves: less than half a column block in each layer.
+    assert all(abs(one - sizes[0]) <= 3 * SIZES[name].width * 32 * SIZES[name].layers for one in sizes)
+    assert found["MQA"].ffn >= found["GQA"].ffn >= found["MHA"].ffn == SIZES[name].ffn
+
+
+def test_batches_double_from_what_the_mesh_divides():
+    assert list(batches(9, least=1)) == [1, 2, 4, 8]
+    assert list(batches(8, least=4)) == [4, 8]
+
+
+def test_a_study_is_measured_kept_and_bound_to_its_config(tmp_path, monkeypatch):
+    calls = []
+    real = serving_study.measure
+    monkeypatch.setattr(serving_study, "measure", lambda *a, **k: calls.append(k["batch"]) or real(*a, **k))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+    found = run(settings(), tmp_path, mesh)
+    assert calls == [1, 2] * 3 and json.loads((tmp_path / "serving.json").read_text()) == json.loads(json.dumps(found))
+    for one in found["variants"].values():
+        points = one["prompts"]["6"]
+        assert points["stopped"] == "largest" and [p["batch"] for p in points["points"]] == [1, 2]
+        assert all(p["seconds"] > 0 for p in points["points"])
+    # One variant is missing, as after a kill: it alone is measured again.
+    del found["variants"]["MQA"]
+    (tmp_path / "serving.json").write_text(json.dumps(found))
+    again = run(settings(), tmp_path, mesh)
+    assert calls == [1, 2] * 4 and again["variants"]["MHA"] == json.loads(json.dumps(found["variants"]["MHA"]))
+    with pytest.raises(ConfigError, match=r"holds another study: config.new_tokens"):
+        run(settings(new_tokens=4), tmp_path, mesh)
+
+
+def test_a_batch_that_does_not_fit_ends_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_study, "variants", lambda model, longest: {"MHA": model})
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+    # Between what batches of one and of 256 need: the weights of `nano` are 3.6 MB.
+    monkeypatch.setattr(serving_study, "batches", lambda largest, least: [1, 256, 512])
+    found = run(settings(largest=512, prompts=(32,)), tmp_path, mesh, memory=12_000_000)
+    line = found["variants"]["MHA"]["prompts"]["32"]
+    assert line["stopped"] == "memory" and [point["batch"] for point in line["points"]] == [1]
+    assert "the next batch does not fit" in serving_figure.report(found)
+    least = run(settings(), tmp_path / "none", mesh, memory=1000)
+    assert all(one["prompts"]["6"] == {"points": [], "stopped": "memory"} for one in least["variants"].values())
+    assert serving_figure.curves(least).png()
+
+
+def test_latency_and_throughput_by_hand():
+    point = {"batch": 512, "seconds": 11.4}  # the paper's last MHA batch at 256 tokens: about 89 ms, 45 queries/s
+    assert serving_figure.latency(point, 128) == pytest.approx(89.06, abs=0.01)
+    assert serving_figure.throughput(point) == pytest.approx(44.9, abs=0.05)
+    found = {
+        "config": {"size": "tiny", "prompts": [256], "new_tokens": 128}, "device": "cpu", "devices": 1,
+        "variants": {
+            name: {"kv_heads": heads, "ffn": 704, "parameters": 7e6,
+                   "prompts": {"256": {"points": [{"batch": 1, "seconds": 1.28}, point][:count], "stopped": "memory"}}}
+            for name, heads, count in (("MHA", 4, 1), ("MQA", 1, 2))
+        },
+    }  # fmt: skip
+    text = serving_figure.report(found)
+    assert "| 1 | 10 | 0.781 | 10 | 0.781 |" in text and "| 512 |  |  | 89.1 | 44.9 |" in text
+    assert "MHA 89 ms/token, 45 queries/s" in text
+    assert "MQA 44.9 queries/s at most" in serving_figure.curves(found).alt
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"prompts": ()}, "prompts: expected lengths, got none"), ({"largest": 0}, "largest: expected at least 1, got 0"),
+     ({"size": "8b"}, "model '8b' is unknown")],
+)  # fmt: skip
+def test_configs_that_cannot_run(changes, words):
+    with pytest.raises(ValueError, match=words):
+        settings(**changes)
+    assert dataclasses.is_dataclass(settings())
