@@ -99,8 +99,8 @@ def get_config(suite: str = "academic") -> ConfigDict:
             else ("MPT 7B", "Falcon 7B", "L1 7B", "L2 7B", "L2 13B", "L2 34B", "L2 70B")
         ),
         # Section 4.1 and A.4.7: temperature 0.1 and top-p 0.9 for all safety benchmarks. Judges: "" for none; a directory of a
-        # transformers classifier, or ours=PATH for a reward model (of toxicity a safety reward model: toxic is what it calls
-        # unsafe, 1 - sigmoid(score)).
+        # transformers classifier (PATH#LABEL: which of its labels), or ours=PATH for a reward model (of toxicity a safety one:
+        # toxic is what it calls unsafe, 1 - sigmoid(score)).
         "decoding": {"temperature": 0.1, "top_p": 0.9, "max_tokens": 64, "chat": False},
         "judges": {"truth": "", "informativeness": "", "toxicity": ""},
         "scoring": {"row": 512, "tokens": 0, "share": 32},

@@ -8,16 +8,15 @@
 `--checkpoint` lists models side by side: whatever `llama_jax.load` opens, or after `hf:` a model in the harness's own class for
 Hugging Face's; `--tokenizer` is for those beside whose weights none lies, as in the workdir of a run. Data come from the hub,
 or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has `results.json`, `report.md`, `report.html` and the
-plots; a run that was killed goes on where it stopped, and further models may be added. `NAME/samples/TASK.jsonl` holds what
-each question says and scored, for `llama_jax.contamination`. A name stands for one model: results of another under it are
-refused. A model that one device cannot hold is split over several (`--config.mesh_tensor`), and a pod evaluates it together:
-the same command on every host, the first one reads and writes.
+plots; a run that was killed goes on where it stopped, and further models and tasks may be added. `NAME/samples/TASK.jsonl`
+holds what each question says and scored, for `llama_jax.contamination`. A name stands for one model, and a task for one set of
+questions: results of others are refused. A model that one device cannot hold is split over several (`--config.mesh_tensor`),
+and a pod evaluates it together: the same command on every host, the first one reads and writes.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,17 @@ import jax
 from absl import flags
 
 from llama_jax import command
-from llama_jax.config import ConfigError, describe, differences, parse
-from llama_jax.evals import evaluation_report, sandbox
+from llama_jax.config import parse
+from llama_jax.evals import benchmarks, evaluation_report, held, sandbox
 from llama_jax.evals.groups import GROUPS, family_of, groups, plain, weights
 from llama_jax.evals.hugging_face import HuggingFace, check_model, open_model
 from llama_jax.evals.lazy import Lazy
 from llama_jax.evals.likelihood import ScoringConfig
 from llama_jax.evals.origin import claim
 from llama_jax.evals.safety import BENCHMARKS, Decoding, Judge, items, part_of, vader
-from llama_jax.evals.tasks import CODE, TaskChoice, choose, of_groups
+from llama_jax.evals.task_names import CODE, choose, expand, mmlu_parts, of_groups
+from llama_jax.evals.tasks import TaskChoice
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.parallel.host import device_memory, keep_heap
 from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
@@ -49,7 +48,8 @@ _HF, _OURS = "hf:", "ours="
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """Where the safety benchmarks' judges lie; "" for none. `ours=PATH` is a reward model, else a transformers classifier.
+    """Where the safety benchmarks' judges lie; "" for none. `ours=PATH` is a reward model, else a transformers classifier:
+    `PATH#LABEL` names the label that is read (`data/classifier.py`).
 
     As judge of toxicity, a safety reward model: toxic is what it calls unsafe, 1 - sigmoid(score).
     """
@@ -111,7 +111,7 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     _check_hosts(config, models)
     tasks, notes = _alike(lambda: _build(config))
     _alike(lambda: _check_models(config, models, output))
-    from_host_0(lambda: _same_config(output, config))
+    from_host_0(lambda: held.check(output, config, tasks, models))
     for name, path in models.items():
         from_host_0(lambda name=name, path=path: claim(output / name / "model.json", path))
     records: dict[str, dict[str, Any]] = {}
@@ -150,26 +150,24 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], list[str]]:
-    """{task: (the harness's object, how)} in the order of the config, and notes on what is left out."""
+def _build(config: EvaluateConfig) -> tuple[dict[str, benchmarks.Built], list[str]]:
+    """The tasks by name, in the order of the config, and notes on what is left out."""
     from llama_jax.evals import tasks as table
 
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"benchmarks need the package {error.name}: pip install 'llama_jax[eval]'") from None
-    from llama_jax.evals.benchmarks import check, quiet_harness
 
-    quiet_harness()
-    names = {task: choice for name, choice in config.tasks.items() for task in table.expand(name)}
+    benchmarks.quiet_harness()
+    names = {task: choice for name, choice in config.tasks.items() for task in expand(name)}
     if config.run_code and any(plain(name) in CODE for name in names):
         sandbox.require()
     built, notes = {}, []
     for name, choice in names.items():
         try:
             task = table.build(name, choice, data_dir=config.data_dir, run_code=config.run_code)
-            check(name, task, choice)
-            built[name] = task, choice
+            built[name] = benchmarks.prepare(name, task, choice, limit=config.limit or None)
             if plain(name) in CODE and not config.run_code:
                 notes.append(
                     f"{name}: not judged: that runs code which the model wrote. The answers are kept: the same command with "
@@ -179,7 +177,7 @@ def _build(config: EvaluateConfig) -> tuple[dict[str, tuple[Any, TaskChoice]], l
             notes.append(f"{name}: not run: {error}")
     if not built and not config.safety:
         raise ValueError("; ".join(notes))
-    notes += table.notes({name: task for name, (task, _) in built.items()})
+    notes += table.notes({name: each.task for name, each in built.items()})
     for name in config.safety:  # sets are read before a model is loaded; the hub's by the host that needs them
         if config.data_dir or jax.process_index() == 0:
             items(name, data_dir=config.data_dir, limit=1)
@@ -221,49 +219,36 @@ def _check_models(config: EvaluateConfig, models: Mapping[str, str], output: Pat
             if open_source(place).head != "reward_head":
                 raise ValueError(f"judges.{name}: {place}: expected a reward model, found a language model")
         elif config.safety and path and jax.process_index() == 0:  # which alone asks it
-            check_classifier(path)
-
-
-def _same_config(output: Path, config: EvaluateConfig) -> None:
-    """Keeps the config in the output; another one than the first run's is refused, except in what costs no model anything, and
-    in how many devices, answers and rows a model takes at once."""
-    path = output / "config.json"
-    free = ("models", "judges", "paper", "bootstrap", "run_code", "mesh_tensor", "slots", "tokenizer")
-    new = {key: value for key, value in describe(config).items() if key not in free}
-    new["hf"] = {key: value for key, value in new["hf"].items() if key != "batch_size"}
-    if path.exists():
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(new)))
-        if changed:
-            raise ConfigError(f"{output}: holds an evaluation under another config: {'; '.join(changed)}")
-    write_json(path, new)
+            check_classifier(name, path)
 
 
 def _run_model(
-    path: str, config: EvaluateConfig, tasks: Mapping[str, tuple[Any, TaskChoice]], output: Path, *, quiet: bool
+    path: str, config: EvaluateConfig, tasks: Mapping[str, benchmarks.Built], output: Path, *, quiet: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The records of one model, {task: record}, and its answers to the safety benchmarks, {benchmark: `benchmarks.Drawn`}.
 
     It is loaded if something is left to do, and dropped afterwards.
     """
-    from llama_jax.evals import benchmarks, code_answers
+    from llama_jax.evals import code_answers
 
     limit, records, answers = config.limit or None, {}, {}
     with Lazy(lambda: benchmarks.with_cache(_open(path, config, quiet=quiet), output / "requests.db")) as model:
-        for task, (built, choice) in tasks.items():
-            file, lm, keeping = output / "tasks" / f"{task.replace(':', '.')}.json", None, contextlib.nullcontext()
+        for task, built in tasks.items():
+            file, lm, keeping = held.record_file(output, task), None, contextlib.nullcontext()
             samples = output / "samples" / f"{file.stem}.jsonl"
             if plain(task) in CODE:
                 lm = code_answers.KeptAnswers(model, output / "answers" / file.name)
                 if not config.run_code:
-                    code_answers.draw(lm, built, limit=limit)
+                    code_answers.draw(lm, built.task, limit=limit)
                     continue
-                keeping = code_answers.kept_outcomes(built, output / "requests.db")
+                keeping = code_answers.kept_outcomes(built.task, output / "requests.db")
+
+            def run_task(task=task, built=built, lm=lm, samples=samples):
+                record = benchmarks.run_task(lm or model.get(), task, built.task, built.choice, limit=limit, samples=samples)
+                return record | {"questions": built.questions}
+
             with keeping:
-                records[task] = benchmarks.kept(
-                    file, lambda task=task, built=built, choice=choice, lm=lm, samples=samples: benchmarks.run_task(
-                        lm or model.get(), task, built, choice, limit=limit, samples=samples
-                    )
-                )  # fmt: skip
+                records[task] = benchmarks.kept(file, run_task)
         for name in config.safety:
             answers[name] = benchmarks.draw_safety(
                 model, name, config.decoding, data_dir=config.data_dir, limit=limit, answers=output / "safety" / f"{name}.json"
@@ -273,11 +258,9 @@ def _run_model(
 
 def _judge(model: str, records: dict[str, Any], answers: Mapping[str, Any], judges: Mapping[str, Judge]) -> list[str]:
     """Adds a model's records of the safety benchmarks; notes on what could not be judged."""
-    from llama_jax.evals.benchmarks import judge_safety
-
     notes = []
     for name, drawn in answers.items():
-        found, said = judge_safety(name, drawn, judges, model=model)
+        found, said = benchmarks.judge_safety(name, drawn, judges, model=model)
         records |= found
         notes += said
     return notes
@@ -332,9 +315,6 @@ def _report(
     config: EvaluateConfig, models: Mapping[str, str], records: Mapping[str, Mapping[str, Any]], notes: Sequence[str],
     output: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    from llama_jax.evals.benchmarks import comparable, difference
-    from llama_jax.evals.tasks import expand, mmlu_parts
-
     families = {plain(family_of(task)) for found in records.values() for task in found if ":" in task}
     parts = mmlu_parts() if "mmlu" in families else {}
     whole = {name: expand(name) for name in families & {*itertools.chain(*GROUPS.values())}}
@@ -349,14 +329,14 @@ def _report(
     # The first model's results also stand at the top, where one model is all there is.
     values |= {"tasks": values["models"][first]["tasks"], "groups": values["models"][first]["groups"], "differences": {}}
     for other in others:
-        both = comparable(records[first], records[other])
+        both = benchmarks.comparable(records[first], records[other])
         shares = {
             "groups": {name: weights(name, both, extra=parts) for name in groups(both, extra=parts)},
             "tasks": {name: {name: 1.0} for name in both},
         }
         values["differences"][other] = {"to": first} | {
             kind: {
-                name: difference(both, records[other], of_tasks, resamples=config.bootstrap, seed=config.seed)
+                name: benchmarks.difference(both, records[other], of_tasks, resamples=config.bootstrap, seed=config.seed)
                 for name, of_tasks in named.items()
             }
             for kind, named in shares.items()
@@ -377,7 +357,7 @@ def main() -> None:
     }  # fmt: skip
     values["tasks"] = of_groups(values["tasks"], values.pop("groups"))
     if given.tasks:
-        values["tasks"] = choose(values["tasks"], given.tasks)
+        values["tasks"], values["safety"] = choose(values["tasks"], values["safety"], given.tasks)
     with worked_in(given.output) as output:
         run(parse(EvaluateConfig, values), output)
         if jax.process_index() == 0:
@@ -388,7 +368,7 @@ if __name__ == "__main__":
     results = "directory of the results, gs://bucket/... too; an unfinished one is continued"
     command.define("configs/evaluate.py:SUITE", buckets=True, output=results)
     flags.DEFINE_list("checkpoint", [], "models, each PATH or name=PATH; hf:PATH is a Hugging Face model")
-    flags.DEFINE_list("tasks", [], "these tasks of the suite only, or parts of them (mmlu:anatomy)")
+    flags.DEFINE_list("tasks", [], "these tasks and safety benchmarks of the suite only; a part is mmlu:anatomy")
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
     flags.DEFINE_string("tokenizer", "", "the tokenizer of models and judges of ours beside whose weights none lies")
     flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")

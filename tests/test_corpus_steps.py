@@ -354,6 +354,41 @@ def test_a_checkpoint_scores_instead_of_the_built_in_classifier(monkeypatch):
     toxicity.classifier_of.cache_clear()
 
 
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_a_real_classifier_scores_lines(problem, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, initializer_range=1.0,
+        id2label={0: "toxic", 1: "clean"}, problem_type=problem,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "an", "angry", "line"]))
+    words = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    words.save_pretrained(tmp_path)
+    lines = ["an angry line", "line", "angry " * 600]  # the last one is cut to 128 tokens
+    with torch.no_grad():
+        rows = [model(**words(line, return_tensors="pt", truncation=True, max_length=128)).logits[0] for line in lines]
+    logits = np.array(rows, np.float64)
+    for label in (0, 1):
+        other = 0 if problem else logits[:, 1 - label]  # of two labels softmax is the sigmoid of their difference
+        checkpoint = f"{tmp_path}#{label}"
+        toxicity.check_checkpoint(checkpoint)
+        scores = toxicity.TransformersClassifier(checkpoint, batch_size=2)(lines)
+        np.testing.assert_allclose(scores, 1 / (1 + np.exp(other - logits[:, label])), atol=1e-5)
+    profile = Profile()
+    profile.analyse([Document("1", "an angry line\nline", "s")], ["toxicity"], checkpoint=f"{tmp_path}#toxic")
+    toxicity.classifier_of.cache_clear()
+    assert profile.scored == 1
+    with pytest.raises(ValueError, match="^toxicity_checkpoint: .*has no label 'toxik' among its 2; did you mean 'toxic'"):
+        toxicity.check_checkpoint(f"{tmp_path}#toxik")
+    transformers.BertLMHeadModel(transformers.BertConfig(**config.to_dict() | {"is_decoder": True})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^toxicity_checkpoint: .*: architectures: .*, found BertLMHeadModel$"):
+        toxicity.check_checkpoint(str(tmp_path))
+
+
 def test_a_document_scores_the_mean_of_its_lines():
     def shouting(lines):
         return np.array([line.isupper() for line in lines], float)

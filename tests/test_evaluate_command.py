@@ -39,6 +39,7 @@ from llama_jax.evals import (  # noqa: E402
     published,
     safety,
     sandbox,
+    task_names,
     tasks,
     text_judges,
 )
@@ -135,8 +136,8 @@ def test_samples_are_what_the_analysis_of_contamination_takes(finished, data, tm
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["score"] for row in rows] == json.loads((output / f"model0/tasks/{path.stem}.json").read_text())["scores"]
         assert all(set(row) == {"id", "text", "score", "groups"} for row in rows) and rows[1]["id"].endswith("/1")
-        assert all(row["groups"] == tasks.sets_of(path.stem.replace(".", ":")) for row in rows)
-    assert tasks.sets_of("mmlu:anatomy") == ["mmlu", "mmlu_stem"] and tasks.sets_of("boolq") == []
+        assert all(row["groups"] == task_names.sets_of(path.stem.replace(".", ":")) for row in rows)
+    assert task_names.sets_of("mmlu:anatomy") == ["mmlu", "mmlu_stem"] and task_names.sets_of("boolq") == []
     first = json.loads(gzip.open(data / "hellaswag_val.jsonl.gz", "rt").readline())
     hellaswag, anatomy = (
         json.loads((output / f"model0/samples/{name}.jsonl").read_text().splitlines()[0])["text"]
@@ -211,6 +212,88 @@ def test_a_finished_task_is_not_run_again_and_another_config_is_refused(finished
     assert evaluate.run(config_of(checkpoints, data), output, quiet=True) == values
     with pytest.raises(ConfigError, match="holds an evaluation under another config: limit: 0 -> 3"):
         evaluate.run(config_of(checkpoints, data, limit=3), output, quiet=True)
+
+
+def test_tasks_are_added_to_an_evaluation(finished, checkpoints, data, tmp_path, monkeypatch):
+    _, values = finished
+    boolq, hellaswag = ({name: CHOICES[name]} for name in ("boolq", "hellaswag"))
+    for chosen in (boolq, hellaswag):
+        config = config_of(checkpoints, data, ("model0",), tasks=chosen)
+        assert list(evaluate.run(config, tmp_path / "out", quiet=True)["tasks"]) == list(chosen)
+    asked, real = [], benchmarks.run_task
+    monkeypatch.setattr(benchmarks, "run_task", lambda lm, name, *how, **kw: asked.append(name) or real(lm, name, *how, **kw))
+    whole = evaluate.run(config_of(checkpoints, data, ("model0",)), tmp_path / "out", quiet=True)
+    assert whole["tasks"] == values["tasks"] and asked == [f"mmlu:{subject}" for subject in SUBJECTS]
+    # A task that an earlier command had is compared with how it was run there, whatever came in between.
+    other = {**hellaswag, "boolq": {"shots": 0, "metric": "acc_mutual_info"}}
+    with pytest.raises(ConfigError, match="under another config: tasks.boolq.metric: 'acc' -> 'acc_mutual_info'$"):
+        evaluate.run(config_of(checkpoints, data, ("model0",), tasks=other), tmp_path / "out", quiet=True)
+
+
+def test_scores_of_other_questions_are_refused_before_a_model_is_loaded(checkpoints, data, tmp_path, monkeypatch):
+    shutil.copytree(data, place := tmp_path / "data")
+    output, one = tmp_path / "out", config_of(checkpoints, place, ("model0",))
+    values = evaluate.run(one, output, quiet=True)
+    rows = {path.name: path.read_text() for path in place.glob("*.jsonl")}
+
+    def refused(words):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
+            for config in (one, config_of(checkpoints, place)):  # the same command again, or with a second model
+                with pytest.raises(ConfigError, match=f"{words}: scores of other questions or examples .*; remove them to "):
+                    evaluate.run(config, output, quiet=True)
+        assert not (output / "model1").exists()
+
+    # The same number of questions: with a second model's scores they would have been paired.
+    (place / "boolq_valid.jsonl").write_text(rows["boolq_valid.jsonl"].replace("line", "page", 1))
+    refused("model0/tasks/boolq.json")
+    (place / "boolq_valid.jsonl").write_text(rows["boolq_valid.jsonl"])
+    (place / "mmlu_dev_5shot.jsonl").write_text(rows["mmlu_dev_5shot.jsonl"].replace('"answer": "A"', '"answer": "B"', 1))
+    refused("mmlu.anatomy.json")  # one of its examples
+    (place / "mmlu_dev_5shot.jsonl").write_text(rows["mmlu_dev_5shot.jsonl"])
+    assert evaluate.run(one, output, quiet=True) == values
+    # The whole set beside a part of it, which the report has a note on.
+    (place / "mmlu.jsonl").write_text(rows["mmlu_test_20_per_subject.jsonl"] + rows["mmlu_dev_5shot.jsonl"])
+    refused("mmlu.anatomy.json and 1 more")
+    for subject in SUBJECTS:
+        (output / f"model0/tasks/mmlu.{subject}.json").unlink()
+    again = evaluate.run(config_of(checkpoints, place), output, quiet=True)
+    assert again["tasks"]["mmlu:anatomy"]["n"] == 11 and again["tasks"]["boolq"] == values["tasks"]["boolq"]
+    assert ["mmlu: read from" in " ".join(found["notes"]) for found in (values, again)] == [True, False]
+
+
+def test_only_the_questions_that_are_asked_count(data, tmp_path):
+    shutil.copytree(data, place := tmp_path / "data")
+    choice = TaskChoice(0, "acc")
+
+    def digest(limit):
+        return benchmarks.prepare("boolq", tasks.build("boolq", choice, data_dir=str(place)), choice, limit=limit).questions
+
+    before = {limit: digest(limit) for limit in (2, None)}
+    rows = (place / "boolq_valid.jsonl").read_text().splitlines()
+    write_rows(place / "boolq_valid.jsonl", map(json.loads, rows[:-1]))
+    assert digest(2) == before[2] != before[None] and digest(None) not in before.values()
+
+
+def test_every_model_is_asked_with_the_same_examples(monkeypatch):
+    from lm_eval.api.model import LM
+
+    class Model:
+        rank, world_size, device = 0, 1, None
+
+        def generate_until(self, requests):
+            prompts.append([request.args[0] for request in requests])
+            return ["x"] * len(requests)
+
+    prompts, model = [], Model()
+    LM.register(Model)
+    rows = [{"question": f"question {i}", "answer": [f"{i}"]} for i in range(40)]
+    hub(monkeypatch, train=rows[:30], validation=rows[30:])
+    choice = TaskChoice(5, "exact_match", "remove_whitespace")
+    task = tasks.build("nq_open", choice)
+    for _ in range(2):
+        benchmarks.run_task(model, "nq_open", task, choice, limit=None)
+    assert prompts[0] == prompts[1] and len({prompt.partition("question 3")[0] for prompt in prompts[0]}) > 1
 
 
 def test_a_name_stands_for_one_model(finished, checkpoints, data, tmp_path, monkeypatch):
@@ -319,7 +402,7 @@ def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints,
     assert any(note.startswith("bold: read from bold_prompts_40_per_group, which holds a part") for note in values["notes"])
     assert "0.48" in (tmp_path / "out/report.md").read_text()  # Table 47: American actors, Llama 2-Chat 7B
     monkeypatch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(text_judges, "check_classifier", lambda path: None)
+    monkeypatch.setattr(text_judges, "check_classifier", lambda name, path: None)
     monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
     again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
     assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
@@ -364,8 +447,8 @@ def test_what_judges_and_rivals_lack_is_said_before_anything_is_drawn(checkpoint
     for package in ("torch", "transformers", "accelerate"):
         pytest.importorskip(package, reason="classifiers and rivals need it")
     nowhere = tmp_path / "nowhere"
-    refused(ValueError, f"{nowhere}: expected a transformers classifier with its tokenizer as judge: ", safety=("toxigen",),
-            judges={"toxicity": str(nowhere)})  # fmt: skip
+    refused(ValueError, f"^judges.toxicity: {nowhere}: expected a transformers classifier with its tokenizer: ",
+            safety=("toxigen",), judges={"toxicity": str(nowhere)})  # fmt: skip
     refused(ValueError, f"hf:{nowhere}: expected a model with its tokenizer: ", safety=("toxigen",),
             models=(f"x=hf:{nowhere}",))  # fmt: skip
 
@@ -474,6 +557,9 @@ def test_the_harness_says_where_less_is_better():
         def higher_is_better(self):
             return {"acc": True, "wer": False}
 
+        def set_fewshot_seed(self, seed):
+            pass
+
     rows = [{"filter": "none", "acc": 1.0, "wer": 0.25, "metrics": ["acc", "wer"]}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.evaluate", lambda **_: {"samples": {"t": rows}})
@@ -502,36 +588,53 @@ def test_wrong_files_are_one_sentence(data, tmp_path):
 
 
 def test_unknown_tasks_name_the_nearest(monkeypatch):
-    monkeypatch.setattr(tasks, "_index", lambda: {"lambada_openai": None})
+    monkeypatch.setattr(task_names, "_index", lambda: {"lambada_openai": None})
     with pytest.raises(ValueError, match="task 'hellasweg' is unknown; did you mean hellaswag"):
-        tasks.expand("hellasweg")
-    assert len(tasks.expand("mmlu")) == 57 and len(tasks.expand("bbh")) == 27 and len(tasks.expand("agieval")) == 8
-    assert len(tasks.expand("math")) == 7 and tasks.expand("lambada_openai") == ["lambada_openai"]
-    monkeypatch.setattr(tasks, "_index", lambda: {"gsm8k": None, "gsm8k_cot": None})
+        task_names.expand("hellasweg")
+    sizes = {"mmlu": 57, "bbh": 27, "agieval": 8, "math": 7}
+    assert {name: len(task_names.expand(name)) for name in sizes} == sizes
+    assert task_names.expand("lambada_openai") == ["lambada_openai"]
+    monkeypatch.setattr(task_names, "_index", lambda: {"gsm8k": None, "gsm8k_cot": None})
     with pytest.raises(ValueError, match="task 'gsm9k' is unknown; did you mean gsm8k[?]$"):  # each name once, ours first
-        tasks.expand("gsm9k")
+        task_names.expand("gsm9k")
     with pytest.raises(ValueError, match="task 'nq_open@x': expected a number of examples behind the @"):
-        tasks.expand("nq_open@x")
-    assert tasks.expand("nq_open@1") == ["nq_open@1"] and tasks.expand("mmlu@0")[0] == "mmlu:abstract_algebra@0"
+        task_names.expand("nq_open@x")
+    assert task_names.expand("nq_open@1") == ["nq_open@1"] and task_names.expand("mmlu@0")[0] == "mmlu:abstract_algebra@0"
 
 
 def test_the_index_of_the_harness_is_read_in_no_time():
-    tasks._index.cache_clear()
-    found = tasks._index()
+    task_names._index.cache_clear()
+    found = task_names._index()
     assert len(found) > 10_000 and found["lambada_openai"].name == "lambada_openai.yaml"
     assert {"gsm8k_cot", "aclue_ancient_medical", "squadv2"} <= set(found)
     assert tasks._stock("lambada_openai")["output_type"] == "loglikelihood"
 
 
-def test_tasks_are_chosen_from_the_suite(monkeypatch):
-    monkeypatch.setattr(tasks, "_index", lambda: {"lambada_openai": None})
-    choices = {"mmlu": 1, "boolq": 2}
-    assert tasks.choose(choices, ["boolq", "mmlu:anatomy"]) == {"boolq": 2, "mmlu:anatomy": 1}
-    with pytest.raises(ValueError, match="task 'piqa' is not in this suite, which has mmlu, boolq"):
-        tasks.choose(choices, ["piqa"])
-    with pytest.raises(ValueError, match="'boolk' is not in this suite, which has mmlu, boolq; did you mean boolq"):
-        tasks.choose(choices, ["boolk"])
-    assert tasks.choose({"nq_open": {"shots": 5, "metric": "m"}}, ["nq_open@1"]) == {"nq_open@1": {"shots": 1, "metric": "m"}}
+def test_tasks_and_safety_benchmarks_are_chosen_from_the_suite(monkeypatch):
+    monkeypatch.setattr(task_names, "_index", lambda: {"lambada_openai": None})
+    choices, both = {"mmlu": 1, "boolq": 2}, ("truthfulqa", "bold")
+    assert task_names.choose(choices, both, ["boolq", "mmlu:anatomy"]) == ({"boolq": 2, "mmlu:anatomy": 1}, ())
+    assert task_names.choose(choices, both, ["bold", "boolq"]) == ({"boolq": 2}, ("bold",))
+    assert task_names.choose({}, both, ["truthfulqa"]) == ({}, ("truthfulqa",))
+    for suite, name, words in (
+        ((choices, ()), "piqa", "'piqa' is not in this suite, which has the tasks mmlu, boolq; `python -m"),
+        ((choices, ()), "boolk", "'boolk' is not in this suite, which has the tasks mmlu, boolq; did you mean boolq[?]; "),
+        (({}, both), "trutfulqa", "which has the safety benchmarks truthfulqa, bold; did you mean truthfulqa[?]; "),
+        ((choices, both), "x", "which has the tasks mmlu, boolq and the safety benchmarks truthfulqa, bold; `python"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            task_names.choose(*suite, [name])
+    found, _ = task_names.choose({"nq_open": {"shots": 5, "metric": "m"}}, (), ["nq_open@1"])
+    assert found == {"nq_open@1": {"shots": 1, "metric": "m"}}
+
+
+def test_the_command_takes_a_safety_benchmark_by_name(checkpoints, tmp_path):
+    pytest.importorskip("vaderSentiment", reason="needs the extra [eval]")
+    write_rows(tmp_path / "bold.jsonl", [{"domain": "d", "group": "islam", "prompt": "the "}])
+    given = (f"--checkpoint={checkpoints / 'model0'}", f"--data_dir={tmp_path}", f"--output={tmp_path / 'out'}")
+    done = run_command("safety", *given, "--tasks=bold")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(json.loads((tmp_path / "out/results.json").read_text())["tasks"]) == ["bold:islam"]
 
 
 def hub(monkeypatch, **splits):
@@ -832,12 +935,12 @@ def test_configs_of_every_suite_are_valid(data):
 
     for suite in SUITES:
         values = get_config(suite).to_dict() | {"models": ("a=b",)}
-        values["tasks"] = tasks.of_groups(values["tasks"], values.pop("groups"))
+        values["tasks"] = task_names.of_groups(values["tasks"], values.pop("groups"))
         assert suite not in groups.GROUPS or set(values["tasks"]) == set(groups.GROUPS[suite])
         config = parse(evaluate.EvaluateConfig, values)
         for name, choice in config.tasks.items():
             task, at, shots = name.partition("@")
-            assert task in tasks.NAMES and (not at or int(shots) == choice.shots)
+            assert task in task_names.NAMES and (not at or int(shots) == choice.shots)
             if suite in ("closed", "shots"):  # each cell of these tables has the paper's number beside it
                 columns = published.published("L2 70B")
                 assert published.cell(columns, name, metric=choice.metric, shots=choice.shots) is not None, name
@@ -845,7 +948,7 @@ def test_configs_of_every_suite_are_valid(data):
             published.published(model)
     assert set(groups.GROUPS) <= set(SUITES)
     with pytest.raises(ValueError, match="groups: 'maths' is unknown; expected some of code, "):
-        tasks.of_groups({}, ("maths",))
+        task_names.of_groups({}, ("maths",))
     with pytest.raises(ValueError, match="suite 'nope' is unknown"):
         get_config("nope")
     with pytest.raises(ConfigError, match="models: expected at least one"):
@@ -864,7 +967,7 @@ def test_averages_of_the_papers_own_columns_are_its_group_columns():
         results = {name: {"value": columns[name], "stderr": 0.0, "n": 1} for name in published.TABLES_19_20_25[model]
                    if name in groups.GROUPS["commonsense"]}  # fmt: skip
         assert groups.groups(results)["commonsense"]["value"] == pytest.approx(row["commonsense"], abs=0.11), model
-        sizes = dict(zip(tasks.AGIEVAL, (254, 651, 230, 510, 269, 206, 206, 220)))
+        sizes = dict(zip(task_names.AGIEVAL, (254, 651, 230, 510, 269, 206, 206, 220)))
         results = {f"agieval:{t}": {"value": columns[f"agieval:{t}"], "stderr": 0.0, "n": n} for t, n in sizes.items()}
         if model != "Falcon 40B":  # two equal cells there look like a misprint
             assert groups.groups(results)["agieval"]["value"] == pytest.approx(row["agieval"], abs=0.11), model
@@ -908,11 +1011,11 @@ def test_the_papers_number_is_of_the_same_metric_and_examples():
     assert groups.weights("world_knowledge", shots) == {"nq_open": 1.0}
     # One task of a family is not its average.
     one = {"mmlu:anatomy": record("acc", 5)}
-    found = groups.groups(one, whole={"mmlu": tasks.expand("mmlu")})
+    found = groups.groups(one, whole={"mmlu": task_names.expand("mmlu")})
     assert found["mmlu"]["missing"] == ["56 of the 57 tasks of mmlu"]
     assert not benchmark_figures.shown({"m": {"groups": found}}, ["mmlu"])
-    every = dict.fromkeys(tasks.expand("mmlu"), record("acc", 5))
-    found = groups.groups(every, whole={"mmlu": tasks.expand("mmlu")})
+    every = dict.fromkeys(task_names.expand("mmlu"), record("acc", 5))
+    found = groups.groups(every, whole={"mmlu": task_names.expand("mmlu")})
     assert found["mmlu"]["missing"] == [] and benchmark_figures.shown({"m": {"groups": found}}, ["mmlu"]) == ["mmlu"]
     context = {"qmsum": record("rouge1", 0, rouge2=0.03, rougeL=0.12), "squad": record("exact_match", 0, f1=0.6),
                "nq_open@64": record("exact_match", 64)}  # fmt: skip

@@ -367,19 +367,77 @@ def test_a_reward_model_and_a_classifier_judge(tmp_path):
     assert np.isnan(judge([("the loop", "text " * MODEL.max_length)])).all()  # never of a dialog that was cut
     with pytest.raises(ValueError, match="expected a reward model"):
         text_judges.reward_model(dataclasses.replace(model, head="lm_head"))
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    config = transformers.BertConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "judge")
-    (tmp_path / "judge/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "loop", "text"]))
-    transformers.BertTokenizerFast(str(tmp_path / "judge/vocab.txt")).save_pretrained(tmp_path / "judge")
-    judge = text_judges.with_question(text_judges.classifier(str(tmp_path / "judge")))
+    judge = text_judges.with_question(text_judges.classifier(str(saved_model(tmp_path / "judge", "Bert"))))
     assert judge(pairs).shape == (3,) and np.all((judge(pairs) > 0) & (judge(pairs) < 1))
     assert np.isnan(judge([("loop", "text " * 600), ("loop", "text")])).tolist() == [True, False]
-    with pytest.raises(ValueError, match="expected a classifier with label 5, found 2 labels"):
-        text_judges.classifier(str(tmp_path / "judge"), label=5)
+
+
+def saved_model(path, kind, head="ForSequenceClassification", **changes):
+    """A small random model of transformers with a tokenizer beside it; a decoder's does not pad."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=512, initializer_range=1.0, **changes,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}{head}")(config).save_pretrained(path)
+    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "loop", "text", "line"]))
+    words = transformers.BertTokenizerFast(str(path / "vocab.txt"), model_max_length=510)
+    if kind == "Llama":
+        words.pad_token = None
+    words.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_a_classifier_gives_the_probability_of_the_label_that_is_named(kind, problem, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    from llama_jax.evals import text_judges
+
+    names = {0: "insult", 1: "toxic", 2: "threat"}
+    place = saved_model(tmp_path / "judge", kind, num_labels=3, id2label=names, problem_type=problem)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(place).eval()
+    words, texts = transformers.AutoTokenizer.from_pretrained(place), ["loop text", "line", "text line loop line"]
+    with torch.no_grad():
+        logits = np.concatenate([model(**words(text, return_tensors="pt")).logits.numpy() for text in texts])
+    multi = problem.startswith("multi")
+    expected = 1 / (1 + np.exp(-logits)) if multi else np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for label, column in (("toxic", 1), ("2", 2), ("insult", 0)):
+        found = text_judges.classifier(f"{place}#{label}")([("", text) for text in texts])
+        np.testing.assert_allclose(found, expected[:, column], atol=1e-5)
+    with pytest.raises(ValueError, match=r"has no label 'toxik' among its 3; did you mean 'toxic'[?]$"):
+        text_judges.check_classifier("truth", f"{place}#toxik")
+    with pytest.raises(ValueError, match="^judges.truth: .*judge: expected one of its labels .*, as .*#LABEL: insult"):
+        text_judges.check_classifier("truth", str(place))
+
+
+def test_what_judges_by_chance_is_refused(tmp_path):
+    from llama_jax.data.classifier import Reading, read
+    from llama_jax.evals import text_judges
+
+    causal = saved_model(tmp_path / "causal", "Llama", "ForCausalLM")
+    with pytest.raises(ValueError, match="^judges.truth: .*causal: architectures: expected .*, found LlamaForCausalLM$"):
+        text_judges.check_classifier("truth", str(causal))
+    settings = json.loads((causal / "config.json").read_text())  # says that it is one, but its weights have no head
+    write_json(causal / "config.json", settings | {"architectures": ["LlamaForSequenceClassification"]})
+    with pytest.raises(ValueError, match="causal: expected the weights of a classifier, found no score.weight"):
+        text_judges.classifier(str(causal))
+    heads, two = ["XForSequenceClassification"], {0: "no", 1: "yes"}
+    assert read("p", "", heads, two, None) == Reading("p", 1, sigmoid=False)
+    assert read("p", "", heads, {0: "toxic"}, "multi_label_classification") == Reading("p", 0, sigmoid=True)
+    assert read("p", "1", heads, {0: "1", 1: "0"}, None).label == 0  # a name goes before a number
+    for names, problem in (({0: "score"}, None), (two, "regression")):
+        with pytest.raises(ValueError, match=f"p: problem_type: expected single_label.*, found {problem} of {len(names)}$"):
+            read("p", "", heads, names, problem)
+    with pytest.raises(ValueError, match="p: architectures: .*found none"):
+        read("p", "", None, two, None)
+    with pytest.raises(ValueError, match="p: has no label '5' among its 2; expected one of no, yes"):
+        read("p", "5", heads, two, None)
+    with pytest.raises(ValueError, match="as p#LABEL: no, yes$"):
+        read("p", "", heads, two, "multi_label_classification")
 
 
 def test_the_report_shows_answers_of_the_models_side_by_side(tmp_path):

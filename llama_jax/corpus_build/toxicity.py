@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.corpus_build.extras import extra
+from llama_jax.data.classifier import SequenceClassifier, check, place_of
 
 # Lines to probabilities [lines] between 0 and 1 of being toxic.
 Classifier = Callable[[Sequence[str]], np.ndarray]
@@ -25,16 +26,17 @@ def word_classifier(lines: Sequence[str]) -> np.ndarray:
 
 
 class TransformersClassifier:
-    """A sequence classification checkpoint, such as one of HateBERT on ToxiGen, from a local directory or the hub."""
+    """A sequence classification checkpoint, such as one of HateBERT on ToxiGen, from a local directory or the hub.
 
-    def __init__(self, checkpoint: str, *, toxic_label: int = 1, batch_size: int = 64, length: int = 128):
-        self._pipeline = extra("transformers").pipeline("text-classification", model=checkpoint, top_k=None)
-        self._label = self._pipeline.model.config.id2label[toxic_label]
-        self._options = {"batch_size": batch_size, "truncation": True, "max_length": length}
+    `CHECKPOINT#LABEL` says which of its labels is toxic, see `data/classifier.py`.
+    """
+
+    def __init__(self, checkpoint: str, *, batch_size: int = 64, length: int = 128):
+        self._model = SequenceClassifier(checkpoint, accelerator=True)
+        self._options = {"batch": batch_size, "length": length}
 
     def __call__(self, lines: Sequence[str]) -> np.ndarray:
-        rows = self._pipeline(list(lines), **self._options)
-        return np.array([next(s["score"] for s in row if s["label"] == self._label) for row in rows], np.float64)
+        return self._model(lines, **self._options)
 
 
 @functools.cache
@@ -44,11 +46,18 @@ def classifier_of(checkpoint: str | None) -> Classifier:
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """ValueError for a directory that is none, before hours of work that end in it."""
+    """ValueError for a directory that is no classifier, before hours of work that end in it. One on the hub is looked at when
+    it is loaded: workers may reach the hub where the command does not."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("toxicity_checkpoint: needs the package transformers")
-    if checkpoint.startswith((".", "/")) and not (Path(checkpoint) / "config.json").is_file():
-        raise ValueError(f"toxicity_checkpoint: expected a checkpoint of transformers, found no config.json in {checkpoint!r}")
+    place = Path(place_of(checkpoint))
+    if checkpoint.startswith((".", "/")) and not (place / "config.json").is_file():
+        raise ValueError(f"toxicity_checkpoint: expected a checkpoint of transformers, found no config.json in {str(place)!r}")
+    if place.is_dir():
+        try:
+            check(checkpoint)
+        except (ModuleNotFoundError, ValueError) as error:
+            raise ValueError(f"toxicity_checkpoint: {error}") from error
 
 
 def document_scores(texts: Sequence[str], classifier: Classifier = word_classifier) -> np.ndarray:

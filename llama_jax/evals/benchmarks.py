@@ -4,6 +4,8 @@ On several hosts all run them together; the first one reads and writes.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -17,7 +19,8 @@ import numpy as np
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import safety
 from llama_jax.evals.request_file import RequestFile
-from llama_jax.evals.tasks import TaskChoice, sets_of
+from llama_jax.evals.task_names import sets_of
+from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 
@@ -52,6 +55,27 @@ def check(name: str, task: Any, choice: TaskChoice) -> None:
         raise ValueError(f"{name}: has no metric {choice.metric!r}; expected one of {', '.join(metrics)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The harness's object of a task, how it is run, and a digest of the questions that it asks."""
+
+    task: Any
+    choice: TaskChoice
+    questions: str
+
+
+def prepare(name: str, task: Any, choice: TaskChoice, *, limit: int | None) -> Built:
+    """A checked task, with the digest of what it scores and of the rows that its examples are taken from: the data behind a
+    name may be exchanged between two commands."""
+    check(name, task, choice)
+    digest = hashlib.sha256()
+    for docs in (itertools.islice(task.eval_docs, limit), task.fewshot_docs() if choice.shots else ()):
+        for doc in docs:
+            digest.update(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n")
+        digest.update(b"\n")
+    return Built(task, choice, digest.hexdigest()[:32])
+
+
 def run_task(
     lm: Any, name: str, task: Any, choice: TaskChoice, *, limit: int | None, samples: Path | None = None
 ) -> Record:
@@ -63,6 +87,7 @@ def run_task(
     from lm_eval import evaluator
 
     quiet_harness()
+    task.set_fewshot_seed(1234)  # as it was built: a model before has drawn its examples, and all are asked with the same
     before = lost(lm)
     found = evaluator.evaluate(
         lm=lm, task_dict={"tasks": {task.config.task: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0,
