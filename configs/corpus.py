@@ -144,7 +144,7 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: int = 0, **chan
         "analyses": (),  # of the report: language, demographics, toxicity
         "analysed_share": 1.0,
         "identities": placeholder(str),  # a file of axes and descriptors instead of those that Table 9 prints
-        "toxicity_checkpoint": placeholder(str),  # PATH or PATH#LABEL of a classifier for transformers instead of the built-in one
+        "toxicity_checkpoint": placeholder(str),  # PATH[#LABEL] of a classifier for transformers; else a built-in one
         "seed": 0,
         **changes,
     })  # fmt: skip

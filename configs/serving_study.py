@@ -6,14 +6,10 @@
 
 from ml_collections import ConfigDict
 
-from llama_jax.model.config import SIZES
-
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Prompts of 256 and 2048 tokens, answers of 128, batches up to 2048; `tiny` stops at 64, its prompts at 1024."""
     name = {"33b": "llama1-33b", "smoke": "nano"}.get(size, size)
-    if name not in SIZES:
-        raise ValueError(f"serving_study {size!r} is unknown; expected one of 33b, tiny, smoke, {', '.join(SIZES)}")
     config = ConfigDict({
         "size": name, "prompts": (256, 2048), "new_tokens": 128, "largest": 2048, "repeats": 3,
         "compute": {"matmul": "auto", "activations": "bfloat16"},

@@ -7,9 +7,13 @@ A model is `name=checkpoint`, or `name=answers.jsonl` with its answers (`evals/a
 models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a language model, or `--judge=http://host/v1`, an
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
 losses, garbage and what the judge refused, over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one
-half, and both reward models' scores (`scores.json` of each prompt); `report.html` shows them. Several opponents or versions
-(Figs. 2 and 11 whole) are as many runs, whose results give a figure of all their points:
-`model_figures.win_rate_axes({name: comparison_report.point(results), ...})`.
+half, and both reward models' scores (`scores.json` of each prompt); `report.html` shows them.
+
+Several opponents or versions (Figs. 2 and 11 whole) are as many runs over the same prompts, by the same judge, whose results
+
+    python -m llama_jax.compare --results=ChatGPT=runs/compare,PaLM=runs/compare_palm --output=runs/opponents
+
+shows in one figure and table beside the paper's points (`evals/comparisons.py`).
 
 Answers, scores and verdicts are kept in the output as they come: a run that is stopped goes on with the same command. Answers
 that another checkpoint gave under this name, or this one under other settings, are refused; a judge that has changed, or that
@@ -31,10 +35,11 @@ from absl import flags
 from llama_jax import command
 from llama_jax.annotation.tasks import read_prompt_list
 from llama_jax.chat import open_engine
+from llama_jax.convert import one_process
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message, decode_response, prompt_key
 from llama_jax.data.row_file import RowFile
-from llama_jax.evals import comparison_report, judges
+from llama_jax.evals import comparison_report, comparisons, judges
 from llama_jax.evals.answer_files import Answered, answer_room, pair_up, read_answers
 from llama_jax.evals.endpoint import Endpoint
 from llama_jax.evals.origin import claim, identity
@@ -52,6 +57,7 @@ from llama_jax.sampling.engine import Engine, EngineConfig
 from llama_jax.sampling.request import Request
 from llama_jax.training.metrics import Progress
 
+_OF_ONE = ("first", "second", "prompts", "helpfulness", "safety", "judge")  # flags of a new comparison
 Open = Callable[[str], tuple[Engine, Model]]  # a language model's place -> its engine, and the model without parameters
 
 
@@ -249,6 +255,12 @@ def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.A
 def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
+    if values.results:
+        show_together(values)
+        return
+    for flag in ("first", "second"):
+        if not values[flag].value:
+            raise ValueError(f"--{flag}: missing; expected name=checkpoint or name=answers.jsonl (or --results alone)")
     keep_heap()
     rewards = {track: getattr(values, track) for track in comparison_report.TRACKS if getattr(values, track)}
     if bool(rewards) == bool(values.judge):
@@ -260,6 +272,20 @@ def main() -> None:
     start_distributed()
     with worked_in(values.output) as directory:
         _compare(values, places, rewards, directory)
+
+
+def show_together(values: Any) -> None:
+    """The figure and table of several finished comparisons, by the flags' `values`."""
+    one_process("compare --results")
+    if given := [flag for flag in _OF_ONE if values[flag].value]:
+        raise ValueError(f"--{given[0]}: is of a new comparison; expected --results and --output alone")
+    places = command.named("results", values.results, "directory of a finished comparison")
+    if os.path.abspath(values.output) in map(os.path.abspath, places.values()):
+        raise ValueError(f"--output: {values.output} holds one of --results; expected a directory of its own")
+    found = comparisons.read(places)
+    with worked_in(values.output) as directory:
+        comparisons.write(found, places, directory)
+    print(os.path.join(values.output, "report.html"))
 
 
 def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str], directory: Path) -> None:
@@ -284,14 +310,16 @@ def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str],
     pairs = pair_up(*answers.values(), tuple(places))
     if not pairs:
         raise ValueError(f"{values.prompts or values.first}: no prompt that both models answered")
-    outcomes, scores = _judge(pairs, directory, values, rewards, open_model)
+    judged_by = judge_of(values, rewards)
+    outcomes, scores = _judge(pairs, directory, values, judged_by, rewards, open_model)
 
     def finish() -> None:
         first, second = places
         judge = f"{values.judge} {values.judge_model}".strip() or " and ".join(rewards.values())
         counts = {name: count(place, [pair[side] for pair in pairs], missing=missing[name])
                   for side, (name, place) in enumerate(places.items())}  # fmt: skip
-        results = {"first": first, "second": second, "judge": judge, "answers": counts}
+        results = {"first": first, "second": second, "judge": judge, "judged_by": judged_by,
+                   "prompts": comparison_report.prompt_set(pairs, prompts), "answers": counts}  # fmt: skip
         comparison_report.write(results, pairs, outcomes, scores, directory)
         print(os.path.join(values.output, "report.html"))
 
@@ -327,26 +355,37 @@ def count(place: str, judged: Sequence[Answered], *, missing: int) -> dict[str, 
     }  # fmt: skip
 
 
+def judge_of(values: Any, rewards: Mapping[str, str]) -> dict[str, Any]:
+    """What verdicts depend on beside what is judged: {track: a reward model}, or a language model and its settings."""
+    if rewards:
+        return {track: from_host_0(functools.partial(identity, place)) for track, place in rewards.items()}
+    judge = {"max_tokens": values.judge_tokens}
+    if _is_address(values.judge):
+        return judge | {"url": values.judge, "model": values.judge_model or "default"}
+    return judge | from_host_0(lambda: identity(values.judge)) | {"int8_cache": values.int8_cache}
+
+
+def _is_address(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
+
+
 def _judge(
-    pairs: Sequence[judges.Pair], directory: Path, values: Any, rewards: Mapping[str, str], open_model: Open
-) -> tuple[list[str], comparison_report.Scores]:
-    """The outcomes, and the scores of reward models; what a judge said of a pair before is not asked for again."""
+    pairs: Sequence[judges.Pair], directory: Path, values: Any, judge: Mapping[str, Any], rewards: Mapping[str, str],
+    open_model: Open,
+) -> tuple[list[str], comparison_report.Scores]:  # fmt: skip
+    """The outcomes, and the scores of reward models; what a judge (`judge_of`) said of a pair before is not asked for again."""
     if rewards:
         kept = Kept(directory / "reward_scores.jsonl")
         try:
             return reward_outcomes(pairs, rewards, kept, tokenizer=values.tokenizer)
         finally:
             kept.close()
-    judge = {"max_tokens": values.judge_tokens}
-    if values.judge.startswith(("http://", "https://")):
-        model = values.judge_model or "default"
-        judge |= {"url": values.judge, "model": model}
+    if _is_address(values.judge):
         key = os.environ.get("OPENAI_API_KEY", "")
-        ask = Endpoint(values.judge, model=model, api_key=key, max_tokens=values.judge_tokens)
+        ask = Endpoint(values.judge, model=judge["model"], api_key=key, max_tokens=values.judge_tokens)
         found: list[str] = []
         on_host_0(lambda: found.extend(_verdicts(pairs, ask, directory, judge, values.seed)))
         return found, {}
-    judge |= from_host_0(lambda: identity(values.judge)) | {"int8_cache": values.int8_cache}
     ask = model_as_judge(*open_model(values.judge), max_tokens=values.judge_tokens)
     return _verdicts(pairs, ask, directory, judge, values.seed, file=Kept), {}
 
@@ -388,6 +427,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("first", None, "name=checkpoint, or name=answers.jsonl: the model whose wins are counted")
     flags.DEFINE_string("second", None, "the same of the other model")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts, where a checkpoint answers")
+    flags.DEFINE_list("results", [], "name=directory of each finished comparison, to show them together; with --output alone")
     flags.DEFINE_string("output", None, "directory for answers, verdicts and the report; gs://bucket/... too")
     flags.DEFINE_string("helpfulness", "", "reward model")
     flags.DEFINE_string("safety", "", "reward model; with both, the combined reward judges")
@@ -400,5 +440,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_tokens", 512, "longest answer")
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("seed", 0, "of the answers and of the order in which a judge sees them")
-    flags.mark_flags_as_required(["first", "second", "output"])
+    flags.mark_flags_as_required(["output"])
     command.launch(main)

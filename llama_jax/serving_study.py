@@ -34,7 +34,7 @@ from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.decode import Prepared, prepare
-from llama_jax.parallel.axes import DECODE, layout
+from llama_jax.parallel.axes import DECODE, batch_shards, layout
 from llama_jax.parallel.host import device_memory, keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
@@ -174,7 +174,6 @@ def run(config: ServingConfig, directory: Path, mesh: Mesh, *, memory: int | Non
     models = variants(size(config.size), longest=max(config.prompts) + config.new_tokens)
     told = {"config": describe(config), "device": jax.devices()[0].device_kind, "devices": mesh.size}
     found = from_host_0(lambda: _kept(directory / "serving.json", told))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, model in models.items():
         missing = [prompt for prompt in config.prompts if str(prompt) not in found["variants"].get(name, {}).get("prompts", {})]
         if not missing:
@@ -186,7 +185,7 @@ def run(config: ServingConfig, directory: Path, mesh: Mesh, *, memory: int | Non
         with jax.set_mesh(mesh):
             weights = weights_of(model, config.compute)
             for prompt in missing:
-                sizes = list(batches(config.largest, least=shards))
+                sizes = list(batches(config.largest, least=batch_shards(mesh)))
                 points, stopped = [], "largest"
                 with Progress(len(sizes), f"{name}, prompts of {prompt}", "size", quiet=jax.process_index() > 0) as progress:
                     for batch in sizes:

@@ -2,15 +2,19 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from llama_jax.corpus_build.manifest import FIELDS
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import model_figures, statistics, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.summary import rewards_of_samples
 from llama_jax.evals.targets import check_targets, lookup, number, percent, share
+from llama_jax.files import write_json
 from llama_jax.rlhf import best_of
 
 PNG = b"\x89PNG"
@@ -119,7 +123,7 @@ def good_results() -> dict:
     }
     return {
         "size": "tiny",
-        "seconds": {"pretrain": 300.0, "total": 840.0},
+        "seconds": {"corpus": 12.0, "pretrain": 300.0, "total": 840.0},
         "pretrain": {"bits_per_byte": {"reference": 1.5}, "xz_bits_per_byte": {"reference": 2.0}},
         "base": {"true_utility": {"mean": 0.2, "low": 0.15, "high": 0.25}},
         "sft": {"true_utility": utility, "safety_violations": 0.02, "stop_rate": 1.0},
@@ -140,7 +144,7 @@ def report_of(results, tmp_path, **options):
 
 def test_all_targets_of_a_good_run_are_met(tmp_path):
     document, markdown, html = report_of(good_results(), tmp_path)
-    assert len(document["targets"]) == 11 and all(t["met"] is True for t in document["targets"])
+    assert len(document["targets"]) == 12 and all(t["met"] is True for t in document["targets"])
     assert document["ppo"]["win_rate"]["low"] == 0.58 and document["sft"]["true_utility"]["mean"] == 0.5
     assert document["annotator"] == "simulation"
     for text in (markdown, html):
@@ -201,6 +205,7 @@ def test_ppos_seconds_are_medians_of_what_was_logged(tmp_path):
         ("rejection.win_rate.low", 0.5, "rejection"),
         ("ppo.win_rate.mean", 0.59, "ppo"),
         ("ppo.safety_violations", 0.03, "ppo"),
+        ("seconds.corpus", 60.1, "corpus"),
         ("seconds.total", 1201.0, "recipe"),
     ],
 )
@@ -352,7 +357,7 @@ def test_every_series_can_be_told_apart_by_every_kind_of_colour_vision():
     for theme in (plots.LIGHT, plots.DARK):
         assert len(theme.cycle) == 8  # SFT, V1 to V5, PPO, base
         for kind, eyes in seen.items():
-            points = [lab(colour, eyes) for colour in theme.cycle]
+            points = [lab(colour, eyes) for colour in (*theme.cycle, theme.grey)]
             apart = min(np.linalg.norm(a - b) for a, b in itertools.combinations(points, 2))
             assert apart > 15, (theme.page, kind, apart)
         assert len({(style["color"], style["marker"]) for style in plots.styles(theme, 72)}) == 72
@@ -371,6 +376,85 @@ def test_limits_hold_every_curve_of_a_figure():
     # The second one must not push the first out of sight.
     bottom, top = figures.loss_curve({"high": high, "low": low}).draw(plots.LIGHT).axes[0].get_ylim()
     assert bottom < 0.1 and top > 0.9
+
+
+def test_scores_before_and_after_have_histograms_at_the_margins():
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import figures, plots
+
+    before, after = np.array([0.1, 0.1, 0.5, 0.9]), np.array([0.1, 0.9, 0.93, 0.95])
+    plot = figures.score_scatter({"safety": (before, after)}, before="old", after="new")
+    assert "safety: 75 % above the diagonal, mean 0.400 to 0.720" in plot.alt
+    (ax,) = plot.draw(plots.LIGHT).axes
+    above, beside = ax.child_axes
+    assert above.get_title() == "safety reward model" and not ax.get_title()
+    width = 1 / 25  # of a bin
+    for margin, size, start, values in ((above, "get_height", "get_x", before), (beside, "get_width", "get_y", after)):
+        counts = {round(getattr(bar, start)() / width): getattr(bar, size)() for bar in margin.patches}
+        assert {place: count for place, count in counts.items() if count} == (
+            {2: 2, 12: 1, 22: 1} if values is before else {2: 1, 22: 1, 23: 2}
+        )
+    assert above.get_xlim() == ax.get_xlim() and beside.get_ylim() == ax.get_ylim()
+
+
+def pretraining_run(directory, *, losses, batch_size, block_length=16, stage="pretrain"):
+    corpus = directory / "corpus"
+    write_json(corpus / "manifest.json", {**dict.fromkeys(FIELDS), "sources": {}, "block_length": block_length})
+    config = {"stage": stage, "data": {"corpus": str(corpus)}, "loop": {"steps": 999, "batch_size": batch_size}}
+    write_json(directory / "config.json", config)
+    write_jsonl(directory / "metrics.jsonl", [{"step": step, "loss": loss} for step, loss in losses.items()])
+    return str(directory)
+
+
+def test_losses_of_several_sizes_by_tokens(tmp_path):
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import loss_by_tokens, plots
+
+    small = pretraining_run(tmp_path / "s", losses={0: 4.0, 9: 3.0, 19: 2.0}, batch_size=4)
+    large = pretraining_run(tmp_path / "l", losses={0: 3.5, 9: 2.5}, batch_size=2, block_length=64)
+    runs = {"7b": loss_by_tokens.read(small), "mine": loss_by_tokens.read(large)}
+    # A step is 4 rows of 16 tokens, or 2 of 64; the log's step 0 is the first.
+    assert runs["7b"].tokens.tolist() == [64, 640, 1280] and runs["mine"].tokens.tolist() == [128, 1280]
+    assert (runs["7b"].steps, runs["7b"].reached, runs["mine"].reached) == (20, 3.0, 3.0)
+    plot = loss_by_tokens.curves(runs)
+    (ax,) = plot.draw(plots.LIGHT).axes
+    assert ax.get_xlabel() == "tokens" and "7b from 4 to 2; mine from 3.5 to 2.5" in plot.alt and "70B 1.50" in plot.alt
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert lines["7b"].get_xdata().tolist() == [64, 640, 1280] and lines["mine"].get_ydata().tolist() == [3.5, 2.5]
+    papers = lines["the paper's 7B at 2T: 1.74"]
+    assert papers.get_color() == lines["7b"].get_color() and papers.get_xdata().tolist() == [1.0]  # the edge of the axes
+    low, high = ax.get_ylim()
+    assert low < 1.5 and high > 4.0 and ax.get_xlim()[1] < 2000
+    long = {"70B": loss_by_tokens.Run(np.array([1e11, 1e12, 2e12]), np.array([1.9, 1.6, 1.5]), steps=3)}
+    (ax,) = loss_by_tokens.curves(long).draw(plots.LIGHT).axes
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert ax.get_xlabel() == "tokens (billions)" and lines["70B"].get_xdata().tolist() == [100, 1000, 2000]
+    assert lines["the paper's 70B at 2T: 1.50"].get_xdata().tolist() == [2000]
+
+
+def test_the_command_draws_losses_by_tokens_and_refuses_in_one_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    first = pretraining_run(tmp_path / "a", losses={0: 4.0, 9: 3.0}, batch_size=4)
+    second = pretraining_run(tmp_path / "b", losses={0: 5.0}, batch_size=4)
+
+    def run_with(*arguments):
+        done = subprocess.run([sys.executable, "-m", "llama_jax.drawn", *arguments], capture_output=True, text=True)
+        return done.stdout if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+    output = f"--output={tmp_path / 'out'}"
+    table = [line.split() for line in run_with(f"--curves=7b={first},b={second}", output).splitlines()]
+    assert table[1:] == [["7b", "10", "640", "3.500", "1.74"], ["b", "1", "64", "5.000", "-"]]
+    assert (tmp_path / "out" / "loss_by_tokens.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "out" / "loss_by_tokens.dark.svg").exists()
+    found = json.loads((tmp_path / "out" / "loss_by_tokens.json").read_text())
+    assert found["runs"]["7b"] == {"steps": 10, "tokens": 640, "loss": 3.5} and found["paper"]["loss"]["34B"] == 1.57
+    assert run_with(f"--curves=7b={first}").startswith("error: --output: missing")
+    assert run_with().startswith("error: expected either --workdir")
+    sft = pretraining_run(tmp_path / "sft", losses={0: 1.0}, batch_size=4, stage="sft")
+    assert run_with(f"--curves=x={sft}", output).endswith("sft/config.json: stage: expected pretrain, got sft")
+    empty = pretraining_run(tmp_path / "empty", losses={}, batch_size=4)
+    assert run_with(f"--curves=x={empty}", output).endswith("loss: its log has none yet; expected a run of at least one step")
+    assert run_with(f"--curves=x={first},x={second}", output).startswith("error: --curves: two are named 'x'")
 
 
 def test_figures_without_matplotlib_name_the_extra(monkeypatch):

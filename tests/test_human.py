@@ -12,6 +12,8 @@ import pytest
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import human, sheets
 from llama_jax.evals.answer_files import Answered, pair_up, read_answers
+from llama_jax.evals.human_figures import comparison_plots
+from llama_jax.evals.plots import LIGHT
 from llama_jax.evals.ratings import PairRating, SafetyRating, read_key, read_pair_ratings, read_safety_ratings
 from llama_jax.human_evaluation import export, report
 
@@ -64,6 +66,32 @@ def test_lengths_fall_into_fifths():
     rows = [PairRating(str(n), "a", "ours", "theirs", 1, words=n) for n in range(1, 101)]
     split = human.compare(rows)[0]["length"]
     assert list(split) == ["1-20", "21-40", "41-60", "61-80", "81-100"] and {row["n"] for row in split.values()} == {20}
+    *_, plot = comparison_plots(human.compare(rows))
+    assert plot.draw(LIGHT).axes[0].get_ylabel() == "words of the prompt" and "by words of the prompt" in plot.alt
+
+
+def test_words_of_answers_count_where_every_row_holds_them(tmp_path):
+    def read(**last):
+        rows = [
+            {"id": str(i), "rater": "Ann", "rating": 1, "model_a": "ours", "model_b": "theirs", "words": i,
+             "answer_a": "one two", "answer_b": "a\nb  c" if i % 2 else ""} | (last if i == 10 else {})
+            for i in range(1, 11)
+        ]  # fmt: skip
+        write_jsonl(tmp_path / "r.jsonl", rows)
+        return read_pair_ratings(tmp_path / "r.jsonl")
+
+    rows = read()
+    assert [(row.words, row.answer_words) for row in rows[:2]] == [(1, 5), (2, 2)]
+    (found,) = human.compare(rows)
+    # i + 5 of odd, i + 2 of even numbers: 4, 6, 6, 8, 8, 10, 10, 12, 12, 14.
+    assert found["length_of"] == "prompt and answers"
+    assert {name: row["n"] for name, row in found["length"].items()} == {"4-6": 3, "7-8": 2, "9-10": 2, "11-12": 2, "13-14": 1}
+    (found,) = human.compare(read(answer_a=None, answer_b=None))
+    assert found["length_of"] == "the prompt" and list(found["length"]) == ["1-2", "3-4", "5-6", "7-8", "9-10"]
+    *_, plot = comparison_plots([found])
+    assert plot.draw(LIGHT).axes[0].get_ylabel() == "words of the prompt" and "by words of the prompt" in plot.alt
+    with pytest.raises(ValueError, match="r.jsonl:10: answer_a: expected a string, got list"):
+        read(answer_a=["x"])
 
 
 def test_safety_by_risk_and_turns():

@@ -14,10 +14,12 @@ import pytest
 from llama_jax import compare
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import write_jsonl
-from llama_jax.evals import comparison_report, judges, samples
+from llama_jax.evals import comparison_report, comparisons, judges, samples
 from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.endpoint import Endpoint
 from llama_jax.evals.model_figures import win_rate_axes
+from llama_jax.evals.plots import LIGHT
+from llama_jax.files import write_json
 from llama_jax.sample_figures import run
 
 JUDGE = {"model": "x", "max_tokens": 512}
@@ -234,7 +236,8 @@ def test_the_command_asks_an_endpoint_again_under_other_settings(endpoint, tmp_p
     def new_requests(**changes):
         before = len(requests)
         values = {"judge": address, "judge_model": "", "judge_tokens": 32, "seed": 0, **changes}
-        outcomes, scores = compare._judge(pairs(4), tmp_path, types.SimpleNamespace(**values), {}, None)
+        values = types.SimpleNamespace(**values)
+        outcomes, scores = compare._judge(pairs(4), tmp_path, values, compare.judge_of(values, {}), {}, None)
         assert outcomes == ["win"] * 4 and scores == {}
         return len(requests) > before
 
@@ -263,6 +266,102 @@ def test_scores_of_both_reward_models_are_reported_beside_the_outcome(tmp_path):
     assert "refused, safety 0.90" in html
     axes = {"new": comparison_report.point(found), "old": comparison_report.point(found)}
     assert win_rate_axes(axes).alt.count("helpfulness 66.7 %, safety 50.0 %") == 2  # several opponents in one figure
+
+
+JUDGE_OF_ALL = {"url": "http://x", "model": "gpt-4", "max_tokens": 512}
+
+
+def finished(directory, first, second, *, wins=(3, 2), prompts=24, judged_by=JUDGE_OF_ALL, asked=()):
+    """A comparison of which the first model wins so many of 4 decided helpfulness prompts, and of 4 safety prompts."""
+    some = pairs(prompts)
+    left = {is_safety: ["win"] * won + ["loss"] * (4 - won) for is_safety, won in zip((False, True), wins)}
+    outcomes = [(left[pair[0].is_safety] or ["tie"]).pop(0) for pair in some]
+    results = {"first": first, "second": second, "judge": "the judge", "judged_by": judged_by, "answers": {},
+               "prompts": comparison_report.prompt_set(some, asked)}  # fmt: skip
+    comparison_report.write(results, some, outcomes, {}, directory)
+    return str(directory)
+
+
+def test_several_comparisons_are_one_figure_and_one_table_beside_the_papers_points(tmp_path):
+    places = {"ChatGPT": finished(tmp_path / "a", "ours", "gpt"), "PaLM": finished(tmp_path / "b", "ours", "palm", wins=(4, 1))}
+    found = comparisons.read(places)
+    values = comparisons.write(found, places, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == values
+    assert values["figure"] == "2" and values["prompts"]["n"] == 24 and values["judged_by"] == JUDGE_OF_ALL
+    # Of Fig. 2 the opponents' rates are known, 46 and 33 % of ChatGPT: 70B has the rest.
+    assert values["paper"]["ChatGPT"] == {"helpfulness": 54.0, "safety": 67.0}
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    # Wilson's interval of 3 in 4 by hand: (p + z²/2n ± z √(p (1 - p) / n + z²/4n²)) / (1 + z²/n).
+    assert "| ChatGPT | ours | gpt | 75.0 (30.1 to 95.4) | 4 | 50.0 (15.0 to 85.0) | 4 |" in lines
+    assert "| the paper's, by GPT-4 | Llama 2-Chat 70B | PaLM-Bison | 66 | - | 90 | - |" in lines
+    assert "PaLM: helpfulness 100.0 %, safety 25.0 %" in values["figures"]["win_rates"]["alt"]
+    assert "<td>75.0 (30.1 to 95.4)</td>" in (tmp_path / "out" / "report.html").read_text()
+    for ending in ("png", "svg", "dark.svg"):
+        assert (tmp_path / "out" / "figures" / f"win_rates.{ending}").stat().st_size > 1000
+    points = {name: comparison_report.point(results) for name, results in found.items()}
+    (ax,) = comparisons.win_rates(points, comparisons.paper_of(found).rates, title="x", of="").draw(LIGHT).axes
+    colours = {line.get_label(): (line.get_color(), line.get_marker()) for line in ax.get_lines()}
+    assert colours["PaLM"] == colours["the paper's PaLM-Bison"] != colours["the paper's Falcon-40b-instruct"]
+
+    versions = {name: finished(tmp_path / name, name, "ChatGPT") for name in ("SFT-v1", "RLHF-v1")}
+    by_gpt_4 = comparisons.paper_of(comparisons.read(versions))
+    assert (by_gpt_4.figure, by_gpt_4.rates["RLHF-v5 (with PPO)"]) == ("11", (67, 61))
+    weights = {track: {"weights": track} for track in comparison_report.TRACKS}
+    versions = {name: finished(tmp_path / name, name, "ChatGPT", judged_by=weights) for name in versions}
+    by_models = comparisons.paper_of(comparisons.read(versions))
+    assert (by_models.judge, by_models.rates["RLHF-v5 (with PPO)"]) == ("reward models", (78, 76))
+    mixed = {"a": finished(tmp_path / "c", "x", "y"), "b": finished(tmp_path / "d", "z", "u", wins=(0, 0))}
+    assert comparisons.write(comparisons.read(mixed), mixed, tmp_path / "mixed")["paper"] == {}
+
+
+def test_an_axis_on_which_nothing_was_decided_is_in_the_table_alone(tmp_path):
+    places = {"a": finished(tmp_path / "a", "ours", "x", prompts=3), "b": finished(tmp_path / "b", "ours", "y", prompts=3)}
+    for directory in places.values():
+        results = json.loads((tmp_path / directory / "results.json").read_text())
+        results["axes"]["safety"] = judges.finite(judges.summarise(["tie"]))
+        write_json(tmp_path / directory / "results.json", results)
+    values = comparisons.write(comparisons.read(places), places, tmp_path / "out")
+    assert values["figures"] == {} and "nothing was decided on one of the axes: a, b." in values["notes"][1]
+    assert "| a | ours | x | 100.0 (34.2 to 100.0) | 2 | - | 0 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_comparisons_by_other_judges_or_over_other_prompts_do_not_stand_together(tmp_path):
+    one = finished(tmp_path / "one", "ours", "x")
+    more = [{"messages": [{"role": "user", "content": "more"}]}]
+    cases = (
+        ({"prompts": 12}, r"two/results.json: prompts: expected the 24 of 'one' \(.*one\), got 12$"),
+        ({"asked": more}, "prompts: expected the 24 of 'one' .*, got 25$"),
+        ({"judged_by": {**JUDGE_OF_ALL, "model": "new"}}, "judge: expected that of 'one' .* differ in model: 'gpt-4' -> 'new'"),
+    )
+    for changes, words in cases:
+        with pytest.raises(ValueError, match=words):
+            comparisons.read({"one": one, "two": finished(tmp_path / "two", "ours", "y", **changes)})
+    with pytest.raises(FileNotFoundError, match="none/results.json: expected the results of .* 'x', found nothing"):
+        comparisons.read({"one": one, "x": str(tmp_path / "none")})
+    write_json(tmp_path / "two" / "results.json", {"first": "ours", "second": "y", "judge": "z", "axes": {}})
+    with pytest.raises(ValueError, match="two/results.json: judged_by: missing; expected what llama_jax.compare writes now"):
+        comparisons.read({"two": str(tmp_path / "two")})
+    # What one model could not answer is left out of its comparison; the prompts that were asked are the same.
+    asked = [{"messages": list(pair[0].messages), "is_safety": pair[0].is_safety} for pair in pairs(24)]
+    assert comparison_report.prompt_set(pairs(20), asked) == comparison_report.prompt_set(pairs(24), [])
+    labelled = [{**row, "is_safety": True} for row in asked]
+    assert comparison_report.prompt_set([], labelled) != comparison_report.prompt_set([], asked)
+
+
+def test_the_command_shows_finished_comparisons_and_refuses_in_one_line(tmp_path):
+    one, two = finished(tmp_path / "one", "ours", "x"), finished(tmp_path / "two", "ours", "y")
+
+    def run_with(*arguments):
+        line = [sys.executable, "-m", "llama_jax.compare", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+    both, output = f"--results=x={one},y={two}", f"--output={tmp_path / 'out'}"
+    assert run_with(both, output) == str(tmp_path / "out" / "report.html") and (tmp_path / "out" / "report.md").exists()
+    assert run_with(f"--results=x={one},x={two}", output).startswith("error: --results: two are named 'x'")
+    assert run_with(both, output, "--judge=http://x").startswith("error: --judge: is of a new comparison; expected --results")
+    assert run_with(both, f"--output={two}").startswith("error: --output: ") and (tmp_path / "two" / "results.json").exists()
+    assert run_with(output, "--judge=http://x").startswith("error: --first: missing; expected name=checkpoint")
 
 
 def test_the_papers_win_rates_are_those_of_its_figures():
@@ -326,7 +425,7 @@ def test_samples_become_curves(tmp_path):
 
 
 def test_a_figure_is_wide_enough_for_its_title():
-    from llama_jax.evals.plots import LIGHT, canvas
+    from llama_jax.evals.plots import canvas
 
     for title in ("Short", "Best reward of N samples by temperature (Fig. 8)", "A title that is very much longer " * 3):
         figure, _ = canvas(LIGHT, title, panel=(4.6, 3.8))

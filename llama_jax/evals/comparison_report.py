@@ -1,5 +1,7 @@
 """The report on two models' answers as a model judges them: win rates beside the paper's (Figs. 2, 11), scores, answers."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.dialog import prompt_key
 from llama_jax.evals import judges, plots
 from llama_jax.evals.figures import score_scatter
 from llama_jax.evals.model_figures import win_rate_axes
@@ -41,7 +44,8 @@ def write(
     """`results.json`, `report.html`, the figures, and with reward models `scores.json`, a row a prompt.
 
     Args:
-      results: `first`, `second`, `judge`, and `answers`, the counts of each by name; what is found out here is added.
+      results: `first`, `second`, `judge`, `judged_by` (what its verdicts depend on), `prompts` (see `prompt_set`), and
+        `answers`, the counts of each by name; what is found out here is added.
     """
     first, second = results["first"], results["second"]
     is_safety = np.array([pair[0].is_safety for pair in pairs], bool)
@@ -68,11 +72,24 @@ def write(
         file.write(text.encode())
 
 
+def prompt_set(pairs: Sequence[judges.Pair], asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What tells the prompts of a comparison from others: their number and a digest, in which safety prompts are such.
+
+    Of `asked`, if there are any: which of them are judged depends on the models, of which one may have a short context.
+    """
+    kinds = {prompt_key(row["messages"]): bool(row.get("is_safety")) for row in asked}
+    kinds |= {prompt_key(pair[0].messages): pair[0].is_safety for pair in pairs}
+    return {"n": len(kinds), "digest": hashlib.sha256(json.dumps(sorted(kinds.items())).encode()).hexdigest()[:32]}
+
+
 def point(results: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """A `results.json` as a point of `model_figures.win_rate_axes`; {} where an axis has no decided pair."""
-    axes = results["axes"]
-    both = all(axis in axes and axes[axis]["without_ties"]["count"] for axis in TRACKS)
-    return {axis: axes[axis]["without_ties"] for axis in TRACKS} if both else {}
+    rates = {axis: results["axes"][axis]["without_ties"] for axis in TRACKS if axis in results["axes"]}
+    if len(rates) < len(TRACKS) or not all(rate["count"] for rate in rates.values()):
+        return {}
+    # Of 0 % and 100 % the interval begins and ends there, and rounding may leave the rate outside, which no error bar can be.
+    return {axis: {**rate, "low": min(rate["low"], rate["share"]), "high": max(rate["high"], rate["share"])}
+            for axis, rate in rates.items()}  # fmt: skip
 
 
 def _rates(results: Mapping[str, Any]) -> list[plots.Plot]:
@@ -124,8 +141,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
 
 def _rate_table(results: Mapping[str, Any]) -> Table:
     rows = [
-        [axis, *(f"{values[key]:,}" for key in judges.OUTCOMES), _interval(values["without_ties"], "share"),
-         _interval(values["ties_half"], "mean")]
+        [axis, *(f"{values[key]:,}" for key in judges.OUTCOMES), interval(values["without_ties"], "share"),
+         interval(values["ties_half"], "mean")]
         for axis, values in results["axes"].items()
     ]  # fmt: skip
     return Table(["prompts", *judges.OUTCOMES, "win / (win + loss) %", "ties as half %"], rows)
@@ -187,7 +204,8 @@ def _paper() -> Chapter:
     ])  # fmt: skip
 
 
-def _interval(values: Mapping[str, float], name: str) -> str:
-    if not math.isfinite(values[name]):  # nothing was decided
+def interval(values: Mapping[str, float | None], name: str) -> str:
+    """A rate in percent with its interval; "-" where there is none."""
+    if values[name] is None or not math.isfinite(values[name]):  # nothing was decided; null in a file
         return "-"
     return f"{100 * values[name]:.1f} ({100 * values['low']:.1f} to {100 * values['high']:.1f})"

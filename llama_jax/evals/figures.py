@@ -25,6 +25,7 @@ PPO_PANELS = {
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]
+SCORE_BINS = np.linspace(0, 1, 26)
 _LONG = 100  # points from which a curve is smoothed
 _DASHED = {"linewidth": 1, "linestyle": (0, (4, 3))}
 
@@ -179,23 +180,42 @@ def version_progress(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
 
 
 def score_scatter(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, before: str, after: str) -> Plot:
-    """Scores of two models' answers to the same prompts, {track: ([n], [n])}: above the diagonal, better after. (Fig. 14)"""
+    """Scores of two models' answers to the same prompts, {track: ([n], [n])}, with the histograms of both: above the diagonal,
+    better after. (Fig. 14)"""
     title = f"{after} against {before}, prompt by prompt (Fig. 14)"
 
     def draw(theme: Theme) -> Any:
-        figure, axes = canvas(theme, title, columns=max(len(pairs), 1), panel=(4.0, 3.9))
+        figure, axes = canvas(theme, title, columns=max(len(pairs), 1), panel=(4.4, 4.3), grid="both")
         for ax, (track, (x, y)) in zip(axes, pairs.items()):
             ax.plot(x, y, linestyle="", marker="o", markersize=3, alpha=0.5, color=theme.colour(0))
             ax.plot([0, 1], [0, 1], color=theme.ink, **_DASHED)
-            ax.set_title(f"{track} reward model")
+            _margins(ax, theme, x, y).set_title(f"{track} reward model")
             ax.set_xlabel(f"score of {before}")
             ax.set_ylabel(f"score of {after}")
         return figure
 
     words = "; ".join(
-        f"{track}: {100 * np.mean(np.asarray(y) > np.asarray(x)):.0f} % above the diagonal" for track, (x, y) in pairs.items()
-    )
-    return Plot("score_scatter", title, f"Points. {title}. {words}.", draw)
+        f"{track}: {100 * np.mean(np.asarray(y) > np.asarray(x)):.0f} % above the diagonal, mean {np.mean(x):.3f} to "
+        f"{np.mean(y):.3f}" for track, (x, y) in pairs.items()
+    )  # fmt: skip
+    return Plot("score_scatter", title, f"Points, with histograms of both axes. {title}. {words}.", draw)
+
+
+def _margins(ax: Any, theme: Theme, x: np.ndarray, y: np.ndarray) -> Any:
+    """Histograms of scores above and to the right of their scatter, with their means; returns the axes above."""
+    above = ax.inset_axes([0, 1.02, 1, 0.16], sharex=ax)
+    beside = ax.inset_axes([1.02, 0, 0.16, 1], sharey=ax)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # what reward models give
+    for margin, scores, orientation in ((above, x, "vertical"), (beside, y, "horizontal")):
+        dress(margin, theme)
+        margin.grid(False)
+        margin.hist(scores, bins=SCORE_BINS, orientation=orientation, color=theme.colour(0), alpha=0.55)
+        line = margin.axvline if margin is above else margin.axhline
+        line(np.mean(scores), color=theme.ink, linewidth=1)
+        margin.tick_params(labelbottom=False, labelleft=False)
+    beside.spines["bottom"].set_visible(False)
+    beside.spines["left"].set(visible=True, color=theme.grey)
+    return above
 
 
 def _ends(curve: Curve) -> str:

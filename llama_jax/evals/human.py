@@ -94,6 +94,7 @@ def _pair(first: str, second: str, ratings: list[PairRating], rule: Rule, weight
     cases = _cases(ratings)
     signs = _matrix(cases, lambda rating: np.sign(rating) + 1)
     degrees = _matrix(cases, lambda rating: rating + 3)
+    counted, words = _words_of(cases)
 
     def outcomes(some: list[_Case]) -> dict[str, Any]:
         return shares([outcome(case.ratings, rule) for case in some])
@@ -104,7 +105,7 @@ def _pair(first: str, second: str, ratings: list[PairRating], rule: Rule, weight
         "turns": _split(cases, lambda c: _turn_kind(c.turns), outcomes, order=("single turn", "multi turn")),
         "turn_count": _split(cases, lambda c: c.turns, outcomes),
         "category": _split(cases, lambda c: c.category or None, outcomes),
-        "length": _split(cases, _quintile_of(cases), outcomes),
+        "length": _split(cases, _quintile_of(cases, words), outcomes), "length_of": counted,
         "agreement": {
             "AC1 of win, tie, loss": _as_dict(gwet(signs, 3)),
             f"AC2 of the seven degrees, {weights} weights": _as_dict(gwet(degrees, 7, weights=weights)),
@@ -124,17 +125,24 @@ def shares(outcomes: Sequence[str]) -> dict[str, Any]:
 
 
 def quintile_edges(words: Sequence[int]) -> list[int]:
-    """Largest number of words in each fifth of the prompts; equal lengths stay together, so there may be fewer."""
+    """Largest number of words in each fifth of the cases; equal lengths stay together, so there may be fewer."""
     return sorted({int(np.quantile(words, q / QUINTILES, method="lower")) for q in range(1, QUINTILES + 1)})
 
 
-def _quintile_of(cases: list[_Case]) -> Callable[[_Case], str | None]:
-    words = [case.words for case in cases if case.words is not None]
-    if not words:
+def _words_of(cases: list[_Case]) -> tuple[str, Callable[[_Case], int | None]]:
+    """Whose words are counted, and how many a case has: the answers' too, as in Fig. 31, if they are known of all cases."""
+    if any(case.answer_words is None for case in cases):
+        return "the prompt", lambda case: case.words
+    return "prompt and answers", lambda case: None if case.words is None else case.words + case.answer_words
+
+
+def _quintile_of(cases: list[_Case], words: Callable[[_Case], int | None]) -> Callable[[_Case], str | None]:
+    known = [count for case in cases if (count := words(case)) is not None]
+    if not known:
         return lambda case: None
-    edges = quintile_edges(words)
-    names = [f"{low}-{high}" for low, high in zip([min(words), *(edge + 1 for edge in edges)], edges)]
-    return lambda case: None if case.words is None else names[int(np.searchsorted(edges, case.words))]
+    edges = quintile_edges(known)
+    names = [f"{low}-{high}" for low, high in zip([min(known), *(edge + 1 for edge in edges)], edges)]
+    return lambda case: None if words(case) is None else names[int(np.searchsorted(edges, words(case)))]
 
 
 # ---- safety ----

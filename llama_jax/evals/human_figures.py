@@ -8,7 +8,7 @@ from llama_jax.evals.plots import Plot, Theme, canvas, legend, note
 
 _SPLITS = {
     "turns": "Single and multi turn (Fig. 12)", "turn_count": "By turns of the prompt (Fig. 31)",
-    "category": "By category (Fig. 30)", "length": "By words of the prompt, in fifths (Fig. 31 counts the answer too)",
+    "category": "By category (Fig. 30)", "length": "By words, in fifths (Fig. 31)",
 }  # fmt: skip
 
 
@@ -20,12 +20,13 @@ def comparison_plots(pairs: Sequence[Mapping[str, Any]]) -> list[Plot]:
         for split, title in _SPLITS.items():
             if len(pair[split]) > 1:
                 title = f"{pair['first']} against {pair['second']}: {title[0].lower()}{title[1:]}"
-                plots.append(outcome_bars(f"outcomes_{number}_{split}", title, pair[split]))
+                label = f"words of {pair['length_of']}" if split == "length" else ""
+                plots.append(outcome_bars(f"outcomes_{number}_{split}", title, pair[split], rows_are=label))
     return plots
 
 
-def outcome_bars(name: str, title: str, rows: Mapping[str, Mapping[str, Any]]) -> Plot:
-    """Bars of 100 %, one a row: wins, ties and losses with the win rate's 95 % interval."""
+def outcome_bars(name: str, title: str, rows: Mapping[str, Mapping[str, Any]], *, rows_are: str = "") -> Plot:
+    """Bars of 100 %, one a row: wins, ties and losses with the win rate's 95 % interval; `rows_are` labels the rows' axis."""
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title, panel=(7.4, 0.62 * len(rows) + 1.1), grid="x")
@@ -50,10 +51,12 @@ def outcome_bars(name: str, title: str, rows: Mapping[str, Mapping[str, Any]]) -
         ax.set_xlim(0, 112)
         ax.set_xticks(range(0, 101, 20))
         ax.set_xlabel("share of prompts (%)")
+        ax.set_ylabel(rows_are)
         legend(ax, theme, loc="upper center", bbox_to_anchor=(0.45, -0.42 / (0.62 * len(rows) + 0.4)), ncols=4)
         return figure
 
-    return Plot(name, title, f"Stacked bars. {title}. {'; '.join(map(_spoken, rows, rows.values()))}.", draw)
+    said = f"Stacked bars{rows_are and f' by {rows_are}'}. {title}. {'; '.join(map(_spoken, rows, rows.values()))}."
+    return Plot(name, title, said, draw)
 
 
 def _spoken(name: str, row: Mapping[str, Any]) -> str:
