@@ -236,8 +236,9 @@ def _arm(config: AblationConfig, name: str, manifest: Mapping[str, Any], bits: n
     sources = manifest["sources"].values()
     tokens = sum(source["tokens"] for source in sources)
     curve = [(points[0][0], float(np.mean([value for _, value in points]))) for points in zip(*curves, strict=True)]
+    band = [(min(value for _, value in points), max(value for _, value in points)) for points in zip(*curves, strict=True)]
     return Arm(
-        name=name, what=config.arms[name].what, bits=bits, curve=curve, tokens=tokens,
+        name=name, what=config.arms[name].what, bits=bits, curve=curve, band=band, tokens=tokens,
         documents=sum(source["documents"] for source in sources), epochs=curve[-1][0] / tokens, table=manifest["table"],
     )  # fmt: skip
 

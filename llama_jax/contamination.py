@@ -3,9 +3,10 @@
     python -m llama_jax.contamination --corpus=/tmp/corpus --samples='/tmp/evaluation/base/samples/*.jsonl' \\
         --output=/tmp/contamination.json
 
-`llama_jax.evaluate` writes these samples beside its results. A row is {"text": a question as the model reads it, with its gold
-answer, "score": its metric, "groups": larger sets that the file is a part of}; without scores the table has no Z. To take
-contaminated text out of a corpus instead, name the files in its config (`deduplication.evaluation`).
+All three may lie in a bucket (gs://...). `llama_jax.evaluate` writes these samples beside its results. A row is
+{"text": a question as the model reads it, with its gold answer, "score": its metric, "groups": larger sets that the file is a
+part of}; without scores the table has no Z. To take contaminated text out of a corpus instead, name the files in its config
+(`deduplication.evaluation`).
 """
 
 import concurrent.futures
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from llama_jax import command
 from llama_jax.corpus_build.contamination import LENGTHS, Index, analyse
 from llama_jax.corpus_build.manifest import check_manifest
 from llama_jax.corpus_build.source_files import expand
+from llama_jax.corpus_build.storage import local_copy
 from llama_jax.data.blocks import block_ids
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import BOS_ID, Tokenizer
 from llama_jax.files import atomic_write
+from llama_jax.paths import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +67,14 @@ def read_samples(path: str, tokenizer: Tokenizer, name: str = "") -> Samples:
     return Samples(name or Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None, tuple(groups))
 
 
-def corpus_documents(shard: str | Path) -> Iterator[np.ndarray]:
+def corpus_documents(shard: str | os.PathLike) -> Iterator[np.ndarray]:
     """The documents of a shard of blocks as token ids, without BOS and EOS."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(shard))
-    blocks = [block_ids(record) for record in reader.read_all()]
-    reader.close()
+    with local_copy(os.fspath(shard), ".array_record") as name:
+        reader = ArrayRecordReader(name)
+        blocks = [block_ids(record) for record in reader.read_all()]
+        reader.close()
     if not blocks:  # every shard exists, also those without documents
         return
     # The last id of a block is the first of the next.
@@ -99,9 +104,9 @@ def _match_shards(index: Index, shards: Iterable[str]) -> Index:
 def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
     """The analysis of every samples file, and before them of the larger sets that their rows name (`groups`: MMLU and its four
     parts, of which the paper's table tells), as plain JSON values."""
-    tokenizer = Tokenizer(Path(corpus) / "tokenizer.model")
+    tokenizer = Tokenizer(place(corpus) / "tokenizer.model")
     manifest = check_manifest(corpus, tokenizer, checksums=False)
-    shards = [str(Path(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
+    shards = [os.fspath(place(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
     paths = expand(samples)
     stems = [Path(path).stem for path in paths]
     if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):  # told apart by their paths, then
@@ -114,7 +119,7 @@ def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
         start += len(part.ids)
         single[part.name] = _row(own, part.scores)
         for group in part.groups:  # of one evaluation, whose files lie together
-            larger.setdefault((str(Path(path).parent), group), []).append((own, part.scores))
+            larger.setdefault((os.path.dirname(path) or ".", group), []).append((own, part.scores))
     folders = {folder for folder, _ in larger}
     joined = {}
     for (folder, group), parts in larger.items():

@@ -2,19 +2,21 @@
 
 `--input` is Meta's directory, Hugging Face's, a `.gguf` or a workdir of ours (what lies there is recognised); `--to` is one of
 `huggingface`, `meta` and `llama_jax`. A converted workdir is a `--config.start` of every stage. Tensors stream through one by
-one, checked before anything is written; the output appears whole or not at all. One process does it. What many devices saved
-is put together in a scratch file of `TMPDIR`, as large as the largest parameter of all layers.
+one, checked before anything is written; the output appears whole or not at all, Hugging Face's with a model card as README.md
+(`llama_jax.model_card`). One process does it. What many devices saved is put together in a scratch file of `TMPDIR`, as large
+as the largest parameter of all layers.
 """
 
 import functools
 import os
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from absl import flags
 
-from llama_jax import command
+from llama_jax import command, model_card
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import whole_directory
 from llama_jax.interop import huggingface, meta, ours, tokenizer_files
@@ -83,6 +85,8 @@ def run(
                 source.config, source.head, kinds[0], bos_id=bos_id, eos_id=eos_id, pad_id=pad_id
             )
             huggingface.write_json(directory / huggingface.CONFIG, config)
+            card = model_card.readme(source, name=Path(output).absolute().name)
+            (directory / model_card.README).write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {
         "model": source.config.name, "format": source.format, "head": source.head,

@@ -29,6 +29,7 @@ from llama_jax.corpus_build.source_files import expand, file_facts, most_text
 from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.corpus_figures import corpus_figures, save_figures
 from llama_jax.paths import check_bucket, is_remote, place
 
 INSTALLATION = "installation"
@@ -252,7 +253,9 @@ def main() -> None:
     if "://" in flags.FLAGS.output and not is_remote(flags.FLAGS.output):  # a path object would make a directory "s3:" of it
         raise ConfigError(f"--output: expected a directory or gs://bucket/directory, got {flags.FLAGS.output}")
     beam = None if flags.FLAGS.beam is None else shlex.split(flags.FLAGS.beam)
-    print(run(config, flags.FLAGS.output, beam=beam)["table"])
+    manifest = run(config, flags.FLAGS.output, beam=beam)
+    save_figures(corpus_figures(manifest), flags.FLAGS.output)  # which no hash of the manifest depends on
+    print(manifest["table"])
 
 
 if __name__ == "__main__":

@@ -161,6 +161,23 @@ def _fastest(run: Callable[[], Any], repeats: int) -> float:
     return min(seconds)
 
 
+def _line(
+    model: ModelConfig, weights: Prepared, config: ServingConfig, *, prompt: int, mesh: Mesh, memory: int
+) -> dict[str, Any]:  # fmt: skip
+    """Ever larger batches of prompts of one length, and what the last one stopped at."""
+    sizes, points = list(batches(config.largest, least=batch_shards(mesh))), []
+    with Progress(len(sizes), f"{model.name}, prompts of {prompt}", "size", quiet=jax.process_index() > 0) as progress:
+        for batch in sizes:
+            point = measure(model, weights, config, prompt=prompt, batch=batch, memory=memory)
+            # One host's clock counts, and all go on or stop alike.
+            point = from_host_0(lambda point=point: point and dataclasses.asdict(point))
+            if point is None:
+                return {"points": points, "stopped": "memory"}
+            points.append(point)
+            progress.update(1)
+    return {"points": points, "stopped": "largest"}
+
+
 def run(config: ServingConfig, directory: Path, mesh: Mesh, *, memory: int | None = None) -> dict[str, Any]:
     """Measures what `serving.json` does not have yet; returns what it has then.
 
@@ -185,21 +202,9 @@ def run(config: ServingConfig, directory: Path, mesh: Mesh, *, memory: int | Non
         with jax.set_mesh(mesh):
             weights = weights_of(model, config.compute)
             for prompt in missing:
-                sizes = list(batches(config.largest, least=batch_shards(mesh)))
-                points, stopped = [], "largest"
-                with Progress(len(sizes), f"{name}, prompts of {prompt}", "size", quiet=jax.process_index() > 0) as progress:
-                    for batch in sizes:
-                        point = measure(model, weights, config, prompt=prompt, batch=batch, memory=memory)
-                        # The slowest host is what a batch waits for, and all must go on alike.
-                        point = from_host_0(lambda point=point: point and dataclasses.asdict(point))
-                        if point is None:
-                            stopped = "memory"
-                            break
-                        points.append(point)
-                        progress.update(1)
-                variant["prompts"][str(prompt)] = {"points": points, "stopped": stopped}
+                variant["prompts"][str(prompt)] = _line(model, weights, config, prompt=prompt, mesh=mesh, memory=memory)
                 on_host_0(write_json, directory / "serving.json", found)
-            del weights
+            del weights  # before the next ones are made
     return found
 
 

@@ -21,7 +21,17 @@ from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import fix_mojibake
 from llama_jax.data.tokenizer import train_tokenizer
-from llama_jax.evals.ablation import Arm, HeldOutTexts, compare, page, tokens_to_match, verdicts
+from llama_jax.evals.ablation import (
+    Arm,
+    HeldOutTexts,
+    compare,
+    curve_figure,
+    gain_figure,
+    page,
+    tokens_to_match,
+    verdicts,
+    write_ablation,
+)
 from llama_jax.evals.documents import document_bits
 from llama_jax.evals.statistics import ratio_interval
 from llama_jax.model.config import Compute
@@ -85,11 +95,11 @@ def test_the_steps_undo_what_the_dirt_did():
 # Comparison
 
 
-def test_the_gain_by_hand():
+def test_the_gain_by_hand(tmp_path):
     sizes = np.array([100, 300, 100])
     held_out = HeldOutTexts(["a", "b", "a"], sizes, (0, 1))
     bits = np.array([[210.0, 610.0, 210.0], [190.0, 590.0, 190.0]])
-    base = Arm("raw", "as it came", bits, [(10, 3.0), (20, 2.0)], 50, 5, 0.4, "")
+    base = Arm("raw", "as it came", bits, [(10, 3.0), (20, 2.0)], 50, 5, 0.4, "", [(2.9, 3.1), (1.9, 2.1)])
     bits = np.array([[150.0, 600.0, 150.0], [150.0, 600.0, 150.0]])
     better = Arm("cleaned", "cleaned", bits, [(10, 2.5), (20, 1.8)], 40, 4, 0.5, "")
     results = compare([base, better], held_out)
@@ -102,7 +112,15 @@ def test_the_gain_by_hand():
     assert cleaned["tokens_to_match"] == pytest.approx(10 + 10 * 0.5 / 0.7)
     assert results["tokens"] == 20 and results["held_out"] == {"documents": 3, "bytes": 500, "sources": ["a", "b"]}
     html = page(results, "Title")
-    assert "http" not in html.replace("http-equiv", "") and html.count("<svg") == 2 and "+0.2000" in html
+    assert "http" not in html.replace("http-equiv", "") and html.count('role="img"') == 2 and "+0.2000" in html
+    assert html.count("<polygon") == 1 and "bands: lowest to highest of the seeds" in html
+    gain, curves = gain_figure(results), curve_figure(results)
+    assert "cleaned · b: +0.0000 (+0.0000 to +0.0000)" in gain.alt
+    assert "raw from 3.000 to 2.000; cleaned from 2.500" in curves.alt
+    pytest.importorskip("matplotlib")
+    write_ablation(results, tmp_path, title="Title")
+    names = {f"ablation_{name}.{ending}" for name in ("gain", "curves") for ending in ("png", "svg", "dark.svg")}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == names
 
 
 def test_an_arm_that_cannot_be_told_apart_is_called_so():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -180,6 +181,34 @@ def test_the_command_finds_planted_samples(corpus, tmp_path):
     assert [row["samples"] for row in planted["subsets"]] == [40, 40, 40, 40]
     assert result["unscored"]["contaminated"] == dict.fromkeys(["10", "20", "30", "40", "50"], 0.0)
     assert command.run(str(corpus), f"{tmp_path}/*.jsonl") == result
+
+
+def test_corpus_samples_and_result_may_lie_in_a_bucket(corpus, tmp_path):
+    pytest.importorskip("gcsfs")
+    from bucket_server import BucketServer
+
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    ids = next(command.corpus_documents(next((corpus / "blocks").glob("*.array_record"))))
+    for folder in ("first", "second"):  # whose sets of one name are told apart by their addresses
+        for part in range(2):
+            rows = [{"text": tokenizer.decode(ids.tolist()), "groups": ["mmlu"]}, {"text": "xylo quartz fjord"}]
+            write_jsonl(tmp_path / folder / f"mmlu.{part}.jsonl", [{"groups": ["mmlu"], **row} for row in rows])
+    with BucketServer("bucket") as server:
+        for root, place in ((corpus, "runs/corpus"), (tmp_path, "samples")):
+            for path in (path for path in root.rglob("*") if path.is_file()):
+                server.put("bucket", f"{place}/{path.relative_to(root).as_posix()}", path.read_bytes())
+        arguments = ["--corpus=gs://bucket/runs/corpus", "--samples=gs://bucket/samples/*/*.jsonl", "--workers=2",
+                     "--output=gs://bucket/out.json"]  # fmt: skip
+        done = subprocess.run(  # a process of its own: gcsfs keeps the server that it met first
+            [sys.executable, "-m", "llama_jax.contamination", *arguments], cwd=ROOT, capture_output=True, text=True,
+            timeout=120, env={**os.environ, **server.environment()},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        result = json.loads(server.buckets["bucket"]["out.json"][0])
+    local = command.run(str(corpus), f"{tmp_path}/*/*.jsonl")
+    assert result == {name.replace(str(tmp_path), "gs://bucket/samples"): row for name, row in local.items()}
+    assert list(result)[:2] == [f"gs://bucket/samples/{folder}/mmlu" for folder in ("first", "second")]
+    assert result["gs://bucket/samples/first/mmlu"]["dirty"]["50"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """What the report and the manifest say of a corpus: counts that mean what stands beside them (paper section 4.1)."""
 
+import dataclasses
 import random
 import re
 
 import pytest
 
-from llama_jax.corpus_build import report
+from llama_jax.corpus_build import report, report_page
 from llama_jax.corpus_build.build import Settings, build_corpus, cleaned_documents
 from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.manifest import check_manifest
 from llama_jax.corpus_build.profile import Profile, in_sample
 from llama_jax.corpus_build.refine import HeldOut
 from llama_jax.corpus_build.samples import SAMPLES
 from llama_jax.corpus_build.steps import CleanConfig
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals import corpus_figures, plots
 
 WORDS = "the river that runs past an old mill is wide and slow in the summer months of her long year with him".split()
 
@@ -117,3 +121,71 @@ def test_the_manifest_and_the_funnel_have_what_was_read_and_what_was_lost(tmp_pa
     assert counts["bytes_read"] == size and counts["trimmed_by"] == {"c4": {"documents": 40, "lines": 120, "bytes": lost}}
     written = (tmp_path / "out" / "report.html").read_text()
     assert f"<td>40</td><td>{report._bytes(size)}</td>" in written and "What the steps took from documents that stay" in written
+
+
+# Charts
+
+
+def test_charts_have_the_colours_of_the_figures_in_light_and_dark_and_readable_text_on_them():
+    light, dark = report_page.STYLE.split("@media (prefers-color-scheme: dark)")
+    for css, theme in ((light, plots.LIGHT), (dark, plots.DARK)):
+        parts = re.findall(r"--part-\w+: (#\w+); --on-\w+: (#\w+);", css)
+        assert [colour for colour, _ in parts] == [*theme.cycle, theme.grey]  # a cycle that test_evals tells apart
+        assert all(contrast(*pair) >= 4.5 for pair in parts)
+        assert f"--card: {theme.page};" in css and f"--ink: {theme.ink};" in css
+    stacks = report_page.stacks({"web": dict.fromkeys(report._FATES, 10)}, list(report._FATES), striped="withheld")
+    curves = report_page.lines({str(i): [(0, i), (1, i)] for i in range(32)}, x="x", y="y")
+    assert not re.search(r"[\"'(: ]#[0-9a-f]{3}", stacks + curves)  # no colour but those
+    assert len(set(re.findall(r'class="(part-\w+)"', stacks))) == len(report._FATES) == 9
+    assert len(set(re.findall(r'dasharray="[^>]*part-\d', curves))) == 32
+    with pytest.raises(ValueError, match="names: expected at most 8 parts beside a striped one, got 9"):
+        report_page.stacks({}, list("abcdefghi"))
+
+
+def contrast(*colours: str) -> float:
+    """WCAG 2.1's ratio of two colours."""
+    luminances = []
+    for colour in colours:
+        colour = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminances.append(sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear)))
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+def test_charts_tell_their_values_in_words():
+    stacks = report_page.stacks({"web": {"kept": 75, "gone": 25}, "books": {"kept": 100}}, ["kept", "gone"])
+    assert 'aria-label="web: kept 75 (75.0%), gone 25 (25.0%)"' in stacks and "</i>kept 175 (87.5%)</span>" in stacks
+    bins = [("1 kB", "1 kB to 2 kB", 1234), ("", "2 kB to 3 kB", 7), ("", "3 kB to 4 kB", 0)]
+    columns = report_page.histogram("lengths", bins)
+    assert 'role="img" aria-label="lengths: 1 kB to 2 kB 1,234; 2 kB to 3 kB 7"' in columns
+    assert ">1.23k</text>" in columns and columns.count('class="number"') == 2
+    gains = report_page.intervals([("clean", {"mean": 0.1, "low": 0.05, "high": 0.15})])
+    assert gains.count("+0.1000 (+0.0500 to +0.1500)") == 2  # as a label and for those who cannot see it
+    bands = {"raw": [(2.9, 3.1), (2.4, 2.6)]}
+    curve = report_page.lines({"raw": [(1000, 3.0), (2000, 2.5)]}, x="tokens", y="bits", bands=bands)
+    assert 'aria-label="bits over tokens: raw from 3.000 at 1k to 2.500 at 2k"' in curve and curve.count("<polygon") == 1
+
+
+def test_figure_13_lies_beside_the_report_where_toxicity_was_scored(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("profanity_check")
+    documents = {name: [Document(f"{name}{i}", prose(i + 99 * len(name)), name) for i in range(40)] for name in ("a", "web")}
+    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), dict.fromkeys(documents, 1.0), analyses=("toxicity",))
+    manifest = build_corpus(documents, tmp_path / "corpus", settings)
+    rows = manifest["sources"].values()
+    assert all(sum(row["toxicity"]) == row["documents"] for row in rows)
+    (figure,) = corpus_figures.corpus_figures(manifest)
+    assert f"of {sum(row['documents'] for row in rows):,} at 0.5 or more" in figure.alt
+    corpus_figures.save_figures([figure], tmp_path / "corpus")
+    assert {path.name for path in (tmp_path / "corpus" / "figures").iterdir()} == {
+        f"toxicity.{ending}" for ending in ("png", "svg", "dark.svg")
+    }
+    assert check_manifest(tmp_path / "corpus", Tokenizer(tmp_path / "corpus" / "tokenizer.model")) == manifest
+    counts = [6, *[0] * 10, 2, *[0] * 8]
+    assert corpus_figures.toxicity(counts).alt.endswith("25.00 % of 8 at 0.5 or more. 0 to 0.05: 6; 0.55 to 0.6: 2.")
+    monkeypatch.setattr(corpus_figures.importlib.util, "find_spec", lambda name: None)
+    corpus_figures.save_figures([figure], tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # the page does without matplotlib
+    unscored = build_corpus(documents, tmp_path / "plain", dataclasses.replace(settings, analyses=()))
+    assert corpus_figures.corpus_figures(unscored) == []

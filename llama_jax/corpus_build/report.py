@@ -1,5 +1,6 @@
 """The report of a corpus: one HTML file that a data team reads in the morning (paper section 4.1, Tables 9 and 10, Fig. 13)."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def _funnel(counts: Mapping[str, Mapping[str, Any]]) -> str:
         "What became of the documents",
         "Every document that was read has exactly one of these fates. Withheld are documents that are neither trained on nor "
         "evaluated on, because they belong to a held-out one or because evaluation has enough.",
-        html.stacks(fates, list(_FATES)),
+        html.stacks(fates, list(_FATES), striped="withheld"),
         html.table(["source", "read", "text read", *shown], rows),
         "<h3>Cut paragraphs and lines</h3>",
         html.table(
@@ -237,8 +238,10 @@ def _lengths(profiles: Mapping[str, Profile]) -> str:
         low, high = min(profile.lengths), max(profile.lengths)
         low -= low % LENGTH_BINS
         bins = [
-            (_bytes(10 ** (i // LENGTH_BINS)) if i % LENGTH_BINS == 0 else "", profile.lengths[i]) for i in range(low, high + 1)
-        ]
+            (_bytes(10 ** (i // LENGTH_BINS)) if i % LENGTH_BINS == 0 else "",
+             f"{_bytes(10 ** (i / LENGTH_BINS))} to {_bytes(10 ** ((i + 1) / LENGTH_BINS))}", profile.lengths[i])
+            for i in range(low, high + 1)
+        ]  # fmt: skip
         charts.append(html.histogram(f"{source}: {profile.documents:,} documents, mean "
                                      f"{_bytes(profile.bytes / max(profile.documents, 1))}", bins))  # fmt: skip
     return html.section(
@@ -301,13 +304,17 @@ def _toxicity(whole: Profile, checkpoint: str | None) -> str:
     classifier = checkpoint or "the built-in one of words (alt-profanity-check)"
     half = TOXICITY_BINS // 2
     toxic = sum(count for i, count in whole.toxicity.items() if i >= half)
-    bins = [(f"{i / TOXICITY_BINS:g}" if i % 5 == 0 else "", whole.toxicity[i]) for i in range(TOXICITY_BINS)]
+    ends = [f"{i / TOXICITY_BINS:g}" for i in range(TOXICITY_BINS + 1)]
+    bins = [
+        (low if i % 5 == 0 else "", f"{low} to {high}", whole.toxicity[i])
+        for i, (low, high) in enumerate(itertools.pairwise(ends))
+    ]
     return html.section(
         "Toxicity (Fig. 13)",
         f"Scores of lines averaged to documents, {whole.scored:,} of them in English. {100 * toxic / whole.scored:.2f} % score "
         f"0.5 or more; the paper finds {PAPER_TOXIC} % with its own classifier. Classifier here: {classifier}. Nothing is "
         "filtered by this score.",
-        html.histogram("documents by score", bins, log=True, mark=half, mark_text="0.5"),
+        html.histogram("documents by score", bins, log=True, mark=half, mark_text="0.5", width=720),
     )
 
 

@@ -14,7 +14,7 @@ from llama_jax.corpus_build.dedup import by_hash, content_hash
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.manifest import write_manifest
-from llama_jax.corpus_build.profile import Profile
+from llama_jax.corpus_build.profile import TOXICITY_BINS, Profile
 from llama_jax.corpus_build.refine import Refined
 from llama_jax.corpus_build.report import write_report
 from llama_jax.corpus_build.stages import SettingsError, Stages, code_hash
@@ -296,6 +296,8 @@ def source_counts(part: Refined, profile: Profile) -> dict[str, Any]:
         },
         "private": dict(sorted(profile.private.items())),  # findings by kind in documents to train on, and in removed ones
         "removed_private": dict(sorted(profile.removed_private.items())),
+        # Documents by score (Fig. 13), where they were scored: bins from 0 to 1.
+        **({"toxicity": [profile.toxicity[i] for i in range(TOXICITY_BINS)]} if profile.scored else {}),
         **part.counts,
         "bytes": size(part.train),
         "held_out_bytes": size(part.held_out),

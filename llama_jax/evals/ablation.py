@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.corpus_build import report_page as html
+from llama_jax.evals.corpus_figures import save_figures
+from llama_jax.evals.plots import BESIDE, Plot, Theme, canvas, legend, note, styles
 from llama_jax.evals.statistics import Interval, mean_interval, ratio_interval
 from llama_jax.files import atomic_write, write_json
 
@@ -29,6 +31,7 @@ class Arm:
     documents: int
     epochs: float  # of the corpus that the run has seen
     table: str  # of its corpus: what was left out
+    band: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # lowest and highest of the seeds along the curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ def compare(arms: Sequence[Arm], held_out: HeldOutTexts) -> dict[str, Any]:
             "documents_won": dataclasses.asdict(mean_interval((bits < base).astype(float))),
             "tokens_to_match": tokens_to_match(arm.curve, first.curve[-1][1]) if arm is not first else None,
             "curve": [list(point) for point in arm.curve],
+            "band": [list(ends) for ends in arm.band],
             "corpus": {"tokens": arm.tokens, "documents": arm.documents, "epochs": arm.epochs, "table": arm.table},
         })  # fmt: skip
     return {
@@ -89,11 +93,65 @@ def tokens_to_match(curve: Sequence[tuple[int, float]], level: float) -> float |
 
 
 def write_ablation(results: Mapping[str, Any], workdir: Path, *, title: str) -> None:
-    """Writes report.json, report.md and report.html, each whole or not at all."""
+    """Writes report.json, report.md and report.html, and the plots beside them where matplotlib is there."""
     write_json(workdir / "report.json", results)
     for name, text in (("report.md", markdown(results, title)), ("report.html", page(results, title))):
         with atomic_write(workdir / name) as file:
             file.write(text.encode())
+    save_figures([gain_figure(results), curve_figure(results)], workdir)
+
+
+def gain_figure(results: Mapping[str, Any]) -> Plot:
+    """The gain of each arm over the first, on all held-out text and by source, with its interval."""
+    title, rows = f"Bits per byte saved against {results['arms'][0]['name']}", _gains(results)
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title, panel=(7.6, 0.42 * len(rows) + 1.0), grid="x")
+        ax.axvline(0, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
+        for place, (_, gain) in enumerate(rows):
+            ends = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
+            ax.errorbar(gain["mean"], place, xerr=ends, fmt="o", color=theme.colour(0), capsize=3)
+            beside = {"xycoords": ("axes fraction", "data"), "xytext": (8, 0), "va": "center"}
+            note(ax, theme, html.interval_text(gain), (1.0, place), **beside)
+        ax.set_yticks(range(len(rows)), labels=[name for name, _ in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.locator_params(axis="x", nbins=6)
+        ax.set_xlabel("bits per byte, 95 % intervals; right of 0 is better")
+        return figure
+
+    words = "; ".join(f"{name}: {html.interval_text(gain)}" for name, gain in rows)
+    return Plot("ablation_gain", title, f"Means with 95 % intervals. {title}. {words}.", draw)
+
+
+def curve_figure(results: Mapping[str, Any]) -> Plot:
+    """Bits per byte of the held-out text while the arms trained; the band holds all seeds."""
+    title, arms = "Held-out bits per byte while the arms trained", results["arms"]
+
+    def draw(theme: Theme) -> Any:
+        figure, (ax,) = canvas(theme, title)
+        for arm, style in zip(arms, styles(theme, len(arms))):
+            tokens, means = zip(*arm["curve"])
+            ax.plot(tokens, means, label=f"{arm['name']} {means[-1]:.3f}", linewidth=1.8, **style)
+            if len(results["seeds"]) > 1 and arm["band"]:
+                ax.fill_between(tokens, *zip(*arm["band"]), color=style["color"], alpha=0.18, linewidth=0)
+        ax.xaxis.set_major_formatter(lambda tokens, _: html.short(tokens))
+        ax.set_xlabel(f"tokens{_BAND if len(results['seeds']) > 1 else ''}")
+        ax.set_ylabel("bits per byte")
+        legend(ax, theme, **(BESIDE if len(arms) > 2 else {}))
+        return figure
+
+    words = "; ".join(f"{arm['name']} from {arm['curve'][0][1]:.3f} to {arm['curve'][-1][1]:.3f}" for arm in arms)
+    return Plot("ablation_curves", title, f"Lines over tokens. {title}. {words}.", draw)
+
+
+_BAND = " (bands: lowest to highest of the seeds)"
+
+
+def _gains(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    return [
+        (arm["name"] if source == "all" else f"{arm['name']} · {source}", arm["gain"][source])
+        for arm in results["arms"][1:] for source in ("all", *results["held_out"]["sources"])
+    ]  # fmt: skip
 
 
 _HEADS = ("arm", "bits per byte", "gain", "95 % interval", "relative", "documents won", "tokens to match", "gain by seed")
@@ -182,16 +240,15 @@ def page(results: Mapping[str, Any], title: str) -> str:
         ("of the tokens suffice to match", "never" if best["tokens_to_match"] is None
          else f"{best['tokens_to_match'] / results['tokens']:.0%}"),
     ]  # fmt: skip
-    intervals = [
-        (arm["name"] if source == "all" else f"{arm['name']} · {source}", arm["gain"][source])
-        for arm in arms[1:] for source in ("all", *results["held_out"]["sources"])
-    ]  # fmt: skip
+    bands = {arm["name"]: arm["band"] for arm in arms if len(results["seeds"]) > 1}
     words = "".join(f"<p>{html.escape(line)}</p>" for line in verdicts(results))
+    trained = f"Bits per byte of all held-out text over the tokens trained on{_BAND if bands else ''}."
+    curves = html.lines({arm["name"]: arm["curve"] for arm in arms}, x="tokens", y="bits per byte", bands=bands)
     sections = [
         html.section("The gain", "Bits per byte saved on held-out text, all of it and by source, with 95 % intervals. "
-                     "What lies right of 0 is better.", words, html.intervals(intervals), html.table(_HEADS, _rows(results))),
-        html.section("While they trained", "Bits per byte of all held-out text over the tokens trained on.",
-                     html.lines({arm["name"]: arm["curve"] for arm in arms}, x="tokens", y="bits per byte")),
+                     "What lies right of 0 is better.",
+                     words, html.intervals(_gains(results)), html.table(_HEADS, _rows(results))),
+        html.section("While they trained", trained, curves),
         html.section("By source", "Where the gain comes from.", html.table(*_by_source(results))),
         html.section("The data", "More epochs mean that a smaller corpus was seen more often.", html.table(*_data(results)),
                      *(html.samples(arm["name"], arm["what"], [("what was left out, and the mixture", arm["corpus"]["table"])])

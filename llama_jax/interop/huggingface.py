@@ -227,6 +227,20 @@ def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int
     }  # fmt: skip
 
 
+def readme_header(head: Head, *, license_: str = "", base_model: str = "") -> str:
+    """The YAML between dashes that begins a README.md, by which the hub files a model."""
+    reward = head == "reward_head"
+    return "\n".join([
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-classification' if reward else 'text-generation'}",
+        *([f"license: {json.dumps(license_)}"] if license_ else []),  # quoted: "no" and "1.0" are words here
+        *([f"base_model: {json.dumps(base_model)}"] if base_model else []),
+        "tags:", "- llama", *(["- reward-model"] if reward else []),
+        "---", "", "",
+    ])  # fmt: skip
+
+
 class Writer:
     """Streams tensors into numbered safetensors files of at most `shard_bytes`; see `names.kinds` for `dtype`."""
 

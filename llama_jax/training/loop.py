@@ -42,7 +42,7 @@ def train(
     stage: Stage, config: LoopConfig, *, mesh: Mesh, workdir: Path, options: RunOptions | None = None,
     attempt: Attempt | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs a stage to its end and returns its summary (also in `done.json`): seconds, final metrics, compilations.
+    """Runs a stage to its end and returns its summary (also in `done.json`): seconds, final metrics, compilations, devices.
 
     `attempt` is the start that the stage was made in, if that is watched already.
     """
@@ -252,6 +252,8 @@ class _Run:
             "compilations": self.compilations.count,
             "compilations_after_warm_up": self.compilations.after_warm_up,
             **goodput.metrics(),
+            "jax": jax.__version__,  # of this start, as the devices; all hosts have the same
+            "device_kind": self.mesh.devices.flat[0].device_kind,
         }
         if self.is_first_process:
             write_json(self.workdir / "done.json", summary)

@@ -1,26 +1,33 @@
-"""Speed of the corpus pipeline, step by step and beside datatrove on the same documents, and of the trainer's loader:
+"""Speed of the corpus pipeline, step by step, as a whole, and beside datatrove on the same documents; and of the loader:
 
-    python tests/benchmarks/corpus.py [--data=../shared/data/pretrain] [--megabytes=20]
+    python tests/benchmarks/corpus.py [--mb=100] [--machine-mb=60] [--python=PYTHON] [--data=../shared/data/pretrain]
 
-CPU time of this process, so that a busy machine changes little: MB of UTF-8 a second and core. The documents are the JSONL
-files of --data and, up to as much again, the documentation and source code of this Python installation. The comparison needs
-datatrove; it runs twice, with its own English words (spaCy, if that is installed) and with words between white space, which are
-ours: the second tells how the decisions differ for other reasons.
+CPU time of all threads, so that a busy machine changes little: MB of UTF-8 a second and core. Two corpora, one after the other:
+the files of --data (at most --mb), and --machine-mb of the documentation and source code of this Python installation. Of each:
 
-Measured (30.5 MB, 5,755 documents; datatrove 0.10, spaCy 3.8): 4.6 MB/s a core against 0.9 of datatrove with words by white
-space, 5.2 times (Gopher quality 2.7, repetition 6.0, C4 6.4, MinHash 5.3; 99.2, 95.4, 94.3 and 99.5 % decided alike), and 28
-times with its own words. Where they differ (a count of the rules on 420 of the documents):
+1. Each step alone. Extraction reads the documents as HTML pages; evaluation samples are runs of words of every 20th document.
+2. `build_corpus` from documents to manifest and report in this process, all steps on: the documents as a crawl has them
+   (`corpus_build.dirt`: lines of sites, pages, broken encodings).
+3. Beside datatrove: its filters and MinHash by its LocalPipelineExecutor, one worker (datatrove_peer.py, under `--python` where
+   it has an environment of its own; else `pip install 'llama_jax[peers]'`). Every line is a pipeline that reads the same JSONL,
+   decides, and writes what stays, on both sides; `all` is the filters and MinHash in a row. Twice: with words between white
+   space, which are ours, to see how decisions differ for other reasons; and, on --data alone since it is that slow, with
+   datatrove's own English words (spaCy).
+
+Where decisions differ (a count of the rules on 420 of the documents):
 - C4: we drop a page with a curly bracket anywhere, as C4's authors do; datatrove looks at the lines that it keeps only.
 - Repetition: datatrove counts the spaces of the most frequent n-gram, also of one that occurs once; we the words, of
   n-grams that repeat. In repeated 5- to 10-grams we count each word that lies in a repeat, it goes on n words behind one.
 """
 
 import argparse
-import re
+import functools
+import json
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +35,28 @@ import numpy as np
 from llama_jax.assistant.documents import installation_documents
 from llama_jax.corpus_build import demographics, privacy, quality, toxicity
 from llama_jax.corpus_build.blocks import write_blocks
+from llama_jax.corpus_build.boilerplate import Boilerplate
+from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.dedup import drop_duplicates
-from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.dirt import Dirt, dirty, markup, site_lines
+from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
-from llama_jax.corpus_build.paragraphs import drop_leaks, drop_repeats
+from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, drop_leaks, drop_repeats
 from llama_jax.corpus_build.readers import read_file
+from llama_jax.corpus_build.refine import Deduplication, HeldOut, drop_boilerplate
 from llama_jax.corpus_build.source_files import expand
-from llama_jax.corpus_build.text import fix_mojibake, normalise
+from llama_jax.corpus_build.steps import WEB, CleanConfig, clean, make_steps
+from llama_jax.corpus_build.text import extract_text, fix_mojibake, normalise
 from llama_jax.data.loader import BlockSource
+from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import train_tokenizer
 
 # Table 2: 184,320 GPU hours for the 7B's 2T tokens; a host of four TPU v5p chips at about three times the rate of such a GPU.
 TOKENS_PER_GPU = 2e12 / (184_320 * 3600)
 HOST_TOKENS = 4 * 3 * TOKENS_PER_GPU
+FREQUENT = Boilerplate(10, 0.001, 20)  # as in the config `web`
+NGRAM = 13
 
 
 def seconds(run: Callable[[], object]) -> tuple[float, object]:
@@ -51,31 +66,45 @@ def seconds(run: Callable[[], object]) -> tuple[float, object]:
     return max(time.process_time() - begun, 1e-9), result
 
 
-def documents(data: Path, megabytes: float) -> list[Document]:
-    """Documents of both kinds, at most `megabytes` of each."""
-    found: list[Document] = []
-    left = megabytes * 1e6
+def megabytes(texts: Sequence[str]) -> float:
+    """UTF-8."""
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def file_documents(data: Path, most: float) -> Iterator[Document]:
+    """The documents of files, up to so many MB."""
+    left = most * 1e6
     for path in expand(str(data)):
         for number, row in enumerate(read_file(path, "data")):
-            if isinstance(row, Document) and row.text.strip() and left > len(row.text):
-                found.append(Document(f"{Path(path).stem}/{number}", row.text, "data"))
-                left -= len(row.text.encode())
-    for name in ("package_docs", "source_code"):
-        budget = int(megabytes * 5e5)
-        found += [Document(d.id, d.text, "data") for d in installation_documents(name, byte_budget=budget)]
-    return found
+            if isinstance(row, Document) and row.text.strip() and (used := len(row.text.encode())) <= left:
+                yield Document(f"{Path(path).stem}/{number}", row.text, "data")
+                left -= used
 
 
-def steps(found: Sequence[Document], size: float) -> None:
+def machine_documents(most: float) -> Iterator[Document]:
+    """So many MB of this installation: a tenth documentation, which takes long to parse, the rest source code."""
+    for name, share in (("package_docs", 0.1), ("source_code", 0.9)):
+        for document in installation_documents(name, byte_budget=max(int(share * most * 1e6), 1)):
+            yield Document(document.id, document.text, "data")
+
+
+def samples_of(texts: Sequence[str]) -> list[str]:
+    """Evaluation samples that stand in the training text: 60 words of every 20th document."""
+    return [" ".join(words[:60]) for text in texts[::20] if len(words := text[:2000].split()) >= 30]
+
+
+def steps(found: Sequence[Document]) -> None:
     """A line for each step on its own."""
-    texts = [d.text for d in found]
-    by_source = {"data": list(found)}
-    held_out = texts[:: max(len(texts) // 20, 1)]
+    texts, by_source = [d.text for d in found], {"data": list(found)}
+    pages = [markup(text, *site_lines(i % 12)) for i, text in enumerate(texts)]
+    held_out, samples = texts[:: max(len(texts) // 20, 1)], samples_of(texts)
+    size, of_pages = megabytes(texts), megabytes(pages)
 
-    def each(function: Callable[[str], object]) -> Callable[[], object]:
+    def each(function: Callable[[str], object], texts: Sequence[str] = texts) -> Callable[[], object]:
         return lambda: [function(text) for text in texts]
 
     rows: dict[str, Callable[[], object]] = {
+        "extraction (of HTML)": each(extract_text, pages),
         "mojibake": each(fix_mojibake),
         "normalise": each(normalise),
         "language": each(identify),
@@ -83,108 +112,90 @@ def steps(found: Sequence[Document], size: float) -> None:
         "Gopher repetition": each(quality.gopher_repetition),
         "C4 lines": each(quality.c4_lines),
         "privacy": each(privacy.find),
+        "exact duplicates": lambda: drop_duplicates(by_source),
+        "boilerplate lines": lambda: drop_boilerplate(by_source["data"], FREQUENT),
+        "near duplicates": lambda: drop_near_duplicates(by_source, NearDuplicates()),
+        "leaks of held-out text": lambda: drop_leaks(by_source, held_out, ngram=NGRAM),
+        "contamination removal": lambda: drop_leaks(by_source, samples, ngram=NGRAM, largest=LEAK_LIMIT["evaluation"]),
+        "repeated paragraphs": lambda: drop_repeats(by_source, shortest=80),
         "pronouns and identities": each(demographics.mentions),
         "toxicity (a tenth)": lambda: toxicity.document_scores([t for t in texts if toxicity.in_sample(t, 0.1)]),
-        "exact duplicates": lambda: drop_duplicates(by_source),
-        "near duplicates": lambda: drop_near_duplicates(by_source, NearDuplicates()),
-        "leaks": lambda: drop_leaks(by_source, held_out, ngram=13),
-        "repeated paragraphs": lambda: drop_repeats(by_source, shortest=80),
     }
-    identify("warm up"), toxicity.document_scores(["warm up"]), fix_mojibake("wärm up")
+    identify("warm up"), toxicity.document_scores(["warm up"]), fix_mojibake("wärm up"), extract_text("<p>warm up</p>")
     print(f"\n{'step':<28}{'MB/s a core':>12}")
-    whole = 0.0
     for name, run in rows.items():
         taken, _ = seconds(run)
-        whole += taken
-        print(f"{name:<28}{size / taken:>12.1f}", flush=True)
-    print(f"{'all of them':<28}{size / whole:>12.1f}")
+        print(f"{name:<28}{(of_pages if 'HTML' in name else size) / taken:>12.1f}", flush=True)
 
 
-def ours(found: Sequence[Document]) -> tuple[dict[str, float], dict[str, set[str]]]:
-    """CPU seconds and kept ids of the filters and of MinHash."""
-    taken, kept = {}, {}
-    rules: dict[str, Callable[[str], object]] = {
-        "Gopher quality": quality.gopher_quality,
-        "Gopher repetition": quality.gopher_repetition,
-        "C4": lambda text: quality.c4_lines(text)[1],
-    }
-    for name, rule in rules.items():
-        taken[name], result = seconds(lambda rule=rule: {d.id for d in found if rule(d.text) is None})
-        kept[name] = result
-    settings = NearDuplicates(threshold=0.7, permutations=112, bands=14)  # datatrove's 14 buckets of 8
-    taken["MinHash"], result = seconds(lambda: drop_near_duplicates({"data": found}, settings))
-    kept["MinHash"] = {d.id for d in result[0]["data"]}
-    return taken, kept
-
-
-class WhiteSpace:
-    """datatrove's word tokenizer with our words and sentences."""
-
-    def word_tokenize(self, text: str) -> list[str]:
-        """Words between white space."""
-        return text.split()
-
-    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        """Sentences up to their marks."""
-        ends = [m.end() for m in re.finditer(r"[.?!][\"')\]]*(?=\s|\Z)", text)] or [len(text)]
-        return list(zip([0, *ends[:-1]], ends))
-
-
-def theirs(found: Sequence[Document], *, words: str) -> tuple[dict[str, float], dict[str, set[str]]]:
-    """The same of datatrove: its filters and the four steps of its MinHash, one worker."""
-    import datatrove.pipeline.dedup.minhash as minhash
-    import datatrove.utils.word_tokenizers as tokenizers
-    from datatrove.data import Document as Row
-    from datatrove.pipeline import filters
-    from datatrove.utils.hashing import HashConfig
-
-    if words == "white space":
-        tokenizers.load_word_tokenizer = minhash.load_word_tokenizer = lambda language: WhiteSpace()
-    rows = [Row(text=d.text, id=d.id) for d in found]
-    chosen = {
-        "Gopher quality": filters.GopherQualityFilter(),
-        "Gopher repetition": filters.GopherRepetitionFilter(),
-        "C4": filters.C4QualityFilter(min_num_sentences=3, min_words_per_line=5),
-    }
-    taken, kept = {}, {}
-    tokenizers.load_word_tokenizer("en").word_tokenize("warm up")
-    for name, check in chosen.items():
-        copies = [Row(text=row.text, id=row.id) for row in rows]  # C4's filter changes the text
-        taken[name], kept[name] = seconds(
-            lambda check=check, copies=copies: {row.id for row in copies if check.filter(row) is True}
-        )
-
-    def dedup(folder: str) -> set[str]:
-        config = minhash.MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # its xxhash breaks with xxhash 4
-        places = [f"{folder}/{name}" for name in ("signatures", "buckets", "remove")]
-        minhash.MinhashDedupSignature(places[0], config=config).run(iter(rows), 0, 1)
-        for rank in range(config.num_buckets):
-            minhash.MinhashDedupBuckets(places[0], places[1], config=config).run(None, rank, config.num_buckets)
-        minhash.MinhashDedupCluster(places[1], places[2], config=config).run(None, 0, 1)
-        return {row.id for row in minhash.MinhashDedupFilter(places[2]).run(iter(rows), 0, 1)}
-
+def whole(found: Sequence[Document]) -> None:
+    """One build with all of them on, as the command makes it."""
+    crawl = list(dirty(found, Dirt(copies=0.0, junk=0.0), seed=0))
     with tempfile.TemporaryDirectory() as folder:
-        taken["MinHash"], kept["MinHash"] = seconds(lambda: dedup(folder))
-    return taken, kept
+        samples = Path(folder) / "samples.jsonl"
+        write_jsonl(samples, [{"text": text} for text in samples_of([d.text for d in found])])
+        settings = Settings(
+            vocab_size=4096, block_length=4096, held_out=HeldOut(0.01, 10_000, 1_000_000), weights={"data": 1.0},
+            steps={"data": ("extract", *WEB)}, clean=CleanConfig(languages=("en", "unknown")),
+            deduplication=Deduplication(FREQUENT, NearDuplicates(), NGRAM, (str(samples),), 80),
+            analyses=("language", "demographics", "toxicity"), analysed_share=0.1,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        taken, manifest = seconds(lambda: build_corpus({"data": crawl}, Path(folder) / "corpus", settings, inputs={}))
+    size, row = megabytes([d.text for d in crawl]), manifest["sources"]["data"]
+    print(f"\nthe whole build: {size / taken:.2f} MB/s a core ({size:.1f} MB, {time.perf_counter() - begun:.0f} s); "
+          f"{row['documents']:,} of {row['documents_read']:,} documents to train on, {row['tokens']:,} tokens")  # fmt: skip
 
 
-def compare(found: Sequence[Document], size: float) -> None:
+FILTERS = {"Gopher quality": "gopher", "Gopher repetition": "repetition", "C4": "c4"}  # by step
+PIPELINES: dict[str, tuple[tuple[str, ...], bool]] = {  # steps, and whether MinHash follows
+    "read and write": ((), False),
+    **{name: ((step,), False) for name, step in FILTERS.items()},
+    "MinHash": ((), True),
+    "all": (tuple(FILTERS.values()), True),
+}
+
+
+def ours(source: Path, target: Path, names: Sequence[str], *, dedup: bool) -> set[str]:
+    """A file of documents through steps and MinHash into another; the ids that stay."""
+    chain = make_steps(names, CleanConfig())
+    kept = []
+    for row in read_file(str(source), "data"):
+        result = clean(row, chain)
+        if not isinstance(result, Removed):
+            kept.append(result)
+    if dedup:
+        settings = NearDuplicates(threshold=0.7, permutations=112, bands=14)  # datatrove's 14 buckets of 8
+        kept = drop_near_duplicates({"data": kept}, settings)[0]["data"]
+    write_jsonl(target, ({"id": d.id, "text": d.text} for d in kept))
+    return {d.id for d in kept}
+
+
+def compare(found: Sequence[Document], python: str, words: Sequence[str]) -> None:
     """Our throughput, datatrove's, their ratio, and how many documents are decided alike."""
-    mine, kept = ours(found)
-    for words in ("datatrove's own", "white space"):
-        try:
-            peer, peer_kept = theirs(found, words=words)
-        except ImportError as error:
-            print(f"\nbeside datatrove, words {words}: not run ({error})")
-            continue
-        title = f"beside datatrove, words {words}"
-        print(f"\n{title:<44}{'ours MB/s':>10}{'its MB/s':>10}{'ratio':>7}{'decided alike':>15}")
-        for name in mine:
-            alike = 1 - len(kept[name] ^ peer_kept[name]) / len(found)
-            rates = f"{size / mine[name]:>10.1f}{size / peer[name]:>10.1f}{peer[name] / mine[name]:>7.1f}"
-            print(f"{name:<44}{rates}{alike:>15.1%}", flush=True)
-        ratio = sum(peer.values()) / sum(mine.values())
-        print(f"{'all':<44}{size / sum(mine.values()):>10.1f}{size / sum(peer.values()):>10.1f}{ratio:>7.1f}")
+    size = megabytes([d.text for d in found])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "documents" / "all.jsonl"
+        write_jsonl(source, ({"id": d.id, "text": d.text} for d in found))
+        target = Path(folder) / "kept.jsonl"
+        mine = {
+            name: seconds(functools.partial(ours, source, target, names, dedup=dedup))
+            for name, (names, dedup) in PIPELINES.items()
+        }
+        for kind in words:
+            script = Path(__file__).with_name("datatrove_peer.py")
+            command = [python, str(script), f"--documents={source}", f"--folder={folder}/{kind}", f"--words={kind}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"\nbeside datatrove, words {kind}: not run ({done.stderr.strip().splitlines()[-1]})")
+                continue
+            peer = json.loads(done.stdout.splitlines()[-1])
+            title = f"beside datatrove {peer['versions']['datatrove']}, words: {kind}"
+            print(f"\n{title:<44}{'ours MB/s':>10}{'its MB/s':>10}{'ratio':>7}{'decided alike':>15}")
+            for name, (taken, kept) in mine.items():
+                its = peer["seconds"][name]
+                alike = 1 - len(kept ^ set(peer["kept"][name])) / len(found)
+                print(f"{name:<44}{size / taken:>10.2f}{size / its:>10.2f}{its / taken:>7.1f}{alike:>15.1%}", flush=True)
 
 
 def loader(texts: Sequence[str]) -> None:
@@ -193,8 +204,7 @@ def loader(texts: Sequence[str]) -> None:
         tokenizer = train_tokenizer(texts[:300], Path(folder) / "tokenizer.model", vocab_size=2000)
         path = Path(folder) / "x.array_record"
         taken, counts = seconds(lambda: write_blocks(texts, path, tokenizer=tokenizer, block_length=4096))
-        size = sum(len(text.encode()) for text in texts) / 1e6
-        print(f"\ntokenise and write: {size / taken:.1f} MB/s a core, {counts.blocks} blocks")
+        print(f"\ntokenise and write: {megabytes(texts) / taken:.1f} MB/s a core, {counts.blocks} blocks")
         source = BlockSource({"x": [path]}, {"x": 1.0}, 16, 0)
         source.batch(0)
         taken, _ = seconds(lambda: [source.batch(step) for step in range(1, 101)])
@@ -205,18 +215,26 @@ def loader(texts: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs all comparisons."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[3] / "shared" / "data" / "pretrain")
-    parser.add_argument("--megabytes", type=float, default=20.0)
-    arguments = parser.parse_args()
-    found = documents(arguments.data, arguments.megabytes)
-    size = sum(len(d.text.encode()) for d in found) / 1e6
-    lengths = np.array([len(d.text) for d in found])
-    version = sys.version.split()[0]
-    print(f"{len(found):,} documents, {size:.1f} MB, median {np.median(lengths):,.0f} characters; Python {version}")
-    steps(found, size)
-    compare(found, size)
-    loader([d.text for d in found])
+    parser.add_argument("--mb", type=float, default=100.0, help="of --data, at most")
+    parser.add_argument("--machine-mb", type=float, default=60.0, help="of this machine's documentation and source")
+    parser.add_argument("--python", default=sys.executable, help="of an environment that has datatrove")
+    wanted = parser.parse_args()
+    corpora = (
+        (f"documents of {wanted.data}", file_documents(wanted.data, wanted.mb), ("white space", "own")),
+        ("documentation and source code of this machine", machine_documents(wanted.machine_mb), ("white space",)),
+    )
+    print(f"Python {sys.version.split()[0]}")
+    for title, documents, words in corpora:
+        found = list(documents)
+        texts = [d.text for d in found]
+        median = np.median([len(text) for text in texts])
+        print(f"\n== {title}: {len(found):,}, {megabytes(texts):.1f} MB, median {median:,.0f} characters ==")
+        steps(found)
+        whole(found)
+        compare(found, wanted.python, words)
+        loader(texts)
 
 
 if __name__ == "__main__":
