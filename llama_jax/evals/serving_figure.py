@@ -36,8 +36,10 @@ def curves(found: Mapping[str, Any]) -> Plot:
         said.append(f"prompts of {prompt}: " + ", ".join(f"{name} {most:.3g} queries/s at most" for name, most in best.items()))
 
     def draw(theme: Theme) -> Any:
-        title = f"Serving {found['config']['size']} on {found['devices']} x {found['device']}"
+        title = f"Serving {found['config']['size']} on {found['devices']} x {found['device']} (Fig. 24)"
         figure, panels = canvas(theme, title, columns=len(prompts), panel=(5.2, 3.8), grid="both")
+        from matplotlib.ticker import LogLocator  # which `canvas` would have missed with more words
+
         for ax, prompt in zip(panels, prompts):
             for style, (name, points) in zip(styles(theme, len(found["variants"]), size=5), _lines(found, prompt).items()):
                 if points:
@@ -45,6 +47,9 @@ def curves(found: Mapping[str, Any]) -> Plot:
                     last = points[-1]
                     note(ax, theme, str(last["batch"]), (latency(last, new), throughput(last)), xytext=(5, 3))
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
             ax.set_title(f"prompt {prompt}, answer {new} tokens; last batch named", loc="left", color=theme.ink, fontsize=10)
             ax.set_xlabel("milliseconds a token")
             ax.set_ylabel("queries a second")
