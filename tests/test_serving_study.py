@@ -42,38 +42,48 @@ def test_batches_double_from_what_the_mesh_divides():
     assert list(batches(8, least=4)) == [4, 8]
 
 
-def test_a_study_is_measured_kept_and_bound_to_its_config(tmp_path, monkeypatch):
-    calls = []
-    real = serving_study.measure
-    monkeypatch.setattr(serving_study, "measure", lambda *a, **k: calls.append(k["batch"]) or real(*a, **k))
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
-    found = run(settings(), tmp_path, mesh)
-    assert calls == [1, 2] * 3 and json.loads((tmp_path / "serving.json").read_text()) == json.loads(json.dumps(found))
-    for one in found["variants"].values():
-        points = one["prompts"]["6"]
-        assert points["stopped"] == "largest" and [p["batch"] for p in points["points"]] == [1, 2]
-        assert all(p["seconds"] > 0 for p in points["points"])
+@pytest.fixture
+def mesh():
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+
+
+def test_a_batch_is_measured_or_does_not_fit(mesh):
+    config, model = settings(), variants(SIZES["nano"], longest=16)["GQA"]
+    with jax.set_mesh(mesh):
+        weights = serving_study.weights_of(model, config.compute)
+        point = serving_study.measure(model, weights, config, prompt=6, batch=2, memory=10**9)
+        # Less than the weights alone.
+        assert serving_study.measure(model, weights, config, prompt=6, batch=2, memory=2 * parameters(model)) is None
+    assert point.batch == 2 and 0 < point.seconds < 60
+
+
+def test_a_study_is_kept_and_bound_to_its_config(tmp_path, monkeypatch, mesh):
+    asked = []
+
+    def measure(model, weights, config, *, prompt, batch, memory):
+        asked.append((model.kv_heads, batch))
+        return serving_study.Point(batch, 0.5 * batch) if batch * model.kv_heads <= memory else None
+
+    monkeypatch.setattr(serving_study, "measure", measure)
+    monkeypatch.setattr(serving_study, "weights_of", lambda model, compute: None)
+    found = run(settings(largest=4), tmp_path, mesh, memory=8)
+    assert asked == [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2), (2, 4), (1, 1), (1, 2), (1, 4)]
+    lines = {name: one["prompts"]["6"] for name, one in found["variants"].items()}
+    assert [point["batch"] for point in lines["MHA"]["points"]] == [1, 2] and lines["MHA"]["stopped"] == "memory"
+    assert [point["batch"] for point in lines["MQA"]["points"]] == [1, 2, 4] and lines["MQA"]["stopped"] == "largest"
+    assert "MHA: the next batch does not fit" in serving_figure.report(found)
+    assert json.loads((tmp_path / "serving.json").read_text()) == json.loads(json.dumps(found))
     # One variant is missing, as after a kill: it alone is measured again.
     del found["variants"]["MQA"]
     (tmp_path / "serving.json").write_text(json.dumps(found))
-    again = run(settings(), tmp_path, mesh)
-    assert calls == [1, 2] * 4 and again["variants"]["MHA"] == json.loads(json.dumps(found["variants"]["MHA"]))
+    again = run(settings(largest=4), tmp_path, mesh, memory=8)
+    assert asked[9:] == [(1, 1), (1, 2), (1, 4)]
+    assert again["variants"]["MHA"] == json.loads(json.dumps(found["variants"]["MHA"]))
     with pytest.raises(ConfigError, match=r"holds another study: config.new_tokens"):
-        run(settings(new_tokens=4), tmp_path, mesh)
-
-
-def test_a_batch_that_does_not_fit_ends_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving_study, "variants", lambda model, longest: {"MHA": model})
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
-    # Between what batches of one and of 256 need: the weights of `nano` are 3.6 MB.
-    monkeypatch.setattr(serving_study, "batches", lambda largest, least: [1, 256, 512])
-    found = run(settings(largest=512, prompts=(32,)), tmp_path, mesh, memory=12_000_000)
-    line = found["variants"]["MHA"]["prompts"]["32"]
-    assert line["stopped"] == "memory" and [point["batch"] for point in line["points"]] == [1]
-    assert "the next batch does not fit" in serving_figure.report(found)
-    least = run(settings(), tmp_path / "none", mesh, memory=1000)
-    assert all(one["prompts"]["6"] == {"points": [], "stopped": "memory"} for one in least["variants"].values())
-    assert serving_figure.curves(least).png()
+        run(settings(largest=4, new_tokens=4), tmp_path, mesh)
+    nothing = run(settings(), tmp_path / "none", mesh, memory=0)
+    assert all(one["prompts"]["6"] == {"points": [], "stopped": "memory"} for one in nothing["variants"].values())
+    assert serving_figure.curves(nothing).png()
 
 
 def test_latency_and_throughput_by_hand():
