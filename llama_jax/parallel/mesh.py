@@ -131,10 +131,8 @@ def start_distributed(
 
     def end() -> None:
         late = f"not all others came{where} within {meet_seconds:.0f} s"
-        print(
-            f"error: {who} ends: {'another has died, or the coordinator cannot be reached' if met else late}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        lost = "another has died or the coordinator cannot be reached, if the message above names nothing else"
+        print(f"error: {who} ends: {lost if met else late}", file=sys.stderr, flush=True)
         os._exit(EXIT_HOST_LOST)
 
     on_abort(end)
