@@ -506,7 +506,7 @@ def test_two_processes_evaluate_as_one(checkpoints, tmp_path):
         {"question": f"the loop {i}", "passage": "a line", "answer": i % 2 == 0} for i in range(4)
     ])  # fmt: skip
     write_rows(tmp_path / "toxigen_prompts_25_per_file.jsonl", [{"group": "women", "prompt": f"- {i}"} for i in range(3)])
-    given = [f"--data_dir={tmp_path}", "--tasks=boolq", f"--checkpoint=a={checkpoints / 'model0'}"]
+    given = [f"--data_dir={tmp_path}", "--tasks=boolq,toxigen", f"--checkpoint=a={checkpoints / 'model0'}"]
     given += ["--config.safety=('toxigen',)", "--config.decoding.max_tokens=4", "--config.scoring.row=128"]
     rewards = params.init(params.table(MODEL, head="reward_head"), jax.random.key(2))
     write_words(tmp_path / "judge")
@@ -527,7 +527,7 @@ def test_two_processes_evaluate_as_one(checkpoints, tmp_path):
     (tmp_path / "2/a/tasks/boolq.json").unlink()
     done = run_in(2, "reading", *given, f"--output={tmp_path / '2'}")
     assert [code for code, *_ in done] == [0, 0] and json.loads((tmp_path / "2/results.json").read_text()) == values[2]
-    done = run_in(2, "reading", *given[:-5], "--checkpoint=hf:gpt2", f"--output={tmp_path / '3'}")
+    done = run_in(2, "reading", given[0], "--tasks=boolq", "--checkpoint=hf:gpt2", f"--output={tmp_path / '3'}")
     assert [code for code, *_ in done] == [1, 1], done
     assert all("hf:gpt2: the harness's own class runs in one process, and there are 2" in errors for *_, errors in done)
 
