@@ -30,7 +30,7 @@ from llama_jax import command
 from llama_jax.config import ConfigError, check_least, describe, differences, parse
 from llama_jax.evals import serving_figure
 from llama_jax.evals.plots import save
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import atomic_write, read_json, write_json
 from llama_jax.model import params
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.decode import Prepared, prepare
@@ -211,7 +211,7 @@ def run(config: ServingConfig, directory: Path, mesh: Mesh, *, memory: int | Non
 def _kept(path: Path, told: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {**told, "variants": {}}
-    found = json.loads(path.read_text())
+    found = read_json(path)
     if changed := differences({name: found[name] for name in told}, json.loads(json.dumps(told))):
         raise ConfigError(f"{path.parent}: holds another study: {'; '.join(changed)}; expected a directory of its own")
     return found

@@ -104,12 +104,13 @@ def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | No
     config = parse_stage(values)
     preflight(facts := shared_facts(config))
     with start(options) as attempt, own(workdir):
-        back = options.restart_from is not None and go_back(workdir, options.restart_from, describe(config))
+        if options.restart_from is not None:
+            go_back(workdir, options.restart_from, describe(config))
         claim(workdir, describe(config), kind=type(config))
         if (summary := finished(workdir)) is not None:
             return summary
         attempt.begin(workdir)
-        check_inputs(workdir, rows_read(facts), anew=back)
+        check_inputs(workdir, rows_read(facts))
         mesh = mesh_for(config.mesh, config.loop)
         made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
         attempt.stop_if_asked()

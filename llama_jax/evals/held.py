@@ -4,14 +4,13 @@
     OUTPUT/NAME/tasks/TASK.json   what a model scored, with a digest of the questions it was asked
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ConfigError, describe, differences
 from llama_jax.evals.benchmarks import Built
-from llama_jax.files import write_json
+from llama_jax.files import read_json, write_json
 
 # What costs no model anything, how many devices, answers and rows a model takes at once, and which safety benchmarks are run.
 _FREE = ("models", "judges", "paper", "bootstrap", "run_code", "mesh_tensor", "slots", "tokenizer", "safety")
@@ -32,7 +31,7 @@ def check(output: Path, config: Any, tasks: Mapping[str, Built], models: Iterabl
     new["hf"] = {key: value for key, value in new["hf"].items() if key != "batch_size"}
     new["tasks"] = {task: describe(built.choice) for task, built in tasks.items()}
     if path.exists():
-        held = _shared(json.loads(path.read_text(encoding="utf-8")))
+        held = _shared(read_json(path))
         both = held["tasks"].keys() & new["tasks"].keys()
         if changed := differences(*({**each, "tasks": {task: each["tasks"][task] for task in both}} for each in (held, new))):
             raise ConfigError(f"{output}: holds an evaluation under another config: {'; '.join(changed)}")
@@ -46,7 +45,7 @@ def _check_questions(output: Path, tasks: Mapping[str, Built], models: Iterable[
     files = ((record_file(output / name, task), built.questions) for name in models for task, built in tasks.items())
     others = [
         file for file, questions in files
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("questions") != questions
+        if file.exists() and read_json(file).get("questions") != questions
     ]  # fmt: skip
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""

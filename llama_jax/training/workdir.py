@@ -166,12 +166,12 @@ def _is_begun(workdir: Path) -> bool:
     return any(other.name != "checkpoints" or steps_in(other) for other in others)
 
 
-def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
+def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     """Makes the checkpoint of `step` the newest one, and `described` the run's config; 0 is the start of the run.
 
     Later checkpoints are moved into `replaced/<n>`, where a copy of the log up to now lies too. Doing it again with the same
     step and config does nothing but say so: a launcher that starts the same command after a preemption must not go back once
-    more. (A run is a function of its config, so going back twice could give nothing else.) Host 0 is told whether it went back.
+    more. (A run is a function of its config, so going back twice could give nothing else.)
 
     A kill at any moment loses nothing: the same command does the rest, into another `replaced/<n>`; a start without the flag
     goes on, under the old config until the new one is written.
@@ -179,10 +179,10 @@ def go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     Raises:
       ConfigError: on every host, if there is no such checkpoint.
     """
-    return bool(_for_all(_go_back, workdir, step, json.loads(json.dumps(described))))
+    _for_all(_go_back, workdir, step, json.loads(json.dumps(described)))
 
 
-def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
+def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> None:
     asked = {"step": step, "config": described}
     record = workdir / "restarted.json"
     if record.exists() and _read(record) == asked:
@@ -190,7 +190,7 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
             "--restart_from=%d was done before, as %s says: the run goes on from its newest checkpoint; remove that file to go "
             "back once more", step, record,
         )  # fmt: skip
-        return False
+        return
     directory = workdir / "checkpoints"
     steps = steps_in(directory)
     if step and step not in steps:
@@ -214,26 +214,25 @@ def _go_back(workdir: Path, step: int, described: Mapping[str, Any]) -> bool:
     log.warning("restart from step %d: later checkpoints are in %s", step, aside)
     write_json(workdir / "config.json", described)
     write_json(record, asked)
-    return True
 
 
-def check_inputs(workdir: Path, files: Mapping[str, str], *, anew: bool) -> None:
+def check_inputs(workdir: Path, files: Mapping[str, str]) -> None:
     """Keeps what lay in the files that a run reads, {field and file: fingerprint}; refuses to go on if another lies there now.
 
     Data that are no files (TFDS names) are not among them.
 
     A batch is a function of its number and of all rows: with a row more or less the same numbers mean other batches, and what
-    was seen would be seen again, in the place of what was not. `anew`: the run was told to go on with what there is.
+    was seen would be seen again, in the place of what was not. After `go_back` the run goes on with what there is.
 
     Raises:
       ConfigError: on every host, naming the file.
     """
-    _for_all(_check_inputs, workdir, dict(files), anew)
+    _for_all(_check_inputs, workdir, dict(files))
 
 
-def _check_inputs(workdir: Path, files: dict[str, str], anew: bool) -> None:
+def _check_inputs(workdir: Path, files: dict[str, str]) -> None:
     path = workdir / INPUTS
-    if path.exists() and steps_in(workdir / "checkpoints") and not anew:
+    if path.exists() and steps_in(workdir / "checkpoints"):
         held = _read(path)
         for name, fact in files.items():
             if held.get(name, fact) != fact:
