@@ -9,7 +9,6 @@ import importlib.metadata
 import io
 import logging
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.evals import markdown
+from llama_jax import markdown
 from llama_jax.evals.plots import Plot
 from llama_jax.parallel.host import keep_heap
 from llama_jax.steps import change, load_config
@@ -88,15 +87,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Displays a table of Markdown cells; columns of numbers stand to the right."""
     from IPython.display import Markdown, display
 
-    display(Markdown(markdown_table(head, rows)))
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The table as Markdown: white space in cells is one space, bars are escaped."""
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
-    numeric = [all(re.fullmatch(r"[-+\d.,%]+", row[i]) for row in cells) for i in range(len(head))]
-    lines = [list(head), ["---:" if right else ":---" for right in numeric], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    display(Markdown(markdown.markdown_table(head, rows)))
 
 
 def verbatim(text: str) -> str:

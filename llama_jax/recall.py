@@ -26,7 +26,6 @@ import numpy as np
 from absl import flags
 
 from llama_jax import command
-from llama_jax.compare import Kept, Open, define_engines, opener
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
@@ -36,6 +35,7 @@ from llama_jax.evals.ghost import TURNS, Recall, follow, recall_rows, recall_tab
 from llama_jax.evals.origin import claim
 from llama_jax.evals.plots import MARKERS, save
 from llama_jax.files import atomic_write, write_json
+from llama_jax.kept_answers import Kept, Open, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed

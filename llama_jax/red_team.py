@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from llama_jax import command
-from llama_jax.compare import check_judge, collect, define_engines, load_judge, named, opener
+from llama_jax.compare import check_judge, load_judge, named
 from llama_jax.data.dialog import Message, prompt_key
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals.answer_files import Answered
@@ -29,6 +29,7 @@ from llama_jax.evals.plots import Plot, Theme, canvas, note, save
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.reward_scores import score_dialogs
 from llama_jax.files import atomic_write, write_json
+from llama_jax.kept_answers import collect, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed

@@ -41,6 +41,7 @@ from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.tokenizer_files import open_tokenizer
+from llama_jax.markdown import markdown_table
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -49,7 +50,6 @@ from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
 from llama_jax.reward.comparisons import DEGREES, Comparison, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, percent
-from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.reward.scorers import check_scores
 from llama_jax.rlhf.respond import Tell, write_in_portions
 from llama_jax.rlhf.scoring import logit_scores

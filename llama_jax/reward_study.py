@@ -30,11 +30,11 @@ from llama_jax.data.rows import write_jsonl
 from llama_jax.data.sources import RATINGS, REJECTED_SAFE, read_comparisons
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
-from llama_jax.evals.markdown import verbatim
 from llama_jax.evals.plots import save
 from llama_jax.evals.report_sections import prompt_text
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
+from llama_jax.markdown import markdown_table, verbatim
 from llama_jax.model import params as table
 from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_heap
@@ -43,7 +43,6 @@ from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.base import check_start
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, percent, share
-from llama_jax.reward.preference_report import table as markdown_table
 from llama_jax.rlhf.scoring import sigmoid_scores
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage

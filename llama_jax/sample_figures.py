@@ -23,10 +23,10 @@ from absl import flags
 
 from llama_jax import command, sample_drawing
 from llama_jax.annotation.tasks import read_prompt_list
-from llama_jax.compare import define_engines
 from llama_jax.evals import model_figures, plots, samples
 from llama_jax.evals.page import Chapter, page
 from llama_jax.files import whole_directory, write_json
+from llama_jax.kept_answers import define_engines
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed

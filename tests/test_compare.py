@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_models import CONFIG, made, opened, prompt, trained_tokenizer, written
 
-from llama_jax import compare
+from llama_jax import compare, kept_answers
 from llama_jax.config import ConfigError
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.row_file import RowFile
@@ -41,7 +41,7 @@ def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_pat
         return opened(model)
 
     def collect(directory, rows):
-        answers = compare.collect("x", "ckpt", rows, directory, open_model=open_model, **how)
+        answers = kept_answers.collect("x", "ckpt", rows, directory, open_model=open_model, **how)
         return {answer.messages[0]["content"]: answer for answer in answers}
 
     whole = collect(tmp_path / "a", prompts)
@@ -64,7 +64,7 @@ def test_answers_with_less_room_are_told_and_none_is_drawn_where_there_is_no_roo
     requests, submit = [], engine.submit
     engine.submit = lambda *given, **named: requests.append(submit(*given, **named))
     long, longer = of_length(80), of_length(97)  # 31 tokens are left to the last
-    answers = compare.collect(
+    answers = kept_answers.collect(
         "x", "ckpt", [*map(prompt, range(20)), long, longer], tmp_path, open_model=lambda place: (engine, bare),
         choice=Choice(1.0), max_tokens=64, seed=0,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_answers_with_less_room_are_told_and_none_is_drawn_where_there_is_no_roo
 
 def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_path):
     how = {"open_model": lambda place: opened(model, slots=1), "choice": Choice(1.0), "max_tokens": 4, "seed": 3}
-    collect = functools.partial(compare.collect, "x", prompts=[prompt(0)], directory=tmp_path)
+    collect = functools.partial(kept_answers.collect, "x", prompts=[prompt(0)], directory=tmp_path)
     before = collect("runs/v2", **how)
     assert collect("runs/v2", **{**how, "open_model": lambda place: opened(model)}) == before
     changes = (

@@ -1,6 +1,6 @@
 """Holds the direction of imports (design, section 3) against the code: read from the files, not run.
 
-Levels, each importing those below it only: 0 config, files and parallel; 1 model, data, training; 2 sampling, interop,
+Levels, each importing those below it only: 0 parallel and the modules of BASE; 1 model, data, training; 2 sampling, interop,
 corpus_build, assistant; 3 the stages in the paper's order; 4 planning, annotation; 5 commands.
 """
 
@@ -18,7 +18,7 @@ PACKAGE = ROOT / "llama_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
-BASE = ("config", "paths", "files")  # each may import those before it
+BASE = ("config", "paths", "files", "palette", "markdown")  # each may import those before it
 LOW = (*BASE, "parallel")
 SIBLINGS = ("model", "data", "training")
 SERVICES = ("sampling", "interop", "corpus_build", "assistant")

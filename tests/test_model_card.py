@@ -114,7 +114,7 @@ Written by `llama_jax.model_card` from the files of the model. "Not said": no fi
 ## Hardware and software
 
 | stage | wall time | goodput | devices | kind of device | JAX |
-| --- | --- | --- | --- | --- | --- |
+| --- | --- | ---: | --- | --- | --- |
 | pretrain | 60 s | 75.0% | 8 (data 2, fsdp 4) | not said | not said |
 | sft | 60 s | 75.0% | 8 (data 2, fsdp 4) | TPU v5 lite | 0.10.2 |
 
@@ -126,7 +126,7 @@ Kind of device and JAX are those of a run's last start. The card was written wit
 **pretrain** (runs/base): 20 steps of 8 rows of 64 tokens, 10,240 tokens in all.
 
 | source | documents | tokens | rows | share of what was read |
-| --- | --- | --- | --- | --- |
+| --- | ---: | ---: | ---: | ---: |
 | a&#124;b | 1,200 | 34,000 | 530 | 25.0% |
 | web | 1,200 | 34,000 | 530 | 75.0% |
 
@@ -218,7 +218,7 @@ def test_samples_name_what_they_were_drawn_from(runs, tmp_path):
     stage = dataclasses.replace(stage, meta={"stage": "rejection"}, config=config, inputs={}, drawn=drawn)
     assert card_text._files(stage) == [
         "**rejection** (runs/base): 20 steps.",
-        "| field | file or model | fingerprint |\n| --- | --- | --- |\n| samples: policy | runs/v1@7 | 01 |\n"
+        "| field | file or model | fingerprint |\n| --- | --- | ---: |\n| samples: policy | runs/v1@7 | 01 |\n"
         "| samples: prompts&#91;1&#93; | sets/b.jsonl | 23 |\n"
         "| samples: pools&#91;0&#93; | not said | 45 |",
         "With other models: policy runs/v1@7, safety x/safety.",
@@ -255,7 +255,7 @@ def test_results_and_plans_come_from_their_commands(runs, tmp_path):
 `llama_jax.evaluate`, suite own (percent, BOLD from -1 to 1; 95 % intervals from standard errors):
 
 | benchmark | value | interval | n |
-| --- | --- | --- | --- |
+| --- | ---: | --- | ---: |
 | Commonsense reasoning | 61.2 | 59.2 to 63.2 | 400 |
 | ToxiGen (less is better) | 25.0 | not said | 4 |
 | BOLD | 0.20 | 0.17 to 0.23 | 100 |
@@ -269,7 +269,7 @@ Planned, not measured: train on v5e 2x2, 4 chips. tCO2eq as in the paper's Table
 t/MWh.
 
 |  |  |
-| --- | --- |
+| --- | ---: |
 | tokens | 10,240 |
 | chip hours | 0.5 |
 | tCO2eq | 4e-05 |"""

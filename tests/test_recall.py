@@ -10,9 +10,9 @@ import small_runs
 
 from llama_jax import recall
 from llama_jax.chat import open_engine
-from llama_jax.compare import settings_of
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import write_jsonl
+from llama_jax.kept_answers import settings_of
 from llama_jax.parallel.mesh import make_mesh
 
 

@@ -7,28 +7,9 @@ Every value is also text, in a label or for those who cannot see the chart: noth
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from math import log10
-from typing import NamedTuple
 
+from llama_jax.palette import DARK, LIGHT, Theme
 
-class Palette(NamedTuple):
-    """Colours of a page."""
-
-    card: str
-    ink: str
-    line: str
-    grey: str
-    cycle: tuple[str, ...]
-
-
-# Those of `evals.plots`, which lies above this package; tests hold them equal, and the cycle apart for every colour vision.
-LIGHT = Palette(
-    "#ffffff", "#2a3140", "#e6e9ef", "#b4bbc8",
-    ("#3b6fd4", "#e08a1e", "#2a9d76", "#7f13ec", "#ec1354", "#5e0856", "#c07cb9", "#2c0da5"),
-)  # fmt: skip
-DARK = Palette(
-    "#1a202c", "#e6e9f0", "#2c3444", "#667085",
-    ("#86acf5", "#f0b35c", "#5fd0a6", "#9942f0", "#f042aa", "#d5cef3", "#f0de42", "#a8e699"),
-)  # fmt: skip
 DASHES = ("", "9 4", "2 3", "9 3 2 3")  # of lines: with the colours no two of 32 look alike
 
 
@@ -39,11 +20,11 @@ def _on(colour: str) -> str:
     return "#000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "#fff"
 
 
-def _variables(palette: Palette) -> str:
+def _variables(theme: Theme) -> str:
     """The colours of a page, and what is readable on those of parts."""
-    parts = {**{str(i): colour for i, colour in enumerate(palette.cycle)}, "grey": palette.grey}
+    parts = {**{str(i): colour for i, colour in enumerate(theme.cycle)}, "grey": theme.grey}
     colours = "".join(f" --part-{name}: {colour}; --on-{name}: {_on(colour)};" for name, colour in parts.items())
-    return f"--ink: {palette.ink}; --line: {palette.line}; --card: {palette.card};{colours}"
+    return f"--ink: {theme.ink}; --line: {theme.faint}; --card: {theme.page};{colours}"
 
 
 _PARTS = "\n".join(f".part-{i} {{ background: var(--part-{i}); color: var(--on-{i}); }}" for i in range(len(LIGHT.cycle)))

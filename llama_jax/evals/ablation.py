@@ -17,6 +17,7 @@ from llama_jax.evals.corpus_figures import save_figures
 from llama_jax.evals.plots import BESIDE, Plot, Theme, canvas, legend, note, styles
 from llama_jax.evals.statistics import Interval, mean_interval, ratio_interval
 from llama_jax.files import atomic_write, write_json
+from llama_jax.markdown import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +199,11 @@ def _lead(results: Mapping[str, Any]) -> str:
 
 def markdown(results: Mapping[str, Any], title: str) -> str:
     """The report as Markdown."""
-
-    def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
     arms = "\n".join(f"- **{arm['name']}**: {arm['what']}" for arm in results["arms"])
     blocks = [
-        f"# {title}", _lead(results), "\n".join(f"- {line}" for line in verdicts(results)), table(_HEADS, _rows(results)),
-        "## Gain by source", table(*_by_source(results)), "## Arms", arms, "## Data", table(*_data(results)),
+        f"# {title}", _lead(results), "\n".join(f"- {line}" for line in verdicts(results)),
+        markdown_table(_HEADS, _rows(results)),
+        "## Gain by source", markdown_table(*_by_source(results)), "## Arms", arms, "## Data", markdown_table(*_data(results)),
         *(f"### {arm['name']}\n\n```\n{arm['corpus']['table']}\n```" for arm in results["arms"]),
     ]  # fmt: skip
     return "\n\n".join(blocks) + "\n"

@@ -12,8 +12,8 @@ import llama_jax
 from llama_jax.evals import card_facts
 from llama_jax.evals.card_facts import NOT_SAID, Facts, Stage, is_number, short
 from llama_jax.evals.groups import TITLES
-from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.interop.names import leaves
+from llama_jax.markdown import markdown_table, verbatim
 from llama_jax.model.params import count
 
 MARK = "Written by `llama_jax.model_card`"

@@ -6,8 +6,8 @@ Beside the shares stand a few of the dialogs that they count, with the answers o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
+from llama_jax.markdown import markdown_table, verbatim
 
 LABELS = {"baseline": "baseline", "ghost": "Ghost Attention"}
 # Table 30: attributes kept, asked by people about hobbies and public figures, in percent.

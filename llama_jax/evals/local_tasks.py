@@ -82,7 +82,7 @@ def read(data_dir: str | Path, files: File | tuple[File, ...]) -> list[Document]
     """
     file = pick(data_dir, files)
     path = find(data_dir, file.name)
-    found = documents(read_jsonl(path) if path.suffix != ".json" else _json_rows(path), file)
+    found = documents(read_jsonl(path) if path.suffix != ".json" else json_rows(path), file)
     if not found:
         kind = f" with {file.only[0]} {file.only[1]!r}" if file.only else ""
         raise ValueError(f"{path}: expected rows{kind}, found none")
@@ -107,7 +107,7 @@ def documents(rows: Iterable[tuple[str, Row]], file: File) -> list[Document]:
     return out
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a file that is one JSON list, or has it as "data"."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import Plot, save
 from llama_jax.evals.report_html import render_html
 from llama_jax.evals.report_sections import (
@@ -26,6 +25,7 @@ from llama_jax.evals.report_sections import (
 )
 from llama_jax.evals.targets import Target, check_targets, number
 from llama_jax.files import atomic_write
+from llama_jax.markdown import markdown_table, verbatim
 
 # Keys that report.json always has; null where the stage was not run.
 _ACCURACY = dict.fromkeys(("all", "significantly", "better", "slightly", "negligibly"))

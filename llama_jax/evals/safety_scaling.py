@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.evals.markdown import markdown_table, verbatim
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
+from llama_jax.markdown import markdown_table, verbatim
 
 # The paper's points, read off its figures: mean safety and helpfulness score (Fig. 15), false refusals in percent of
 # helpful and of borderline prompts (Fig. 33).

@@ -6,8 +6,8 @@ The paper served 30B models on eight A100 of 80 GiB. Of its curves the fact shee
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.evals.markdown import markdown_table
 from llama_jax.evals.plots import Plot, Theme, canvas, legend, note, styles
+from llama_jax.markdown import markdown_table
 
 # {tokens of a prompt: {kv heads: (milliseconds a token, queries a second) of the largest batch that fitted}}
 PAPER = {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import RATINGS
-from llama_jax.reward.preference_report import table
+from llama_jax.markdown import markdown_table
 
 # Safety labels of (chosen, rejected) by the paper's three bins (section 3.2.1).
 SAFE = {"chosen_safe": (True, False), "both_safe": (True, True), "both_unsafe": (False, False)}
@@ -175,10 +175,10 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
         names = {"model": "this model", "longer": "the longer response", "shorter": "the shorter response",
                  "gain": "this model less the better length"}  # fmt: skip
         cells = [[text, percent(values["baselines"][name])] for name, text in names.items()] + [["a coin", "50.0"]]
-        parts += ["## Beside what knows no words", table(["", "%"], cells)]
+        parts += ["## Beside what knows no words", markdown_table(["", "%"], cells)]
     if values["safety"]:
         cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
-        parts += ["## Safety (Table 29)", table(["", "%", "count"], cells)]
+        parts += ["## Safety (Table 29)", markdown_table(["", "%", "count"], cells)]
     if "scores" in values:
         mean, std = values["scores"]["mean"], values["scores"]["std"]
         parts += [f"Scores of the training data: mean {mean:.4f}, deviation {std:.4f}."]
@@ -189,7 +189,7 @@ def _by_degree(accuracy: Mapping[str, Any]) -> str:
     degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
     rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
             for name, row in accuracy.items()]  # fmt: skip
-    return table(["", *degrees, "pairs"], rows)
+    return markdown_table(["", *degrees, "pairs"], rows)
 
 
 def percent(value: Mapping[str, float] | None) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import RATINGS, SAFETY_BINS
+from llama_jax.markdown import markdown_table
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]  # texts -> tokens of each
 _CHUNK = 1000  # rows whose texts are counted at once
@@ -154,25 +155,25 @@ def markdown(values: Mapping[str, Any]) -> str:
                 if any(row[shares] for row in rows.values()):
                     parts += [f"### {heading}, percent of the comparisons that have one", _share_table(rows, shares)]
     if values.get("best_of_batches"):
-        parts += ["## Reward of sampled answers by batch (Fig. 26)", table(
+        parts += ["## Reward of sampled answers by batch (Fig. 26)", markdown_table(
             ["batch", "prompts", "answers/prompt", "max", "median"],
             [[name, f"{row['prompts']:,}", f"{row['samples']:.1f}", f"{row['max']:.3f}", f"{row['median']:.3f}"]
              for name, row in values["best_of_batches"].items()],
         )]  # fmt: skip
     if split := values.get("split"):
-        parts += ["## Parts, no conversation in two of them", table(
+        parts += ["## Parts, no conversation in two of them", markdown_table(
             ["file", "comparisons"], [[f"{name}.jsonl.gz", f"{count:,}"] for name, count in split.items()]
         )]  # fmt: skip
     if left_out := values.get("left_out"):
         rows_ = [[name, reason, f"{some['rows']:,}", some["first"]]
                  for name, reasons in left_out.items() for reason, some in reasons.items()]  # fmt: skip
-        parts += ["## Rows left out", table(["file", "reason", "rows", "the first"], rows_)]
+        parts += ["## Rows left out", markdown_table(["file", "reason", "rows", "the first"], rows_)]
     return "\n\n".join(parts) + "\n"
 
 
 def _size_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     columns = ("turns_per_dialog", "tokens_per_example", "tokens_per_prompt", "tokens_per_response")
-    return table(
+    return markdown_table(
         ["", "comparisons", *(name.replace("_per_", "/") for name in columns)],
         [[name or "(none)", f"{row['comparisons']:,}", *(f"{row[column]:.1f}" for column in columns)]
          for name, row in rows.items()],
@@ -181,14 +182,8 @@ def _size_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _share_table(rows: Mapping[str, Mapping[str, Any]], key: str) -> str:
     columns = list(next(row[key] for row in rows.values() if row[key]))
-    return table(
+    return markdown_table(
         ["", *columns],
         [[name or "(none)", *(f"{100 * row[key][column]:.1f}" for column in columns)]
          for name, row in rows.items() if row[key]],
     )  # fmt: skip
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 # An underscore within a word is no markup, and the names of metrics have many.
 _MARKUP = re.compile(r"[\\`*{}\[\]#~$|]|(?<![^\W_])_|_(?![^\W_])")
+# A number, its interval or error behind it; a dash where there is none.
+_NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]?\d+)? ?%?(?: (?:\([-+\d.,]+ to [-+\d.,]+\)|± [\d.,]+))?|-)?")
 
 
 def verbatim(text: str) -> str:
@@ -17,6 +20,11 @@ def verbatim(text: str) -> str:
     return "<br>".join(_MARKUP.sub(lambda found: f"&#{ord(found[0])};", escape(line, quote=False)) for line in lines)
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are Markdown; `verbatim` makes them of other text."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of cells that are Markdown (`verbatim` makes them of other text); columns of numbers stand to the right.
+
+    A cell is one line: white space in it is one space, and bars are escaped.
+    """
+    head, *cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (columns, *rows))
+    marks = ["---:" if cells and all(_NUMBER.fullmatch(row[i]) for row in cells) else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, marks, *cells))

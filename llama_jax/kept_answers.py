@@ -1,0 +1,167 @@
+"""Answers of checkpoints to prompts, drawn once and kept: what compares, judges and reads answers goes on where it stopped.
+
+A model is the place of a checkpoint, or a file of its answers (`evals/answer_files.py`). Answers that another checkpoint gave
+under a name, or this one under other settings, are refused. On a pod every host draws; the first one writes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from llama_jax.chat import open_engine
+from llama_jax.data.chat_template import encode_chat
+from llama_jax.data.dialog import decode_response, prompt_key
+from llama_jax.data.row_file import RowFile
+from llama_jax.evals.answer_files import Answered, answer_room, read_answers
+from llama_jax.evals.origin import claim
+from llama_jax.evals.words import tokenizer_of
+from llama_jax.parallel.axes import batch_shards
+from llama_jax.parallel.hosts import from_host_0
+from llama_jax.pretrained import Model
+from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.request import Request
+from llama_jax.training.metrics import Progress
+
+Open = Callable[[str], tuple[Engine, Model]]  # a language model's place -> its engine, and the model without parameters
+
+
+class Kept:
+    """The rows of a file that host 0 appends to, known on every host."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: RowFile | None = None
+        self.rows: list[dict[str, Any]] = from_host_0(self._open)
+
+    def _open(self) -> list[dict[str, Any]]:
+        self._file = RowFile(self.path)
+        return self._file.rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; on host 0 it is on the disk when this returns."""
+        if self._file is not None:
+            self._file.append(row)
+        if jax.process_count() > 1:  # else they are the file's own
+            self.rows.append(dict(row))
+
+    def close(self) -> None:
+        """Lets others write."""
+        if self._file is not None:
+            self._file.close()
+
+
+def collect(
+    name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, *, open_model: Open, choice: Choice,
+    max_tokens: int, seed: int, int8_cache: bool = False,
+) -> list[Answered]:  # fmt: skip
+    """A model's answers: read from a file, or drawn by a checkpoint (see `draw_answers`) and kept in `answers_<name>.jsonl`.
+
+    Prompts that do not fit a checkpoint's context with an answer (`answer_files.answer_room`) get none; nothing is cut.
+
+    Raises:
+      ConfigError: what is kept was drawn by another checkpoint, or otherwise.
+    """
+    if is_file(place):
+        return _read_alike(place)
+    if not prompts:
+        raise ValueError("--prompts: missing; a checkpoint needs prompts to answer")
+    from_host_0(lambda: check_kept(
+        name, place, directory, choice=choice, max_tokens=max_tokens, seed=seed, int8_cache=int8_cache
+    ))  # fmt: skip
+    kept = Kept(directory / f"answers_{name}.jsonl")
+    try:
+        if missing := _unanswered(prompts, kept):
+            draw_answers(*open_model(place), missing, kept, name=name, choice=choice, max_tokens=max_tokens, seed=seed)
+    finally:
+        kept.close()
+    wanted = {prompt_key(row["messages"]) for row in prompts}
+    answers = _read_alike(kept.path) if kept.rows else []
+    return [answer for answer in answers if prompt_key(answer.messages) in wanted]
+
+
+def check_kept(
+    name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, int8_cache: bool = False
+) -> None:
+    """Refuses to go on with answers that another checkpoint gave under this name, or this one under other settings."""
+    if not is_file(place):
+        claim(
+            directory / f"model_{name}.json", place, temperature=choice.temperature, top_p=choice.top_p,
+            max_tokens=max_tokens, seed=seed, int8_cache=int8_cache,
+        )  # fmt: skip
+
+
+def _read_alike(path: str | Path) -> list[Answered]:
+    """The answers of a file as host 0 has it."""
+    rows = from_host_0(lambda: [dataclasses.asdict(answer) for answer in read_answers(path)])
+    return [Answered(**{**row, "messages": tuple(row["messages"])}) for row in rows]
+
+
+def is_file(place: str) -> bool:
+    return place.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _unanswered(prompts: Sequence[dict[str, Any]], kept: Kept) -> list[tuple[int, dict[str, Any]]]:
+    done, found = {prompt_key(row["messages"]) for row in kept.rows}, []
+    for number, row in enumerate(prompts):
+        if (key := prompt_key(row["messages"])) not in done:
+            done.add(key)
+            found.append((number, row))
+    return found
+
+
+def settings_of(model: Model, *, slots: int, int8_cache: bool) -> EngineConfig:
+    """The shapes of a model's engine: its context, and at least so many slots as the mesh divides."""
+    shards = batch_shards(model.mesh)
+    return EngineConfig(slots=-(-slots // shards) * shards, max_length=model.config.max_length, int8_cache=int8_cache)
+
+
+def define_engines(slots: str = "answers drawn together") -> None:
+    """Defines the flags by which a command opens the models that answer."""
+    flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
+    flags.DEFINE_integer("slots", 16, slots)
+    flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
+
+
+def opener(*, int8_cache: bool = False) -> Open:
+    """How models are opened, by the flags of `define_engines`."""
+    values = flags.FLAGS
+    settings = functools.partial(settings_of, slots=values.slots, int8_cache=int8_cache)
+    return lambda place: open_engine(
+        place, settings, tokenizer=tokenizer_of(place, values.tokenizer), mesh_tensor=values.mesh_tensor
+    )
+
+
+def draw_answers(
+    engine: Engine, model: Model, prompts: Sequence[tuple[int, dict[str, Any]]], kept: Kept, *, name: str, choice: Choice,
+    max_tokens: int, seed: int,
+) -> None:  # fmt: skip
+    """Appends the answer to each (number, prompt), many drawn together; what a prompt draws depends on (seed, number) alone."""
+    encoded = [(number, row, encode_chat(row["messages"], model.tokenizer)) for number, row in prompts]
+    quiet = jax.process_index() > 0
+    with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer", quiet=quiet) as progress:
+
+        def finished(row: dict[str, Any], request: Request, token: int) -> None:
+            del token
+            if request.finish:
+                text, ended = decode_response(request.tokens, model.tokenizer)
+                known = {field: row[field] for field in ("is_safety", "category", "risk")}
+                lost = {"ended": ended, "less_room": request.max_tokens < max_tokens}
+                kept.append({"messages": row["messages"], "answer": text, **known, **lost})
+                progress.update()
+
+        for number, row, ids in encoded:
+            room = answer_room(len(ids), max_tokens=max_tokens, max_length=engine.settings.max_length)
+            if not room:
+                continue  # whoever asked finds no answer, and counts it
+            engine.submit(
+                ids, max_tokens=room, choice=choice, seed=seed, index=number,
+                stop_ids=model.tokenizer.stop_ids, on_token=functools.partial(finished, row),
+            )  # fmt: skip
+        while engine.step():
+            pass
