@@ -77,12 +77,15 @@ def answer_lines(
                 answers = []
                 try:
                     body = decode(line)
+                    first = number * 64
                     if isinstance(body, dict):
                         row |= {"id": body["id"]} if "id" in body else {}
+                        # A seed of its own gives the same answers on any line, and from a server.
+                        first = first if body.get("seed") is None else 0
                         body = _under(system, {**defaults, **body})
                     asks = parse(body, tokenizer, context=engine.settings.max_length, default_tokens=max_tokens)
                     each = itertools.chain.from_iterable([ask] * ask.n for ask in asks)
-                    answers = [_Answer(engine, tokenizer, ask, index=number * 64 + i) for i, ask in enumerate(each)]
+                    answers = [_Answer(engine, tokenizer, ask, index=first + i) for i, ask in enumerate(each)]
                 except ValueError as error:
                     row["error"] = f"{where}:{number}: {error}"
                 window.append((number, row, answers))
@@ -111,7 +114,7 @@ class _Answer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
         self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
-        self._piece = tokenizer.piece
+        self._tokenizer = tokenizer
         self._stream, self._echo = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt), ask.echo
         self.request = engine.submit(
             ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
@@ -135,8 +138,9 @@ class _Answer:
         }  # fmt: skip
 
     def _most_likely(self) -> list[list[list[Any]]]:
-        """[piece, log-probability] of the most likely tokens beside each drawn one."""
-        return [[[self._piece(token), p] for token, p in likely] for likely in self.request.most_likely]
+        """[piece, log-probability] of the most likely tokens beside each drawn one, but rows that fill up the embedding."""
+        piece, size = self._tokenizer.piece, self._tokenizer.vocab_size
+        return [[[piece(token), p] for token, p in likely if token < size] for likely in self.request.most_likely]
 
 
 def resume(path: Path) -> list[str]:

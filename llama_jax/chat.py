@@ -49,6 +49,13 @@ def make_engine(model: Model, settings: EngineConfig) -> Engine:
     return Engine(model.config, model.prepared(), settings, compute=model.compute).warm_up()
 
 
+def settings_of(model: Model, *, slots: int, max_length: int = 0, **more: Any) -> EngineConfig:
+    """The settings of a model's engine: at least so many slots as the mesh divides, rows of the model's context, or less where
+    `max_length` says so, and `more` fields of EngineConfig."""
+    shards, context = batch_shards(model.mesh), model.config.max_length
+    return EngineConfig(slots=-(-slots // shards) * shards, max_length=min(max_length or context, context), **more)
+
+
 def open_engine(
     place: str, settings: Callable[[Model], EngineConfig], *, tokenizer: str | None, int8: bool = False, mesh_tensor: int = 0
 ) -> tuple[Engine, Model]:
@@ -205,17 +212,11 @@ def main() -> None:
         lines = shared(lines, interrupted, raises=kind == "requests")
         listening = functools.partial(nullcontext, lambda: from_host_0(interrupted))
 
-    def settings(model: Model) -> EngineConfig:
-        length, shards = min(values.max_length or model.config.max_length, model.config.max_length), batch_shards(model.mesh)
-        if kind == "requests":
-            slots = -(-values.slots // shards) * shards
-            return EngineConfig(
-                slots=slots, max_length=length, int8_cache=values.int8_cache, alternatives=requests.ALTERNATIVES
-            )
-        return EngineConfig(
-            slots=shards, max_length=length, chunks=((32, 1), (256, 1)), steps=4 if kind == "terminal" else 16,
-            int8_cache=values.int8_cache,
-        )  # fmt: skip
+    settings = functools.partial(settings_of, max_length=values.max_length, int8_cache=values.int8_cache)
+    if kind == "requests":
+        settings = functools.partial(settings, slots=values.slots, alternatives=requests.ALTERNATIVES)
+    else:
+        settings = functools.partial(settings, slots=1, chunks=((32, 1), (256, 1)), steps=4 if kind == "terminal" else 16)
 
     engine, model = open_engine(
         place, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor

@@ -15,6 +15,7 @@ Listens on 127.0.0.1; on any other address raters log in: with a password that a
 LLAMA_JAX_DESK_PASSWORD in the environment), under any name, or each with their own (`--passwords`). Needs the extra [web].
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,14 +30,13 @@ from llama_jax.annotation import forms
 from llama_jax.annotation.session import Desk, rater_name
 from llama_jax.annotation.streams import Engines, Served
 from llama_jax.annotation.tasks import Settings, read_prompt_list
-from llama_jax.chat import open_engine
+from llama_jax.chat import open_engine, settings_of
 from llama_jax.convert import one_process
 from llama_jax.evals.origin import claim
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.parallel.axes import batch_shards
+from llama_jax.kept_answers import check_prompts
 from llama_jax.parallel.host import keep_heap
-from llama_jax.pretrained import Model
-from llama_jax.sampling.engine import EngineConfig
+from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.worker import Worker
 from llama_jax.serve import LOCAL
 
@@ -59,11 +59,7 @@ def serve_models(
     mesh_tensor: int = 0, queue: int = 64,
 ) -> dict[str, Served]:  # fmt: skip
     """Loads and compiles the models, each behind a worker that has been started."""
-
-    def settings(model: Model) -> EngineConfig:
-        length, shards = min(max_length or model.config.max_length, model.config.max_length), batch_shards(model.mesh)
-        return EngineConfig(slots=-(-slots // shards) * shards, max_length=length, steps=2, int8_cache=int8_cache)
-
+    settings = functools.partial(settings_of, slots=slots, max_length=max_length, steps=2, int8_cache=int8_cache)
     served = {}
     for name, place in places.items():
         engine, model = open_engine(place, settings, tokenizer=tokenizer_of(place, tokenizer), mesh_tensor=mesh_tensor)
@@ -120,6 +116,8 @@ def main() -> None:
         mode=values.mode, models=tuple(places), temperatures=tuple(map(float, values.temperatures)), source=values.source,
         batch=values.batch, raters=raters, safety_track=values.safety,
     )  # fmt: skip
+    for temperature in settings.temperatures:
+        Choice(temperature, top_p=values.top_p).check()
     prompts = read_prompt_list(values.prompts) if values.prompts else []
     engines = Engines({}, max_tokens=values.max_tokens, top_p=values.top_p)
     desk = Desk(values.output, settings, engines, prompts=prompts)  # opens the output before anything is loaded
@@ -127,6 +125,8 @@ def main() -> None:
     try:
         if (hosts := jax.process_count()) > 1:  # those of a TPU VM know each other without the environment
             raise ValueError(f"desk runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
+        for place in places.values() if prompts else ():
+            check_prompts(place, prompts, tokenizer=values.tokenizer)
         check_kept(desk, places, top_p=values.top_p, max_tokens=values.max_tokens, int8_cache=values.int8_cache)
         engines.models |= serve_models(
             places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length,
@@ -156,9 +156,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("batch", None, "batch of the rows")
     flags.DEFINE_list("temperatures", ["0.6", "1.0"], "one is drawn for each answer of a preference; other modes use the first")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
-    flags.DEFINE_integer("max_tokens", 512, "longest answer")
-    flags.DEFINE_integer("max_length", 2048, "tokens of a dialog; 0: the model's context")
-    flags.DEFINE_integer("slots", 8, "answers of each model drawn together")
+    flags.DEFINE_integer("max_tokens", 512, "longest answer", lower_bound=1)
+    flags.DEFINE_integer("max_length", 2048, "tokens of a dialog; 0: the model's context", lower_bound=0)
+    flags.DEFINE_integer("slots", 8, "answers of each model drawn together", lower_bound=1)
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the models")
     flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")

@@ -13,18 +13,19 @@ from typing import Any
 import jax
 from absl import flags
 
-from llama_jax.chat import open_engine
+from llama_jax.chat import open_engine, settings_of
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response, prompt_key
 from llama_jax.data.row_file import RowFile
 from llama_jax.evals.answer_files import Answered, answer_room, read_answers
 from llama_jax.evals.origin import claim
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.parallel.axes import batch_shards
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.parallel.hosts import from_host_0
 from llama_jax.pretrained import Model
 from llama_jax.sampling.choose import Choice
-from llama_jax.sampling.engine import Engine, EngineConfig
+from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import Request
 from llama_jax.training.metrics import Progress
 
@@ -96,6 +97,22 @@ def check_kept(
         )  # fmt: skip
 
 
+def check_prompts(place: str, prompts: Sequence[dict[str, Any]], *, tokenizer: str | None) -> None:
+    """Looks, before its weights are loaded, whether the chat format of the checkpoint at `place` takes all prompts.
+
+    Raises:
+      ValueError: names the row of one that it does not take: it holds a control piece, or its roles are not in turn.
+    """
+    source = open_source(place)
+    words = open_tokenizer(source, tokenizer_of(place, tokenizer) or source.tokenizer)
+    for number, row in enumerate(prompts):
+        encode_chat(row["messages"], words, where=_where(number, row))
+
+
+def _where(number: int, row: Mapping[str, Any]) -> str:
+    return row.get("where", f"prompt {number + 1}")
+
+
 def _read_alike(path: str | Path) -> list[Answered]:
     """The answers of a file as host 0 has it."""
     rows = from_host_0(lambda: [dataclasses.asdict(answer) for answer in read_answers(path)])
@@ -115,16 +132,10 @@ def _unanswered(prompts: Sequence[dict[str, Any]], kept: Kept) -> list[tuple[int
     return found
 
 
-def settings_of(model: Model, *, slots: int, int8_cache: bool) -> EngineConfig:
-    """The shapes of a model's engine: its context, and at least so many slots as the mesh divides."""
-    shards = batch_shards(model.mesh)
-    return EngineConfig(slots=-(-slots // shards) * shards, max_length=model.config.max_length, int8_cache=int8_cache)
-
-
 def define_engines(slots: str = "answers drawn together") -> None:
     """Defines the flags by which a command opens the models that answer."""
     flags.DEFINE_string("tokenizer", None, "the tokenizer, where none lies beside the weights")
-    flags.DEFINE_integer("slots", 16, slots)
+    flags.DEFINE_integer("slots", 16, slots, lower_bound=1)
     flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model")
 
 
@@ -142,7 +153,9 @@ def draw_answers(
     max_tokens: int, seed: int,
 ) -> None:  # fmt: skip
     """Appends the answer to each (number, prompt), many drawn together; what a prompt draws depends on (seed, number) alone."""
-    encoded = [(number, row, encode_chat(row["messages"], model.tokenizer)) for number, row in prompts]
+    encoded = [
+        (number, row, encode_chat(row["messages"], model.tokenizer, where=_where(number, row))) for number, row in prompts
+    ]
     quiet = jax.process_index() > 0
     with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer", quiet=quiet) as progress:
 

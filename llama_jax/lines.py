@@ -36,8 +36,8 @@ def open_input(path: str, answers: str, *, waits: bool) -> Input:
     `waits` says whether a reader may wait for the next line; otherwise a line is None while none has come.
     """
     if path and path != "-":
-        # Lines end at "\n" alone: JSON may hold the other ends of lines that Python knows.
-        whole = Path(path).read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n")
+        # Lines end at "\n" alone: JSON may hold the other ends of lines that Python knows. Empty ones at the end ask nothing.
+        whole = Path(path).read_bytes().decode("utf-8", "surrogateescape").rstrip(" \t\r\n")
         lines = whole.split("\n") if whole else []
         return _requests(lines, answers, total=len(lines))
     typed = _piped(0)

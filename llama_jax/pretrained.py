@@ -189,16 +189,21 @@ class Model:
         return Engine(self.config, self.prepared(), settings, compute=self.compute)
 
     def chat(
-        self, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.9,
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, temperature: float = 0.6, top_p: float = 0.9,
         seed: int = 0,
     ) -> str:  # fmt: skip
         """The assistant's answer to a dialog, in the chat format of the model: its tokenizer's template, or Llama 2's.
+
+        Args:
+          max_tokens: the longest answer; without it 256, or what the context has room for.
 
         Raises:
           ValueError: messages that are no dialog ending with the user, or that do not fit the context with the answer.
         """
         words = self._require("lm_head") or self._words()
         ids = encode_chat(messages, words, where="chat")
+        if max_tokens is None:
+            max_tokens = min(256, max(self.config.max_length - len(ids), 1))
         (response,) = self.respond([ids], Choice(temperature, top_p=top_p), max_tokens=max_tokens, seed=seed)
         return decode_response(response, words)[0]
 

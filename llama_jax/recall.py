@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from llama_jax.kept_answers import Kept, Open, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
 from llama_jax.pretrained import Model
 from llama_jax.rlhf.constraints import FAMILIES
 from llama_jax.rlhf.ghost import Context, Messages, read_values
@@ -173,7 +175,7 @@ def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
     keep_heap()
-    places, directory, turns = name_checkpoints(values.checkpoint), Path(values.output), tuple(map(int, values.turns))
+    places, turns = name_checkpoints(values.checkpoint), tuple(map(int, values.turns))
     if not turns or min(turns) < 1:
         raise ValueError(f"--turns: expected turns from 1, got {','.join(values.turns)}")
     if len(places) > len(MARKERS):
@@ -183,25 +185,26 @@ def main() -> None:
         values.dialogs, values_of(values.values, values.families), count=values.count, turns=max(turns),
         longest=values.longest, seed=values.seed,
     )  # fmt: skip
-    found = {
-        name: measure(name, place, contexts, directory, turns=turns, open_model=opener(), max_tokens=values.max_tokens)
-        for name, place in places.items()
-    }
+    with worked_in(values.output) as directory:
+        found = {
+            name: measure(name, place, contexts, directory, turns=turns, open_model=opener(), max_tokens=values.max_tokens)
+            for name, place in places.items()
+        }
 
-    def finish() -> None:
-        print(report(found, places, contexts, directory))
-        print(directory / "recall.json")
+        def finish() -> None:
+            print(report(found, places, contexts, directory))
+            print(os.path.join(values.output, "recall.json"))
 
-    on_host_0(finish)
+        on_host_0(finish)
 
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string("checkpoint", None, "a chat model, or name=model; once for each")
     flags.DEFINE_string("dialogs", None, "JSONL file of dialogs that no checkpoint was trained on")
-    flags.DEFINE_string("output", None, "directory for answers, table and figure")
+    flags.DEFINE_string("output", None, "directory for answers, table and figure; gs://bucket/... too")
     define_engines()
     flags.DEFINE_list("turns", [str(turn) for turn in TURNS], "where answers are judged")
-    flags.DEFINE_integer("count", 48, "dialogs that each checkpoint answers")
+    flags.DEFINE_integer("count", 48, "dialogs that each checkpoint answers", lower_bound=1)
     flags.DEFINE_integer("longest", 300, "characters of a question with its answer in the dialogs", lower_bound=1)
     flags.DEFINE_list("families", list(VALUES), "what instructions ask for")
     flags.DEFINE_string("values", "", 'JSONL file of {"kind": family, "value": ...}; without it, words of ours')

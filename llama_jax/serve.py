@@ -13,6 +13,7 @@ the latest after `--grace` seconds. One process serves; it may have many devices
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import itertools
 import json
@@ -21,22 +22,19 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
 from llama_jax import command, requests
-from llama_jax.chat import open_engine
+from llama_jax.chat import open_engine, settings_of
 from llama_jax.convert import one_process
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.parallel.axes import batch_shards
 from llama_jax.parallel.host import keep_compiled_at_home, keep_heap
-from llama_jax.pretrained import Model
 from llama_jax.requests import Ask, RequestError
 from llama_jax.sampling.prompt_scores import PromptScorer
-from llama_jax.sampling.request import EngineConfig
 from llama_jax.sampling.worker import EngineStopped, QueueFull, Worker
 from llama_jax.serve_answer import Answer, Field, usage
 
@@ -50,10 +48,11 @@ class Server:
 
     def __init__(
         self, worker: Worker, tokenizer: Tokenizer, *, name: str, api_key: str = "", default_tokens: int = 256,
-        body_limit: int = 1 << 20,
+        body_limit: int = 1 << 20, origins: Sequence[str] = (),
     ):  # fmt: skip
         self.worker, self.tokenizer, self.name = worker, tokenizer, name
         self.api_key, self.default_tokens, self.body_limit = api_key, default_tokens, body_limit
+        self.origins = list(origins)  # of pages whose scripts may ask
         # Programs that score texts send them in batches.
         self.most_answers = 8 if worker.scorer is None else 64
         self.started = int(time.time())
@@ -62,6 +61,8 @@ class Server:
         """The Starlette application; it starts and ends the worker."""
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.middleware.cors import CORSMiddleware
         from starlette.routing import Route
 
         async def no_route(request, error):  # a path or a method that is none
@@ -73,7 +74,9 @@ class Server:
             yield
             await asyncio.to_thread(self.worker.stop)
 
+        pages = Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["*"], allow_headers=["*"])
         return Starlette(
+            middleware=[pages] if self.origins else [],
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
@@ -96,6 +99,8 @@ class Server:
 
     async def one_model(self, request: Any) -> Any:
         """GET /v1/models/NAME"""
+        if not request.path_params["name"]:  # /v1/models/
+            return await self.models(request)
         return self._refuse(request) or self._unknown(request.path_params["name"]) or _json(self._described_model())
 
     async def metrics(self, request: Any) -> Any:
@@ -189,7 +194,9 @@ class Server:
                     await queue.put((answer, piece))
             except Exception:  # else the client would wait for ever
                 log.exception("an answer could not be told")
-                answer.finish = answer.finish or "error"
+                if not answer.finish:
+                    self.worker.cancel(answer.ticket)
+                    answer.finish = "error"
             await queue.put((answer, None))
 
         def chunk(choices, **more):
@@ -296,16 +303,10 @@ def main() -> None:
         raise ValueError(f"serve runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
 
     listening = bound(values.host, values.port)  # a port that is taken is said before the weights are read
-
-    def settings(model: Model) -> EngineConfig:
-        length = min(values.max_length or model.config.max_length, model.config.max_length)
-        shards = batch_shards(model.mesh)
-        slots = -(-values.slots // shards) * shards  # the devices share them
-        return EngineConfig(
-            slots=slots, max_length=length, steps=values.steps, int8_cache=values.int8_cache,
-            alternatives=requests.ALTERNATIVES,
-        )  # fmt: skip
-
+    settings = functools.partial(
+        settings_of, slots=values.slots, max_length=values.max_length, steps=values.steps, int8_cache=values.int8_cache,
+        alternatives=requests.ALTERNATIVES,
+    )  # fmt: skip
     engine, model = open_engine(
         values.checkpoint, settings, tokenizer=values.tokenizer, int8=values.int8_weights, mesh_tensor=values.mesh_tensor
     )
@@ -317,7 +318,9 @@ def main() -> None:
             scorer.warm_up(engine.weights)
     worker = Worker(engine, model.mesh, queue=values.queue, scorer=scorer)
     name = values.name or os.path.basename(str(values.checkpoint).rstrip("/"))
-    server = Server(worker, model.tokenizer, name=name, api_key=key, default_tokens=values.max_tokens)
+    server = Server(
+        worker, model.tokenizer, name=name, api_key=key, default_tokens=values.max_tokens, origins=values.allow_origin
+    )
     listening.listen()  # from here on nobody is refused
     host, port, *_ = listening.getsockname()
     print(f"serving model {name!r} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
@@ -341,6 +344,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("queue", 64, "requests that may wait; more get 429", lower_bound=0)
     flags.DEFINE_integer("max_length", 2048, "tokens of prompt and answer together; 0: the model's context", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 256, "length of an answer where the request does not say", lower_bound=1)
+    flags.DEFINE_list("allow_origin", [], "pages whose scripts may ask, as http://localhost:3000; *: all (CORS)")
     flags.DEFINE_integer("grace", 60, "seconds that answers have to end after SIGTERM", lower_bound=0)
     flags.DEFINE_integer("mesh_tensor", 0, "devices that share each matrix; 0: as few as hold the model", lower_bound=0)
     flags.DEFINE_bool("int8_weights", False, "round the weights to 8 bits")

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from llama_jax.data.text_stream import TextStream
+from llama_jax.data.text_stream import CONTEXT, TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.requests import Ask
 from llama_jax.sampling.prompt_scores import Scored
@@ -34,7 +34,8 @@ class Answer:
         self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
         self.most_likely: list[dict[str, float]] = []  # of each token, where alternatives are asked for
         self._worker, self._tokenizer, self._strip = worker, tokenizer, True
-        self._after = after = () if ask.chat else ask.prompt
+        after = () if ask.chat else ask.prompt
+        self._after = after[-CONTEXT:]
         self._stream = TextStream(tokenizer, ask.stops, after=after)
         # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
         self._spelling, self._spelled, self._told, self._offset = TextStream(tokenizer, after=after), [], 0, 0
@@ -88,7 +89,7 @@ class Answer:
                 if self._spelled:
                     self._spelled[-1] += self._spelling.finish()
                 if self._stream.stopped and not finish:
-                    self._worker.cancel(self.ticket)
+                    self._worker.cancel(self.ticket, outcome="stop")
                 self.finish = "stop" if self._stream.stopped else finish
             self.text += text
             if text:
@@ -126,12 +127,14 @@ class Answer:
         stream, prompt = TextStream(self._tokenizer), self.ask.prompt
         pieces = [stream.push(token) for token in prompt]
         pieces[-1] += stream.finish()
-        likely = [self._instead(row, before=prompt[:i]) for i, row in enumerate(scored.most_likely, start=1)]
+        likely = [
+            self._instead(row, before=prompt[max(i - CONTEXT, 0) : i]) for i, row in enumerate(scored.most_likely, start=1)
+        ]
         return _Told(pieces, [None, *scored.log_probs], [None, *likely])
 
     def _instead(self, most_likely: Sequence[tuple[int, float]], *, before: Sequence[int] | None = None) -> dict[str, float]:
         """The texts that tokens would have added in the place of the next one, with their log-probabilities."""
-        before, found = [*self._after, *self.tokens] if before is None else before, {}
+        before, found = [*self._after, *self.tokens[-CONTEXT:]] if before is None else before, {}
         for token, log_p in most_likely:
             if token >= self._tokenizer.vocab_size:  # a row that fills up the embedding
                 continue

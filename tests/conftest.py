@@ -51,6 +51,22 @@ def compiled():
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """The tokenizer of tests/small_models.py."""
+    from small_models import trained_tokenizer  # after the settings above
+
+    return trained_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """A chat model of tests/small_models.py."""
+    from small_models import made
+
+    return made(tokenizer, "lm_head")
+
+
+@pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     """Two layers with grouped queries, much smaller than the preset: compiles in a second."""
     return dataclasses.replace(

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import jax
 
-from llama_jax import kept_answers
-from llama_jax.chat import make_engine
+from llama_jax.chat import make_engine, settings_of
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.interop import ours
 from llama_jax.model import params
@@ -43,7 +42,7 @@ def written(directory, tokenizer, head="lm_head", seed=0):
 def opened(model, slots=2):
     """An engine over a model, and the model without its parameters, as `chat.open_engine` gives them."""
     with jax.set_mesh(model.mesh):
-        engine = make_engine(model, kept_answers.settings_of(model, slots=slots, int8_cache=False))
+        engine = make_engine(model, settings_of(model, slots=slots, int8_cache=False))
     return engine, dataclasses.replace(model, params={})
 
 

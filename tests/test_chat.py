@@ -206,6 +206,15 @@ def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
     ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 2, "stop_token_ids": []})])
     np.testing.assert_allclose([likely[0][1] for likely in row["top_logprobs"]], row["logprobs"], atol=1e-5)  # greedy
     assert [len(likely) for likely in row["top_logprobs"]] == [2] * row["tokens"]
+    # Rows that fill up the embedding have no piece to tell of.
+    answer = batch._Answer.__new__(batch._Answer)
+    answer._tokenizer, answer.request = tokenizer, SimpleNamespace(most_likely=[[(5, -0.5), (tokenizer.vocab_size, -1.0)]])
+    assert answer._most_likely() == [[[tokenizer.piece(5), -0.5]]]
+    # A seed of its own gives one answer on every line; another draws otherwise there.
+    drawn = {"prompt": "the loop", "temperature": 1.0, "max_tokens": 20}
+    line, other = json.dumps({**drawn, "seed": 7}), json.dumps(drawn)
+    texts = [row["text"] for row in ask(engine, tokenizer, [line, other, line, other])[0]]
+    assert texts[0] == texts[2] and texts[1] != texts[3]
     assert "logprobs" not in ask(engine, tokenizer, ['{"prompt": "the loop"}'])[0][0]
     # Two answers to one prompt are two draws, whether asked for by n or by saying it twice.
     for body in ({"prompt": ["the loop"] * 2}, {"prompt": "the loop", "n": 2}):
@@ -297,7 +306,7 @@ def test_a_line_that_is_no_request_is_an_error_row_with_its_id_and_the_others_go
 def test_lines_of_a_file_end_at_newlines_alone(tmp_path):
     texts = ["the loop", "a line\u2028of text", "a\x85b", "counts"]
     rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
-    (tmp_path / "in.jsonl").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8", newline="")
+    (tmp_path / "in.jsonl").write_text("\r\n".join(rows) + "\r\n\r\n \n", encoding="utf-8", newline="")
     found = lines_of.open_input(str(tmp_path / "in.jsonl"), "-", waits=True)
     assert found.total == 4 and [json.loads(line)["prompt"] for line in found.lines] == texts
     (tmp_path / "none.jsonl").write_text("")

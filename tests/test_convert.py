@@ -27,6 +27,7 @@ from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params
 from llama_jax.model import params
 from llama_jax.model.config import SIZES, ModelConfig
+from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.parallel.axes import is_spec, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start, starting_params
@@ -149,6 +150,28 @@ def test_gguf_tensors_are_what_the_package_dequantises_in_our_order(kind, tmp_pa
     assert state.keys() == values.keys()
     for name, x in values.items():
         np.testing.assert_array_equal(state[name], x, err_msg=name)
+
+
+def test_a_gguf_of_llama_3_has_its_scaling_as_divisors(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    config = dataclasses.replace(WIDE, rope_theta=500_000.0, max_length=131_072)
+    # As llama.cpp's converter computes them: 1 for short wavelengths, the factor for long ones, between them a smooth border.
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    waves = 2 * np.pi / frequencies
+    smooth = (8192 / waves - 1) / (4 - 1)
+    divisors = np.where(waves < 8192 / 4, 1, np.where(waves > 8192, 32, 1 / ((1 - smooth) / 32 + smooth))).astype(np.float32)
+    add, begin = gguf.GGUFWriter.add_rope_freq_base, divisors
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_rope_freq_base", lambda self, base: add(self, base) or self.add_tensor("rope_freqs.weight", begin)
+    )
+    write_gguf(tmp_path / "x.gguf", config, "F32")
+    source = open_source(tmp_path / "x.gguf")
+    assert source.config.rope_scaling == RopeScaling("llama3", 32.0, 8192)
+    np.testing.assert_allclose(stretched(64, 500_000.0, source.config.rope_scaling), frequencies / divisors, rtol=1e-5)
+    begin = divisors[::-1].copy()
+    write_gguf(tmp_path / "y.gguf", config, "F32")
+    with pytest.raises(ValueError, match=r"y.gguf: rope_freqs.weight is not Llama 3.1's scaling of 8,192 tokens; exp"):
+        open_source(tmp_path / "y.gguf")
 
 
 def test_block_sizes_are_those_of_the_gguf_package():
@@ -334,7 +357,8 @@ def test_a_checkpoint_of_many_devices_is_read_piece_by_piece(sharded, tmp_path, 
     assert max(piece.nbytes for piece in pieces if piece.shape[0] == 6) < gate.nbytes / 4
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=10))
     with pytest.raises(CheckpointError, match=r"layers/\w+ cannot be read: .* takes [\d,]+ bytes in .* .TMPDIR., which has"):
-        list(open_source(tmp_path / "stage").check_values())
+        source = open_source(tmp_path / "stage")
+        list(map(source.fetch, source.tensors))
 
 
 def test_meta_and_our_stages_get_the_sentencepiece_model_that_lies_beside_its_json(words, tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import jax
 import pytest
-from small_models import CONFIG, made, prompt, trained_tokenizer, written
+from small_models import CONFIG, prompt, written
 
 from llama_jax import desk
 from llama_jax.annotation.drawing import Draw, Pair
@@ -26,16 +26,6 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrained import Model
 from llama_jax.sampling.engine import EngineConfig
 from llama_jax.sampling.worker import Worker
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return trained_tokenizer(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return made(tokenizer, "lm_head")
 
 
 def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model):
@@ -201,6 +191,10 @@ def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
     open_to_all = subprocess.run([*command, "--host=0.0.0.0"], capture_output=True, text=True)
     assert open_to_all.returncode == 1 and "needs --password" in open_to_all.stderr.splitlines()[-1]
     pytest.importorskip("gradio", reason="needs the extra [web]")
+    for flag, words in (("--top_p=2", "top_p: expected above 0 and at most 1, got 2.0"), ("--max_tokens=0", "--max_tokens"),
+                        ("--temperatures=nan", "temperature: expected at least 0, got nan")):  # fmt: skip
+        wrong = subprocess.run([*command, flag], capture_output=True, text=True)
+        assert wrong.returncode == 1 and words in wrong.stderr.splitlines()[-1], wrong.stderr
     held = RowFile(tmp_path / "p.jsonl")
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 1 and "another process writes to it" in second.stderr.splitlines()[-1]

@@ -105,6 +105,19 @@ def test_a_known_beginning_is_taken_over(weights, expected):
     assert engine.compilations == compiled
 
 
+def test_dialogs_under_one_system_message_keep_a_slot_each(weights):
+    settings = EngineConfig(slots=3, max_length=64, chunks=((8, 1),), steps=3, reuse=4)
+    engine = Engine(MODEL, weights, settings, compute=FLOAT32).warm_up()
+    dialogs = [[*PROMPTS[1], 5], [*PROMPTS[1], 7]]
+    for turn in range(3):
+        for dialog in dialogs:
+            (request,) = engine.run([engine.submit(dialog, max_tokens=8)])
+            # All but what is new: the last token drawn, which never entered the cache, and what was asked since.
+            assert turn == 0 or request.reused == len(dialog) - 4
+            assert turn or dialog is dialogs[0] or request.reused == len(PROMPTS[1])
+            dialog += [*request.tokens, 3, 4, 6]
+
+
 def test_whole_prompts_are_computed_once_beside_the_slots(weights, expected):
     settings = dataclasses.replace(SETTINGS, whole=((6, 3), (12, 2)))
     engine = Engine(MODEL, weights, settings, compute=FLOAT32).warm_up()

@@ -150,6 +150,7 @@ def test_generate_and_chat_are_the_samplers(workdir, compiled):
     messages = [{"role": "user", "content": "it"}]
     (answer,) = model.respond([encode_prompt(messages, model.tokenizer)], Choice(0.0), max_tokens=10)
     assert model.chat(messages, max_tokens=10, temperature=0.0) == decode_response(answer, model.tokenizer)[0]
+    assert isinstance(model.chat(messages), str)  # in a context that 256 tokens would fill
 
 
 def mesh_of(devices):

@@ -107,6 +107,20 @@ def test_cached_decoding_equals_the_uncached_forward_in_rows_of_different_length
         np.testing.assert_allclose(logits, logits_of(tree, tokens[row : row + 1, :length])[0], atol=1e-4)
 
 
+def test_rows_without_new_tokens_are_not_read(monkeypatch):
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(3), (2, 12), 0, 96)
+    weights = decode.prepare(tree, params.table(MODEL, head="lm_head"), compute=FLOAT32)
+    cache = empty_cache(MODEL, batch=2, slots=12, dtype=jnp.float32)
+    _, cache = decode.prefill(weights, tokens[:, :8], jnp.array([3, 8]), cache, config=MODEL, compute=FLOAT32)
+    asked, attend = [], decode.attend_cached
+    monkeypatch.setattr(decode, "attend_cached", lambda q, layer, positions, limit, **how: asked.append(
+        (positions, limit)
+    ) or attend(q, layer, positions, limit, **how))  # fmt: skip
+    _, after = decode.extend(weights, tokens[:, :1], jnp.array([1, 0]), cache, config=MODEL, compute=FLOAT32)
+    assert after.lengths.tolist() == [4, 8]
+    assert {(tuple(map(int, positions[:, 0])), int(limit)) for positions, limit in asked} == {((3, 0), 4)}
+
+
 def test_packed_segments_equal_separate_rows_and_padding_changes_nothing():
     tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(4), (1, 12), 1, 96)
     segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])

@@ -1,5 +1,6 @@
 """Recall of two checkpoints: answers kept and resumed, the table, refusals; once through the real engine."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -9,10 +10,9 @@ import pytest
 import small_runs
 
 from llama_jax import recall
-from llama_jax.chat import open_engine
+from llama_jax.chat import open_engine, settings_of
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import write_jsonl
-from llama_jax.kept_answers import settings_of
 from llama_jax.parallel.mesh import make_mesh
 
 
@@ -95,6 +95,27 @@ def test_other_settings_other_dialogs_and_dialogs_that_do_not_fit_are_refused(co
         measure(contexts, tmp_path, Engine(until=4), "two", max_tokens=590)
     with pytest.raises(ValueError, match="none of 10 is one"):
         recall.make_contexts(str(tmp_path / "dialogs.jsonl"), {"opening": ("Sure",)}, count=4, turns=4, longest=1, seed=0)
+
+
+def test_what_shall_lie_in_a_bucket_is_worked_on_here(contexts, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def worked_in(directory):
+        assert directory == "gs://bucket/recall"
+        yield tmp_path / "here"
+
+    values = {"checkpoint": ["one=runs/one"], "output": "gs://bucket/recall", "turns": ["2", "4"], "dialogs": "", "values": "",
+              "families": ["hobby"], "count": 4, "longest": 20, "seed": 0, "max_tokens": 16}  # fmt: skip
+    monkeypatch.setattr(recall.flags, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(recall, "worked_in", worked_in)
+    monkeypatch.setattr(recall, "make_contexts", lambda *_, **__: contexts)
+    monkeypatch.setattr(recall, "opener", lambda: None)
+    monkeypatch.setattr(recall, "start_distributed", lambda: None)
+    monkeypatch.setattr(recall, "measure", lambda name, place, contexts, directory, **_: directory)
+    seen = []
+    monkeypatch.setattr(recall, "report", lambda found, places, contexts, directory: seen.append((found, directory)))
+    monkeypatch.chdir(tmp_path)
+    recall.main()
+    assert seen == [({"one": tmp_path / "here"}, tmp_path / "here")]
 
 
 def test_values_are_ours_or_of_a_file(tmp_path):

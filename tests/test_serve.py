@@ -61,7 +61,7 @@ def served(tokenizer):
         engine = Engine(MODEL, weights, settings, compute=FLOAT32).warm_up()
     scorer = PromptScorer(MODEL, compute=FLOAT32, longest=4096, alternatives=requests.ALTERNATIVES)
     worker = Worker(engine, mesh, queue=2, scorer=scorer)
-    app = Server(worker, tokenizer, name="small", api_key="secret", default_tokens=8, body_limit=20_000).app()
+    app = Server(worker, tokenizer, name="small", api_key="secret", default_tokens=8, body_limit=20_000, origins=["http://page"]).app()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -86,6 +86,13 @@ def wait(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+def ended(worker, outcome=None):
+    """How many requests have ended so, or have a time from their beginning to their end."""
+    if outcome is None:
+        return worker.registry.get_sample_value("llama_jax_request_seconds_count")
+    return worker.registry.get_sample_value("llama_jax_requests_total", {"outcome": outcome}) or 0
 
 
 def idle(worker):
@@ -132,8 +139,13 @@ def test_an_answer_that_has_stopped_leaves_its_slot_while_others_go_on(client, s
     step, active = worker.engine.step, []
     # Slow enough for the answer to be cancelled while the other one is drawn.
     monkeypatch.setattr(worker.engine, "step", lambda: time.sleep(0.01) or active.append(worker.engine.active) or step())
+    before = ended(worker, "stop"), ended(worker, "cancelled"), ended(worker)
     answered = client.completions.create(**how, stop=[stop])
     assert [choice.text for choice in answered.choices] == [long, short.partition(stop)[0]]
+    # They have ended as they should, and took their time.
+    stopped = [choice.finish_reason for choice in answered.choices].count("stop")
+    expected = before[0] + stopped, before[1], before[2] + 2
+    wait(lambda: (ended(worker, "stop"), ended(worker, "cancelled"), ended(worker)) == expected)
     assert active.count(1) > active.count(2) > 0
 
 
@@ -375,10 +387,10 @@ def test_an_engine_that_fails_is_no_answer_and_one_that_has_ended_asks_for_no_pa
 
 
 def test_a_job_that_the_engine_cannot_take_leaves_the_others(client, served):
-    told = []
+    told, failed = [], ended(served[1], "error")
     served[1].submit([{"prompt": [5], "max_tokens": 2, "seed": 2**70, "deliver": lambda *what: told.append(what)}])
     wait(lambda: told)
-    assert told == [(None, 0.0, "error")]
+    assert told == [(None, 0.0, "error")] and ended(served[1], "error") == failed + 1
     assert client.completions.create(model="small", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
@@ -413,6 +425,15 @@ def test_health_and_metrics(client, served):
     assert 0 < float(lines["llama_jax_first_token_seconds_sum"]) < float(lines["llama_jax_generated_tokens_total"]) * 60
     # Nothing was compiled for the traffic: 7 programs of the engine, and prompts' lengths of 128 to 4096.
     assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7 + 6
+
+
+def test_scripts_of_allowed_pages_may_ask(served):
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in (("http://page", "http://page"), ("http://other", None)):
+        answer = httpx.options(f"{served[0]}/v1/chat/completions", headers={"Origin": origin, **asks})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+    listed = httpx.get(f"{served[0]}/v1/models/", headers={"Authorization": "Bearer secret"}).json()
+    assert [model["id"] for model in listed["data"]] == ["small"]
 
 
 def test_many_at_once_are_each_answered_as_alone(client):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from llama_jax.data.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what decoding gives for the bytes of a character that is not complete yet
-_CONTEXT = 8  # tokens of what comes before that decoding looks at
+CONTEXT = 8  # tokens of what comes before that decoding looks at
 
 
 class TextStream:
@@ -17,7 +17,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, after: Sequence[int] = ()):
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._ids: list[int] = list(after[-_CONTEXT:])
+        self._ids: list[int] = list(after[-CONTEXT:])
         # Tokens before `_shown` have become text; decoding starts at `_context`.
         self._context, self._shown = 0, len(self._ids)
         self._held = ""  # text that may be the beginning of a stop string

@@ -36,6 +36,7 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 PAD_ID = UNK_ID
 FIRST_BYTE_ID = 3
 
+_MARK = re.compile(r"<[|｜][^<>\s]*[|｜]>")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\n")  # a line of its files: a piece in base64, and its rank
 
 # What people read out of the released model file (fact sheet 1.5).
@@ -202,6 +203,18 @@ def read_content(path: Path, expected: str) -> bytes:
         raise FileNotFoundError(f"tokenizer {path}: expected {expected}, {error.strerror}") from None
 
 
+def piece_name(declared: dict[str, Any], field: str) -> str | None:
+    """A piece that a tokenizer's config names, as text or as an object with its `content`."""
+    value = declared.get(field)
+    return value["content"] if isinstance(value, dict) else value
+
+
+def is_mark(piece: str, chat_template: str | None) -> bool:
+    """Whether a piece, `<|im_end|>`, is one of the marks of a chat template. Such pieces are control, also where their file
+    does not say so: a message that holds one would forge a turn."""
+    return _MARK.fullmatch(piece) is not None and piece in (chat_template or "")
+
+
 def declared_beside(path: Path) -> dict[str, Any]:
     """What the files beside a tokenizer say about its special pieces, its chat format and the ids that end an answer."""
     declared: dict[str, Any] = {}
@@ -265,6 +278,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.chat_template = said.get("chat_template")
         self.adds_bos = bool(said.get("add_bos_token", True))
         self.stop_ids = self._ends(said)
+        if (end := piece_name(said, "eos_token")) is not None and end != self.piece(EOS_ID):
+            self._check_known(end)
+            self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, self._model.piece_to_id(end))))
+        for piece in _object(self.path.parent / "added_tokens.json") if self.path.suffix != ".gguf" else ():
+            if piece in (self.chat_template or ""):
+                self._check_known(piece)
+
+    def _check_known(self, piece: str) -> None:
+        if self._model.id_to_piece(self._model.piece_to_id(piece)) != piece:
+            raise ValueError(
+                f"tokenizer {self.path}: the files beside it add {piece!r}, which it does not have; expected the tokenizer.json "
+                "of the same model, which has it"
+            )
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, with BOS before and EOS after when asked for."""
@@ -293,7 +319,11 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _control(self) -> dict[str, int]:
         is_control, is_unknown = self._model.is_control, self._model.is_unknown
-        return {self._model.id_to_piece(i): i for i in range(self.vocab_size) if is_control(i) or is_unknown(i)}
+        pieces = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
+        return {
+            piece: i for piece, i in pieces.items()
+            if is_control(i) or is_unknown(i) or i in self.stop_ids or is_mark(piece, self.chat_template)
+        }  # fmt: skip
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; BOS, EOS and padding are skipped. ValueError for ids outside the vocabulary."""

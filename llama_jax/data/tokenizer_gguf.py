@@ -19,6 +19,8 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # tokenizer.ggml.pre -> the pre-tokenizer of the original's tokenizer.json
+# By what names llama.cpp knows the ends of turns and messages.
+_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _CUTS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     "gpt-2": [_BYTE_LEVEL],
@@ -141,6 +143,8 @@ def declared(path: Path) -> dict[str, Any]:
     for field, name in (("chat_template", "chat_template"), ("ggml.add_bos_token", "add_bos_token")):
         if field in fields:
             found[name] = fields[field]
-    # The ends of a turn and of a message, where they are not EOS itself.
-    found["eos_token_id"] = [fields[f"ggml.{end}_token_id"] for end in ("eot", "eom") if f"ggml.{end}_token_id" in fields]
+    # The ends of a turn and of a message, where they are not EOS itself; of files without the fields they are known by name.
+    said = [fields[f"ggml.{end}_token_id"] for end in ("eot", "eom") if f"ggml.{end}_token_id" in fields]
+    named = [i for i, token in enumerate(tokens) if token in _ENDS and fields["ggml.token_type"][i] in (CONTROL, USER_DEFINED)]
+    found["eos_token_id"] = [*said, *named]
     return found

@@ -1,12 +1,13 @@
 """Hugging Face's `tokenizer.json`, through the `tokenizers` package (extra `[interop]`)."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.tokenizer import Tokenizer, checked_text, declared_beside, find_tokenizer, read_content
+from llama_jax.data.tokenizer import Tokenizer, checked_text, declared_beside, find_tokenizer, is_mark, piece_name, read_content
 
 # Where the special pieces are not declared beside the file: the names that models of this family give them.
 _USUAL = {
@@ -31,18 +32,18 @@ class JsonTokenizer(Tokenizer):
         else:
             content, declared = read_content(self.path, "a tokenizer.json"), declared_beside(self.path)
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self._content = content
-        self._plain = _parse(content, self.path)
+        self._content, self.chat_template = content, declared.get("chat_template")
+        self._marked = _with_marks(content, declared)
+        self._plain = _parse(self._marked, self.path)
         self._plain.encode_special_tokens = True  # that is: as text, not as control
         self._rendered = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special(declared, "bos")
         self.eos_id = self._special(declared, "eos")
-        unknown, padding = _name(declared, "unk_token"), _name(declared, "pad_token")
+        unknown, padding = piece_name(declared, "unk_token"), piece_name(declared, "pad_token")
         self.unk_id = self._id(unknown) if unknown else self.eos_id
         self.pad_id = self._id(padding) if padding else self.unk_id
         self.stop_ids = self._ends(declared)
-        self.chat_template = declared.get("chat_template")
         self.adds_bos = self._plain.encode("a").ids[:1] == [self.bos_id]  # by its post-processor
 
     def _id(self, piece: str) -> int:
@@ -52,7 +53,7 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def _special(self, declared: dict[str, Any], kind: str) -> int:
-        if name := _name(declared, f"{kind}_token"):
+        if name := piece_name(declared, f"{kind}_token"):
             return self._id(name)
         for name in _USUAL[kind]:
             if (found := self._plain.token_to_id(name)) is not None:
@@ -67,7 +68,7 @@ class JsonTokenizer(Tokenizer):
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a rendered chat template, in which the names of special pieces are those pieces."""
         if self._rendered is None:
-            self._rendered = _parse(self._content, self.path)
+            self._rendered = _parse(self._marked, self.path)
         return self._rendered.encode(checked_text(text), add_special_tokens=False).ids
 
     def special_pieces(self) -> dict[str, int]:
@@ -102,9 +103,24 @@ class JsonTokenizer(Tokenizer):
         return {**found, "chat_template": self.chat_template} if self.chat_template else found
 
 
-def _name(declared: dict[str, Any], field: str) -> str | None:
-    value = declared.get(field)
-    return value["content"] if isinstance(value, dict) else value
+def _with_marks(content: bytes, declared: dict[str, Any]) -> bytes:
+    """The file with its ends and its chat template's marks as control pieces, where it has them as words."""
+    try:
+        said = json.loads(content)
+        added = said["added_tokens"]
+        ends = declared.get("eos_token_id")
+        control = {piece_name(declared, "bos_token"), piece_name(declared, "eos_token")}
+        ids = set(ends if isinstance(ends, list) else [ends])
+        words = [
+            piece for piece in added
+            if not piece["special"]
+            and (piece["content"] in control or piece["id"] in ids or is_mark(piece["content"], declared.get("chat_template")))
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError):  # no tokenizer.json, which the package says better
+        return content
+    for piece in words:
+        piece["special"] = True
+    return json.dumps(said, ensure_ascii=False).encode("utf-8", "surrogatepass") if words else content
 
 
 def _parse(content: bytes, path: Path) -> Any:

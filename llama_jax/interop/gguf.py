@@ -11,7 +11,7 @@ from llama_jax.interop.names import Tensor
 from llama_jax.interop.source import Source, check_fields, named, number
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
-from llama_jax.model.rope import RopeScaling
+from llama_jax.model.rope import RopeScaling, stretched
 
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # The fields of the architecture that are understood; another would be a feature that is not computed here.
@@ -21,6 +21,9 @@ _FIELDS = (
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size", "attention.causal",
     "expert_count", "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
+
+_DIVISORS = "rope_freqs.weight"  # of the rotary frequencies, in files of Llama 3.1 and later
+_LLAMA3_LENGTH = 8192  # the old context of all of them
 
 
 def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
@@ -35,8 +38,6 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
         "rope.scaling.type": ("none", "linear"), "expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,),
     }  # fmt: skip
     check_fields(found, fixed, path)
-    if "rope_freqs.weight" in header.tensors:
-        raise ValueError(f"{path}: has rope_freqs.weight: scaled rotary positions are not computed here")
     head: Head = "reward_head" if "cls.output.weight" in header.tensors else "lm_head"
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
@@ -44,8 +45,12 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
     heads, width = number(found, "attention.head_count", int, path), number(found, "embedding_length", int, path)
     head_size = number(found, "attention.key_length", int, path, width // heads)
     check_fields(found, {"rope.dimension_count": (head_size,), "attention.value_length": (head_size,)}, path)
+    theta = _decimal(number(found, "rope.freq_base", float, path, 10_000.0))
     factor = _decimal(number(found, "rope.scaling.factor", float, path, 1.0))
     linear = found.get("rope.scaling.type", "linear") == "linear" and factor != 1  # as llama.cpp reads a factor alone
+    scaling = RopeScaling("linear", factor) if linear else None
+    if (divisors := header.tensors.get(_DIVISORS)) is not None:
+        scaling = _llama3(read_tensor(divisors), head_size, theta, path)
     config = ModelConfig(
         name=str(fields.get("general.name", path.stem)),
         vocab_size=embedding.shape[0],
@@ -56,12 +61,24 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
         head_size=head_size,
         ffn=number(found, "feed_forward_length", int, path),
         max_length=number(found, "context_length", int, path),
-        rope_theta=_decimal(number(found, "rope.freq_base", float, path, 10_000.0)),
-        rope_scaling=RopeScaling("linear", factor) if linear else None,
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=_decimal(number(found, "attention.layer_norm_rms_epsilon", float, path)),
         tie_embeddings=head == "lm_head" and "output.weight" not in header.tensors,
     )
     return named(config), head
+
+
+def _llama3(divisors: np.ndarray, head_size: int, theta: float, path: Path) -> RopeScaling:
+    """Llama 3.1's scaling, of which the file has only what each frequency is divided by. # float32 [E/2]"""
+    scaling = RopeScaling("llama3", round(max(float(divisors.max()), 1.0)), _LLAMA3_LENGTH)
+    expected = theta ** (-np.arange(0, head_size, 2) / head_size) / stretched(head_size, theta, scaling)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ValueError(
+            f"{path}: {_DIVISORS} is not Llama 3.1's scaling of {_LLAMA3_LENGTH:,} tokens; expected the Hugging Face files of "
+            "the same model, whose config names its scaling"
+        )
+    return scaling
 
 
 def _decimal(value: float) -> float:
@@ -78,7 +95,7 @@ def open_source(path: Path) -> Source:
     header = read_header(path)
     config, head = read_config(header, path)
     rows = names.tensors(config, head, "gguf")
-    names.check(rows, {name: stored.shape for name, stored in header.tensors.items()}, path)
+    names.check(rows, {name: stored.shape for name, stored in header.tensors.items() if name != _DIVISORS}, path)
 
     def dtype_of(tensor: Tensor) -> np.dtype:
         return _PLAIN.get(header.tensors[tensor.name].kind_name, np.dtype(np.float32))

@@ -22,7 +22,7 @@ from llama_jax.parallel.axes import ParamSpec, is_spec
 from llama_jax.training.checkpoint import POLICY, instead, named, newest_step, read_meta, saved_parts
 from llama_jax.training.fingerprint import CONVERTED, CheckpointError, fingerprint_part, sealed
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def open_source(workdir: Path) -> Source:

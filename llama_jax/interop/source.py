@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from llama_jax.interop.names import Tensor
-from llama_jax.interop.storage import check_finite
 from llama_jax.model.config import SIZES, ModelConfig
 from llama_jax.model.params import Head
 
@@ -43,12 +42,6 @@ class Source:
     def read(self, tensor: Tensor) -> np.ndarray:
         """One parameter (of one layer), in our layout and the file's type."""
         return tensor.to_ours(self.fetch(tensor))
-
-    def check_values(self) -> Iterator[Tensor]:
-        """Reads every tensor once and yields it; ValueError naming the first that is not finite."""
-        for tensor in self.tensors:
-            check_finite(self.fetch(tensor), tensor.name, self.path)
-            yield tensor
 
 
 def require_language_model(source: Source) -> None:

@@ -181,10 +181,6 @@ class TorchWriter:
         self._record("version", b"3\n")
         self._archive.close()
 
-    def abandon(self) -> None:
-        """Lets go of an unfinished file."""
-        self._archive.close()
-
 
 def _pickled(plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
     """The pickle of {name: tensor}, written opcode by opcode, since Python's pickler would have to import torch."""

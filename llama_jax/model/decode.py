@@ -118,10 +118,11 @@ def extend(
     """
     steps = jnp.arange(tokens.shape[1])
     lengths = cache.lengths if rows is None else cache.lengths[rows]
-    positions = lengths[:, None] + steps
+    # What has no new token attends to nothing: its row may be long, and what is drawn for others would wait for it.
+    positions = jnp.where(counts > 0, lengths, 0)[:, None] + steps
     # Slots outside the cache are dropped, and so are tokens that do not count.
     targets = jnp.where(steps < counts[:, None], positions, cache.slots)
-    limit = jnp.max(lengths + counts)
+    limit = jnp.max(jnp.where(counts > 0, lengths + counts, 0))
 
     def put(slots, new, axis):
         if rows is None and new.shape[1] == 1:

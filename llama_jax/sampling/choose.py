@@ -56,10 +56,6 @@ class Choice:
         """Which rows are drawn otherwise because of what came before."""
         return (self.repetition_penalty != 1) | (self.presence_penalty != 0) | (self.frequency_penalty != 0)
 
-    def arrays(self) -> "Choice":
-        """The settings as arrays: Python's 1 and 1.0 would be two programs."""
-        return Choice(**{name: dtype(getattr(self, name)) for name, dtype in _TYPES.items()})
-
     def rows(self, batch: int) -> "Choice":
         """The settings as arrays, one entry a row. # [B] each"""
         return Choice(**{

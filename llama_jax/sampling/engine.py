@@ -309,10 +309,12 @@ class Engine:
         if not self.settings.reuse:
             return oldest, oldest, 0
         commons = [min(_common(request.prompt, held), len(request.prompt) - 1) for held in self._held]
-        source = max(range(self.settings.slots), key=lambda slot: (commons[slot], slot in free))
+        source = max(range(self.settings.slots), key=lambda slot: (commons[slot], slot in free, -self._used[slot]))
         if commons[source] < self.settings.reuse:
             return oldest, oldest, 0
-        return (source if source in free else oldest), source, commons[source]
+        # In that slot only if little of what it holds is lost: dialogs with one system message begin alike, and all go on.
+        goes_on = source in free and len(self._held[source]) - commons[source] <= self.settings.reuse
+        return (source if goes_on else oldest), source, commons[source]
 
     def _run_chunk(self, group: list[Request]) -> None:
         shape = self._shape(group[0].left)

@@ -71,8 +71,8 @@ class Worker:
         self._jobs: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._unscored: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._last: tuple[tuple[Any, ...], Scored] | None = None  # several answers to a prompt score it once
-        self._leaving: list[int] = []
-        self._live: dict[int, tuple[Request, Deliver]] = {}
+        self._leaving: list[tuple[int, str]] = []  # (ticket, outcome)
+        self._live: dict[int, tuple[Request, Deliver, float]] = {}  # with when it came
         self._tickets = itertools.count(1)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -138,10 +138,11 @@ class Worker:
             self._ready.notify()
         return tickets
 
-    def cancel(self, ticket: int) -> None:
-        """Ends a request, wherever it is; one that has ended already is none."""
+    def cancel(self, ticket: int, *, outcome: str = "cancelled") -> None:
+        """Ends a request, wherever it is; one that has ended already is none. `outcome` is what is counted: "stop" of an answer
+        that is finished, since it came to a stop string."""
         with self._ready:
-            self._leaving.append(ticket)
+            self._leaving.append((ticket, outcome))
             self._ready.notify()
 
     # ---- in the thread ----
@@ -168,7 +169,9 @@ class Worker:
                 jobs, live = [*self._jobs, *self._unscored], list(self._live.values())
                 self._jobs.clear()
                 self._unscored.clear()
-            for deliver in [*(job["deliver"] for _, job in jobs), *(deliver for _, deliver in live)]:
+            failed = [(job["deliver"], job["prompt"], 0) for _, job in jobs]
+            for deliver, prompt, drawn in failed + [(tell, request.prompt, len(request.tokens)) for request, tell, _ in live]:
+                self._count("error", prompt, drawn)
                 deliver(None, 0.0, "error")
 
     def _enter_and_leave(self) -> None:
@@ -181,15 +184,17 @@ class Worker:
                     self._unscored.append((ticket, job))
                 else:
                     self._enter(ticket, **job)
-        for ticket in leaving:
+        for ticket, outcome in leaving:
             if (unscored := [pair for pair in self._unscored if pair[0] == ticket]):
                 self._unscored.remove(unscored[0])
                 self._count("cancelled", unscored[0][1]["prompt"], 0)
                 unscored[0][1]["deliver"](None, 0.0, "cancelled")
             if ticket in self._live:
-                request, deliver = self._live.pop(ticket)
+                request, deliver, came = self._live.pop(ticket)
                 self.engine.cancel(request)
-                self._count(request.finish, request.prompt, len(request.tokens))
+                self._count(outcome, request.prompt, len(request.tokens))
+                if outcome != "cancelled":
+                    self._whole.observe(time.monotonic() - came)
                 deliver(None, 0.0, "cancelled")
 
     def _score_next(self) -> None:
@@ -235,9 +240,10 @@ class Worker:
             request = self.engine.submit(seed=seed, on_token=on_token, **job)
         except Exception:  # the caller's checks should have found it; the requests of others go on
             log.exception("the engine refused a request")
+            self._count("error", job["prompt"], 0)
             deliver(None, 0.0, "error")
         else:
-            self._live[ticket] = request, deliver
+            self._live[ticket] = request, deliver, came
 
     def _count(self, outcome: str, prompt: Sequence[int], drawn: int) -> None:
         self._requests.labels(outcome).inc()
