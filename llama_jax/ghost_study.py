@@ -20,9 +20,10 @@ import numpy as np
 
 from llama_jax import command
 from llama_jax.config import ConfigError, check_least
+from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import drawings, ghost_figures
-from llama_jax.evals.ghost import attention_map, follow, recall_table
+from llama_jax.evals.ghost import attention_map, check_contexts, follow, recall_table
 from llama_jax.evals.plots import save
 from llama_jax.files import atomic_write, write_json
 from llama_jax.interop.restore import restore_model
@@ -74,8 +75,8 @@ class GhostStudyConfig:
         if not self.start:
             raise ValueError("start: expected the workdir of a chat model, got nothing")
         check_least("", self, context=1, longest=1, instructions=1, samples=1, held_out=1, new_tokens=1)
-        if not self.turns or min(self.turns) < 1:
-            raise ValueError(f"turns: expected turns from 1, got {self.turns}")
+        if not self.turns or min(self.turns) < 1 or max(self.turns) < 2:  # in turn 1 the instruction stands right there
+            raise ValueError(f"turns: expected turns from 1, and a later one among them, got {self.turns}")
 
 
 class GhostStudy(Steps[GhostStudyConfig]):
@@ -123,6 +124,7 @@ class GhostStudy(Steps[GhostStudyConfig]):
     def write_data(self) -> dict[str, str]:
         """What the stages train on; the files by name."""
         config = self.config
+        self.check_held_out()
         return write_instruction_data(
             self.workdir / "data", self.dialogs()[0], VALUES, rows=config.instructions, plain=max(1, config.instructions // 30),
             most_turns=max(config.turns), seed=config.seed,
@@ -132,6 +134,18 @@ class GhostStudy(Steps[GhostStudyConfig]):
         """Held-out dialogs with an instruction each."""
         rng = np.random.default_rng(self.config.seed + 1)
         return contexts_of(self.dialogs()[1], VALUES, count, turns=max(self.config.turns), rng=rng)
+
+    def check_held_out(self) -> None:
+        """ConfigError for held-out dialogs whose turns do not fit the context: both models would be trained in vain."""
+        config = self.config
+        room = self.shape()[1].max_length - config.new_tokens  # of a `Responder`
+        try:
+            check_contexts(
+                self.contexts(config.held_out), turns=config.turns,
+                fits=lambda messages: len(encode_prompt(messages, self.tokenizer)) <= room,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(f"config.context={config.context}: {error}, or fewer config.new_tokens") from None
 
     def policy_obeys(self) -> float:
         """The share that obeys, of Ghost Attention's samples that a program can judge: a hobby shows where it is asked for."""

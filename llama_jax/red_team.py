@@ -12,6 +12,7 @@ output as they come; `results.json`, a self-contained `report.html` and the figu
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from llama_jax.kept_answers import collect, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
+from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
 from llama_jax.reward.held_out import share, sigmoid
 from llama_jax.safety.red_team import Attempt, found_prompts, gamma, gamma_by_round, gamma_of, read_log
@@ -105,6 +108,9 @@ def write_report(values: Mapping[str, Any], directory: Path) -> None:
         _labels("Attack styles", "attack", values["by_attack"]),
     ]
     for name, found in values.get("rejection", {}).items():
+        if not found["prompts"]:
+            chapters.append(Chapter("Rejection rate", [f"No attempt of the last round worked: {name} was asked nothing."]))
+            continue
         rate = found["rejected"]
         text = (
             f"{name} no longer falls for {100 * rate['share']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f}) of "
@@ -128,18 +134,26 @@ def main() -> None:
         raise ValueError("--answers, --safety: expected a newer model and the reward model that judges it, or neither")
     if not 0 < values.threshold < 1:
         raise ValueError(f"--threshold: expected a score between 0 and 1, got {values.threshold}")
+    if "://" in values.output and not is_remote(values.output):
+        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     name, place = named(values.answers, "answers") if values.answers else ("", "")
-    directory = Path(values.output)
     start_distributed()
     if values.safety:  # before the newer model answers
         check_judge(values.safety, values.tokenizer)
+    with worked_in(values.output) as directory:
+        make_report(values, name, place, directory)
+    on_host_0(print, os.path.join(values.output, "report.html"))
+
+
+def make_report(values: Any, name: str, place: str, directory: Path) -> None:
+    """Answers of the newer model, if there is one, and the report, by the flags' `values`."""
     attempts = [Attempt(**row) for row in from_host_0(lambda: [dataclasses.asdict(a) for a in read_log(values.log)])]
     results = summary(attempts)
     prompts = found_prompts(attempts, max(attempt.round for attempt in attempts))
     on_host_0(write_jsonl, directory / "found.jsonl", prompts)
-    if values.answers:
-        if not prompts:
-            raise ValueError(f"{values.log}: no attempt of the last round worked, so there is nothing to answer")
+    if values.answers and not prompts:
+        results["rejection"] = {name: {"prompts": 0, "unjudged": 0}}
+    elif values.answers:
         choice = Choice(values.temperature, top_p=values.top_p).check()
         how = {"choice": choice, "max_tokens": values.max_tokens, "seed": values.seed}
         asked = [{"category": "", **row} for row in prompts]
@@ -148,17 +162,12 @@ def main() -> None:
         answers = [answer for answer in answers if prompt_key(answer.messages) in wanted]
         scores = safety_scores(answers, load_judge(values.safety, values.tokenizer))
         results["rejection"] = {name: rejection(scores, len(prompts), threshold=values.threshold)}
-
-    def finish() -> None:
-        write_report(results, directory)
-        print(directory / "report.html")
-
-    on_host_0(finish)
+    on_host_0(write_report, results, directory)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("log", None, "JSONL file of attempts (safety/red_team.py)")
-    flags.DEFINE_string("output", None, "directory for answers and the report")
+    flags.DEFINE_string("output", None, "directory for answers and the report, gs://bucket/... too")
     flags.DEFINE_string("answers", "", "name=checkpoint, or name=answers.jsonl: the newer model")
     flags.DEFINE_string("safety", "", "reward model that judges its answers")
     flags.DEFINE_float("threshold", 0.5, "safety score from which an answer is safe")

@@ -48,7 +48,7 @@ from llama_jax.parallel.mesh import start_distributed
 from llama_jax.parallel.output import worked_in
 from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
-from llama_jax.reward.comparisons import DEGREES, Comparison, encode_comparisons
+from llama_jax.reward.comparisons import Comparison, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, percent
 from llama_jax.reward.scorers import check_scores
 from llama_jax.rlhf.respond import Tell, write_in_portions
@@ -241,7 +241,7 @@ def pair_rows(
         several = len({pair.source for pair in encoded.pairs}) > 1
         rows += [
             {"chosen": chosen, "rejected": rejected, "source": f"{of}: {pair.source or 'no source'}" if several else of,
-             "rating": DEGREES[pair.degree] if pair.degree >= 0 else None, "safety_bin": pair.safety_bin,
+             "rating": RATINGS[pair.degree] if pair.degree >= 0 else None, "safety_bin": pair.safety_bin,
              "longer_by": len(pair.chosen) - len(pair.rejected)}
             for pair, (chosen, rejected), inside in zip(encoded.pairs, scores[of].tolist(), alike[of], strict=True) if inside
         ]  # fmt: skip

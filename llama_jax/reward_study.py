@@ -37,12 +37,13 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.markdown import markdown_table, verbatim
 from llama_jax.model import params as table
 from llama_jax.model.config import size
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.parallel.mesh import make_mesh, start_distributed
-from llama_jax.pretrain.base import check_start
+from llama_jax.pretrain.base import check_start, load_tokenizer
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, percent, share
+from llama_jax.reward.preference_report import batch_name
 from llama_jax.rlhf.scoring import sigmoid_scores
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
@@ -96,13 +97,14 @@ def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
     labelled = labelled_answers(config) if config.helpfulness else {}
     if config.safety_loss:
         check_safety_bins(config)
+    check_runs(config)
+    files = cumulative_batches(config.train, workdir / "batches", config.batches) if config.batches else {}
     first, start = config.sizes[0], config.starts[0]
     margins = {
-        margin: train_one(config, workdir / f"margin_{margin}", first, start, config.train, {"margin": margin})
+        margin: train_one(config, workdir / f"margin_{margin}", first, start, config.train, of_margin(margin))
         for margin in config.margins
     }
     scaling: dict[str, list[dict[str, Any]]] = {}
-    files = cumulative_batches(config.train, workdir / "batches", config.batches) if config.batches else {}
     for model, begin in zip(config.sizes, config.starts):
         for number, (path, pairs) in enumerate(files.items(), start=1):
             report = train_one(config, workdir / f"scaling_{model}_{number}", model, begin, (path,), {})
@@ -110,11 +112,10 @@ def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
             scaling.setdefault(model, []).append(row)
     weights = {
         _name(weight): train_one(
-            config, workdir / f"safety_loss_{_name(weight)}", first, start, config.train,
-            {"name": "safety", "safety_weight": weight},
+            config, workdir / f"safety_loss_{_name(weight)}", first, start, config.train, of_safety_loss(weight)
         )
         for weight in config.safety_loss
-    }  # fmt: skip
+    }
     values: dict[str, Any] = {
         "margins": {name: {key: report[key] for key in ("accuracy", "histogram")} for name, report in margins.items()},
         "scaling": scaling,
@@ -126,6 +127,25 @@ def run(config: StudyConfig, workdir: Path) -> dict[str, Any]:
         values["conflict"] = conflict_values(rows)
     on_host_0(write_study, values, workdir)
     return values
+
+
+def of_margin(margin: str) -> dict[str, Any]:
+    """What the config of one of `margins` changes."""
+    return {"margin": margin}
+
+
+def of_safety_loss(weight: float) -> dict[str, Any]:
+    """What the config of one of `safety_loss` changes."""
+    return {"name": "safety", "safety_weight": weight}
+
+
+def check_runs(config: StudyConfig) -> None:
+    """ConfigError for a run that could not begin: the last one may be days away."""
+    sizes = list(zip(config.sizes, config.starts))
+    runs = [(sizes[0], changes) for changes in (*map(of_margin, config.margins), *map(of_safety_loss, config.safety_loss))]
+    runs += [(one, {}) for one in sizes] if config.batches else []
+    for (model, start), changes in runs:
+        load_tokenizer(parse_stage(stage_values(config, model, start, config.train, changes)))
 
 
 def train_one(
@@ -165,10 +185,11 @@ def cumulative_batches(paths: Sequence[str], directory: Path, count: int) -> dic
     Rows with a `batch` are parted by it, in the order in which batches come; others into `count` equal parts.
     """
     rows = [row for path in paths for row in read_comparisons(path)]
-    names = list(dict.fromkeys(row.get("batch") for row in rows))
+    batches = [batch_name(row) for row in rows]
+    names = list(dict.fromkeys(batches))
     if len(names) > 1:
-        rows = sorted(rows, key=lambda row: names.index(row.get("batch")))
-        ends = list(np.cumsum([sum(row.get("batch") == name for row in rows) for name in names]))
+        rows = sorted(rows, key=lambda row: names.index(batch_name(row)))
+        ends = list(np.cumsum([batches.count(name) for name in names]))
     else:
         ends = [round(len(rows) * (part + 1) / count) for part in range(count)]
     if not ends[0]:
@@ -350,6 +371,7 @@ def _name(weight: float) -> str:
 def main() -> None:
     """Flags to config to call."""
     keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
     start_distributed()
     config, workdir = parse(StudyConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
     claim(workdir, describe(config), kind=StudyConfig)

@@ -30,11 +30,13 @@ from llama_jax.evals.plots import save
 from llama_jax.evals.statistics import mean_interval, share_interval
 from llama_jax.evals.verdict import Decoding, chat_answers
 from llama_jax.files import atomic_write, write_json
+from llama_jax.interop.formats import open_source
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.pretrain.base import load_tokenizer
+from llama_jax.pretrain.base import check_start, load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
+from llama_jax.rlhf.rejection import choose_prompts
 from llama_jax.rlhf.scoring import score_responses
 from llama_jax.safety.red_team import false_refusals
 from llama_jax.steps import Steps, define_job, run_job
@@ -103,11 +105,6 @@ def question(row: Row) -> str:
     return next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user").strip()
 
 
-def choose(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
-    """A random choice in random order: files are often sorted by kind."""
-    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
-
-
 def declined(name: str, text: str) -> bool:
     """Whether a response declines; of harmless prompts (not "adversarial") one that lacks the ability does not count."""
     return declines(text) if name == "adversarial" else bool(false_refusals([text]).count)
@@ -156,6 +153,21 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
         """One kind, fine-tuned at each share."""
         return {"sft": f"sft.py:{self.config.size}"}
 
+    def check(self) -> None:
+        """Also the reward models, and whether an answer fits: both are of no use before the first model is fine-tuned."""
+        super().check()
+        config, decoding = self.config, self.config.decoding
+        model, words = load_tokenizer(parse_stage(self.values("sft", f"sft.py:{config.size}", {"start": config.start})))
+        for name in ("helpfulness", "safety"):
+            check_start(getattr(config, name), model, words)
+            if open_source(getattr(config, name)).head != "reward_head":
+                raise ConfigError(f"config.{name}: {getattr(config, name)}: expected a reward model, found a language model")
+        if decoding.prompt_length + decoding.new_tokens > model.max_length:
+            raise ConfigError(
+                f"config.decoding.prompt_length={decoding.prompt_length} + new_tokens={decoding.new_tokens} exceed the "
+                f"{model.max_length} tokens of {model.name}"
+            )
+
     def changes(self, share: str) -> dict[str, Any]:
         """What is the study's own in the fine-tuning's config."""
         data = {"train": (self.path("data", f"share_{share}.jsonl"),), "held_out": ()}
@@ -197,7 +209,7 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
                     f"{config.borderline if name == 'borderline' else config.prompts}: expected {name} prompts of at most "
                     f"{longest} tokens, got none of {len(rows)}"
                 )
-            asked += [{"set": name, **row} for row in choose(fitting, config.most, config.seed)]
+            asked += [{"set": name, **row} for row in choose_prompts(fitting, config.most, config.seed)]
         return asked
 
     def measure(self, share: str) -> dict[str, Any]:

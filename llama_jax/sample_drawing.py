@@ -44,6 +44,7 @@ from llama_jax.reward.held_out import sigmoid
 from llama_jax.rlhf.respond import Tell, write_in_portions
 from llama_jax.sampling.answers import answering
 from llama_jax.sampling.choose import Choice
+from llama_jax.sampling.keys import key_data
 
 TRACKS = ("helpfulness", "safety")
 _PORTION = 2000  # answers that are drawn, or scored, and written together
@@ -175,10 +176,11 @@ def _answer(
     encoded = [encode_chat(row["messages"], words) for row in prompts]
 
     def drawn(some: Sequence[tuple[float, int]], first: int, progress: Tell) -> list[Row]:
+        keys = key_data(how.seed, range(first * K, (first + len(some)) * K))  # together: one by one is 0.6 ms each
         requests = [
             engine.submit(
                 encoded[number], max_tokens=how.max_tokens, choice=Choice(temperature=temperature, top_p=how.top_p),
-                seed=how.seed, index=(first + i) * K + k, stop_ids=words.stop_ids,
+                key=keys[i * K + k], stop_ids=words.stop_ids,
             )
             for i, (temperature, number) in enumerate(some) for k in range(K)
         ]  # fmt: skip

@@ -10,7 +10,7 @@ first and scores them by the reward models (`sample_drawing.py`); a run that is 
 `score` (logit) and the `ratings` that people gave the answer; `--rated=helpfulness=file` has rated answers scored by it.
 
 `results.json`, `report.html`, and as PNG and SVG those figures for which the files have what they need. Without `--checkpoint`
-the output directory appears whole or not at all.
+a local output directory appears whole or not at all.
 """
 
 import dataclasses
@@ -30,6 +30,8 @@ from llama_jax.kept_answers import define_engines
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
+from llama_jax.parallel.output import worked_in
+from llama_jax.paths import is_remote
 
 Files = Mapping[str, str | os.PathLike]
 
@@ -52,16 +54,17 @@ def figures_of(files: Files, *, rated: Files | None = None) -> tuple[dict[str, A
     scored = {name: some for name, some in rows.items() if any(row.get("reward") is not None for row in some)}
     heated = {name: some for name, some in rows.items() if len({row.get("temperature") for row in some} - {None}) > 1}
     drawn, values, notes = [], {}, []
-    curves = {name: samples.best_of_by_temperature(rows[name]) for name in heated if name in scored}
+    worth = {name: samples.choosable(some)[0] for name, some in scored.items()}
+    curves = {name: samples.best_of_by_temperature(worth[name]) for name in heated if name in scored}
     maps = {name: of for name, of in curves.items() if of}
     if scored:
-        chosen = dict(scored)
+        chosen, scores = dict(worth), dict(scored)
         for name, of in maps.items():
             best, n = model_figures.best_temperature(of)
-            chosen[name] = samples.by_temperature(rows[name])[best]
+            chosen[name], scores[name] = (samples.by_temperature(some[name])[best] for some in (worth, scored))
             notes.append(f"{name}: Figs. 7 and 20 are of temperature {best:g}, at which the best of {n} samples is highest")
         best = {name: samples.best_of(some) for name, some in chosen.items()}
-        rewards = {name: samples.rewards(some) for name, some in chosen.items()}
+        rewards = {name: samples.rewards(some) for name, some in scores.items()}
         drawn += [model_figures.best_of_n(best), model_figures.reward_shift(rewards)]
         values["best_of_n"] = {name: _lists(of) for name, of in best.items()}
         values["mean_reward"] = {name: float(of.mean()) for name, of in rewards.items()}
@@ -98,6 +101,7 @@ def _left_out(rows: list[dict[str, Any]], *, scored: bool, heated: bool) -> list
 
     said = []
     if scored:
+        said += [found] if (found := samples.choosable(rows)[1]) else []
         said += count("have no reward and are in no curve of one", lambda row: row.get("reward") is not None)
         by_temperature = samples.by_temperature(rows) if heated else {None: rows}
         said += [
@@ -128,13 +132,18 @@ def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
     files, calibrated = command.named("samples", values.samples), command.named("calibration", values.calibration)
+    if "://" in values.output and not is_remote(values.output):
+        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     if values.checkpoint or values.rated:
         draw(files, calibrated, values)
-    elif given := [flag for flag in ("prompts", *sample_drawing.TRACKS) if values[flag].value]:
+        return
+    if given := [flag for flag in ("prompts", *sample_drawing.TRACKS) if values[flag].value]:
         raise ValueError(f"--{given[0]}: is for samples that are drawn; expected --checkpoint or --rated beside it")
-    else:
-        run(files, values.output, rated=calibrated)
-        print(Path(values.output) / "report.html")
+    with worked_in(values.output) as output:
+        if is_remote(values.output) and any(output.iterdir()):  # `run` would name the copy of it on this machine
+            raise FileExistsError(f"{values.output}: exists already; expected a new or an empty directory")
+        run(files, output, rated=calibrated)
+    print(os.path.join(values.output, "report.html"))
 
 
 def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None:
@@ -144,7 +153,7 @@ def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None
         {track: values[track].value for track in sample_drawing.TRACKS if values[track].value},
         values.tokenizer, values.slots, values.mesh_tensor,
     )  # fmt: skip
-    rated, output = command.named("rated", values.rated), Path(values.output)
+    rated = command.named("rated", values.rated)
     for flag, more, known in (("samples", models.checkpoints, files), ("calibration", rated, calibrated)):
         if twice := sorted(more.keys() & known.keys()):
             raise ValueError(f"--{flag}: {twice[0]!r} is drawn here too; expected a name for each")
@@ -160,13 +169,10 @@ def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None
     for path in files.values():
         from_host_0(lambda path=path: len(samples.read_samples(path)))  # before hours of drawing
     prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if models.checkpoints else []
-    made, scored = sample_drawing.draw(models, prompts, how, output, rated=rated)
-
-    def finish() -> None:
-        write(*figures_of({**files, **made}, rated={**calibrated, **scored}), output)
-        print(output / "report.html")
-
-    on_host_0(finish)
+    with worked_in(values.output) as output:
+        made, scored = sample_drawing.draw(models, prompts, how, output, rated=rated)
+        on_host_0(lambda: write(*figures_of({**files, **made}, rated={**calibrated, **scored}), output))
+    on_host_0(print, os.path.join(values.output, "report.html"))
 
 
 def _number(text: str) -> float:
@@ -179,7 +185,7 @@ def _number(text: str) -> float:
 if __name__ == "__main__":
     flags.DEFINE_list("samples", [], "name=file of each model's samples")
     flags.DEFINE_list("calibration", [], "name=file of each reward model's scores beside human ratings")
-    flags.DEFINE_string("output", None, "directory to be made; with --checkpoint an unfinished one is continued")
+    flags.DEFINE_string("output", None, "directory to be made, gs://bucket/... too; with --checkpoint an old one is continued")
     flags.DEFINE_list("checkpoint", [], "name=checkpoint of each model whose samples are drawn")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts for --checkpoint, with a `kind` each for Fig. 21")
     flags.DEFINE_string("helpfulness", "", "reward model that scores what is drawn")

@@ -288,7 +288,7 @@ def test_a_rows_own_train_on_comes_first(tmp_path, monkeypatch):
         return [EncodedDialog([1], [True])] * len(rows)
 
     monkeypatch.setattr(stage, "encode_dialogs", encode)
-    monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length: stage.Packed([1], [], 0, 0))
+    monkeypatch.setattr(stage, "pack_dialogs", lambda examples, length: stage.Packed([1], 0, 0))
     rows = [{"messages": dialog("a", 1)}, {"messages": dialog("b", 1), "train_on": "last"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     tokenizer = types.SimpleNamespace(fingerprint="none", chat_template=None)
@@ -331,6 +331,17 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
     assert drawn == [40, 1] and trained == [("sft.jsonl", str(tmp_path / "ghost.jsonl"))] * 2
     rows = [json.loads(line) for line in (tmp_path / "ghost.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and rows[0]["messages"][0]["content"].endswith(" a q0")
+
+
+def test_dialogs_of_too_few_turns_are_refused_before_the_policy_is_loaded(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "dialogs.jsonl", [{"messages": dialog("a", 2)}])
+    for name in ("load_tokenizer", "check_start", "check_generates"):
+        monkeypatch.setattr(ghost, name, lambda *_, **__: (types.SimpleNamespace(max_length=64), None))
+    monkeypatch.setattr(ghost, "Responder", lambda *_, **__: pytest.fail("the policy was loaded"))
+    settings = dataclasses.replace(SETTINGS, contexts=(str(tmp_path / "dialogs.jsonl"),), join=False, turns=(3, 4))
+    config = types.SimpleNamespace(ghost=settings, policy="chat", compute=None, loop=LoopConfig(steps=1, batch_size=1))
+    with pytest.raises(ConfigError, match="dialogs.jsonl: no dialog has 3 turns; ghost.join=True joins several"):
+        ghost.draw_samples(config, None, tmp_path / "run")
 
 
 def test_settings_name_their_mistakes():

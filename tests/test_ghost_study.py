@@ -4,12 +4,14 @@ The whole study runs in the slow test of the five versions (tests/test_recipe.py
 """
 
 import re
+import types
 from html import unescape
 
 import pytest
 import small_runs
 
-from llama_jax.config import parse
+from llama_jax import ghost_study
+from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import distillation_figure, ghost_figures
 from llama_jax.evals.report import write_report
@@ -104,6 +106,28 @@ def test_the_first_dialogs_stand_side_by_side_with_what_each_model_obeyed(study,
         {"ghost_attention": {**FOUND, "examples": dialogs}}, study.workdir, figures={}, samples=[]
     ).html.read_text()
     assert "\u2717 &lt;script&gt;x&lt;/script&gt;" in html and "<script" not in html
+
+
+def test_held_out_dialogs_that_do_not_fit_are_refused_before_a_model_is_trained(study, monkeypatch):
+    dialogs = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "It is."}] for i in range(16)]
+    monkeypatch.setattr(study, "dialogs", lambda: (dialogs, dialogs))
+    monkeypatch.setitem(study.__dict__, "tokenizer", None)
+    monkeypatch.setattr(ghost_study, "encode_prompt", lambda messages, _: "".join(m["content"] for m in messages))
+    monkeypatch.setattr(study, "stage", lambda *_: pytest.fail("a model was trained"))
+
+    message = "config.context=1024: context 0: its 20 turns leave no room for an answer; expected shorter dialogs, or fewer"
+    with pytest.raises(ConfigError, match=message):
+        monkeypatch.setattr(study, "shape", lambda: (None, types.SimpleNamespace(max_length=300)))
+        study.run()
+    assert not (study.workdir / "data").exists()
+    monkeypatch.setattr(study, "shape", lambda: (None, types.SimpleNamespace(max_length=600)))
+    assert set(study.write_data()) == {"instructions", "plain", "contexts", "values"}
+
+
+@pytest.mark.parametrize("turns", [(), (0, 2), (1,)])
+def test_a_study_measures_a_later_turn_than_the_first(turns):
+    changes = {"start": "chat", "turns": turns}
+    small_runs.assert_refused(GhostStudyConfig, "ghost_study.py:tiny", changes, "turns: expected turns from 1, and a later one")
 
 
 HOSTILE = "<img src=x> | `a|b\\| ![i](http://e/x.png) *b* a_b _c_ &lt; \0"

@@ -89,6 +89,9 @@ def test_shp_and_gptj(tmp_path):
     ("anthropic_helpful", {"chosen": 3, "rejected": "y"}, "chosen: expected str, got int"),
     ("openai_summarize", {"info": {}, "summaries": []}, "choice: missing; found info, summaries"),
     ("openai_summarize", {"info": {}, "summaries": [{}], "choice": 0}, "choice: expected 0 or 1 of two summaries, got 0 of 1"),
+    ("openai_summarize", {"info": {"post": 5}, "summaries": [{"text": "a"}] * 2, "choice": 0}, "info: post: expected str"),
+    ("openai_summarize", {"info": {}, "summaries": ["a", "b"], "choice": 0}, r"summaries\[0\]: expected an object, got str"),
+    ("stackexchange", {"question": "Q", "answers": [1, 2]}, r"answers\[0\]: expected an object, got int"),
     ("openai_webgpt", {"question": "Why?"}, "question: expected Mapping, got str"),
     ("stackexchange", {"question": "Q", "answers": [{"text": "a"}, {"text": "b"}]}, r"answers\[0\]: pm_score: missing"),
     ("stanford_shp", {"labels": 2}, r"labels: expected 1 \(A is preferred\) or 0, got 2"),
@@ -106,6 +109,13 @@ def test_rows_of_another_layout_may_be_left_out(tmp_path):
     assert [triple(row) for row in found] == [(["post"], "a", "b")] and found.rows == 4
     assert found.left_out == {"labels: expected 1 (A is preferred) or 0": 2, "labels: missing": 1}
     assert list(found.first.values()) == [f"{tmp_path / 'rows.jsonl'}:{line}" for line in (1, 3)]
+
+
+def test_wrong_types_may_be_left_out_too(tmp_path):
+    good = {"question": "Q", "response_j": "good", "response_k": "bad"}
+    write_jsonl(tmp_path / "rows.jsonl", [good, {"question": "Q", "answers": [1, 2]}])
+    found = read_open_set(tmp_path / "rows.jsonl", "stackexchange", leave_out=True)
+    assert len(list(found)) == 1 and found.left_out == {"answers[]: expected an object": 1}
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

@@ -54,6 +54,12 @@ def test_sums_do_not_depend_on_the_chunks(monkeypatch):
     assert report(tally(ROWS, words)) == whole
 
 
+def test_a_batch_may_be_a_number_in_one_file_and_text_in_another():
+    found = report(tally([*ROWS, row(["a"], "b", "c", batch="10")], words))
+    assert {name: of["comparisons"] for name, of in found["batches"].items()} == {"2": 1, "10": 3}
+    assert found["batched"]["comparisons"] == 4
+
+
 def test_best_of_batches_by_hand():
     samples = [{"prompt": 0, "reward": r} for r in (0.1, 0.5, 0.3)] + [{"prompt": 1, "reward": 0.7}]
     found = best_of_batches({"1": samples})["1"]
@@ -166,7 +172,20 @@ def test_rows_of_ours_that_are_no_comparison_are_left_out_when_asked(tmp_path, t
     assert [row["chosen"] for row in rows] == [ROWS[0]["chosen"], ROWS[1]["chosen"]] * 2
 
 
+def test_wrong_samples_and_no_matplotlib_show_before_anything_is_read(tmp_path, tokenizer, monkeypatch):
+    write_jsonl(tmp_path / "samples.jsonl", [{"prompt": 0}])
+    for samples, message in ((["samples.jsonl"], "samples: expected batch=file"),
+                             ([f"1={tmp_path / 'samples.jsonl'}"], "samples.jsonl:1: reward: missing")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(["nowhere.jsonl"], tmp_path / "out", tokenizer=tokenizer, samples=samples, quiet=True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"figures need the package .*: pip install 'llama_jax\[eval\]'"):
+        run(["nowhere.jsonl"], tmp_path / "out", tokenizer=tokenizer, quiet=True)
+
+
 def test_a_set_of_another_layout_is_not_left_out_whole(tmp_path, tokenizer):
+    pytest.importorskip("matplotlib")
     write_jsonl(tmp_path / "ours.jsonl", ROWS)
     write_jsonl(tmp_path / "shp.jsonl", [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}] * 2)
     message = "shp.jsonl: expected comparisons, none of its 2 rows holds one; 2 of them: prompt: missing .the first is .*:1.$"
@@ -177,6 +196,7 @@ def test_a_set_of_another_layout_is_not_left_out_whole(tmp_path, tokenizer):
 
 
 def test_wrong_input_leaves_nothing_behind(tmp_path, tokenizer):
+    pytest.importorskip("matplotlib")
     write_jsonl(tmp_path / "ours.jsonl", [ROWS[0], {**ROWS[0], "rating": "good"}])
     for data, message in (("ours.jsonl", "ours.jsonl:2: rating: expected one of"), ("hh=x.jsonl", "is no layout")):
         path = str(tmp_path / data) if data == "ours.jsonl" else data

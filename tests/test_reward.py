@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.scipy.special import logit
 
 from llama_jax.config import ConfigError
 from llama_jax.data.mixture import mix
@@ -15,8 +16,8 @@ from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
-from llama_jax.reward.score import combined_logit, combined_reward, logit, scorer, whiten
-from llama_jax.reward.stage import PairData, mixed_pairs, reward_loss
+from llama_jax.reward.score import combined_logit, scorer, whiten
+from llama_jax.reward.stage import PairData, RewardData, mixed_pairs, reward_loss
 from llama_jax.training.step import put_batch
 
 MODEL = dataclasses.replace(
@@ -45,8 +46,7 @@ def test_safety_loss_by_hand():
 def test_the_gate_of_the_paper():
     helpful, safe = jnp.array([0.9, 0.9, 0.9, 0.9]), jnp.array([0.8, 0.14, 0.15, 0.8])
     is_safety = jnp.array([False, False, False, True])
-    np.testing.assert_allclose(combined_reward(helpful, safe, is_safety), [0.9, 0.14, 0.9, 0.8])
-    logits = combined_logit(logit(helpful), logit(safe), is_safety)
+    logits = combined_logit(logit(helpful), logit(safe), is_safety)  # of R_c = 0.9, 0.14, 0.9, 0.8
     np.testing.assert_allclose(logits, np.log([9, 0.14 / 0.86, 9, 4]), rtol=1e-5)
 
 
@@ -55,13 +55,10 @@ def test_scores_of_which_float32_has_one_sigmoid_are_different_rewards():
     helpful, safe = jnp.array([14.0, 17.0, 20.0, 20.0, 5.0]), jnp.array([3.0, 3.0, 3.0, -20.0, -30.0])
     found = combined_logit(helpful, safe, jnp.array([False] * 4 + [True]))
     assert found.tolist() == [14, 17, 20, -20, -30]
-    assert len(set(logit(jax.nn.sigmoid(jnp.array([14.0, 17.0, 20.0]))).tolist())) == 1
+    assert len(set(jax.nn.sigmoid(jnp.array([17.0, 20.0, 30.0])).tolist())) == 1
 
 
-def test_logit_undoes_the_sigmoid_and_whitening_is_over_the_mask():
-    x = jnp.array([-3.0, 0.0, 2.5])
-    np.testing.assert_allclose(logit(jax.nn.sigmoid(x)), x, atol=1e-4)
-    assert np.isfinite(logit(jnp.array([0.0, 1.0]))).all()
+def test_whitening_is_over_the_mask():
     np.testing.assert_allclose(whiten(jnp.array([1.0, 3.0])), [-1, 1], rtol=1e-5)
     masked = whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False]))
     np.testing.assert_allclose(masked, [-1, 1, 0], rtol=1e-5)
@@ -163,6 +160,16 @@ def test_shares_that_make_no_mix_are_refused_before_a_file_is_read(shares):
         mixed_pairs(PairData(("a.jsonl", "b.jsonl"), (), 8, shares), None, seed=0)
     with pytest.raises(ConfigError, match="data.shares: expected one for each of the 1 files of data.train, got 2"):
         mixed_pairs(PairData(("a.jsonl",), (), 8, shares), None, seed=0)
+
+
+def test_a_rest_that_leaves_nothing_is_refused_before_a_file_is_read():
+    with pytest.raises(ConfigError, match=r"data.rest_share: expected less than 1 together with data.shares, got 0.5 \+ 0.6"):
+        mixed_pairs(PairData(("a.jsonl", "b.jsonl"), (), 8, (0.0, 0.6), rest=("c.jsonl",)), None, seed=0)
+
+
+def test_pairs_of_another_track_need_held_out_ones_beside_them():
+    with pytest.raises(ValueError, match="data.others: expected data.held_out too, beside whose report it stands; got none"):
+        RewardData(("a.jsonl",), (), 8, others=("b.jsonl",))
 
 
 def test_labels_of_the_safety_bins():

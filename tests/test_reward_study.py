@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -45,6 +46,9 @@ def test_pairs_are_parted_by_their_batch_or_evenly(tmp_path):
     files = cumulative_batches((str(tmp_path / "batched.jsonl"),), tmp_path / "batched", 9)
     assert list(files.values()) == [2, 4, 5]
     assert [row["chosen"] for row in read_comparisons(list(files)[1])] == ["a0", "a2", "a1", "a3"]
+    write_jsonl(tmp_path / "mixed.jsonl", rows(4, [1, "2", "1", 2]))  # numbers in one file, texts in another
+    files = cumulative_batches((str(tmp_path / "mixed.jsonl"),), tmp_path / "mixed", 9)
+    assert list(files.values()) == [2, 4] and [row["chosen"] for row in read_comparisons(list(files)[0])] == ["a0", "a2"]
     with pytest.raises(ConfigError, match="7 pairs cannot be divided into 20 parts"):
         cumulative_batches((str(tmp_path / "plain.jsonl"),), tmp_path / "many", 20)
 
@@ -170,6 +174,35 @@ def test_what_the_conflict_lacks_is_said_before_anything_is_trained(tmp_path, mo
     }, where="study")  # fmt: skip
     with pytest.raises((ConfigError, CheckpointError), match=message):
         reward_study.run(parse(StudyConfig, values), tmp_path / "study")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"margins": ("small", "smal")}, "config.margin: expected one of 'none', 'small', 'large', got 'smal'"),
+    ({"sizes": ("tiny", "7b"), "starts": ("chat", "nowhere")}, "nowhere: expected a stage's workdir with checkpoints"),
+    ({"batches": 99}, "32 pairs cannot be divided into 99 parts"),
+])  # fmt: skip
+def test_what_a_later_run_lacks_is_said_before_the_first_one(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.setattr(reward_study, "train_one", lambda *_: pytest.fail("a model was trained"))
+    monkeypatch.chdir(tmp_path)
+    small_runs.prepare(tmp_path)
+    values = load_config(small_runs.ROOT / "configs", "reward_study.py:tiny")
+    files = {"train": ("pairs.jsonl",), "held_out": ("pairs.jsonl",), "starts": ("chat",)}
+    change(values, {"configs": str(small_runs.ROOT / "configs"), **files, **changes}, where="study")
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        reward_study.run(parse(StudyConfig, values), tmp_path / "study")
+
+
+def test_the_command_keeps_what_is_compiled(tmp_path, monkeypatch):
+    kept = []
+    values = types.SimpleNamespace(config=None, workdir=str(tmp_path))
+    monkeypatch.setattr(reward_study, "flags", types.SimpleNamespace(FLAGS=values))
+    monkeypatch.setattr(reward_study, "keep_compiled", kept.append)
+    monkeypatch.setattr(reward_study, "run", lambda config, workdir: (workdir / "study.md").write_text(""))
+    for name in ("keep_heap", "start_distributed", "parse", "describe", "claim"):
+        monkeypatch.setattr(reward_study, name, lambda *_, **__: None)
+    reward_study.main()
+    assert kept == [str(tmp_path)]
 
 
 @pytest.mark.slow

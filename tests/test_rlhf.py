@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from jax.scipy.special import logit
 
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.sources import read_jsonl, write_jsonl
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import write_json
 from llama_jax.model import branches, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute
@@ -22,7 +24,7 @@ from llama_jax.model.rope import RopeScaling
 from llama_jax.parallel.axes import batch_sharding, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
-from llama_jax.reward.score import logit, scorer
+from llama_jax.reward.score import scorer
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
 from llama_jax.rlhf import chips, drawn, ghost, reinforce, rejection, scoring
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
@@ -908,6 +910,82 @@ def test_other_pools_leave_the_samples_where_they_are(tmp_path):
     drawn.put_aside(tmp_path, "best", {"pools": ["a", "b"], "version": "1"}, {}, ("pool.jsonl", "best.jsonl"))
     assert sorted(path.name for path in (tmp_path / "replaced" / "1").iterdir()) == ["best.jsonl", "pool.jsonl"]
     assert (tmp_path / "samples.jsonl").exists() and not list(read_jsonl(tmp_path / "samples.jsonl"))
+
+
+def test_a_round_of_another_version_takes_no_samples_of_an_earlier_policy(tmp_path, monkeypatch):
+    parameters, files = ["one"], {f"{name}.jsonl" for name in ("samples", "pool", "best")}
+    monkeypatch.setattr(drawn, "fingerprint", lambda workdir: f"{workdir} {parameters[-1]}")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "?"}])
+
+    def begin(version):
+        """Which files of the round stay; the others are made."""
+        values = load_config(small_runs.ROOT / "configs", "rejection.py:tiny")
+        own = {"prompts": str(tmp_path / "prompts.jsonl"), "version": version}
+        change(values, {"policy": "chat", "safety": "s", "rejection": own}, where="rejection")
+        under = rejection.put_stale_aside(parse_stage(values), tmp_path / "run")
+        there = {path.name for path in (tmp_path / "run").glob("*.jsonl")}
+        if there != files:
+            for name, of in under.items():
+                drawn.note(tmp_path / "run", name, *of)
+            for name in files - there:
+                write_jsonl(tmp_path / "run" / name, [])
+        return there
+
+    assert begin("1") == set() and begin("1") == files
+    assert begin("2") == {"samples.jsonl"}  # of the same policy
+    parameters.append("two")
+    assert begin("2") == files  # it is finished, whatever becomes of its policy
+    assert begin("3") == set()
+    assert drawn.fingerprints(tmp_path / "run", "samples")["policy"] == "chat two"
+
+
+@pytest.mark.parametrize(("module", "own", "expected"), [
+    (rejection, {"safety": "s", "rejection": {"prompts": "prompts.jsonl", "prompt_length": 40, "new_tokens": 9}}, 40 + 9),
+    (ghost, {"context": 0, "ghost": {"contexts": ("dialogs.jsonl",)}}, 64),
+    # The longest prompt has a pre-prompt before it.
+    (distillation, {"safety": "s", "context": 512, "distill": {"prompts": "prompts.jsonl", "prompt_length": 40}}, None),
+], ids=["rejection", "ghost", "distill"])  # fmt: skip
+def test_the_keys_and_values_of_what_is_drawn_together_are_counted(small, monkeypatch, module, own, expected):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.chdir(small)
+    stage, asked = {rejection: "rejection", ghost: "ghost", distillation: "distill"}[module], {}
+    values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
+    change(values, {"start": "scratch", "tokenizer": "tokenizer.model", "policy": "chat", **own}, where=stage)
+    change(values, {stage: {"sampling_batch": 3}}, where=stage)
+    config = parse_stage(values)
+    monkeypatch.setattr(module, "check_start", lambda *_: None)
+
+    def check(model, compute, mesh, *, rows=0, length=0, hint=""):
+        asked.update(rows=rows, length=length)
+        raise ConfigError("too large")
+
+    monkeypatch.setattr(module, "check_generates", check)
+    with pytest.raises(ConfigError, match="too large"):
+        Round(config, None) if module is rejection else module.draw_samples(config, None, small / "run")
+    assert asked["rows"] == 3
+    assert asked["length"] == expected if expected else 40 + config.distill.new_tokens < asked["length"] <= 512
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"reward": {"scorers": ("reward_models", "math:flor")}}, "reward.scorers: cannot load 'math:flor'"),
+    ({"data": {"held_out": "typo.jsonl"}}, "typo.jsonl: expected a JSONL file, found nothing"),
+    ({"data": {"held_out": "damaged.jsonl", "prompt_length": 1}}, "none of .* prompts fits into 1 tokens"),
+])  # fmt: skip
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_scorers_and_held_out_prompts_are_read_before_a_model_is(small, tmp_path, monkeypatch, stage, changes, message):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(reinforce, "begin", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in ("load_tokenizer", "check_start"):
+        monkeypatch.setattr(reinforce, name, lambda *_: (SIZES["tiny"], Tokenizer("tokenizer.model")))
+    values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
+    own = {"start": "chat", "tokenizer": "tokenizer.model", "helpfulness": "h", "safety": "s"}
+    data = {"prompts": "prompts.jsonl", "prompt_length": 20}
+    change(values, {**own, "data": data, stage: {"new_tokens": 8}}, where=stage)
+    change(values, changes, where=stage)
+    config = parse_stage(values)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Opening.of(config, getattr(config, stage), one_device(), tmp_path)
 
 
 def test_the_mesh_of_distillation_holds_the_larger_model_and_one_that_does_not_is_refused(monkeypatch):

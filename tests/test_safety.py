@@ -1,6 +1,10 @@
 """Safety: pre-prompts, what context distillation keeps and learns from, red-team rates and false refusals, by hand."""
 
+import contextlib
+import dataclasses
+import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +32,6 @@ from llama_jax.safety.red_team import (
     gamma_of,
     lacks_ability,
     read_log,
-    refusal_curve,
-    rejection_rate,
 )
 
 SETTINGS = DistillSettings(
@@ -112,8 +114,6 @@ def test_the_data_of_figure_16():
 
 
 def test_settings_of_distillation_name_their_mistakes():
-    import dataclasses
-
     with pytest.raises(ValueError, match=r"distill.generic: expected 1 to 224 pre-prompts .* got 0"):
         dataclasses.replace(SETTINGS, generic=0, category=False)
     with pytest.raises(ValueError, match="distill.least_gain: expected at least 0, got -0.1"):
@@ -143,7 +143,7 @@ def test_gamma_by_hand():
         gamma_of(LOG, "person")
 
 
-def test_the_next_model_is_asked_what_was_found_and_its_rejection_rate_is_counted():
+def test_the_next_model_is_asked_what_was_found():
     found = found_prompts(LOG, 1)
     assert [row["messages"][0]["content"] for row in found] == ["How?", "Why?"]  # each once, without the answer
     assert all(row["is_safety"] and len(row["messages"]) == 1 for row in found)
@@ -153,9 +153,6 @@ def test_the_next_model_is_asked_what_was_found_and_its_rejection_rate_is_counte
     posed = Attempt("a", 60.0, 1, dialog, True, risk="illicit_criminal", attack="logic")
     (row,) = found_prompts([posed], 1)  # what context distillation chooses its template by
     assert (row["risk"], row["attack"]) == ("illicit_criminal", "logic")
-    share = rejection_rate([False] * 9 + [True])
-    assert (share.count, share.n, share.value) == (9, 10, 0.9)
-    assert math.isnan(rejection_rate([]).value)
 
 
 def test_a_log_is_read_strictly(tmp_path):
@@ -192,9 +189,6 @@ def test_a_refusal_for_lack_of_ability_is_no_false_refusal():
     assert [lacks_ability(text) for text in answers] == [False, False, False, True, True]
     assert (false_refusals(answers).count, false_refusals(answers).n) == (2, 5)
     assert false_refusals(answers, unable=lambda text: False).count == 4
-    curve = refusal_curve({0.5: {"borderline": answers[:2]}, 0.0: {"borderline": answers[1:2], "helpfulness": answers[3:]}})
-    assert [(share, found.value) for share, found in curve["borderline"]] == [(0.0, 0.0), (0.5, 0.5)]
-    assert [(share, found.count) for share, found in curve["helpfulness"]] == [(0.0, 0)]
 
 
 def attempts(rounds=2):
@@ -224,6 +218,45 @@ def test_a_red_team_report_by_hand(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "v2 no longer falls for 66.7 %" in page and "gamma is 1.25" in page and (tmp_path / "gamma.png").exists()
     assert "round 1: 2.00; round 2: 0.50" in red_team.curve(found["by_round"]).alt
+
+
+def flags_of(**given):
+    defaults = {"answers": "", "safety": "", "threshold": 0.5, "tokenizer": None}
+    return types.SimpleNamespace(FLAGS=types.SimpleNamespace(**{**defaults, **given}))
+
+
+def test_a_round_in_which_nothing_worked_is_reported_and_nobody_is_asked(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    monkeypatch.setattr(red_team, "collect", lambda *_, **__: pytest.fail("a model was asked"))
+    rows = [row for row in attempts() if row["round"] == 1 or not row["violates"]]
+    write_jsonl(tmp_path / "log.jsonl", rows)
+    values = flags_of(log=str(tmp_path / "log.jsonl"), answers="v2=runs/v2", safety="runs/safety").FLAGS
+    red_team.make_report(values, "v2", "runs/v2", tmp_path / "out")
+    assert json.loads((tmp_path / "out/results.json").read_text())["rejection"] == {"v2": {"prompts": 0, "unjudged": 0}}
+    assert "No attempt of the last round worked: v2 was asked nothing." in (tmp_path / "out/report.html").read_text()
+    assert (tmp_path / "out/found.jsonl").read_text() == ""
+
+
+def test_a_report_goes_into_a_bucket_and_to_no_other_address(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("log.jsonl", attempts())
+    for name in ("keep_heap", "start_distributed"):
+        monkeypatch.setattr(red_team, name, lambda: None)
+
+    @contextlib.contextmanager
+    def worked_in(address):
+        assert address == "gs://bucket/red"
+        yield tmp_path / "copy"
+
+    monkeypatch.setattr(red_team, "worked_in", worked_in)
+    monkeypatch.setattr(red_team, "flags", flags_of(log="log.jsonl", output="gs://bucket/red"))
+    red_team.main()
+    assert capsys.readouterr().out == "gs://bucket/red/report.html\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "copy"} and (tmp_path / "copy/report.html").exists()
+    monkeypatch.setattr(red_team, "flags", flags_of(log="log.jsonl", output="s3://bucket/red"))
+    with pytest.raises(ValueError, match="--output=s3://bucket/red: expected a directory, or gs://bucket/directory"):
+        red_team.main()
 
 
 @pytest.mark.skipif(not XSTEST.exists(), reason=f"needs {XSTEST}")

@@ -1,5 +1,7 @@
 """The study of safety data: nested mixes, the figures of given answers, configs that cannot run, and `smoke` by its command."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,8 +16,10 @@ from llama_jax.assistant.refusals import look_alikes
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import safety_scaling
+from llama_jax.model.config import SIZES
 from llama_jax.safety_study import SafetyStudy, SafetyStudyConfig, declined, mix_of, question, split_rows, summary
 from llama_jax.steps import change, load_config
+from llama_jax.training.checkpoint import CheckpointError
 
 REFUSAL = "I can't help with that. It harms people."
 
@@ -146,6 +150,25 @@ def test_data_that_cannot_serve_are_one_line(tmp_path, rows, changes, message):
     with pytest.raises(ConfigError, match=message):
         study(tmp_path, borderline=str(tmp_path / "borderline.jsonl"), **changes).write_data()
     assert not (tmp_path / "study" / "data" / "prompts.jsonl").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, ""),
+    ({"safety": "nowhere"}, "nowhere: expected a stage's workdir with checkpoints"),
+    ({"helpfulness": "chat"}, "config.helpfulness: .*chat: expected a reward model, found a language model"),
+    ({"decoding": {"new_tokens": 200}}, r"config.decoding.prompt_length=96 \+ new_tokens=200 exceed the 256 tokens of tiny"),
+])  # fmt: skip
+def test_what_judges_and_the_room_of_an_answer_are_checked_before_a_model_is_fine_tuned(
+    tmp_path, monkeypatch, changes, message
+):  # fmt: skip
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny", max_length=256))
+    small_runs.prepare(tmp_path)
+    places = {"start": "chat", "helpfulness": "helpfulness", "safety": "safety"}
+    given = {**{name: str(tmp_path / changes.get(name, path)) for name, path in places.items()},
+             "configs": str(small_runs.ROOT / "configs"), "decoding": changes.get("decoding", {})}  # fmt: skip
+    with pytest.raises((ConfigError, CheckpointError), match=message) if message else contextlib.nullcontext():
+        study(tmp_path, **given).check()
+    assert not (tmp_path / "study").exists()
 
 
 DRIVER = """

@@ -1,10 +1,13 @@
 """Samples that are drawn and scored for Figs. 7, 8, 20, 21 and 29: through the real command, killed, and refused."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 from small_runs import MODEL, prepare
@@ -13,9 +16,11 @@ from llama_jax import command, sample_drawing, sample_figures
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import samples
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.reward.held_out import sigmoid
 from llama_jax.rlhf import respond
 from llama_jax.sample_drawing import Drawing, Models
+from llama_jax.sampling.keys import key_data
 
 pytest.importorskip("matplotlib", reason="needs the extra [eval]")
 KINDS = ("factual", "creative")
@@ -159,7 +164,99 @@ def test_samples_of_others_are_refused(root, tmp_path, monkeypatch):
             sample_drawing.draw(others, rows, drawing, tmp_path)
 
 
+def test_each_answer_has_a_number_of_its_own_and_its_key(tmp_path, monkeypatch):
+    """As if each were numbered alone: keys are made together for each portion."""
+    submitted, prompts = [], [{"messages": [{"role": "user", "content": c}], "is_safety": False, "kind": ""} for c in "abc"]
+    how = Drawing((0.5, 1.5), answers=3, max_tokens=8, seed=2**40)
+
+    class Engine:
+        def submit(self, prompt, *, key, choice, **_):
+            submitted.append((choice.temperature, prompt, key.tolist()))
+            return types.SimpleNamespace(tokens=[])
+
+        def run(self, requests, progress):
+            progress(len(requests))
+
+    words = types.SimpleNamespace(stop_ids=())
+    model = types.SimpleNamespace(tokenizer=words, mesh=make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(sample_drawing, "_PORTION", 6)
+    monkeypatch.setattr(sample_drawing, "open_engine", lambda *_, **__: (Engine(), model))
+    monkeypatch.setattr(sample_drawing, "encode_chat", lambda messages, _: messages[0]["content"])
+    monkeypatch.setattr(sample_drawing, "decode_response", lambda tokens, _: ("", True))
+    models = Models({}, {}, slots=2)
+    monkeypatch.setattr(sample_drawing, "tokenizer_of", lambda *_: None)
+    sample_drawing._answer("chat", models, prompts, how, tmp_path / "answers.jsonl", longest=4, label="")
+    asked = [(temperature, c) for temperature in (0.5, 1.5) for c in "abc" for _ in range(3)]
+    assert submitted == [(*what, key_data(2**40, [i])[0].tolist()) for i, what in enumerate(asked)]
+
+
+class Values(types.SimpleNamespace):
+    """Flags: `values.name`, and `values[name].value`."""
+
+    def __getitem__(self, name):
+        return types.SimpleNamespace(value=getattr(self, name))
+
+
+def test_the_report_goes_into_a_bucket_and_to_no_other_address(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("s.jsonl", [{"prompt": 0, "reward": 0.1 * i} for i in range(3)])
+    copy = tmp_path / "copy"
+
+    @contextlib.contextmanager
+    def worked_in(address):
+        assert address == "gs://bucket/figures"
+        copy.mkdir(exist_ok=True)
+        yield copy
+
+    def main(**changes):
+        given = {"samples": ["SFT=s.jsonl"], "calibration": [], "checkpoint": [], "rated": [], "prompts": "", "helpfulness": "",
+                 "safety": "", "output": "gs://bucket/figures", "tokenizer": None, "slots": 1, "mesh_tensor": 0,
+                 "temperatures": ["1.0"], "answers": 2, "max_tokens": 4, "top_p": 1.0, "seed": 0}  # fmt: skip
+        monkeypatch.setattr(sample_figures, "flags", types.SimpleNamespace(FLAGS=Values(**{**given, **changes})))
+        sample_figures.main()
+        return capsys.readouterr().out
+
+    def draw(models, prompts, how, output, *, rated):
+        write_jsonl(output / "RLHF" / "samples.jsonl", [{"prompt": 0, "reward": 0.5}])
+        return {"RLHF": output / "RLHF" / "samples.jsonl"}, {}
+
+    for name in ("keep_heap", "start_distributed"):
+        monkeypatch.setattr(sample_figures, name, lambda: None)
+    monkeypatch.setattr(sample_figures, "worked_in", worked_in)
+    monkeypatch.setattr(sample_drawing, "draw", draw)
+    assert main() == "gs://bucket/figures/report.html\n" and (copy / "report.html").exists()
+    with pytest.raises(FileExistsError, match="^gs://bucket/figures: exists already; expected a new or an empty directory"):
+        main()
+    write_jsonl("p.jsonl", [{"prompt": "?"}])
+    assert main(checkpoint=["RLHF=chat"], prompts="p.jsonl") == "gs://bucket/figures/report.html\n"
+    assert set(json.loads((copy / "results.json").read_text())["mean_reward"]) == {"SFT", "RLHF"}
+    assert {path.name for path in tmp_path.iterdir()} == {"s.jsonl", "p.jsonl", "copy"}
+    with pytest.raises(ValueError, match="--output=s3://bucket/figures: expected a directory, or gs://bucket/directory"):
+        main(output="s3://bucket/figures")
+
+
 # ---- what the figures leave out ----
+
+
+def test_an_answer_that_no_round_can_choose_counts_as_little_as_there(tmp_path):
+    """A hot sampler's best answers may be those that do not end."""
+    rows = [
+        {"prompt": 0, "response": "yes", "ended": ended, "temperature": t, "reward": reward}
+        for t, some in ((0.5, [(0.4, True), (0.6, True)]), (1.5, [(0.9, False), (0.2, True)])) for reward, ended in some
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "s.jsonl", rows)
+    values = sample_figures.run({"SFT": tmp_path / "s.jsonl"}, tmp_path / "out")
+    assert values["temperature_map"]["SFT"]["1.5"]["maximum"] == pytest.approx([0.1, 0.2])
+    assert values["best_of_n"]["SFT"]["maximum"] == pytest.approx([0.5, 0.6])  # of the cold one, as the round would take it
+    said = "SFT: 1 of 4 samples did not end, say nothing or hold a chat tag; in Figs. 7 and 8 they count as 0, since a round of"
+    assert any(note.startswith(said) for note in values["notes"])
+    # Of scorers without a bound it is what the worst answer is, at any temperature.
+    wild = [{**row, "text": row["response"], "reward": row["reward"] - 1} for row in rows]
+    assert [row["reward"] for row in samples.choosable(wild)[0]] == pytest.approx([-0.6, -0.4, -0.8, -0.8])
+    assert samples.choosable([{"text": "", "reward": 0.5}]) == ([{"text": "", "reward": 0.5}], "")  # nobody knows
+    write_jsonl(tmp_path / "wrong.jsonl", [{"prompt": 0, "ended": "yes"}])
+    with pytest.raises(ValueError, match="wrong.jsonl:1: ended: expected true or false, got 'yes'"):
+        samples.read_samples(tmp_path / "wrong.jsonl")
 
 
 def test_what_a_figure_leaves_out_is_said(tmp_path):

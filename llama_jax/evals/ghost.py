@@ -54,21 +54,8 @@ def follow(
       place: of the instruction, as in training.
       fits: whether a conversation leaves room for an answer, as `respond` counts; all do without it.
     """
-    for number, context in enumerate(contexts):
-        users = sum(m["role"] == "user" for m in context.messages)
-        if users < max(turns):
-            raise ValueError(f"context {number}: expected at least {max(turns)} user messages, got {users}")
-
-    def has_room(context: Context, dialog: Messages) -> bool:
-        """Whether all that will be asked leaves room for an answer, if the context's own answers follow."""
-        before = dialog[: 2 * max(turns) - 2]
-        last = [dialog[len(before)]["content"], *(c.probe for c in context.constraints if c.probe)]
-        asked = [[*before, {"role": "user", "content": question}] for question in last]
-        return fits is None or all(fits(in_first_turn(m, context.instruction, place=place)) for m in asked)
-
-    for number, context in enumerate(contexts):
-        if not has_room(context, context.messages):
-            raise ValueError(f"context {number}: its {max(turns)} turns leave no room for an answer; expected shorter dialogs")
+    fits = fits or (lambda messages: True)
+    check_contexts(contexts, turns=turns, place=place, fits=fits)
     too_long = 0
     dialogs = [[dict(m) for m in context.messages] for context in contexts]
     found: list[Recall] = []
@@ -84,11 +71,32 @@ def follow(
         for context, dialog, (text, ended) in zip(contexts, dialogs, drawn, strict=True):
             if usable(text, ended) and len(dialog) > until:
                 own, dialog[until]["content"] = dialog[until]["content"], text
-                if not has_room(context, dialog):
+                if not has_room(context, dialog, most=max(turns), place=place, fits=fits):
                     dialog[until]["content"], too_long = own, too_long + 1
     if too_long:
         log.warning("%d answers left no room for the rest of their dialogs: the contexts' own stay", too_long)
     return found
+
+
+def check_contexts(
+    contexts: Sequence[Context], *, turns: Sequence[int], fits: Callable[[Messages], bool], place: str = "user"
+) -> None:
+    """ValueError for a context of fewer turns than `follow` asks for, or whose own answers leave no room for the last one."""
+    most = max(turns)
+    for number, context in enumerate(contexts):
+        users = sum(m["role"] == "user" for m in context.messages)
+        if users < most:
+            raise ValueError(f"context {number}: expected at least {most} user messages, got {users}")
+        if not has_room(context, context.messages, most=most, place=place, fits=fits):
+            raise ValueError(f"context {number}: its {most} turns leave no room for an answer; expected shorter dialogs")
+
+
+def has_room(context: Context, dialog: Messages, *, most: int, place: str, fits: Callable[[Messages], bool]) -> bool:
+    """Whether all that will be asked up to turn `most` leaves room for an answer, if the dialog's own answers follow."""
+    before = dialog[: 2 * most - 2]
+    last = [dialog[len(before)]["content"], *(c.probe for c in context.constraints if c.probe)]
+    asked = [[*before, {"role": "user", "content": question}] for question in last]
+    return all(fits(in_first_turn(m, context.instruction, place=place)) for m in asked)
 
 
 def _judge(

@@ -1,7 +1,8 @@
 """What many scored samples of one or several models show: Figs. 7, 8, 20, 21 and 29 as numbers.
 
 A row is `{"prompt": id, "text": str, "reward": number, "temperature": number, "kind": str}`, as rejection sampling writes them
-(the last three as far as they are needed); `kind` is "factual" or "creative" in Fig. 21.
+(the last three as far as they are needed); `kind` is "factual" or "creative" in Fig. 21. Theirs, and those of `sample_drawing`,
+also say whether the answer `ended` by itself.
 """
 
 import collections
@@ -15,6 +16,8 @@ import numpy as np
 from llama_jax.data.sources import read_jsonl
 from llama_jax.reward.held_out import calibration
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
+from llama_jax.rlhf.pool import choosable_rewards
+from llama_jax.rlhf.respond import usable
 
 Row = Mapping[str, Any]
 
@@ -32,6 +35,8 @@ def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
                 raise ValueError(f"{where}: {name}: expected {'a string' if kinds is str else 'a number'}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{where}: {name}: expected a finite number, got {value}")
+        if not isinstance(row.get("ended", True), bool):
+            raise ValueError(f"{where}: ended: expected true or false, got {row['ended']!r}")
         row["prompt"] = repr(row["prompt"])
         rows.append(row)
     if not rows:
@@ -80,6 +85,26 @@ def _number(value: Any) -> bool:
 def rewards(rows: Sequence[Row]) -> np.ndarray:
     """The scores of all samples, for their density. (Fig. 20) # float [n]"""
     return np.array([row["reward"] for row in rows if row.get("reward") is not None], np.float64)
+
+
+def choosable(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows with the rewards of which a round of rejection sampling makes Figs. 7 and 8, and what was changed ("": nothing).
+
+    Where a row tells whether its answer `ended`, one that cannot be trained on is worth as little as any: 0 of R_c, and of
+    scorers that know no such bound what the worst answer is.
+    """
+    found, known = list(rows), [i for i, row in enumerate(rows) if "ended" in row and row.get("reward") is not None]
+    scored = [{**rows[i], "response": rows[i]["text"] or ""} for i in known]
+    rewards = [row["reward"] for row in scored]
+    least = 0.0 if all(0 <= reward <= 1 for reward in rewards) else min(rewards)
+    for i, reward in zip(known, choosable_rewards(scored, least=least), strict=True):
+        found[i] = {**rows[i], "reward": reward}
+    count = sum(not usable(row["response"], row["ended"]) for row in scored)
+    said = (
+        f"{count:,} of {len(rows):,} samples did not end, say nothing or hold a chat tag; in Figs. 7 and 8 they count as "
+        f"{least:g}, since a round of rejection sampling cannot choose them"
+    )
+    return found, said if count else ""
 
 
 def best_of(rows: Sequence[Row]) -> BestOf:

@@ -10,17 +10,14 @@ import numpy as np
 
 from llama_jax.data.dialog import DialogRow, encode_dialogs
 from llama_jax.data.rows import read_rows
-from llama_jax.data.sources import REJECTED_SAFE, comparison
+from llama_jax.data.sources import RATINGS, REJECTED_SAFE, comparison
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_field
+from llama_jax.reward.held_out import SAFE
 from llama_jax.reward.ranking import MARGINS
 from llama_jax.training.preparation import in_parts
 
 log = logging.getLogger(__name__)
-DEGREES = ("significantly", "better", "slightly", "negligibly")
-
-# Safety labels of (chosen, rejected) by the paper's three bins.
-_SAFE = {"chosen_safe": (1.0, 0.0), "both_safe": (1.0, 1.0), "both_unsafe": (0.0, 0.0)}
 
 
 @flax.struct.dataclass
@@ -31,7 +28,7 @@ class ComparisonBatch:
     segment_ids: Any = batch_field("batch", "pair", "length")  # [B, 2, T] int32: 1 where real
     margin: Any  # [B] float32
     weight: Any  # [B] float32: 0 for filling
-    degree: Any  # [B] int32: index in DEGREES, -1 unknown
+    degree: Any  # [B] int32: index in RATINGS, -1 unknown
     safe: Any = batch_field("batch", "pair")  # [B, 2] float32: the response's safety label
     safe_known: Any  # [B] float32: 1 where there is one
 
@@ -73,7 +70,7 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
             comparisons.append(
                 Comparison(
                     chosen=chosen, rejected=rejected, margin=margin_of(row, margin),
-                    degree=DEGREES.index(rating) if rating else -1,
+                    degree=RATINGS.index(rating) if rating else -1,
                     safety_bin=row["safety_bin"], source=row["source"], response_start=response_start,
                 )
             )  # fmt: skip
@@ -137,7 +134,7 @@ def collate(comparisons: Sequence[Comparison], *, length: int) -> ComparisonBatc
         margin=np.array([pair.margin for pair in comparisons], np.float32),
         weight=np.array([pair.weight for pair in comparisons], np.float32),
         degree=np.array([pair.degree for pair in comparisons], np.int32),
-        safe=np.array([_SAFE.get(pair.safety_bin, (0.0, 0.0)) for pair in comparisons], np.float32),
+        safe=np.array([SAFE.get(pair.safety_bin, (False, False)) for pair in comparisons], np.float32),
         safe_known=np.array([pair.safety_bin is not None for pair in comparisons], np.float32),
     )
 

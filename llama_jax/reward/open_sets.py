@@ -163,7 +163,8 @@ def _summarize(row: Row, where: str) -> Row:
     if not all(texts):
         raise LeftOut("an empty turn")
     parts = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("ARTICLE: ", "article")]
-    prompt = "\n\n".join(f"{label}{info[name].strip()}" for label, name in parts if info.get(name))
+    known = {name: _text(info, name, f"{where}: info").strip() for _, name in parts if info.get(name)}
+    prompt = "\n\n".join(f"{label}{known[name]}" for label, name in parts if name in known)
     if not prompt:
         raise ValueError(f"{where}: info: expected a post or an article, found {sorted(info)}")
     batch = {"batch": row["batch"]} if isinstance(row.get("batch"), str | int) else {}
@@ -223,7 +224,9 @@ def _better(prompt: str, answers: list[str], scores: list[float]) -> Row:
     return {"prompt": prompt.strip(), "chosen": answers[best], "rejected": answers[1 - best]}
 
 
-def _get(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+def _get(row: Any, key: str, kind: type, where: str) -> Any:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
     if key not in row:
         raise ValueError(f"{where}: {key}: missing; found {', '.join(sorted(row))}")
     if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
@@ -231,7 +234,7 @@ def _get(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     return row[key]
 
 
-def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+def _text(row: Any, key: str, where: str) -> str:
     return _get(row, key, str, where)
 
 
@@ -242,8 +245,9 @@ def _some(row: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
-def _number(row: Mapping[str, Any], key: str, where: str) -> float:
-    return float(_get(row, key, int if isinstance(row.get(key), int) else float, where))
+def _number(row: Any, key: str, where: str) -> float:
+    is_whole = isinstance(row, Mapping) and isinstance(row.get(key), int)
+    return float(_get(row, key, int if is_whole else float, where))
 
 
 # Name -> reader of one row. The order is Table 6's.

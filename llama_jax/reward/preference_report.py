@@ -71,14 +71,19 @@ def _shares(counts: Mapping[str | None, int], names: Sequence[str]) -> dict[str,
     return {name: counts.get(name, 0) / total for name in names} if total else {}
 
 
-def tally(rows: Iterable[Mapping[str, Any]], count_tokens: CountTokens) -> dict[tuple[str, Any], Tally]:
+def batch_name(row: Mapping[str, Any]) -> str | None:
+    """The batch that a comparison is of: one file may write 1, another "1"."""
+    return None if row.get("batch") is None else str(row["batch"])
+
+
+def tally(rows: Iterable[Mapping[str, Any]], count_tokens: CountTokens) -> dict[tuple[str, str | None], Tally]:
     """Sums by (source, batch) over rows as `sources.read_comparisons` returns them."""
-    found: dict[tuple[str, Any], Tally] = {}
+    found: dict[tuple[str, str | None], Tally] = {}
     for chunk in _chunks(rows, _CHUNK):
         texts = [[*(m["content"] for m in row["prompt"]), row["chosen"], row["rejected"]] for row in chunk]
         counts = iter(count_tokens([text for of_row in texts for text in of_row]))
         for row, of_row in zip(chunk, texts):
-            key = row.get("source") or "", row.get("batch")
+            key = row.get("source") or "", batch_name(row)
             found.setdefault(key, Tally()).add(row, [next(counts) for _ in of_row])
     return found
 
@@ -94,7 +99,7 @@ def _chunks(rows: Iterable[Any], size: int) -> Iterable[list[Any]]:
         yield chunk
 
 
-def report(tallies: Mapping[tuple[str, Any], Tally]) -> dict[str, Any]:
+def report(tallies: Mapping[tuple[str, str | None], Tally]) -> dict[str, Any]:
     """{"sources": {name: row}, "batches": {batch: row} of the rows that have one, in order, "total": row, "batched": row}
 
     "batched" is the total of `batches`, as "total" is that of `sources`.
@@ -102,13 +107,13 @@ def report(tallies: Mapping[tuple[str, Any], Tally]) -> dict[str, Any]:
     batches = {batch: value for batch, value in _grouped(tallies, 1).items() if batch is not None}
     return {
         "sources": {name: value.row() for name, value in _grouped(tallies, 0).items()},
-        "batches": {str(batch): value.row() for batch, value in batches.items()},
+        "batches": {batch: value.row() for batch, value in batches.items()},
         "total": sum(tallies.values(), Tally()).row(),
         "batched": sum(batches.values(), Tally()).row(),
     }
 
 
-def _grouped(tallies: Mapping[tuple[str, Any], Tally], part: int) -> dict[Any, Tally]:
+def _grouped(tallies: Mapping[tuple[str, str | None], Tally], part: int) -> dict[Any, Tally]:
     groups: dict[Any, Tally] = {}
     for key in sorted(tallies, key=lambda key: _in_order(key[part])):
         groups[key[part]] = groups.get(key[part], Tally()) + tallies[key]

@@ -44,30 +44,16 @@ def gate(safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_T
     return is_safety | (safety < threshold)
 
 
-def combined_reward(
-    helpfulness: jax.Array, safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD
-) -> jax.Array:
-    """R_c: the safety score where the gate says so, else the helpfulness score.
-
-    Both are sigmoid outputs in (0, 1). # float32 [B], float32 [B], bool [B] -> float32 [B]
-    """
-    return jnp.where(gate(safety, is_safety, threshold=threshold), safety, helpfulness)
-
-
 def combined_logit(
     helpfulness: jax.Array, safety: jax.Array, is_safety: jax.Array, *, threshold: float = SAFETY_THRESHOLD
 ) -> jax.Array:
-    """logit(R_c) of the reward models' own logits: the gate looks at a sigmoid, and what it chooses is left as it was.
+    """logit(R_c) of the reward models' own logits: the safety model's where the gate says so, else the helpfulness model's.
+
+    The gate looks at a sigmoid, and what it chooses is left as it was.
 
     A sigmoid in float32 and its inverse would make one reward of all logits above 14. # [B], [B], bool [B] -> float32 [B]
     """
     return jnp.where(gate(jax.nn.sigmoid(safety), is_safety, threshold=threshold), safety, helpfulness)
-
-
-def logit(p: jax.Array) -> jax.Array:
-    """The inverse of the sigmoid; finite at 0 and 1. # [B] -> [B]"""
-    p = jnp.clip(p, 1e-6, 1 - 1e-6)
-    return jnp.log(p) - jnp.log1p(-p)
 
 
 def whiten(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:

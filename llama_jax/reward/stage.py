@@ -16,12 +16,13 @@ from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.mixture import mix, whole_or_share
 from llama_jax.data.rows import write_jsonl
+from llama_jax.data.sources import RATINGS
 from llama_jax.files import atomic_write, write_json
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_share
-from llama_jax.reward.comparisons import DEGREES, Comparison, ComparisonBatch, blank, collate, encode_comparisons
+from llama_jax.reward.comparisons import Comparison, ComparisonBatch, blank, collate, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, markdown, report, score_statistics
 from llama_jax.reward.ranking import centring_loss, ranking_loss, safety_loss
 from llama_jax.reward.score import scorer
@@ -67,6 +68,11 @@ class RewardData(PairData):
     others: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.others and not self.held_out:
+            raise ValueError("data.others: expected data.held_out too, beside whose report it stands; got none")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(StageConfig):
@@ -95,7 +101,7 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, 
         pairs = jnp.sum(batch.weight)
         correct = (scores[:, 0] > scores[:, 1]) * batch.weight
         metrics = {"accuracy/all": Weighted(jnp.sum(correct), pairs)}
-        for index, degree in enumerate(DEGREES):
+        for index, degree in enumerate(RATINGS):
             chosen = (batch.degree == index) * batch.weight
             metrics[f"accuracy/{degree}"] = Weighted(jnp.sum(correct * chosen), jnp.sum(chosen))
         total = jnp.sum(losses * batch.weight)
@@ -117,12 +123,12 @@ def mixed_pairs(data: PairData, encode: Callable[[str], list[Comparison]], *, se
     if not paths:
         raise ConfigError("data.train: expected at least one preference file, got none")
     shares = whole_or_share(paths, shares)
+    if data.rest and sum(shares) + data.rest_share >= 1:
+        raise ConfigError(
+            f"data.rest_share: expected less than 1 together with data.shares, got {data.rest_share} + {sum(shares):g}"
+        )
     files, names = [encode(path) for path in paths], [*paths]
     if data.rest:
-        if sum(shares) + data.rest_share >= 1:
-            raise ConfigError(
-                f"data.rest_share: expected less than 1 together with data.shares, got {data.rest_share} + {sum(shares):g}"
-            )
         files.append([pair for path in data.rest for pair in encode(path)])
         names.append(f"data.rest ({', '.join(data.rest)})")
         shares = (*shares, data.rest_share)
@@ -178,7 +184,7 @@ class Measure:
         scores = self.scores(params, pairs) if pairs else ()
         return [
             {"chosen": float(c), "rejected": float(r), "source": pair.source, "safety_bin": pair.safety_bin,
-             "rating": DEGREES[pair.degree] if pair.degree >= 0 else None,
+             "rating": RATINGS[pair.degree] if pair.degree >= 0 else None,
              "longer_by": len(pair.chosen) - len(pair.rejected)}
             for (c, r), pair in zip(scores, pairs, strict=True)
         ]  # fmt: skip

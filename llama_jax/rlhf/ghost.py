@@ -103,12 +103,7 @@ def make_contexts(
     dialogs: Sequence[Messages], values: Mapping[str, Sequence[str]], settings: GhostSettings, *, seed: int
 ) -> list[Context]:
     """Contexts with their instructions, drawn from dialogs; system messages are left out, the instruction takes their place."""
-    dialogs = [[m for m in dialog if m["role"] != "system"] for dialog in dialogs]
-    fewest, most = settings.turns
-    if not settings.join:
-        dialogs = [dialog for dialog in dialogs if len(dialog) >= 2 * fewest]
-    if not dialogs:
-        raise ConfigError(f"{', '.join(settings.contexts)}: no dialog has {fewest} turns; ghost.join=True joins several")
+    dialogs, (fewest, most) = long_enough(dialogs, settings), settings.turns
     contexts = []
     for number in range(settings.samples):
         rng = np.random.default_rng((seed, number))
@@ -126,6 +121,17 @@ def make_contexts(
         text = instruction(constraints, terse=bool(rng.random() < settings.terse_share))
         contexts.append(Context(messages, constraints, text))
     return contexts
+
+
+def long_enough(dialogs: Sequence[Messages], settings: GhostSettings) -> list[Messages]:
+    """The dialogs that contexts are made of, without system messages; ConfigError if there is none."""
+    dialogs = [[m for m in dialog if m["role"] != "system"] for dialog in dialogs]
+    fewest = settings.turns[0]
+    if not settings.join:
+        dialogs = [dialog for dialog in dialogs if len(dialog) >= 2 * fewest]
+    if not dialogs:
+        raise ConfigError(f"{', '.join(settings.contexts)}: no dialog has {fewest} turns; ghost.join=True joins several")
+    return dialogs
 
 
 def in_every_turn(messages: Sequence[Mapping[str, str]], text: str) -> Messages:
@@ -237,11 +243,12 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
     if not config.policy:
         raise ConfigError("config.policy: expected the workdir of the model that is sampled from, got nothing")
     check_start(config.policy, model, tokenizer)
-    check_generates(model, config.compute, mesh)
     settings, seed = config.ghost, config.loop.seed
+    check_generates(model, config.compute, mesh, rows=settings.sampling_batch, length=model.max_length)
     dialogs = [row["messages"] for path in settings.contexts for row in read_dialogs(path)]
+    long_enough(dialogs, settings)  # what is wrong with the files is said before a model is loaded
     if settings.values:
-        read_values(settings.values, settings.families)  # what is wrong with the file is said before a model is loaded
+        read_values(settings.values, settings.families)
     respond = Responder(
         config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
         temperature=settings.temperature, batch_size=settings.sampling_batch,

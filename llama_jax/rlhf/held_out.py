@@ -4,7 +4,6 @@ The scorers are those of training, and every evaluation draws with the same rand
 answers because they differ, not by luck. The reward is reported as in training, before whitening and without the KL term.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,14 +108,14 @@ def make_evaluate(
 
 def stage_evaluate(
     config: Any, settings: Any, roller: Roller, rule: RewardRule, *, prompts: Sequence[tuple[dict[str, Any], list[int]]],
-    collate: Callable[[Any], PromptBatch], tokenizer: Any, model: ModelConfig, mesh: Mesh,
+    score: HostScorers | None, collate: Callable[[Any], PromptBatch], model: ModelConfig, mesh: Mesh,
 ) -> Evaluate:  # fmt: skip
-    """`evaluate` of a stage's config, for encoded held-out prompts. Their random numbers are none of training's."""
+    """`evaluate` of a stage's config, for encoded held-out prompts. Their random numbers are none of training's.
+
+    `settings` are those of the stage `on_mesh`: a part has rows of every device, as in training.
+    """
     examples = [(bool(row["is_safety"]), ids, number) for number, (row, ids) in enumerate(prompts)]
-    shards = batch_shards(mesh)  # a part has rows of every device, as in training
-    most = max(settings.judge_batch // shards, 1) * shards if settings.judge_batch else settings.rollout_size
-    batches = held_out_batches(examples, collate, most=min(settings.rollout_size, most), mesh=mesh, share=process_share(mesh))
-    return make_evaluate(
-        roller, batches, make_measure(model, config.compute, dataclasses.replace(rule, importance_cap=0.0)),
-        score=HostScorers.of(config.reward, [row for row, _ in prompts], tokenizer), seed=config.loop.seed + 1, mesh=mesh,
-    )  # fmt: skip
+    most = min(settings.rollout_size, settings.judge_batch or settings.rollout_size)
+    batches = held_out_batches(examples, collate, most=most, mesh=mesh, share=process_share(mesh))
+    measure = make_measure(model, config.compute, rule)
+    return make_evaluate(roller, batches, measure, score=score, seed=config.loop.seed + 1, mesh=mesh)

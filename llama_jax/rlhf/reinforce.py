@@ -27,7 +27,7 @@ from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, m
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.clock import StepClock
-from llama_jax.rlhf.held_out import Evaluate, stage_evaluate
+from llama_jax.rlhf.held_out import stage_evaluate
 from llama_jax.rlhf.reward_watch import watched
 from llama_jax.rlhf.rollout import (
     Frozen,
@@ -103,7 +103,9 @@ class Opening:
     Attributes:
       config: PpoConfig or GrpoConfig; `settings`: its numbers of the algorithm, `on_mesh`.
       scored: whether reward models score.
-      batches: of prompts, `answers` draws for each left to the source; `rows`: of the data files, as they are mixed.
+      batches: of prompts, `answers` draws for each left to the source.
+      scorers, held_out_scorers: those that are no reward models, of the mixed rows of the data files and of the held-out ones.
+      held_out: the encoded held-out prompts; none: nothing is measured.
     """
 
     config: Any
@@ -113,7 +115,9 @@ class Opening:
     tokenizer: Tokenizer
     scored: bool
     batches: IndexedBatches
-    rows: list[dict[str, Any]]
+    scorers: HostScorers | None
+    held_out: list[tuple[dict[str, Any], list[int]]]
+    held_out_scorers: HostScorers | None
     policy: Begin
 
     @classmethod
@@ -129,9 +133,17 @@ class Opening:
         check_generates(model, config.compute, mesh, rows=at_once, length=config.data.prompt_length + settings.new_tokens)
         scored = check_rewards(config, model, tokenizer)
         batches, rows = rollout_prompts(config, settings, tokenizer, model, mesh, answers=answers)
+        path, length = config.data.held_out, config.data.prompt_length
+        held_out = encode_prompts(path, tokenizer, length=length) if path else []
+        scorers, held_out_scorers = (
+            HostScorers.of(config.reward, some, tokenizer) for some in (rows, [row for row, _ in held_out])
+        )
+        # What is wrong with the files and scorers has been said: from here on models are loaded, up to four of them.
         reads = ("start", *reward_models(config))
         policy = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir, reads=reads)
-        return cls(config, settings, mesh, model, tokenizer, scored, batches, rows, policy)
+        return cls(
+            config, settings, mesh, model, tokenizer, scored, batches, scorers, held_out, held_out_scorers, policy
+        )
 
     def reference(self) -> Params:
         """The policy's start, which the KL term holds it to."""
@@ -145,12 +157,20 @@ class Opening:
         config, settings, model = self.config, self.settings, self.model
         parts = {"policy": self.policy} | ({"critic": critic} if critic else {})
         specs = {name: part.specs for name, part in parts.items()}
-        roller = make_roller(config, settings, judge, frozen, self.rows, self.tokenizer, model)
+        roller = Roller(
+            sample=row_sampler(config, settings, self.tokenizer, model), judge=judge, frozen=frozen,
+            keys=functools.partial(row_keys, config.loop.seed), score=self.scorers,
+        )  # fmt: skip
         source = RolloutSource(
             self.batches, roller, mesh=self.mesh, empty=empty, size=settings.rollout_size, rows=config.loop.batch_size,
             answers=answers, epochs=settings.epochs, control=control, seed=config.loop.seed,
         )  # fmt: skip
-        evaluate = held_out_reward(config, settings, roller, rule, self.tokenizer, model, self.mesh)
+        evaluate = None
+        if self.held_out:
+            evaluate = stage_evaluate(
+                config, settings, roller, rule, prompts=self.held_out, score=self.held_out_scorers,
+                collate=functools.partial(collate_prompts, length=config.data.prompt_length), model=model, mesh=self.mesh,
+            )  # fmt: skip
         noted = meta(config, model, self.tokenizer)
         for part in parts.values():
             noted |= part.meta
@@ -318,20 +338,6 @@ def rollout_prompts(
     return batches, [row for row, _ in prompts]
 
 
-def make_roller(
-    config: Any, settings: Any, judge: Judge, frozen: Frozen, rows: list[dict[str, Any]], tokenizer: Tokenizer,
-    model: ModelConfig,
-) -> Roller:  # fmt: skip
-    """The roller of a stage's policy."""
-    return Roller(
-        sample=row_sampler(config, settings, tokenizer, model),
-        judge=judge,
-        frozen=frozen,
-        keys=functools.partial(row_keys, config.loop.seed),
-        score=HostScorers.of(config.reward, rows, tokenizer),
-    )
-
-
 def row_sampler(config: Any, settings: Any, tokenizer: Tokenizer, model: ModelConfig) -> Callable[..., Samples]:
     """What draws a rollout: one program for all of it, or (`sampling_batch`) slots that row after row takes its place in."""
     how = {
@@ -342,19 +348,6 @@ def row_sampler(config: Any, settings: Any, tokenizer: Tokenizer, model: ModelCo
         # Between two answers the run is alive, and hears of SIGTERM: most of an iteration is its rollout.
         return make_slot_sampler(model, slots=settings.sampling_batch, progress=lambda _: waypoint(), **how)
     return make_sampler(model, table.table(model, head="lm_head"), **how)
-
-
-def held_out_reward(
-    config: Any, settings: Any, roller: Roller, rule: RewardRule, tokenizer: Tokenizer, model: ModelConfig, mesh: Mesh
-) -> Evaluate | None:
-    """The stage's `evaluate`, where it has held-out prompts."""
-    if not config.data.held_out:
-        return None
-    length = config.data.prompt_length
-    return stage_evaluate(
-        config, settings, roller, rule, prompts=encode_prompts(config.data.held_out, tokenizer, length=length),
-        collate=functools.partial(collate_prompts, length=length), tokenizer=tokenizer, model=model, mesh=mesh,
-    )  # fmt: skip
 
 
 def reward_rule(config: Any, settings: Any, *, gamma: float = 1.0, lam: float = 1.0, warm_up: int = 0) -> RewardRule:

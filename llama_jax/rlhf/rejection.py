@@ -171,10 +171,13 @@ class Round:
         for path in self.judges.values():
             check_start(path, self.reward, self.tokenizer)
         settings = config.rejection
+        self.length = settings.prompt_length + settings.new_tokens
         if settings.answers:
             check_start(config.policy, self.policy, self.tokenizer)
-            check_generates(self.policy, config.compute, mesh, hint=" (configs/rejection.py:7b,70b sets it)")
-        self.length = settings.prompt_length + settings.new_tokens
+            check_generates(
+                self.policy, config.compute, mesh, rows=settings.sampling_batch, length=self.length,
+                hint=" (configs/rejection.py:7b,70b sets it)",
+            )  # fmt: skip
         for expected in (self.policy, self.reward):
             if self.length > expected.max_length:
                 raise ConfigError(
@@ -359,8 +362,9 @@ def put_stale_aside(config: RejectionConfig, workdir: Path) -> dict[str, tuple[d
     models = (drawn_from if config.rejection.answers else {}) | judges_of(config)
     chosen = {"pools": list(config.pools), "version": config.rejection.version}
     under, files = {"samples": (settings, models), "best": (chosen, {})}, ("pool.jsonl", "best.jsonl")
-    drawn.put_aside(workdir, "samples", *under["samples"], ("temperatures.json", "samples", "samples.jsonl", *files))
+    # First what was chosen otherwise: without it the samples are in use again, and must be of the present models.
     drawn.put_aside(workdir, "best", *under["best"], files)
+    drawn.put_aside(workdir, "samples", *under["samples"], ("temperatures.json", "samples", "samples.jsonl", *files))
     return under
 
 

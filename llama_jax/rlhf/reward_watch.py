@@ -2,7 +2,7 @@
 
 The paper stops PPO by held-out prompts (section 3.2.3), since a measure that is made a target measures no longer (3.4.1). These
 prompts are always answered with the same random numbers, but other ones are trained on each time: that the two rewards move
-apart once may be chance, and twice in a row is told.
+apart may be chance, and three times in a row is told.
 """
 
 import logging
@@ -14,7 +14,9 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-TOLD = 2  # evaluations in a row
+# Evaluations in a row. Where both rewards are noise, three rise in a row, and three fall, with a chance of 1 in 24 each: in 80
+# evaluations that happens 0.14 times. Two in a row (1 in 6 each) would be told 2.2 times.
+TOLD = 3
 
 
 class RewardWatch:

@@ -170,7 +170,6 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
             f"distill.prompt_length={settings.prompt_length} + new_tokens={settings.new_tokens} exceed the model's "
             f"{model.max_length}"
         )
-    check_generates(model, config.compute, mesh)
     encoded = [(row, ids) for row, ids in encode_prompts(settings.prompts, tokenizer, length=settings.prompt_length)
                if row["is_safety"]]  # fmt: skip
     if not encoded:
@@ -193,6 +192,7 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     if too_long:
         log.warning("%d pre-prompts leave no room for an answer and are left out", too_long)
     longest = max((len(prompt) for question in questions for *_, prompt in question.asked), default=1)
+    check_generates(model, config.compute, mesh, rows=settings.sampling_batch, length=longest + settings.new_tokens)
     respond = Responder(
         config.policy, model, tokenizer, compute=config.compute, mesh=mesh, new_tokens=settings.new_tokens,
         temperature=settings.temperature, batch_size=settings.sampling_batch, prompt_length=longest,
