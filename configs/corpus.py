@@ -130,6 +130,7 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: int = 0, **chan
             # Lines of at least 20 characters in so many documents of a source, and in this share of them; documents=0: none.
             "boilerplate": {"documents": boilerplate, "share": 0.001, "shortest": 20},
             "evaluation": (),  # files of samples that must not be in the training text
+            "evaluation_share": 0.0,  # of a program's n-grams that may be in them: it is not cut, it stays or goes
             # Documents of this Jaccard similarity of word 5-grams; threshold=0.0: none.
             "near": {"threshold": 0.7, "ngram": 5, "permutations": 128, "bands": 21, "seed": 0},
             "leak_ngram": leak_ngram,  # words; GPT-3 decontaminates by 13; 0: nothing is cut

@@ -18,20 +18,21 @@ from absl import flags
 from jax.sharding import Mesh
 
 from llama_jax import command, corpus
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError, check_least, describe, parse
 from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.dedup import content_hash
 from llama_jax.corpus_build.dirt import Dirt, dirty
 from llama_jax.corpus_build.document import Document
-from llama_jax.corpus_build.paragraphs import drop_leaks
+from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, drop_leaks
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
+from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.ablation import Arm, HeldOutTexts, compare, verdicts, write_ablation
 from llama_jax.evals.documents import document_bits
 from llama_jax.files import whole_directory
 from llama_jax.model.config import size
-from llama_jax.parallel.host import keep_heap
+from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.stage import PretrainConfig, make_stage
 from llama_jax.steps import change, load_config
@@ -86,9 +87,17 @@ class AblationConfig:
             raise ValueError(f"order: expected each of the arms {sorted(self.arms)} once, at least two, got {list(self.order)}")
         if not self.sources or not self.seeds:
             raise ValueError("sources, seeds: expected at least one of each")
-        for name, arm in self.arms.items():
+        check_least("", self, held_out_bytes=1, leak_ngram=1)
+        for name, arm in self.arms.items():  # before the first one has trained
             if unknown := set(arm.weights) - set(self.sources):
                 raise ValueError(f"arms.{name}.weights: unknown source {sorted(unknown)}")
+            if wrong := [source for source, weight in arm.weights.items() if not weight > 0]:
+                raise ValueError(f"arms.{name}.weights.{wrong[0]}: expected a positive share, got {arm.weights[wrong[0]]}")
+            try:
+                make_steps(arm.steps, CleanConfig())
+                parse(Deduplication, {**arm.deduplication, "leak_ngram": self.leak_ngram})
+            except ValueError as error:
+                raise ValueError(f"arms.{name}: {error}") from None
 
 
 def run(config: AblationConfig, workdir: Path) -> dict[str, Any]:
@@ -102,10 +111,10 @@ def run(config: AblationConfig, workdir: Path) -> dict[str, Any]:
     rows = [row for path in sorted((workdir / "pool" / "held_out").glob("*.jsonl")) for _, row in read_jsonl(path)]
     texts = [str(row["text"]) for row in rows]
     held_out = HeldOutTexts([str(row["source"]) for row in rows], np.array([len(t.encode()) for t in texts]), config.seeds)
+    manifests = {name: make_corpus(config, name, workdir) for name in config.order}  # before hours of training
     mesh = None
     arms = []
-    for name in config.order:
-        manifest = make_corpus(config, name, workdir)
+    for name, manifest in manifests.items():
         bits, curves = [], []
         for seed in config.seeds:
             settings = _train_config(config, name, seed, workdir)
@@ -131,6 +140,8 @@ def make_pool(config: AblationConfig, directory: Path) -> None:
         rule = HeldOut(0.01, config.held_out_bytes, config.held_out_bytes)
         parts = refine(documents, rule, Deduplication(leak_ngram=config.leak_ngram), whole=whole)
         train, held_out = ({name: getattr(part, side) for name, part in parts.items()} for side in ("train", "held_out"))
+    if not any(held_out.values()):
+        raise ConfigError(f"held_out_bytes: expected room for a document, got {config.held_out_bytes:,}: none is held out")
     for name, part in held_out.items():
         write_jsonl(directory / "held_out" / f"{name}.jsonl", map(dataclasses.asdict, part))
     for name, part in train.items():
@@ -178,8 +189,10 @@ def make_corpus(config: AblationConfig, name: str, workdir: Path) -> dict[str, A
         "tokenizer": None if name == first else str(workdir / first / "corpus" / "tokenizer.model"),
     }  # fmt: skip
     # What is not named there is off. Cleaning may uncover what raw text hid from `make_pool`: tags between a sentence's words.
+    # Programs stay or go by the share that they went by there.
     values["deduplication"] = {
         **arm.deduplication, "evaluation": (str(workdir / "pool" / "held_out" / "*.jsonl"),), "leak_ngram": config.leak_ngram,
+        "evaluation_share": LEAK_LIMIT,
     }  # fmt: skip
     print(f"corpus {name} ...", file=sys.stderr, flush=True)
     return corpus.run(parse(corpus.CorpusConfig, values), workdir / name / "corpus")
@@ -246,6 +259,7 @@ def _arm(config: AblationConfig, name: str, manifest: Mapping[str, Any], bits: n
 def main() -> None:
     """Flags to config to call."""
     keep_heap()
+    keep_compiled(flags.FLAGS.workdir)
     start_distributed()
     if jax.process_count() > 1:
         raise ConfigError(f"an ablation builds its corpora and trains in one process; got {jax.process_count()}")

@@ -45,7 +45,7 @@ from llama_jax.evals.origin import identity
 from llama_jax.evals.reward_scores import combined, kept_scores
 from llama_jax.evals.words import tokenizer_of
 from llama_jax.interop.formats import open_source
-from llama_jax.kept_answers import Kept, Open, check_kept, collect, define_engines, is_file, opener
+from llama_jax.kept_answers import Kept, Open, check_kept, check_prompts, collect, define_engines, is_file, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -85,12 +85,20 @@ def reward_outcomes(
 
 
 def model_as_judge(engine: Engine, model: Model, *, max_tokens: int) -> judges.Ask:
-    """A language model of ours as a judge; it refuses a prompt that does not fit its context."""
+    """A language model of ours as a judge; it refuses a prompt that does not fit its context, or names its control pieces."""
+
+    def encode(dialog: list[Message]) -> list[int] | None:
+        try:
+            return encode_chat(dialog, model.tokenizer)
+        except ValueError:
+            # A template that takes no such roles is wrong with all prompts: that ends the run.
+            encode_chat([{**message, "content": "Say yes."} for message in dialog], model.tokenizer)
+            return None
 
     def ask(dialogs: Sequence[list[Message]]) -> Iterator[tuple[int, str | None]]:
-        prompts = [encode_chat(dialog, model.tokenizer) for dialog in dialogs]
-        fit = [i for i, ids in enumerate(prompts) if len(ids) + max_tokens <= engine.settings.max_length]
-        yield from ((i, None) for i in range(len(prompts)) if i not in set(fit))
+        prompts = list(map(encode, dialogs))
+        fit = [i for i, ids in enumerate(prompts) if ids and len(ids) + max_tokens <= engine.settings.max_length]
+        yield from ((i, None) for i in sorted({*range(len(prompts))} - {*fit}))
         finished: list[tuple[int, str]] = []
 
         def take(i: int, request: Request, token: int) -> None:
@@ -159,6 +167,8 @@ def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str],
         check_judge(place, values.tokenizer)
     for name, place in places.items():
         from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how))
+        if not is_file(place):
+            from_host_0(lambda name=name, place=place: _check_prompts(name, place, prompts, directory, values.tokenizer))
     open_model = opener(int8_cache=values.int8_cache)
     answers = {name: collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in places.items()}
     missing = dict.fromkeys(places, 0)
@@ -186,6 +196,12 @@ def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str],
         print(os.path.join(values.output, "report.html"))
 
     on_host_0(finish)
+
+
+def _check_prompts(name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, tokenizer: str | None) -> None:
+    """`check_prompts` of a model that has answered nothing yet: of one that has, the weights may be gone."""
+    if not (directory / f"answers_{name}.jsonl").exists():
+        check_prompts(place, prompts, tokenizer=tokenizer)
 
 
 def alike_in_safety(
@@ -295,11 +311,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("safety", "", "reward model; with both, the combined reward judges")
     flags.DEFINE_string("judge", "", "a language model, or the address of an OpenAI-compatible endpoint")
     flags.DEFINE_string("judge_model", "", "the model's name at the endpoint")
-    flags.DEFINE_integer("judge_tokens", 512, "longest reply of the judge")
+    flags.DEFINE_integer("judge_tokens", 512, "longest reply of the judge", lower_bound=1)
     define_engines("answers drawn together, or verdicts")
     flags.DEFINE_float("temperature", 0.6, "of the answers; 0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")
-    flags.DEFINE_integer("max_tokens", 512, "longest answer")
+    flags.DEFINE_integer("max_tokens", 512, "longest answer", lower_bound=1)
     flags.DEFINE_bool("int8_cache", False, "keep keys and values in 8 bits")
     flags.DEFINE_integer("seed", 0, "of the answers and of the order in which a judge sees them")
     flags.mark_flags_as_required(["output"])

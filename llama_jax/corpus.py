@@ -28,6 +28,7 @@ from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.corpus_build.source_files import expand, file_facts, most_text
 from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
+from llama_jax.data.classifier import place_of
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.corpus_figures import corpus_figures, save_figures
 from llama_jax.paths import check_bucket, is_remote, place
@@ -184,7 +185,9 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
 
 def inputs(config: CorpusConfig) -> dict[str, Any]:
     """What is read: a killed build goes on, and a finished one is that of this config, only if it is still the same."""
-    given = {"tokenizer": config.tokenizer, "identities": config.identities, "block_list": config.clean.block_list}
+    given = [path for path in (config.tokenizer, config.identities, config.clean.block_list) if path is not None]
+    if config.toxicity_checkpoint is not None:  # a local one: a name of the hub stands for what it is
+        given += sorted(str(path) for path in Path(place_of(config.toxicity_checkpoint)).rglob("*") if path.is_file())
     return {
         "budgets": {name: source.byte_budget for name, source in config.sources.items()},
         "sources": {
@@ -192,7 +195,7 @@ def inputs(config: CorpusConfig) -> dict[str, Any]:
             for name, source in config.sources.items()
         },
         "evaluation": [file_facts(path) for pattern in config.deduplication.evaluation for path in expand(pattern)],
-        "settings": [file_facts(path) for path in given.values() if path is not None],
+        "settings": [file_facts(path) for path in given],
     }
 
 

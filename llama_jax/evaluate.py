@@ -318,7 +318,12 @@ def _report(
     families = {plain(family_of(task)) for found in records.values() for task in found if ":" in task}
     parts = mmlu_parts() if "mmlu" in families else {}
     whole = {name: expand(name) for name in families & {*itertools.chain(*GROUPS.values())}}
-    values: dict[str, Any] = {"suite": config.suite, "limit": config.limit, "notes": list(notes), "models": {}}
+    judges = {name: path for name, path in dataclasses.asdict(config.judges).items() if path and config.safety}
+    if judges:
+        notes = [*notes, f"judges of the safety benchmarks: {', '.join(f'{name} by {path}' for name, path in judges.items())}"]
+    values: dict[str, Any] = {
+        "suite": config.suite, "limit": config.limit, "judges": judges, "notes": list(notes), "models": {}
+    }  # fmt: skip
     for name, found in records.items():
         values["models"][name] = {
             "path": models[name],

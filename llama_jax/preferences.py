@@ -29,7 +29,7 @@ from llama_jax.data.rows import TFDS, Row, write_jsonl
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
-from llama_jax.evals.plots import save
+from llama_jax.evals.plots import require, save
 from llama_jax.files import whole_directory, write_json
 from llama_jax.reward.open_sets import LAYOUTS, read_open_set, read_our_set
 from llama_jax.reward.preference_report import best_of_batches, markdown, report, tally
@@ -55,11 +55,13 @@ def run(
       split: `name=share` of the comparisons that lie in a file of their own; the rest is in `train.jsonl.gz`.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence; nothing is at `output` then.
+      ValueError, FileNotFoundError, ModuleNotFoundError: one sentence; nothing is at `output` then.
     """
     if not data:
         raise ValueError("data: expected at least one file, got none")
     words, shares = Tokenizer(tokenizer), parse_parts(split)
+    drawn = best_of_batches(dict(_samples(samples))) if samples else {}
+    require()  # what is wrong shows before hours of reading
     left_out: dict[str, Any] = {}
     with whole_directory(output) as directory:
         with Progress(len(data), "read", "file", quiet=quiet) as progress:
@@ -77,9 +79,9 @@ def run(
         if parts:
             values["split"] = parts
         plots = []
-        if samples:
-            values["best_of_batches"] = best_of_batches(dict(_samples(samples)))
-            plots.append(reward_figures.best_of_batches(values["best_of_batches"]))
+        if drawn:
+            values["best_of_batches"] = drawn
+            plots.append(reward_figures.best_of_batches(drawn))
         shares = {batch: row["rating_shares"] for batch, row in values["batches"].items() if row["rating_shares"]}
         if shares:
             plots.append(reward_figures.rating_shares(shares))

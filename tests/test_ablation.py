@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs.ablation import get_config
+from llama_jax import ablation
 from llama_jax.ablation import AblationConfig
 from llama_jax.config import ConfigError, parse
 from llama_jax.corpus_build.dirt import Dirt, dirty, markup, mojibake
@@ -174,17 +176,63 @@ def test_document_bits_are_those_of_the_stage(tiny, tmp_path):
 # The command
 
 
+def cleaned(**changes):
+    """The second arm otherwise."""
+    arms = get_config("smoke").to_dict()["arms"]
+    return {"arms": arms | {"cleaned": arms["cleaned"] | changes}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"order": ("raw",)}, r"order: expected each of the arms \['cleaned', 'raw'\] once, at least two"),
         ({"seeds": ()}, "expected at least one of each"),
         ({"dirt": {"junk": 3.0}}, "junk: expected a share between 0 and 1"),
+        ({"leak_ngram": 0}, "leak_ngram: expected at least 1, got 0"),
+        ({"held_out_bytes": 0}, "held_out_bytes: expected at least 1, got 0"),
+        (cleaned(steps=("extrct",)), r"arms\.cleaned: step 'extrct' is unknown"),
+        (cleaned(deduplication={"nearr": {}}), r"arms\.cleaned: .*nearr: unknown field of Deduplication"),
+        (cleaned(weights={"stdlib_docs": 0.0}), r"arms\.cleaned\.weights\.stdlib_docs: expected a positive share, got 0\.0"),
     ],
 )
 def test_an_ablation_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse(AblationConfig, {**get_config("smoke").to_dict(), **changes})
+
+
+def test_held_out_bytes_that_no_document_fits_are_refused(tmp_path):
+    config = parse(AblationConfig, {**get_config("smoke").to_dict(), "held_out_bytes": 10})
+    with pytest.raises(ConfigError, match="held_out_bytes: expected room for a document, got 10: none is held out"):
+        ablation.make_pool(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_go_by_the_share_of_the_pool_and_corpora_come_before_training(tmp_path, monkeypatch):
+    seen = []
+
+    def run(config, output):
+        seen.append(f"corpus {config.deduplication.evaluation_share} {Path(output).parent.name}")
+        return {}
+
+    def train_arm(config, name, *_):
+        seen.append(f"train {name}")
+        raise KeyboardInterrupt
+
+    (tmp_path / "pool/held_out").mkdir(parents=True)
+    config = parse(AblationConfig, get_config("smoke"))
+    for name in config.sources:
+        for path in (tmp_path / f"pool/{name}.jsonl", tmp_path / f"pool/held_out/{name}.jsonl"):
+            path.write_text(json.dumps({"text": "words", "source": name}) + "\n")
+    monkeypatch.setattr(ablation.corpus, "run", run)
+    monkeypatch.setattr(ablation, "_train_config", lambda *_: types.SimpleNamespace(mesh=None))
+    monkeypatch.setattr(ablation, "make_mesh", lambda _: None)
+    monkeypatch.setattr(ablation, "train_arm", train_arm)
+    (tmp_path / "raw/corpus").mkdir(parents=True)
+    train_tokenizer([TEXT], tmp_path / "raw/corpus/tokenizer.model", vocab_size=300)
+    monkeypatch.setattr(ablation, "size", lambda _: types.SimpleNamespace(vocab_size=300))
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run(config, tmp_path)
+    assert seen == ["corpus 0.1 raw", "corpus 0.1 cleaned", "train raw"]
 
 
 def test_every_ablation_parses():

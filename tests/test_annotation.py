@@ -15,7 +15,7 @@ from llama_jax.annotation.drawing import Draw, Pair
 from llama_jax.annotation.forms import Record, Shown
 from llama_jax.annotation.look import header_html
 from llama_jax.annotation.session import Desk
-from llama_jax.annotation.tasks import Settings, read_prompt_list
+from llama_jax.annotation.tasks import Settings, identity, read_prompt_list
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import RATINGS, SAFETY_BINS, read_comparisons, write_jsonl
 from llama_jax.evals.ratings import read_pair_ratings, read_safety_ratings
@@ -425,6 +425,41 @@ def test_raters_of_a_list_compare_the_same_answers_in_their_own_order(tmp_path):
     assert {(r.first, r.rating) for r in ratings} in ({("one", 3)}, {("two", -3)})
 
 
+@pytest.mark.parametrize("mode", ["preference", "comparison"])
+def test_a_prompt_is_open_again_when_the_desk_serves_another_opponent(mode, tmp_path):
+    prompts = prompt_list(tmp_path / "list.jsonl", 2)
+
+    def judge_all(models):
+        session = (at := desk(tmp_path / "r.jsonl", mode, models, prompts=prompts)).session("Ann")
+        count = session.view().left
+        while session.view().left:
+            session.begin()
+            session.rate(settle(session).shown_id, "A better" if mode == "preference" else "2")
+            if mode == "preference":
+                session.new_dialog()
+        at.close()
+        return count
+
+    # The last two: one model against itself is judged once, and the order of the flags is no other pair.
+    third = ("a",) if mode == "preference" else ("c", "a")
+    pairs = [("a", "b"), ("a", "c"), third, ("b", "a")]
+    assert [judge_all(models) for models in pairs] == [2, 2, 2 if mode == "preference" else 0, 0]
+    assert judge_all(third) == 0
+
+
+def test_looks_at_growing_answers_do_not_walk_the_list(tmp_path, monkeypatch):
+    calls, fake = [], Fake(held=True)
+    monkeypatch.setattr("llama_jax.annotation.session.identity", lambda case: calls.append(1) or identity(case))
+    prompts = prompt_list(tmp_path / "list.jsonl", 9)
+    session = desk(tmp_path / "r.jsonl", "comparison", fake=fake, prompts=prompts).session("Ann")
+    session.begin()
+    calls.clear()
+    assert [session.view().left for _ in range(20)] == [9] * 20 and len(calls) <= 9
+    fake.go()
+    session.rate(session.view().shown_id, "3")
+    assert session.view().left == 8
+
+
 def test_dialogs_of_raters_go_on_with_the_better_answer(tmp_path):
     path = tmp_path / "r.jsonl"
     first = desk(path, "comparison")
@@ -546,7 +581,7 @@ def test_wrong_settings_and_files_are_told(tmp_path):
         with pytest.raises(ValueError, match=words):
             Settings(*fields)
     (tmp_path / "p.jsonl").write_text(json.dumps({"rating": 3}) + "\n")
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: chosen: missing; expected rows of --mode=preference"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: chosen_model: missing; expected rows of --mode=preference"):
         desk(tmp_path / "p.jsonl")
     write_jsonl(tmp_path / "list.jsonl", [{"messages": [USER]}, {"messages": [USER]}])
     with pytest.raises(ValueError, match=r"list\.jsonl:2: messages: the same prompt"):

@@ -1,15 +1,18 @@
 """Comparisons of models: answers by the engine, kept and resumed; scores of reward models; judges of ours; processes."""
 
+import copy
+import dataclasses
 import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
-from small_models import CONFIG, made, opened, prompt, trained_tokenizer, written
+from small_models import CONFIG, made, opened, prompt, written
 
 from llama_jax import compare, kept_answers
 from llama_jax.config import ConfigError
@@ -19,16 +22,6 @@ from llama_jax.evals.answer_files import Answered, answer_room
 from llama_jax.evals.reward_scores import combined, kept_scores, score_dialogs
 from llama_jax.model.config import FLOAT32
 from llama_jax.sampling.choose import Choice
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return trained_tokenizer(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return made(tokenizer, "lm_head")
 
 
 def test_answers_are_kept_resumed_alike_and_never_of_a_cut_prompt(model, tmp_path):
@@ -205,6 +198,46 @@ def test_a_model_of_ours_judges_and_refuses_what_does_not_fit(model):
     for i in range(5):
         (expected,) = model.respond([compare.encode_chat(dialogs[i], model.tokenizer)], Choice(0.0), max_tokens=12)
         assert replies[i] == model.tokenizer.decode([token for token in expected if token != eos]).strip()
+
+
+SAYS = "{% for m in messages %}{{ m['content'] }} {% endfor %}"  # a template, whose control pieces no message may name
+
+
+def test_an_answer_that_names_a_control_piece_is_refused_and_the_others_are_judged(model):
+    engine, bare = opened(model)
+    words = copy.copy(model.tokenizer)
+    words.chat_template = SAYS
+    judge = dataclasses.replace(bare, tokenizer=words)
+    struck = prompt(1, words="<s>the loop</s>")["messages"]
+    replies = dict(compare.model_as_judge(engine, judge, max_tokens=4)([prompt(0)["messages"], struck, prompt(2)["messages"]]))
+    assert [i for i, reply in replies.items() if reply is None] == [1] and len(replies) == 3
+    words.chat_template = "{{ raise_exception('no system messages here') }}"
+    with pytest.raises(ValueError, match="no system messages here"):  # wrong with all of them
+        list(compare.model_as_judge(engine, judge, max_tokens=4)([struck]))
+
+
+def test_a_listed_prompt_that_a_model_does_not_take_is_named_before_weights_are_loaded(tokenizer, model, tmp_path):
+    written(tmp_path / "chat", tokenizer)
+    settings = tmp_path / "chat/tokenizer_config.json"
+    settings.write_text(json.dumps({**(json.loads(settings.read_text()) if settings.exists() else {}), "chat_template": SAYS}))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the loop"}\n{"prompt": "a <s> b"}\n')
+    prompts, words = compare.read_prompt_list(tmp_path / "p.jsonl"), copy.copy(tokenizer)
+    expected = r"p\.jsonl:2: messages\[0\]\.content: holds the control piece '<s>'"
+    kept_answers.check_prompts(str(tmp_path / "chat"), prompts[:1], tokenizer=None)
+    with pytest.raises(ValueError, match=expected):
+        kept_answers.check_prompts(str(tmp_path / "chat"), prompts, tokenizer=None)
+    how = {"prompts": str(tmp_path / "p.jsonl"), "tokenizer": None, "temperature": 1.0, "top_p": 1.0, "max_tokens": 4,
+           "seed": 0, "int8_cache": False}  # fmt: skip
+    places = {"a": str(tmp_path / "chat"), "b": "b.jsonl"}
+    with pytest.raises(ValueError, match=expected):
+        compare._compare(types.SimpleNamespace(**how), places, {}, tmp_path / "out")
+    words.chat_template = SAYS
+    engine, bare = opened(model)
+    with pytest.raises(ValueError, match=expected):
+        kept_answers.collect(
+            "x", "ckpt", prompts, tmp_path, open_model=lambda place: (engine, dataclasses.replace(bare, tokenizer=words)),
+            choice=Choice(1.0), max_tokens=4, seed=0,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

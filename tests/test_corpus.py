@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,20 @@ def test_a_wrong_corpus_config_is_refused(web, changes, message):
         changes = {k: v for k, v in changes.items() if k != "sources"}
     with pytest.raises(ConfigError, match=message):
         parse(corpus.CorpusConfig, {**values, **changes})
+
+
+def test_a_classifier_that_was_replaced_is_noticed(tmp_path):
+    none = types.SimpleNamespace(evaluation=(), block_list=None)
+    config = types.SimpleNamespace(
+        sources={}, tokenizer=None, identities=None, clean=none, deduplication=none, toxicity_checkpoint=f"{tmp_path}/c#toxic"
+    )  # fmt: skip
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/weights").write_bytes(b"old")
+    before = corpus.inputs(config)
+    (tmp_path / "c/weights").write_bytes(b"newer")
+    assert corpus.changed_files(before, corpus.inputs(config)) == [f"{tmp_path}/c/weights: 3 bytes -> 5 bytes"]
+    config.toxicity_checkpoint = "unitary/toxic-bert"
+    assert corpus.inputs(config)["settings"] == []
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -9,7 +9,11 @@ import pytest
 from configs.corpus import get_config
 from llama_jax import corpus
 from llama_jax.config import ConfigError, parse
+from llama_jax.corpus_build.beam_functions import read_array
+from llama_jax.corpus_build.beam_refine import Refinement
 from llama_jax.corpus_build.components import ROUNDS, firsts_in_one_process, firsts_over_workers
+from llama_jax.corpus_build.evaluation import Evaluation
+from llama_jax.corpus_build.stages import Stages
 from llama_jax.data.sources import write_jsonl
 
 pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
@@ -87,6 +91,23 @@ def test_beam_builds_the_corpus_of_one_process(config, tmp_path, options):
     report = (tmp_path / "one" / "report.html").read_text()
     for what in ("stands for it", "cut from 40 documents", "Paragraphs shared with evaluation", "Repeated paragraphs <span>"):
         assert what in report
+
+
+@pytest.mark.slow
+def test_evaluation_samples_are_not_in_the_job(config, tmp_path):
+    """Dataflow takes jobs of 10 MB; a million words of samples would fill one."""
+    import apache_beam as beam
+
+    def job(words):
+        pipeline, evaluation = beam.Pipeline(), Evaluation((" ".join(map(str, range(words))),))
+        work = tmp_path / str(words)
+        refinement = Refinement(beam, list(config.order), config.settings(), evaluation, work, Stages(None))
+        refinement.expand(pipeline, {name: [str(tmp_path / "docs.jsonl")] for name in config.order})
+        assert len(read_array(str(work / "evaluation.npy"))) == words - config.deduplication.leak_ngram + 1
+        return pipeline.to_runner_api().ByteSize()
+
+    small, large = job(100), job(20_000)
+    assert abs(large - small) < 1000
 
 
 @pytest.mark.slow

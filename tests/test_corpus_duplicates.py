@@ -18,6 +18,7 @@ from llama_jax.corpus_build.components import (
 )
 from llama_jax.corpus_build.dedup import drop_duplicates
 from llama_jax.corpus_build.document import Document
+from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.near_duplicates import (
     NearDuplicates,
     band_keys,
@@ -367,3 +368,14 @@ def test_files_that_count_from_0_each_lose_no_document_from_the_counts():
     documents = [Document(str(i), " ".join([*text, str(part)]), "web") for part in range(4) for i, text in enumerate(base)]
     refined = refine({"web": documents}, HeldOut(0.1, 0, 10**6), Deduplication(near=NearDuplicates()))["web"]
     assert refined.unique == 20 and refined.counts["near_duplicates"] == 60
+
+
+def test_a_program_may_share_a_part_with_samples_where_the_settings_say_so():
+    program, sample = " ".join(f"w{i}" for i in range(200)), " ".join(f"w{i}" for i in range(12))
+    documents = [Document("p", program, "code"), *(Document(str(i), f"other text {i} " * 9, "code") for i in range(9))]
+    for share, stays in ((0.0, False), (0.1, True), (0.01, False)):  # 5 of 193 runs of 8 words
+        rules = Deduplication(leak_ngram=8, evaluation=(__file__,), evaluation_share=share)
+        refined = refine(
+            {"code": documents}, HeldOut(1e-9, 0, 0), rules, evaluation=Evaluation((sample,)), whole={"code"}
+        )["code"]  # fmt: skip
+        assert (program in [d.text for d in refined.train]) == stays

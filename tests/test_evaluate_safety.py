@@ -24,6 +24,15 @@ def confined():
         return False
 
 
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"top_p": 1.5}, "top_p: expected above 0 and at most 1, got 1.5"), ({"max_tokens": 0}, "max_tokens: expected at least 1"),
+    ({"temperature": -1.0}, "temperature: expected at least 0"),
+])  # fmt: skip
+def test_answers_that_cannot_be_drawn_are_refused_with_the_config(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        safety.Decoding(**wrong)
+
+
 # ---- the sandbox ----
 
 

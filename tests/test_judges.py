@@ -1,12 +1,16 @@
 """Judging by models: verdicts, order, garbage, resuming, an endpoint that fails now and then; and what scored samples show."""
 
+import email.utils
 import http.server
+import io
 import json
 import math
 import subprocess
 import sys
 import threading
+import time
 import types
+import urllib.request
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from llama_jax import compare
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import comparison_report, comparisons, judges, samples
+from llama_jax.evals import endpoint as endpoint_module
 from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.endpoint import Endpoint
 from llama_jax.evals.model_figures import win_rate_axes
@@ -115,6 +120,10 @@ def test_win_rates_by_hand_and_on_two_axes():
     assert found["ties_half"]["mean"] == 0.7 and found["ties_half"]["n"] == 10
     axes = judges.by_axis(pairs(6), ["win", "loss", "tie", "garbage", "win", "win"])
     assert axes["safety"]["n"] == 2 and axes["safety"]["garbage"] == 1 and axes["helpfulness"]["win"] == 2
+    both = judges.summarise(["win"] * 8)
+    cells = [comparison_report.interval(both["without_ties"], "share"), comparison_report.interval(both["ties_half"], "mean")]
+    assert cells == ["100.0 (67.6 to 100.0)"] * 2
+    assert comparison_report.interval(judges.finite(judges.summarise(["tie"]))["ties_half"], "mean") == "50.0"
     empty = judges.finite(judges.summarise(["garbage"]))
     assert empty["garbage"] == 1 and empty["without_ties"]["share"] is None and empty["ties_half"]["mean"] is None
     scores = np.array([1.0, 0.5, 0.2, np.nan]), np.array([0.5, 1.0, 0.2, 0.1])
@@ -162,6 +171,21 @@ def test_an_endpoint_judges_with_patience(endpoint, tmp_path):
         list(Endpoint("http://127.0.0.1:9/v1", model="x", tries=2, pause=0.01)([[{"role": "user", "content": "x"}]]))
     with pytest.raises(ValueError, match="expected an address"):
         Endpoint("ftp://x", model="x")
+
+
+def test_a_server_says_how_long_to_wait(monkeypatch):
+    waits, answers = [], []
+
+    def urlopen(request, timeout):
+        if (header := answers.pop(0)) is None:
+            return io.BytesIO(b'{"choices": [{"message": {"content": "[[A]]"}}]}')
+        raise urllib.error.HTTPError(request.full_url, 429, "busy", {"Retry-After": header}, io.BytesIO(b"busy"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(endpoint_module.time, "sleep", waits.append)
+    answers += ["30", "1e9", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", email.utils.formatdate(time.time() + 50), None]
+    assert list(Endpoint("http://x/v1", model="x", tries=6, workers=1)(said("a"))) == [(0, "[[A]]")]
+    assert waits[:4] == [30.0, 120.0, 4.0, 8.0] and waits[4] == pytest.approx(50, abs=3)
 
 
 def said(*texts):

@@ -143,6 +143,7 @@ class Session:
         self._rated = len(rows)
         self._judged = {judged(row, desk.settings) for row in rows}
         self._order: list[Task] | None = None
+        self._open: tuple[int, list[Task]] = (-1, [])  # how much was judged then, and what was open
         self._restore({row.get("shown_id"): row for row in rows})
 
     # ---- what the page calls ----
@@ -230,7 +231,7 @@ class Session:
             row = forms.row(shown, self.settings.mode, choice, safety_bin, record) | {"shown_id": shown.id}
             self.desk.output.append(row)
             self._rated += 1
-            self._judged.add(identity(shown, self.settings))
+            self._judged.add(identity(shown))
             self._advance(forms.continuation(shown, row))
             return row
 
@@ -241,8 +242,8 @@ class Session:
             if self._pair:
                 self._pair.stop()
             if shown.prompt_id:
-                self._judged.add(identity(shown, self.settings))
-                self._skipped.append(list(identity(shown, self.settings)))
+                self._judged.add(identity(shown))
+                self._skipped.append(list(identity(shown)))
             self._shown, self._pair = None, None
             self._messages = shown.messages[:-1] if not shown.prompt_id else ()
             self._save()
@@ -283,7 +284,9 @@ class Session:
         if self._order is None:
             self._order = list(self.desk.tasks)
             random.Random(self.rater).shuffle(self._order)
-        return [task for task in self._order if identity(task, self.settings) not in self._judged]
+        if self._open[0] != len(self._judged):  # each look at growing answers asks, and what is judged is only added to
+            self._open = len(self._judged), [task for task in self._order if identity(task) not in self._judged]
+        return self._open[1]
 
     def _show(self, task: Task) -> None:
         """Fixes sides, temperatures and seed, keeps them, and only then begins to draw."""

@@ -13,6 +13,9 @@ from llama_jax.data.dialog import Message, prompt_key
 from llama_jax.data.rows import read_rows
 from llama_jax.data.sources import read_prompts
 
+# The fields of a row that name the models of its answers.
+_MODELS = {"preference": ("chosen_model", "rejected_model"), "comparison": ("model_a", "model_b"), "safety": ("model",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -54,7 +57,7 @@ class Settings:
 
 
 def read_prompt_list(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Prompts as `data.sources.read_prompts` reads them, with `category` and `risk`, each prompt once."""
+    """Prompts as `data.sources.read_prompts` reads them, with `category`, `risk` and `where` they stand, each prompt once."""
     rows, seen = [], set()
     for (where, _), row in zip(read_rows(path), read_prompts(path), strict=True):
         for name in ("category", "risk"):
@@ -63,7 +66,7 @@ def read_prompt_list(path: str | os.PathLike) -> list[dict[str, Any]]:
         if (key := prompt_key(row["messages"])) in seen:
             raise ValueError(f"{where}: messages: the same prompt stands above; expected each once")
         seen.add(key)
-        rows.append(row)
+        rows.append({**row, "where": where})
     return rows
 
 
@@ -92,20 +95,19 @@ def own_prompt(
     return Task("", tuple(messages), tuple(before) or (chance.choice(settings.models),), is_safety)
 
 
-def identity(case: Task | Shown, settings: Settings) -> tuple[str, str | None]:
-    """What a rater has judged once it was judged: the prompt, on the safety scale with its model."""
-    return case.prompt_id, case.models[0] if settings.mode == "safety" else None
+def identity(case: Task | Shown) -> tuple[str, str]:
+    """What a rater has judged once it was judged: the prompt with its models, whichever stood left; others are open again."""
+    return case.prompt_id, "\n".join(sorted(case.models))
 
 
-def judged(row: Mapping[str, Any], settings: Settings) -> tuple[str, str | None]:
+def judged(row: Mapping[str, Any], settings: Settings) -> tuple[str, str]:
     """`identity` of a stored row."""
     prompt_id = row.get("of_list", "") if settings.mode == "preference" else row["id"]
-    return prompt_id, row["model"] if settings.mode == "safety" else None
+    return prompt_id, "\n".join(sorted(row[name] for name in _MODELS[settings.mode]))
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]], settings: Settings, where: str) -> None:
     """Refuses to add judgements of one protocol to those of another."""
-    needed = {"preference": "chosen", "comparison": "model_a", "safety": "model"}[settings.mode]
     for number, row in enumerate(rows, start=1):
-        if needed not in row:
-            raise ValueError(f"{where}:{number}: {needed}: missing; expected rows of --mode={settings.mode}")
+        if missing := [name for name in _MODELS[settings.mode] if name not in row]:
+            raise ValueError(f"{where}:{number}: {missing[0]}: missing; expected rows of --mode={settings.mode}")

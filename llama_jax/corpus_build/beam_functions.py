@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import os
 import pickle
 from collections import Counter
@@ -81,6 +82,17 @@ def by_head(shown: Sequence[tuple[str, list]]) -> dict[tuple, list[tuple[str, Ro
 
 def union(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
+
+
+def write_array(values: np.ndarray, path: str | os.PathLike) -> str:
+    """Puts an array where all workers see it; the address, as plain text."""
+    with atomic_write(path) as file:
+        np.save(file, values)
+    return str(path)
+
+
+def read_array(path: str) -> np.ndarray:
+    return np.load(io.BytesIO(place(path).read_bytes()))
 
 
 def cut(name: str, before: Document, after: Document | None, numbers: Collection[int]) -> tuple[tuple[str, str], Cut]:

@@ -66,10 +66,12 @@ class Refinement:
                 | "Secret" >> beam.Map(lambda item: secret_ngrams([item[1].text], rules.leak_ngram))
                 | beam.CombineGlobally(fn.union)
             )
-            train = self._leaks(train, "leaks", beam.pvalue.AsSingleton(secret))
+            train = self._leaks(train, "leaks", secret, largest=LEAK_LIMIT)
             if self.evaluation.texts:
-                samples = secret_ngrams(self.evaluation.texts, rules.leak_ngram)
-                train = self._leaks(train, "evaluation", samples)
+                # By a file: a runner such as Dataflow takes 10 MB of job, and these are 10 bytes a word.
+                path = fn.write_array(secret_ngrams(self.evaluation.texts, rules.leak_ngram), self.work / "evaluation.npy")
+                samples = pipeline | "Samples" >> beam.Create([path]) | "Their n-grams" >> beam.Map(fn.read_array)
+                train = self._leaks(train, "evaluation", samples, largest=rules.evaluation_share)
         if rules.repeated_paragraph:
             train = self._repeats(train)
         self._write(pipeline, train, held_out)
@@ -188,10 +190,15 @@ class Refinement:
             | "Choose" >> beam.FlatMap(chosen, beam.pvalue.AsDict(sizes))
         )
 
-        def sides(item, choice):
+        unseen = (
+            choice
+            | "Groups held out" >> beam.MapTuple(lambda source, found: found[2])
+            | "Of all sources" >> beam.CombineGlobally(lambda groups: set().union(*groups))
+        )
+
+        def sides(item, choice, unseen):
             document = item[1]
             held, beyond, _ = choice.get(document.source, (set(), set(), set()))
-            unseen = set().union(*(groups for _, _, groups in choice.values()))
             side = side_of(document, held, beyond, unseen)
             if side == "withheld":
                 yield beam.pvalue.TaggedOutput("counts", ((document.source, "withheld"), 1))
@@ -200,26 +207,27 @@ class Refinement:
             else:
                 yield beam.pvalue.TaggedOutput(side, item)
 
-        parts = documents | "Sides" >> beam.FlatMap(sides, beam.pvalue.AsDict(choice)).with_outputs(
-            "train", "held_out", "counts"
-        )
+        parts = documents | "Sides" >> beam.FlatMap(
+            sides, beam.pvalue.AsDict(choice), beam.pvalue.AsSingleton(unseen)
+        ).with_outputs("train", "held_out", "counts")
         self.tallies.append(parts.counts | "Sum withheld" >> beam.CombinePerKey(sum))
         return parts.train, parts.held_out
 
-    def _leaks(self, documents, name: str, secret):
+    def _leaks(self, documents, name: str, secret, *, largest: float):
         beam, ngram, whole = self.beam, self.settings.deduplication.leak_ngram, self.settings.whole
 
         def cut(item, secret):
             place, document = item
             result, numbers = without_leaks(
-                document, secret, ngram=ngram, whole=document.source in whole, largest=LEAK_LIMIT[name]
+                document, secret, ngram=ngram, whole=document.source in whole, largest=largest
             )
             if result is not None:
                 yield place, result
             if result is not document:
                 yield beam.pvalue.TaggedOutput("cuts", fn.cut(name, document, result, numbers))
 
-        return self._with_cuts(documents | f"Cut {name}" >> beam.FlatMap(cut, secret).with_outputs("cuts", main="kept"), name)
+        cuts = beam.FlatMap(cut, beam.pvalue.AsSingleton(secret)).with_outputs("cuts", main="kept")
+        return self._with_cuts(documents | f"Cut {name}" >> cuts, name)
 
     def _repeats(self, documents):
         beam, settings = self.beam, self.settings

@@ -18,11 +18,9 @@ from llama_jax.corpus_build.shingles import ngram_hashes, word_hashes
 
 _BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)+)")
 _LINE_BREAK = re.compile(r"(\n[ \t]*(?:\n[ \t]*)*)")
-# A document that may not be cut is left out when more than this share of its n-grams stands in held-out documents or evaluation
-# samples. Programs share licences and idioms with held-out ones, and what stays is measured (`split.lines_seen`). Samples are
-# short where a program may be long: its share says nothing of how much of a sample it gives away, and one document less costs
-# nothing beside a benchmark that cannot be trusted.
-LEAK_LIMIT = {"leaks": 0.1, "evaluation": 0.0}
+# A document that may not be cut is left out when more than this share of its n-grams stands in held-out documents. Programs
+# share licences and idioms with held-out ones, and what stays is measured (`split.lines_seen`).
+LEAK_LIMIT = 0.1
 LEAST = 200  # characters: a document that loses paragraphs and has less left is dropped
 
 
@@ -144,7 +142,7 @@ def without_leaks(
     ngram: int,
     least: int = LEAST,
     whole: bool = False,
-    largest: float = LEAK_LIMIT["leaks"],
+    largest: float = LEAK_LIMIT,
 ) -> tuple[Document | None, Set[int]]:
     """The document without the paragraphs that have part in an n-gram of `secret`, and their numbers.
 
@@ -172,7 +170,7 @@ def drop_leaks(
     ngram: int,
     least: int = LEAST,
     whole: Set[str] = frozenset(),
-    largest: float = LEAK_LIMIT["leaks"],
+    largest: float = LEAK_LIMIT,
 ) -> tuple[dict[str, list[Document]], dict[str, Cut]]:
     """Train documents without what they share with held-out texts; see `without_leaks`."""
     secret = secret_ngrams(texts, ngram)

@@ -9,13 +9,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 
-from llama_jax.config import check_least
+from llama_jax.config import check_least, check_shares
 from llama_jax.corpus_build.boilerplate import Boilerplate, frequent_lines, line_rows, without_lines
 from llama_jax.corpus_build.dedup import by_hash, drop_duplicates
 from llama_jax.corpus_build.document import Document
 from llama_jax.corpus_build.evaluation import Evaluation, read_evaluation
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates, pair_row
-from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, Cut, drop_leaks, drop_repeats
+from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.source_files import expand
 from llama_jax.corpus_build.split import lines_seen, split
@@ -33,10 +33,15 @@ class Deduplication:
     leak_ngram: int = 0  # words: train paragraphs that share such a run with a held-out document are cut
     evaluation: tuple[str, ...] = ()  # files of evaluation samples (`text`): the same for what is shared with them, and
     # documents that cannot be cut go
+    # Of the n-grams of one that cannot be cut, the share that may be in samples. These are short where a program may be long:
+    # its share says nothing of how much of a sample it gives away, and one document less costs nothing beside a benchmark that
+    # cannot be trusted.
+    evaluation_share: float = 0.0
     repeated_paragraph: int = 0  # characters: of copies so long, the first stays, on each side of the split
 
     def __post_init__(self):
         check_least("", self, leak_ngram=0, repeated_paragraph=0)  # 0: none
+        check_shares("", self, "evaluation_share")
         if self.evaluation and not self.leak_ngram:
             raise ValueError("leak_ngram: expected a number of words, by which evaluation samples are found")
         for path in self.evaluation:
@@ -104,7 +109,7 @@ def refine(
         train, cuts["leaks"] = drop_leaks(train, secrets, ngram=ngram, whole=whole)
         if evaluation.texts:
             train, cuts["evaluation"] = drop_leaks(
-                train, evaluation.texts, ngram=ngram, whole=whole, largest=LEAK_LIMIT["evaluation"]
+                train, evaluation.texts, ngram=ngram, whole=whole, largest=deduplication.evaluation_share
             )
     if shortest := deduplication.repeated_paragraph:
         train, cuts["repeats"] = drop_repeats(train, shortest=shortest, whole=whole)

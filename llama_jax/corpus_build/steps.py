@@ -166,4 +166,3 @@ STEPS: Mapping[str, Callable[[CleanConfig], Step]] = {
     "c4": _c4,
     "privacy": _privacy,
 }
-WEB = ("normalise", "language", "gopher", "repetition", "c4", "privacy")

@@ -5,6 +5,7 @@ On several hosts all run them together; the first one reads and writes.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -24,6 +25,11 @@ from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 
+# What of a task's settings decides how a row is asked and judged.
+_ASKED = (
+    "output_type", "description", "doc_to_text", "doc_to_target", "doc_to_choice", "process_results", "gen_prefix",
+    "target_delimiter", "fewshot_delimiter", "num_fewshot", "generation_kwargs", "repeats", "filter_list", "metric_list",
+)  # fmt: skip
 _LOST = ("cut", "less_room")  # what a model counts: requests without their beginning, answers with less room than asked for
 Record = dict[str, Any]  # {"metric", "value", "stderr", "n", "scores", ...}: one finished task, a `groups.Result`
 
@@ -65,15 +71,35 @@ class Built:
 
 
 def prepare(name: str, task: Any, choice: TaskChoice, *, limit: int | None) -> Built:
-    """A checked task, with the digest of what it scores and of the rows that its examples are taken from: the data behind a
-    name may be exchanged between two commands."""
+    """A checked task, with the digest of what it scores, of the rows that its examples are taken from, and of how it asks: the
+    data behind a name, or the harness, may be exchanged between two commands."""
     check(name, task, choice)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(asked_how(task), sort_keys=True).encode() + b"\n")
     for docs in (itertools.islice(task.eval_docs, limit), task.fewshot_docs() if choice.shots else ()):
         for doc in docs:
             digest.update(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n")
         digest.update(b"\n")
     return Built(task, choice, digest.hexdigest()[:32])
+
+
+def asked_how(task: Any) -> dict[str, Any]:
+    """Templates, stop strings, filters and metrics of a task as JSON values, and the version of the harness, whose functions
+    they name. Where its rows come from does not count, nor does whether programs may run."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): told(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [told(item) for item in value]
+        if value is None or isinstance(value, str | int | float):
+            return value
+        return getattr(value, "__qualname__", type(value).__qualname__)  # a function's name: its address is another each time
+
+    config, shots = task.config, task.config.fewshot_config
+    return {
+        "lm_eval": importlib.metadata.version("lm_eval"), **{name: told(getattr(config, name, None)) for name in _ASKED},
+        "examples": {name: told(getattr(shots, name, None)) for name in ("sampler", "fewshot_indices", *_ASKED)},
+    }  # fmt: skip
 
 
 def run_task(

@@ -208,4 +208,6 @@ def interval(values: Mapping[str, float | None], name: str) -> str:
     """A rate in percent with its interval; "-" where there is none."""
     if values[name] is None or not math.isfinite(values[name]):  # nothing was decided; null in a file
         return "-"
+    if values["low"] is None:  # of one prompt
+        return f"{100 * values[name]:.1f}"
     return f"{100 * values[name]:.1f} ({100 * values['low']:.1f} to {100 * values['high']:.1f})"

@@ -6,6 +6,7 @@ ends the run: before a refusal counts, something must have been answered, if nee
 """
 
 import concurrent.futures
+import email.utils
 import json
 import time
 import urllib.error
@@ -16,7 +17,20 @@ from llama_jax.data.dialog import Message
 
 _PATIENCE = (429, 500, 502, 503, 504)
 _REFUSED = (400, 413, 422)
+_LONGEST = 120.0  # seconds that a server may ask us to wait: limits are mostly of a minute
 _IN_A_ROW = 8  # so many failures, and none is the fault of its request
+
+
+def retry_after(header: str | None) -> float:
+    """The seconds that a server asks for before another try, which it tells as such or as a date; 0 if it does not."""
+    try:
+        return max(float(header or 0), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return 0.0
 
 
 class _FailedError(Exception):
@@ -92,16 +106,18 @@ class Endpoint:
         head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._api_key}"} if self._api_key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), head)
         for number in range(self._tries):
+            told = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return json.load(response)["choices"][0]["message"]["content"] or ""
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+                told = retry_after(error.headers.get("Retry-After"))
                 if error.code not in _PATIENCE:
                     refused = error.code in _REFUSED
                     raise _FailedError(problem, refused=refused, fatal=not refused) from None
             except (OSError, ValueError, LookupError, TypeError) as error:  # unreachable, or no JSON of this API
                 problem = f"{type(error).__name__}: {error}"
             if number + 1 < self._tries:
-                time.sleep(self._pause * 2**number)
+                time.sleep(max(self._pause * 2**number, min(told, _LONGEST)))
         raise _FailedError(problem)

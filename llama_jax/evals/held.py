@@ -50,8 +50,9 @@ def _check_questions(output: Path, tasks: Mapping[str, Built], models: Iterable[
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise ConfigError(
-            f"{others[0]}{more}: scores of other questions or examples than the data have now; remove them to score these "
-            "(what a model was asked before is not asked again), bring the former data back, or give another --output"
+            f"{others[0]}{more}: scores of other questions, examples or prompts than the data and the harness have now; remove "
+            "them to score these (what a model was asked before is not asked again), bring the former ones back, or give "
+            "another --output"
         )
 
 

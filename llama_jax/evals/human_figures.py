@@ -123,8 +123,9 @@ def rating_dots(name: str, title: str, rows: Mapping[str, Mapping[str, Mapping[s
         figure, (ax,) = canvas(theme, title, panel=(7.0, 0.5 * len(rows) + 1.0), grid="x")
         for position, of_model in enumerate(rows.values()):
             rating = next(iter(of_model.values()))["rating"]
-            ax.plot([rating["low"], rating["high"]], [position] * 2, color=theme.colour(0), linewidth=5, alpha=0.35,
-                    solid_capstyle="round")  # fmt: skip
+            if rating["low"] is not None:  # one prompt has no interval
+                ax.plot([rating["low"], rating["high"]], [position] * 2, color=theme.colour(0), linewidth=5, alpha=0.35,
+                        solid_capstyle="round")  # fmt: skip
             ax.plot([rating["mean"]], [position], color=theme.colour(0), marker="o", markersize=8)
             note(ax, theme, f"{rating['mean']:.2f}", (rating["mean"], position), xytext=(0, 8), ha="center")
         ax.set_yticks(range(len(rows)), labels=list(rows))

@@ -18,6 +18,7 @@ from llama_jax.evals.groups import plain
 
 Document = dict[str, Any]
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json")
+MBPP_FIRST = 2  # of the ten tasks for prompts; its paper's, and everybody's, are 2, 3 and 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +211,10 @@ def _mmlu(row: Row) -> Document:
     return {"question": row["question"], "choices": row["choices"], "answer": "ABCD".index(row["answer"])}
 
 
+def _mbpp_shot(row: Row) -> list[Document]:
+    return [] if row["task_id"] < MBPP_FIRST else [dict(row)]
+
+
 def _squad(row: Row) -> Document:
     texts = row["answers"]["text"]
     return {"title": row["title"], "context": row["context"], "question": row["question"], "answers": list(texts)}
@@ -217,7 +222,12 @@ def _squad(row: Row) -> Document:
 
 def _trivia(row: Row) -> Document:
     answer = row["Answer"]
-    return {"question": row["Question"].rstrip("?"), "answer": {"aliases": aliases(answer.get("Value"), answer["Aliases"])}}
+    return {"question": asked(row["Question"]), "answer": {"aliases": aliases(answer.get("Value"), answer["Aliases"])}}
+
+
+def asked(question: str) -> str:
+    """A question of TriviaQA without the mark at its end, which the prompt has."""
+    return question.rstrip("?")
 
 
 def aliases(value: str | None, others: Sequence[str]) -> list[str]:
@@ -295,7 +305,7 @@ _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
     "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"))),
     "mbpp": Layout(
         whole_or_part("mbpp_test", "mbpp_test_11_310", ("text", "code", "test_list")),
-        File("mbpp_prompt_tasks_1_10", ("text", "code", "test_list")),
+        File("mbpp_prompt_tasks_1_10", ("task_id", "text", "code", "test_list"), _mbpp_shot),
     ),
     **{
         part: Layout(File(f"scrolls_{part}", long_context.COLUMNS, long_context.checked(part)), prepared=True)

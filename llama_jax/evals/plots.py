@@ -60,6 +60,14 @@ def _svg(plot: Plot, theme: Theme) -> bytes:
     return buffer.getvalue()
 
 
+def require() -> None:
+    """A ModuleNotFoundError that names the extra, if figures cannot be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"figures need the package {error.name}: pip install 'llama_jax[eval]'") from None
+
+
 def save(plots: Iterable[Plot], directory: Path) -> None:
     """Writes `name.png`, `name.svg` and `name.dark.svg` of each plot, each file whole or not at all."""
     for plot in plots:
@@ -74,11 +82,10 @@ def canvas(
 ) -> tuple[Any, list[Any]]:  # fmt: skip
     """A figure with its title, which it is wide enough for, and `rows * columns` dressed axes; without pyplot, so without any
     global state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"figures need the package {error.name}: pip install 'llama_jax[eval]'") from None
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     size = (panel[0] * columns, panel[1] * rows + 0.4)
     figure = Figure(figsize=size, layout="constrained", facecolor=theme.page)
     FigureCanvasAgg(figure)

@@ -56,7 +56,7 @@ def kept_scores(
 
 
 def combined(helpfulness: np.ndarray, safety: np.ndarray, is_safety: np.ndarray) -> np.ndarray:
-    """R_c of 3.2.3, as `reward.score.combined_reward`; NaN where it needs a score that is none. # [n], [n], bool [n] -> [n]"""
+    """R_c of 3.2.3, as `reward.score.combined_logit`; NaN where it needs a score that is none. # [n], [n], bool [n] -> [n]"""
     return np.where(gate(safety, is_safety) | np.isnan(safety), safety, helpfulness)
 
 

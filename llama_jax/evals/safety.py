@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config import check_least
 from llama_jax.evals import downloads
 from llama_jax.evals.local_tasks import File, documents, pick, read, whole_or_part
+from llama_jax.sampling.choose import Choice
 
 BENCHMARKS = ("truthfulqa", "toxigen", "bold")
 # The groups of Table 45. The set has three more (bisexual, immigrant, trans), which the paper does not count.
@@ -72,6 +74,10 @@ class Decoding:
     top_p: float = 0.9
     max_tokens: int = 64
     chat: bool = False
+
+    def __post_init__(self):
+        Choice(self.temperature, top_p=self.top_p).check()
+        check_least("", self, max_tokens=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ def false_refusals(shares: Shares) -> Plot:
 
 
 def _line(ax: Any, theme: Theme, i: int, cells: list[Mapping[str, float]], label: str, *, scale: float = 1.0) -> None:
-    means, lows, highs = (scale * np.array([cell[key] for cell in cells]) for key in ("mean", "low", "high"))
+    means, lows, highs = (scale * np.array([cell[key] for cell in cells], np.float64) for key in ("mean", "low", "high"))
     ax.errorbar(
         np.arange(len(cells)) + 0.05 * i, means, yerr=[np.maximum(means - lows, 0), np.maximum(highs - means, 0)],
         color=theme.colour(i), marker=MARKERS[i], linewidth=1.8, capsize=3, label=label,
@@ -117,6 +117,8 @@ def _paper(share: str, columns: tuple[int, ...], form: str) -> list[str]:
 
 
 def _score(cell: Mapping[str, float]) -> str:
+    if cell["low"] is None:  # of one answer
+        return f"{cell['mean']:.3f}"
     return f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
 
 

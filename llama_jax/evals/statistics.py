@@ -18,8 +18,8 @@ class Interval:
     """A mean over `n` prompts and the ends of its confidence interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # None: one prompt has no interval
+    high: float | None
     n: int
 
 
@@ -28,8 +28,8 @@ class WinRate:
     """Share of prompts won by the first of two models, ties counting one half, with its interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # None: one prompt, and a tie
+    high: float | None
     wins: int
     ties: int
     losses: int
@@ -39,8 +39,11 @@ class WinRate:
 def mean_interval(
     values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Mean of one value a prompt (`[P]`) with its bootstrap interval; a ValueError if empty or not finite."""
+    """Mean of one value a prompt (`[P]`) with its bootstrap interval, which one prompt has not; a ValueError if empty or not
+    finite."""
     values = _checked(values, "values")
+    if len(values) == 1:
+        return Interval(mean=float(values[0]), low=None, high=None, n=1)
     means = _bootstrap_means(values, resamples=resamples, seed=seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), n=len(values))
@@ -76,11 +79,12 @@ def ratio_interval(
 
 
 def win_rate(
-    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0
 ) -> WinRate:
     """How often model `a` beats model `b` on the same prompts: paired utilities `[P]`, larger is better.
 
-    The interval resamples prompts with both utilities together. The paper drops ties (Fig. 2) or shows them
+    The 95 % interval resamples prompts with both utilities together; of wins alone, or losses alone, it is Wilson's, since all
+    resamples are the same. The paper drops ties (Fig. 2) or shows them
     apart (Fig. 1); counting one half keeps the rate comparable with 50 % whatever their share.
     """
     a, b = _checked(a, "a"), _checked(b, "b")
@@ -89,7 +93,10 @@ def win_rate(
             f"win_rate: expected one pair of utilities a prompt, got {len(a)} and {len(b)} values"
         )
     outcomes = np.where(a > b, 1.0, np.where(a < b, 0.0, 0.5))
-    interval = mean_interval(outcomes, level=level, resamples=resamples, seed=seed)
+    if (outcomes == outcomes[0]).all() and outcomes[0] != 0.5:
+        interval = share_interval(outcomes)
+    else:
+        interval = mean_interval(outcomes, resamples=resamples, seed=seed)
     return WinRate(
         mean=interval.mean,
         low=interval.low,

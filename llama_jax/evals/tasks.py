@@ -210,8 +210,13 @@ def _mbpp(choice: TaskChoice) -> Settings:
     return _code(
         choice, programs, dataset_path="google-research-datasets/mbpp", dataset_name="full", test_split="test",
         doc_to_text=prompt, doc_to_target="{{code}}\n[DONE]", target_delimiter="", until=["[DONE]"], fewshot_split="prompt",
-        fewshot_config={"sampler": "first_n"},
+        fewshot_config={"sampler": "first_n", "process_docs": _for_prompts},
     )  # fmt: skip
+
+
+def _for_prompts(dataset: Any) -> Any:
+    """The tasks of MBPP that examples are taken from."""
+    return dataset.filter(lambda row: row["task_id"] >= local_tasks.MBPP_FIRST)
 
 
 def _code(choice: TaskChoice, programs: Callable, *, until: list[str], **settings: Any) -> Settings:
@@ -273,11 +278,12 @@ _OWN: dict[str, Callable[[TaskChoice], Settings]] = {
     **{part: lambda choice, part=part: long_context.settings(part) for part in long_context.PARTS},
 }  # fmt: skip
 def _answer_first(dataset: Any) -> Any:
-    """TriviaQA's answer as the first of its aliases: it is what an example shows. The others may be of another town or year."""
+    """TriviaQA's answer as the first of its aliases: it is what an example shows. The others may be of another town or year.
+    And the question with one mark at its end: the harness's prompt puts a second one behind that of the row."""
 
     def sorted_row(row: dict[str, Any]) -> dict[str, Any]:
-        answer = row["answer"]
-        return {**row, "answer": {**answer, "aliases": local_tasks.aliases(answer["value"], answer["aliases"])}}
+        answer = {**row["answer"], "aliases": local_tasks.aliases(row["answer"]["value"], row["answer"]["aliases"])}
+        return {**row, "question": local_tasks.asked(row["question"]), "answer": answer}
 
     return dataset.map(sorted_row)
 

@@ -42,11 +42,11 @@ from llama_jax.corpus_build.dirt import Dirt, dirty, markup, site_lines
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.language import identify
 from llama_jax.corpus_build.near_duplicates import NearDuplicates, drop_near_duplicates
-from llama_jax.corpus_build.paragraphs import LEAK_LIMIT, drop_leaks, drop_repeats
+from llama_jax.corpus_build.paragraphs import drop_leaks, drop_repeats
 from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, drop_boilerplate
 from llama_jax.corpus_build.source_files import expand
-from llama_jax.corpus_build.steps import WEB, CleanConfig, clean, make_steps
+from llama_jax.corpus_build.steps import STEPS, CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import extract_text, fix_mojibake, normalise
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.sources import write_jsonl
@@ -116,7 +116,7 @@ def steps(found: Sequence[Document]) -> None:
         "boilerplate lines": lambda: drop_boilerplate(by_source["data"], FREQUENT),
         "near duplicates": lambda: drop_near_duplicates(by_source, NearDuplicates()),
         "leaks of held-out text": lambda: drop_leaks(by_source, held_out, ngram=NGRAM),
-        "contamination removal": lambda: drop_leaks(by_source, samples, ngram=NGRAM, largest=LEAK_LIMIT["evaluation"]),
+        "contamination removal": lambda: drop_leaks(by_source, samples, ngram=NGRAM, largest=0.0),
         "repeated paragraphs": lambda: drop_repeats(by_source, shortest=80),
         "pronouns and identities": each(demographics.mentions),
         "toxicity (a tenth)": lambda: toxicity.document_scores([t for t in texts if toxicity.in_sample(t, 0.1)]),
@@ -136,7 +136,7 @@ def whole(found: Sequence[Document]) -> None:
         write_jsonl(samples, [{"text": text} for text in samples_of([d.text for d in found])])
         settings = Settings(
             vocab_size=4096, block_length=4096, held_out=HeldOut(0.01, 10_000, 1_000_000), weights={"data": 1.0},
-            steps={"data": ("extract", *WEB)}, clean=CleanConfig(languages=("en", "unknown")),
+            steps={"data": tuple(STEPS)}, clean=CleanConfig(languages=("en", "unknown")),
             deduplication=Deduplication(FREQUENT, NearDuplicates(), NGRAM, (str(samples),), 80),
             analyses=("language", "demographics", "toxicity"), analysed_share=0.1,
         )  # fmt: skip
