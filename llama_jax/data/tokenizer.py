@@ -288,8 +288,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _check_known(self, piece: str) -> None:
         if self._model.id_to_piece(self._model.piece_to_id(piece)) != piece:
             raise ValueError(
-                f"tokenizer {self.path}: the files beside it add {piece!r}, which it does not have; expected the tokenizer.json "
-                "of the same model, which has it"
+                f"tokenizer {self.path}: the files beside it add {piece!r}, which it does not have; expected the "
+                "tokenizer.json of the same model"
             )
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
