@@ -5,7 +5,8 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-workdir="$(realpath -m "${1:-$checkout/runs/demo}")"
+mkdir -p "${1:-$checkout/runs/demo}"
+workdir="$(cd "${1:-$checkout/runs/demo}" && pwd)" # macOS has no `realpath -m`
 ensure_environment eval
 cd "$checkout"
 say "running the recipe in $workdir"

@@ -2,6 +2,11 @@
 # shellcheck shell=bash
 
 fail() { echo "error: $*" >&2; exit 1; }
+
+# macOS brings 3.2, which has no mapfile and takes an empty array for a variable that is not set.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "needs bash 4.4 or newer, this is $BASH_VERSION (macOS: brew install bash)"
+
 needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
 
 # for_shell WORD...: prints them as a shell will read them again, a space before each.

@@ -117,7 +117,7 @@ read_variables() { [ "${#variables[@]}" -eq 0 ] || echo 'trap "rm -f ~/llama_jax
 # without venv; on a machine that has just started, others hold the locks of apt. (The workers expand it, not we.)
 # shellcheck disable=SC2016
 install='set -e
-rm -rf ~/llama_jax
+rm -rf ~/llama_jax ~/llama_jax.shipped
 tar -xzf /tmp/llama_jax.tar.gz -C ~
 cd ~/llama_jax
 python="$(command -v python3.12 || command -v python3.11 || echo python3.11)"
@@ -130,12 +130,19 @@ fi
 .venv/bin/pip install -q'
 packages() { for_shell --editable ".[tpu,gcs,interop${EXTRAS:+,$EXTRAS}]" ${JAX_VERSION:+"jax==$JAX_VERSION"}; }
 
+# What a worker does last: it keeps beside the checkout what it got, and which jax, for one that is repaired and comes later.
+# shellcheck disable=SC2016
+record() {
+  printf '\njax="$(.venv/bin/python -c %q)"\necho %q "$jax" > ~/llama_jax.shipped' \
+    'import importlib.metadata; print(importlib.metadata.version("jax"))' "$revision"
+}
+
 # What is shipped: HEAD, or with ALLOW_DIRTY=1 a tree of all files that git does not ignore, made in an index of its own.
 tree() {
   local changed index
   changed="$(git -C "$checkout" --no-optional-locks status --porcelain)" || fail "$checkout is no git checkout"
   if [ -z "$changed" ]; then
-    echo HEAD
+    git -C "$checkout" rev-parse HEAD
   elif [ -n "${ALLOW_DIRTY:-}" ]; then
     index="$(mktemp -d -t llama_jax.XXXXXX)"
     (export GIT_INDEX_FILE="$index/index" && git -C "$checkout" add --all && git -C "$checkout" write-tree) || fail "see above"
@@ -146,12 +153,22 @@ tree() {
   fi
 }
 
-archive=""
+# pack [REVISION]: makes the archive, of what `tree` says.
+archive="" revision=""
 pack() {
-  local what
-  what="$(tree)" || return
+  revision="${1:-$(tree)}" || return
   archive="$files/llama_jax.tar.gz"
-  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ "$what"
+  do_it git -C "$checkout" archive --output="$archive" --prefix=llama_jax/ "$revision"
+}
+
+# pin ANSWERS: from here on what is shipped, and the jax, are those of a worker that has some. All must have the same.
+pin() {
+  local shipped="${1#*worker: has }" theirs
+  [ "$shipped" != "$1" ] || return 0
+  read -r theirs JAX_VERSION <<<"${shipped%%$'\n'*}"
+  git -C "$checkout" cat-file -e "$theirs^{tree}" 2>/dev/null ||
+    fail "a worker has no checkout, and the others have $theirs, which $checkout does not know; fetch it with git, or stop and setup"
+  pack "$theirs"
 }
 
 # A number alone may belong to another process by now.
@@ -164,7 +181,7 @@ ship() {
   to_workers "$archive" /tmp/llama_jax.tar.gz && send_variables || return
   on_workers all "$(read_variables)
 if $alive; then $1; fi
-$install$(packages)"
+$install$(packages)$(record)"
 }
 
 setup() { ship "$refuse"; }
@@ -221,6 +238,7 @@ look_after() {
   # How another run ended says nothing of this one.
   ask="if $(differs "$@"); then if $alive; then $name_it; exit; fi; [ ! -e ~/llama_jax.command ] || "
   ask+="rm -f ~/llama_jax.command ~/llama_jax.code ~/llama_jax.stop; fi; "
+  ask+="[ ! -e ~/llama_jax.shipped ] || echo \"worker: has \$(cat ~/llama_jax.shipped)\"; "
   ask+="if $alive; then echo 'worker: runs'; elif [ -e ~/llama_jax.stop ]; then echo 'worker: stopped'"
   ask+="; elif [ -e ~/llama_jax.code ]; then echo \"worker: ended with \$(cat ~/llama_jax.code)\""
   ask+="; elif [ -e ~/llama_jax/.venv ]; then echo 'worker: has no run'; else echo 'worker: is new'; fi"
@@ -239,6 +257,7 @@ look_after() {
       ;;
     *"worker: is new"*) # a machine that was repaired comes back with an empty disk
       say "a worker has no checkout: once more"
+      pin "$seen"
       if ! ship "exit 0" || ! begin "exit 0" "$@"; then say "not this time; again in a minute"; fi
       ;;
     *"worker: ended with"* | *"worker: has no run"*)
@@ -284,8 +303,8 @@ resume() {
   done
 }
 
-# shellcheck disable=SC2016
-stop() { on_workers all 'touch ~/llama_jax.stop; pkill -TERM -P "$(cat ~/llama_jax.pid)"'; }
+# Where nothing is alive the number in that file may be another process's by now.
+stop() { on_workers all "touch ~/llama_jax.stop; if $alive; then pkill -TERM -P \"\$(cat ~/llama_jax.pid)\" || true; fi"; }
 
 delete() {
   local where

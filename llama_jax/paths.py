@@ -8,13 +8,18 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 GCS = "gs://"
 
@@ -71,6 +76,22 @@ def check_bucket(path: str | os.PathLike) -> None:
 def reason(error: Exception) -> str:
     """What the system or the service said, as one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of at most 300 characters: many go on with a stack."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    said = re.search(r"\[OS error \d+: ([^\]]*)\]", str(error))  # TensorStore tells what the system said after a long path
+    return f"{said[1]}: {text}" if said else text
+
+
+@contextlib.contextmanager
+def may_fail(path: str | os.PathLike) -> Iterator[None]:
+    """For writing what no run is worth losing for, as its statistics: an error is told, and nothing else comes of it."""
+    try:
+        yield
+    except Exception as error:  # of the disk, or one of the many of a bucket's client
+        log.warning("%s: could not be written to just now: %s", path, reason(error))
 
 
 def absolute(path: str | os.PathLike) -> Path:
@@ -231,16 +252,18 @@ class Mirror:
         if not self.remote:
             return
         begun = time.monotonic()
-        for path in sorted(self.local.rglob("*")):
-            if (but and but in path.name) or (path.name.startswith(".") and path.name.endswith(".tmp")):
-                continue
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                facts = path.stat().st_size, path.stat().st_mtime_ns
-                if path.is_file() and self.sent.get(path) != facts:
-                    (self.directory / path.relative_to(self.local).as_posix()).write_bytes(path.read_bytes())
-                    self.sent[path] = facts
-        now = time.monotonic()
-        self.due = now + max(seconds_between_writes(self.directory), 100 * (now - begun))  # at most 1 % of the time
+        try:
+            for path in sorted(self.local.rglob("*")):
+                if (but and but in path.name) or (path.name.startswith(".") and path.name.endswith(".tmp")):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    facts = path.stat().st_size, path.stat().st_mtime_ns
+                    if path.is_file() and self.sent.get(path) != facts:
+                        (self.directory / path.relative_to(self.local).as_posix()).write_bytes(path.read_bytes())
+                        self.sent[path] = facts
+        finally:
+            now = time.monotonic()
+            self.due = now + max(seconds_between_writes(self.directory), 100 * (now - begun))  # at most 1 % of the time
 
     def send_if_due(self) -> None:
         """`send`, but only now and then."""

@@ -43,6 +43,7 @@ WORKDIR = "directory of checkpoints and logs; gs://bucket/... too"
 _LONGEST_NAME = 255  # characters of a file's name; a config may hold whole sentences
 # Fields whose strings name rows: a file, a directory or a pattern. Words of others may happen to be a directory here.
 ROWS = {"train", "held_out", "rest", "others", "validation", "prompts", "contexts"}
+_MEASURED = ("data.held_out", "data.others", "data.validation")  # rows that change no batch
 EXPECTED = (Diverged, HostsDiffer)  # ends of a run that one line tells
 
 
@@ -71,7 +72,7 @@ def _holds_rows(field: str) -> bool:
 
 def rows_read(facts: Mapping[str, str]) -> dict[str, str]:
     """Of `shared_facts` the files whose rows are trained on. What samples are drawn from is known to `rlhf.drawn`."""
-    return {name: fact for name, fact in facts.items() if name.startswith("data.") and not name.startswith("data.held_out")}
+    return {name: fact for name, fact in facts.items() if name.startswith("data.") and not name.startswith(_MEASURED)}
 
 
 def _strings(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
@@ -102,21 +103,22 @@ def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | No
     """Runs a stage, or goes on with it, or does nothing if it is finished; returns its summary."""
     workdir, options = place(workdir), options or RunOptions()
     config = parse_stage(values)
-    preflight(facts := shared_facts(config))
-    with start(options) as attempt, own(workdir):
-        if options.restart_from is not None:
-            go_back(workdir, options.restart_from, describe(config))
-        claim(workdir, describe(config), kind=type(config))
-        if (summary := finished(workdir)) is not None:
-            return summary
-        attempt.begin(workdir)
-        check_inputs(workdir, rows_read(facts))
-        mesh = mesh_for(config.mesh, config.loop)
-        made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
-        attempt.stop_if_asked()
-        keep_tokenizer(config, workdir)
-        stage, loop = made if isinstance(made, tuple) else (made, config.loop)
-        return train(stage, loop, mesh=mesh, workdir=workdir, options=options, attempt=attempt)
+    with start(options) as attempt:  # watched from here on: data that one host cannot read to their end keep all others waiting
+        preflight(facts := shared_facts(config))
+        with own(workdir):
+            if options.restart_from is not None:
+                go_back(workdir, options.restart_from, describe(config))
+            claim(workdir, describe(config), kind=type(config))
+            if (summary := finished(workdir)) is not None:
+                return summary
+            attempt.begin(workdir)
+            check_inputs(workdir, rows_read(facts))
+            mesh = mesh_for(config.mesh, config.loop)
+            made = importlib.import_module(STAGES[config.stage][0]).make_stage(config, mesh, workdir)
+            attempt.stop_if_asked()
+            keep_tokenizer(config, workdir)
+            stage, loop = made if isinstance(made, tuple) else (made, config.loop)
+            return train(stage, loop, mesh=mesh, workdir=workdir, options=options, attempt=attempt)
 
 
 def keep_tokenizer(config: Any, workdir: Path) -> None:

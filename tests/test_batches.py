@@ -14,7 +14,7 @@ from llama_jax.corpus_build.blocks import write_blocks
 from llama_jax.data import loader, packing
 from llama_jax.data.blocks import block_ids, block_record
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
-from llama_jax.data.loader import WHOLE, Share
+from llama_jax.data.loader import Share
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.pretrain import stage
 from llama_jax.pretrain.stage import Drawn, mixture
@@ -63,7 +63,7 @@ def test_a_packed_row_by_hand():
         packing.packed_row([a, b], 6)
 
 
-def test_packing_dialogs_conserves_tokens_and_reports_the_overlong(tokenizer):
+def test_packing_dialogs_conserves_tokens_and_refuses_the_overlong(tokenizer):
     examples = [
         encode_dialog(
             [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "the line " * (n % 5 + 1)}], tokenizer
@@ -74,9 +74,8 @@ def test_packing_dialogs_conserves_tokens_and_reports_the_overlong(tokenizer):
     limit = sorted(lengths)[-3]  # two are longer
     with pytest.raises(ValueError, match=rf"expected at most {limit} tokens, got \d+ \(2 of 39 examples are too long\)"):
         packing.pack_dialogs(examples, limit)
-    packed = packing.pack_dialogs(examples, limit, overlong="report")
-    kept = [example for i, example in enumerate(examples) if i not in packed.overlong]
-    assert [i for i, length in enumerate(lengths) if length > limit] == packed.overlong and len(packed.overlong) == 2
+    kept = [example for example in examples if len(example.ids) <= limit]
+    packed = packing.pack_dialogs(kept, limit)
     assert packed.tokens == sum(len(example.ids) for example in kept) == sum((r.segment_ids > 0).sum() for r in packed.rows)
     assert packed.supervised == sum(sum(example.supervised) for example in kept) == sum(r.weights.sum() for r in packed.rows)
     segments = [tuple(r.tokens[r.segment_ids == s]) for r in packed.rows for s in range(1, r.segment_ids.max() + 1)]
@@ -92,8 +91,6 @@ def test_an_example_that_trains_nothing_is_an_error():
             packing.pack_dialogs([good, EncodedDialog([1, 5, 2], supervised)], 8)
     with pytest.raises(ValueError, match="example 0: 3 ids but 2 supervised flags"):
         packing.pack_dialogs([EncodedDialog([1, 5, 2], [False, True])], 8)
-    with pytest.raises(ValueError, match="overlong: expected 'error' or 'report', got 'cut'"):
-        packing.pack_dialogs([good], 8, overlong="cut")
 
 
 # Batches in memory
@@ -211,9 +208,8 @@ def test_the_mixture_has_its_shares_and_each_epoch_is_whole_and_new(shards):
     assert source.block_length == 16
     of = {
         row: name
-        for name, paths in shards.items()
-        for batch in loader.BlockSource({name: paths}, {name: 1.0}, 8, 0).eval_batches()
-        for row in rows_of(batch)
+        for name in shards
+        for row in rows_of(loader.block_batch([source._records[name][i] for i in range(source.num_blocks[name])], 16))
     }
     steps = max(source.num_blocks.values())  # 8 rows a step, so at least two epochs of each source
     stream = [row for step in range(steps) for row in rows_of(source.batch(step))]
@@ -245,24 +241,14 @@ def test_checksums_are_compared_where_that_takes_seconds(tmp_path, monkeypatch):
     assert not stage.is_quickly_read(str(tmp_path))
 
 
-def test_block_evaluation_reads_every_block_once(shards):
-    source = block_source(shards, batch_size=6, share=WHOLE)
-    batches = list(source.eval_batches())
-    assert {batch.tokens.shape for batch in batches} == {(6, 16)}
-    assert sum((batch.segment_ids.max(axis=1) > 0).sum() for batch in batches) == sum(source.num_blocks.values())
-    halves = [block_source(shards, batch_size=6, share=Share((i,), 2)).eval_batches() for i in range(2)]
-    for batch, first, second in zip(batches, *halves, strict=True):
-        assert rows_of(first) + rows_of(second) == rows_of(batch)
-
-
 def test_a_block_batch_by_hand():
     records = [block_record([7, 2, 1, 8, 9], 4, 100), block_record([1, 5, 2], 4, 100)]
-    batch = loader.block_batch(records, 4, row_count=3)
-    assert batch.tokens.tolist() == [[7, 2, 1, 8], [1, 5, 2, 0], [0] * 4]
-    assert batch.targets.tolist() == [[2, 1, 8, 9], [5, 2, 0, 0], [0] * 4]
-    assert batch.weights.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4]
-    assert batch.segment_ids.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [0] * 4]
-    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0] * 4]
+    batch = loader.block_batch(records, 4)
+    assert batch.tokens.tolist() == [[7, 2, 1, 8], [1, 5, 2, 0]]
+    assert batch.targets.tolist() == [[2, 1, 8, 9], [5, 2, 0, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
     apart = loader.block_batch(records, 4, separate_documents=True)
     assert apart.weights.tolist() == [[1, 0, 1, 1], [1, 1, 0, 0]]
     assert apart.segment_ids.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]

@@ -10,10 +10,12 @@ import subprocess
 from pathlib import Path
 from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 
 from llama_jax import train
+from llama_jax.corpus_build import manifest as manifests
 from llama_jax.corpus_build.blocks import token_blocks, write_blocks
 from llama_jax.corpus_build.build import Settings, build_corpus
 from llama_jax.corpus_build.compress import bits_per_byte_of_xz
@@ -24,10 +26,12 @@ from llama_jax.corpus_build.mixture import plan, table
 from llama_jax.corpus_build.near_duplicates import NearDuplicates
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
 from llama_jax.corpus_build.split import is_held_out, lines_seen, split
-from llama_jax.data.loader import BlockSource
+from llama_jax.data.blocks import block_ids
+from llama_jax.data.loader import BlockSource, block_batch
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
 from llama_jax.model.config import SIZES
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain import stage
 from llama_jax.steps import change, load_config
 from tests.small_runs import MODEL, ROOT
@@ -162,11 +166,9 @@ def test_blocks_of_nothing():
 
 def targets_of(path: Path) -> list[tuple[int, int]]:
     """(token, target) pairs of a shard with weight 1, as the loader gives them."""
-    pairs = []
-    for batch in BlockSource({"x": [path]}, {"x": 1.0}, 4, 0).eval_batches():
-        real = batch.weights > 0
-        pairs += zip(batch.tokens[real].tolist(), batch.targets[real].tolist(), strict=True)
-    return pairs
+    batch = block_batch(BlockSource({"x": [path]}, {"x": 1.0}, 4, 0)._records["x"], 32)
+    real = batch.weights > 0
+    return list(zip(batch.tokens[real].tolist(), batch.targets[real].tolist(), strict=True))
 
 
 def test_written_blocks_give_the_loader_every_target_once(tokenizer, tmp_path):
@@ -257,8 +259,8 @@ def test_tfds_reads_the_blocks(built, tmp_path):
             rows = [np.asarray(example["tokens"])[: example["length"]].tolist() for example in examples]
             assert sum(len(row) - 1 for row in rows) == counts["targets"]
             files = [directory / shard for shard in counts["shards"]]
-            blocks = BlockSource({name: files}, {name: 1.0}, 1, 0).eval_batches()
-            assert [row[:-1] for row in rows] == [b.tokens[0, : int(b.weights.sum())].tolist() for b in blocks]
+            blocks = BlockSource({name: files}, {name: 1.0}, 1, 0)._records[name]
+            assert rows == [block_ids(blocks[i]).tolist() for i in range(len(blocks))]
 
 
 def test_shards_hold_every_document_once_and_their_number_changes_no_decision(built, tokenizer, tmp_path):
@@ -408,6 +410,40 @@ def test_the_trainer_refuses_a_corpus_of_another_tokenizer(built, tmp_path, monk
     change(config, {"tokenizer": str(built / "tokenizer.model")}, where="pretrain")
     with pytest.raises(Interrupted):  # with its own it is read
         train.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_one_host_alone_reads_a_corpus_to_its_end_when_a_run_starts(built, monkeypatch, host):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(MODEL, vocab_size=400))
+    monkeypatch.setattr(stage, "process_share", Mock(side_effect=Interrupted))
+    monkeypatch.setattr(manifests, "file_sha256", read := Mock(side_effect=manifests.file_sha256))
+    monkeypatch.setattr(jax, "process_index", lambda: host)
+    config = load_config(ROOT / "configs", "pretrain.py:tiny")
+    change(config, {"data": {"corpus": str(built)}, "tokenizer": str(built / "tokenizer.model")}, where="pretrain")
+    with pytest.raises(Interrupted):
+        stage.make_stage(train.parse_stage(config), None, built)
+    assert bool(read.call_count) == (host == 0)
+
+
+def test_what_pretraining_measures_and_its_schedule_are_looked_at_before_weights_are_read(built, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(MODEL, vocab_size=400))
+    monkeypatch.setattr(stage, "begin", begun := Mock(side_effect=Interrupted))
+    shutil.copytree(built, tmp_path / "corpus")
+    config = load_config(ROOT / "configs", "pretrain.py:tiny")
+    change(config, {
+        "data": {"corpus": str(tmp_path / "corpus")}, "tokenizer": str(built / "tokenizer.model"), "loop": {"steps": 20},
+        "optim": {"warmup": 20},
+    }, where="pretrain")  # fmt: skip
+    mesh = make_mesh(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="optim.warmup=20 leaves nothing of loop.steps=20"):
+        stage.make_stage(train.parse_stage(config), mesh, tmp_path)
+    held_out = tmp_path / "corpus" / "held_out" / "books.jsonl"
+    held_out.write_bytes(b"x" * held_out.stat().st_size)
+    change(config, {"optim": {"warmup": 1}}, where="pretrain")
+    monkeypatch.setattr(stage, "is_quickly_read", lambda corpus: False)
+    with pytest.raises(ValueError, match="books.jsonl:1: malformed JSON"):
+        stage.make_stage(train.parse_stage(config), mesh, tmp_path)
+    assert not begun.called
 
 
 def test_the_mixture_table_by_hand():

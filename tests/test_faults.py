@@ -5,9 +5,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -28,18 +31,22 @@ from test_training import (
     stage,
 )
 
+from llama_jax import paths
 from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.parallel.hosts import clocks
 from llama_jax.parallel.peers import Peers, Word, lost, places
+from llama_jax.training import checkpoint, goodput, preemption, watchdog
 from llama_jax.training.checkpoint import named, read_meta, restore_params, written_steps
 from llama_jax.training.fingerprint import CheckpointError, damages, fingerprints, sealed
 from llama_jax.training.goodput import Goodput
-from llama_jax.training.loop import Diverged, train
+from llama_jax.training.lease import Lease
+from llama_jax.training.loop import Diverged, Preempted, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.options import RunOptions, parse_steps
 from llama_jax.training.spikes import SpikeConfig, Spikes
 from llama_jax.training.stage import Supervised
+from llama_jax.training.watchdog import Watchdog
 from llama_jax.training.workdir import claim, finished, go_back, own
 from llama_jax.verify import verify
 
@@ -108,20 +115,84 @@ def test_one_flipped_bit_of_the_meta_is_damage_and_the_older_checkpoint_is_used(
 
 
 def test_the_newest_every_mth_and_the_best_checkpoint_stay(tmp_path, mesh):
-    losses = {2: 5.0, 4: 1.0, 6: 3.0, 8: math.nan, 10: 4.0, 12: 4.5}
+    losses = {0: 0.5, 2: 5.0, 4: 1.0, 6: 3.0, 8: math.nan, 10: 4.0, 12: 4.5}  # of the start there is no checkpoint
     asked = []
 
     def evaluate(params):
         del params
         asked.append(0)
-        return {"loss": losses[2 * len(asked)]}
+        return {"loss": losses[2 * len(asked) - 2]}
 
     config = loop(steps=12, checkpoint_every=2, keep=1, keep_every=6, keep_best="loss")
     train(stage(mesh, evaluate=evaluate), config, mesh=mesh, workdir=tmp_path)
     assert written_steps(tmp_path) == [4, 6, 12]  # the best, a multiple of 6, and the newest
+    log = read_metrics(tmp_path)
+    assert log["step"][~np.isnan(log["held_out/loss"])].tolist() == [-1, 1, 3, 5, 9, 11] and len(asked) == 7
+
+
+def test_a_misspelt_metric_is_told_before_the_first_step(tmp_path, mesh):
     with pytest.raises(ConfigError, match="keep_best=error: no such held-out metric; there are loss"):
-        asked.clear()
-        train(stage(mesh, evaluate=evaluate), loop(keep_best="error"), mesh=mesh, workdir=tmp_path / "other")
+        made = stage(mesh, source=Rollouts(), evaluate=lambda params: {"loss": 1.0})
+        train(made, loop(keep_best="error"), mesh=mesh, workdir=tmp_path)
+    assert not written_steps(tmp_path) and not (tmp_path / "reached.json").exists()
+
+
+def test_a_start_that_was_measured_twice_stands_once_in_the_log(tmp_path, mesh):
+    config = loop(keep_best="loss", checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage(mesh, source=Rollouts(interrupt=interrupted, at=2), evaluate=held_out), config, mesh=mesh, workdir=tmp_path)
+    train(stage(mesh, source=Rollouts(), evaluate=held_out), config, mesh=mesh, workdir=tmp_path)
+    log = read_metrics(tmp_path)
+    assert log["step"][~np.isnan(log["held_out/loss"])].tolist() == [-1, 3, 7]
+
+
+def held_out(params):
+    del params
+    return {"loss": 1.0}
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+# ---- statistics ----
+
+
+class Refused(Exception):
+    """As a bucket's client says it: no OSError."""
+
+
+def refused(*_, **__):
+    raise Refused("503, try again")
+
+
+def test_statistics_that_cannot_be_written_cost_no_checkpoint_and_no_code(tmp_path, mesh, monkeypatch, caplog):
+    for owner, name in ((paths.Mirror, "send"), (paths.Mirror, "send_if_due"), (goodput, "append"), (goodput, "write_json")):
+        monkeypatch.setattr(owner, name, refused)
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with pytest.raises(Preempted):
+        train(stage(mesh, source=Rollouts(interrupt=terminate, at=1)), loop(), mesh=mesh, workdir=tmp_path)
+    assert written_steps(tmp_path) == [2]
+    for place in (tmp_path, tmp_path / "reached.json", tmp_path / "attempts.jsonl"):
+        assert f"{place}: could not be written to just now: 503, try again" in caplog.text
+
+
+def test_a_mirror_that_could_not_be_sent_waits_until_it_is_due_again(tmp_path):
+    mirror = paths.Mirror(tmp_path / "there")
+    mirror.remote, mirror.local, mirror.due = True, tmp_path / "here", 0.0
+    mirror.local.mkdir()
+    (mirror.local / "metrics.jsonl").write_text("{}")
+    (tmp_path / "there").touch()
+    with pytest.raises(NotADirectoryError):
+        mirror.send_if_due()
+    assert mirror.due > time.monotonic()
+
+
+def test_a_lease_that_cannot_be_given_back_hides_no_other_error():
+    lease = Lease(types.SimpleNamespace(read_text=refused, unlink=refused))
+    lease.thread = threading.Thread(target=lambda: None)
+    lease.thread.start()
+    lease.release()
 
 
 # ---- disks ----
@@ -184,6 +255,13 @@ command.launch(main)
     done = subprocess.run([sys.executable, "-c", locked], cwd=ROOT, capture_output=True, text=True, timeout=200)
     tmp_path.chmod(0o755)
     assert done.returncode == 1 and done.stderr.strip().endswith(f"error: {tmp_path}/run: cannot be written: Permission denied")
+
+
+def test_parameters_and_fingerprints_are_of_one_checkpoint_though_another_one_lands_meanwhile(copy, mesh, monkeypatch):
+    whole = fingerprints(restore_params(f"{copy}@6", SPECS, mesh))
+    asked = iter(["6", "8"])
+    monkeypatch.setattr(checkpoint, "newest_step", lambda workdir: copy / "checkpoints" / next(asked))
+    assert fingerprints(restore_params(copy, SPECS, mesh)) == whole
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(copy, mesh, whole):
@@ -444,6 +522,15 @@ def test_options_that_cannot_be():
         SpikeConfig(window=1)
 
 
+def test_a_stop_that_was_agreed_on_is_not_forgotten_when_a_spike_takes_the_run_back(monkeypatch):
+    """JAX says it once, at one point of the run."""
+    answers = iter([False, True, False])
+    monkeypatch.setattr(preemption, "stop_agreed", lambda: next(answers))
+    terminate = preemption.Terminate()
+    terminate.alone = False
+    assert [terminate.here() for _ in range(4)] == [False, True, True, True]
+
+
 # ---- who is to blame ----
 
 
@@ -472,6 +559,61 @@ def test_a_host_that_never_spoke_is_lost_and_one_that_took_leave_is_not(monkeypa
     assert list(words) == [1, 2] and words[1].silent < 30 < words[2].silent
     text = lost(words, service_silent=0, me=0, limit=30)
     assert text == "host 2 has been silent for 40 s, and was never heard of after all had met"
+
+
+@pytest.fixture
+def watchdogs(monkeypatch):
+    """Those of two hosts, around one service and without threads; and what ended: (host, message, code)."""
+    said, ends = {}, []
+    client = types.SimpleNamespace(
+        key_value_set=lambda key, value, allow_overwrite: said.update({key: value}), key_value_dir_get=lambda _: said.items()
+    )
+    monkeypatch.setattr(distributed.global_state, "client", client)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(watchdog, "_GRACE", 0.0)
+    quiet = types.SimpleNamespace(dump_traceback_later=lambda *_, **__: None)
+    monkeypatch.setattr(watchdog, "faulthandler", quiet)
+    monkeypatch.setattr(watchdog.threading, "Timer", lambda seconds, end, args: types.SimpleNamespace(
+        start=lambda: ends.append(("in 15 s", *args)) if (seconds, end) == (15, os._exit) else None
+    ))  # fmt: skip
+    made = []
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        made.append(dog := Watchdog(step_seconds=1.0, start_seconds=100.0, peer_seconds=30.0))
+        dog._end = lambda message, code, dog=dog: (ends.append((dog.host, message, code)), dog.done.set())
+    return *made, ends
+
+
+@pytest.mark.parametrize(("error", "code"), [(Diverged("3 updates were not finite"), 65), (ConfigError("lr: too much"), 69)])
+def test_a_host_that_ends_because_another_one_diverged_has_its_code(watchdogs, error, code):
+    other, failed, ends = watchdogs
+    failed._report_failure(error)
+    own = getattr(error, "exit_code", 1)
+    assert ends == [("in 15 s", own)] and failed.code == own
+    other.peers.ask()
+    other._watch()
+    (message,) = [message for host, message, *_ in ends[1:]]
+    assert f"failed in the start: {error}" in message and ends[1] == (0, message, code)
+
+
+def test_an_abort_says_only_what_is_known(watchdogs, monkeypatch):
+    first, second, ends = watchdogs
+    aborted, codes = [], []
+    monkeypatch.setattr(watchdog, "on_abort", lambda end: aborted.append(end) or (lambda: None))
+    for dog in (first, second):
+        dog._on_abort()
+    for end in aborted:
+        end()
+    above = "in the start, was aborted: see the message above"
+    lost = "; if it names nothing, host 0, the coordinator, died or cannot be reached"
+    assert ends == [(0, f"host 0, {above}", 69), (1, f"host 1, {above}{lost}", 69)]
+    monkeypatch.setattr(os, "_exit", codes.append)
+    second._report_failure(Diverged("3 updates were not finite"))
+    aborted[1]()
+    assert codes == [65]  # it has told the others
+    first.peers.ask()
+    aborted[0]()
+    assert ends[-1][2] == 65 and "host 1 (" in ends[-1][1]
 
 
 def test_the_host_to_blame_is_named():

@@ -1,11 +1,13 @@
 """The launch scripts say in one line what is wrong with a machine, and keep the top level as the design fixed it."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -279,12 +281,76 @@ def test_another_run_is_never_taken_for_the_one_that_is_asked_for(tmp_path, chec
     assert (tmp_path / "starts").read_text().splitlines() == ["--workdir=a b", "--workdir=c", "--workdir=d"]
 
 
+def test_a_worker_that_was_repaired_gets_the_code_and_the_jax_of_the_others(tmp_path, checkout):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", checkout]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    (checkout / "new.py").touch()
+    subprocess.run([*git, "add", "new.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "newer"], check=True)
+    environment = worker_here(tmp_path, "exit 0")
+    # The first worker runs; the second, whose home is another one, is new. What is installed is written down.
+    ask = 'HOME=$FAKE bash -c "${a#--command=}"; HOME=$FAKE/second bash -c "${a#--command=}"'
+    here = f'case "$a" in *pip*) echo "$a" > $FAKE/install; echo 0 > $FAKE/llama_jax.code;; *worker:*has*) {ask};; esac'
+    scp = 'cp "$5" $FAKE/shipped'
+    answer = f'case "$4" in describe) echo ACTIVE;; scp) {scp};; ssh) for a in "$@"; do {here}; done;; esac'
+    program(tmp_path / "gcloud", answer)
+    for directory in (tmp_path / "second", tmp_path / "llama_jax" / ".venv"):
+        directory.mkdir(parents=True)
+    (tmp_path / "llama_jax.command").write_text("train\n")
+    (tmp_path / "llama_jax.shipped").write_text(f"{revision} 0.10.2\n")
+    done = script("launch/tpu_vm.sh", "resume", "train", root=checkout, **environment)
+    assert done.returncode == 0 and "a worker has no checkout" in done.stderr, done.stderr
+    assert "jax==0.10.2\n" in (tmp_path / "install").read_text() and revision in (tmp_path / "install").read_text()
+    names = subprocess.run(["tar", "-tzf", tmp_path / "shipped"], capture_output=True, text=True, check=True).stdout
+    assert "launch/pods.sh" in names and "new.py" not in names
+    (tmp_path / "llama_jax.code").unlink()
+    (tmp_path / "llama_jax.shipped").write_text(f"{'0' * 40} 0.10.2\n")
+    done = script("launch/tpu_vm.sh", "resume", "train", root=checkout, **environment)
+    assert done.returncode == 1 and done.stderr.endswith(
+        f"error: a worker has no checkout, and the others have {'0' * 40}, which {checkout} does not know; fetch it with git, "
+        "or stop and setup\n"
+    )  # fmt: skip
+
+
+def test_a_stop_where_nothing_runs_ends_nothing(tmp_path, checkout):
+    """The number that a run has left behind may be another process's by now, and its children are not the run's."""
+    environment = worker_here(tmp_path, "exit 0")
+    other = subprocess.Popen(["bash", "-c", "/bin/sleep 60 & wait"], start_new_session=True)
+    try:
+        (tmp_path / "llama_jax.pid").write_text(f"{other.pid}\n")
+        done = script("launch/tpu_vm.sh", "stop", root=checkout, **environment)
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "llama_jax.stop").exists()
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=0.5)
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.wait()
+
+
+def test_an_old_bash_is_refused_in_one_line():
+    text = (ROOT / "launch" / "pods.sh").read_text()
+    for version, code in (("3 2", 1), ("4 3", 1), ("4 4", 0), ("5 0", 0)):
+        other = f"set -euo pipefail; OTHER=({version}); {text.replace('BASH_VERSINFO', 'OTHER')}"
+        done = subprocess.run(["bash", "-c", other], capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith("error: needs bash 4.4 or newer" if code else ""), done.stderr
+
+
+def test_the_demo_needs_no_tools_of_gnu(tmp_path):
+    program(tmp_path / "realpath", "echo illegal option >&2; exit 1")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    program(tmp_path / "venv" / "bin" / "python", 'case "$*" in *recipe*) printf "%s\n" "$@";; esac')
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAMA_JAX_VENV": str(tmp_path / "venv")}
+    done = script("launch/demo.sh", f"{tmp_path}/a/../b c", **environment)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"--workdir={tmp_path}/b c", done.stderr
+
+
 def test_what_is_installed_on_a_worker(tmp_path, checkout):
     """The real commands, with a python3.12 that has no venv at first, and an apt that is held up."""
     program(tmp_path / "python3.12", """case "$*" in
         *ensurepip*) [ -e $FAKE/apt ];;
-        "-m venv .venv") mkdir -p .venv/bin; cp $FAKE/pip .venv/bin;;
+        "-m venv .venv") mkdir -p .venv/bin; cp $FAKE/pip .venv/bin; ln -s $FAKE/version .venv/bin/python;;
     esac""")
+    program(tmp_path / "version", f'exec {sys.executable} "$@"')
     program(tmp_path / "pip", 'pwd > $FAKE/installed; printf "%s\\n" "$@" "$PIP_INDEX_URL" >> $FAKE/installed')
     held = '[ "$2" != update ] || [ -e $FAKE/held ] || { touch $FAKE/held; exit 100; }'
     program(tmp_path / "sudo", f'{held}; echo "$*" >> $FAKE/apt')
@@ -304,6 +370,9 @@ def test_what_is_installed_on_a_worker(tmp_path, checkout):
     assert (tmp_path / "installed").read_text().splitlines() == [
         str(tmp_path / "llama_jax"), "install", "-q", "--editable", ".[tpu,gcs,interop,eval,data]", "jax==0.10.2", "https://a/b",
     ]  # fmt: skip
+    revision, jax = (tmp_path / "llama_jax.shipped").read_text().split()  # with ALLOW_DIRTY of a tree
+    kind = subprocess.run(["git", "-C", checkout, "cat-file", "-t", revision], capture_output=True, text=True).stdout
+    assert (kind, jax) == ("tree\n", importlib.metadata.version("jax"))
     done = script("launch/tpu_vm.sh", "setup", root=checkout, **(environment | {"EXTRAS": "eval,dat"}))
     assert (done.returncode, done.stderr) == (1, "error: EXTRAS=eval,dat: setup.cfg has no dat\n")
     image, worker = ((ROOT / "launch" / name).read_text() for name in ("Dockerfile", "tpu_vm.sh"))

@@ -82,6 +82,14 @@ def test_a_batch_of_each_length_that_occurs_is_an_example():
     assert all((batch[:, 0] == -1).all() for batch in examples)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_a_batch_may_be_several_epochs(count):
+    """Then windows of some epochs have no batch: the second one of the lengths that are looked up beforehand, among others."""
+    source = make(rows(count), batch_size=8)
+    seen = sum((source.rows(step) for step in range(2 * count)), [])
+    assert all(seen.count(i) == 16 for i in range(count)) and len(list(source.shapes())) >= 1
+
+
 def test_processes_share_a_length_and_their_parts_are_the_global_batch():
     examples = rows(40)
     parts = [make(examples, share=Share((i,), 2)) for i in (0, 1)]

@@ -173,7 +173,7 @@ def test_a_host_that_dies_or_stops_is_named_and_ends_all(tmp_path, how, victim):
     assert codes == [EXIT_HOST_LOST] * 3, texts(workdir)
     for host in {0, 1, 2, 3} - {victim}:
         for text in (output_of(workdir, host).read_text(), (workdir / "logs" / f"host-{host}.log").read_text()):
-            assert re.search(rf"error: host {host}, in .*: host {victim}\b", text), text
+            assert re.search(rf"error: host {host}, in .*: .*\bhost {victim}\b", text), text
     saved = read_meta(workdir)["step"]
     # The same command goes on; here it goes back too, to end soon: another number of steps is another config.
     assert set(run(workdir, f"--steps={saved + 2}", f"--restart_from={saved}", count=4)) == {0}, texts(workdir)
@@ -204,6 +204,15 @@ def test_a_host_that_hangs_or_fails_is_told_from_those_that_wait(tmp_path):
     assert codes == [EXIT_HOST_LOST, 1], texts(workdir)
     assert re.search(r"host 0, in .*: host 1 \(.*\) failed in .*: cannot read the rows of step 4", texts(workdir))
     assert "Traceback" in (workdir / "logs" / "host-1.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_run_that_diverged_ends_with_its_code_on_all_hosts_however_late_one_is(tmp_path, late):
+    """With another code on one of them launchers would start it again, and it would diverge again."""
+    workdir = tmp_path / "run"
+    assert run(workdir, "--diverge_at=4", "--late=12", f"--on_host={late}", count=2) == [65, 65], texts(workdir)
+    assert "3 updates in a row were not finite, the last at step 6" in output_of(workdir, 1 - late).read_text()
 
 
 @pytest.mark.slow

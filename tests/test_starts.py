@@ -22,6 +22,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import check_start
 from llama_jax.steps import load_config
 from llama_jax.train import STAGES, parse_stage, run
+from llama_jax.training import attempt
 from llama_jax.training import workdir as workdirs
 from llama_jax.training.checkpoint import read_meta, steps_in
 from llama_jax.training.options import RunOptions
@@ -112,6 +113,45 @@ def test_the_command_that_converts_a_start_is_in_the_error_of_a_stage(tokenizer,
     command = f"python -m llama_jax.convert --input={tmp_path}/hf --output={tmp_path}/hf-llama_jax --to=llama_jax"
     with pytest.raises(ValueError, match=f"found none; .* converted first: {command}$"):
         run(values, tmp_path / "run")
+
+
+# ---- in which order ----
+
+
+class Enough(Exception):
+    """What was to be seen has been."""
+
+
+def test_hosts_are_watched_while_they_compare_their_data(models, tmp_path, monkeypatch):
+    """One that cannot read its data to their end would else leave the others waiting for ever."""
+
+    def compare(facts):
+        assert {"config", f"data.train.0 {models}/dialogs.jsonl"} <= set(facts) and attempt._current.get() is not None
+        raise Enough
+
+    shared_facts = train_command.shared_facts
+    monkeypatch.setattr(train_command, "shared_facts", lambda config: attempt._current.get() and shared_facts(config))
+    monkeypatch.setattr(train_command, "preflight", compare)
+    with pytest.raises(Enough):
+        run(small_runs.values(models, "sft", steps=2), tmp_path / "run")
+    assert attempt._current.get() is None and not (tmp_path / "run").exists()
+
+
+def test_what_fine_tuning_measures_and_its_schedule_are_looked_at_before_weights_are_read(models, tmp_path, monkeypatch):
+    def begin(*_, **__):
+        raise Enough
+
+    def made(**changes):
+        config = parse_stage(small_runs.values(models, "sft", steps=4, **changes))
+        return importlib.import_module(STAGES["sft"][0]).make_stage(config, make_mesh(config.mesh), tmp_path)
+
+    monkeypatch.setattr(importlib.import_module(STAGES["sft"][0]), "begin", begin)
+    with pytest.raises(FileNotFoundError, match="none.jsonl: expected a JSONL file, found nothing"):
+        made(data={"held_out": (str(tmp_path / "none.jsonl"),)})
+    with pytest.raises(ValueError, match="optim.warmup=4 leaves nothing of loop.steps=4"):
+        made(optim={"warmup": 4})
+    with pytest.raises(Enough):
+        made()
 
 
 # ---- how long ----

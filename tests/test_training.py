@@ -434,6 +434,23 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, mesh, monkeypatch, caplog, err
     assert tries == [2, 2, 2] and (tmp_path / "checkpoints" / "2").exists() and not (tmp_path / "damaged").exists()
 
 
+def test_too_little_memory_is_neither_damage_nor_an_outage(tmp_path, mesh, monkeypatch):
+    _, target = saved_steps(tmp_path, mesh)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+
+    def full(*_, **__):
+        raise ValueError("while reading params") from error
+
+    assert fingerprint.is_outage(ValueError("RESOURCE_EXHAUSTED: too many requests")) and not fingerprint.is_outage(error)
+    monkeypatch.setattr(Checkpoints, "_read", full)
+    with pytest.raises(ValueError, match="^while reading params$"):
+        restore(tmp_path, target)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", full)
+    with pytest.raises(ValueError, match="^while reading params$"):
+        restore_params(tmp_path, SPECS, mesh)
+    assert not (tmp_path / "damaged").exists() and len(list((tmp_path / "checkpoints").glob("[12]"))) == 2
+
+
 def test_each_damaged_checkpoint_of_a_step_is_kept(tmp_path, mesh):
     for _ in range(3):
         _, target = saved_steps(tmp_path, mesh)

@@ -21,6 +21,7 @@ from llama_jax.parallel.mesh import MeshConfig
 from llama_jax.training import attempt, optimizer
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.recorder import Recorder
 from llama_jax.training.stage import LoopConfig, Stage, Supervised
 
 FLAGS = flags.FLAGS
@@ -47,7 +48,8 @@ class Rows:
             raise OSError(f"cannot read the rows of step {step}")
         share = 16 // jax.process_count()
         rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        return jax.tree.map(lambda x: x[rows], points(step))
+        bad = float("nan") if 0 <= FLAGS.diverge_at <= step else 1.0
+        return jax.tree.map(lambda x: bad * x[rows], points(step))
 
 
 def make_stage(config, mesh, workdir):
@@ -79,7 +81,8 @@ def main():
         time.time = lambda: right() + FLAGS.clock_off
     values = {
         "stage": "toy", "tokenizer": FLAGS.tokenizer, "lr": FLAGS.lr,
-        "loop": {"steps": FLAGS.steps, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, "keep": FLAGS.keep},
+        "loop": {"steps": FLAGS.steps, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, "keep": FLAGS.keep,
+                 "max_skipped_in_a_row": 3},
     }  # fmt: skip
     if FLAGS.unreadable >= 0 and jax.process_index() == FLAGS.on_host:
         read = Checkpoints._read
@@ -94,6 +97,9 @@ def main():
         kind = ocp.path.step._StandardNameFormat
         whole = kind._glob_step_paths
         kind._glob_step_paths = lambda *given: [path for path in whole(*given) if path.name != str(FLAGS.unseen)]
+    if FLAGS.late and jax.process_index() == FLAGS.on_host:
+        diverged = Recorder._diverged
+        Recorder._diverged = lambda *given: (time.sleep(FLAGS.late), diverged(*given))
     train_command.STAGES["toy"] = ("__main__", "ToyConfig")
     train_command.run(values, FLAGS.workdir, options)
     print("finished", file=sys.stderr)
@@ -116,5 +122,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("portions", 0, "what is drawn before the first step, each with a pause")
     flags.DEFINE_integer("hang_at", -1, "")
     flags.DEFINE_integer("fail_at", -1, "")
+    flags.DEFINE_integer("diverge_at", -1, "from this step on no update is finite")
+    flags.DEFINE_float("late", 0.0, "seconds by which `on_host` says later than the others that the run diverged")
     flags.DEFINE_float("clock_off", 0.0, "")
     command.launch(main, expected=train_command.EXPECTED)

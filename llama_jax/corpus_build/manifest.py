@@ -65,7 +65,7 @@ def check_manifest(
 ) -> dict[str, Any]:
     """The manifest, after the tokenizer and every shard have been compared with it.
 
-    With `checksums` False only sizes are compared: reading a corpus of terabytes on each host takes too long.
+    With `checksums` False only sizes are compared: reading a corpus of terabytes, or the same one on each host, takes too long.
 
     Raises:
       CorpusError: naming the shard or the tokenizer that does not fit.

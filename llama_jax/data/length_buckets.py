@@ -64,7 +64,7 @@ class BucketedBatches(IndexedBatches):
     def _sort(self, number: int) -> np.ndarray:
         """The examples of window `number`, a row for each batch. # int [W, B]"""
         (first, end), B = self._window(number), self.batch_size
-        drawn = np.array([self._stream[i] for i in range(first * B, end * B)])
+        drawn = np.array([self._stream[i] for i in range(first * B, end * B)], np.int64)  # none, if a batch is several epochs
         drawn = drawn[np.argsort(self._sizes[drawn], kind="stable")].reshape(end - first, B)
         return drawn[np.random.default_rng((self.seed, number)).permutation(end - first)] if self.shuffle else drawn
 

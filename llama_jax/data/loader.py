@@ -217,20 +217,9 @@ class BlockSource:
     def batch(self, step: int) -> TokenBatch:
         """This process's rows [B_local, T] of global batch `step`."""
         rows = _slice(step, self.batch_size, self.share)
-        return self._to_batch([self._stream[i] for i in rows])
+        blocks = [self._stream[i] for i in rows]
+        return block_batch(blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id)
 
-    def eval_batches(self) -> Iterator[TokenBatch]:
-        """Every block of every source once, in name order; the last batch is filled with padding."""
-        order = [(records, i) for records in self._records.values() for i in range(len(records))]
-        for step in range(math.ceil(len(order) / self.batch_size)):
-            rows = _slice(step, self.batch_size, self.share)
-            blocks = [order[i][0][order[i][1]] for i in rows if i < len(order)]
-            yield self._to_batch(blocks, row_count=len(rows))
-
-    def _to_batch(self, blocks: Sequence[bytes], *, row_count: int | None = None) -> TokenBatch:
-        return block_batch(
-            blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id, row_count=row_count
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +242,9 @@ def block_batch(
     *,
     separate_documents: bool = False,
     bos_id: int = BOS_ID,
-    row_count: int | None = None,
 ) -> TokenBatch:
-    """Records of T+1 tokens to a batch [B, T]; short records and rows up to `row_count` are padded."""
-    ids = np.zeros((row_count or len(records), block_length + 1), np.int32)
+    """Records of T+1 tokens to a batch [B, T]; short records are padded."""
+    ids = np.zeros((len(records), block_length + 1), np.int32)
     lengths = np.zeros((len(ids), 1), np.int64)
     for i, record in enumerate(records):
         block = block_ids(record)

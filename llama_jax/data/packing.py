@@ -7,7 +7,6 @@ that reaches into the next one, so the loss of a packed row is the sum of the lo
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -20,7 +19,6 @@ class Packed:
     """Rows [T] and what went into them."""
 
     rows: list[TokenBatch]
-    overlong: list[int]  # indices of examples longer than a row, left out
     tokens: int  # ids in the rows, padding not counted
     supervised: int  # of these, targets of the loss
 
@@ -73,32 +71,22 @@ def packed_row(examples: Sequence[EncodedDialog], row_length: int) -> TokenBatch
     return TokenBatch(tokens=tokens, targets=targets, weights=weights, segment_ids=segment_ids, positions=positions)
 
 
-def pack_dialogs(
-    examples: Sequence[EncodedDialog], row_length: int, *, overlong: Literal["error", "report"] = "error"
-) -> Packed:
-    """Rows of all examples. One longer than a row is an error, or left out and reported; never cut.
-
-    ValueError also for an example in which nothing is supervised.
-    """
-    if overlong not in ("error", "report"):
-        raise ValueError(f"overlong: expected 'error' or 'report', got {overlong!r}")
+def pack_dialogs(examples: Sequence[EncodedDialog], row_length: int) -> Packed:
+    """Rows of all examples. ValueError for one that is longer than a row, which is never cut, or has nothing supervised."""
     for i, example in enumerate(examples):
         if len(example.ids) != len(example.supervised):
             raise ValueError(f"example {i}: {len(example.ids)} ids but {len(example.supervised)} supervised flags")
         if not np.any(example.supervised[1:]):
             raise ValueError(f"example {i}: no supervised token, it would train nothing")
     too_long = [i for i, example in enumerate(examples) if len(example.ids) > row_length]
-    if too_long and overlong == "error":
+    if too_long:
         raise ValueError(
             f"example {too_long[0]}: expected at most {row_length} tokens, got {len(examples[too_long[0]].ids)} "
             f"({len(too_long)} of {len(examples)} examples are too long)"
         )
-    skipped = set(too_long)
-    kept = [example for i, example in enumerate(examples) if i not in skipped]
-    groups = pack([len(example.ids) for example in kept], row_length)
+    groups = pack([len(example.ids) for example in examples], row_length)
     return Packed(
-        rows=[packed_row([kept[i] for i in group], row_length) for group in groups],
-        overlong=too_long,
-        tokens=sum(len(example.ids) for example in kept),
-        supervised=sum(int(np.sum(example.supervised[1:])) for example in kept),
+        rows=[packed_row([examples[i] for i in group], row_length) for group in groups],
+        tokens=sum(len(example.ids) for example in examples),
+        supervised=sum(int(np.sum(example.supervised[1:])) for example in examples),
     )

@@ -33,7 +33,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from llama_jax.files import atomic_write
-from llama_jax.paths import place, sizes
+from llama_jax.paths import first_line, place, sizes
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield f"{path}:{number}", _without_nulls(row)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}:{number + 1}: damaged Parquet file ({_first_line(error)})") from None
+        raise ValueError(f"{path}:{number + 1}: damaged Parquet file ({first_line(error)})") from None
 
 
 def _saved_dataset(path: Path) -> Iterator[tuple[str, Row]]:
@@ -284,7 +284,7 @@ def _saved_dataset(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and Arrow raise many types for damaged files
-        raise ValueError(f"{path}: damaged data set ({_first_line(error)})") from None
+        raise ValueError(f"{path}: damaged data set ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}:{number}", _without_nulls(row)
 
@@ -299,7 +299,7 @@ def _tfds(name: str) -> Iterator[tuple[str, Row]]:
     try:
         rows = tfds.data_source(parts.path[1:], split=options.get("split", "train"), data_dir=options.get("dir"))
     except (tfds.core.registered.DatasetNotFoundError, KeyError, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{name}: cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{name}: cannot be read: {first_line(error)}") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", {key: _plain(value) for key, value in row.items()}
 
@@ -319,10 +319,6 @@ def _plain(value: Any) -> Any:
 
 def _without_nulls(row: Row) -> Row:
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _extra(name: str, what: str) -> ModuleType:

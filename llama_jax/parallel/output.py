@@ -1,7 +1,6 @@
 """Where a command writes that knows of disks alone, when its results shall lie in a bucket."""
 
 import contextlib
-import logging
 import os
 import shutil
 import threading
@@ -11,9 +10,8 @@ from pathlib import Path
 import jax
 
 from llama_jax.parallel.hosts import first_problem
-from llama_jax.paths import Mirror, check_bucket, reason, seconds_between_writes
+from llama_jax.paths import Mirror, check_bucket, may_fail, reason, seconds_between_writes
 
-log = logging.getLogger(__name__)
 _DATABASE = ".db"  # in the names of SQLite's files, its journals too
 
 
@@ -35,10 +33,8 @@ def worked_in(directory: str | os.PathLike) -> Iterator[Path]:
 
     def send() -> None:
         while not done.wait(seconds_between_writes(directory)):
-            try:
+            with may_fail(directory):  # the next one may come through, and the last one says why not
                 mirror.send(but=_DATABASE)
-            except Exception as error:  # the next one may come through, and the last one says why not
-                log.warning("%s: could not be written to just now: %s", directory, reason(error))
 
     thread = threading.Thread(target=send, name="mirror", daemon=True)
     try:

@@ -59,7 +59,9 @@ class PretrainConfig(StageConfig):
 def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
     """The pretraining stage."""
     model, tokenizer = load_tokenizer(config)
-    manifest = check_manifest(config.data.corpus, tokenizer, checksums=is_quickly_read(config.data.corpus))
+    # One host reads it for all: a file of the others that is cut short has another size.
+    checksums = jax.process_index() == 0 and is_quickly_read(config.data.corpus)
+    manifest = check_manifest(config.data.corpus, tokenizer, checksums=checksums)
     length = manifest["block_length"]
     if length > model.max_length:
         raise ConfigError(f"{config.data.corpus}: blocks of {length} tokens, model {model.name} takes {model.max_length}")
@@ -76,11 +78,12 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
         if cap is not None and epochs > cap * 1.01:
             log.warning("source %s is seen %.2f times in loop.steps=%d; its corpus was made for at most %g",
                         name, epochs, config.loop.steps, cap)  # fmt: skip
-    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
-    loss = language_model_loss(model, config.compute)
     held_out = {
         name: [str(row["text"]) for _, row in read_jsonl(corpus / "held_out" / f"{name}.jsonl")] for name in weights
     }
+    optimizer.schedule(config.optim, config.loop.steps)  # what is wrong with it is said before weights are read
+    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
+    loss = language_model_loss(model, config.compute)
     return Stage(
         name="pretrain",
         specs=begun.specs,
@@ -98,8 +101,8 @@ def make_stage(config: PretrainConfig, mesh: Mesh, workdir: Path) -> Stage:
 
 
 def is_quickly_read(corpus: str) -> bool:
-    """Whether its checksums may be compared at every start. A bucket keeps checksums of its own, and to read terabytes on each
-    host would take hours: `python -m llama_jax.corpus` with the config of a corpus that is there compares them once."""
+    """Whether its checksums may be compared at every start. A bucket keeps checksums of its own, and to read terabytes would
+    take hours: `python -m llama_jax.corpus` with the config of a corpus that is there compares them once."""
     return not is_remote(corpus) and sum(file["bytes"] for file in read_manifest(corpus)["files"].values()) <= _QUICKLY_READ
 
 

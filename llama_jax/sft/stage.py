@@ -189,13 +189,14 @@ def fine_tuning_stage(
     packed = packed_dialogs(data.train, tokenizer, shares=data.shares, seed=config.loop.seed, **how)
     batches = row_source(packed.rows, config.loop.batch_size, seed=config.loop.seed, share=process_share(mesh))
     loop = config.loop.over(len(packed.rows), epochs)
-    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     loss = language_model_loss(model, config.compute)
     evaluate = None
     if data.held_out:
         held_out = packed_dialogs(data.held_out, tokenizer, **how)
         source = row_source(held_out.rows, config.loop.batch_size, seed=0, share=process_share(mesh))
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
+    optimizer.schedule(config.optim, loop.steps)  # what is wrong with it is said before weights are read
+    begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     stage = Stage(
         name=name,
         specs=begun.specs,

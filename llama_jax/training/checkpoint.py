@@ -22,11 +22,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from llama_jax.config import ConfigError
 from llama_jax.files import read_json, write_json
 from llama_jax.parallel.axes import abstract
 from llama_jax.parallel.hosts import first_problem, from_host_0, on_host_0
-from llama_jax.paths import absolute, is_remote, move, place, untaken
+from llama_jax.paths import absolute, first_line, is_remote, move, place, untaken
 from llama_jax.training.fingerprint import (
     CONVERTED,
     CheckpointError,
@@ -35,7 +34,7 @@ from llama_jax.training.fingerprint import (
     check_fingerprints,
     damages,
     fingerprints,
-    first_line,
+    is_out_of_memory,
     is_outage,
     open_meta,
     sealed,
@@ -103,8 +102,6 @@ class Checkpoints:
         self, step: int, state: TrainState, source: Any, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
         """Starts saving; returns once the arrays may be changed again. `metrics` must hold the one to rank by."""
-        if self.best and self.best not in (metrics or {}):
-            raise ConfigError(f"loop.keep_best={self.best}: no such held-out metric; there are {', '.join(metrics or {})}")
         items = _items(state, source)
         meta = sealed({**meta, "step": step, "fingerprints": fingerprints(items)})
         with self._told(f"checkpoint {step} could not be written"):
@@ -164,6 +161,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are checkpoints but none that is whole, or one that cannot be read now; nothing is moved
             then.
+          JaxRuntimeError: it does not fit into the memory of the devices; as JAX says it.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         damaged, reason = [], ""
@@ -172,6 +170,8 @@ class Checkpoints:
             try:
                 found, meta = self._read_patiently(step, _items(target, source_target))
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+                if is_out_of_memory(error):
+                    raise
                 reason = f"{_OUTAGE}: {first_line(error)}" if is_outage(error) else first_line(error)
             reason = first_problem(reason)
             if _OUTAGE in reason:
@@ -302,7 +302,11 @@ def _warn_of_unfinished(path: Path, step: int) -> None:
 
 def read_meta(workdir: str | Path) -> dict[str, Any]:
     """The JSON stored with a stage's checkpoint."""
-    path = newest_step(workdir)
+    return _meta_of(newest_step(workdir))
+
+
+def _meta_of(path: Path) -> dict[str, Any]:
+    """The JSON in the directory of a checkpoint."""
     try:
         return open_meta(path)
     except CheckpointError as error:
@@ -339,7 +343,8 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
     `specs` may be a part of what was saved: the trunk for a new head, or one model of several. Its types need not be those that
     were saved: what was is verified, and then cast.
     """
-    path, meta = newest_step(workdir), read_meta(workdir)
+    path = newest_step(workdir)  # asked once: of a run that goes on the answer may be another one in a moment
+    meta = _meta_of(path)
     expected, target = meta["fingerprints"], abstract(specs, mesh)
     saved = {name.removeprefix("['params']") for name in expected if name.startswith("['params']")}
     for leaf_path, _ in jax.tree_util.tree_leaves_with_path(target):
@@ -359,6 +364,8 @@ def restore_params(workdir: str | Path, specs: Any, mesh: Mesh) -> Any:
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{path}: cannot be read: {first_line(error)}{instead(path)}") from None
     try:
         check_fingerprints({"params": params}, expected, str(path))

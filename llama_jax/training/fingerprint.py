@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.parallel.hosts import gather_numbers
-from llama_jax.paths import absolute, place
+from llama_jax.paths import absolute, first_line, place
 
 _PIECE = 1 << 18  # elements that are added up at once: they stay in the cache
 CONVERTED = "convert"  # the stage of converted weights, whose fingerprints are those of float32 whatever they are stored in
@@ -249,23 +249,24 @@ def _keys(name: str) -> tuple[str, ...]:
     return tuple("".join(groups) for groups in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", name))
 
 
-def first_line(error: Exception) -> str:
-    """What an error of Orbax or TensorStore says, in one line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # TensorStore tells what the system said after a long path.
-    reason = re.search(r"\[OS error \d+: ([^\]]*)\]", str(error))
-    return f"{reason[1]}: {text[:300]}" if reason else text[:300]
-
-
 # As TensorStore says it; 2 and 20 are the system's numbers for a file that is not there.
 _OUTAGE = re.compile(
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b|\[OS error (?!2:|20:)\d+:"
 )
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the devices had no room for what was read. XLA says it with the word of a service that is asked too often."""
+    if error is None:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError) and "out of memory" in str(error).lower():
+        return True
+    return is_out_of_memory(error.__cause__ or error.__context__)
+
+
 def is_outage(error: BaseException | None) -> bool:
     """Whether an error of a read says that a disk or a service failed, and nothing of what lies there."""
-    if error is None:
+    if error is None or is_out_of_memory(error):
         return False
     code = getattr(error, "code", None)  # HTTP's, of a bucket's clients
     return (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.files import write_json
-from llama_jax.paths import append, seconds_between_writes
+from llama_jax.paths import append, may_fail, seconds_between_writes
 
 ATTEMPTS = "attempts.jsonl"
 
@@ -40,13 +40,14 @@ class Goodput:
 
     def _note(self, row: dict[str, float]) -> dict[str, float]:
         if self.enabled:
-            append(self.path, json.dumps(row) + "\n")
+            with may_fail(self.path):
+                append(self.path, json.dumps(row) + "\n")
         return row
 
     def _reached(self) -> int:
         try:
             return int(json.loads(self.reached_path.read_text())["step"])
-        except (OSError, ValueError, KeyError):  # never written, or damaged: a statistic is not worth a run
+        except Exception:  # never written, damaged or out of reach: a statistic is not worth a run
             return 0
 
     def step(self, done: int, seconds: float) -> None:
@@ -60,7 +61,8 @@ class Goodput:
         """Writes down how far the run has come, so that a later start can tell what was lost."""
         if self.enabled:
             self.reported = self.clock()
-            write_json(self.reached_path, {"step": done})
+            with may_fail(self.reached_path):
+                write_json(self.reached_path, {"step": done})
 
     def metrics(self) -> dict[str, float]:
         """goodput (a share), restarts, lost_steps."""

@@ -60,7 +60,7 @@ class Lease:
         self.done.set()
         if self.thread is not None:
             self.thread.join(timeout=60)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # the network's many; without a beat it is soon free anyway
                 if self._is_ours():
                     self.path.unlink(missing_ok=True)
 

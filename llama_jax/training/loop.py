@@ -90,7 +90,7 @@ class _Run:
         self.stage, self.config, self.options, self.mesh, self.workdir = stage, config, options, mesh, workdir
         self.watchdog, self.terminate, self.goodput = attempt.watchdog, attempt.terminate, attempt.goodput
         self.compilations = compilations
-        self.begun, self.is_first_process = time.monotonic(), jax.process_index() == 0
+        self.is_first_process = jax.process_index() == 0
         self.spikes = Spikes(config.spike)
         self.stopping = Rule(config.keep_best, config.keep_best_mode, config.patience, config.least_gain)
         self.checkpoints = Checkpoints(
@@ -134,127 +134,165 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step; the summary."""
         stage, config = self.stage, self.config
-        self.begun = time.monotonic()  # a run that went back to a checkpoint takes the seconds before from that
-        state, meta = self.start()
-        first, seconds_before = int(meta["step"]), float(meta["seconds"])
-        writes, patience = self.is_first_process, Patience(self.stopping)
-        patience.restore(meta.get("patience", patience.state()))  # a checkpoint may be older than this field
-        unmeasured = meta.get("unmeasured", False)
-        self.watchdog.begin(first)
-        goodput = self.goodput
-        goodput.steps_from(first, meta["productive"])
-        writer = MetricWriter(self.workdir, enabled=writes, resume_step=first, remeasure=unmeasured)
-        progress = Progress(config.steps, stage.name, done=first, quiet=not writes)
+        passage = _Passage(self)
+        first = done = passage.first
         feed = Feed(stage.source, self.mesh, config.steps, self.spikes.index)
         profile = Profile(self.workdir, self.options.profile_steps)
-        recorder = Recorder(
-            writer, progress, config, stage, meta["logged"],
-            spikes=self.spikes, workdir=self.workdir, extra=goodput.metrics,
-        )  # fmt: skip
-
-        def evaluate(done: int) -> dict[str, float]:
-            if stage.evaluate is None:
-                return {}
-            self.watchdog.at("evaluation", done)
-            held_out = dict(stage.evaluate(stage.whole(state.params)))
-            writer.write(done - 1, {f"{HELD_OUT}{name}": value for name, value in held_out.items()})
-            return held_out
-
-        def rank(held_out: dict[str, float], best: bool) -> dict[str, float]:
-            return patience.rank(best=best) if patience.on else held_out
-
-        def about(done: int) -> dict[str, Any]:
-            """What a checkpoint says that depends on the measurements so far."""
-            result = done == (config.steps if patience.step is None else patience.step)  # as far as is known
-            measured = stage.measure(stage.whole(state.params)) if stage.measure and result else {}
-            return {**measured, "patience": patience.state()}
-
-        def save(done: int, ranked: dict[str, float], *, unmeasured: bool = False) -> None:
-            self.watchdog.at("saving", done)
-            writer.sync()  # a run that goes on from here must find the lines before
-            run = {
-                "seconds": seconds_before + time.monotonic() - self.begun, "productive": goodput.productive,
-                "logged": recorder.logged(), "spikes": self.spikes.state(), "unmeasured": unmeasured,
-            }  # fmt: skip
-            self.checkpoints.save(done, state, stage.source.state(), {**stage.meta, **about(done), **run}, ranked)
-            nonlocal saved
-            saved = done
-
-        def leave(done: int, *, measures: bool) -> NoReturn:
-            """SIGTERM: saves what is not saved yet and ends. A machine that is about to go has no time for an evaluation: it
-            comes first when the run goes on."""
-            recorder.flush()
-            if done > saved:
-                unranked = {config.keep_best: math.nan} if config.keep_best else {}
-                save(done, unranked, unmeasured=measures and stage.evaluate is not None)
-            raise Preempted
-
-        held_out: dict[str, float] = {}
-        done = saved = first
-        with writer, progress, feed, contextlib.closing(profile):
-            if patience.on and first == 0 and not patience.seen:
-                save(0, rank({}, patience.see(0, evaluate(0))))
-            if unmeasured:
-                held_out = evaluate(first)
-                best = patience.on and patience.see(first, held_out)
-                self.checkpoints.amend(first, {**about(first), "unmeasured": False}, rank(held_out, best))
+        with passage.writer, passage.progress, feed, contextlib.closing(profile):
+            held_out = passage.measure_first()
             for step in range(first, config.steps):
-                if patience.exhausted:
+                if passage.patience.exhausted:
                     break
                 if profile.due(step):
-                    recorder.flush()
+                    passage.recorder.flush()
                     profile.before(step)
                 begun = time.monotonic()
                 with self.compilations.of_step(step - first):
                     self.watchdog.at("batch", step)
                     try:
-                        batch, source_metrics = feed.batch(step, stage.whole(state.params))
+                        batch, source_metrics = feed.batch(step, stage.whole(passage.state.params))
                     except Preempted:  # in the middle of a rollout, which is drawn again
-                        leave(done, measures=False)
+                        passage.leave(step, measures=False)
                     self.watchdog.at("update", step)
                     if step == first:
-                        self.compile_for_examples(state)
-                    state, means = self.programs(state, batch, stage.frozen, self.schedule)
+                        self.compile_for_examples(passage.state)
+                    passage.state, means = self.programs(passage.state, batch, stage.frozen, self.schedule)
                 del batch
-                recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
-                done, last = step + 1, step + 1 == config.steps
-                stop = self.terminate.here() and not last
-                saves, best = done % config.checkpoint_every == 0 or last, False
-                due = bool(config.eval_every) and done % config.eval_every == 0 and not last and done > stage.still
-                # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
-                measures = due or bool(saves and config.keep_best and (last or not patience.on))
-                if stop or saves or measures:
-                    recorder.flush()  # waits for this step: its time is a step's, and not that of what follows
-                goodput.step(done, time.monotonic() - begun)
-                if stop:
-                    leave(done, measures=measures)
-                if saves or measures:
-                    try:
-                        held_out = evaluate(done) if measures else {}
-                    except Preempted:
-                        leave(done, measures=True)
-                    best = patience.on and bool(held_out) and patience.see(done, held_out)
-                if saves or best:
-                    save(done, rank(held_out, best))
-            recorder.flush()
-            held_out = patience.held_out or held_out or evaluate(done)
+                passage.recorder.push(step, means, source_metrics)  # reads the step before: the host never waits for this one
+                done = step + 1
+                held_out = passage.after(done, begun)
+            passage.recorder.flush()
+            held_out = passage.patience.held_out or held_out or passage.evaluate(done)
         self.watchdog.at("the end", done)
         self.checkpoints.wait()  # a stage is done only when its checkpoint is on disk
-        if patience.step is not None:
-            log.warning("%s: %s", stage.name, patience.report(done))
-            self.checkpoints.make_newest(patience.step)
-        summary = {
-            "seconds": seconds_before + time.monotonic() - self.begun,
-            "steps": done,
-            **({"best_step": patience.step} if patience.on else {}),
-            **recorder.logged(),
-            "held_out": held_out,
-            "compilations": self.compilations.count,
-            "compilations_after_warm_up": self.compilations.after_warm_up,
-            **goodput.metrics(),
-            "jax": jax.__version__,  # of this start, as the devices; all hosts have the same
-            "device_kind": self.mesh.devices.flat[0].device_kind,
-        }
+        if passage.patience.step is not None:
+            log.warning("%s: %s", stage.name, passage.patience.report(done))
+            self.checkpoints.make_newest(passage.patience.step)
+        summary = passage.summary(done, held_out)
         if self.is_first_process:
             write_json(self.workdir / "done.json", summary)
         return summary
+
+
+class _Passage:
+    """One way from a checkpoint towards the end, which a spike may cut short: the state, and what is told and kept of it."""
+
+    def __init__(self, run: _Run):
+        self.begun = time.monotonic()  # the seconds before are the checkpoint's
+        self.run, self.stage, self.config = run, run.stage, run.config
+        self.state, meta = run.start()
+        self.first = self.saved = int(meta["step"])  # the steps that the newest checkpoint has seen
+        self.seconds_before, self.unmeasured = float(meta["seconds"]), meta.get("unmeasured", False)
+        self.patience = Patience(run.stopping)
+        self.patience.restore(meta.get("patience", self.patience.state()))  # a checkpoint may be older than this field
+        self.begins = bool(self.config.keep_best) and self.first == 0 and not self.patience.seen
+        run.watchdog.begin(self.first)
+        run.goodput.steps_from(self.first, meta["productive"])
+        self.writer = MetricWriter(
+            run.workdir, enabled=run.is_first_process, resume_step=self.first, remeasure=self.unmeasured or self.begins
+        )
+        self.progress = Progress(self.config.steps, self.stage.name, done=self.first, quiet=not run.is_first_process)
+        self.recorder = Recorder(
+            self.writer, self.progress, self.config, self.stage, meta["logged"],
+            spikes=run.spikes, workdir=run.workdir, extra=run.goodput.metrics,
+        )  # fmt: skip
+
+    def measure_first(self) -> dict[str, float]:
+        """Measures, before any step, the start that the best is compared with (so that a misspelt `keep_best` is told at once),
+        or what SIGTERM left no time for; what was measured."""
+        held_out: dict[str, float] = {}
+        if self.begins:
+            held_out = self.evaluate(0)
+            if self.patience.on:
+                self.save(0, self.patience.rank(best=self.patience.see(0, held_out)))
+        if self.unmeasured:
+            held_out = self.evaluate(self.first)
+            ranked, _ = self.rank(self.first, held_out)
+            self.run.checkpoints.amend(self.first, {**self.about(self.first), "unmeasured": False}, ranked)
+        return held_out
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """What the stage measures on held-out data; in the log too."""
+        if self.stage.evaluate is None:
+            return {}
+        self.run.watchdog.at("evaluation", done)
+        held_out = dict(self.stage.evaluate(self.stage.whole(self.state.params)))
+        self.patience.rule.check(held_out)
+        self.writer.write(done - 1, {f"{HELD_OUT}{name}": value for name, value in held_out.items()})
+        return held_out
+
+    def after(self, done: int, begun: float) -> dict[str, float]:
+        """Does what is due after a step that began at `begun`: measures and saves, or saves and ends; what was measured."""
+        config, last = self.config, done == self.config.steps
+        stop = self.run.terminate.here() and not last
+        saves = done % config.checkpoint_every == 0 or last
+        due = bool(config.eval_every) and done % config.eval_every == 0 and not last and done > self.stage.still
+        # What a checkpoint is ranked by belongs to its own parameters; what patience sees, to the config alone.
+        measures = due or bool(saves and config.keep_best and (last or not self.patience.on))
+        if stop or saves or measures:
+            self.recorder.flush()  # waits for this step: its time is a step's, and not that of what follows
+        self.run.goodput.step(done, time.monotonic() - begun)
+        if stop:
+            self.leave(done, measures=measures)
+        try:
+            held_out = self.evaluate(done) if measures else {}
+        except Preempted:
+            self.leave(done, measures=True)
+        ranked, best = self.rank(done, held_out)
+        if saves or best:
+            self.save(done, ranked)
+        return held_out
+
+    def rank(self, done: int, held_out: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """What a checkpoint of these steps is ranked by, and whether patience has seen nothing better."""
+        if not self.patience.on:
+            return held_out, False
+        best = bool(held_out) and self.patience.see(done, held_out)
+        return self.patience.rank(best=best), best
+
+    def about(self, done: int) -> dict[str, Any]:
+        """What a checkpoint says that depends on the measurements so far."""
+        step, stage = self.patience.step, self.stage
+        result = done == (self.config.steps if step is None else step)  # as far as is known
+        measured = stage.measure(stage.whole(self.state.params)) if stage.measure and result else {}
+        return {**measured, "patience": self.patience.state()}
+
+    def save(self, done: int, ranked: dict[str, float], *, unmeasured: bool = False) -> None:
+        """Begins a checkpoint."""
+        run, source = self.run, self.stage.source
+        run.watchdog.at("saving", done)
+        self.writer.sync()  # a run that goes on from here must find the lines before
+        told = {
+            "seconds": self.seconds(), "productive": run.goodput.productive, "logged": self.recorder.logged(),
+            "spikes": run.spikes.state(), "unmeasured": unmeasured,
+        }  # fmt: skip
+        run.checkpoints.save(done, self.state, source.state(), {**self.stage.meta, **self.about(done), **told}, ranked)
+        self.saved = done
+
+    def leave(self, done: int, *, measures: bool) -> NoReturn:
+        """SIGTERM: saves what is not saved yet and ends. A machine that is about to go has no time for an evaluation: it comes
+        first when the run goes on."""
+        self.recorder.flush()
+        if done > self.saved:
+            unranked = {self.config.keep_best: math.nan} if self.config.keep_best else {}
+            self.save(done, unranked, unmeasured=measures and self.stage.evaluate is not None)
+        raise Preempted
+
+    def seconds(self) -> float:
+        """Of the run so far."""
+        return self.seconds_before + time.monotonic() - self.begun
+
+    def summary(self, done: int, held_out: dict[str, float]) -> dict[str, Any]:
+        """What `done.json` says."""
+        return {
+            "seconds": self.seconds(),
+            "steps": done,
+            **({"best_step": self.patience.step} if self.patience.on else {}),
+            **self.recorder.logged(),
+            "held_out": held_out,
+            "compilations": self.run.compilations.count,
+            "compilations_after_warm_up": self.run.compilations.after_warm_up,
+            **self.run.goodput.metrics(),
+            "jax": jax.__version__,  # of this start, as the devices; all hosts have the same
+            "device_kind": self.run.mesh.devices.flat[0].device_kind,
+        }

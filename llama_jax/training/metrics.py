@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from llama_jax.files import atomic_write
-from llama_jax.paths import Mirror, place, untaken
+from llama_jax.paths import Mirror, may_fail, place, untaken
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class MetricWriter:
     the epoch. Non-finite values are written as the strings "nan", "inf" and "-inf", which keeps the file
     strict JSON. With `enabled=False` (every host but the first) all methods do nothing. `resume_step` is the
     first step that this run will write: see `rewind`, also for `remeasure`; leave it None to append. In a bucket
-    both logs are there after `sync`, and now and then.
+    both logs are there after `sync`, and now and then; a network that fails meanwhile is told, and ends no run.
     """
 
     def __init__(
@@ -108,13 +108,16 @@ class MetricWriter:
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others; a degree without pairs has no accuracy
                 self._tensorboard.add_scalar(name, value, step)
-        self._mirror.send_if_due()
+        with may_fail(self._workdir):
+            self._mirror.send_if_due()
 
     def sync(self) -> None:
-        """Returns when what was written is where it belongs, in a bucket too; to be called before a checkpoint is saved."""
+        """Sends what was written where it belongs, in a bucket too; to be called before a checkpoint is saved, which is worth
+        more than the log: at SIGTERM there is no time for another try."""
         if self._file is not None:
-            self._tensorboard.flush()
-            self._mirror.send()
+            with may_fail(self._workdir):
+                self._tensorboard.flush()
+                self._mirror.send()
 
     def close(self) -> None:
         """Closes both logs; a later `write` opens them again."""
@@ -123,7 +126,8 @@ class MetricWriter:
             for log in (self._file, self._tensorboard):
                 with contextlib.suppress(OSError):
                     log.close()
-            self._mirror.close()
+            with may_fail(self._workdir):  # not in the place of the error that ends the run
+                self._mirror.close()
             self._file = self._tensorboard = self._mirror = None
 
     def __enter__(self) -> "MetricWriter":

@@ -23,6 +23,11 @@ class Rule:
     evaluations: int
     least: float = 0.0
 
+    def check(self, held_out: Mapping[str, float]) -> None:
+        """ConfigError if the metric is not among those that are measured."""
+        if self.metric and self.metric not in held_out:
+            raise ConfigError(f"loop.keep_best={self.metric}: no such held-out metric; there are {', '.join(held_out)}")
+
 
 class Patience:
     """What has been measured, in order. Its state is JSON of a checkpoint: a resumed run stops where the whole one does.
@@ -40,8 +45,6 @@ class Patience:
     def see(self, step: int, held_out: Mapping[str, float]) -> bool:
         """Takes a measurement; whether it is the best so far. NaN never is."""
         name = self.rule.metric
-        if name not in held_out:
-            raise ConfigError(f"loop.keep_best={name}: no such held-out metric; there are {', '.join(held_out)}")
         value, sign = held_out[name], 1 if self.rule.mode == "max" else -1
         better = math.isfinite(value) and (self.step is None or sign * (value - self.held_out[name]) > self.rule.least)
         if better:

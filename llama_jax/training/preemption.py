@@ -28,7 +28,9 @@ class Terminate:
 
     def here(self) -> bool:
         """Whether to stop here; to be asked after every step and wherever else a run can stop, by every host."""
-        return self.requested if self.alone else stop_agreed()
+        # The service says it at one point alone, where a spike may still take the run back to an earlier step.
+        self.requested = self.requested or (not self.alone and stop_agreed())
+        return self.requested
 
     def __enter__(self) -> "Terminate":
         if self.handled:

@@ -106,7 +106,7 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep: int = 2  # newest checkpoints
     keep_every: int = 0  # checkpoints of steps that are a multiple of this stay too; 0: none
-    keep_best: str = ""  # the held-out metric by which the best checkpoint stays too; measured before each save
+    keep_best: str = ""  # the held-out metric by which the best checkpoint stays too; measured at first and before each save
     keep_best_mode: Literal["min", "max"] = "min"
     patience: int = 0  # evaluations (`eval_every`) in a row without a better `keep_best` until the run stops; 0: never
     least_gain: float = 0.0  # by how much a better one must be better

@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 import jax
 
 from llama_jax.parallel.abort import EXIT_HOST_LOST, on_abort
-from llama_jax.parallel.peers import Peers, lost, places
-from llama_jax.paths import Mirror
+from llama_jax.parallel.peers import Peers, Word, lost, places
+from llama_jax.paths import Mirror, first_line
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Watchdog:
         self.peers = Peers() if self.hosts > 1 else None
         self.place, self.since, self.limit = "the start", time.monotonic(), start_seconds
         self.first: int | None = None
-        self.failed: str | None = None
+        self.failed: str | None = None  # what our own error says
+        self.code = 1  # what it ends the process with
         self.logs: Mirror | None = None
         self.file: TextIO | None = None
         self.done = threading.Event()
@@ -117,17 +119,17 @@ class Watchdog:
             limit = time.monotonic() + self.peer_seconds + 10
             while time.monotonic() < limit:
                 time.sleep(0.1)
-        self.failed = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        self.failed, self.code = first_line(error), getattr(error, "exit_code", 1)
         with contextlib.suppress(Exception):
             self._tell()
         log.error("host %d failed in %s: %s", self.host, self.place, self.failed)
         # What is still to be closed may wait for hosts that will not come any more.
-        timer = threading.Timer(15, os._exit, args=(1,))
+        timer = threading.Timer(15, os._exit, args=(self.code,))
         timer.daemon = True
         timer.start()
 
     def _tell(self) -> None:
-        failed = {} if self.failed is None else {"failed": self.failed}
+        failed = {} if self.failed is None else {"failed": self.failed, "code": self.code}
         self.peers.tell(at=self.place, **failed)
 
     def _pulse(self) -> None:
@@ -148,11 +150,10 @@ class Watchdog:
                 # keeps nobody waiting.
                 faulthandler.dump_traceback_later(_STUCK, exit=True, file=self.file or sys.__stderr__)
                 service_silent = time.monotonic() - self.peers.answered
-                blame = lost(
-                    self.peers.words(), service_silent=service_silent, me=self.host, limit=self.peer_seconds, grace=_GRACE
-                )
+                words = self.peers.words()
+                blame = lost(words, service_silent=service_silent, me=self.host, limit=self.peer_seconds, grace=_GRACE)
                 if blame:
-                    self._end(f"host {self.host}, in {self.place}, stops: {blame}", EXIT_HOST_LOST)
+                    self._end(f"host {self.host}, in {self.place}, stops: {blame}", _code(words))
             waited = time.monotonic() - self.since
             if waited > self.limit:
                 others = f"; {places(self.peers.words())}" if self.peers is not None else ""
@@ -187,18 +188,28 @@ class Watchdog:
         sender.join(timeout=_SENDING)
 
     def _on_abort(self) -> None:
-        """JAX's service aborts the process when host 0 has gone; its message does not say so, ours does."""
+        """JAX's service aborts the process when host 0 has gone; its message may not say so, ours does."""
 
         def aborted() -> None:
             if self.failed is not None:  # our error made the others end, and the service with them; it has been told
-                os._exit(1)
+                os._exit(self.code)
             words = self.peers.words()
             # That something is wrong is certain now; a host need not have been silent for as long as usual.
             blame = lost(words, service_silent=0.0, me=self.host, limit=min(5.0, self.peer_seconds))
-            who = "host 0, the coordinator, died or cannot be reached" if self.host else "see the message above"
-            self._end(f"host {self.host}, in {self.place}, was aborted: {blame or who}", EXIT_HOST_LOST)
+            # It may have been this process itself, as where a check of XLA's fails, which prints what was wrong.
+            who = "see the message above"
+            if self.host:
+                who += "; if it names nothing, host 0, the coordinator, died or cannot be reached"
+            self._end(f"host {self.host}, in {self.place}, was aborted: {blame or who}", _code(words))
 
         self.restore_abort = on_abort(aborted)
+
+
+def _code(words: Mapping[int, Word]) -> int:
+    """What a process ends with because of others: the code of one that failed where launchers are to do something else than
+    after any error, as not to start a run again that diverged (65)."""
+    codes = [word.status.get("code", 1) for word in words.values() if "failed" in word.status]
+    return next((code for code in codes if code != 1), EXIT_HOST_LOST)
 
 
 def _comes_from_outside(error: BaseException) -> bool:

@@ -87,10 +87,10 @@ class Cluster:
         """Return codes; None of those that still run."""
         return [process.exitcode for process in self.processes]
 
-    def wait(self, seconds: float) -> bool:
-        """Whether all end in that time."""
+    def wait(self, seconds: float, *, but: int = 0) -> bool:
+        """Whether all but so many end in that time."""
         limit = time.monotonic() + seconds
-        while None in self.codes():
+        while self.codes().count(None) > but:
             if time.monotonic() > limit:
                 return False
             time.sleep(0.05)
@@ -131,6 +131,11 @@ def touched(workdir: Path) -> float:
 def saved(workdir: Path) -> list[int]:
     """Steps with a finished checkpoint."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def whole(workdir: Path, damaged: set[int]) -> int:
+    """The newest checkpoint that no fault has damaged."""
+    return max((step for step in saved(workdir) if step not in damaged), default=0)
 
 
 def attempts(workdir: Path) -> list[dict]:
@@ -179,67 +184,78 @@ def disturb(
     peer_seconds: float, end_seconds: float, draw: random.Random, interval: int = INTERVAL, until: float = float("inf"),
 ) -> None:  # fmt: skip
     """Runs a stage to its end with these faults on the way, or as many of them as come before `until`."""
-    workdir = runs / stage
+    workdir, logs = runs / stage, runs / "logs" / stage
     arguments = flags(stage, runs, data, steps=steps, interval=interval)
-    last: Fault | None = None
-    began = 0.0
+    last: tuple[Fault, float] | None = None  # of which nobody knows yet what it cost, and when it happened
     damaged: set[int] = set()  # steps whose checkpoints no start has looked at yet
-
-    def whole() -> int:
-        return max((step for step in saved(workdir) if step not in damaged), default=0)
-
     while not (workdir / "done.json").exists():
-        starts = len(attempts(workdir))
         kinds = kinds if time.monotonic() < until else []
+        starts, before = len(attempts(workdir)), time.time()
         cluster = Cluster(
-            arguments, processes=processes, logs=runs / "logs" / stage, pause=pause if kinds else 0.0, peer_seconds=peer_seconds
+            arguments, processes=processes, logs=logs, pause=pause if kinds else 0.0, peer_seconds=peer_seconds
         )
         try:
-            # One in five faults comes while the processes start, the others after a step.
-            early = bool(kinds) and draw.random() < 0.2
-            limit = time.monotonic() + (draw.uniform(0.2, 5) if early else 900)
-            before = time.time()
-            while None in cluster.codes() and time.monotonic() < limit:
-                if last and len(attempts(workdir)) > starts and touched(workdir) > before:
-                    last.went_on_from = attempts(workdir)[-1]["from"]
-                    last.seconds_to_step = time.monotonic() - began
-                    ledger.keep(last)
-                    last = None
-                    damaged.clear()
-                due = saved(workdir) and reached(workdir) > (attempts(workdir) or [{"from": 0}])[-1]["from"]
-                if kinds and not early and due and len(attempts(workdir)) > starts and last is None:
-                    time.sleep(draw.uniform(0, 3 * INTERVAL * pause))
-                    break
-                time.sleep(0.05)
+            last = await_moment(
+                cluster, workdir, ledger, last, starts=starts, before=before, comes=bool(kinds), pause=pause, draw=draw
+            )
+            damaged = damaged if last else set()
             if None in cluster.codes() and not kinds and not cluster.wait(900):
-                raise AssertionError(f"{stage}: still running after 15 minutes; see {runs / 'logs'}")
+                raise AssertionError(f"{stage}: still running after 15 minutes; see {logs}")
             # What an earlier start had lost is not counted again.
-            done = reached(workdir) if touched(workdir) > before else whole()
-            if all(code is not None for code in cluster.codes()):
+            done = reached(workdir) if touched(workdir) > before else whole(workdir, damaged)
+            if None not in cluster.codes():
                 if (workdir / "done.json").exists():
                     break
-                assert set(cluster.codes()) & AGAIN, f"{stage}: ended with {cluster.codes()}; see {runs / 'logs' / stage}"
-                last, began = Fault(stage, UNASKED, done, whole(), list(cluster.codes())), time.monotonic()
-                ledger.keep(last)
-                continue
-            kind, began = kinds.pop(), time.monotonic()
-            damaged |= inject(kind, cluster, workdir, draw)
-            last = Fault(stage, kind, done, whole())
-            if kind == "stop":  # the stopped one never ends by itself
-                while sum(code is None for code in cluster.codes()) > 1 and time.monotonic() - began < end_seconds:
-                    time.sleep(0.05)
-                ended = sum(code is None for code in cluster.codes()) <= 1
+                assert set(cluster.codes()) & AGAIN, f"{stage}: ended with {cluster.codes()}; see {logs}"
+                fault, ended = Fault(stage, UNASKED, done, whole(workdir, damaged), list(cluster.codes())), True
+                last = fault, time.monotonic()
             else:
-                ended = cluster.wait(end_seconds)
-            last.seconds_to_end = time.monotonic() - began
-            last.codes = [code for code in cluster.codes() if code is not None]
-            ledger.keep(last)
-            logs = runs / "logs" / stage
-            assert ended, f"{stage}: after {kind!r} the processes did not end within {end_seconds:g} s; see {logs}"
+                fault = Fault(stage, kinds.pop(), done, saved=0)
+                last = fault, time.monotonic()
+                ended = break_it(fault, cluster, workdir, damaged, draw, end_seconds=end_seconds)
+            ledger.keep(fault)
+            assert ended, f"{stage}: after {fault.kind!r} the processes did not end within {end_seconds:g} s; see {logs}"
         finally:
             cluster.kill()
     if kinds and until == float("inf"):
         raise AssertionError(f"{stage}: finished before its {len(kinds)} last faults; more --steps")
+
+
+def await_moment(
+    cluster: Cluster, workdir: Path, ledger: "Ledger", last: tuple[Fault, float] | None, *, starts: int, before: float,
+    comes: bool, pause: float, draw: random.Random,
+) -> tuple[Fault, float] | None:  # fmt: skip
+    """Waits until the next fault is to happen, where one comes, or the processes end. At the first step it notes what the fault
+    before has cost; that fault if there was no step."""
+    # One in five faults comes while the processes start, the others after a step.
+    early = comes and draw.random() < 0.2
+    limit = time.monotonic() + (draw.uniform(0.2, 5) if early else 900)
+    while None in cluster.codes() and time.monotonic() < limit:
+        begun = attempts(workdir)[starts:]
+        if last and begun and touched(workdir) > before:
+            fault, happened = last
+            fault.went_on_from = begun[-1]["from"]
+            fault.seconds_to_step = time.monotonic() - happened
+            ledger.keep(fault)
+            last = None
+        if comes and not early and last is None and begun and saved(workdir) and reached(workdir) > begun[-1]["from"]:
+            time.sleep(draw.uniform(0, 3 * INTERVAL * pause))
+            break
+        time.sleep(0.05)
+    return last
+
+
+def break_it(
+    fault: Fault, cluster: Cluster, workdir: Path, damaged: set[int], draw: random.Random, *, end_seconds: float
+) -> bool:
+    """Injects a fault and writes into it what comes of it; whether all processes end that can."""
+    begun = time.monotonic()
+    damaged |= inject(fault.kind, cluster, workdir, draw)
+    fault.saved = whole(workdir, damaged)
+    ended = cluster.wait(end_seconds, but=1 if fault.kind == "stop" else 0)  # the stopped one never ends by itself
+    fault.seconds_to_end = time.monotonic() - begun
+    fault.codes = [code for code in cluster.codes() if code is not None]
+    return ended
 
 
 class Ledger:
@@ -306,7 +322,7 @@ def chaos(
     maker.start()
     maker.join()
     assert maker.exitcode == 0, "the data could not be made"
-    whole, broken, ledger = directory / "undisturbed", directory / "disturbed", Ledger(directory / "faults.json")
+    calm, broken, ledger = directory / "undisturbed", directory / "disturbed", Ledger(directory / "faults.json")
     if not ledger.faults:
         shutil.rmtree(broken, ignore_errors=True)
     for number, stage in enumerate(stages):
@@ -315,13 +331,13 @@ def chaos(
                "end_seconds": end_seconds}  # fmt: skip
         now = time.monotonic()
         share = (begun + 60 * minutes - now) / (len(stages) - number)
-        disturb(stage, whole, directory, ledger, kinds=[], interval=steps, **how)
+        disturb(stage, calm, directory, ledger, kinds=[], interval=steps, **how)
         tail = time.monotonic() - now  # a run without faults: what is left to do after the last one
         count = faults // len(stages) + (number < faults % len(stages)) - len(ledger.of(stage))
         kinds = [KINDS[i % len(KINDS)] for i in range(max(count, 0))]
         draw.shuffle(kinds)
         disturb(stage, broken, directory, ledger, kinds=kinds, until=now + share - tail if minutes else float("inf"), **how)
-        assert fingerprints(broken / stage) == fingerprints(whole / stage), f"{stage}: other parameters"
+        assert fingerprints(broken / stage) == fingerprints(calm / stage), f"{stage}: other parameters"
         print(f"{stage}: {len(ledger.of(stage))} faults, parameters and moments equal to the bit", file=sys.stderr, flush=True)
     check(ledger.faults)
     return ledger.faults
