@@ -35,7 +35,6 @@ from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
 from llama_jax.parallel.output import worked_in
-from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
 from llama_jax.reward.held_out import share, sigmoid
 from llama_jax.safety.red_team import Attempt, found_prompts, gamma, gamma_by_round, gamma_of, read_log
@@ -134,8 +133,6 @@ def main() -> None:
         raise ValueError("--answers, --safety: expected a newer model and the reward model that judges it, or neither")
     if not 0 < values.threshold < 1:
         raise ValueError(f"--threshold: expected a score between 0 and 1, got {values.threshold}")
-    if "://" in values.output and not is_remote(values.output):
-        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     name, place = named(values.answers, "answers") if values.answers else ("", "")
     start_distributed()
     if values.safety:  # before the newer model answers

@@ -46,7 +46,6 @@ from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
 from llama_jax.parallel.output import worked_in
-from llama_jax.paths import is_remote
 from llama_jax.pretrained import Model
 from llama_jax.reward.comparisons import Comparison, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, percent
@@ -330,8 +329,6 @@ def main() -> None:
     values = flags.FLAGS
     checkpoints = command.named("checkpoint", values.checkpoint, "checkpoint")
     data = command.named("data", values.data)
-    if "://" in values.output and not is_remote(values.output):
-        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     keep_heap()
     start_distributed()
     with worked_in(values.output) as output:

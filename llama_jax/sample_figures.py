@@ -132,8 +132,6 @@ def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
     files, calibrated = command.named("samples", values.samples), command.named("calibration", values.calibration)
-    if "://" in values.output and not is_remote(values.output):
-        raise ValueError(f"--output={values.output}: expected a directory, or gs://bucket/directory")
     if values.checkpoint or values.rated:
         draw(files, calibrated, values)
         return

@@ -142,6 +142,8 @@ def test_a_command_works_on_this_machine_and_goes_on_from_a_bucket(bucket, tmp_p
         generation = bucket["evaluation/tasks/piqa.json"][1]
         (here / "report.md").write_text("# Evaluation")
     assert bucket["evaluation/report.md"][0] == b"# Evaluation" and bucket["evaluation/tasks/piqa.json"][1] == generation
+    with pytest.raises(ValueError, match="--output=s3://bucket/x: expected a directory, or gs://bucket/directory"):
+        worked_in("s3://bucket/x").__enter__()
     with worked_in(tmp_path / "local") as here:
         assert here == tmp_path / "local"
     with pytest.raises(FileNotFoundError, match="the bucket 'nowhere' does not exist"), worked_in("gs://nowhere/x"):

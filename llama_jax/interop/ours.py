@@ -19,6 +19,7 @@ from llama_jax.model.config import ModelConfig
 from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
+from llama_jax.paths import first_line
 from llama_jax.training.checkpoint import POLICY, instead, named, newest_step, read_meta, saved_parts
 from llama_jax.training.fingerprint import CONVERTED, CheckpointError, fingerprint_part, sealed
 
@@ -145,8 +146,7 @@ class _LeafReader:
             raise self._unreadable(path, error) from None
 
     def _unreadable(self, path: str, error: Exception) -> CheckpointError:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return CheckpointError(f"{self._step}: {path} cannot be read: {text}{instead(self._step)}")
+        return CheckpointError(f"{self._step}: {path} cannot be read: {first_line(error)}{instead(self._step)}")
 
 
 class _MergedReader:
