@@ -305,7 +305,7 @@ def test_no_stage_but_pretraining_draws_a_model_that_was_not_asked_for(directory
 
 
 def test_adapters_without_a_start_are_refused(directory, small_tiny, tmp_path):
-    values = small_runs.values(directory, "sft", steps=1, lora={"rank": 2})
+    values = small_runs.values(directory, "sft", steps=2, lora={"rank": 2})
     values.start = "scratch"
     with pytest.raises(ConfigError, match="lora.rank.* need a model to adapt"):
         run(values, tmp_path / "sft")
