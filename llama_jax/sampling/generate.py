@@ -68,7 +68,7 @@ def make_sampler(
     a longer `max_new_tokens` continues the same draws. What a row draws depends on nothing but its prompt, key and settings:
     bitwise for one batch shape, up to the rounding of the matrix products between shapes.
     """
-    N, uniform, stops = max_new_tokens, Choice(temperature=temperature, top_p=top_p), jnp.array([eos_id, *stop_ids])
+    N, uniform, stops = max_new_tokens, Choice(temperature=temperature, top_p=top_p), np.array([eos_id, *stop_ids], np.int32)
 
     @jax.jit
     def sample(
