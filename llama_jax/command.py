@@ -2,7 +2,8 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from llama_jax.config import ConfigError, parse_flags
 from llama_jax.paths import is_remote
@@ -43,6 +44,13 @@ def named(flag: str, items: Sequence[str], what: str = "file") -> dict[str, str]
             raise ValueError(f"--{flag}: two are named {name!r}, {found[name]} and {place}; expected a name for each")
         found[name] = place
     return found
+
+
+def check_directories(flag: str, names: Iterable[str]) -> None:
+    """ValueError for a name of `--flag=name=place` that no directory can have."""
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"--{flag}: {name!r}: expected a name that a directory can have")
 
 
 def define_cluster() -> None:

@@ -30,7 +30,7 @@ from llama_jax.corpus_build.storage import local_copy
 from llama_jax.data.blocks import block_ids
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import BOS_ID, Tokenizer
-from llama_jax.files import atomic_write
+from llama_jax.files import write_text
 from llama_jax.paths import place
 
 
@@ -177,8 +177,7 @@ def main() -> None:
     values = flags.FLAGS
     result = run(values.corpus, values.samples, workers=values.workers)
     if values.output:
-        with atomic_write(values.output) as file:
-            file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_text(values.output, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(table(result))
 
 

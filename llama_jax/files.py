@@ -55,10 +55,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         unfinished.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text in UTF-8 whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
+    write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -25,7 +25,7 @@ from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import drawings, ghost_figures
 from llama_jax.evals.ghost import attention_map, check_contexts, follow, recall_table
 from llama_jax.evals.plots import save
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig
@@ -208,8 +208,7 @@ class GhostStudy(Steps[GhostStudyConfig]):
 def write_study(values: Mapping[str, Any], workdir: Path) -> None:
     """study.json, study.md and the figures."""
     write_json(workdir / "study.json", values)
-    with atomic_write(workdir / "study.md") as file:
-        file.write(ghost_figures.markdown(values).encode())
+    write_text(workdir / "study.md", ghost_figures.markdown(values))
     maps = drawings.load_maps(workdir / "attention.npz")
     save([ghost_figures.recall(values["recall"]), drawings.attention_maps(maps)], workdir)
 

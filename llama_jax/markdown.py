@@ -20,6 +20,11 @@ def verbatim(text: str) -> str:
     return "<br>".join(_MARKUP.sub(lambda found: f"&#{ord(found[0])};", escape(line, quote=False)) for line in lines)
 
 
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text, in which nothing is markup."""
+    return markdown_table([*map(verbatim, columns)], [[*map(verbatim, row)] for row in rows])
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table of cells that are Markdown (`verbatim` makes them of other text); columns of numbers stand to the right.
 

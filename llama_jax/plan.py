@@ -22,7 +22,7 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.config import ConfigError
-from llama_jax.files import atomic_write
+from llama_jax.files import write_text
 from llama_jax.parallel.topology import Topology, describe
 from llama_jax.planning import calibration, report
 from llama_jax.planning.estimate import Plan, make_plan
@@ -47,8 +47,7 @@ def plan(config: Any, topology: Topology, *, program: str = "train", dump_hlo: s
     if dump_hlo and text is not None:
         name = re.sub(r"\W+", "_", made.name)
         path = Path(dump_hlo) / f"{name}-{config.model}-{topology.name.replace(' ', '')}.hlo"
-        with atomic_write(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
         print(f"compiled text: {path}", file=sys.stderr)
     return result
 

@@ -35,7 +35,7 @@ from llama_jax.evals import ghost_figures
 from llama_jax.evals.ghost import TURNS, Recall, follow, recall_rows, recall_table
 from llama_jax.evals.origin import claim
 from llama_jax.evals.plots import MARKERS, save
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.kept_answers import Kept, Open, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
@@ -165,8 +165,7 @@ def report(
     )
     lead = "Answers that obey the instruction of the first turn, with 95 % intervals (Table 30)."
     text = "\n\n".join([lead, "\n".join(lines), *ghost_figures.dialog_blocks(shown)]) + "\n"
-    with atomic_write(directory / "recall.md") as file:
-        file.write(text.encode())
+    write_text(directory / "recall.md", text)
     save([ghost_figures.recall(shares)], directory)
     return text
 

@@ -29,7 +29,7 @@ from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import Plot, Theme, canvas, note, save
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.reward_scores import score_dialogs
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.kept_answers import collect, define_engines, opener
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
@@ -116,8 +116,7 @@ def write_report(values: Mapping[str, Any], directory: Path) -> None:
             f"the prompts that worked in the last round; {found['unjudged']:,} of {found['prompts']:,} were not judged."
         )
         chapters.append(Chapter("Rejection rate", [text]))
-    with atomic_write(directory / "report.html") as file:
-        file.write(page("Red teaming", "What people got the model to say (4.3).", chapters).encode())
+    write_text(directory / "report.html", page("Red teaming", "What people got the model to say (4.3).", chapters))
 
 
 def _labels(title: str, name: str, found: Mapping[str, float]) -> Chapter:

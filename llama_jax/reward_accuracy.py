@@ -38,7 +38,7 @@ from llama_jax.evals.origin import claim
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.markdown import markdown_table
@@ -128,8 +128,7 @@ def open_judges(checkpoints: Mapping[str, str], data: Mapping[str, str], tokeniz
     if not checkpoints or not data:
         raise ValueError("expected at least one --checkpoint=name=checkpoint and one --data=name=file")
     for flag, names in (("checkpoint", checkpoints), ("data", data)):
-        if wrong := [name for name in names if Path(name).name != name or name == ".."]:
-            raise ValueError(f"--{flag}: {wrong[0]!r}: expected a name that a directory can have")
+        command.check_directories(flag, names)
     if "all" in data:
         raise ValueError("--data: 'all' is the name of all sets together; expected another one")
     opened = {}
@@ -309,8 +308,7 @@ def write(values: Mapping[str, Any], output: Path) -> None:
         parts += [f"## {heading}", markdown_table(table.columns, table.rows)]
         if heading in papers:
             parts += [markdown_table(papers[heading].columns, papers[heading].rows)]
-    with atomic_write(output / "report.md") as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
+    write_text(output / "report.md", "\n\n".join(parts) + "\n")
     plots.save(drawn.values(), output / "figures")
     chapters = [
         Chapter(
@@ -320,8 +318,8 @@ def write(values: Mapping[str, Any], output: Path) -> None:
         for number, (heading, table) in enumerate(tables.items())
     ]  # fmt: skip
     models = "; ".join(f"{name}: {place}" for name, place in values["checkpoints"].items())
-    with atomic_write(output / "report.html") as file:
-        file.write(page("Accuracy of reward models", f"Which of two answers people preferred. {models}.", chapters).encode())
+    lead = f"Which of two answers people preferred. {models}."
+    write_text(output / "report.html", page("Accuracy of reward models", lead, chapters))
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import reward_figures
 from llama_jax.evals.plots import save
 from llama_jax.evals.report_sections import prompt_text
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.interop.restore import restore_model
 from llama_jax.markdown import markdown_table, verbatim
 from llama_jax.model import params as table
@@ -306,8 +306,7 @@ def _counts(answers: Mapping[str, Sequence[Any]]) -> str:
 def write_study(values: Mapping[str, Any], workdir: Path) -> None:
     """study.json, study.md and a figure for each study that was made."""
     write_json(workdir / "study.json", values)
-    with atomic_write(workdir / "study.md") as file:
-        file.write(markdown(values).encode())
+    write_text(workdir / "study.md", markdown(values))
     plots = []
     if values["margins"]:
         plots.append(reward_figures.margins({name: report["histogram"] for name, report in values["margins"].items()}))

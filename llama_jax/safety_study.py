@@ -29,7 +29,7 @@ from llama_jax.evals import safety_scaling
 from llama_jax.evals.plots import save
 from llama_jax.evals.statistics import mean_interval, share_interval
 from llama_jax.evals.verdict import Decoding, chat_answers
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -258,8 +258,7 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
 def write_study(values: Mapping[str, Any], workdir: Path) -> None:
     """study.json, study.md and the figures."""
     write_json(workdir / "study.json", values)
-    with atomic_write(workdir / "study.md") as file:
-        file.write(safety_scaling.markdown(values).encode())
+    write_text(workdir / "study.md", safety_scaling.markdown(values))
     save([safety_scaling.scaling(values["shares"]), safety_scaling.false_refusals(values["shares"])], workdir)
 
 

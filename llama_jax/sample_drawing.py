@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llama_jax import command
 from llama_jax.chat import open_engine
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response
@@ -137,9 +138,8 @@ def _check(models: Models, prompts: Sequence[Row], how: Drawing) -> dict[str, in
         if open_source(place).head != "reward_head":
             raise ValueError(f"--{track}: {place}: expected a reward model, found a language model")
     longest = {}
+    command.check_directories("checkpoint", models.checkpoints)
     for name, place in models.checkpoints.items():
-        if Path(name).name != name:
-            raise ValueError(f"--checkpoint: {name!r}: expected a name that a directory can have")
         source, words = open_source(place), models.words(place)
         require_language_model(source)
         lengths = [len(encode_chat(row["messages"], words)) for row in prompts]

@@ -30,7 +30,7 @@ from llama_jax import command
 from llama_jax.config import ConfigError, check_least, describe, differences, parse
 from llama_jax.evals import serving_figure
 from llama_jax.evals.plots import save
-from llama_jax.files import atomic_write, read_json, write_json
+from llama_jax.files import read_json, write_json, write_text
 from llama_jax.model import params
 from llama_jax.model.config import Compute, ModelConfig, size
 from llama_jax.model.decode import Prepared, prepare
@@ -227,8 +227,7 @@ def main() -> None:
 
     def finish() -> None:
         text = serving_figure.report(found)
-        with atomic_write(directory / "serving.md") as file:
-            file.write(text.encode())
+        write_text(directory / "serving.md", text)
         save([serving_figure.curves(found)], directory)
         print(text)
 

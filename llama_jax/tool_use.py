@@ -111,8 +111,7 @@ def run(
     if not checkpoints or not data:
         raise ValueError("expected at least one --checkpoint=name=checkpoint and one --data=name=file")
     for flag, names in (("checkpoint", checkpoints), ("data", data)):
-        if wrong := [name for name in names if Path(name).name != name or name == ".."]:
-            raise ValueError(f"--{flag}: {wrong[0]!r}: expected a name that a directory can have")
+        command.check_directories(flag, names)
     sets = {name: _problems(path, limit) for name, path in data.items()}
     documents = from_host_0(lambda: read_documents(search)) if search else []
     tools: dict[str, Tool] = {"calculator": calculator, **({"search": Search(documents)} if search else {})}

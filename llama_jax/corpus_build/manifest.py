@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.files import atomic_write
+from llama_jax.files import write_text
 from llama_jax.paths import place, sizes
 
 NAME = "manifest.json"
@@ -40,8 +40,7 @@ def write_manifest(
             if name != NAME
         },
     }
-    with atomic_write(directory / NAME) as file:
-        file.write((json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+    write_text(directory / NAME, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     return manifest
 
 

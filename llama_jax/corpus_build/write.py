@@ -22,7 +22,7 @@ from llama_jax.corpus_build.tables import cleaning_table
 from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
-from llama_jax.files import atomic_write
+from llama_jax.files import atomic_write, write_text
 from llama_jax.paths import sizes
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def write_tfds_metadata(
     ]
     info = {"name": "blocks", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
     for name, text in (("features.json", features), ("dataset_info.json", json.dumps(info, indent=1) + "\n")):
-        with atomic_write(directory / name) as file:
-            file.write(text.encode())
+        write_text(directory / name, text)
 
 
 def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:

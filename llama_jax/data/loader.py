@@ -221,7 +221,6 @@ class BlockSource:
         return block_batch(blocks, self.block_length, separate_documents=self.separate_documents, bos_id=self.bos_id)
 
 
-
 @dataclasses.dataclass(frozen=True)
 class _Names:
     """A source of the names of blocks, in the place of the blocks."""

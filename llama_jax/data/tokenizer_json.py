@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ class JsonTokenizer(Tokenizer):
             content, declared = read_content(self.path, "a tokenizer.json"), declared_beside(self.path)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self._content, self.chat_template = content, declared.get("chat_template")
-        self._marked = _with_marks(content, declared)
-        self._plain = _parse(self._marked, self.path)
+        self._marked = content  # with all that is control as special pieces
+        self._plain = _parse(content, self.path)
+        if words := self._control_words(declared):
+            self._marked = _with_special(content, words)
+            self._plain = _parse(self._marked, self.path)
         self._plain.encode_special_tokens = True  # that is: as text, not as control
         self._rendered = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
@@ -45,6 +48,15 @@ class JsonTokenizer(Tokenizer):
         self.pad_id = self._id(padding) if padding else self.unk_id
         self.stop_ids = self._ends(declared)
         self.adds_bos = self._plain.encode("a").ids[:1] == [self.bos_id]  # by its post-processor
+
+    def _control_words(self, declared: dict[str, Any]) -> set[str]:
+        """The ends and the chat template's marks that the file has as words."""
+        named, ends = {piece_name(declared, "bos_token"), piece_name(declared, "eos_token")}, declared.get("eos_token_id")
+        ids = ends if isinstance(ends, list) else [ends]
+        return {
+            piece.content for i, piece in self._plain.get_added_tokens_decoder().items()
+            if not piece.special and (piece.content in named or i in ids or is_mark(piece.content, self.chat_template))
+        }  # fmt: skip
 
     def _id(self, piece: str) -> int:
         found = self._plain.token_to_id(piece)
@@ -103,24 +115,12 @@ class JsonTokenizer(Tokenizer):
         return {**found, "chat_template": self.chat_template} if self.chat_template else found
 
 
-def _with_marks(content: bytes, declared: dict[str, Any]) -> bytes:
-    """The file with its ends and its chat template's marks as control pieces, where it has them as words."""
-    try:
-        said = json.loads(content)
-        added = said["added_tokens"]
-        ends = declared.get("eos_token_id")
-        control = {piece_name(declared, "bos_token"), piece_name(declared, "eos_token")}
-        ids = set(ends if isinstance(ends, list) else [ends])
-        words = [
-            piece for piece in added
-            if not piece["special"]
-            and (piece["content"] in control or piece["id"] in ids or is_mark(piece["content"], declared.get("chat_template")))
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError):  # no tokenizer.json, which the package says better
-        return content
-    for piece in words:
-        piece["special"] = True
-    return json.dumps(said, ensure_ascii=False).encode("utf-8", "surrogatepass") if words else content
+def _with_special(content: bytes, pieces: Collection[str]) -> bytes:
+    """The file with these added tokens as special ones."""
+    said = json.loads(content)
+    for token in said["added_tokens"]:
+        token["special"] |= token["content"] in pieces
+    return json.dumps(said, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _parse(content: bytes, path: Path) -> Any:

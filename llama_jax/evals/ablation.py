@@ -16,7 +16,7 @@ from llama_jax.corpus_build import report_page as html
 from llama_jax.evals.corpus_figures import save_figures
 from llama_jax.evals.plots import BESIDE, Plot, Theme, canvas, legend, note, styles
 from llama_jax.evals.statistics import Interval, mean_interval, ratio_interval
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.markdown import markdown_table
 
 
@@ -97,8 +97,7 @@ def write_ablation(results: Mapping[str, Any], workdir: Path, *, title: str) -> 
     """Writes report.json, report.md and report.html, and the plots beside them where matplotlib is there."""
     write_json(workdir / "report.json", results)
     for name, text in (("report.md", markdown(results, title)), ("report.html", page(results, title))):
-        with atomic_write(workdir / name) as file:
-            file.write(text.encode())
+        write_text(workdir / name, text)
     save_figures([gain_figure(results), curve_figure(results)], workdir)
 
 

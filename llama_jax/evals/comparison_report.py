@@ -15,7 +15,7 @@ from llama_jax.evals.figures import score_scatter
 from llama_jax.evals.model_figures import win_rate_axes
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.report_sections import Table
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 
 TRACKS = ("helpfulness", "safety")
 Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]  # {track: the scores of both models' answers, float [n] each}
@@ -68,8 +68,7 @@ def write(
         _paper(),
     ]
     text = page(f"{first} against {second}", "Win rates by a model's judgement (3.4.1).", chapters)
-    with atomic_write(directory / "report.html") as file:
-        file.write(text.encode())
+    write_text(directory / "report.html", text)
 
 
 def prompt_set(pairs: Sequence[judges.Pair], asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

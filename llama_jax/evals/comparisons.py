@@ -16,8 +16,8 @@ from llama_jax.evals.comparison_report import FIG_2, FIG_11, TRACKS, interval, p
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import BESIDE, MARKERS, Plot, Theme, canvas, legend, styles
 from llama_jax.evals.report_sections import Table
-from llama_jax.files import atomic_write, read_json, write_json
-from llama_jax.markdown import markdown_table, verbatim
+from llama_jax.files import read_json, write_json, write_text
+from llama_jax.markdown import text_table, verbatim
 from llama_jax.paths import place
 
 RESULTS = "results.json"
@@ -148,14 +148,13 @@ def write(found: Mapping[str, Mapping[str, Any]], places: Mapping[str, str], dir
     plots.save(drawn, directory / "figures")
     write_json(directory / "report.json", values)
     images = [f"![{verbatim(plot.alt)}](figures/{plot.name}.png)" for plot in drawn]
-    cells = markdown_table(list(map(verbatim, table.columns)), [list(map(verbatim, row)) for row in table.rows])
+    cells = text_table(table.columns, table.rows)
     texts = {
         "md": "\n\n".join([f"# {verbatim(title)}", *map(verbatim, notes), *images, cells]) + "\n",
         "html": page(title, "Win rates by a model's judgement (3.4.1).", [Chapter("Win rates", notes, [table], drawn)]),
     }
     for ending, text in texts.items():
-        with atomic_write(directory / f"report.{ending}") as file:
-            file.write(text.encode())
+        write_text(directory / f"report.{ending}", text)
     return values
 
 

@@ -19,13 +19,12 @@ from llama_jax.evals.report_sections import (
     SIMULATION_NOTE,
     VERSIONS,
     Section,
-    Table,
     build_sections,
     prompt_text,
 )
 from llama_jax.evals.targets import Target, check_targets, number
 from llama_jax.files import atomic_write
-from llama_jax.markdown import markdown_table, verbatim
+from llama_jax.markdown import markdown_table, text_table, verbatim
 
 # Keys that report.json always has; null where the stage was not run.
 _ACCURACY = dict.fromkeys(("all", "significantly", "better", "slightly", "negligibly"))
@@ -119,14 +118,9 @@ def markdown_sections(title: str, lead: str, sections: Sequence[Section], *, fig
 def _markdown_sections(sections: Sequence[Section], figures: Mapping[str, Plot]) -> list[str]:
     blocks = []
     for section in sections:
-        blocks += [f"## {section.title}", *section.notes, *map(_markdown_table, section.tables)]
+        blocks += [f"## {section.title}", *section.notes, *(text_table(table.columns, table.rows) for table in section.tables)]
         blocks += [f"![{figures[name].alt}](figures/{name}.png)" for name in section.figures if name in figures]
     return blocks
-
-
-def _markdown_table(table: Table) -> str:
-    columns, *rows = ([verbatim(cell) for cell in cells] for cells in (table.columns, *table.rows))
-    return markdown_table(columns, rows)
 
 
 def _quoted(text: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.data.sources import read_jsonl
 from llama_jax.reward.held_out import calibration
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
-from llama_jax.rlhf.pool import choosable_rewards
+from llama_jax.rlhf.pool import choosable_rewards, least_reward
 from llama_jax.rlhf.respond import usable
 
 Row = Mapping[str, Any]
@@ -90,13 +90,11 @@ def rewards(rows: Sequence[Row]) -> np.ndarray:
 def choosable(rows: Sequence[Row]) -> tuple[list[Row], str]:
     """The rows with the rewards of which a round of rejection sampling makes Figs. 7 and 8, and what was changed ("": nothing).
 
-    Where a row tells whether its answer `ended`, one that cannot be trained on is worth as little as any: 0 of R_c, and of
-    scorers that know no such bound what the worst answer is.
+    Where a row tells whether its answer `ended`, one that cannot be trained on is worth `pool.least_reward`.
     """
     found, known = list(rows), [i for i, row in enumerate(rows) if "ended" in row and row.get("reward") is not None]
     scored = [{**rows[i], "response": rows[i]["text"] or ""} for i in known]
-    rewards = [row["reward"] for row in scored]
-    least = 0.0 if all(0 <= reward <= 1 for reward in rewards) else min(rewards)
+    least = least_reward([row["reward"] for row in scored])
     for i, reward in zip(known, choosable_rewards(scored, least=least), strict=True):
         found[i] = {**rows[i], "reward": reward}
     count = sum(not usable(row["response"], row["ended"]) for row in scored)

@@ -14,7 +14,7 @@ from llama_jax.evals import distillation_figure, drawings, figures, ghost_figure
 from llama_jax.evals.plots import Plot
 from llama_jax.evals.report_sections import optimisation
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
-from llama_jax.rlhf.pool import choosable_rewards
+from llama_jax.rlhf.pool import choosable_rewards, least_reward
 from llama_jax.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -50,8 +50,7 @@ def rewards_of_samples(path: Path) -> np.ndarray:
     """Combined rewards of a rejection-sampling file; what cannot be chosen counts as in the round. # -> float [prompts, K]"""
     rows = [row for _, row in read_jsonl(path)]
     by_prompt: dict[int, list[float]] = {}
-    known = [row["reward"] for row in rows]
-    least = 0.0 if all(0 <= reward <= 1 for reward in known) else min(known)  # of R_c, and of other scorers: as in the search
+    least = least_reward([row["reward"] for row in rows])
     for row, reward in zip(rows, choosable_rewards(rows, least=least), strict=True):
         by_prompt.setdefault(row["prompt"], []).append(reward)
     return np.array(list(by_prompt.values()))

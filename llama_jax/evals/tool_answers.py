@@ -11,7 +11,7 @@ behind the call.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from llama_jax.data.text_stream import TextStream
+from llama_jax.data.text_stream import CONTEXT, TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.answer_files import answer_room
 from llama_jax.evals.tool_calls import Call, Tool, carry_out, closing, first_end, result_text, unended
@@ -19,7 +19,7 @@ from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import Request
 
-_CONTEXT = 8  # tokens before that decoding looks at, and characters before that encoding does
+_HEAD = 8  # characters before that encoding looks at
 # How an answer ended: by itself; for want of tokens or of context; with more calls than it may have; not begun, since its
 # prompt leaves the context no room.
 ENDS = ("stop", "length", "calls", "too long")
@@ -140,7 +140,7 @@ class _Drawn:
 
 def text_behind(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
     """The text that ids add to those before them. # int [S], int [T]"""
-    context, ids = ([i for i in some if i < tokenizer.vocab_size] for some in (before[-_CONTEXT:], ids))
+    context, ids = ([i for i in some if i < tokenizer.vocab_size] for some in (before[-CONTEXT:], ids))
     return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
 
 
@@ -155,7 +155,7 @@ def continued(tokenizer: Tokenizer, before: Sequence[int], drawn: Sequence[int],
         if not keep.startswith(text):
             continue
         # Of the text before, as much as has a border there: pieces end before a space, and `more` begins with one.
-        head = text[-_CONTEXT:]
+        head = text[-_HEAD:]
         ids, whole = tokenizer.encode(head), tokenizer.encode(head + keep[len(text) :] + more)
         if whole[: len(ids)] == ids:
             return [*drawn[:count], *whole[len(ids) :]]

@@ -13,8 +13,8 @@ from llama_jax.evals.published import TABLE_15
 from llama_jax.evals.report_sections import Table
 from llama_jax.evals.tool_scores import WAYS
 from llama_jax.evals.word_problems import PHRASE, TOLERANCE
-from llama_jax.files import atomic_write, write_json
-from llama_jax.markdown import markdown_table, verbatim
+from llama_jax.files import write_json, write_text
+from llama_jax.markdown import markdown_table, text_table, verbatim
 from llama_jax.reward.held_out import percent
 
 _PAPERS_TOOLS = ("Toolformer", "Llama 2-Chat")
@@ -159,8 +159,7 @@ def write(values: Mapping[str, Any], output: Path) -> None:
     plots.save([plot for chapter in chapters for plot in chapter.plots], output / "figures")
     lead = f"{_LEAD} {'; '.join(f'{name}: {place}' for name, place in values['checkpoints'].items())}."
     for ending, text in (("md", _markdown(lead, chapters)), ("html", page(_TITLE, lead, chapters))):
-        with atomic_write(output / f"report.{ending}") as file:
-            file.write(text.encode())
+        write_text(output / f"report.{ending}", text)
 
 
 def _markdown(lead: str, chapters: Sequence[Chapter]) -> str:
@@ -169,7 +168,7 @@ def _markdown(lead: str, chapters: Sequence[Chapter]) -> str:
         parts += [f"## {chapter.title}", *map(verbatim, chapter.notes)]
         parts += [f"![{verbatim(plot.alt)}](figures/{plot.name}.png)" for plot in chapter.plots]
         for table in chapter.tables:
-            parts.append(markdown_table([*map(verbatim, table.columns)], [[*map(verbatim, row)] for row in table.rows]))
+            parts.append(text_table(table.columns, table.rows))
         for sample in chapter.samples:
             reference = f" (reference: {sample['reference']})" if "reference" in sample else ""
             parts.append(f"**{verbatim(sample['prompt'])}**{reference}")

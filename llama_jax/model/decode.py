@@ -122,7 +122,7 @@ def extend(
     positions = jnp.where(counts > 0, lengths, 0)[:, None] + steps
     # Slots outside the cache are dropped, and so are tokens that do not count.
     targets = jnp.where(steps < counts[:, None], positions, cache.slots)
-    limit = jnp.max(jnp.where(counts > 0, lengths + counts, 0))
+    limit = jnp.max(positions[:, 0] + counts)
 
     def put(slots, new, axis):
         if rows is None and new.shape[1] == 1:

@@ -17,7 +17,7 @@ from llama_jax.data.loader import IndexedBatches
 from llama_jax.data.mixture import mix, whole_or_share
 from llama_jax.data.rows import write_jsonl
 from llama_jax.data.sources import RATINGS
-from llama_jax.files import atomic_write, write_json
+from llama_jax.files import write_json, write_text
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
@@ -196,8 +196,7 @@ class Measure:
         if others:
             values["others"] = accuracy_table(HeldOutScores.of(others))
         write_json(self.workdir / "reward_report.json", values)
-        with atomic_write(self.workdir / "reward_report.md") as file:
-            file.write(markdown(values, title=self.title).encode())
+        write_text(self.workdir / "reward_report.md", markdown(values, title=self.title))
 
 
 def make_batches(

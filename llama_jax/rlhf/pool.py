@@ -23,6 +23,11 @@ SCORES = ("reward", "helpfulness", "safety", "other")
 _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float, "version": str, "policy": str}
 
 
+def least_reward(rewards: Sequence[float]) -> float:
+    """What an answer counts as that no choice shall fall on: 0 of R_c, and of scorers that know no such bound the worst."""
+    return 0.0 if all(0 <= reward <= 1 for reward in rewards) else min(rewards)
+
+
 def choosable_rewards(samples: Sequence[Mapping[str, Any]], *, least: float) -> list[float]:
     """The reward of each sample, and `least` for one that cannot be trained on: no choice falls on it, whatever its reward."""
     return [row["reward"] if usable(row["response"], row["ended"]) else least for row in samples]

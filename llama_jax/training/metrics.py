@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from llama_jax.files import atomic_write
+from llama_jax.files import write_text
 from llama_jax.paths import Mirror, may_fail, place, untaken
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ class MetricWriter:
             for row in rows
             if row["step"] < end or row["step"] < step and not any(name.startswith(HELD_OUT) for name in row)
         ]
-        with atomic_write(path) as file:
-            file.write("".join(kept).encode())
+        write_text(path, "".join(kept))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs `metrics` (numbers or 0-d arrays) of one step; the line is flushed when this returns."""
