@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from llama_jax.model import config as model_config
 from llama_jax.model import decode, heads, params
@@ -15,7 +16,8 @@ from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate
 from llama_jax.model.rope import RopeScaling, sequence_lengths
 from llama_jax.model.transformer import hidden_states
-from llama_jax.parallel.axes import is_spec
+from llama_jax.parallel.axes import DECODE, is_spec, partition, shardings
+from llama_jax.parallel.mesh import MeshConfig, make_mesh
 
 MODEL = dataclasses.replace(
     SIZES["tiny"], vocab_size=96, layers=3, width=32, heads=4, kv_heads=2, head_size=8, ffn=48, max_length=32
@@ -105,6 +107,33 @@ def test_cached_decoding_equals_the_uncached_forward_in_rows_of_different_length
     for row, length in enumerate((9, 12)):
         logits = decode.logits(weights, jnp.concatenate(found[row]), compute=FLOAT32)
         np.testing.assert_allclose(logits, logits_of(tree, tokens[row : row + 1, :length])[0], atol=1e-4)
+
+
+def test_queries_keys_and_values_of_generation_are_one_product_of_groups():
+    tree, specs = random_params(MODEL), params.table(MODEL, head="lm_head")
+    D, K, E, per_key = MODEL.width, MODEL.kv_heads, MODEL.head_size, MODEL.heads // MODEL.kv_heads
+    layer = decode.prepare(tree, specs, compute=FLOAT32)["layers"][1]
+    assert not {"query", "key", "value"} & set(layer)
+    groups = layer["qkv"].reshape(D, K, per_key + 2, E)
+    for name, columns in (("query", groups[:, :, :-2]), ("key", groups[:, :, -2]), ("value", groups[:, :, -1])):
+        np.testing.assert_array_equal(columns.reshape(D, -1), tree["trunk"]["layers"][name][1].reshape(D, -1))
+
+
+@pytest.mark.parametrize(("tensor", "joined"), [(2, True), (4, False)])
+def test_groups_are_divided_over_tensor_unless_it_is_wider_than_they_are_many(tensor, joined):
+    tree, tokens = random_params(MODEL), jax.random.randint(jax.random.key(3), (2, 9), 0, 96)
+    specs = params.table(MODEL, head="lm_head")
+    mesh = make_mesh(MeshConfig(tensor=tensor), devices=jax.devices()[:tensor])
+    with jax.set_mesh(mesh):
+        weights = decode.preparer(MODEL, FLOAT32)(jax.device_put(tree, shardings(specs, mesh)))
+        found = decode.row_logits(weights, tokens, config=MODEL, compute=FLOAT32)
+    np.testing.assert_allclose(found, logits_of(tree, tokens), atol=1e-4)
+    assert ("qkv" in weights["layers"][0]) == joined
+
+    def check(x, axes):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, partition(x.shape, axes, DECODE, mesh)), x.ndim)
+
+    jax.tree.map(check, weights, decode.axes_of(weights, specs))
 
 
 def test_rows_without_new_tokens_are_not_read(monkeypatch):

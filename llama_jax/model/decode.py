@@ -1,11 +1,12 @@
 """The decoder as generation runs it: the same block as training's, over a cache, with weights laid out for reading.
 
 Training scans over stacked layers. Generation reads every weight once a token, and slicing a layer out of the stack would
-copy it first; so `prepare` cuts the stack once, and the layers are unrolled.
+copy it first; so `prepare` cuts the stack once, and the layers are unrolled. The three matrices that make queries, keys and
+values become one, which is read in one go: each of them is too small to keep the memory busy.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ from llama_jax.model.int8 import Int8, product, quantise
 from llama_jax.model.layers import materialise, rms_norm, rope_angles, rotate
 from llama_jax.model.lora import merged
 from llama_jax.model.params import Params, Specs, table
-from llama_jax.parallel.axes import DECODE, constrain, is_spec, partition
+from llama_jax.parallel.axes import DECODE, constrain, is_spec, layout, partition, shards_of
 from llama_jax.parallel.vocabulary import look_up
 
 _LAYERS = "trunk/layers/"
+_QKV = ("query", "key", "value")
 Prepared = dict[str, Any]  # {"embedding", "layers": L x {...}, "final_norm", and "lm_head" unless it is the embedding}
 
 
@@ -72,12 +74,45 @@ def eight_bits(path: str, x: jax.Array) -> jax.Array | Int8:
     return quantise(x, _SUMMED[name]) if name in _SUMMED else x
 
 
-def arrange(leaves: Mapping[str, Any]) -> Prepared:
-    """The weights by their paths in the table, those of the layers as a list of L, in the order in which they are read."""
+def arrange(leaves: dict[str, Any]) -> Prepared:
+    """The weights by their paths in the table, those of the layers as a list of L, in the order in which they are read.
+
+    The lists are emptied on the way: at no time does more than one layer exist in both arrangements.
+    """
     stacks = {path.removeprefix(_LAYERS): rows for path, rows in leaves.items() if path.startswith(_LAYERS)}
-    layers = tuple({name: rows[layer] for name, rows in stacks.items()} for layer in range(len(stacks["query"])))
+    layers = tuple(_joined({name: rows.pop(0) for name, rows in stacks.items()}) for _ in range(len(stacks["query"])))
     prepared = {"embedding": leaves["trunk/embedding"], "layers": layers, "final_norm": leaves["trunk/final_norm"]}
     return {**prepared, "lm_head": leaves["lm_head/kernel"]} if "lm_head/kernel" in leaves else prepared
+
+
+def _joined(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer with its three matrices [D, H, E], [D, K, E], [D, K, E] as one of K groups: the queries of a key head, its key,
+    its value. # "qkv": [D, K * (H / K + 2) * E]
+
+    Groups are what `tensor` divides. Where it is wider than there are key heads, which then lie on several devices (section
+    A.2.1), the three stay apart.
+    """
+    key = layer["key"].values if isinstance(layer["key"], Int8) else layer["key"]
+    with layout(DECODE):
+        if key.shape[1] % shards_of("kv_heads"):
+            return layer
+        parts = [layer[name] for name in _QKV]
+        return {name: x for name, x in layer.items() if name not in _QKV} | {"qkv": jax.tree.map(_join, *parts)}
+
+
+@jax.jit
+def _join(query, key, value):
+    D, K, E = key.shape
+    groups = jnp.concatenate([query.reshape(len(query), K, -1, E), key[:, :, None], value[:, :, None]], axis=2)
+    return constrain(groups.reshape(len(query), -1), "width", "kv_heads")
+
+
+def axes_of(prepared: Prepared, specs: Specs) -> Prepared:
+    """The logical axes of each prepared weight, in a tree of the same form, for weights that are not in 8 bits."""
+    own = {name: spec.axes[1:] for name, spec in specs["trunk"]["layers"].items()} | {"qkv": ("width", "kv_heads")}
+    axes = {name: specs["trunk"][name].axes for name in ("embedding", "final_norm")}
+    axes["layers"] = tuple({name: own[name] for name in layer} for layer in prepared["layers"])
+    return {**axes, "lm_head": specs["lm_head"]["kernel"].axes} if "lm_head" in prepared else axes
 
 
 def prefill(
@@ -216,9 +251,8 @@ def _block(x, matrices, angles, layer, attend, *, config: ModelConfig, compute: 
     multiply = functools.partial(product, dtype=compute.matmul_dtype)
     with jax.named_scope("attention"):
         normed = rms_norm(x, matrices["attention_norm"], eps=config.norm_eps)
-        query = rotate(multiply("btd,dhe->bthe", normed, matrices["query"]), angles)
-        key = rotate(multiply("btd,dhe->bthe", normed, matrices["key"]), angles)
-        value = multiply("btd,dhe->bthe", normed, matrices["value"])
+        query, key, value = _heads(normed, matrices, config, multiply)
+        query, key = rotate(query, angles), rotate(key, angles)
         query = constrain(query, "batch", "length", "act_heads", None)
         key = constrain(key, "batch", "length", "act_kv_heads", None).astype(x.dtype)
         value = constrain(value, "batch", "length", "act_kv_heads", None).astype(x.dtype)
@@ -235,3 +269,13 @@ def _block(x, matrices, angles, layer, attend, *, config: ModelConfig, compute: 
         x = x + multiply("btf,fd->btd", hidden, matrices["down"]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     return x, layer
+
+
+def _heads(x, matrices, config: ModelConfig, multiply):
+    """Queries, keys and values, not yet turned. # [B, T, D] -> float32 [B, T, H, E], [B, T, K, E] x 2"""
+    if "qkv" not in matrices:
+        return (multiply("btd,dhe->bthe", x, matrices[name]) for name in _QKV)
+    B, T, _ = x.shape
+    groups = multiply("btd,di->bti", x, matrices["qkv"]).reshape(B, T, config.kv_heads, -1, config.head_size)
+    queries, key, value = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
+    return queries.reshape(B, T, config.heads, config.head_size), key, value

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
 from llama_jax.model import params as table
-from llama_jax.model.decode import Prepared, prepare
+from llama_jax.model.decode import Prepared, axes_of, prepare
 from llama_jax.model.decode_attention import round_up
 from llama_jax.model.lora import divide
 from llama_jax.model.params import Specs
@@ -149,18 +149,14 @@ def _rolls_out(config: StageConfig) -> Any | None:
 
 def _prepared(params: Any, config: StageConfig, specs: Specs, mesh: Mesh) -> Prepared:
     """What `prepare` makes of parameters, as shapes with the layout that it gives them."""
-    shapes = jax.eval_shape(functools.partial(prepare, specs=specs, compute=config.compute), params)
-    trunk = specs["trunk"]
-    layer = {name: spec.axes[1:] for name, spec in trunk["layers"].items()}
-    axes = {name: trunk[name].axes for name in ("embedding", "final_norm")} | {"layers": (layer,) * len(shapes["layers"])}
-    if "lm_head" in shapes:
-        axes["lm_head"] = specs["lm_head"]["kernel"].axes
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(functools.partial(prepare, specs=specs, compute=config.compute), params)
 
     def place(x: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, partition(x.shape, names, DECODE, mesh))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(place, shapes, axes)
+    return jax.tree.map(place, shapes, axes_of(shapes, specs))
 
 
 def _abstract(config: StageConfig, shape: StageShape, mesh: Mesh) -> tuple[Any, TrainState, Any]:
