@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 
 from llama_jax.chat import make_engine, settings_of
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop import ours
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig

@@ -22,7 +22,7 @@ from llama_jax.corpus_build.dirt import Dirt, dirty, markup, mojibake
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.steps import CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import fix_mojibake
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.evals.ablation import (
     Arm,
     HeldOutTexts,

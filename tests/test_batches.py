@@ -15,7 +15,8 @@ from llama_jax.data import loader, packing
 from llama_jax.data.blocks import block_ids, block_record
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
 from llama_jax.data.loader import Share
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.pretrain import stage
 from llama_jax.pretrain.stage import Drawn, mixture
 

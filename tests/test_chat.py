@@ -21,7 +21,7 @@ import pytest
 from llama_jax import batch, chat, requests
 from llama_jax import lines as lines_of
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop import ours
 from llama_jax.lines import Interrupts
 from llama_jax.model import params

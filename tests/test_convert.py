@@ -21,7 +21,8 @@ import pytest
 from llama_jax import convert
 from llama_jax.config import ConfigError
 from llama_jax.data import gguf_file
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop import huggingface, layered, names, ours, tokenizer_files
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.load import load_params

@@ -29,7 +29,8 @@ from llama_jax.corpus_build.split import is_held_out, lines_seen, split
 from llama_jax.data.blocks import block_ids
 from llama_jax.data.loader import BlockSource, block_batch
 from llama_jax.data.sources import read_jsonl
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain import stage

@@ -10,7 +10,7 @@ import pytest
 from llama_jax import markdown, notebook
 from llama_jax.data.dialog import EncodedDialog, encode_dialog
 from llama_jax.data.packing import packed_row
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.evals import drawings
 from llama_jax.evals.drawings import Piece, Run
 from llama_jax.evals.ghost import AttentionMap

@@ -17,7 +17,8 @@ import pytest
 import llama_jax
 from llama_jax.data.sources import write_jsonl
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop import ours
 from llama_jax.model import heads, params
 from llama_jax.model.config import SIZES, Compute

@@ -360,7 +360,7 @@ def test_a_reward_model_and_a_classifier_judge(tmp_path):
     import jax
     from test_evaluate import FLOAT32, MODEL, TEXTS, one_device
 
-    from llama_jax.data.tokenizer import train_tokenizer
+    from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
     from llama_jax.evals import text_judges
     from llama_jax.model import params
     from llama_jax.pretrained import Model

@@ -23,7 +23,7 @@ from llama_jax import convert, pretrained
 from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop import load, ours, tokenizer_files
 from llama_jax.model import decode, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig, size

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, ModelConfig
 from llama_jax.model.decode import prepare, row_logits

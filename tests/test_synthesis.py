@@ -12,7 +12,8 @@ from test_hosts import launch
 
 from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_jsonl, write_jsonl
-from llama_jax.data.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.interop.restore import fingerprint
 from llama_jax.model import params
 from llama_jax.model.config import SIZES

@@ -20,8 +20,9 @@ from llama_jax.data.dialog import decode_response, encode_dialog, encode_prompt
 from llama_jax.data.sentencepiece_proto import USER_DEFINED, model_class
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.text_stream import TextStream
-from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_json import JsonTokenizer
+from llama_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer, train_tokenizer
 from llama_jax.interop import tokenizer_files
 from llama_jax.sft.stage import packed_dialogs
 

@@ -21,7 +21,8 @@ from llama_jax.corpus_build.stages import SettingsError, Stages, code_hash
 from llama_jax.corpus_build.tables import cleaning_table
 from llama_jax.data.blocks import item_type
 from llama_jax.data.sources import write_jsonl
-from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer, train_tokenizer
 from llama_jax.files import atomic_write, write_text
 from llama_jax.paths import sizes
 

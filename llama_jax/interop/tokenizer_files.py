@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.data.sentencepiece_proto import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, model_class
-from llama_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from llama_jax.files import TOKENIZER_FILES, atomic_write
 from llama_jax.interop.huggingface import write_json
 from llama_jax.interop.source import Source

@@ -50,7 +50,7 @@ from llama_jax.corpus_build.steps import STEPS, CleanConfig, clean, make_steps
 from llama_jax.corpus_build.text import extract_text, fix_mojibake, normalise
 from llama_jax.data.loader import BlockSource
 from llama_jax.data.sources import write_jsonl
-from llama_jax.data.tokenizer import train_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 
 # Table 2: 184,320 GPU hours for the 7B's 2T tokens; a host of four TPU v5p chips at about three times the rate of such a GPU.
 TOKENS_PER_GPU = 2e12 / (184_320 * 3600)
