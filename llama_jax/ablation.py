@@ -36,9 +36,9 @@ from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.mesh import make_mesh, start_distributed
 from llama_jax.pretrain.stage import PretrainConfig, make_stage
 from llama_jax.steps import change, load_config
-from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.loop import Diverged, claim, finished, train
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.saved import read_meta
 from llama_jax.training.workdir import own
 
 _ALL = "bits_per_byte"

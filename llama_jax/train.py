@@ -20,9 +20,10 @@ from llama_jax.parallel.hosts import HostsDiffer, file_fact, from_host_0, on_hos
 from llama_jax.paths import place
 from llama_jax.pretrain.base import tokenizer_place
 from llama_jax.training.attempt import start
-from llama_jax.training.checkpoint import CheckpointError, named, newest_step
+from llama_jax.training.fingerprint import CheckpointError
 from llama_jax.training.loop import Diverged, train
 from llama_jax.training.options import RunOptions, parse_steps
+from llama_jax.training.saved import named, newest_step
 from llama_jax.training.step import mesh_for
 from llama_jax.training.workdir import check_inputs, claim, finished, go_back, own
 

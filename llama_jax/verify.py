@@ -11,9 +11,9 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.paths import check_bucket, place
-from llama_jax.training.checkpoint import written_steps
 from llama_jax.training.fingerprint import CheckpointError, damages
 from llama_jax.training.metrics import Progress
+from llama_jax.training.saved import written_steps
 
 
 def verify(workdir: Path, step: int | None = None) -> dict[int, list[str]]:

@@ -32,7 +32,8 @@ from llama_jax.model.rope import RopeScaling, stretched
 from llama_jax.parallel.axes import is_spec, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import check_start, starting_params
-from llama_jax.training.checkpoint import CheckpointError, read_meta, restore_model, sealed
+from llama_jax.training.fingerprint import CheckpointError, sealed
+from llama_jax.training.saved import read_meta, restore_model
 from llama_jax.verify import verify
 
 ROOT = Path(__file__).parents[1]

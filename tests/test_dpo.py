@@ -26,7 +26,7 @@ from llama_jax.reward.comparisons import Comparison, blank, encode_comparisons
 from llama_jax.rlhf.dpo import DpoSettings, DpoSource, collate, dpo_loss, dpo_losses, response_log_probs
 from llama_jax.steps import change, load_config
 from llama_jax.train import run
-from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.saved import read_meta, restore_params
 
 ROOT = Path(__file__).parents[1]
 MODEL = dataclasses.replace(

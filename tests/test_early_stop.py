@@ -23,11 +23,12 @@ from llama_jax.rlhf.rollout import Roller
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.train import run
 from llama_jax.training import checkpoint
-from llama_jax.training.checkpoint import fingerprints, read_meta, written_steps
+from llama_jax.training.fingerprint import fingerprints
 from llama_jax.training.loop import train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.patience import Patience, Rule
 from llama_jax.training.preemption import Preempted
+from llama_jax.training.saved import read_meta, written_steps
 from llama_jax.training.stage import LoopConfig
 from llama_jax.training.workdir import claim
 

@@ -37,13 +37,13 @@ from llama_jax.data.loader import IndexedBatches
 from llama_jax.parallel.hosts import clocks
 from llama_jax.parallel.peers import Peers, Word, lost, places
 from llama_jax.training import checkpoint, goodput, preemption, watchdog
-from llama_jax.training.checkpoint import named, read_meta, restore_params, written_steps
 from llama_jax.training.fingerprint import CheckpointError, damages, fingerprints, sealed
 from llama_jax.training.goodput import Goodput
 from llama_jax.training.lease import Lease
 from llama_jax.training.loop import Diverged, Preempted, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.options import RunOptions, parse_steps
+from llama_jax.training.saved import named, read_meta, restore_params, written_steps
 from llama_jax.training.spikes import SpikeConfig, Spikes
 from llama_jax.training.stage import Supervised
 from llama_jax.training.watchdog import Watchdog

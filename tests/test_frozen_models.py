@@ -23,8 +23,8 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import begin
 from llama_jax.rlhf import drawn
 from llama_jax.train import parse_stage, run
-from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.options import RunOptions
+from llama_jax.training.saved import read_meta
 
 
 @pytest.fixture(scope="module")

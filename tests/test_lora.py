@@ -29,9 +29,10 @@ from llama_jax.rlhf.rollout import RolloutSource
 from llama_jax.sampling.generate import make_sampler, pad_left
 from llama_jax.sampling.keys import row_keys
 from llama_jax.train import parse_stage, run
-from llama_jax.training import checkpoint, optimizer
-from llama_jax.training.checkpoint import CheckpointError, read_meta, saved_parts
+from llama_jax.training import optimizer
+from llama_jax.training.fingerprint import CheckpointError
 from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.saved import read_meta, restore_params, saved_parts
 from llama_jax.training.state import abstract_state, create, overlay
 from llama_jax.training.step import make_step, put_batch
 
@@ -190,7 +191,7 @@ def test_sft_with_adapters_saves_them_alone_and_loads_as_a_whole_model(directory
     merged = restore_model(tmp_path / "sft", specs, one_mesh())
     np.testing.assert_array_equal(merged["trunk"]["embedding"], base["trunk"]["embedding"])
     config = LoraConfig(rank=4)
-    adapters = checkpoint.restore_params(tmp_path / "sft", {"lora": lora.adapter_specs(specs, config)}, one_mesh())
+    adapters = restore_params(tmp_path / "sft", {"lora": lora.adapter_specs(specs, config)}, one_mesh())
     a, b = (np.asarray(adapters["lora"]["layers"]["gate"][part]) for part in "ab")
     expected = np.asarray(base["trunk"]["layers"]["gate"]) + 4.0 * np.einsum("ldr,lrf->ldf", a, b)
     assert np.abs(expected - np.asarray(base["trunk"]["layers"]["gate"])).max() > 1e-4

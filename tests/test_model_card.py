@@ -23,9 +23,9 @@ from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.restore import describe_model
 from llama_jax.parallel.hosts import file_fact
-from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.fingerprint import sealed
 from llama_jax.training.loop import finished, train
+from llama_jax.training.saved import read_meta
 
 ROOT = Path(__file__).parents[1]
 

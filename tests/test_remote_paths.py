@@ -45,9 +45,9 @@ from llama_jax.interop.tokenizer_files import keep  # noqa: E402
 from llama_jax.parallel.output import worked_in  # noqa: E402
 from llama_jax.paths import Mirror, absolute, append, move, place, relative, sizes, store  # noqa: E402
 from llama_jax.training import lease as lease_module  # noqa: E402
-from llama_jax.training.checkpoint import written_steps  # noqa: E402
 from llama_jax.training.lease import Lease  # noqa: E402
 from llama_jax.training.metrics import MetricWriter, read_metrics  # noqa: E402
+from llama_jax.training.saved import written_steps  # noqa: E402
 from llama_jax.training.workdir import claim, go_back, own  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

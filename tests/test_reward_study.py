@@ -27,7 +27,7 @@ from llama_jax.reward_study import (
     stage_values,
 )
 from llama_jax.steps import change, load_config
-from llama_jax.training.checkpoint import CheckpointError
+from llama_jax.training.fingerprint import CheckpointError
 
 
 def rows(count, batches=None):

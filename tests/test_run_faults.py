@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from llama_jax.parallel.abort import EXIT_HOST_LOST
-from llama_jax.training.checkpoint import read_meta
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.preemption import EXIT_PREEMPTED
+from llama_jax.training.saved import read_meta
 from llama_jax.training.watchdog import EXIT_HANGS
 
 ROOT = Path(__file__).parents[1]

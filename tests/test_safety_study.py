@@ -19,7 +19,7 @@ from llama_jax.evals import safety_scaling
 from llama_jax.model.config import SIZES
 from llama_jax.safety_study import SafetyStudy, SafetyStudyConfig, declined, mix_of, question, split_rows, summary
 from llama_jax.steps import change, load_config
-from llama_jax.training.checkpoint import CheckpointError
+from llama_jax.training.fingerprint import CheckpointError
 
 REFUSAL = "I can't help with that. It harms people."
 

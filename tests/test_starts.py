@@ -24,8 +24,8 @@ from llama_jax.steps import load_config
 from llama_jax.train import STAGES, parse_stage, run
 from llama_jax.training import attempt
 from llama_jax.training import workdir as workdirs
-from llama_jax.training.checkpoint import read_meta, steps_in
 from llama_jax.training.options import RunOptions
+from llama_jax.training.saved import read_meta, steps_in
 
 WITH_EPOCHS = ("sft", "reward", "dpo", "rejection", "ghost", "distill")
 MODEL = dataclasses.replace(small_runs.MODEL, name="tiny")

@@ -27,7 +27,7 @@ from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import load_config
 from llama_jax.train import parse_stage, run
-from llama_jax.training.checkpoint import read_meta, restore_params
+from llama_jax.training.saved import read_meta, restore_params
 
 pytestmark = pytest.mark.slow  # trainings, most of them compiled for eight devices
 

@@ -23,12 +23,13 @@ from llama_jax.model import params as table
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.training import checkpoint, fingerprint, optimizer
-from llama_jax.training.checkpoint import Checkpoints, newest_step, read_meta, restore_params
+from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import OptimConfig, clip_each_model, schedule
 from llama_jax.training.recorder import Pace
+from llama_jax.training.saved import newest_step, read_meta, restore_params
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, Weighted, evaluation
 from llama_jax.training.state import abstract_state, create
 from llama_jax.training.step import make_step, put_batch

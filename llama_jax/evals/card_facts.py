@@ -24,9 +24,9 @@ from llama_jax.interop.restore import base_of
 from llama_jax.interop.source import Source
 from llama_jax.parallel.hosts import file_fact
 from llama_jax.paths import absolute, check_bucket, place
-from llama_jax.training.checkpoint import newest_step
 from llama_jax.training.fingerprint import CONVERTED, CheckpointError, open_meta
 from llama_jax.training.goodput import ATTEMPTS
+from llama_jax.training.saved import newest_step
 from llama_jax.training.workdir import INPUTS
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from llama_jax.files import write_json
 from llama_jax.interop.formats import PACKAGED, packaged
 from llama_jax.interop.restore import fingerprint
 from llama_jax.paths import check_bucket, is_remote, place
-from llama_jax.training.checkpoint import named, newest_step
+from llama_jax.training.saved import named, newest_step
 
 _HUB = "hf:"
 # What a model in files is made of: weights, and the settings, tokenizer and code beside them.

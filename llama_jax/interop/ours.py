@@ -20,8 +20,8 @@ from llama_jax.model.lora import adapter_specs, product
 from llama_jax.model.params import Head, Params
 from llama_jax.parallel.axes import ParamSpec, is_spec
 from llama_jax.paths import first_line
-from llama_jax.training.checkpoint import POLICY, instead, named, newest_step, read_meta, saved_parts
 from llama_jax.training.fingerprint import CONVERTED, CheckpointError, fingerprint_part, sealed
+from llama_jax.training.saved import POLICY, instead, named, newest_step, read_meta, saved_parts
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 

@@ -17,8 +17,9 @@ from llama_jax.model.lora import LoraConfig, adapter_specs, merged, scale_specs
 from llama_jax.model.params import Params, Specs, init
 from llama_jax.parallel.axes import shardings
 from llama_jax.paths import absolute, place, relative
-from llama_jax.training import checkpoint
-from llama_jax.training.checkpoint import POLICY, CheckpointError, named, read_meta, saved_parts
+from llama_jax.training.fingerprint import CheckpointError
+from llama_jax.training.saved import POLICY, named, read_meta, saved_parts
+from llama_jax.training.saved import restore_model as restore_plain
 
 
 def restore_model(workdir: str | Path, specs: Specs, mesh: Mesh) -> Params:
@@ -30,14 +31,14 @@ def restore_model(workdir: str | Path, specs: Specs, mesh: Mesh) -> Params:
     if not specs:
         return {}
     if lora is None:
-        return checkpoint.restore_model(workdir, specs, mesh)
+        return restore_plain(workdir, specs, mesh)
     own = _own_parts(workdir)
     config = adapter_config(lora)
     base = restore_model(base_of(workdir), {name: part for name, part in specs.items() if name not in own}, mesh)
     saved = {name: specs[name] for name in own if name in specs}
     if "trunk" not in specs:
-        return {**base, **checkpoint.restore_model(workdir, saved, mesh)}
-    found = checkpoint.restore_model(workdir, {**saved, "lora": adapter_specs(specs, config)}, mesh)
+        return {**base, **restore_plain(workdir, saved, mesh)}
+    found = restore_plain(workdir, {**saved, "lora": adapter_specs(specs, config)}, mesh)
     scale = init(scale_specs(config), jax.random.key(0))
     layout = shardings(specs, mesh)
     # The base is donated: where nothing else holds it, a merged matrix takes its place.

@@ -24,8 +24,8 @@ from llama_jax.model.lora import LoraConfig, divide
 from llama_jax.model.params import Params, Specs
 from llama_jax.parallel.axes import batch_shards, held_shards, shardings
 from llama_jax.parallel.mesh import MeshConfig
-from llama_jax.training.checkpoint import named, newest_step, read_meta, resumed_meta, warn_of_unfinished
 from llama_jax.training.optimizer import OptimConfig
+from llama_jax.training.saved import named, newest_step, read_meta, resumed_meta, warn_of_unfinished
 from llama_jax.training.stage import LoopConfig
 
 log = logging.getLogger(__name__)

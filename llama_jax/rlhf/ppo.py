@@ -47,7 +47,7 @@ from llama_jax.rlhf.rollout import (
     make_judge,
     response_states,
 )
-from llama_jax.training.checkpoint import newest_step, read_meta
+from llama_jax.training.saved import newest_step, read_meta
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import numpy as np
 from llama_jax.config import check_least
 from llama_jax.files import write_json
 from llama_jax.interop.restore import fingerprint
-from llama_jax.training.checkpoint import newest_step
+from llama_jax.training.saved import newest_step
 
 T = TypeVar("T")
 

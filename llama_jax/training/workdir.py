@@ -22,10 +22,10 @@ from llama_jax.config import ConfigError, differences, with_defaults
 from llama_jax.files import TOKENIZER_FILES, read_json, write_json
 from llama_jax.parallel.hosts import first_problem, from_host_0
 from llama_jax.paths import check_bucket, is_remote, move, reason
-from llama_jax.training.checkpoint import steps_in
 from llama_jax.training.goodput import ATTEMPTS
 from llama_jax.training.lease import Lease
 from llama_jax.training.metrics import METRICS_FILE
+from llama_jax.training.saved import steps_in
 
 log = logging.getLogger(__name__)
 
