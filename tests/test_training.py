@@ -324,6 +324,23 @@ def test_fingerprints_see_every_single_bit_and_no_sharding():
     assert fingerprints(swapped) != before
 
 
+def test_fingerprints_see_changes_that_would_cancel_in_a_sum_of_multiples():
+    """Negated leaves, and pairs of flips of the upper bits of two words, as the sum of word * (2 * index + 1) did not."""
+    draw = np.random.default_rng(0)
+    leaf = draw.normal(size=(64, 64)).astype(np.float32)
+    broken = [-leaf]
+    for bit in range(24, 32):
+        for _ in range(25):
+            changed = leaf.copy()
+            changed.reshape(-1).view(np.uint32)[draw.choice(leaf.size, 2, replace=False)] ^= np.uint32(1 << bit)
+            broken.append(changed)
+    before, after = fingerprints({"leaf": leaf}), fingerprints(dict(enumerate(broken)))
+    assert before["['leaf']"] not in after.values() and len(set(after.values())) == len(broken)
+    assert [fingerprint.fingerprint_part(leaf, 0), fingerprint.fingerprint_part(-leaf, 0)] == [
+        before["['leaf']"], after["[0]"],
+    ]  # fmt: skip
+
+
 def test_fingerprints_do_not_depend_on_the_sharding():
     trees = [parameters(m) for m in (mesh_of(), mesh_of(2, 2, 1, 2), mesh_of(1, 4, 1, 2), mesh_of(8))]
     assert len({json.dumps(fingerprints(tree)) for tree in trees}) == 1

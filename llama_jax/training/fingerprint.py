@@ -66,8 +66,10 @@ def fingerprints(tree: Any, *, dtype: str | None = None) -> dict[str, int]:
 
     With `dtype`, of the bits that the leaves have in that type.
 
-    It is the sum of word * (2 * index + 1) modulo 2^32. An odd factor has an inverse there, so no single word can change
-    unseen; and integer addition knows no order, so devices add up their own parts, and hosts what their devices have.
+    It is the sum, modulo 2^32, of each word mixed with its index (`_mixed`). The mixing has an inverse, so no single word can
+    change unseen, and after it every bit counts in all places, so of several one in 2^32 does: of plain multiples of the words
+    two flipped signs cancelled. Integer addition knows no order, so devices add up their own parts, and hosts what their
+    devices have.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -98,8 +100,8 @@ def fingerprint_part(x: np.ndarray, start: int) -> int:
     flat, total = x.reshape(-1), 0
     for first in range(0, flat.size, _PIECE):
         words = np.ascontiguousarray(flat[first : first + _PIECE], np.float32).view(np.uint32)
-        factors = np.arange(words.size, dtype=np.uint32) * np.uint32(2) + np.uint32((2 * (start + first) + 1) % 2**32)
-        total += int(np.sum(words * factors, dtype=np.uint32))
+        index = np.arange(words.size, dtype=np.uint32) + np.uint32((start + first) % 2**32)
+        total += int(np.sum(_mixed(words, index, np.uint32), dtype=np.uint32))
     return total % 2**32
 
 
@@ -157,7 +159,15 @@ def _checksum(x: jax.Array, start: jax.Array, strides: tuple[int, ...]) -> jax.A
     index = jnp.full(x.shape, start)
     for axis, stride in enumerate(strides):
         index += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(words.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(_mixed(words.astype(jnp.uint32), index, jnp.uint32), dtype=jnp.uint32)
+
+
+def _mixed(words: Any, index: Any, uint32: Any) -> Any:
+    """Words of 32 bits with their index in every bit: murmur3's finaliser, which has an inverse, of NumPy's arrays or JAX's."""
+    words = words ^ (index * uint32(0x9E3779B9))  # 2^32 over the golden ratio: neighbours lie far apart
+    words = (words ^ (words >> uint32(16))) * uint32(0x85EBCA6B)
+    words = (words ^ (words >> uint32(13))) * uint32(0xC2B2AE35)
+    return words ^ (words >> uint32(16))
 
 
 def check_fingerprints(tree: Any, expected: Mapping[str, int], where: str) -> None:
