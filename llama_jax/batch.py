@@ -25,21 +25,25 @@ WINDOW = 1000
 
 
 def answer_lines(
-    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *, done: Sequence[str] = (),
-    defaults: dict[str, Any], max_tokens: int, system: str = "", total: int = 0, where: str = "requests",
+    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *,
+    done: Sequence[tuple[str, bool]] = (), defaults: dict[str, Any], max_tokens: int, system: str = "",
+    model: Mapping[str, Any] | None = None, total: int = 0, where: str = "requests",
 ) -> int:  # fmt: skip
     """Answers JSONL requests, one line each, in their order and many at a time; `done` (of `resume`) were answered before.
 
     While a line is None, since none has come yet, the engine goes on. A request that cannot be answered gives a line
     `{"error": ...}` and does not stop the others. Lines are written as soon as all before them are, so that a killed run
-    leaves whole answers. Dialogs without a system message get `system`. Returns the number of errors.
+    leaves whole answers. Dialogs without a system message get `system`; `model` is what tells the one that answers from others.
+    Returns the number of errors, those of before among them.
 
     Raises:
-      ValueError: what was answered before are other requests, or were answered under other settings.
+      ValueError: what was answered before are other requests, or were answered by another model or under other settings.
     """
-    settings = json.dumps({"defaults": defaults, "max_tokens": max_tokens, "system": system}, sort_keys=True)
+    settings = json.dumps(
+        {"defaults": defaults, "max_tokens": max_tokens, "system": system, "model": dict(model or {})}, sort_keys=True
+    )
     window: collections.deque[tuple[int, dict[str, Any], list[_Answer]]] = collections.deque()
-    errors = number = 0
+    errors, number = sum(failed for _, failed in done), 0
 
     def flush(limit: int) -> None:
         nonlocal errors
@@ -67,11 +71,11 @@ def answer_lines(
                 progress.total = max(total, number)  # of a pipe it is not known beforehand
                 row: dict[str, Any] = {"request": digest(line, settings)}
                 if number <= len(done):
-                    if done[number - 1] != row["request"]:
+                    if done[number - 1][0] != row["request"]:
                         raise ValueError(
-                            f"{where}:{number}: is not the request that was answered before, or not under the "
-                            "settings of then; expected the requests and settings that the answers belong to, or another "
-                            "file for answers"
+                            f"{where}:{number}: is not the request that was answered before, or not by the model and under "
+                            "the settings of then; expected the requests, the model and the settings that the answers belong "
+                            "to, or another file for answers"
                         )
                     continue
                 answers = []
@@ -143,8 +147,9 @@ class _Answer:
         return [[[piece(token), p] for token, p in likely if token < size] for likely in self.request.most_likely]
 
 
-def resume(path: Path) -> list[str]:
-    """Which requests a file of answers already holds, by their `digest`; an unfinished last line is cut off.
+def resume(path: Path) -> list[tuple[str, bool]]:
+    """Which requests a file of answers already holds, by their `digest`, and which of them are errors; an unfinished last line
+    is cut off.
 
     Raises:
       ValueError: a line that is no answer.
@@ -159,7 +164,8 @@ def resume(path: Path) -> list[str]:
     found = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            found.append(str(json.loads(line)["request"]))
+            row = json.loads(line)
+            found.append((str(row["request"]), "error" in row))
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}:{number}: expected an answer that names its request, got another line") from None
     return found

@@ -29,6 +29,7 @@ from llama_jax.batch import PAUSE, answer_lines
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.origin import identity
 from llama_jax.files import write_json
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
@@ -199,7 +200,7 @@ def main() -> None:
     alone, first = jax.process_count() == 1, jax.process_index() == 0
     own: Input | None = None
 
-    def look() -> tuple[str, int, Sequence[str]]:
+    def look() -> tuple[str, int, Sequence[tuple[str, bool]]]:
         nonlocal own
         own = open_input(values.requests, values.answers, waits=alone)
         return own.kind, own.total, own.done
@@ -223,11 +224,16 @@ def main() -> None:
     )
     with jax.set_mesh(model.mesh):
         if kind == "requests":
+            answers = {
+                **from_host_0(lambda: identity(place)), "tokenizer": model.tokenizer.fingerprint,
+                "int8_weights": values.int8_weights, "int8_cache": values.int8_cache,
+                "max_length": engine.settings.max_length,
+            }  # fmt: skip
             defaults = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
             try:
                 errors = answer_lines(
                     engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
-                    max_tokens=values.max_tokens, system=values.system, where=values.requests or "stdin",
+                    max_tokens=values.max_tokens, system=values.system, model=answers, where=values.requests or "stdin",
                 )  # fmt: skip
             except KeyboardInterrupt:
                 more = "" if values.answers == "-" else f"; the same command goes on after what {values.answers} holds"

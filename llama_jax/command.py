@@ -89,7 +89,8 @@ def launch(main: Callable[[], None], *, expected: tuple[type[Exception], ...] = 
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def run(argv: list[str]) -> None:
-        del argv
+        if argv[1:]:  # the value of `--flag false`, too, which would else be on
+            sys.exit(f"error: unexpected argument {argv[1]!r}; expected flags alone, with a value behind '=': --flag=value")
         logging.set_verbosity(logging.WARNING)
         try:
             main()

@@ -85,7 +85,10 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _unfinished(path)
     try:
-        unfinished.mkdir()
+        try:
+            unfinished.mkdir()
+        except OSError as error:  # that of the directory which the caller named
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         yield unfinished
         for file in unfinished.rglob("*"):
             if file.is_file():

@@ -27,7 +27,7 @@ class Input:
     lines: Iterable[str | None]
     out: TextIO
     total: int = 0  # lines, where that is known
-    done: Sequence[str] = ()  # which were answered before; see `batch.resume`
+    done: Sequence[tuple[str, bool]] = ()  # which were answered before; see `batch.resume`
 
 
 def open_input(path: str, answers: str, *, waits: bool) -> Input:

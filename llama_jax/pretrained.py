@@ -113,9 +113,10 @@ class Model:
           ValueError: a reward model, no tokenizer, or a prompt that does not fit the context with its answer.
         """
         words = self._require("lm_head") or self._words()
-        if isinstance(prompts, str):
-            raise TypeError("prompts: expected a list of texts, got one text")
-        if isinstance(stop, str) or not all(stop):
+        if not _is_many(prompts):
+            found = "one text" if isinstance(prompts, str) else repr(prompts)
+            raise TypeError(f"prompts: expected a list of texts, got {found}")
+        if not _is_many(stop) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         ids = [_ids(prompt, row, words) for row, prompt in enumerate(prompts)]
         settings = {
@@ -140,6 +141,8 @@ class Model:
         stopped: Callable[[int, int], bool] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn.
+
+        Without a tokenizer nothing ends an answer but `max_tokens` and `stopped`.
 
         `stopped` is given each drawn token with the number of its prompt; where it returns True, that answer ends.
         """
@@ -167,6 +170,7 @@ class Model:
         with jax.set_mesh(self.mesh):
             alone = _is_many(seed)  # each prompt is the first of a job of its own
             keys = [key_data(one, [0])[0] for one in seeds] if alone else key_data(seeds[0], range(len(prompts)))
+            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
             engine = self._engine(max(map(len, prompts)), int(max_tokens), answers=len(prompts))
 
             def submit(row: int) -> Request:
@@ -176,7 +180,7 @@ class Model:
 
                 return engine.submit(
                     prompts[row], max_tokens=int(max_tokens), choice=choices[row], key=keys[row],
-                    stop_ids=self._words().stop_ids, on_token=watch,
+                    stop_ids=stop_ids, on_token=watch,
                 )  # fmt: skip
 
             return [request.tokens for request in engine.run([submit(row) for row in range(len(prompts))])]
@@ -203,7 +207,13 @@ class Model:
         words = self._require("lm_head") or self._words()
         ids = encode_chat(messages, words, where="chat")
         if max_tokens is None:
-            max_tokens = min(256, max(self.config.max_length - len(ids), 1))
+            room = self.config.max_length - len(ids)
+            if room < 1:
+                raise ValueError(
+                    f"chat: the dialog has {len(ids)} tokens; expected fewer than the context of {self.config.max_length} "
+                    "holds, which needs room for the answer too"
+                )
+            max_tokens = min(256, room)
         (response,) = self.respond([ids], Choice(temperature, top_p=top_p), max_tokens=max_tokens, seed=seed)
         return decode_response(response, words)[0]
 
@@ -235,6 +245,8 @@ class Model:
             raise ValueError("tokens: expected integers [B, T], got rows of different lengths") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if not tokens.shape[1]:
+            raise ValueError("tokens: expected at least one in each row, got rows of none")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise ValueError(f"tokens: expected ids in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
         return tokens.astype(np.int32)
@@ -319,11 +331,15 @@ def _dtype(given: Any) -> str:
 
 
 def _is_many(setting: Any) -> bool:
-    return isinstance(setting, Sequence | np.ndarray) and not isinstance(setting, str)
+    if isinstance(setting, np.ndarray | jax.Array):
+        return setting.ndim > 0
+    return isinstance(setting, Sequence) and not isinstance(setting, str | bytes)
 
 
 def _each(name: str, setting: Any, prompts: int) -> list[Any]:
     """A setting of each of so many prompts."""
+    if isinstance(setting, np.ndarray | jax.Array):
+        setting = setting.tolist()
     values = list(setting) if _is_many(setting) else [setting] * prompts
     if len(values) != prompts:
         raise ValueError(f"{name}: expected one for all prompts or one for each of {prompts}, got {len(values)}")

@@ -129,6 +129,16 @@ def test_importing_every_module_does_nothing():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_value_that_does_not_stand_behind_its_flag_is_refused():
+    """`--int8_weights false` would else be on: the word is no value to absl, which hands it over as an argument."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax.chat", "--checkpoint=none", "--int8_weights", "false"], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: unexpected argument 'false'; expected flags alone, with a value behind '=': --flag=value\n"
+
+
 def test_help_shows_the_flags_that_commands_share():
     for name, shared in (("train", ("--workdir", "--coordinator")), ("recall", ("--slots", "--mesh_tensor", "--tokenizer"))):
         done = subprocess.run(

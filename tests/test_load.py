@@ -24,6 +24,7 @@ from llama_jax.data.chat_template import encode_chat, encode_example
 from llama_jax.data.dialog import decode_response, encode_prompt
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
+from llama_jax.files import write_json
 from llama_jax.interop import load, ours, tokenizer_files
 from llama_jax.model import decode, params
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig, size
@@ -215,6 +216,15 @@ def test_what_generation_makes_of_parameters_goes_with_the_call(workdir):
     assert held() - before < 1000
 
 
+def test_settings_may_be_arrays(workdir):
+    model = llama_jax.load(workdir, mesh=one_device())
+    settings = {"temperature": [0.0, 1.0], "seed": [3, 4]}
+    expected = model.generate(["the loop", "what"], max_tokens=6, **settings)
+    for kind in (np.array, jnp.array):
+        assert model.generate(["the loop", "what"], max_tokens=6, **{k: kind(v) for k, v in settings.items()}) == expected
+    assert model.generate(["the loop"], max_tokens=6, temperature=jnp.float32(0)) == model.generate(["the loop"], max_tokens=6)
+
+
 def test_a_sharded_model_answers_as_one_device_does(workdir):
     tokens = np.random.default_rng(0).integers(3, PIECES, (3, 9))
     whole = llama_jax.load(workdir, mesh=one_device())
@@ -264,12 +274,19 @@ def test_errors_are_sentences(workdir, root):
         ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1, got 0"),
         ({"max_tokens": 2.5}, "max_tokens: expected an integer of at least 1, got 2.5"),
         ({"max_tokens": 500}, "max_tokens: expected at most 127, since the context also holds a prompt, got 500"),
-        ({"temperature": "hot"}, "temperature: expected at least 0, got 'hot'"),
+        ({"temperature": "hot"}, "temperature: expected a finite number, at least 0, got 'hot'"),
+        ({"temperature": jnp.float32(-1)}, "temperature: expected at least 0, got -1.0"),
+        ({"stop": [1]}, "stop: expected a list of texts that are not empty, got .1."),
+        ({"stop": None}, "stop: expected a list of texts that are not empty, got None"),
         ({"top_k": [1, 2]}, "top_k: expected one for all prompts or one for each of 1, got 2"),
         ({"seed": 2**63}, "seed: expected an integer of 64 bits, got 9223372036854775808"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             model.generate(["x"], **settings)
+    with pytest.raises(TypeError, match="prompts: expected a list of texts, got None"):
+        model.generate(None)
+    with pytest.raises(ValueError, match="chat: the dialog has [0-9]+ tokens; expected fewer than the context of 128"):
+        model.chat([{"role": "user", "content": "a line " * 60}])
     for prompt in (None, ["a"]):
         with pytest.raises(TypeError, match="prompt 1: expected a text or a list of ids, got "):
             model.generate(["x", prompt])
@@ -278,10 +295,15 @@ def test_errors_are_sentences(workdir, root):
     for dtype in ("float64", "int4", None):  # none of which would be held as it says
         with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, compute, int8, got"):
             llama_jax.load(workdir, dtype=dtype)
+    begun = root / "begun"  # a run that has ended, or was killed, before its first checkpoint
+    begun.mkdir()
+    write_json(begun / "config.json", {"stage": "sft", "model": "tiny"})
     for place, words in (
         ("meta-llama/Llama-2-7b-hf", "downloaded first: hf download meta-llama/Llama-2-7b-hf --local-dir"),
         ("s3://bucket/run", "^s3://bucket/run: expected a local path, or gs://"),
         (root / "none", "none: no such file or directory$"),
+        (begun, "begun: expected a stage's workdir with checkpoints, found none$"),
+        (f"{begun}@2", "begun: has no checkpoint 2; it holds none$"),
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             llama_jax.load(place)
@@ -300,8 +322,11 @@ def test_errors_are_sentences(workdir, root):
     with pytest.raises(ValueError, match="was trained with tokenizer [0-9a-f]{12}, .*same_size.model is [0-9a-f]{12}"):
         llama_jax.load(workdir, tokenizer=same_size.path)
     convert.run(workdir, root / "silent", to="huggingface", tokenizer="none", quiet=True)
+    silent = llama_jax.load(root / "silent", mesh=one_device())
     with pytest.raises(ValueError, match="missing tokenizer"):
-        llama_jax.load(root / "silent", mesh=one_device()).generate(["x"])
+        silent.generate(["x"])
+    ids, spoken = (m.respond([[5, 6]], Choice(0.0), max_tokens=4)[0] for m in (silent, model))
+    assert ids[: len(spoken)] == spoken
 
 
 def test_a_reward_model_scores_and_does_nothing_else(root, workdir):
@@ -317,6 +342,8 @@ def test_a_reward_model_scores_and_does_nothing_else(root, workdir):
     for use in (lambda: model.logits([[5]]), lambda: model.generate(["x"]), lambda: model.chat([])):
         with pytest.raises(ValueError, match="this is a reward model: it has `score.weight` and no `lm_head`"):
             use()
+    with pytest.raises(ValueError, match="tokens: expected at least one in each row, got rows of none"):
+        model.scores(np.zeros((1, 0), int))
 
 
 # SmolLM2

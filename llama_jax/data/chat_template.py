@@ -86,7 +86,7 @@ def _refuse_control(messages: Sequence[Message], tokenizer: Tokenizer, where: st
 
 
 def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer: bool) -> list[int]:
-    text = _compiled(tokenizer.chat_template)(
+    text = _compiled(tokenizer.chat_template, str(tokenizer.path))(
         messages=[dict(message) for message in messages], add_generation_prompt=opens_answer, tools=None, documents=None,
         bos_token=tokenizer.piece(tokenizer.bos_id), eos_token=tokenizer.piece(tokenizer.eos_id),
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Callable[..., str]:
+def _compiled(template: str, path: str) -> Callable[..., str]:
     try:
         import jinja2.ext
         from jinja2.exceptions import TemplateError
@@ -130,7 +130,7 @@ def _compiled(template: str) -> Callable[..., str]:
     try:
         compiled = environment.from_string(template)
     except TemplateError as error:
-        raise ValueError(f"messages: the chat template is no Jinja template: {error}") from None
+        raise ValueError(f"tokenizer {path}: the chat template is no Jinja template: {error}") from None
 
     def render(**values: Any) -> str:
         try:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+from llama_jax.files import read_json
 from llama_jax.interop import gguf, huggingface, meta, ours
 from llama_jax.interop.source import Source
 from llama_jax.paths import check_bucket, is_remote, place
@@ -28,7 +29,8 @@ def open_source(path: str | os.PathLike) -> Source:
     found = place(path)
     if not found.exists() and str(path) in PACKAGED:
         found = packaged(str(path))
-    if (named(found)[0] / "checkpoints").is_dir():
+    workdir = named(found)[0]
+    if (workdir / "checkpoints").is_dir() or _of_a_run(workdir / huggingface.CONFIG):
         return ours.open_source(found)
     if is_remote(found):
         raise FileNotFoundError(f"{found}: expected a stage's workdir with checkpoints/; weights of other formats are read "
@@ -51,6 +53,15 @@ def open_source(path: str | os.PathLike) -> Source:
     raise FileNotFoundError(
         f"{found}: expected {meta.PARAMS} (Meta), {huggingface.CONFIG} (Hugging Face), one .gguf file or checkpoints/ (ours)"
     )
+
+
+def _of_a_run(config: Path) -> bool:
+    """Whether a config.json is that of a stage, whose checkpoints may be still to come, and not Hugging Face's."""
+    try:
+        said = read_json(config)
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and "stage" in said and "model_type" not in said
 
 
 def packaged(name: str) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 from llama_jax.data.gguf_file import Header, Quantised, read_header
 from llama_jax.interop import names
 from llama_jax.interop.names import Tensor
-from llama_jax.interop.source import Source, check_fields, named, number
+from llama_jax.interop.source import Source, check_fields, key_heads, named, number
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
 from llama_jax.model.rope import RopeScaling, stretched
@@ -57,7 +57,7 @@ def read_config(header: Header, path: Path) -> tuple[ModelConfig, Head]:
         layers=number(found, "block_count", int, path),
         width=width,
         heads=heads,
-        kv_heads=number(found, "attention.head_count_kv", int, path, heads),
+        kv_heads=key_heads(found, "attention.head_count_kv", path, heads),
         head_size=head_size,
         ffn=number(found, "feed_forward_length", int, path),
         max_length=number(found, "context_length", int, path),
@@ -105,7 +105,7 @@ def open_source(path: Path) -> Source:
 
     return Source(
         path=path, format="gguf", config=config, head=head, tensors=tuple(rows), dtype_of=dtype_of, fetch=fetch,
-        tokenizer=path,
+        tokenizer=path if "tokenizer.ggml.model" in header.fields else None,
     )  # fmt: skip
 
 

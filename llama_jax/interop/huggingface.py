@@ -13,7 +13,7 @@ from llama_jax.data.tokenizer import tokenizer_in
 from llama_jax.interop import names
 from llama_jax.interop.names import Tensor
 from llama_jax.interop.safetensors_file import SafetensorsWriter, read_header, write_file
-from llama_jax.interop.source import Source, check_fields, named, number, read_object
+from llama_jax.interop.source import Source, check_fields, key_heads, named, number, read_object
 from llama_jax.interop.storage import Stored
 from llama_jax.model.config import ModelConfig
 from llama_jax.model.params import Head
@@ -62,7 +62,7 @@ def read_config(path: Path) -> tuple[ModelConfig, Head]:
         layers=number(found, "num_hidden_layers", int, path),
         width=width,
         heads=heads,
-        kv_heads=number(found, "num_key_value_heads", int, path, heads),
+        kv_heads=key_heads(found, "num_key_value_heads", path, heads),
         head_size=number(found, "head_dim", int, path, width // heads),
         ffn=number(found, "intermediate_size", int, path),
         max_length=number(found, "max_position_embeddings", int, path, 2048),

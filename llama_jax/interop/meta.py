@@ -11,7 +11,7 @@ import numpy as np
 from llama_jax.interop import names
 from llama_jax.interop.huggingface import check_frequencies, write_json
 from llama_jax.interop.names import Tensor
-from llama_jax.interop.source import Source, check_fields, named, number, read_object
+from llama_jax.interop.source import Source, check_fields, key_heads, named, number, read_object
 from llama_jax.interop.storage import Stored
 from llama_jax.interop.torch_file import TorchWriter, read_header
 from llama_jax.model.config import ModelConfig, ffn_size
@@ -50,7 +50,7 @@ def read_config(path: Path, *, vocab_size: int, ffn: int) -> ModelConfig:
         layers=number(found, "n_layers", int, path),
         width=width,
         heads=heads,
-        kv_heads=number(found, "n_kv_heads", int, path, heads),
+        kv_heads=key_heads(found, "n_kv_heads", path, heads),
         head_size=width // heads,
         ffn=ffn,
         max_length=number(found, "max_seq_len", int, path, _LENGTH),
@@ -208,8 +208,8 @@ class Writer:
         read = named(dataclasses.replace(config, max_length=_LENGTH), any_length=True).max_length
         if read != config.max_length:  # a field `max_seq_len` would end the reference code, which is given it twice then
             log.warning(
-                "%s: the context of %d tokens is lost, since this layout has no place for it; read again it is %d",
-                directory / PARAMS, config.max_length, read,
+                "%s: the context of %d tokens is lost, since Meta's layout has no place for it; read again it is %d", PARAMS,
+                config.max_length, read,
             )  # fmt: skip
         plan = {row.name: (self._part(row), self.kinds[row.name]) for row in rows}
         self._files = [TorchWriter(directory / f"consolidated.{i:02d}.pth", plan) for i in range(shards)]

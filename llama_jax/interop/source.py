@@ -89,3 +89,11 @@ def number(found: dict, field: str, kind: type, where: Path, default: float | No
     if not plain or kind(value) != value:
         raise ValueError(f"{where}: {field} is {value!r}, expected a positive {kind.__name__}")
     return kind(value)
+
+
+def key_heads(found: dict, field: str, where: Path, heads: int) -> int:
+    """How many key-value heads a config has, without the field one for each head; ValueError if they cannot share the heads."""
+    found_heads = number(found, field, int, where, heads)
+    if heads % found_heads:
+        raise ValueError(f"{where}: {field} is {found_heads}, expected a divisor of the {heads} heads")
+    return found_heads

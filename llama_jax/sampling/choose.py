@@ -47,7 +47,9 @@ class Choice:
             ("frequency_penalty", lambda x: -2 <= x <= 2, "-2 to 2"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not fine(value) or not abs(value) <= _LARGEST:  # nor NaN
+            if not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:  # nor NaN
+                raise ValueError(f"{name}: expected a finite number, {expected}, got {value!r}")
+            if not fine(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         return self
 
