@@ -7,7 +7,8 @@ A model is `name=checkpoint`, or `name=answers.jsonl` with its answers (`evals/a
 models (with both, the combined reward of 3.2.3), or `--judge=checkpoint` of a language model, or `--judge=http://host/v1`, an
 OpenAI-compatible endpoint (`--judge_model` names the model there, OPENAI_API_KEY the key). `results.json` has wins, ties,
 losses, garbage and what the judge refused, over all prompts and on the paper's two axes, with ties dropped (Fig. 2) and as one
-half, and both reward models' scores (`scores.json` of each prompt); `report.html` shows them.
+half, and both reward models' scores (`scores.json` of each prompt); `report.html` shows them. With `--system=v2=v2.txt,v1=...`
+a checkpoint answers under the system message in that file (as in 3.4.2, Table 31); the judge sees the prompts without it.
 
 Several opponents or versions (Figs. 2 and 11 whole) are as many runs over the same prompts, by the same judge, whose results
 
@@ -45,7 +46,18 @@ from llama_jax.evals.origin import identity
 from llama_jax.evals.reward_scores import combined, kept_scores
 from llama_jax.evals.words import tokenizer_of
 from llama_jax.interop.formats import open_source
-from llama_jax.kept_answers import Kept, Open, check_kept, check_prompts, collect, define_engines, is_file, opener
+from llama_jax.kept_answers import (
+    Kept,
+    Open,
+    check_kept,
+    check_prompts,
+    check_systems,
+    collect,
+    define_engines,
+    is_file,
+    opener,
+    read_systems,
+)
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -56,7 +68,7 @@ from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import Request
 from llama_jax.training.metrics import Progress
 
-_OF_ONE = ("first", "second", "prompts", "helpfulness", "safety", "judge")  # flags of a new comparison
+_OF_ONE = ("first", "second", "prompts", "system", "helpfulness", "safety", "judge")  # flags of a new comparison
 
 
 def reward_outcomes(
@@ -140,8 +152,9 @@ def main() -> None:
         (name,) = places
         raise ValueError(f"--second: named {name!r} like the first; name them: --first=new=... --second=old=...")
     start_distributed()
+    systems = from_host_0(lambda: read_systems(values.system, places))
     with worked_in(values.output) as directory:
-        _compare(values, places, rewards, directory)
+        _compare(values, places, systems, rewards, directory)
 
 
 def show_together(values: Any) -> None:
@@ -158,19 +171,27 @@ def show_together(values: Any) -> None:
     print(os.path.join(values.output, "report.html"))
 
 
-def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str], directory: Path) -> None:
-    """Answers, verdicts and the report, by the flags' `values`."""
+def _compare(
+    values: Any, places: Mapping[str, str], systems: Mapping[str, str], rewards: Mapping[str, str], directory: Path
+) -> None:
+    """Answers, verdicts and the report, by the flags' `values`; `systems` has the messages that some models answer under."""
     prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if values.prompts else []
     how = {"choice": Choice(values.temperature, top_p=values.top_p).check(), "max_tokens": values.max_tokens,
            "seed": values.seed, "int8_cache": values.int8_cache}  # fmt: skip
+    how = {name: {**how, "system": systems.get(name, "")} for name in places}
+    check_systems(systems, prompts)
     for place in rewards.values():  # before the first model answers
         check_judge(place, values.tokenizer)
     for name, place in places.items():
-        from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how))
+        from_host_0(lambda name=name, place=place: check_kept(name, place, directory, **how[name]))
         if not is_file(place):
-            from_host_0(lambda name=name, place=place: _check_prompts(name, place, prompts, directory, values.tokenizer))
+            from_host_0(lambda name=name, place=place: _check_prompts(
+                name, place, prompts, directory, tokenizer=values.tokenizer, system=how[name]["system"]
+            ))  # fmt: skip
     open_model = opener(int8_cache=values.int8_cache)
-    answers = {name: collect(name, place, prompts, directory, open_model=open_model, **how) for name, place in places.items()}
+    answers = {
+        name: collect(name, place, prompts, directory, open_model=open_model, **how[name]) for name, place in places.items()
+    }
     missing = dict.fromkeys(places, 0)
     if prompts:  # what one of them could not answer is left out, and counted
         had = {name: {prompt_key(answer.messages) for answer in some} for name, some in answers.items()}
@@ -191,17 +212,18 @@ def _compare(values: Any, places: Mapping[str, str], rewards: Mapping[str, str],
         counts = {name: count(place, [pair[side] for pair in pairs], missing=missing[name])
                   for side, (name, place) in enumerate(places.items())}  # fmt: skip
         results = {"first": first, "second": second, "judge": judge, "judged_by": judged_by,
-                   "prompts": comparison_report.prompt_set(pairs, prompts), "answers": counts}  # fmt: skip
+                   "prompts": comparison_report.prompt_set(pairs, prompts), "answers": counts,
+                   "system": dict(systems)}  # fmt: skip
         comparison_report.write(results, pairs, outcomes, scores, directory)
         print(os.path.join(values.output, "report.html"))
 
     on_host_0(finish)
 
 
-def _check_prompts(name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, tokenizer: str | None) -> None:
+def _check_prompts(name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, **how: Any) -> None:
     """`check_prompts` of a model that has answered nothing yet: of one that has, the weights may be gone."""
     if not (directory / f"answers_{name}.jsonl").exists():
-        check_prompts(place, prompts, tokenizer=tokenizer)
+        check_prompts(place, prompts, **how)
 
 
 def alike_in_safety(
@@ -305,6 +327,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("first", None, "name=checkpoint, or name=answers.jsonl: the model whose wins are counted")
     flags.DEFINE_string("second", None, "the same of the other model")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts, where a checkpoint answers")
+    flags.DEFINE_list("system", [], "name=file of the system message that a checkpoint answers under (3.4.2, Table 31)")
     flags.DEFINE_list("results", [], "name=directory of each finished comparison, to show them together; with --output alone")
     flags.DEFINE_string("output", None, "directory for answers, verdicts and the report; gs://bucket/... too")
     flags.DEFINE_string("helpfulness", "", "reward model")

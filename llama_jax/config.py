@@ -11,7 +11,8 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -121,13 +122,14 @@ def _place(where: str, field: str) -> str:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """`flags_parser` of a command's `app.run`: a flag that names no field of its config is one line, not a traceback."""
+    """`flags_parser` of a command's `app.run`: a flag that names no config, or no field of it, is one line, not a traceback."""
     from absl import flags  # commands only
 
+    _check_file(argv)
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        if isinstance(error, (AttributeError, KeyError)) and (said := _unknown_field(error, argv)):
+        if isinstance(error, (AttributeError, KeyError)) and (said := _unknown_field(error, argv, commands=flags.FLAGS)):
             sys.exit(f"error: {said}")
         reason = error
         while reason.args and isinstance(reason.args[0], Exception):  # ml_collections wraps the error that says it
@@ -138,9 +140,19 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {lines[-1] if 'Traceback' in text else ' '.join(lines)}")
 
 
-def _unknown_field(error: Exception, argv: list[str]) -> str | None:
+def _check_file(argv: list[str]) -> None:
+    """Ends the process if the file of `--config` is not there. (ml_collections would say so where the config is first used.)"""
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        file = value.partition(":")[0]
+        if argument.startswith("-") and name == "config" and file and not Path(file).exists():
+            sys.exit(f"error: config {file!r} not found; expected a file of the checkout: run there or give its whole path")
+
+
+def _unknown_field(error: Exception, argv: list[str], *, commands: Container[str]) -> str | None:
     """The flag that names a field its config does not have, beside those that it has; None if the error is another one.
 
+    `commands` are the names of the flags that the command has beside.
     ml_collections says the name alone; the config that it looked into is a variable on the way to its error.
     """
     configs = [frame.f_locals.get("config") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -151,6 +163,8 @@ def _unknown_field(error: Exception, argv: list[str]) -> str | None:
             if not hasattr(at, "to_dict"):
                 break
             if name not in at:
+                if name in commands:
+                    return f"{place}.{name}: unknown field; --{name} is a flag of its own"
                 near = difflib.get_close_matches(name, at.keys(), n=1, cutoff=0.4)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 return f"{place}.{name}: unknown field{hint}, there are {', '.join(at)}"

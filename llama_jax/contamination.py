@@ -30,6 +30,7 @@ from llama_jax.corpus_build.storage import local_copy
 from llama_jax.data.blocks import block_ids
 from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import BOS_ID, Tokenizer
+from llama_jax.evals.published_alignment import TABLE_51
 from llama_jax.files import write_text
 from llama_jax.paths import place
 
@@ -153,7 +154,7 @@ def _plain(subset) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The analysis as text: mean share of contaminated tokens by L, and Table 51 for sets with scores."""
+    """The analysis as text: mean share of contaminated tokens by L; for sets with scores Table 51, and the paper's below it."""
     lines = [f"{'samples file':<28}{'samples':>9}" + "".join(f"{f'L={length}':>9}" for length in LENGTHS) + f"{'verdict':>14}"]
     for name, row in result.items():
         verdict = "" if "affected" not in row else "affected" if row["affected"] else "not affected"
@@ -169,7 +170,15 @@ def table(result: dict[str, Any]) -> str:
                 f"{name:<28}{row['length']:>4} {part['name']:<10}{part['contamination']:>9.1%}{part['samples']:>8,}{mean:>9}"
                 f"{part['expected']:>9.3f}{z:>8}"
             )
+    if scored:
+        lines += ["", *map(_papers, (TABLE_51.columns, *TABLE_51.rows))]
     return "\n".join(lines)
+
+
+def _papers(cells: Sequence[str]) -> str:
+    """A line of the paper's table, below the columns of ours."""
+    name, length, subset, share, count, mean, expected, z = cells
+    return f"{name:<28}{length:>4} {subset:<10}{share:>9}{count:>8}{mean:>9}{expected:>9}{z:>8}"
 
 
 def main() -> None:

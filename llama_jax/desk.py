@@ -9,7 +9,8 @@ on; a reload or a kill goes on where it was, with what was chosen or written and
 with an answer are counted and left out, never cut; rows say which answers ended by themselves.
 
 The paper's evaluations are of given prompts, of one or several turns, of which the last answer is judged (3.4.2, 4.4): those of
-`--prompts`. Dialogs that raters write go on with the answer that they prefer, on the safety scale with the only one.
+`--prompts`. Each model may answer them under a system message of its own, which raters do not see (`--system=v1=v1.txt`; Table
+31). Dialogs that raters write go on with the answer that they prefer, on the safety scale with the only one.
 
 Listens on 127.0.0.1; on any other address raters log in: with a password that all share (`--password`, or
 LLAMA_JAX_DESK_PASSWORD in the environment), under any name, or each with their own (`--passwords`). Needs the extra [web].
@@ -34,7 +35,7 @@ from llama_jax.chat import open_engine, settings_of
 from llama_jax.convert import one_process
 from llama_jax.evals.origin import claim
 from llama_jax.evals.words import tokenizer_of
-from llama_jax.kept_answers import check_prompts
+from llama_jax.kept_answers import check_prompts, check_systems, read_systems
 from llama_jax.parallel.host import keep_heap
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.worker import Worker
@@ -68,12 +69,13 @@ def serve_models(
     return served
 
 
-def check_kept(desk: Desk, places: Mapping[str, str], **how: Any) -> None:
+def check_kept(desk: Desk, places: Mapping[str, str], systems: Mapping[str, str], **how: Any) -> None:
     """Refuses answers that other checkpoints gave under these names, or these otherwise, where raters are shown kept ones."""
     if desk.listed and desk.settings.mode != "preference":
         for name, path in places.items():
             file = desk.directory / "models" / f"{quote(name, safe='')}.json"
-            claim(file, path, temperature=desk.settings.temperatures[0], **how)
+            own = {"system": systems[name]} if name in systems else {}
+            claim(file, path, temperature=desk.settings.temperatures[0], **how, **own)
 
 
 def read_passwords(path: str) -> dict[str, str]:
@@ -119,15 +121,19 @@ def main() -> None:
     for temperature in settings.temperatures:
         Choice(temperature, top_p=values.top_p).check()
     prompts = read_prompt_list(values.prompts) if values.prompts else []
-    engines = Engines({}, max_tokens=values.max_tokens, top_p=values.top_p)
+    systems = read_systems(values.system, places)
+    if systems and (settings.mode == "preference" or not prompts):  # rows do not say what was drawn under it
+        raise ValueError("--system: is for the evaluations of 3.4.2, 4.4: expected --prompts, and --mode=comparison or safety")
+    check_systems(systems, prompts)
+    engines = Engines({}, max_tokens=values.max_tokens, top_p=values.top_p, systems=systems)
     desk = Desk(values.output, settings, engines, prompts=prompts)  # opens the output before anything is loaded
     keep_heap()
     try:
         if (hosts := jax.process_count()) > 1:  # those of a TPU VM know each other without the environment
             raise ValueError(f"desk runs in one process, and this TPU has {hosts} hosts: ask for one of a single host")
-        for place in places.values() if prompts else ():
-            check_prompts(place, prompts, tokenizer=values.tokenizer)
-        check_kept(desk, places, top_p=values.top_p, max_tokens=values.max_tokens, int8_cache=values.int8_cache)
+        for name, place in places.items() if prompts else ():
+            check_prompts(place, prompts, tokenizer=values.tokenizer, system=systems.get(name, ""))
+        check_kept(desk, places, systems, top_p=values.top_p, max_tokens=values.max_tokens, int8_cache=values.int8_cache)
         engines.models |= serve_models(
             places, tokenizer=values.tokenizer, slots=values.slots, max_length=values.max_length,
             int8_cache=values.int8_cache, mesh_tensor=values.mesh_tensor,
@@ -150,6 +156,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "JSONL file that judgements are added to")
     flags.DEFINE_enum("mode", "preference", list(forms.MODES), "what raters are asked")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts to be judged; without it raters write their own")
+    flags.DEFINE_list("system", [], "name=file of the system message that a model answers under, for --prompts (Table 31)")
     flags.DEFINE_list("raters", [], "names of those who may take part; default: everybody")
     flags.DEFINE_bool("safety", False, "the messages that raters write are of the safety track at first")
     flags.DEFINE_string("source", "desk", "source of the rows")

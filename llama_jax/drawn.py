@@ -22,13 +22,12 @@ from llama_jax.corpus_build.manifest import read_manifest
 from llama_jax.corpus_build.tables import aligned, drawn_table
 from llama_jax.evals import loss_by_tokens
 from llama_jax.paths import check_bucket, place
-from llama_jax.training.metrics import read_metrics
 
 
 def run(workdir: str | os.PathLike) -> str:
     """The table of a run, finished or not. ConfigError for a workdir that is no pretraining run's, or of one without a step."""
     config = loss_by_tokens.config_of(workdir)
-    log, sources = read_metrics(workdir), read_manifest(config["data"]["corpus"])["sources"]
+    log, sources = loss_by_tokens.log_of(workdir), read_manifest(config["data"]["corpus"])["sources"]
     steps = int(log["step"].max(initial=-1)) + 1
     epochs = {}
     for source in sources:

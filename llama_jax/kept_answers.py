@@ -1,7 +1,9 @@
 """Answers of checkpoints to prompts, drawn once and kept: what compares, judges and reads answers goes on where it stopped.
 
 A model is the place of a checkpoint, or a file of its answers (`evals/answer_files.py`). Answers that another checkpoint gave
-under a name, or this one under other settings, are refused. On a pod every host draws; the first one writes.
+under a name, or this one under other settings, are refused. A checkpoint may answer under a system message of its own, as the
+paper's models do (Table 31): it is no part of the prompt, which both models' answers share. On a pod every host draws; the
+first one writes.
 """
 
 import dataclasses
@@ -13,16 +15,18 @@ from typing import Any
 import jax
 from absl import flags
 
+from llama_jax import command
 from llama_jax.chat import open_engine, settings_of
 from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response, prompt_key
 from llama_jax.data.row_file import RowFile
-from llama_jax.evals.answer_files import Answered, answer_room, read_answers
+from llama_jax.evals.answer_files import Answered, answer_room, read_answers, under
 from llama_jax.evals.origin import claim
 from llama_jax.evals.words import tokenizer_of
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.parallel.hosts import from_host_0
+from llama_jax.paths import place as place_of
 from llama_jax.pretrained import Model
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
@@ -59,7 +63,7 @@ class Kept:
 
 def collect(
     name: str, place: str, prompts: Sequence[dict[str, Any]], directory: Path, *, open_model: Open, choice: Choice,
-    max_tokens: int, seed: int, int8_cache: bool = False,
+    max_tokens: int, seed: int, int8_cache: bool = False, system: str = "",
 ) -> list[Answered]:  # fmt: skip
     """A model's answers: read from a file, or drawn by a checkpoint (see `draw_answers`) and kept in `answers_<name>.jsonl`.
 
@@ -73,12 +77,13 @@ def collect(
     if not prompts:
         raise ValueError("--prompts: missing; a checkpoint needs prompts to answer")
     from_host_0(lambda: check_kept(
-        name, place, directory, choice=choice, max_tokens=max_tokens, seed=seed, int8_cache=int8_cache
+        name, place, directory, choice=choice, max_tokens=max_tokens, seed=seed, int8_cache=int8_cache, system=system
     ))  # fmt: skip
     kept = Kept(directory / f"answers_{name}.jsonl")
     try:
         if missing := _unanswered(prompts, kept):
-            draw_answers(*open_model(place), missing, kept, name=name, choice=choice, max_tokens=max_tokens, seed=seed)
+            how = {"choice": choice, "max_tokens": max_tokens, "seed": seed, "system": system}
+            draw_answers(*open_model(place), missing, kept, name=name, **how)
     finally:
         kept.close()
     wanted = {prompt_key(row["messages"]) for row in prompts}
@@ -87,24 +92,62 @@ def collect(
 
 
 def check_kept(
-    name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, int8_cache: bool = False
-) -> None:
+    name: str, place: str, directory: Path, *, choice: Choice, max_tokens: int, seed: int, int8_cache: bool = False,
+    system: str = "",
+) -> None:  # fmt: skip
     """Refuses to go on with answers that another checkpoint gave under this name, or this one under other settings."""
     if not is_file(place):
         claim(
             directory / f"model_{name}.json", place, temperature=choice.temperature, top_p=choice.top_p,
-            max_tokens=max_tokens, seed=seed, int8_cache=int8_cache,
+            max_tokens=max_tokens, seed=seed, int8_cache=int8_cache, **({"system": system} if system else {}),
         )  # fmt: skip
 
 
-def check_prompts(place: str, prompts: Sequence[dict[str, Any]], *, tokenizer: str | None) -> None:
+def read_systems(items: Sequence[str], models: Mapping[str, str]) -> dict[str, str]:
+    """{name: its system message} of a flag `--system=name=file,...`.
+
+    Raises:
+      ValueError, FileNotFoundError: a name that is none of the checkpoints among the `models`, or a file without a text.
+    """
+    found = {}
+    for name, file in command.named("system", items).items():
+        if name not in models:
+            raise ValueError(f"--system: expected one of {', '.join(models)}, got {name!r}")
+        if is_file(models[name]):
+            raise ValueError(f"--system: {name!r}: expected a checkpoint that answers, got a file of answers, {models[name]}")
+        if not place_of(file).is_file():
+            raise FileNotFoundError(f"--system: {file}: expected a file with the system message of {name!r}, found none")
+        try:
+            found[name] = place_of(file).read_bytes().decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"--system: {file}: expected the system message of {name!r} in UTF-8") from None
+        if not found[name]:
+            raise ValueError(f"--system: {file}: expected the system message of {name!r}, found no text")
+    return found
+
+
+def check_systems(systems: Mapping[str, str], prompts: Sequence[dict[str, Any]]) -> None:
+    """ValueError for a prompt that has a system message already, if a model has one for all."""
+    for name in systems:
+        for number, row in enumerate(prompts):
+            if row["messages"][0]["role"] == "system":
+                raise ValueError(
+                    f"{_where(number, row)}: messages[0]: has a system message, and --system gives {name!r} one for all; "
+                    "expected one of the two"
+                )
+
+
+def check_prompts(place: str, prompts: Sequence[dict[str, Any]], *, tokenizer: str | None, system: str = "") -> None:
     """Looks, before its weights are loaded, whether the chat format of the checkpoint at `place` takes all prompts.
 
     Raises:
-      ValueError: names the row of one that it does not take: it holds a control piece, or its roles are not in turn.
+      ValueError: names the row of one that it does not take: it holds a control piece, or its roles are not in turn; or the
+        system message, which may hold one too, or have no place in the format.
     """
     source = open_source(place)
     words = open_tokenizer(source, tokenizer_of(place, tokenizer) or source.tokenizer)
+    if system:
+        encode_chat(under(system, [{"role": "user", "content": "Hello."}]), words, where="--system")
     for number, row in enumerate(prompts):
         encode_chat(row["messages"], words, where=_where(number, row))
 
@@ -150,11 +193,12 @@ def opener(*, int8_cache: bool = False) -> Open:
 
 def draw_answers(
     engine: Engine, model: Model, prompts: Sequence[tuple[int, dict[str, Any]]], kept: Kept, *, name: str, choice: Choice,
-    max_tokens: int, seed: int,
+    max_tokens: int, seed: int, system: str = "",
 ) -> None:  # fmt: skip
     """Appends the answer to each (number, prompt), many drawn together; what a prompt draws depends on (seed, number) alone."""
     encoded = [
-        (number, row, encode_chat(row["messages"], model.tokenizer, where=_where(number, row))) for number, row in prompts
+        (number, row, encode_chat(under(system, row["messages"]), model.tokenizer, where=_where(number, row)))
+        for number, row in prompts
     ]
     quiet = jax.process_index() > 0
     with jax.set_mesh(model.mesh), Progress(len(encoded), f"answers of {name}", "answer", quiet=quiet) as progress:

@@ -1,5 +1,6 @@
 """Tables of Markdown, and the text of models and people in it: what they wrote is shown as it is and cannot be markup."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from html import escape
@@ -9,6 +10,26 @@ from typing import Any
 _MARKUP = re.compile(r"[\\`*{}\[\]#~$|]|(?<![^\W_])_|_(?![^\W_])")
 # A number, its interval or error behind it; a dash where there is none.
 _NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]?\d+)? ?%?(?: (?:\([-+\d.,]+ to [-+\d.,]+\)|± [\d.,]+))?|-)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    @classmethod
+    def read(cls, text: str) -> "Table":
+        """Of lines whose cells are parted by bars, titles first."""
+        columns, *rows = ([cell.strip() for cell in line.split("|")] for line in text.strip().splitlines())
+        if wrong := [row for row in rows if len(row) != len(columns)]:
+            raise ValueError(f"expected rows of {len(columns)} cells, got {wrong[0]}")
+        return cls(columns, rows)
+
+    def markdown(self) -> str:
+        """As `markdown_table` writes it."""
+        return markdown_table(self.columns, self.rows)
 
 
 def verbatim(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How long checkpoints keep an instruction of the first turn (paper 3.3, A.3.5, Table 30): `python -m llama_jax.recall`.
+"""How long checkpoints keep an instruction of the first turn (3.3, A.3.5, Table 30, Fig. 10): `python -m llama_jax.recall`.
 
     python -m llama_jax.recall --checkpoint=baseline=runs/v3 --checkpoint=ghost=runs/v4 --dialogs=held_out.jsonl \\
         --output=runs/recall
@@ -8,9 +8,10 @@ question. Each checkpoint answers them turn by turn, greedily, by its own earlie
 Table 30 whether it still obeys. Instructions are of `--families` (`rlhf/constraints.py`) with the values of `--values`, rows
 {"kind": family, "value": ...}, or with short words of ours. `recall.json` and `recall.md` have the shares with their intervals,
 `ghost_recall.png` shows them, `recall_<name>.jsonl` has the answers that were judged. `recall.md` also has the first dialogs
-with the answers of all checkpoints side by side (Fig. 9; with instructions that none was trained on, Fig. 28). Answers are
-kept as they come: a run that is stopped goes on with the same command. Those of another checkpoint under this name, or under
-other settings, are refused. On a pod the same command runs on every host.
+with the answers of all checkpoints side by side (Fig. 9; with instructions that none was trained on, Fig. 28). With
+`--attention=N`, `attention_1.png` to N show how each checkpoint attends to the instruction in the first dialogs, with its own
+answers in them (Fig. 10). Answers are kept as they come: a run that is stopped goes on with the same command. Those of another
+checkpoint under this name, or under other settings, are refused. On a pod the same command runs on every host.
 """
 
 import dataclasses
@@ -31,20 +32,34 @@ from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import decode_response
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.desk import name_checkpoints
-from llama_jax.evals import ghost_figures
-from llama_jax.evals.ghost import TURNS, Recall, follow, recall_rows, recall_table
+from llama_jax.evals import drawings, ghost_figures
+from llama_jax.evals.ghost import (
+    TURNS,
+    AttentionMap,
+    Recall,
+    attention_map,
+    follow,
+    instruction_span,
+    recall_rows,
+    recall_table,
+)
 from llama_jax.evals.origin import claim
-from llama_jax.evals.plots import MARKERS, save
+from llama_jax.evals.plots import MARKERS, Plot, save
+from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import write_json, write_text
+from llama_jax.interop.formats import open_source
+from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.kept_answers import Kept, Open, define_engines, opener
+from llama_jax.markdown import markdown_table
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
 from llama_jax.parallel.output import worked_in
-from llama_jax.pretrained import Model
+from llama_jax.pretrained import Model, load
 from llama_jax.rlhf.constraints import FAMILIES
-from llama_jax.rlhf.ghost import Context, Messages, read_values
+from llama_jax.rlhf.ghost import Context, Messages, in_first_turn, read_values
 from llama_jax.rlhf.instructions import VALUES, contexts_of
+from llama_jax.rlhf.respond import usable
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.training.metrics import Progress
@@ -148,15 +163,73 @@ def measure(
     return [Recall(**row) for row in rows]
 
 
+Maps = Mapping[str, Mapping[str, AttentionMap]]  # {checkpoint: {number of the dialog, from 1: its map}}
+
+
+def drawn_dialog(context: Context, answers: Mapping[str, tuple[str, bool]]) -> Messages:
+    """The dialog as `evals.ghost.follow` left it, with its instruction and the answers that were drawn, {`digest` of what was
+    asked: (text, ended)}."""
+    dialog = in_first_turn(context.messages, context.instruction, place="user")
+    for until in range(1, len(dialog), 2):
+        own, (text, ended) = dialog[until], answers[digest(dialog[:until])]
+        if usable(text, ended):
+            dialog[until] = {**own, "content": text}
+            if until + 2 < len(dialog) and digest(dialog[: until + 2]) not in answers:
+                dialog[until] = own  # the answer left no room for the rest: this was never asked
+    return dialog
+
+
+def attend(name: str, place: str, contexts: Sequence[Context], directory: Path, *, tokenizer: str | None) -> None:
+    """How a checkpoint attends in these contexts' dialogs with its own answers (Fig. 10): `attention_<name>.npz`, unless it has
+    as many. `measure` has claimed the directory for the same contexts, so that kept maps are of these dialogs."""
+    path, quiet = directory / f"attention_{name}.npz", jax.process_index() > 0
+    if from_host_0(lambda: path.exists() and len(drawings.load_maps(path)) >= len(contexts)):
+        return
+    rows = from_host_0(lambda: [row for _, row in read_jsonl(directory / f"answers_{name}.jsonl")])
+    answers = {row["conversation"]: (row["answer"], row["ended"]) for row in rows}
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = load(place, tokenizer=tokenizer_of(place, tokenizer), dtype=dtype)
+    maps = {}
+    with jax.set_mesh(model.mesh), Progress(len(contexts), f"attention of {name}", "dialog", quiet=quiet) as progress:
+        for number, context in enumerate(contexts, start=1):
+            maps[str(number)] = attention_map(
+                model.params, drawn_dialog(context, answers), context.instruction, model.tokenizer, config=model.config,
+                compute=model.compute,
+            )  # fmt: skip
+            progress.update(1)
+    on_host_0(drawings.save_maps, path, maps)
+
+
+def kept_maps(name: str, directory: Path, count: int) -> dict[str, AttentionMap]:
+    """The first of the maps that `attend` kept, by the number of the dialog."""
+    return dict(list(drawings.load_maps(directory / f"attention_{name}.npz").items())[:count])
+
+
+def check_attention(name: str, place: str, context: Context, directory: Path, *, tokenizer: str | None) -> None:
+    """Looks, before a model answers, whether the instruction can be found in dialogs as the checkpoint's chat format has them.
+
+    Raises:
+      ValueError: also where the format does not say where an answer ends.
+    """
+    if (directory / f"attention_{name}.npz").exists():
+        return  # of one that has answered, the weights may be gone
+    source = open_source(place)
+    words = open_tokenizer(source, tokenizer_of(place, tokenizer) or source.tokenizer)
+    instruction_span(in_first_turn(context.messages, context.instruction, place="user"), context.instruction, words)
+
+
 def report(
-    found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], contexts: Sequence[Context], directory: Path
-) -> str:
-    """Writes `recall.json`, `recall.md` and the figure; returns the table and the first dialogs."""
+    found: Mapping[str, Sequence[Recall]], places: Mapping[str, str], contexts: Sequence[Context], directory: Path, *,
+    maps: Maps,
+) -> str:  # fmt: skip
+    """Writes `recall.json`, `recall.md` and the figures; returns the table and the first dialogs."""
     tables = {name: recall_table(rows) for name, rows in found.items()}
     shares = {
         name: {str(turn): dataclasses.asdict(interval) for turn, interval in table.items()} for name, table in tables.items()
     }
-    write_json(directory / "recall.json", {"checkpoints": dict(places), "recall": shares})
+    by_turn = {name: [m.by_turn.tolist() for m in some.values()] for name, some in maps.items()}
+    values = {"checkpoints": dict(places), "recall": shares}
+    write_json(directory / "recall.json", values | ({"attention": by_turn} if by_turn else {}))
     header, *rows = recall_rows(tables)
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows)]
     shown = ghost_figures.examples(
@@ -164,10 +237,40 @@ def report(
         {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()},
     )
     lead = "Answers that obey the instruction of the first turn, with 95 % intervals (Table 30)."
-    text = "\n\n".join([lead, "\n".join(lines), *ghost_figures.dialog_blocks(shown)]) + "\n"
+    blocks = [
+        lead, "\n".join(lines), ghost_figures.papers().markdown(), *_attention_blocks(by_turn),
+        *ghost_figures.dialog_blocks(shown),
+    ]  # fmt: skip
+    text = "\n\n".join(blocks) + "\n"
     write_text(directory / "recall.md", text)
-    save([ghost_figures.recall(shares)], directory)
+    save([ghost_figures.recall(shares), *_drawn(maps)], directory)
     return text
+
+
+def _drawn(maps: Maps) -> list[Plot]:
+    """A figure a dialog, in it a map a checkpoint."""
+    numbers = dict.fromkeys(number for some in maps.values() for number in some)
+    title = "Largest attention of all heads, dialog {} (Fig. 10)"
+    drawn = {
+        number: drawings.attention_maps({name: some[number] for name, some in maps.items()}, title=title.format(number))
+        for number in numbers
+    }
+    return [dataclasses.replace(plot, name=f"attention_{number}") for number, plot in drawn.items()]
+
+
+def _attention_blocks(by_turn: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+    """Fig. 10 as a table, a row a dialog; nothing without maps."""
+    if not by_turn:
+        return []
+    rows = [
+        [str(number), *(f"{turns[0]:.2f}, {turns[-1]:.2f}" for turns in some)]
+        for number, some in enumerate(zip(*by_turn.values(), strict=True), start=1)
+    ]
+    lead = (
+        "The largest attention of any head from a token to the instruction: its mean over the tokens of the first turn and of "
+        "the last one (Fig. 10; `attention_1.png` and on are of the same dialogs)."
+    )
+    return [lead, markdown_table(["dialog", *by_turn], rows)]
 
 
 def main() -> None:
@@ -179,19 +282,29 @@ def main() -> None:
         raise ValueError(f"--turns: expected turns from 1, got {','.join(values.turns)}")
     if len(places) > len(MARKERS):
         raise ValueError(f"--checkpoint: expected at most {len(MARKERS)}, which a figure can tell apart; got {len(places)}")
+    if values.attention > values.count:
+        raise ValueError(f"--attention: expected at most --count={values.count} dialogs, got {values.attention}")
     start_distributed()
     contexts = make_contexts(
         values.dialogs, values_of(values.values, values.families), count=values.count, turns=max(turns),
         longest=values.longest, seed=values.seed,
     )  # fmt: skip
+    looked_at = contexts[: values.attention]
     with worked_in(values.output) as directory:
+        for name, place in places.items() if looked_at else ():
+            from_host_0(lambda name=name, place=place: check_attention(
+                name, place, looked_at[0], directory, tokenizer=values.tokenizer
+            ))  # fmt: skip
         found = {
             name: measure(name, place, contexts, directory, turns=turns, open_model=opener(), max_tokens=values.max_tokens)
             for name, place in places.items()
         }
+        for name, place in places.items() if looked_at else ():
+            attend(name, place, looked_at, directory, tokenizer=values.tokenizer)
 
         def finish() -> None:
-            print(report(found, places, contexts, directory))
+            maps = {name: kept_maps(name, directory, len(looked_at)) for name in places} if looked_at else {}
+            print(report(found, places, contexts, directory, maps=maps))
             print(os.path.join(values.output, "recall.json"))
 
         on_host_0(finish)
@@ -208,6 +321,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("families", list(VALUES), "what instructions ask for")
     flags.DEFINE_string("values", "", 'JSONL file of {"kind": family, "value": ...}; without it, words of ours')
     flags.DEFINE_integer("max_tokens", 128, "longest answer", lower_bound=1)
+    flags.DEFINE_integer("attention", 0, "of how many dialogs attention is drawn for each checkpoint (Fig. 10)", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "of which dialogs are joined")
     flags.mark_flags_as_required(["checkpoint", "dialogs", "output"])
     command.launch(main)

@@ -30,7 +30,6 @@ from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import distillation_figure, progress, summary, verdict
 from llama_jax.evals.report import write_report
 from llama_jax.evals.speed import matmul_ceiling, operations, speed
-from llama_jax.evals.statistics import mean_interval
 from llama_jax.evals.verdict import Answer, Decoding
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
@@ -45,11 +44,11 @@ from llama_jax.rlhf.scoring import score_responses
 from llama_jax.rlhf.versions import (
     VersionPlan,
     checkpoint_entry,
+    complete,
     file_entry,
     portion,
     record,
 )
-from llama_jax.safety.distillation import score_distributions
 from llama_jax.steps import Steps, change, define_job, load_config, merged, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
@@ -290,13 +289,9 @@ class Recipe(Steps[RecipeConfig]):
         })  # fmt: skip
         self.judged["distilled"] = "distill"
         self.answer("distilled")
-        samples, kept = (
-            [row for _, row in read_jsonl(self.workdir / "distill" / f"{name}.jsonl")] for name in ("samples", "kept")
-        )
         before = next(name for name, stage in self.judged.items() if stage == policy)
         return {
-            "prompts": len(samples), "kept": len(kept), **distillation_figure.described(samples, kept),
-            "safety_score": {kind: mean_interval(scores) for kind, scores in score_distributions(samples).items()},
+            **distillation_figure.described(*distillation_figure.read_run(self.workdir / "distill")),
             "before": self.standing[before], "after": self.standing["distilled"],
         }  # fmt: skip
 
@@ -373,10 +368,12 @@ class Recipe(Steps[RecipeConfig]):
         }  # fmt: skip
 
     def report(self, studies: dict[str, Any]) -> dict[str, Any]:
-        """Judges all versions, writes report and figures; returns the results that the report shows, `studies` among them."""
+        """Judges all versions, completes the ledger, writes report and figures; returns the results that the report shows,
+        `studies` among them."""
         self.step("scores", self.score_answers)
         last, names = f"v{len(self.config.versions)}", [name for name in self.judged if name != "distilled"]
         versions = {name: {**self.standing[name], **progress.compare(self.workdir, name)} for name in names}
+        complete(self.workdir / "ledger.json", lambda name: versions[name], judges=self.rewards)
         results = {
             "size": self.config.size,
             "minutes": self.config.minutes,

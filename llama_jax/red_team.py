@@ -27,10 +27,11 @@ from llama_jax.data.sources import write_jsonl
 from llama_jax.evals.answer_files import Answered
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import Plot, Theme, canvas, note, save
-from llama_jax.evals.report_sections import Table
+from llama_jax.evals.published_alignment import GAMMA, REJECTED
 from llama_jax.evals.reward_scores import score_dialogs
 from llama_jax.files import write_json, write_text
 from llama_jax.kept_answers import collect, define_engines, opener
+from llama_jax.markdown import Table
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -102,7 +103,7 @@ def write_report(values: Mapping[str, Any], directory: Path) -> None:
         f"{values['hours']:,.1f} hours"
     )
     chapters = [
-        Chapter("Rounds", [f"{head} worked: gamma is {values['gamma']:.2f} in all."], [], [plot]),
+        Chapter("Rounds", [f"{head} worked: gamma is {values['gamma']:.2f} in all."], [GAMMA], [plot]),
         _labels("Risk categories", "risk", values["by_risk"]),
         _labels("Attack styles", "attack", values["by_attack"]),
     ]
@@ -115,7 +116,7 @@ def write_report(values: Mapping[str, Any], directory: Path) -> None:
             f"{name} no longer falls for {100 * rate['share']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f}) of "
             f"the prompts that worked in the last round; {found['unjudged']:,} of {found['prompts']:,} were not judged."
         )
-        chapters.append(Chapter("Rejection rate", [text]))
+        chapters.append(Chapter("Rejection rate", [text], [REJECTED]))
     write_text(directory / "report.html", page("Red teaming", "What people got the model to say (4.3).", chapters))
 
 

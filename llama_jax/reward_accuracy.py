@@ -36,12 +36,11 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import plots, reward_figures
 from llama_jax.evals.origin import claim
 from llama_jax.evals.page import Chapter, page
-from llama_jax.evals.report_sections import Table
 from llama_jax.evals.words import tokenizer_of
 from llama_jax.files import write_json, write_text
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.tokenizer_files import open_tokenizer
-from llama_jax.markdown import markdown_table
+from llama_jax.markdown import Table
 from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.parallel.mesh import start_distributed
@@ -49,6 +48,7 @@ from llama_jax.parallel.output import worked_in
 from llama_jax.pretrained import Model
 from llama_jax.reward.comparisons import Comparison, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, percent
+from llama_jax.reward.published import TABLE_7, TABLE_8
 from llama_jax.reward.scorers import check_scores
 from llama_jax.rlhf.respond import Tell, write_in_portions
 from llama_jax.rlhf.scoring import logit_scores
@@ -59,27 +59,6 @@ _ROWS = 16  # texts of the longest length in memory at once
 
 Shares = Mapping[str, Mapping[str, Mapping[str, float]]]  # {source: {degree or "all": share}}
 
-# The paper's test sets: 1,000 held-out comparisons of each batch of Meta's, and the open sets' own.
-TABLE_7 = Table(
-    ["the paper's (Table 7), %", "Meta help.", "Meta safety", "Anthropic help.", "Anthropic harm.", "OpenAI summ.", "SHP",
-     "avg"],
-    [row.split(",") for row in (
-        "SteamSHP-XL,52.8,43.8,66.8,34.2,54.7,75.7,55.3",
-        "Open Assistant,53.8,53.4,67.7,68.4,71.7,55.0,63.0",
-        "GPT-4,58.6,58.1,-,-,-,-,-",
-        "Safety RM,56.2,64.5,55.4,74.7,71.7,65.2,64.3",
-        "Helpfulness RM,63.2,62.8,72.0,71.0,75.5,80.0,70.6",
-    )],
-)  # fmt: skip
-TABLE_8 = Table(
-    ["the paper's (Table 8), %", "model", *RATINGS, "all"],
-    [row.split(",") for row in (
-        "Meta safety,Safety RM,94.3,76.3,65.7,55.3,64.5",
-        "Meta safety,Helpfulness RM,89.9,73.2,63.8,54.5,62.8",
-        "Meta helpfulness,Safety RM,64.6,57.5,53.8,52.2,56.2",
-        "Meta helpfulness,Helpfulness RM,80.7,67.5,60.9,54.7,63.2",
-    )],
-)  # fmt: skip
 NOTES = (
     "Percent, with Wilson's 95 % intervals. A pair counts where the chosen response scores strictly higher, each scored alone.",
     "All models answer the same pairs. In `all` every pair counts once, with or without a degree; the paper does not say how "
@@ -305,9 +284,7 @@ def write(values: Mapping[str, Any], output: Path) -> None:
     write_json(output / "results.json", values)
     parts = ["# Accuracy of reward models", *NOTES]
     for heading, table in tables.items():
-        parts += [f"## {heading}", markdown_table(table.columns, table.rows)]
-        if heading in papers:
-            parts += [markdown_table(papers[heading].columns, papers[heading].rows)]
+        parts += [f"## {heading}", table.markdown(), *([papers[heading].markdown()] if heading in papers else [])]
     write_text(output / "report.md", "\n\n".join(parts) + "\n")
     plots.save(drawn.values(), output / "figures")
     chapters = [

@@ -40,10 +40,11 @@ from llama_jax.model.config import size
 from llama_jax.parallel.host import keep_compiled, keep_heap
 from llama_jax.parallel.hosts import exist, on_host_0
 from llama_jax.parallel.mesh import make_mesh, start_distributed
-from llama_jax.pretrain.base import check_start, load_tokenizer
+from llama_jax.pretrain.base import check_reward_model, load_tokenizer
 from llama_jax.reward.comparisons import encode_comparisons
 from llama_jax.reward.held_out import SAFE, percent, share
 from llama_jax.reward.preference_report import batch_name
+from llama_jax.reward.published import FIGURE_6, TABLE_28, TABLE_29
 from llama_jax.rlhf.scoring import sigmoid_scores
 from llama_jax.steps import change, load_config
 from llama_jax.train import parse_stage
@@ -225,8 +226,8 @@ class Answer:
 def labelled_answers(config: StudyConfig) -> dict[str, list[Answer]]:
     """The held-out answers with a safety label, "safe" and "unsafe"; ConfigError if `conflict` cannot be made."""
     stage, words = conflict_stage(config), Tokenizer(config.tokenizer)
-    for path in (config.helpfulness, config.safety):
-        check_start(path, size(stage.model), words)
+    for name in ("helpfulness", "safety"):
+        check_reward_model(name, getattr(config, name), size(stage.model), words)
     answers: dict[str, list[Answer]] = {"safe": [], "unsafe": []}
     for path in config.held_out:
         rows = [row for row in read_comparisons(path) if row["safety_bin"] != REJECTED_SAFE]
@@ -318,13 +319,13 @@ def write_study(values: Mapping[str, Any], workdir: Path) -> None:
 
 
 def markdown(values: Mapping[str, Any]) -> str:
-    """The tables, accuracies in percent with their 95 % intervals."""
+    """The tables, accuracies in percent with their 95 % intervals; the paper's below each."""
     parts = ["# Reward models", "Percent, with 95 % intervals."]
     if values["margins"]:
         rows = {name: report["accuracy"]["all"] for name, report in values["margins"].items()}
         degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in rows.values())]
         cells = [[name, *(percent(row.get(degree)) for degree in degrees)] for name, row in rows.items()]
-        parts += ["## Accuracy by margin (Table 28)", markdown_table(["margin", *degrees], cells)]
+        parts += ["## Accuracy by margin (Table 28)", markdown_table(["margin", *degrees], cells), TABLE_28.markdown()]
     if values["safety_loss"]:
         columns = {
             name: {"average": report["accuracy"]["all"]["all"], **report["safety"]}
@@ -333,12 +334,15 @@ def markdown(values: Mapping[str, Any]) -> str:
         names = [name for name in ("average", *SAFE, "unsafe_recall") if any(name in row for row in columns.values())]
         cells = [[weight, *(percent(row.get(name)) for name in names)] for weight, row in columns.items()]
         parts += ["## The auxiliary safety loss: accuracy by safety bin, and unsafe answers that score below 0.5 (Table 29)",
-                  markdown_table(["weight", *(name.replace("_", " ") for name in names)], cells)]  # fmt: skip
+                  markdown_table(["weight", *(name.replace("_", " ") for name in names)], cells),
+                  TABLE_29.markdown()]  # fmt: skip
     for model, points in values["scaling"].items():
         cells = [[str(point["batch"]), f"{point['pairs']:,}", percent(point["accuracy"].get("significantly")),
                   percent(point["accuracy"]["all"])] for point in points]  # fmt: skip
         parts += [f"## Accuracy by batches: {model} (Fig. 6)",
                   markdown_table(["batches", "pairs", "significantly", "all"], cells)]  # fmt: skip
+    if values["scaling"]:
+        parts += [FIGURE_6.markdown()]  # once, below all sizes
     if "conflict" in values:
         cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"]
                  for name, row in values["conflict"]["shares"].items()]  # fmt: skip

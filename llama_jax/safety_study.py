@@ -30,11 +30,10 @@ from llama_jax.evals.plots import save
 from llama_jax.evals.statistics import mean_interval, share_interval
 from llama_jax.evals.verdict import Decoding, chat_answers
 from llama_jax.files import write_json, write_text
-from llama_jax.interop.formats import open_source
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.pretrain.base import check_start, load_tokenizer
+from llama_jax.pretrain.base import check_reward_model, load_tokenizer
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf.rejection import choose_prompts
 from llama_jax.rlhf.scoring import score_responses
@@ -159,9 +158,7 @@ class SafetyStudy(Steps[SafetyStudyConfig]):
         config, decoding = self.config, self.config.decoding
         model, words = load_tokenizer(parse_stage(self.values("sft", f"sft.py:{config.size}", {"start": config.start})))
         for name in ("helpfulness", "safety"):
-            check_start(getattr(config, name), model, words)
-            if open_source(getattr(config, name)).head != "reward_head":
-                raise ConfigError(f"config.{name}: {getattr(config, name)}: expected a reward model, found a language model")
+            check_reward_model(name, getattr(config, name), model, words)
         if decoding.prompt_length + decoding.new_tokens > model.max_length:
             raise ConfigError(
                 f"config.decoding.prompt_length={decoding.prompt_length} + new_tokens={decoding.new_tokens} exceed the "

@@ -1,4 +1,4 @@
-"""Figures of scored samples of models (paper Figs. 7, 8, 20, 21, 29): `python -m llama_jax.sample_figures`.
+"""Figures of scored samples of models (paper Figs. 7, 8, 16, 20, 21, 29): `python -m llama_jax.sample_figures`.
 
     python -m llama_jax.sample_figures --samples=SFT=sft/samples.jsonl,RLHF=rlhf/samples.jsonl --output=/tmp/figures
     python -m llama_jax.sample_figures --checkpoint=SFT=runs/sft,RLHF=runs/v5 --prompts=prompts.jsonl --answers=20 \\
@@ -8,6 +8,7 @@ Rows are those of rejection sampling, with a `temperature` for Figs. 8 and 21 (`
 first and scores them by the reward models (`sample_drawing.py`); a run that is stopped goes on with the same command. The
 `kind` of a prompt ("factual", "creative") gives Fig. 21 its panels. `--calibration=name=file` takes rows with a reward model's
 `score` (logit) and the `ratings` that people gave the answer; `--rated=helpfulness=file` has rated answers scored by it.
+`--distilled=name=workdir` shows a run of `configs/distill.py`: Fig. 16, its medians, and answers to read (Tables 13, 39).
 
 `results.json`, `report.html`, and as PNG and SVG those figures for which the files have what they need. Without `--checkpoint`
 a local output directory appears whole or not at all.
@@ -23,8 +24,9 @@ from absl import flags
 
 from llama_jax import command, sample_drawing
 from llama_jax.annotation.tasks import read_prompt_list
-from llama_jax.evals import model_figures, plots, samples
+from llama_jax.evals import distillation_figure, model_figures, plots, report_sections, samples
 from llama_jax.evals.page import Chapter, page
+from llama_jax.evals.published_alignment import FIGURE_7, FIGURE_8, FIGURE_21, FIGURE_29
 from llama_jax.files import whole_directory, write_json
 from llama_jax.kept_answers import define_engines
 from llama_jax.parallel.host import keep_heap
@@ -35,20 +37,27 @@ from llama_jax.paths import is_remote
 
 Files = Mapping[str, str | os.PathLike]
 
+_PAPER = {"best_of_n": FIGURE_7, "temperature_map": FIGURE_8, "self_bleu": FIGURE_21, "calibration": FIGURE_29}
 
-def run(files: Files, output: str | os.PathLike, *, rated: Files | None = None) -> dict[str, Any]:
-    """Writes the report of {name: file of samples} and {name: file of `rated` answers}, and returns its values.
+
+def run(
+    files: Files, output: str | os.PathLike, *, rated: Files | None = None, distilled: Files | None = None
+) -> dict[str, Any]:
+    """Writes the report of {name: file of samples}, {name: file of `rated` answers} and {name: workdir} of runs that
+    `distilled`, and returns its values.
 
     Raises:
       ValueError, FileNotFoundError: wrong files, or nothing to show in them; nothing is at `output` then.
     """
-    values, drawn = figures_of(files, rated=rated)
+    values, drawn = figures_of(files, rated=rated, distilled=distilled)
     with whole_directory(output) as directory:
         write(values, drawn, directory)
     return values
 
 
-def figures_of(files: Files, *, rated: Files | None = None) -> tuple[dict[str, Any], list[plots.Plot]]:
+def figures_of(
+    files: Files, *, rated: Files | None = None, distilled: Files | None = None
+) -> tuple[dict[str, Any], list[plots.Plot]]:
     """What the files show, as numbers with notes on what they leave out, and as figures. Raises as `run`."""
     rows = {name: samples.read_samples(path) for name, path in files.items()}
     scored = {name: some for name, some in rows.items() if any(row.get("reward") is not None for row in some)}
@@ -83,6 +92,10 @@ def figures_of(files: Files, *, rated: Files | None = None) -> tuple[dict[str, A
         counts = {name: samples.unread(path) for name, path in rated.items()}
         notes += [f"{name}: {n:,} rated answers have no score and are not in Fig. 29" for name, n in counts.items() if n]
         drawn.append(model_figures.calibration(values["calibration"]))
+    if distilled:
+        runs = {name: distillation_figure.read_run(workdir) for name, workdir in distilled.items()}
+        values["distillation"] = {name: distillation_figure.described(*run) for name, run in runs.items()}
+        drawn += [distillation_figure.scores(*run, of=name) for name, run in runs.items()]
     if not drawn:
         raise ValueError(f"{', '.join(map(str, files.values()))}: expected rows with rewards, or with texts at temperatures")
     for name, some in rows.items():
@@ -118,10 +131,19 @@ def write(values: dict[str, Any], drawn: list[plots.Plot], directory: Path) -> N
     """The figures, `results.json` and `report.html`."""
     plots.save(drawn, directory / "figures")
     write_json(directory / "results.json", values)
-    chapters = [Chapter(plot.title, plots=[plot]) for plot in drawn]
+    chapters = [_chapter(plot, values.get("distillation", {})) for plot in drawn]
     if values["notes"]:
         chapters.append(Chapter("Notes", notes=values["notes"]))
     (directory / "report.html").write_text(page("Samples", "What scored samples show.", chapters), encoding="utf-8")
+
+
+def _chapter(plot: plots.Plot, distilled: Mapping[str, Any]) -> Chapter:
+    """A figure with the paper's numbers, and of a run that distilled what the recipe's report says too."""
+    found = next((found for name, found in distilled.items() if plot.name == f"distillation_{name}"), None)
+    if found is None:
+        return Chapter(plot.title, tables=[_PAPER[plot.name]] if plot.name in _PAPER else [], plots=[plot])
+    section = report_sections.distillation(found)
+    return Chapter(plot.title, section.notes, section.tables, [plot])
 
 
 def _lists(best: Any) -> dict[str, list[float]]:
@@ -132,20 +154,22 @@ def main() -> None:
     """Flags to calls."""
     values = flags.FLAGS
     files, calibrated = command.named("samples", values.samples), command.named("calibration", values.calibration)
+    distilled = command.named("distilled", values.distilled, "workdir")
+    command.check_directories("distilled", distilled)  # figures are named after them
     if values.checkpoint or values.rated:
-        draw(files, calibrated, values)
+        draw(files, calibrated, distilled, values)
         return
     if given := [flag for flag in ("prompts", *sample_drawing.TRACKS) if values[flag].value]:
         raise ValueError(f"--{given[0]}: is for samples that are drawn; expected --checkpoint or --rated beside it")
     with worked_in(values.output) as output:
         if is_remote(values.output) and any(output.iterdir()):  # `run` would name the copy of it on this machine
             raise FileExistsError(f"{values.output}: exists already; expected a new or an empty directory")
-        run(files, output, rated=calibrated)
+        run(files, output, rated=calibrated, distilled=distilled)
     print(os.path.join(values.output, "report.html"))
 
 
-def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None:
-    """Draws samples by the flags and shows them beside those of `files`."""
+def draw(files: dict[str, str], calibrated: dict[str, str], distilled: dict[str, str], values: Any) -> None:
+    """Draws samples by the flags and shows them beside those of `files` and of runs that `distilled`."""
     models = sample_drawing.Models(
         command.named("checkpoint", values.checkpoint, "checkpoint"),
         {track: values[track].value for track in sample_drawing.TRACKS if values[track].value},
@@ -166,10 +190,16 @@ def draw(files: dict[str, str], calibrated: dict[str, str], values: Any) -> None
     start_distributed()
     for path in files.values():
         from_host_0(lambda path=path: len(samples.read_samples(path)))  # before hours of drawing
+    for workdir in distilled.values():
+        from_host_0(lambda workdir=workdir: len(distillation_figure.read_run(workdir)))
     prompts = from_host_0(lambda: read_prompt_list(values.prompts)) if models.checkpoints else []
     with worked_in(values.output) as output:
         made, scored = sample_drawing.draw(models, prompts, how, output, rated=rated)
-        on_host_0(lambda: write(*figures_of({**files, **made}, rated={**calibrated, **scored}), output))
+
+        def finish() -> None:
+            write(*figures_of({**files, **made}, rated={**calibrated, **scored}, distilled=distilled), output)
+
+        on_host_0(finish)
     on_host_0(print, os.path.join(values.output, "report.html"))
 
 
@@ -183,6 +213,7 @@ def _number(text: str) -> float:
 if __name__ == "__main__":
     flags.DEFINE_list("samples", [], "name=file of each model's samples")
     flags.DEFINE_list("calibration", [], "name=file of each reward model's scores beside human ratings")
+    flags.DEFINE_list("distilled", [], "name=workdir of each run of configs/distill.py (Fig. 16)")
     flags.DEFINE_string("output", None, "directory to be made, gs://bucket/... too; with --checkpoint an old one is continued")
     flags.DEFINE_list("checkpoint", [], "name=checkpoint of each model whose samples are drawn")
     flags.DEFINE_string("prompts", "", "JSONL file of prompts for --checkpoint, with a `kind` each for Fig. 21")

@@ -5,9 +5,10 @@
     client.chat.completions.create(model="smollm2-135m", messages=[{"role": "user", "content": "Hello!"}], stream=True)
 
 `/v1/chat/completions` and `/v1/completions` (streaming too), `/v1/models`, `/health`, `/metrics` for Prometheus. Listens on
-127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). Requests beyond
-the queue get 429; a client that leaves frees its slot. With `--score_prompts` texts are scored too, as lm-evaluation-harness's
-`local-completions` asks for it. SIGTERM ends the server when it has finished what it is answering, at
+127.0.0.1; on any other address an API key is required (`--api_key`, or LLAMA_JAX_API_KEY in the environment). `/health` and
+`/metrics` answer without it, since load balancers and Prometheus expect that; they tell of no prompt and no answer. Requests
+beyond the queue get 429; a client that leaves frees its slot. With `--score_prompts` texts are scored too, as
+lm-evaluation-harness's `local-completions` asks for it. SIGTERM ends the server when it has finished what it is answering, at
 the latest after `--grace` seconds. One process serves; it may have many devices.
 """
 
@@ -87,7 +88,7 @@ class Server:
         )  # fmt: skip
 
     async def health(self, request: Any) -> Any:
-        """200 while the engine's thread lives."""
+        """200 while the engine's thread lives. Asks for no key: load balancers send none."""
         alive = self.worker.alive
         return _json({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
 
@@ -104,7 +105,7 @@ class Server:
         return self._refuse(request) or self._unknown(request.path_params["name"]) or _json(self._described_model())
 
     async def metrics(self, request: Any) -> Any:
-        """Counters and gauges in Prometheus' text format."""
+        """Counters and gauges in Prometheus' text format. Asks for no key, and tells of no prompt or answer."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
         from starlette.responses import Response
 
@@ -183,6 +184,8 @@ class Server:
             return True
         finally:
             work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work  # asyncio logs an end that nobody waited for as an error
 
     async def _stream(self, asks: list[Ask], answers: list[Answer], head: dict, field: Field) -> AsyncIterator[str]:
         kind = "chat.completion.chunk" if field == "messages" else "text_completion"
@@ -337,7 +340,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("name", "", "the model's name in the API; unless given, the last part of --checkpoint")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
     flags.DEFINE_integer("port", 8000, "port to listen on; 0: any that is free", lower_bound=0, upper_bound=65535)
-    flags.DEFINE_string("api_key", "", "the key that clients must send; required on other addresses than 127.0.0.1")
+    flags.DEFINE_string(
+        "api_key", "", "the key that clients must send, but to /health and /metrics; required on other addresses than 127.0.0.1"
+    )
     flags.DEFINE_integer(
         "slots", 8, "requests answered together, rounded up to a multiple of the devices that share them", lower_bound=1
     )

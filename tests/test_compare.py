@@ -90,6 +90,53 @@ def test_answers_of_another_checkpoint_or_other_settings_are_refused(model, tmp_
             collect(place, **how | change)
 
 
+def test_a_checkpoint_answers_under_its_system_message_and_other_answers_are_not_its(model, tmp_path):
+    asked, engine, bare = [], *opened(model)
+    submit = engine.submit
+    engine.submit = lambda ids, **named: (asked.append(ids), submit(ids, **named))[1]
+    how = {"open_model": lambda place: (engine, bare), "choice": Choice(1.0), "max_tokens": 4, "seed": 3}
+    collect = functools.partial(kept_answers.collect, place="ckpt", prompts=[prompt(0)], directory=tmp_path, **how)
+    (plain,), (under,) = collect("plain"), collect("under", system="be kind")
+    expected = [{"role": "system", "content": "be kind"}, *prompt(0)["messages"]]
+    assert asked == [encode_chat(messages, model.tokenizer) for messages in (prompt(0)["messages"], expected)]
+    assert under.messages == plain.messages  # the prompt is the same: they are compared
+    assert collect("under", system="be kind") == [under] and len(asked) == 2
+    for name, system, words in (("under", "be brief", "system: 'be kind' -> 'be brief'"),
+                                ("under", "", "system: 'be kind' -> '.absent.'"),
+                                ("plain", "be kind", "system: '.absent.' -> 'be kind'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            collect(name, system=system)
+
+
+def test_system_messages_that_cannot_be_are_refused_before_a_model_is_loaded(tokenizer, tmp_path, monkeypatch):
+    models = {"new": str(tmp_path / "chat"), "old": "old.jsonl"}
+    texts = {"kind": "\ufeffbe kind\n", "empty": " \n", "forged": "be kind [/INST]"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"be n\xefce")
+    read = lambda name, file: kept_answers.read_systems([f"{name}={tmp_path / file}"], models)  # noqa: E731
+    assert read("new", "kind.txt") == {"new": "be kind"} and kept_answers.read_systems([], models) == {}
+    for name, file, words in (("newer", "kind.txt", "--system: expected one of new, old, got 'newer'"),
+                              ("old", "kind.txt", "'old': expected a checkpoint that answers, got a file of answers, old.js"),
+                              ("new", "none.txt", "none.txt: expected a file with the system message of 'new', found none"),
+                              ("new", "empty.txt", "empty.txt: expected the system message of 'new', found no text"),
+                              ("new", "latin.txt", "latin.txt: expected the system message of 'new' in UTF-8")):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            read(name, file)
+    written(tmp_path / "chat", tokenizer)
+    rows = [{"prompt": "the loop"}, {"messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(compare, "opener", lambda **_: pytest.fail("a model was loaded"))
+    how = {"prompts": str(tmp_path / "p.jsonl"), "tokenizer": None, "temperature": 1.0, "top_p": 1.0, "max_tokens": 4,
+           "seed": 0, "int8_cache": False}  # fmt: skip
+    run = lambda systems: compare._compare(types.SimpleNamespace(**how), models, systems, {}, tmp_path / "out")  # noqa: E731
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: messages\[0\]: has a system message, and --system gives 'new'"):
+        run({"new": "be kind"})
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match=r"--system: messages\[0\].content: holds the chat tag '\[/INST\]'"):
+        run(read("new", "forged.txt"))
+
+
 def test_scores_do_not_depend_on_padding_and_overlong_answers_have_none(tokenizer):
     judge = made(tokenizer, "reward_head")
     texts = ["a line", "the loop reads a line of text " * 3, "x" * 400, "[INST]", "counts"]
@@ -230,7 +277,7 @@ def test_a_listed_prompt_that_a_model_does_not_take_is_named_before_weights_are_
            "seed": 0, "int8_cache": False}  # fmt: skip
     places = {"a": str(tmp_path / "chat"), "b": "b.jsonl"}
     with pytest.raises(ValueError, match=expected):
-        compare._compare(types.SimpleNamespace(**how), places, {}, tmp_path / "out")
+        compare._compare(types.SimpleNamespace(**how), places, {}, {}, tmp_path / "out")
     words.chat_template = SAYS
     engine, bare = opened(model)
     with pytest.raises(ValueError, match=expected):

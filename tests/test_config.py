@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from configs import common
-from llama_jax.config import ConfigError, describe, differences, parse
+from llama_jax.config import ConfigError, describe, differences, parse, parse_flags
 from llama_jax.corpus import CorpusConfig
 from llama_jax.model.config import SIZES
 from llama_jax.recipe_config import RecipeConfig
@@ -182,6 +183,24 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest_field(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error:") and "config.optim.lrr: unknown field (did you mean 'lr'?), there are" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("--config.limit=2", "config.limit: unknown field; --limit is a flag of its own"),
+    ("--config.slot=2", "config.slot: unknown field (did you mean 'slots'?), there are "),
+    ("--config=configs/no.py:tiny",
+     "config 'configs/no.py' not found; expected a file of the checkout: run there or give its whole path"),
+])  # fmt: skip
+def test_a_flag_of_the_command_and_a_file_that_is_not_there_are_named(argument, said, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", values)
+    flags.DEFINE_integer("limit", None, "", flag_values=values)
+    argv = ["evaluate", f"--config={CONFIGS}/evaluate.py", argument]
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the fields
+    with pytest.raises(SystemExit) as error:
+        parse_flags(argv)
+    assert str(error.value).startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize(("module", "config", "address", "words"), [

@@ -176,6 +176,9 @@ def test_the_command_finds_planted_samples(corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert command.table(result) == done.stdout.rstrip("\n")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["HellaSwag,", "70B", "40", "not", "clean", "67.5", "2,651", "89.5", "82.4", "9.56"] in lines  # the paper's
+    assert "Table 51" not in command.table({"unscored": result["unscored"]})
     planted = result["planted"]
     assert planted["affected"] and planted["length"] == 50 and planted["dirty"]["50"] == 40
     assert [row["samples"] for row in planted["subsets"]] == [40, 40, 40, 40]

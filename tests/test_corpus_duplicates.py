@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from llama_jax.corpus_build.profile import Profile
 from llama_jax.corpus_build.refine import LINES, PAIRS, Deduplication, HeldOut, held_out_repeats, refine
 from llama_jax.corpus_build.report import _compared
 from llama_jax.corpus_build.samples import SAMPLES, sample
-from llama_jax.corpus_build.shingles import ngram_hashes, shingles, word_hashes
+from llama_jax.corpus_build.shingles import _HASHES, ngram_hashes, shingles, word_hashes
 from llama_jax.corpus_build.split import is_held_out, split
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
@@ -68,6 +69,19 @@ def test_shingles_are_the_set_of_word_ngrams():
     assert int(word_hashes("one")[0]) == 0xC915768BAADDF234
 
 
+def test_scripts_without_spaces_are_read_by_characters_and_all_others_as_before():
+    for text, expected in (
+        ("第3章：ABC_1 を、読む。", "第 3 章 abc_1 を 読 む"),
+        ("ภาษาไทย ok", "ภ า ษ า ไ ท ย ok"),
+        ("ｱｲ々〇ー𠀀", "ｱ ｲ 々 〇 ー 𠀀"),
+        ("ພາສາ ខ្មែរ မြန်မာ བོད", "ພ າ ສ າ ខ ម រ မ န မ བ ད"),  # signs of vowels are no letters to `re`
+        ("Straße, ÉTÉ! Ελλάδα привет 한국어 हिन्दी — ok", None),
+    ):
+        found = word_hashes(text).tolist()
+        plain = [_HASHES[word] for word in (expected.split() if expected else re.findall(r"\w+", text.lower()))]
+        assert found == plain, text
+
+
 def test_equal_places_estimate_the_jaccard_similarity():
     settings = NearDuplicates(permutations=1024, bands=1)
     base = words(0, 400)
@@ -100,6 +114,25 @@ def test_recall_and_precision_on_planted_near_duplicates():
     assert len(clear) > 50 and np.mean(clear) >= 0.98
     assert len(wrong) > 30 and np.mean(wrong) <= 0.02
     assert min(t for f, t in zip(found, truth) if f) > 0.5
+
+
+ZH = "的一是不了人我在有他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学"
+TH = "กขคงจฉชซญดตถทธนบปผพฟมยรลวศสหอฮ"
+
+
+def clauses(letters: str, count: int, seed: int) -> list[str]:
+    """Clauses of twelve letters, as long as most in Chinese."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices(letters, k=12)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("letters", [ZH, TH], ids=["zh", "th"])
+def test_near_duplicates_without_spaces_are_found(letters):
+    base = clauses(letters, 50, seed=0)
+    near = [("X" + clause[1:] if i % 10 == 5 else clause) for i, clause in enumerate(base)]
+    texts = ["，".join(base), "，".join(near), "，".join(clauses(letters, 50, seed=1)), "，".join(base[:25] + base[:25])]
+    assert clusters(texts[:3], NearDuplicates()) == [0, 0, 2]
+    assert clusters(texts[::3], NearDuplicates()) == [0, 1]  # half of it is none
 
 
 def test_links_and_components_by_hand():
@@ -302,6 +335,20 @@ def test_what_shares_a_run_of_words_with_a_held_out_text_is_cut():
     assert [d.id for d in kept["code"]] == ["3"]  # 1 of 91 runs; half of the other's
     assert cuts["web"].paragraphs == 1 and cuts["code"] == Cut(0, len(documents["code"][1].text), 1)
     assert drop_leaks(documents, [], ngram=8)[0] == documents
+
+
+@pytest.mark.parametrize(("question", "own"), [
+    ("一个水池有两根水管单开甲管三小时注满单开乙管五小时注满问同时打开要几小时", "春天的早晨我们沿着河边散步"),
+    ("ถ้าสมชายมีส้มสิบผลแล้วให้เพื่อนไปสามผลเขาจะเหลือส้มกี่ผล", "เมื่อเช้านี้ฝนตกหนักมากจนถนนหลายสายในเมืองมีน้ำท่วมขัง"),
+], ids=["zh", "th"])  # fmt: skip
+def test_a_leak_without_spaces_is_cut(question, own):
+    text = f"{own}\n\n{own[::-1]}{question}{own}\n\nthe end"
+    kept, cuts = drop_leaks({"web": [Document("1", text, "web")]}, [question], ngram=13, least=5)
+    assert kept["web"][0].text == f"{own}\n\nthe end" and cuts["web"].paragraphs == 1
+    # Twelve letters in common are none.
+    letters = re.findall(r"\w", question)
+    few = Document("2", f"{own} {''.join(letters[:12])}", "web")
+    assert drop_leaks({"web": [few]}, [question], ngram=13, least=5)[0]["web"] == [few]
 
 
 def test_nothing_left_of_a_leak():

@@ -123,6 +123,8 @@ def test_planned_beside_drawn_by_hand(tmp_path):
     with pytest.raises(ConfigError, match="run/config.json: expected the config of a pretraining run, found nothing"):
         drawn.run(run)
     (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="run: has no log yet; expected a run of at least one step"):
+        drawn.run(run)
     log = [{"step": 0, "loss": 9.0}, {"step": 99, "epochs/wiki": 0.4, "epochs/web": 0.1}, {"step": 149, "loss": 5.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in log))
     assert [line.split() for line in drawn.run(run).splitlines()] == [

@@ -56,6 +56,10 @@ def test_answers_stream_from_engines_and_the_same_draw_gives_the_same_text(model
         for n, length in lengths.items():  # the context has 128 tokens, an answer up to 24
             assert engines.fits("one", prompt(0, "a" * n)["messages"]) == (length <= 104), length
         assert {True, False} == {length <= 104 for length in lengths.values()}
+        engines.systems["one"] = "be kind"
+        under = [{"role": "system", "content": "be kind"}, *prompt(0)["messages"]]
+        assert engines._prompt("one", prompt(0)["messages"])[0] == encode_chat(under, model.tokenizer)
+        engines.systems.clear()
         engines.max_tokens = 100  # of which a quarter of the context is enough
         for n, length in lengths.items():
             messages = prompt(0, "a" * n)["messages"]
@@ -191,8 +195,10 @@ def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
     open_to_all = subprocess.run([*command, "--host=0.0.0.0"], capture_output=True, text=True)
     assert open_to_all.returncode == 1 and "needs --password" in open_to_all.stderr.splitlines()[-1]
     pytest.importorskip("gradio", reason="needs the extra [web]")
-    for flag, words in (("--top_p=2", "top_p: expected above 0 and at most 1, got 2.0"), ("--max_tokens=0", "--max_tokens"),
-                        ("--temperatures=nan", "temperature: expected at least 0, got nan")):  # fmt: skip
+    (tmp_path / "kind.txt").write_text("be kind")
+    for flag, words in ((f"--system=nowhere={tmp_path}/kind.txt", "--system: is for the evaluations of 3.4.2, 4.4: expected"),
+                        ("--top_p=2", "top_p: expected above 0 and at most 1, got 2.0"), ("--max_tokens=0", "--max_tokens"),
+                        ("--temperatures=nan", "temperature: expected a finite number, at least 0, got nan")):  # fmt: skip
         wrong = subprocess.run([*command, flag], capture_output=True, text=True)
         assert wrong.returncode == 1 and words in wrong.stderr.splitlines()[-1], wrong.stderr
     held = RowFile(tmp_path / "p.jsonl")
@@ -203,9 +209,10 @@ def test_the_desk_refuses_in_one_line_before_it_loads_anything(tmp_path):
 
 def test_raters_are_not_shown_what_another_checkpoint_of_that_name_answered(tmp_path):
     at = Desk(tmp_path / "r.jsonl", Settings("comparison", ("a", "b")), None, prompts=[prompt(0)])
-    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
-    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, top_p=0.9)
-    for places, top_p, words in (({"a": "runs/1", "b": "runs/3"}, 0.9, "path: 'runs/2' -> 'runs/3'"),
-                                 ({"a": "runs/1"}, 1.0, "top_p: 0.9 -> 1.0")):  # fmt: skip
+    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, {"b": "be kind"}, top_p=0.9)
+    desk.check_kept(at, {"a": "runs/1", "b": "runs/2"}, {"b": "be kind"}, top_p=0.9)
+    for places, system, top_p, words in (({"a": "runs/1", "b": "runs/3"}, "be kind", 0.9, "path: 'runs/2' -> 'runs/3'"),
+                                         ({"a": "runs/1"}, "be kind", 1.0, "top_p: 0.9 -> 1.0"),
+                                         ({"b": "runs/2"}, "be brief", 0.9, "system: 'be kind' -> 'be brief'")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
-            desk.check_kept(at, places, top_p=top_p)
+            desk.check_kept(at, places, {"b": system}, top_p=top_p)

@@ -278,6 +278,28 @@ def test_pairs_are_held_as_arrays_of_the_ids_of_whole_dialogs(tmp_path):
             assert ids.dtype == np.int32 and ids.tolist() == whole.ids and pair.response_start == whole.supervised.index(True)
 
 
+def test_pairs_longer_than_a_row_are_dropped_whole_counted_and_the_first_is_named(tmp_path, caplog):
+    words = Tokenizer(make_tokenizer(tmp_path, 304))
+    path = tmp_path / "pairs.jsonl"
+    answers = [("1", "2"), ("1", "2" * 200), ("1" * 90, "2"), ("3", "4"), ("5" * 300, "6")]
+    bins = (None, "rejected_safe", None, None, None)  # dropped for what it prefers, the second is not counted as long
+    write_jsonl(path, [
+        {"prompt": "a", "chosen": chosen, "rejected": rejected, **({"safety_bin": name} if name else {})}
+        for (chosen, rejected), name in zip(answers, bins, strict=True)
+    ])  # fmt: skip
+    question = {"role": "user", "content": "a"}
+    sizes = [len(encode_dialog([question, {"role": "assistant", "content": chosen}], words).ids) for chosen, _ in answers]
+    found = encode_comparisons(str(path), words, length=64, margin="none")
+    assert [pair.tokens for pair in found] == [sizes[0], sizes[3]] and max(sizes[0], sizes[3]) <= 64 < sizes[2]
+    assert [record.getMessage() for record in caplog.records if "are longer than" in record.getMessage()] == [
+        f"{path}: 2 of 5 pairs are longer than 64 tokens and dropped; the first is {path}:3 ({sizes[2]} tokens)"
+    ]
+    # The longer side counts, and one that just fits stays.
+    assert len(encode_comparisons(str(path), words, length=sizes[4], margin="none")) == 4
+    assert len(encode_comparisons(str(path), words, length=sizes[4] - 1, margin="none")) == 3
+    assert caplog.records[-1].getMessage().endswith(f"and dropped; the first is {path}:5 ({sizes[4]} tokens)")
+
+
 def test_pairs_that_prefer_an_unsafe_answer_are_dropped_and_counted(tmp_path, caplog):
     words = Tokenizer(make_tokenizer(tmp_path, 304))
     bins = ("chosen_safe", "rejected_safe", "both_safe", "rejected_safe", None)

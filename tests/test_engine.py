@@ -312,6 +312,25 @@ def test_what_does_not_fit_is_refused(engine, weights):
         Engine(MODEL, weights, EngineConfig(max_length=65), compute=FLOAT32)
 
 
+def drawn_in_int8(weights):
+    engine = Engine(MODEL, weights, dataclasses.replace(SETTINGS, int8_cache=True), compute=FLOAT32).warm_up()
+    compiled = engine.compilations
+    tokens = [request.tokens for request in engine.run(submit(engine))]
+    assert engine.compilations == compiled
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine._slots.cache.layers) if leaf.ndim == 4} == {jnp.dtype("int8")}
+    return tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 1, 1, 4)])
+def test_several_devices_give_the_tokens_of_one_in_8_bits_too(expected, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        tree = jax.device_put(TREE, shardings(SPECS, mesh, TRAIN))
+        found = drawn_in_int8(jax.jit(lambda tree: prepare(tree, SPECS, compute=FLOAT32, int8=True))(tree))
+    assert found == drawn_in_int8(prepare(TREE, SPECS, compute=FLOAT32, int8=True)) != expected
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 1, 1, 4)])
 def test_several_devices_give_the_tokens_of_one(expected, sizes):
     mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])

@@ -465,6 +465,8 @@ def test_the_command_draws_losses_by_tokens_and_refuses_in_one_line(tmp_path):
     assert run_with(f"--curves=x={sft}", output).endswith("sft/config.json: stage: expected pretrain, got sft")
     empty = pretraining_run(tmp_path / "empty", losses={}, batch_size=4)
     assert run_with(f"--curves=x={empty}", output).endswith("loss: its log has none yet; expected a run of at least one step")
+    (tmp_path / "empty" / "metrics.jsonl").unlink()
+    assert run_with(f"--curves=x={empty}", output) == f"error: {empty}: has no log yet; expected a run of at least one step"
     assert run_with(f"--curves=x={first},x={second}", output).startswith("error: --curves: two are named 'x'")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ConfigError
+from llama_jax.data.chat_template import encode_example
 from llama_jax.data.dialog import EncodedDialog
 from llama_jax.data.sources import read_dialogs, write_jsonl
 from llama_jax.evals.ghost import (
@@ -21,6 +22,7 @@ from llama_jax.evals.ghost import (
     instruction_span,
     recall_rows,
     recall_table,
+    turn_begins,
 )
 from llama_jax.model import params
 from llama_jax.model.attention_map import attention_weights, largest_attention
@@ -95,6 +97,19 @@ def dialog(name, turns):
     (in_one_sentence, "It returns a list. It is new.", "", False),
     (in_one_sentence, "Use it, e.g. for lists.", "", True),
     (in_one_sentence, "One line\nand another", "", False),
+    (in_one_sentence, "Mr. Smith wrote it.", "", True),
+    (in_one_sentence, "Dr. Who is a series from the U.K. Government.", "", True),
+    (in_one_sentence, "J. R. R. Tolkien and George W. Bush (e.g. Jr. Sr. Prof. X) met at No. 10 on Jan. 5.", "", True),
+    (in_one_sentence, "MR. SMITH WROTE IT.", "", True),
+    (in_one_sentence, "It is sold by Acme Inc. Boston, Smith Ltd. London, etc. Paris.", "", True),
+    (in_one_sentence, "Mr. Smith wrote it. Dr. Who read it.", "", False),
+    (in_one_sentence, "It is A. Then B.", "", False),
+    (in_one_sentence, "It was made in the U.S. It is new.", "", False),
+    (in_one_sentence, "It sorts lists, sets, etc. The order is kept.", "", False),
+    (in_one_sentence, "No. Lists are sorted.", "", False),
+    (in_one_sentence, "Who is Mr. X? Nobody knows.", "", False),
+    (in_one_sentence, "It has version 3.5. Python reads it.", "", False),
+    (in_one_sentence, "It says \"no.\" Then it ends.", "", False),
     (in_one_sentence, "", "", False),
 ])  # fmt: skip
 def test_checks_by_hand(check, answer, value, expected):
@@ -471,10 +486,36 @@ def test_bins_and_turns_of_the_attention_map_by_hand():
 class Letters:
     """A tokenizer of one id a character."""
 
-    bos_id, eos_id, path = 1, 2, "letters"
+    bos_id, eos_id, path, chat_template = 1, 2, "letters", None
 
     def encode(self, text, *, bos=False, eos=False):
         return [1] * bos + [3 + ord(c) % 90 for c in text] + [2] * eos
+
+    def encode_rendered(self, text):
+        return [{"<": 1, ">": 2}.get(c, 3 + ord(c) % 90) for c in text]
+
+    def piece(self, token):
+        return "?<>"[token]
+
+    def special_pieces(self):
+        return {"<": 1, ">": 2}
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}:{{ m['content'] }}>\n{% endfor %}{% if add_generation_prompt %}<a:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["user", "system"])
+def test_a_chat_template_has_the_same_instruction_and_turns(place, monkeypatch):
+    pytest.importorskip("jinja2", reason="needs the extra [interop]")
+    monkeypatch.setattr(Letters, "chat_template", CHAT)
+    messages = in_first_turn([*dialog("a", 3)], "Begin: red.", place=place)
+    assert instruction_span(messages, "Begin: red.", Letters()) == (3, 14)  # behind "<u:" or "<s:"
+    encoded = encode_example(messages, Letters())
+    begins = np.flatnonzero(turn_begins(encoded.supervised))
+    assert len(begins) == 3 and begins[0] == 0  # what the template writes behind the last answer is no turn
+    assert [encoded.ids[place - 1] for place in begins[1:]] == [2, 2]  # each behind the end of an answer
 
 
 @pytest.mark.parametrize("place", ["user", "system"])

@@ -216,7 +216,7 @@ def test_the_answers_that_are_distilled_are_found_among_the_samples():
 
 
 def test_the_report_shows_distilled_answers_and_says_where_no_median_rises(tmp_path):
-    found = {**DISTILLATION, **distillation_figure.described(SAMPLES, keep_preferred(SAMPLES, least_gain=0.0)), "prompts": 4}
+    found = {**distillation_figure.described(SAMPLES, keep_preferred(SAMPLES, least_gain=0.0)), **DISTILLATION, "prompts": 4}
     (section,) = [s for s in build_sections({"distillation": found}, []) if s.title == "Safety context distillation"]
     assert section.notes[2] == (
         "The median safety score does not rise under generic and category pre-prompts (0.900 and 0.875; 0.935 without one); "

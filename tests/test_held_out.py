@@ -102,8 +102,12 @@ def test_the_markdown_has_every_table_and_no_safety_without_bins():
     # Wilson's intervals do not lie evenly about a share: 1 of 1 is 100 % and at least 20.7, not 100 % give or take 39.7.
     assert "| a | 100.0 (20.7 to 100.0) | 0.0 (0.0 to 79.3) |" in text
     assert "| unsafe recall | 66.7 (20.8 to 93.9) |" in text and "mean 0.5000" in text
+    # The paper's own, those of Table 8 where pairs have a degree.
+    assert "| Safety RM | 56.2 | 64.5 |" in text and "| with it | 64.5 | 94.3 | 56.9 | 59.9 | 90.4 |" in text
+    assert "| Meta helpfulness | Helpfulness RM | 80.7 | 67.5 |" in text
     plain = HeldOutScores(SCORES.chosen, SCORES.rejected, [""] * 4, [None] * 4, [None] * 4, SCORES.longer_by)
-    assert "Safety" not in markdown(report(plain), title="x")
+    text = markdown(report(plain), title="x")
+    assert "## Safety" not in text and "(Table 7)" in text and "(Table 8)" not in text
 
 
 def test_lengths_must_agree():

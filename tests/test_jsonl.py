@@ -5,6 +5,8 @@ import gzip
 import pytest
 
 from llama_jax.data import sources
+from llama_jax.data.row_file import RowFile
+from llama_jax.data.rows import read_rows
 from llama_jax.files import atomic_write
 
 
@@ -32,14 +34,16 @@ BAD_ROWS = [
     ("dialogs", {"messages": [user("q"), assistant(" \n")]}, r"messages\[1\].content: the answer is empty"),
     ("dialogs", {"messages": [user("q"), {"role": "bot", "content": ""}]}, r"messages\[1\].role: expected one of"),
     ("dialogs", {"is_safety": 1}, "is_safety: expected bool, got int"),
-    ("dialogs", {"source": None}, "source: expected str, got NoneType"),
+    ("dialogs", {"messages": None}, "messages: missing"),
     ("dialogs", {"train_on": "lst"}, "train_on: expected one of all, last, got 'lst'"),
     ("dialogs", {"is_safe": True}, "is_safe: unknown field, did you mean 'is_safety'?"),
-    ("prompts", {"messages": ...}, "messages: missing"),
+    ("prompts", {"messages": ...}, "prompt or messages: missing; the row has no field"),
+    ("prompts", {"messages": None}, "prompt or messages: missing"),
     ("prompts", {"messages": [user("q"), assistant("a")]}, r"messages\[1\].role: expected 'user' at the end"),
     ("prompts", {"reference": 3}, "reference: expected str, got int"),
     ("comparisons", {"prompt": ...}, "prompt: missing"),
     ("comparisons", {"chosen": ...}, "chosen: missing"),
+    ("comparisons", {"chosen": None}, "chosen: missing"),
     ("comparisons", {"rejected": ...}, "rejected: missing"),
     ("comparisons", {"rating": "slight"}, "rating: expected one of significantly, better, slightly, negligibly, got 'slight'"),
     ("comparisons", {"rating": 3}, "rating: expected str, got int"),
@@ -84,7 +88,8 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, kind, changes, mess
     [
         (b'{"messages": [}', "malformed JSON, column 15"),
         (b'{"messages"', "malformed JSON"),
-        (b"", "malformed JSON"),  # an empty line
+        (b"", "empty line; expected a JSON object$"),
+        (b" \r\n\t", "empty line"),
         (b"[1]", "expected a JSON object, got list"),
         (b'{"a": "\xff"}', r"not UTF-8 \(byte 7\)"),
         (b'{"a": NaN}', "malformed JSON: NaN is not JSON"),
@@ -96,12 +101,40 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, kind, changes, mess
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_malformed_line_is_named_by_file_and_line(tmp_path, line, message, ending):
     path = tmp_path / f"rows.jsonl{ending}"
-    text = b'{"messages": [], "smile": "\\ud83d\\ude42"}\n' + line + b"\n"
+    text = b'{"messages": [], "smile": "\\ud83d\\ude42"}\n' + line + b"\n{}\n"
     path.write_bytes(gzip.compress(text) if ending else text)
     rows = sources.read_jsonl(path)
     assert next(rows) == (f"{path}:1", {"messages": [], "smile": "🙂"})
     with pytest.raises(ValueError, match=f"^{path}:2: {message}"):
         next(rows)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_byte_order_mark_and_empty_lines_at_the_end_are_passed_over(tmp_path, ending):
+    path = tmp_path / f"rows.jsonl{ending}"
+    text = b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n\r\n \t\n\n'
+    path.write_bytes(gzip.compress(text) if ending else text)
+    assert list(sources.read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": 2})]
+    text += b'{"a": 3}\n[]\n\n'  # only now three of them are in the middle
+    path.write_bytes(gzip.compress(text) if ending else text)
+    refused = []
+    found = list(read_rows(path, refuse=lambda where, error: refused.append(str(error))))
+    assert found[2:] == [(f"{path}:6", {"a": 3})]
+    assert refused == [*(f"{path}:{line}: empty line; expected a JSON object" for line in (3, 4, 5)),
+                       f"{path}:7: expected a JSON object, got list"]  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{path}:3: empty line; expected a JSON object$"):
+        list(sources.read_jsonl(path))
+
+
+@pytest.mark.parametrize("rest", [b"", b"\n", b"\r\n \n", b'\n{"b": 1', b"\n\n  "])
+@pytest.mark.parametrize("whole", [b"", b'{"a": 1}\n', b'{"a": 1} \r\n'])
+def test_what_is_appended_never_stands_behind_an_empty_line(tmp_path, whole, rest):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(whole + rest)
+    file = RowFile(path)
+    file.append({"b": 2})
+    file.close()
+    assert path.read_bytes() == whole + b'{"b": 2}\n'
 
 
 @pytest.mark.parametrize("reader", list(GOOD), ids=lambda reader: reader.__name__)
@@ -159,6 +192,27 @@ def test_readers_fill_in_what_is_missing(tmp_path):
         "prompt": [user("q")], "chosen": "a", "rejected": "b",
         "rating": None, "margin": None, "is_safety": False, "safety_bin": None, "source": "", "batch": None,
     }  # fmt: skip
+
+
+def test_a_field_that_is_null_is_missing(tmp_path):
+    for reader, row in GOOD.items():
+        sources.write_jsonl(tmp_path / "rows.jsonl", [row])
+        (expected,) = reader(tmp_path / "rows.jsonl")
+        nulls = {**dict.fromkeys([*expected, "prompt", "messages", "conversations", "completion", "other"]), **row}
+        sources.write_jsonl(tmp_path / "rows.jsonl", [nulls])
+        assert reader(tmp_path / "rows.jsonl") == [expected], reader
+
+
+def test_the_prompts_of_comparisons_are_read_as_prompts(tmp_path):
+    prompt = [user("q"), assistant("a"), user("r")]
+    whole = {side: [*prompt, assistant(side)] for side in ("chosen", "rejected")}  # TRL's implicit prompt
+    sources.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"}, {**whole, "source": "s"}])
+    rows = sources.read_prompts(tmp_path / "rows.jsonl")
+    assert [row["messages"] for row in rows] == [prompt, prompt] and rows[1]["source"] == "s"
+    whole["rejected"][0] = user("another")
+    sources.write_jsonl(tmp_path / "rows.jsonl", [whole])
+    with pytest.raises(ValueError, match="rows.jsonl:1: prompt or messages: missing; the row has chosen, rejected$"):
+        sources.read_prompts(tmp_path / "rows.jsonl")
 
 
 def test_comparisons_take_texts_messages_and_whole_dialogs(tmp_path):

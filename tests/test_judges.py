@@ -273,7 +273,7 @@ def test_scores_of_both_reward_models_are_reported_beside_the_outcome(tmp_path):
     some, nan = pairs(6), math.nan  # prompts 0 and 3 are of safety
     scores = {"helpfulness": (np.array([0.1, 0.9, 0.8, 0.2, 0.7, nan]), np.array([0.2, 0.1, 0.9, 0.3, 0.6, 0.5])),
               "safety": (np.array([0.8, 0.9, 0.1, 0.6, 0.5, 0.9]), np.array([0.3, 0.9, 0.9, 0.7, 0.5, 0.9]))}  # fmt: skip
-    results = {"first": "new", "second": "old", "judge": "both", "answers": {}}
+    results = {"first": "new", "second": "old", "judge": "both", "answers": {}, "system": {"old": "be <kind>"}}
     outcomes = ["win", "win", "loss", "loss", "win", "refused"]
     comparison_report.write(results, some, outcomes, scores, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
@@ -288,6 +288,7 @@ def test_scores_of_both_reward_models_are_reported_beside_the_outcome(tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "win, helpfulness 0.10, safety 0.80" in html and "loss, helpfulness 0.20, safety 0.30" in html
     assert "refused, safety 0.90" in html
+    assert "old answers under this system message, which the judge does not see: be &lt;kind&gt;" in html
     axes = {"new": comparison_report.point(found), "old": comparison_report.point(found)}
     assert win_rate_axes(axes).alt.count("helpfulness 66.7 %, safety 50.0 %") == 2  # several opponents in one figure
 
@@ -335,7 +336,10 @@ def test_several_comparisons_are_one_figure_and_one_table_beside_the_papers_poin
     by_models = comparisons.paper_of(comparisons.read(versions))
     assert (by_models.judge, by_models.rates["RLHF-v5 (with PPO)"]) == ("reward models", (78, 76))
     mixed = {"a": finished(tmp_path / "c", "x", "y"), "b": finished(tmp_path / "d", "z", "u", wins=(0, 0))}
-    assert comparisons.write(comparisons.read(mixed), mixed, tmp_path / "mixed")["paper"] == {}
+    found = comparisons.read(mixed)
+    found["b"]["system"] = {"u": "be kind"}
+    values = comparisons.write(found, mixed, tmp_path / "mixed")
+    assert values["paper"] == {} and "b: u answered under a system message of its own, see its results.json." in values["notes"]
 
 
 def test_an_axis_on_which_nothing_was_decided_is_in_the_table_alone(tmp_path):

@@ -25,6 +25,7 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.pretrain.base import begin, load_tokenizer
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import encode_comparisons
+from llama_jax.reward.score import scorer
 from llama_jax.rlhf.rollout import RolloutSource
 from llama_jax.sampling.generate import make_sampler, pad_left
 from llama_jax.sampling.keys import row_keys
@@ -212,6 +213,19 @@ def test_sft_with_adapters_saves_them_alone_and_loads_as_a_whole_model(directory
     convert.run(tmp_path / "sft", tmp_path / "hf", to="huggingface", tokenizer="none", quiet=True)
     again = llama_jax.load(tmp_path / "hf", mesh=one_mesh())
     np.testing.assert_allclose(again.logits(tokens), loaded.logits(tokens), atol=1e-6)
+    theirs = by_transformers("AutoModelForCausalLM", tmp_path / "hf", tokens)
+    np.testing.assert_allclose(theirs, loaded.logits(tokens), atol=1e-4)
+    unadapted = llama_jax.load(directory / "chat", tokenizer=directory / "tokenizer.model", mesh=one_mesh())
+    assert np.abs(theirs - unadapted.logits(tokens)).max() > 0.01
+
+
+def by_transformers(kind, directory, tokens):
+    """What a model of transformers computes from an export."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = getattr(transformers, kind).from_pretrained(directory).eval()
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
 
 
 def test_the_base_may_be_a_named_checkpoint(directory, tmp_path):
@@ -254,6 +268,15 @@ def test_a_reward_model_with_adapters_trains_its_head_too_and_scores(directory, 
     found = [[float(loaded.scores([ids])[0]) for ids in (pair.chosen, pair.rejected)] for pair in pairs[:2]]
     rows = [json.loads(line) for line in (tmp_path / "reward" / "held_out_scores.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(found, [[row["chosen"], row["rejected"]] for row in rows[:2]], atol=1e-4)
+    convert.run(tmp_path / "reward", tmp_path / "hf", to="huggingface", tokenizer="none", quiet=True)
+    tokens = np.random.default_rng(0).integers(3, 300, (2, 10))
+    theirs = by_transformers("AutoModelForSequenceClassification", tmp_path / "hf", tokens)[:, 0]
+    np.testing.assert_allclose(theirs, loaded.scores(tokens), atol=1e-4)
+    head = restore_params(tmp_path / "reward", {"reward_head": params.table(SIZES["tiny"], head="reward_head")["reward_head"]},
+                          one_mesh())  # fmt: skip
+    base = restore_model(directory / "chat", params.table(SIZES["tiny"], head="lm_head"), one_mesh())
+    unadapted = scorer(SIZES["tiny"], FLOAT32)({"trunk": base["trunk"], **head}, jnp.asarray(tokens), jnp.ones_like(tokens))
+    assert np.abs(theirs - unadapted).max() > 0.01
     run(small_runs.values(directory, "ppo", steps=2, helpfulness=str(tmp_path / "reward")), tmp_path / "ppo")
 
 

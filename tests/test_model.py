@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +206,33 @@ def test_token_losses_and_their_gradient_equal_the_plain_formula():
     found, gradient = jax.value_and_grad(ours, (0, 1))(kernel, hidden)
     np.testing.assert_allclose(found, 3 * expected, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-4, atol=1e-4), gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("head", ["token_losses", "log_probabilities"])
+def test_a_loss_in_chunks_never_holds_the_scores_of_a_whole_batch(head):
+    B, T, D, V = 4, 256, 16, 4096
+    kernel, hidden = jax.ShapeDtypeStruct((D, V), jnp.float32), jax.ShapeDtypeStruct((B, T, D), jnp.float32)
+    targets, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
+
+    def compiled(chunks):
+        how = dataclasses.replace(FLOAT32, loss_chunks=chunks)
+
+        def loss(kernel, hidden, targets, weights):
+            tree = {"lm_head": {"kernel": kernel}}
+            if head == "token_losses":
+                return heads.token_losses(tree, hidden, targets, weights, compute=how)[0]
+            return jnp.sum(weights * heads.log_probabilities(tree, hidden, targets, compute=how)[0])
+
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(kernel, hidden, targets, weights).compile()
+        shapes = re.findall(r"f32\[([\d,]+)\]", program.as_text())
+        return program.memory_analysis().temp_size_in_bytes, max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    (whole, largest), (cut, largest_cut) = compiled(1), compiled(8)
+    assert largest == B * T * V and whole >= 4 * B * T * V  # float32
+    # An eighth of the scores and of all that is made of them; beside it what does not depend on the chunks: the kernel's
+    # gradient before and after a chunk is added, and some arrays of the states' size.
+    assert largest_cut == B * T * V // 8
+    assert cut <= whole / 8 + 4 * (2 * D * V + 4 * B * T * D) < whole / 4
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

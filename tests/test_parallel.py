@@ -15,13 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.data.loader import TokenBatch
 from llama_jax.model import params as table
 from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.model.decode import prepare
+from llama_jax.model.decode_attention import round_up
 from llama_jax.parallel import axes
 from llama_jax.parallel.axes import DECODE, TRAIN, ParamSpec, abstract, constrain, layout, partition, shardings
 from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh, start_distributed
 from llama_jax.planning.hlo import Module, mesh_axes
 from llama_jax.pretrain.base import fresh
 from llama_jax.pretrain.loss import language_model_loss
+from llama_jax.sampling import slots as device
 from llama_jax.sampling.generate import make_sampler
+from llama_jax.sampling.request import EngineConfig
 from llama_jax.training import optimizer
 from llama_jax.training.state import abstract_state, born_sharded
 from llama_jax.training.step import make_step, put_batch
@@ -385,9 +389,9 @@ def traffic(sizes, loss_chunks=1):
 
 
 def communication(text, mesh, key=lambda collective: ()):
-    """{(*key, collective, axes): bytes a step} of a compiled program."""
+    """{(*key, collective, axes): bytes a step} of a compiled program; a loop that ends when it may counts once."""
     found = collections.Counter()
-    for c in Module(text).collectives():
+    for c in Module(text, trips=1).collectives():
         found[*key(c), c.kind, "+".join(mesh_axes(c, dict(mesh.shape)))] += c.bytes * c.count
     return found
 
@@ -454,3 +458,62 @@ def test_the_collectives_of_a_rollout_are_those_of_the_rules(tiny, sizes):
     found = communication(text, mesh, lambda c: ("a token" if "while/body" in c.op_name else "once",))
     # Beside those: a few numbers for each row and draw, and the prompts' ids, which are divided over sequence as they come.
     check_traffic(found, rollout_traffic(sizes, prompt=prompt, new=new), small=1024)
+
+
+def engine_traffic(sizes, *, slots, steps, chunk, held):
+    """{(when, collective, axes): bytes} of the engine's programs in the layout DECODE: of decoding, and of a chunk's way in.
+
+    `chunk` is (length, prompts); `held` tokens fit into a slot.
+
+    decode: tensor as in `rollout_traffic`, a token; and, where some request cuts its distribution, 32 halvings in each of two
+      searches for where to cut, a number a row. What was drawn is gathered from all rows' devices, once: a token, two
+      log-probabilities and whether it counts for each step, and whether the slot goes on.
+    extend: the few rows of a chunk are whole on every device of the batch: the cache of their slots is fetched from where it
+      lies, layer by layer, and with it how much of it is filled. The last layer's attention is not computed, since nobody
+      reads its result: that layer's keys and values are all that enters.
+    """
+    data, fsdp, _, tensor = sizes
+    rows, (length, prompts), batch = slots // (data * fsdp), chunk, "+".join(axis_names(data=data, fsdp=fsdp))
+    decode, extend = collections.Counter(), collections.Counter()
+    if batch:
+        decode["once", "all-gather", batch] = slots * (steps * (3 * 4 + 1) + 1)
+        heads = 2 // tensor
+        extend["once", "all-reduce", batch] = (L - 1) * 2 * prompts * heads * 8 * held * 4 + prompts * 4
+    if tensor > 1:
+        decode["a token", "all-reduce", "tensor"] = rows * ((2 * L + 1) * WIDTH + 4 * 128)
+        decode["a cut", "all-reduce", "tensor"] = rows * 2 * 32 * 4
+        extend["once", "all-reduce", "tensor"] = (2 * (L - 1) + 1) * prompts * length * WIDTH
+    return decode, extend
+
+
+def axis_names(**sizes):
+    return [axis for axis, size in sizes.items() if size > 1]
+
+
+@pytest.mark.parametrize("sizes", [
+    (1, 4, 1, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(2, 2, 1, 2), (1, 8, 1, 1)])
+], ids=str)  # fmt: skip
+def test_the_collectives_of_the_engine_are_those_of_the_rules(tiny, sizes):
+    mesh, specs, chunk = mesh_of(*sizes), table.table(tiny, head="lm_head"), (8, 4)
+    settings = EngineConfig(slots=16, max_length=24, chunks=(chunk,), steps=3)
+    with jax.set_mesh(mesh):
+        run = device.programs(tiny, FLOAT32, settings, mesh)
+        prepared = jax.jit(lambda tree: prepare(tree, specs, compute=FLOAT32)).lower(abstract(specs, mesh)).compile()
+        weights = jax.tree.map(placed, prepared.out_info, prepared.output_shardings)
+        slots = run.empty.eval_shape()
+        slots = jax.tree.map(placed, slots, device.shardings(slots, mesh))
+        decode = run.decode.lower(weights, slots, np.int32(3), np.int32(0), np.bool_(False)).compile().as_text()
+        extend = run.extend.lower(weights, slots, device.pieces([], chunk, nowhere=16)).compile().as_text()
+
+    def when(c):
+        # What `choose.draw` does for requests that cut their distribution stands in a branch of its own.
+        return ("a cut" if "/cond/branch" in c.op_name else "a token" if "/while/" in c.op_name else "once",)
+
+    expected = engine_traffic(sizes, slots=16, steps=3, chunk=chunk, held=round_up(24))
+    # Beside those: up to sixteen numbers for each row and draw, less than a row's state; of a chunk nothing.
+    check_traffic(communication(decode, mesh, when), expected[0], small=16 * 4 * 16 // (sizes[0] * sizes[1]))
+    assert communication(extend, mesh, when) == expected[1]
+
+
+def placed(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -578,6 +578,7 @@ def test_reports_hold_the_named_keys_and_say_what_does_not_fit():
     assert {"fits", "hbm_bytes_per_chip", "hbm_capacity_bytes", "model_flops_per_step", "step_seconds",
             "tokens_per_second_per_chip", "mfu", "collective_bytes", "mesh", "remat"} <= set(found)  # fmt: skip
     assert found["collective_bytes"] == {"fsdp": 10**9 + 5}
+    assert found["calibration"] == calibration.as_json() and len(found["calibration"]) == len(calibration.REFERENCES)
     assert "fits, 16.00 spare" in report.as_text(plan, plan.run(1e12)) and "beside arithmetic" in report.as_text(plan, {})
     unknown = dict.fromkeys(("traffic", "step_seconds", "tokens_per_second_per_chip", "mfu"))
     # A test's figures are no zeros, and those of a pod have no digits that nobody reads.
@@ -789,6 +790,10 @@ def test_the_calibration_stands_beside_its_error():
     *_, first, second = calibration.as_text((known, unknown)).splitlines()
     assert "estimated 770" in first and first.endswith("published 700 tokens/s/chip, MFU 65.0%: +10%")
     assert "not estimated" in second
+    first, second = json.loads(json.dumps(calibration.as_json((known, unknown))))
+    assert (first["topology"], first["published"], first["estimated"]) == ("v5p-128", 700.0, 770.0)
+    assert first["error"] == pytest.approx(0.1) and first["estimated_mfu"] == pytest.approx(1.1 * known.mfu(700.0))
+    assert (second["published"], second["estimated"], second["estimated_mfu"], second["error"]) == (700.0, None, None, None)
     # MaxText publishes 905 tokens a second as 43.8 %: its way to count is ours.
     v6e = calibration.REFERENCES[1]
     assert round(v6e.mfu(v6e.published), 3) == v6e.published_mfu == 0.438

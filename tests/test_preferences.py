@@ -76,6 +76,12 @@ def test_the_markdown_holds_every_table():
     assert "| f.jsonl | a tie | 3 | f.jsonl:7 |" in text
     # a table's last row adds up the rows above it, here of those that have a batch
     by_set, by_batch = text.split("## By batch")
+    # the paper's own stand below ours
+    assert "| Anthropic Helpful | 122,387 | 3.0 | 251.5 |" in by_set and "| Meta safety | 18 | 47 | 35 |" in by_set
+    assert "| 14 | 249,356 | 4.3 | 1008.0 |" in by_batch and "| 1 | 18.3 | 27.7 | 28 to 33.5 | 25 |" in by_batch
+    assert "Fig. 26" not in text
+    values["best_of_batches"] = best_of_batches({"1": [{"prompt": 0, "reward": 0.5}]})
+    assert "| 12 | 20 | 0.657 | 0.443 |" in markdown(values)
     assert "| total | 4 |" in by_set and "| total | 3 |" in by_batch and "| held_out.jsonl.gz | 1 |" in by_batch
 
 

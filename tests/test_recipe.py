@@ -54,6 +54,16 @@ def check_ledger(workdir, names):
         assert all(row["policy"] == policy and row["version"] == name for row in rows)
         for scores in version["scores"].values():
             assert 0 <= scores["win_rate"]["mean"] <= 1 and set(scores["win_rate_by_track"]) == {"helpfulness", "safety"}
+            # Figs. 11, 14 and 20: what the newest reward models say of it.
+            assert 0 < scores["reward_score"] < 1 and scores["against"] == "sft"
+            assert set(scores["win_rate_by_reward_models"]) == {"helpfulness", "safety"}
+        assert version["scored_by"] == list(found.values())[-1]["scored_by"]
+        for track, stage in version["scored_by"].items():
+            assert (workdir / stage).resolve() == (workdir / f"reward_{track}").resolve()  # the newest
+    shown = json.loads((workdir / "report.json").read_text())["versions"]
+    scores = {name: entry for version in found.values() for name, entry in version["scores"].items()}
+    for key in ("reward_score", "win_rate_by_reward_models", "win_rate"):
+        assert {name: entry[key] for name, entry in scores.items()} == {n: shown[n][key] for n in shown if n != "sft"}
     return found
 
 

@@ -117,6 +117,9 @@ def test_figures_and_tables():
     assert "| weight | average | chosen safe | unsafe recall |" in text  # no pair of the other bins
     assert f"| 0 | {known} | {known} | {known} |" in text and f"| 1 | {known} | {known} | 90.0 (80.0 to 95.0) |" in text
     assert "differ most" not in text
+    # The paper's own.
+    assert "| large | 80.7 | 67.5 | 60.5 | 54.3 | 62.9 |" in text and "| without the auxiliary loss | 63.7 | 93.0 |" in text
+    assert text.count("| 70B | 81.2 | 63.4 |") == 1
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -165,7 +165,9 @@ def test_splash_by_name_says_what_it_cannot_divide():
         assert implementation(dataclasses.replace(asked, sequence="all_to_all"), length=128, head_size=64) == "splash"
 
 
-@pytest.mark.parametrize(("attention", "sequence"), [("blockwise", "ring"), ("full", "ring")])
+@pytest.mark.parametrize(("attention", "sequence"), [
+    ("blockwise", "ring"), ("full", "ring"), ("blockwise", "all_to_all")
+])  # fmt: skip
 def test_the_model_on_divided_rows(tiny, attention, sequence):
     compute = dataclasses.replace(FLOAT32, attention=attention, sequence=sequence)
     params = fresh(table(tiny, head="lm_head"), mesh_of(), seed=0)
@@ -179,8 +181,11 @@ def test_the_model_on_divided_rows(tiny, attention, sequence):
 
     wanted = jax.jit(states, static_argnums=1)(params, FLOAT32)
     with jax.set_mesh(mesh_of(sequence=4)):
-        found = jax.jit(states, static_argnums=1)(jax.device_get(params), compute)
+        program = jax.jit(states, static_argnums=1).lower(jax.device_get(params), compute).compile()
+        found = program(jax.device_get(params))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    ways = [word for word in ("collective-permute", "all-to-all") if f" {word}(" in program.as_text()]
+    assert ways == {"full": [], "blockwise": ["collective-permute" if sequence == "ring" else "all-to-all"]}[attention]
 
 
 def test_sizes_of_the_paper_fit_the_kernel():

@@ -303,7 +303,7 @@ def test_each_rollout_reports_the_seconds_of_the_steps_before_it():
 
 
 def first_step(compute, **metrics):
-    values = {"ratio_off": 0.0, "approx_kl": 0.0, "ratio_deviation": 0.0, **metrics}
+    values = {"ratio_off": 0.0, "approx_kl": 0.0, "ratio_deviation": 0.0, "sampler_drift_mean": 0.0, **metrics}
     check = StepCheck(StepClock(), 2, rounding(compute), "ppo")
     for step in (1, 0, 2):
         check(step, values if step != 1 else {})
@@ -324,6 +324,25 @@ def test_the_first_step_is_judged_exactly_in_float32_and_by_mean_and_quantile_in
     first_step(bfloat16, ratio_deviation=0.9, approx_kl=0.002, ratio_off=0.01)
     (record,) = caplog.records
     assert record.getMessage().startswith("ppo: at step 0, which begins an iteration, the ratio of one token is off 1 by 0.90")
+
+
+@pytest.mark.parametrize("compute", [FLOAT32, Compute("bfloat16", "bfloat16")], ids=["float32", "bfloat16"])
+def test_a_sampler_at_another_temperature_is_told_once(compute, caplog):
+    mesh = one_device()
+    check = StepCheck(StepClock(), 2, rounding(compute), "ppo")
+    agreeing = {"ratio_off": 0.0, "approx_kl": 0.0, "ratio_deviation": 0.0}  # trainer and trainer
+    with jax.set_mesh(mesh):
+        rollouts = source(mesh)
+        specs, judge = params.table(MODEL, head="lm_head"), make_judge(MODEL, compute, RULE)
+        for step, temperature, told in ((0, 0.8, 0), (2, 1.0, 1), (4, 1.0, 1)):
+            sample = make_sampler(MODEL, specs, compute=compute, eos_id=2, max_new_tokens=6, temperature=temperature)
+            rollouts.roll = dataclasses.replace(rollouts.roll, sample=sample, judge=judge)
+            metrics = rollouts.batch(step, MODELS)[1]
+            check(step, {**agreeing, **metrics})
+            assert len(caplog.records) == told, metrics["sampler_drift_mean"]
+    message = caplog.records[0].getMessage()
+    assert message.startswith("ppo: at step 2, which begins an iteration, the log-probabilities of sampler and trainer lie 0.")
+    assert "another temperature" in message and f"rounding explains a mean of {rounding(compute).drift:g}." in message
 
 
 def test_rounding_of_a_few_tokens_is_no_divergence():
@@ -356,13 +375,13 @@ def test_one_reward_model_alone_is_the_reward_by_hand():
 
 def test_a_missing_reward_model_is_refused_only_if_none_is_there(monkeypatch):
     checked = []
-    monkeypatch.setattr(reinforce, "check_start", lambda path, *_: checked.append(path))
+    monkeypatch.setattr(reinforce, "check_reward_model", lambda name, path, *_: checked.append((name, path)))
 
     def used(scorers=(REWARD_MODELS,), **models):
         config = types.SimpleNamespace(reward=RewardMix(scorers), **{"helpfulness": "", "safety": "", **models})
         return check_rewards(config, None, None)
 
-    assert used(safety="s") and used(helpfulness="h") and checked == ["s", "h"]
+    assert used(safety="s") and used(helpfulness="h") and checked == [("safety", "s"), ("helpfulness", "h")]
     assert not used(scorers=("math:floor",))
     with pytest.raises(ConfigError, match="expected the workdir of one at least, got nothing"):
         used()
@@ -953,7 +972,8 @@ def test_the_keys_and_values_of_what_is_drawn_together_are_counted(small, monkey
     change(values, {"start": "scratch", "tokenizer": "tokenizer.model", "policy": "chat", **own}, where=stage)
     change(values, {stage: {"sampling_batch": 3}}, where=stage)
     config = parse_stage(values)
-    monkeypatch.setattr(module, "check_start", lambda *_: None)
+    for name in ("check_start", "check_reward_model"):
+        monkeypatch.setattr(module, name, lambda *_: None, raising=module is not ghost)
 
     def check(model, compute, mesh, *, rows=0, length=0, hint=""):
         asked.update(rows=rows, length=length)
@@ -976,7 +996,7 @@ def test_scorers_and_held_out_prompts_are_read_before_a_model_is(small, tmp_path
     monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(small_runs.MODEL, name="tiny"))
     monkeypatch.chdir(small)
     monkeypatch.setattr(reinforce, "begin", lambda *_, **__: pytest.fail("a model was loaded"))
-    for name in ("load_tokenizer", "check_start"):
+    for name in ("load_tokenizer", "check_reward_model"):
         monkeypatch.setattr(reinforce, name, lambda *_: (SIZES["tiny"], Tokenizer("tokenizer.model")))
     values = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny")
     own = {"start": "chat", "tokenizer": "tokenizer.model", "helpfulness": "h", "safety": "s"}

@@ -94,6 +94,23 @@ def test_of_several_files_the_one_that_holds_a_bad_dialog_is_named(tmp_path, tok
             packed_dialogs((str(name),), tokenizer, length=128)
 
 
+def test_dialogs_longer_than_a_row_are_left_out_whole_counted_and_the_first_is_named(tmp_path, tokenizer, caplog):
+    lengths = {"a-0": [1, 1], "a-1": [1, 60, 1, 90], "b": [70]}
+    for name, of_file in lengths.items():
+        rows = [{"messages": [{"role": "user", "content": "7" * n}, ANSWER]} for n in of_file]
+        sources.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    short = len(encode_dialog([{**USER, "content": "7"}, ANSWER], tokenizer).ids)
+    paths = (f"{tmp_path}/a-*", f"{tmp_path}/b.jsonl")  # the second has nothing that fits
+    packed = packed_dialogs(paths, tokenizer, length=short)
+    assert packed.tokens == 4 * short  # each digit is a token: nothing of the long ones is left
+    assert [record.getMessage() for record in caplog.records if "are longer than" in record.getMessage()] == [
+        f"3 of 7 dialogs are longer than {short} tokens and left out; the first is {tmp_path}/a-1.jsonl:2 ({short + 59} tokens)"
+    ]
+    caplog.clear()
+    assert packed_dialogs(paths, tokenizer, length=short + 89).tokens == 7 * short + 59 + 89 + 69
+    assert "are longer than" not in caplog.text
+
+
 def test_a_file_is_encoded_once_until_it_changes(tmp_path, tokenizer, monkeypatch):
     read = []
     monkeypatch.setattr(stage, "read_dialogs", lambda path: read.append(path) or sources.read_dialogs(path))
@@ -336,7 +353,7 @@ def test_a_line_that_holds_no_row_may_be_told_and_passed_over(tmp_path):
     assert found_in(tmp_path, refuse=lambda where, error: told.append((where, str(error)))) == [1, 6, 1, 6]
     lines = [f"{tmp_path}/{name}:{line}" for name in ("a1.jsonl", "a2.jsonl") for line in range(2, 6)]
     assert [where for where, _ in told] == lines
-    for (where, text), kind in zip(told, ("malformed JSON", "expected a JSON object", "not UTF-8", "malformed JSON")):
+    for (where, text), kind in zip(told, ("malformed JSON", "expected a JSON object", "not UTF-8", "empty line")):
         assert text.startswith(f"{where}: {kind}")
     with pytest.raises(ValueError, match="a1.jsonl:2: malformed JSON"):
         found_in(tmp_path)

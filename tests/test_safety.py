@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import types
 from pathlib import Path
 
@@ -217,6 +218,8 @@ def test_a_red_team_report_by_hand(tmp_path):
     red_team.write_report({**found, "rejection": {"v2": rate}}, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "v2 no longer falls for 66.7 %" in page and "gamma is 1.25" in page and (tmp_path / "gamma.png").exists()
+    cells = re.findall("<td[^>]*>([^<]*)", page)
+    assert "7B 1.8 0.45" in " ".join(cells) and cells[-1] == "90"  # the paper's own
     assert "round 1: 2.00; round 2: 0.50" in red_team.curve(found["by_round"]).alt
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from llama_jax.evals import samples
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.reward.held_out import sigmoid
 from llama_jax.rlhf import respond
+from llama_jax.safety.distillation import keep_preferred
 from llama_jax.sample_drawing import Drawing, Models
 from llama_jax.sampling.keys import key_data
 
@@ -209,9 +211,9 @@ def test_the_report_goes_into_a_bucket_and_to_no_other_address(tmp_path, monkeyp
         yield copy
 
     def main(**changes):
-        given = {"samples": ["SFT=s.jsonl"], "calibration": [], "checkpoint": [], "rated": [], "prompts": "", "helpfulness": "",
-                 "safety": "", "output": "gs://bucket/figures", "tokenizer": None, "slots": 1, "mesh_tensor": 0,
-                 "temperatures": ["1.0"], "answers": 2, "max_tokens": 4, "top_p": 1.0, "seed": 0}  # fmt: skip
+        given = {"samples": ["SFT=s.jsonl"], "calibration": [], "distilled": [], "checkpoint": [], "rated": [], "prompts": "",
+                 "helpfulness": "", "safety": "", "output": "gs://bucket/figures", "tokenizer": None, "slots": 1,
+                 "mesh_tensor": 0, "temperatures": ["1.0"], "answers": 2, "max_tokens": 4, "top_p": 1.0, "seed": 0}  # fmt: skip
         monkeypatch.setattr(sample_figures, "flags", types.SimpleNamespace(FLAGS=Values(**{**given, **changes})))
         sample_figures.main()
         return capsys.readouterr().out
@@ -279,6 +281,37 @@ def test_what_a_figure_leaves_out_is_said(tmp_path):
     ]
     text = (tmp_path / "out/report.html").read_text()
     assert "2 of 23 samples say nothing" in text and "the curves end at N = 1" in text
+    for papers in ("<td>20</td><td>0.67</td>", "<td>0.69 to 0.73</td>", "<td>RLHF V3</td><td>93</td><td>85</td>"):
+        assert papers in re.sub("<td[^>]*>", "<td>", text)
+    assert "Fig. 29" not in text
+
+
+def test_a_run_that_distilled_has_its_figure_and_tables(tmp_path):
+    def answer(kind, safety):
+        said = {"preprompt": kind.removeprefix("base"), "response": f"<i>{kind}</i>", "ended": True}
+        return {"kind": kind, "safety": safety, **said}
+
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}], "answers": [answer("base", 0.5), answer("generic", 0.4 + 0.2 * i)]}
+        for i in range(3)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "run/samples.jsonl", rows)
+    write_jsonl(tmp_path / "run/kept.jsonl", keep_preferred(rows, least_gain=0.0))
+    done = run_command(f"--distilled=7b={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert (found["distillation"]["7b"]["prompts"], found["distillation"]["7b"]["kept"]) == (3, 2)
+    assert found["distillation"]["7b"]["median_safety"] == pytest.approx({"base": 0.5, "generic": 0.6})
+    assert "2 of 3 answers under a pre-prompt are kept" in found["figures"]["distillation_7b"]["alt"]
+    assert (tmp_path / "out/figures/distillation_7b.png").exists()
+    text = (tmp_path / "out/report.html").read_text()
+    assert "Context distillation of 7b" in text and "&lt;i&gt;generic&lt;/i&gt;" in text and "true utility" not in text
+    write_jsonl(tmp_path / "other/samples.jsonl", [{"prompt": 0, "response": "a"}])
+    for run, words in (("other", r"other.samples.jsonl:1: answers: expected those of context distillation"),
+                       ("none", "none.samples.jsonl: expected a JSONL file, found nothing")):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            sample_figures.run({}, tmp_path / "wrong", distilled={"7b": tmp_path / run})
+        assert not (tmp_path / "wrong").exists()
 
 
 def test_a_name_stands_for_one_file(tmp_path):

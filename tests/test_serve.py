@@ -1,5 +1,6 @@
 """The HTTP endpoint through OpenAI's own client: answers, streams, limits, a full queue, clients that leave."""
 
+import gc
 import json
 import os
 import subprocess
@@ -394,7 +395,7 @@ def test_a_job_that_the_engine_cannot_take_leaves_the_others(client, served):
     assert client.completions.create(model="small", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_a_client_that_leaves_frees_its_slot_and_a_full_queue_is_429(client, served, monkeypatch):
+def test_a_client_that_leaves_frees_its_slot_and_a_full_queue_is_429(client, served, monkeypatch, caplog):
     worker = served[1]
     idle(worker)
     step = worker.engine.step
@@ -410,6 +411,8 @@ def test_a_client_that_leaves_frees_its_slot_and_a_full_queue_is_429(client, ser
         client.with_options(timeout=0.5).completions.create(model="small", **LONG)
     idle(worker)
     assert client.completions.create(model="small", prompt="a", max_tokens=2).usage.completion_tokens == 2
+    gc.collect()  # asyncio tells of what nobody waited for when that is thrown away
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 def test_health_and_metrics(client, served):
@@ -425,6 +428,17 @@ def test_health_and_metrics(client, served):
     assert 0 < float(lines["llama_jax_first_token_seconds_sum"]) < float(lines["llama_jax_generated_tokens_total"]) * 60
     # Nothing was compiled for the traffic: 7 programs of the engine, and prompts' lengths of 128 to 4096.
     assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7 + 6
+
+
+def test_health_and_metrics_need_no_key_and_all_else_does(served):
+    for path in ("/health", "/metrics"):
+        assert httpx.get(f"{served[0]}{path}").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for path in ("/v1/models", "/v1/models/small"):
+            assert httpx.get(f"{served[0]}{path}", headers=headers).status_code == 401
+        for path, asked in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": QUESTION})):
+            answer = httpx.post(f"{served[0]}/v1/{path}", json=asked, headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
 
 
 def test_scripts_of_allowed_pages_may_ask(served):

@@ -20,6 +20,8 @@ from llama_jax.interop import tokenizer_files
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import check_start
+from llama_jax.rlhf import reinforce, rejection, respond
+from llama_jax.safety import distillation
 from llama_jax.steps import load_config
 from llama_jax.train import STAGES, parse_stage, run
 from llama_jax.training import attempt
@@ -103,6 +105,16 @@ def test_a_start_with_another_tokenizer_names_its_own(models, tmp_path):
     assert refused() == f"{said}; its own lies at {tmp_path}/chat/tokenizer.model"
     with pytest.raises(ConfigError, match=f"sft was trained with .*; its own lies at {models}/sft/tokenizer.model"):
         check_start(models / "sft", MODEL, theirs)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rejection", "distill"])
+def test_a_language_model_is_no_judge(stage, models, tmp_path, monkeypatch):
+    for module in (reinforce, respond, rejection, distillation):
+        for name in ("begin", "restore_model"):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was loaded"), raising=False)
+    with pytest.raises(ConfigError) as error:
+        run(small_runs.values(models, stage, steps=4, safety=str(models / "sft")), tmp_path / stage)
+    assert str(error.value) == f"config.safety: {models}/sft: expected a reward model, found a language model"
 
 
 @pytest.mark.parametrize("tokenizer", ["", "tokenizer.model"])

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import signal
+import threading
+import types
 from pathlib import Path
 
 import flax.struct
@@ -22,8 +24,10 @@ from llama_jax.interop import ours
 from llama_jax.model import params as table
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.training import checkpoint, fingerprint, optimizer
+from llama_jax.training import checkpoint, fingerprint, optimizer, recorder
+from llama_jax.training import loop as loop_module
 from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.feed import Feed
 from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
@@ -132,6 +136,48 @@ def stage(mesh, *, source=None, evaluate=None):
 
 def loop(**changes):
     return LoopConfig(**{"steps": 8, "batch_size": 16, "checkpoint_every": 3, "log_every": 1, **changes})
+
+
+# ---- batches one step ahead ----
+
+
+class Asked:
+    """A source that writes down which batches it was asked for, and with which parameters."""
+
+    def __init__(self, *, looks_at_params):
+        self.looks_at_params = looks_at_params
+        self.calls, self.call = [], threading.Condition()
+
+    def batch(self, step, params):
+        with self.call:
+            self.calls.append((step, params))
+            self.call.notify_all()
+        return points(step), {"asked": float(step)}
+
+    def wait(self, count):
+        with self.call:
+            assert self.call.wait_for(lambda: len(self.calls) >= count, timeout=60), self.calls
+
+
+def test_batches_are_made_one_step_ahead_and_none_beyond_the_last():
+    source = Asked(looks_at_params=False)
+    with Feed(source, mesh_of(data=2), 3, lambda step: step + 10) as feed:  # the batches of steps may be others
+        for step in range(3):
+            batch, metrics = feed.batch(step, "parameters")
+            source.wait(min(step + 2, 3))  # the next one, while this one is still to be trained on
+            assert source.calls == [(10 + number, None) for number in range(min(step + 2, 3))]
+            np.testing.assert_array_equal(batch.x, points(10 + step).x)
+            assert metrics == {"asked": 10 + step} and len(batch.x.sharding.device_set) == 2
+    assert len(source.calls) == 3 and not feed.next  # none is on its way
+
+
+def test_a_source_that_looks_at_the_parameters_is_asked_with_those_of_the_step():
+    source = Asked(looks_at_params=True)
+    with Feed(source, mesh_of(), 3, lambda step: step) as feed:
+        for step in range(3):
+            batch, _ = feed.batch(step, f"after {step} steps")
+            assert source.calls == [(number, f"after {number} steps") for number in range(step + 1)]
+            np.testing.assert_array_equal(batch.x, points(step).x)
 
 
 def final(workdir, mesh):
@@ -628,6 +674,31 @@ def test_the_log_tells_the_rate_since_its_last_line_and_the_summary_the_mean():
         pace.step(now)
     assert pace.lately() == 0.1 and pace.mean() == pytest.approx(4 / 22)
     assert pace.lately() is None  # nothing since
+    pace.skip(1000.0)  # an evaluation
+    pace.step(1124.0)
+    assert pace.lately() == 0.5 and pace.mean() == pytest.approx(5 / 24)
+
+
+def test_what_is_measured_and_saved_between_steps_takes_no_part_in_the_rate(tmp_path, mesh, monkeypatch):
+    now = 0.0
+
+    def takes(seconds, act):
+        def later(*arguments, **named):
+            nonlocal now
+            now += seconds
+            return act(*arguments, **named)
+
+        return later
+
+    for module in (loop_module, recorder):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Checkpoints, "save", takes(1000.0, Checkpoints.save))
+    source = Rollouts()
+    source.batch = takes(1.0, source.batch)  # a step of 16 tokens is one second
+    run = stage(mesh, source=source, evaluate=takes(1000.0, lambda params: {"loss": 0.0}))
+    summary = train(run, loop(eval_every=2), mesh=mesh, workdir=tmp_path)
+    assert summary["tokens_per_second"] == pytest.approx(16.0)
+    assert np.nanmin(read_metrics(tmp_path)["tokens_per_second"][2:]) >= 8.0  # a step is read late, so two may be one line's
 
 
 def test_a_run_from_end_to_end(tmp_path, mesh):

@@ -12,7 +12,7 @@ from llama_jax.interop.restore import fingerprint
 from llama_jax.rlhf.annotate import compare_answers
 from llama_jax.rlhf.best_of import best_temperature
 from llama_jax.rlhf.pool import best_samples, dialogs, read_pool, select
-from llama_jax.rlhf.versions import VersionPlan, check_plans, file_entry, portion, record
+from llama_jax.rlhf.versions import VersionPlan, check_plans, complete, file_entry, portion, record
 
 
 def ask(text):
@@ -149,6 +149,23 @@ def test_the_ledger_names_files_by_rows_and_hash_and_keeps_other_versions(tmp_pa
     record(path, "v2", {"data": []})
     expected = {"v1": {"data": [entry]}, "v2": {"data": []}}
     assert record(path, "v1", {"data": [entry]}) == json.loads(path.read_text()) == expected
+
+
+def test_at_the_end_the_ledger_says_what_the_newest_reward_models_say(tmp_path):
+    path, judges = tmp_path / "ledger.json", {"safety": "v2/reward_safety"}
+    record(path, "v1", {"pools": ["a"], "scores": {"v1": {"win_rate": 0.5}}})
+    record(path, "v2", {"pools": ["b"], "scores": {"v2": {"win_rate": 0.6}, "v2_ppo": {"win_rate": 0.7}}})
+    scores = {"sft": {"reward_score": 0.1}, **{name: {"reward_score": i / 4} for i, name in enumerate(("v1", "v2", "v2_ppo"))}}
+    expected = {
+        "v1": {"pools": ["a"], "scores": {"v1": {"win_rate": 0.5, "reward_score": 0.0}}, "scored_by": judges},
+        "v2": {
+            "pools": ["b"], "scored_by": judges,
+            "scores": {"v2": {"win_rate": 0.6, "reward_score": 0.25}, "v2_ppo": {"win_rate": 0.7, "reward_score": 0.5}},
+        },
+    }  # fmt: skip
+    for _ in range(2):  # a report that is made again
+        complete(path, scores.__getitem__, judges=judges)
+        assert json.loads(path.read_text()) == expected
 
 
 def test_comparisons_have_their_batch_and_every_harmless_answer_counts_as_safe(tmp_path):

@@ -8,7 +8,7 @@ from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.dialog import Message
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.evals.answer_files import answer_room
+from llama_jax.evals.answer_files import answer_room, under
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.worker import QueueFull, Worker
 
@@ -22,10 +22,12 @@ class Served:
 
 
 class Engines:
-    """Answers draws by the model that each names."""
+    """Answers draws by the model that each names; `systems` has the system messages that some answer under."""
 
-    def __init__(self, models: Mapping[str, Served], *, max_tokens: int, top_p: float):
-        self.models, self.max_tokens, self.top_p = dict(models), max_tokens, top_p
+    def __init__(
+        self, models: Mapping[str, Served], *, max_tokens: int, top_p: float, systems: Mapping[str, str] | None = None
+    ):
+        self.models, self.max_tokens, self.top_p, self.systems = dict(models), max_tokens, top_p, dict(systems or {})
 
     def start(self, draw: Draw, deliver: Deliver) -> Callable[[], None]:
         """See `drawing.Answerer`."""
@@ -63,5 +65,6 @@ class Engines:
     def _prompt(self, model: str, messages: Sequence[Message]) -> tuple[list[int], int]:
         """The ids of a dialog, and how many tokens its answer may have: 0 if it is too long."""
         served = self.models[model]
-        prompt, length = encode_chat(list(messages), served.tokenizer), served.worker.engine.settings.max_length
+        prompt = encode_chat(under(self.systems.get(model, ""), messages), served.tokenizer)
+        length = served.worker.engine.settings.max_length
         return prompt, answer_room(len(prompt), max_tokens=self.max_tokens, max_length=length)

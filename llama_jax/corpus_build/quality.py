@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llama_jax.corpus_build.shingles import UNSPACED
+
 Failure = tuple[str, float]  # rule, value
 
 # Gopher's for English; elsewhere articles, prepositions and conjunctions as frequent, of which any prose has two.
@@ -46,7 +48,6 @@ STOP_WORDS: Mapping[str, frozenset[str]] = {
         "tr": "ve bir bu da de için ile çok ne daha",
     }.items()
 }
-UNSPACED = frozenset("zh wuu yue ja th lo km my bo dz".split())  # languages without white space between words
 _WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from its first letter on: one match a word
 _BULLETS = ("-", "*", "•", "●", "‣", "·", "▪", "◦")
 _PARAGRAPH = re.compile(r"\n{2,}")

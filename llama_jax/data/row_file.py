@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from llama_jax.paths import is_remote
 class RowFile:
     """A JSONL file that this process alone appends to.
 
-    A row is on the disk when `append` returns. A line torn by a kill stands at the end at most and is cut off on opening; any
-    other malformed line is a ValueError with its number.
+    A row is on the disk when `append` returns. A line torn by a kill stands at the end at most and is cut off on opening, as
+    are empty lines there; any other malformed line is a ValueError with its number.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -36,7 +37,7 @@ class RowFile:
             raise FileExistsError(f"{self.path}: another process writes to it; expected one at a time") from None
         if new:
             _sync_directory(self.path.parent)
-        self._cut_torn_line()
+        self._cut_end()
         self.rows: list[dict[str, Any]] = [row for _, row in read_jsonl(self.path)]
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -58,16 +59,14 @@ class RowFile:
         """Lets others write."""
         os.close(self._file)
 
-    def _cut_torn_line(self) -> None:
+    def _cut_end(self) -> None:
         size = os.fstat(self._file).st_size
-        end = size
-        while end:  # from behind, in pieces: the file may be large
-            begin = max(end - 65536, 0)
-            found = os.pread(self._file, end - begin, begin).rfind(b"\n")
-            if found >= 0:
-                end = begin + found + 1
-                break
-            end = begin
+        if not size:
+            return
+        with mmap.mmap(self._file, size, access=mmap.ACCESS_READ) as data:  # from behind: the file may be large
+            end = data.rfind(b"\n") + 1
+            while end and not data[(before := data.rfind(b"\n", 0, end - 1) + 1) : end].strip():
+                end = before  # an empty line, behind which no row may be appended
         if end < size:
             os.ftruncate(self._file, end)
 

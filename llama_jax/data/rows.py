@@ -15,6 +15,7 @@ Several files are read in the order of their names. A data set of the Hugging Fa
 Formats with columns write a missing field as null, so there a null is left out; in JSONL it stays for the reader to judge.
 """
 
+import codecs
 import collections
 import glob
 import gzip
@@ -206,23 +207,33 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def read_jsonl(path: str | os.PathLike, *, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
-    """Pairs ("file:line", row) of a JSONL file; `refuse` as in `read_rows`. An empty line is malformed JSON."""
+    """Pairs ("file:line", row) of a JSONL file; `refuse` as in `read_rows`.
+
+    A byte order mark is passed over, and so are empty lines at the end; elsewhere one holds no row.
+    """
     path = place(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
-    number = 0
+    number, empty = 0, []  # lines without a row that may be the file's end
     with path.open("rb") as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
         try:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if not line.strip():
+                    empty.append(number)
+                    continue
+                for before in empty:
+                    where = f"{path}:{before}"
+                    _told(where, ValueError(f"{where}: empty line; expected a JSON object"), refuse)
+                empty.clear()
                 where = f"{path}:{number}"
                 try:
                     row = _row(line, where)
                 except ValueError as error:
-                    if refuse is None:
-                        raise
-                    refuse(where, error)
-                    continue
-                yield where, row
+                    _told(where, error, refuse)
+                else:
+                    yield where, row
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}:{number + 1}: damaged gzip file ({error})") from None
 
@@ -239,6 +250,12 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> i
         if gz:
             gz.close()
     return count
+
+
+def _told(where: str, error: ValueError, refuse: Refuse | None) -> None:
+    if refuse is None:
+        raise error
+    refuse(where, error)
 
 
 def _row(line: bytes, where: str) -> Row:
@@ -271,7 +288,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", _without_nulls(row)
+                    yield f"{path}:{number}", without_nulls(row)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}:{number + 1}: damaged Parquet file ({first_line(error)})") from None
 
@@ -286,7 +303,7 @@ def _saved_dataset(path: Path) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # datasets and Arrow raise many types for damaged files
         raise ValueError(f"{path}: damaged data set ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", _without_nulls(row)
+        yield f"{path}:{number}", without_nulls(row)
 
 
 def _tfds(name: str) -> Iterator[tuple[str, Row]]:
@@ -317,7 +334,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value]
 
 
-def _without_nulls(row: Row) -> Row:
+def without_nulls(row: Mapping[str, Any]) -> Row:
+    """A copy without the fields that are null, as a missing one is in formats with columns."""
     return {key: value for key, value in row.items() if value is not None}
 
 

@@ -9,14 +9,16 @@ field.
                 null}, the last message from the assistant; {"prompt": str | [...], "completion": str | [...]} may stand for
                 `messages`: then answers inside the prompt are not trained on
     prompt      {"messages": [...], "reference": str | null, "is_safety": bool, "source": str, "kind": str,
-                "object": str}, the last message from the user; `prompt` may stand for `messages`
+                "object": str}, the last message from the user; `prompt` may stand for `messages`, and so may what the whole
+                dialogs `chosen` and `rejected` of a comparison have in common
     comparison  {"prompt": [...], "chosen": str, "rejected": str, "rating", "margin", "is_safety", "safety_bin", "source",
                 "batch"}; `messages` or `conversations` may stand for `prompt`, messages for texts, and without a prompt
                 `chosen` and `rejected` are two whole dialogs that differ in the last answer
 
 A text that stands for messages is one user message (or one answer). A message is {"role", "content"} or ShareGPT's {"from",
-"value"}, and `conversations` is another name of `messages`. An answer with OpenAI's "weight": 0 is not trained on. A missing
-reference, rating, margin, batch, safety bin or `train_on` is None, a missing flag False, a missing string "".
+"value"}, and `conversations` is another name of `messages`. An answer with OpenAI's "weight": 0 is not trained on. A field that
+is null is missing. A missing reference, rating, margin, batch, safety bin or `train_on` is None, a missing flag False, and a
+missing string "".
 """
 
 import difflib
@@ -26,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.data.dialog import check_messages
-from llama_jax.data.rows import read_jsonl, read_rows, write_jsonl
+from llama_jax.data.rows import read_jsonl, read_rows, without_nulls, write_jsonl
 
 __all__ = [
     "RATINGS", "REJECTED_SAFE", "SAFETY_BINS", "read_comparisons", "read_dialogs", "read_jsonl", "read_prompts", "write_jsonl",
@@ -61,7 +63,7 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     rows = []
     for where, row in read_rows(path):
-        row = _one_name(row, "messages", ("conversations",), where)
+        row = _one_name(without_nulls(row), "messages", ("conversations",), where)
         if "completion" in row and "messages" not in row:
             row = _prompt_and_completion(row, where)
         row = _fields(row, where, required=("messages",), optional=("source", "is_safety", "prompt_messages", "train_on"))
@@ -83,11 +85,13 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
     """All prompts of a data set, for sampling; each ends with an open user turn."""
     rows = []
     for where, row in read_rows(path):
-        optional = ("reference", "is_safety", "source", "kind", "object")
+        row, optional = without_nulls(row), ("reference", "is_safety", "source", "kind", "object")
         if "prompt" in row:  # chat data sets carry the whole dialog beside it
             row = {key: value for key, value in row.items() if key not in ("messages", "conversations")}
         row = _one_name(row, "messages", ("prompt", "conversations"), where)
-        row = _fields(row, where, required=("messages",), optional=optional)
+        if "messages" not in row and (shared := _shared_prompt(row)):
+            row["messages"] = shared
+        row = _fields(row, where, required=("messages",), optional=optional, called="prompt or messages")
         row["messages"] = _messages(row["messages"], text_from="user")
         check_messages(row["messages"], where)
         if row["messages"][-1]["role"] != "user":
@@ -104,11 +108,11 @@ def read_comparisons(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def comparison(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """One comparison in the shape that `read_comparisons` returns; ValueError beginning with `where` if it is none."""
-    optional = ("rating", "margin", "is_safety", "safety_bin", "source", "batch")
+    row, optional = without_nulls(row), ("rating", "margin", "is_safety", "safety_bin", "source", "batch")
     if not row.keys() >= {"prompt", "chosen", "rejected"}:  # beside all three, `messages` are the chosen dialog once more
         row = _one_name(row, "prompt", ("messages", "conversations"), where)
-    if "prompt" not in row:
-        row |= _shared_prompt(row)
+    if "prompt" not in row and (shared := _shared_prompt(row)):
+        row["prompt"] = shared
     row = _fields(row, where, required=("prompt", "chosen", "rejected"), optional=optional)
     if row["margin"] is not None and not (math.isfinite(row["margin"]) and row["margin"] >= 0):
         raise ValueError(f"{where}: margin: expected a number of at least 0, got {row['margin']}")
@@ -169,19 +173,22 @@ def _prompt_and_completion(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {**row, "messages": [*prompt, *completion], "prompt_messages": len(prompt)}
 
 
-def _shared_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The messages with which two whole dialogs begin alike; {} if the row holds no such dialogs."""
+def _shared_prompt(row: Mapping[str, Any]) -> list[Any]:
+    """The messages with which two whole dialogs begin alike; [] if the row holds no such dialogs."""
     chosen, rejected = (_messages(row.get(side)) for side in ("chosen", "rejected"))
     if not (isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1):
-        return {}
+        return []
     shared = [a for a, b in zip(chosen[:-1], rejected[:-1]) if a == b]
-    return {"prompt": shared} if shared == chosen[:-1] == rejected[:-1] else {}
+    return shared if shared == chosen[:-1] == rejected[:-1] else []
 
 
-def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
+def _fields(
+    row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...], called: str = ""
+) -> dict[str, Any]:
     """A copy with every known field; checks names, types and values of the optional ones.
 
     Other fields are carried along. One that is like a known field, which the row lacks, is taken for that field misspelt.
+    `called` is what a required field that is missing could have been called.
     """
     known = (*required, *optional)
     for key, value in row.items():
@@ -189,7 +196,7 @@ def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple
             raise ValueError(f"{where}: {key}: unknown field, did you mean {near!r}?")
     for key in required:
         if key not in row:
-            raise ValueError(f"{where}: {key}: missing; the row has {', '.join(map(str, row)) or 'no field'}")
+            raise ValueError(f"{where}: {called or key}: missing; the row has {', '.join(map(str, row)) or 'no field'}")
     filled = dict(row)
     for key in optional:
         kind, default, allowed = _OPTIONAL[key]

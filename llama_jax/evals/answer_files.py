@@ -71,6 +71,11 @@ def answered(row: Mapping[str, Any], where: str) -> Answered:
     return Answered(tuple(messages), **values)
 
 
+def under(system: str, messages: Sequence[Message]) -> list[Message]:
+    """A prompt under the system message of who answers it, unless that is empty."""
+    return [{"role": "system", "content": system}, *messages] if system else list(messages)
+
+
 def answer_room(prompt: int, *, max_tokens: int, max_length: int) -> int:
     """How many tokens an answer may have after a prompt of so many; 0 where that is too long.
 

@@ -44,8 +44,8 @@ def write(
     """`results.json`, `report.html`, the figures, and with reward models `scores.json`, a row a prompt.
 
     Args:
-      results: `first`, `second`, `judge`, `judged_by` (what its verdicts depend on), `prompts` (see `prompt_set`), and
-        `answers`, the counts of each by name; what is found out here is added.
+      results: `first`, `second`, `judge`, `judged_by` (what its verdicts depend on), `prompts` (see `prompt_set`), `answers`,
+        the counts of each by name, and `system`, messages that some answered under; what is found out here is added.
     """
     first, second = results["first"], results["second"]
     is_safety = np.array([pair[0].is_safety for pair in pairs], bool)
@@ -130,6 +130,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         f"Judge: {results['judge']}. Garbage: no verdict that can be read. Refused: the judge did not take an answer or the "
         "question, as too long or for another reason. Both are in no rate."
     ]
+    for name, text in results.get("system", {}).items():
+        notes.append(f"{name} answers under this system message, which the judge does not see: {text}")
     for name, found in results["answers"].items():
         if found["too_long"]:
             notes.append(f"{name}: {found['too_long']:,} prompts were too long for its context and an answer; left out.")

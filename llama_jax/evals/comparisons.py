@@ -161,6 +161,9 @@ def write(found: Mapping[str, Mapping[str, Any]], places: Mapping[str, str], dir
 def _notes(found: Mapping[str, Mapping[str, Any]], points: Points, paper: Paper) -> list[str]:
     results = next(iter(found.values()))
     notes = [f"Judge: {results['judge']}. All comparisons asked the same {results['prompts']['n']:,} prompts."]
+    for label, of_one in found.items():
+        for name in of_one.get("system", {}):
+            notes.append(f"{label}: {name} answered under a system message of its own, see its results.json.")
     if missing := [label for label in found if label not in points]:
         notes.append(f"Not in the figure, since nothing was decided on one of the axes: {', '.join(missing)}.")
     if paper.figure:

@@ -1,15 +1,21 @@
 """Fig. 16: what pre-prompts do to the safety score of answers, before anything is distilled.
 
-`described` has what the report says beside it: medians, and some prompts with their answers (Tables 13, 39).
+`described` has what the report says beside it: means, medians, and some prompts with their answers (Tables 13, 39).
 """
 
 import collections
+import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from llama_jax.data.sources import read_jsonl
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
+from llama_jax.evals.statistics import mean_interval
+from llama_jax.paths import place
 from llama_jax.safety.distillation import KINDS, keep_preferred, score_distributions, score_gains
 
 LABELS = {"base": "no pre-prompt", "generic": "generic pre-prompt", "category": "answer template of the risk"}
@@ -18,16 +24,47 @@ LABELS = {"base": "no pre-prompt", "generic": "generic pre-prompt", "category": 
 Rows = Sequence[Mapping[str, Any]]  # of `samples.jsonl`, or of `kept.jsonl`
 
 
-def scores(samples: Rows, kept: Rows | None = None) -> Plot:
+def read_run(workdir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples and the kept rows of a run of `configs/distill.py`.
+
+    Raises:
+      FileNotFoundError, ValueError: names what is missing, or the file, line and field that is not a distillation's.
+    """
+    samples = []
+    for where, row in read_jsonl(place(workdir) / "samples.jsonl"):
+        answers = row.get("answers")
+        known = isinstance(answers, list) and answers and all(map(_is_answer, answers))
+        if not (known and answers[0]["kind"] == "base" and isinstance(row.get("messages"), list)):
+            raise ValueError(
+                f"{where}: answers: expected those of context distillation, the plain one first, each with its kind and "
+                "safety score"
+            )
+        samples.append(row)
+    if not samples:
+        raise ValueError(f"{place(workdir) / 'samples.jsonl'}: no samples in it")
+    return samples, [row for _, row in read_jsonl(place(workdir) / "kept.jsonl")]
+
+
+def _is_answer(answer: Any) -> bool:
+    if not isinstance(answer, Mapping) or answer.get("kind") not in KINDS:
+        return False
+    texts = all(isinstance(answer.get(name), str) for name in ("preprompt", "response"))
+    score = answer.get("safety")
+    return texts and isinstance(answer.get("ended"), bool) and isinstance(score, float | int) and math.isfinite(score)
+
+
+def scores(samples: Rows, kept: Rows | None = None, *, of: str = "") -> Plot:
     """(a) Shares of answers below each safety score by kind of pre-prompt; (b) gain by the plain answer's score. (Fig. 16)
 
     `kept` are the rows that are fine-tuned on, whose points are filled; without them every rise counts, as in the paper.
+    `of` names the run where several are shown.
     """
+    title = f"Context distillation{of and f' of {of}'}: safety scores"
     by_kind = score_distributions(samples)
     chosen = kept_answers(samples, keep_preferred(samples, least_gain=0.0) if kept is None else kept)
 
     def draw(theme: Theme) -> Any:
-        figure, (shares, gains) = canvas(theme, "Context distillation: safety scores", columns=2, panel=(5.2, 3.6))
+        figure, (shares, gains) = canvas(theme, title, columns=2, panel=(5.2, 3.6))
         for i, kind in enumerate(KINDS):
             if kind not in by_kind:
                 continue
@@ -60,7 +97,7 @@ def scores(samples: Rows, kept: Rows | None = None) -> Plot:
     said = ", ".join(f"{LABELS[kind]} {np.mean(values):.3f}" for kind, values in by_kind.items())
     answers, best = sum(len(s["answers"]) - 1 for s in samples), sum(answer is not None for answer in chosen)
     alt = f"Two panels. Mean safety scores: {said}. Filled points: {best} of {answers} answers under a pre-prompt are kept."
-    return Plot("distillation", "Context distillation: safety scores", alt, draw)
+    return Plot(f"distillation{of and f'_{of}'}", title, alt, draw)
 
 
 def kept_answers(samples: Rows, kept: Rows) -> list[Mapping[str, Any] | None]:
@@ -79,14 +116,17 @@ def kept_answers(samples: Rows, kept: Rows) -> list[Mapping[str, Any] | None]:
 def described(samples: Rows, kept: Rows) -> dict[str, Any]:
     """Values for the report.
 
-    `median_safety`: by kind of pre-prompt. `kept_by_chance`: for how many prompts the best of the answers under a pre-prompt
-    would exceed the plain one if pre-prompts changed nothing. `examples`: see there.
+    `safety_score` (an interval) and `median_safety`: by kind of pre-prompt. `kept_by_chance`: for how many prompts the best of
+    the answers under a pre-prompt would exceed the plain one if pre-prompts changed nothing. `examples`: see there.
     """
+    by_kind = score_distributions(samples)
     return {
-        "median_safety": {kind: float(np.median(found)) for kind, found in score_distributions(samples).items()},
+        "prompts": len(samples), "kept": len(kept),
+        "safety_score": {kind: dataclasses.asdict(mean_interval(found)) for kind, found in by_kind.items()},
+        "median_safety": {kind: float(np.median(found)) for kind, found in by_kind.items()},
         "kept_by_chance": sum(1 - 1 / len(sample["answers"]) for sample in samples),
         "examples": examples(samples, kept),
-    }
+    }  # fmt: skip
 
 
 def examples(samples: Rows, kept: Rows, *, count: int = 4) -> list[dict[str, Any]]:

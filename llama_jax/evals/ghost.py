@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.data.dialog import B_INST, B_SYS, encode_dialog
+from llama_jax.data.chat_template import encode_example
+from llama_jax.data.dialog import B_INST, B_SYS
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.statistics import Interval, share_interval
 from llama_jax.model.attention_map import largest_attention
@@ -174,7 +175,8 @@ def attention_map(
     bin_size: int = 8, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None,
 ) -> AttentionMap:  # fmt: skip
     """The attention map of a finished dialog whose first message holds the instruction `text` (or is it, as system message)."""
-    ids = encode_dialog(messages, tokenizer).ids
+    dialog = encode_example(messages, tokenizer)
+    ids = dialog.ids
     if len(ids) > config.max_length:
         raise ValueError(f"messages: expected at most {config.max_length} tokens, got {len(ids)}")
     tokens = np.array([ids], np.int32)
@@ -182,16 +184,21 @@ def attention_map(
     start, end = instruction_span(messages, text, tokenizer)
     return AttentionMap(
         bin_maxima(np.asarray(weights), bin_size), bin_size, (start, end),
-        attention_by_turn(np.asarray(weights), np.array(ids) == tokenizer.bos_id, (start, end)),
+        attention_by_turn(np.asarray(weights), turn_begins(dialog.supervised), (start, end)),
     )  # fmt: skip
 
 
 def instruction_span(messages: Messages, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
     """First and last + 1 token of the instruction in the encoded dialog, from what its text shares with shorter ones."""
-    ids = encode_dialog(messages, tokenizer).ids
+    ids = encode_example(messages, tokenizer).ids
     opening = f"{B_INST} {B_SYS}" if messages[0]["role"] == "system" else f"{B_INST} "
     if not messages[0]["content"].startswith(text):
         raise ValueError(f"messages[0].content: expected to begin with the instruction {text!r}")
+    if tokenizer.chat_template is not None:  # shorter and longer first messages, as the template writes them
+        first, *rest = messages
+        others = ("", text if first["content"] != text else f"{text} {text}")
+        start, end = (_shared(ids, encode_example([{**first, "content": c}, *rest], tokenizer).ids) for c in others)
+        return start, end
     start, end = (
         _shared(ids, tokenizer.encode(prefix, bos=True)) for prefix in (opening.rstrip(" "), f"{opening}{text.rstrip()}")
     )
@@ -202,6 +209,13 @@ def bin_maxima(weights: np.ndarray, size: int) -> np.ndarray:
     """The largest weight of each `size` x `size` square, the last ones cut. # [T, S] -> [ceil(T / size), ceil(S / size)]"""
     T, S = weights.shape
     return np.maximum.reduceat(np.maximum.reduceat(weights, range(0, T, size), axis=0), range(0, S, size), axis=1)
+
+
+def turn_begins(supervised: Sequence[bool]) -> np.ndarray:
+    """Where turns begin: at the first token of a dialog and behind each answer, if another follows. # bool [T] -> bool [T]"""
+    trained = np.asarray(supervised, bool)
+    behind = np.concatenate([[True], trained[:-1] & ~trained[1:]])
+    return behind & (np.cumsum(trained[::-1])[::-1] > 0)
 
 
 def attention_by_turn(weights: np.ndarray, begins: np.ndarray, instruction: tuple[int, int]) -> np.ndarray:

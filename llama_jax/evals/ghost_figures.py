@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
-from llama_jax.markdown import markdown_table, verbatim
+from llama_jax.markdown import Table, markdown_table, verbatim
 
 LABELS = {"baseline": "baseline", "ghost": "Ghost Attention"}
 # Table 30: attributes kept, asked by people about hobbies and public figures, in percent.
@@ -36,6 +36,12 @@ def rows(recall: Recalls) -> list[list[str]]:
 def columns() -> list[str]:
     """Titles of `rows`."""
     return ["turn", *LABELS.values(), *(f"paper, {label}" for label in LABELS.values())]
+
+
+def papers() -> Table:
+    """The paper's alone, beside models of other names."""
+    cells = [[str(turn), *(f"{PAPER[name][turn]} %" for name in LABELS)] for turn in PAPER["baseline"]]
+    return Table(["the paper's (Table 30), turn", *LABELS.values()], cells)
 
 
 def markdown(values: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from llama_jax.corpus_build.manifest import read_manifest
 from llama_jax.evals import figures, plots
 from llama_jax.files import read_json, write_json
 from llama_jax.paths import place
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import METRICS_FILE, read_metrics
 
 FIG_5 = {"7B": 1.74, "13B": 1.67, "34B": 1.57, "70B": 1.50}  # nats a token after 2T tokens, read off the plot
 FIG_5_TOKENS = 2e12
@@ -50,10 +50,17 @@ def config_of(workdir: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def log_of(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """What a run has logged, see `read_metrics`; ConfigError for one that has no log."""
+    if not (place(workdir) / METRICS_FILE).exists():
+        raise ConfigError(f"{workdir}: has no log yet; expected a run of at least one step")
+    return read_metrics(workdir)
+
+
 def read(workdir: str | os.PathLike) -> Run:
     """The run in a workdir; ConfigError for one that is no pretraining run's, or has logged no loss."""
     config = config_of(workdir)
-    log = read_metrics(workdir)
+    log = log_of(workdir)
     known = np.isfinite(log.get("loss", np.zeros(0)))
     if not known.any():
         raise ConfigError(f"{workdir}: loss: its log has none yet; expected a run of at least one step")

@@ -7,6 +7,7 @@ from llama_jax.evals import ghost_figures
 from llama_jax.evals.reward_figures import DEGREES
 from llama_jax.evals.statistics import over_optimisation
 from llama_jax.evals.targets import lookup, number, percent, share
+from llama_jax.markdown import Table
 
 _TRACKS = ("helpfulness", "safety")
 _FIG_16A = {"base": 0.75, "generic": 0.82, "category": 0.87}  # the paper's median safety scores, read off the figure
@@ -18,14 +19,6 @@ SIMULATION_NOTE = (
     "whether harmful requests are declined. The figures show whether the recipe works, not how people would "
     "judge the model."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Column titles and rows of text."""
-
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +43,7 @@ def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Sectio
         _ppo(results),
         *([_versions(results)] if results.get("versions") else []),
         *([_ghost_attention(results["ghost_attention"])] if results.get("ghost_attention") else []),
-        *([_distillation(results["distillation"])] if results.get("distillation") else []),
+        *([distillation(results["distillation"])] if results.get("distillation") else []),
         _time(results),
         Section(
             "Everything measured", tables=[Table(["figure", "value"], [[k, v] for k, v in flatten(results)])]
@@ -263,7 +256,8 @@ def _ghost_attention(found: Mapping) -> Section:
     )
 
 
-def _distillation(found: Mapping) -> Section:
+def distillation(found: Mapping) -> Section:
+    """What `distillation_figure.described` says, and, where they were judged, the policies `before` and `after`."""
     medians, shown = found.get("median_safety") or {}, found.get("examples") or []
     columns = ["pre-prompt", "safety score (95 % interval)", *(["median", "paper's median"] if medians else [])]
     scores = [
@@ -273,22 +267,23 @@ def _distillation(found: Mapping) -> Section:
     ]  # fmt: skip
     policies = [
         [name, _with_interval(found, f"{name}.true_utility", number), share(lookup(found, f"{name}.safety_violations"))]
-        for name in ("before", "after")
-    ]
+        for name in ("before", "after") if name in found
+    ]  # fmt: skip
+    beside = ", beside the best answers of the last round" if policies else ""
     return Section(
         "Safety context distillation",
         notes=[
             "Answers to harmful requests as they stand (base), under a generic safety pre-prompt, and under the answer "
             "template of their risk; scored by the safety reward model (section 4.2.4, Fig. 16).",
             f"Of {found['prompts']} prompts, {found['kept']} have an answer under a pre-prompt that the reward model prefers. "
-            "These are fine-tuned on without the pre-prompt, beside the best answers of the last round.",
+            f"These are fine-tuned on without the pre-prompt{beside}.",
             *([sentence] if (sentence := _no_rise(found)) else []),
             *(["The last table: prompts from the largest gain to the smallest, with an answer of every kind (Tables 13, 39)."]
               if shown else []),
         ],
         tables=[
             Table(columns, scores),
-            Table(["policy", "true utility (95 % interval)", "safety violations"], policies),
+            *([Table(["policy", "true utility (95 % interval)", "safety violations"], policies)] if policies else []),
             *([_distilled(shown)] if shown else []),
         ],
         figures=["distillation"],

@@ -189,8 +189,7 @@ def _studies(workdir: Path, results: dict[str, Any]) -> Iterator[Plot]:
         maps = drawings.load_maps(workdir / "ghost_study" / "attention.npz")
         yield dataclasses.replace(drawings.attention_maps(maps), name="ghost_attention")
     if "distillation" in results:
-        samples, kept = ([row for _, row in read_jsonl(workdir / "distill" / f"{name}.jsonl")] for name in ("samples", "kept"))
-        yield dataclasses.replace(distillation_figure.scores(samples, kept), name="distillation")
+        yield distillation_figure.scores(*distillation_figure.read_run(workdir / "distill"))
 
 
 def _is_round(name: str) -> bool:

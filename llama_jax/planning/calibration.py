@@ -35,6 +35,11 @@ class Reference:
     estimated: float | None = None
     microbatches: int = 1
 
+    @property
+    def error(self) -> float | None:
+        """How much more than the published rate was estimated, as a part of it."""
+        return None if self.estimated is None else self.estimated / self.published - 1
+
     def mfu(self, rate: float) -> float:
         """Of so many tokens a second and chip, counted as the published one."""
         flops = table.flops_per_token(_MODEL, length=_MODEL.max_length)
@@ -66,6 +71,17 @@ def measure(plan: Callable[[Any, Any], Plan], references: Sequence[Reference] = 
     return found
 
 
+def as_json(references: Sequence[Reference] = REFERENCES) -> list[dict[str, Any]]:
+    """The fields of each reference; estimated_mfu and error are None where nothing was estimated."""
+    return [
+        {
+            **dataclasses.asdict(reference), "error": reference.error,
+            "estimated_mfu": None if reference.estimated is None else reference.mfu(reference.estimated),
+        }
+        for reference in references
+    ]  # fmt: skip
+
+
 def as_text(references: Sequence[Reference] = REFERENCES) -> str:
     """A line for each reference: estimated, published, error."""
     lines = ["calibration: Llama 2 70B, our step as estimated beside MaxText's as published (--calibrate compiles it again);",
@@ -76,7 +92,6 @@ def as_text(references: Sequence[Reference] = REFERENCES) -> str:
         if reference.estimated is None:
             lines.append(f"{head}not estimated; {published}")
             continue
-        error = reference.estimated / reference.published - 1
         estimated = f"estimated {reference.estimated:.0f}, MFU {reference.mfu(reference.estimated):.1%}"
-        lines.append(f"{head}{estimated}; {published}: {error:+.0%}")
+        lines.append(f"{head}{estimated}; {published}: {reference.error:+.0%}")
     return "\n".join(lines)

@@ -3,14 +3,18 @@
 import dataclasses
 from typing import Any
 
+from llama_jax.planning import calibration
 from llama_jax.planning.estimate import ASSUMPTIONS, Plan
 
 _G = 2**30
 
 
 def as_json(plan: Plan, run: dict[str, float]) -> dict[str, Any]:
-    """The plan's fields, with `collective_bytes` and the run."""
-    return {**dataclasses.asdict(plan), "collective_bytes": plan.collective_bytes, "run": run, "assumptions": ASSUMPTIONS}
+    """The plan's fields, with `collective_bytes`, the run, and what the estimate rests on and how far off it was elsewhere."""
+    return {
+        **dataclasses.asdict(plan), "collective_bytes": plan.collective_bytes, "run": run, "assumptions": ASSUMPTIONS,
+        "calibration": calibration.as_json(),
+    }  # fmt: skip
 
 
 def one_line(plan: Plan) -> str:

@@ -133,6 +133,13 @@ def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -
     warn_of_unfinished(workdir)
 
 
+def check_reward_model(field: str, workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """`check_start` of what a field of the config names as a reward model; ConfigError, too, for a language model."""
+    check_start(workdir, model, tokenizer)
+    if "reward_head" not in model_parts(workdir):
+        raise ConfigError(f"config.{field}: {workdir}: expected a reward model, found a language model")
+
+
 def _tokenizer_of(workdir: str | Path, fingerprint: str) -> Path | None:
     """The file beside a checkpoint that is its tokenizer; None if there is none, as in the workdirs of older runs."""
     directory, _ = named(workdir)

@@ -58,13 +58,14 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
 
     Rows are read some thousands at a time, and encoded on all cores: a set of millions is held as ids alone.
     """
-    comparisons, rows, unsafe = [], 0, 0
+    comparisons, rows, unsafe, first = [], 0, 0, ""  # the first that is too long
     for some in in_parts(read_rows(path), label=f"encode {path}", unit="comparison"):
         known = [(where, comparison(raw, where)) for where, raw in some]
         safe = [(where, row) for where, row in known if row["safety_bin"] != REJECTED_SAFE]
         rows, unsafe = rows + len(known), unsafe + len(known) - len(safe)
-        for (_, row), (chosen, rejected, response_start) in zip(safe, encode_sides(safe, tokenizer), strict=True):
-            if max(chosen.size, rejected.size) > length:
+        for (where, row), (chosen, rejected, response_start) in zip(safe, encode_sides(safe, tokenizer), strict=True):
+            if (tokens := max(chosen.size, rejected.size)) > length:
+                first = first or f"{where} ({tokens} tokens)"
                 continue
             rating = row["rating"]
             comparisons.append(
@@ -79,7 +80,9 @@ def encode_comparisons(path: str, tokenizer: Tokenizer, *, length: int, margin: 
     if unsafe:
         log.warning("%s: %d of %d pairs prefer an unsafe answer to a safe one and are dropped", path, unsafe, rows)
     if long := rows - unsafe - len(comparisons):
-        log.warning("%s: %d of %d pairs are longer than %d tokens and dropped", path, long, rows, length)
+        log.warning(
+            "%s: %d of %d pairs are longer than %d tokens and dropped; the first is %s", path, long, rows, length, first
+        )
     if not comparisons:
         raise ValueError(f"{path}: none of {rows} comparisons is left: {long} do not fit into {length} tokens")
     return comparisons

@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_jax.data.sources import RATINGS
 from llama_jax.markdown import markdown_table
+from llama_jax.reward.published import TABLE_7, TABLE_8, TABLE_29
 
 # Safety labels of (chosen, rejected) by the paper's three bins (section 3.2.1).
 SAFE = {"chosen_safe": (True, False), "both_safe": (True, True), "both_unsafe": (False, False)}
@@ -165,10 +166,12 @@ def report(scores: HeldOutScores) -> dict[str, Any]:
 
 
 def markdown(values: Mapping[str, Any], *, title: str) -> str:
-    """The report as Markdown, accuracies in percent with their 95 % intervals."""
+    """The report as Markdown, accuracies in percent with their 95 % intervals; the paper's below each table."""
     parts = [f"# {title}", "Percent, with 95 % intervals.",
              "## Held-out accuracy by source and degree of preference (Tables 7 and 8)",
              _by_degree(values["accuracy"])]  # fmt: skip
+    rated = any(len(row) > 1 for row in values["accuracy"].values())
+    parts += [paper.markdown() for paper in (TABLE_7, *([TABLE_8] if rated else []))]
     if "others" in values:
         parts += ["## The same of pairs of other tracks, which it was not made for", _by_degree(values["others"])]
     if "baselines" in values:
@@ -178,7 +181,7 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
         parts += ["## Beside what knows no words", markdown_table(["", "%"], cells)]
     if values["safety"]:
         cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
-        parts += ["## Safety (Table 29)", markdown_table(["", "%", "count"], cells)]
+        parts += ["## Safety (Table 29)", markdown_table(["", "%", "count"], cells), TABLE_29.markdown()]
     if "scores" in values:
         mean, std = values["scores"]["mean"], values["scores"]["std"]
         parts += [f"Scores of the training data: mean {mean:.4f}, deviation {std:.4f}."]

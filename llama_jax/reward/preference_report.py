@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax.data.sources import RATINGS, SAFETY_BINS
 from llama_jax.markdown import markdown_table
+from llama_jax.reward import published
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]  # texts -> tokens of each
 _CHUNK = 1000  # rows whose texts are counted at once
@@ -150,21 +151,30 @@ def best_of_batches(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[
 
 
 def markdown(values: Mapping[str, Any]) -> str:
-    """The report as Markdown: one table a grouping, ratings and safety bins where there are any."""
+    """The report as Markdown: one table a grouping, ratings and safety bins where there are any; the paper's below each."""
     parts = ["# Preference data", "Columns as in the paper's Tables 6 and 26."]
-    for name, title, total in (("sources", "By set (Table 6)", "total"), ("batches", "By batch (Table 26)", "batched")):
+    groupings = (
+        ("sources", "By set (Table 6)", "total", published.TABLE_6),
+        ("batches", "By batch (Table 26)", "batched", published.TABLE_26),
+    )
+    kinds = (
+        ("rating_shares", "Ratings (Fig. 25)", published.FIGURE_25),
+        ("safety_bin_shares", "Safety bins", published.SAFETY_BINS),
+    )
+    for name, title, total, paper in groupings:
         if values[name]:
             rows = {**values[name], "total": values[total]}
-            parts += [f"## {title}", _size_table(rows)]
-            for shares, heading in (("rating_shares", "Ratings (Fig. 25)"), ("safety_bin_shares", "Safety bins")):
+            parts += [f"## {title}", _size_table(rows), paper.markdown()]
+            for shares, heading, of_paper in kinds:
                 if any(row[shares] for row in rows.values()):
-                    parts += [f"### {heading}, percent of the comparisons that have one", _share_table(rows, shares)]
+                    parts += [f"### {heading}, percent of the comparisons that have one", _share_table(rows, shares),
+                              of_paper.markdown()]  # fmt: skip
     if values.get("best_of_batches"):
         parts += ["## Reward of sampled answers by batch (Fig. 26)", markdown_table(
             ["batch", "prompts", "answers/prompt", "max", "median"],
             [[name, f"{row['prompts']:,}", f"{row['samples']:.1f}", f"{row['max']:.3f}", f"{row['median']:.3f}"]
              for name, row in values["best_of_batches"].items()],
-        )]  # fmt: skip
+        ), published.FIGURE_26.markdown()]  # fmt: skip
     if split := values.get("split"):
         parts += ["## Parts, no conversation in two of them", markdown_table(
             ["file", "comparisons"], [[f"{name}.jsonl.gz", f"{count:,}"] for name, count in split.items()]

@@ -41,7 +41,36 @@ def in_one_sentence(answer: str, value: str = "") -> bool:
     """Whether the answer has no sentence mark before its end. The stop of an abbreviation or number is none."""
     del value
     text = answer.strip()
-    return bool(text) and re.search(r"[.!?][\"')\]`]*\s+[^\sa-z]", text) is None and "\n" not in text
+    return bool(text) and "\n" not in text and not any(_ends_sentence(text, mark) for mark in _MARK.finditer(text))
+
+
+# A mark that a small letter follows ends nothing.
+_MARK = re.compile(r"([.!?])[\"')\]`]*\s+(?=[^\sa-z])")
+# Stops that end no sentence; that end none before a number; that may end one, as those of initials and of "U.S." do.
+_NEVER = frozenset("mr mrs ms mx dr prof rev gen capt sgt vs e.g i.e cf approx".split())
+_BEFORE_NUMBERS = frozenset("no nos fig figs eq ch p pp vol jan feb mar apr jun jul aug sep sept oct nov dec".split())
+_PERHAPS = frozenset("inc ltd co corp jr sr st etc al dept a.m p.m".split())
+# These are no names: after a stop of the third kind, a capital of theirs begins a sentence.
+_OPENINGS = frozenset(
+    "a after all also although an and as at because before both but by each every for from he her here his how however i if in "
+    "it its many more most my no not on once one or our she since so some such that the their then there these they this "
+    "those though thus to we what when where which while who why with yet you your".split()
+)
+
+
+def _ends_sentence(text: str, mark: re.Match) -> bool:
+    if mark[1] != ".":
+        return True
+    before = re.split(r"[^\w.]", text[: mark.start()])[-1]  # with the stops inside it
+    after = re.match(r"\W*(\w*)", text[mark.end() :])[1].casefold()
+    initial, word = before.rpartition(".")[2], before.casefold()
+    if word in _NEVER:
+        return False
+    if word in _BEFORE_NUMBERS:
+        return not after[:1].isdigit()
+    if word in _PERHAPS or len(initial) == 1 and initial.isupper():
+        return after in _OPENINGS
+    return True
 
 
 def _words(text: str) -> list[str]:

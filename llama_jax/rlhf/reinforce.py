@@ -23,7 +23,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
-from llama_jax.pretrain.base import Begin, begin, check_start, load_tokenizer, meta
+from llama_jax.pretrain.base import Begin, begin, check_reward_model, load_tokenizer, meta
 from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.clock import StepClock
@@ -218,12 +218,14 @@ class Rounding:
       ratio: how far that of a token may be off 1; `share`: of the tokens that may be further off.
       kl: the mean of the KL estimate.
       largest: how far the one token may be off that is furthest; beyond it there is a warning.
+      drift: how far log-probabilities of the sampler may be off those of the trainer in the mean; so is there beyond it.
     """
 
     ratio: float
     share: float
     kl: float
     largest: float
+    drift: float
 
 
 def rounding(compute: Compute) -> Rounding:
@@ -234,8 +236,8 @@ def rounding(compute: Compute) -> Rounding:
     tokens, and by 0.28 at most. What computes something else (other temperatures, positions or parameters) moves most tokens.
     """
     if compute.matmul_dtype == jnp.float32:
-        return Rounding(ratio=1e-4, share=0.0, kl=1e-8, largest=1e-4)
-    return Rounding(ratio=0.2, share=0.05, kl=1e-2, largest=0.5)
+        return Rounding(ratio=1e-4, share=0.0, kl=1e-8, largest=1e-4, drift=1e-4)
+    return Rounding(ratio=0.2, share=0.05, kl=1e-2, largest=0.5, drift=0.1)
 
 
 class OffPolicy(Diverged):
@@ -246,12 +248,13 @@ class StepCheck:
     """A stage's `check`: what the first step of an iteration must show; and the clock is told when each step ended.
 
     On the first mini-batch the policy is the one that was rolled out: ratio 1, KL 0, nothing clipped. Anything beyond rounding
-    means that rollout and update do not compute the same log-probabilities.
+    means that rollout and update do not compute the same log-probabilities. Both are the trainer's; that the sampler drew by
+    others spoils no invariant, as weights (`importance_cap`) may make up for it, and is told once.
     """
 
     def __init__(self, clock: StepClock, minibatches: int, bounds: Rounding, name: str):
         self.clock, self.minibatches, self.bounds, self.name = clock, minibatches, bounds, name
-        self.warned = False
+        self.warned = self.told_drift = False
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """OffPolicy if they do not agree."""
@@ -259,6 +262,15 @@ class StepCheck:
         if step % self.minibatches:
             return
         bounds = self.bounds
+        if metrics["sampler_drift_mean"] > bounds.drift and not self.told_drift:
+            self.told_drift = True
+            log.warning(
+                "%s: at step %d, which begins an iteration, the log-probabilities of sampler and trainer lie %.2g apart in the "
+                "mean, and %.2g at most; rounding explains a mean of %g. The sampler may draw at another temperature, from "
+                "other parameters or in other types than are trained: what it drew is then off the policy (said once; the log "
+                "has `sampler_drift_mean` of every iteration)",
+                self.name, step, metrics["sampler_drift_mean"], metrics["sampler_drift"], bounds.drift,
+            )  # fmt: skip
         if metrics["ratio_off"] > bounds.share or abs(metrics["approx_kl"]) > bounds.kl:
             raise OffPolicy(
                 f"{self.name}: step {step} begins an iteration, but rollout and update do not give its tokens the same "
@@ -303,15 +315,15 @@ def mixed_prompts(data: Any, tokenizer: Tokenizer, *, seed: int) -> list[tuple[d
 
 
 def check_rewards(config: Any, model: ModelConfig, tokenizer: Tokenizer) -> bool:
-    """Whether reward models score; ConfigError if they are missing, or of another model than the policy's."""
+    """Whether reward models score; ConfigError if they are missing, none, or of another model than the policy's."""
     used, models = REWARD_MODELS in config.reward.scorers, reward_models(config)
     if used and not models:
         raise ConfigError(
             f"config.helpfulness, config.safety: reward.scorers names {REWARD_MODELS!r}; expected the workdir of one at least, "
             "got nothing"
         )
-    for path in models.values():
-        check_start(path, model, tokenizer)
+    for name, path in models.items():
+        check_reward_model(name, path, model, tokenizer)
     return used
 
 

@@ -40,7 +40,7 @@ from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig, size
 from llama_jax.model.params import Params
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
-from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.pretrain.base import StageConfig, check_reward_model, check_start, load_tokenizer
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.best_of import best_temperature
@@ -168,8 +168,8 @@ class Round:
         self.judges = judges_of(config)
         self.weights = config.reward.weighted()
         self.scorers = {name: load_scorer(name) for name in self.weights if name != REWARD_MODELS}
-        for path in self.judges.values():
-            check_start(path, self.reward, self.tokenizer)
+        for name, path in self.judges.items():
+            check_reward_model(name, path, self.reward, self.tokenizer)
         settings = config.rejection
         self.length = settings.prompt_length + settings.new_tokens
         if settings.answers:

@@ -5,13 +5,14 @@ samples from the newest policy, and fine-tunes on the best samples of all versio
 dialogs, and PPO goes on from V5's checkpoint. The recipe (`llama_jax.recipe`) runs a list of such plans.
 
 The ledger is one JSON file, written anew whenever a version is finished: of each version the data files (rows and hash), the
-checkpoints (step and hash of the parameters) and the scores.
+checkpoints (step and hash of the parameters) and the scores. Those of reward models join them at the end: as in the paper, the
+newest ones judge all versions.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,3 +89,13 @@ def record(path: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     ledger[name] = dict(entry)
     write_json(path, ledger)
     return ledger
+
+
+def complete(path: Path, scores: Callable[[str], Mapping[str, Any]], *, judges: Mapping[str, str]) -> None:
+    """Adds to the ledger what is known when all versions are there: of each model that it scores, by name, what `scores` says,
+    and the reward models, `judges`, that said it."""
+    ledger = json.loads(path.read_text())
+    for entry in ledger.values():
+        entry["scores"] = {name: {**found, **scores(name)} for name, found in entry["scores"].items()}
+        entry["scored_by"] = dict(judges)
+    write_json(path, ledger)

@@ -26,7 +26,7 @@ from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.parallel.hosts import exist, on_host_0
-from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.pretrain.base import StageConfig, check_reward_model, check_start, load_tokenizer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.reinforce import encode_prompts
@@ -163,7 +163,8 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     for name in ("policy", "safety"):
         if not getattr(config, name):
             raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
-        check_start(getattr(config, name), model, tokenizer)
+    check_start(config.policy, model, tokenizer)
+    check_reward_model("safety", config.safety, model, tokenizer)
     settings, seed = config.distill, config.loop.seed
     if settings.prompt_length + settings.new_tokens > model.max_length:
         raise ConfigError(

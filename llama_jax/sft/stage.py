@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -96,11 +97,22 @@ def packed_dialogs(
     fitting = [[example for example in file if len(example.ids) <= length] for file in files]  # before shares are counted
     dialogs, left = sum(map(len, files)), sum(map(len, fitting))
     if left < dialogs:
-        log.warning("%d of %d dialogs are longer than %d tokens and left out", dialogs - left, dialogs, length)
+        log.warning(
+            "%d of %d dialogs are longer than %d tokens and left out; the first is %s",
+            dialogs - left, dialogs, length, _first_longer(paths, files, length),
+        )  # fmt: skip
     packed = pack_dialogs(mix(fitting, shares, names=paths, seed=seed, unit="dialogs"), length)
     if not packed.rows:
         raise ConfigError(f"{', '.join(paths)}: no dialog fits into {length} tokens")
     return packed
+
+
+def _first_longer(paths: Sequence[str], files: Sequence[Sequence[EncodedDialog]], length: int) -> str:
+    """Where the first dialog of more than `length` tokens stands, and how long it is."""
+    sizes = ((path, number, len(example.ids)) for path, file in zip(paths, files) for number, example in enumerate(file))
+    path, number, tokens = next(found for found in sizes if found[2] > length)
+    where, _ = next(itertools.islice(read_rows(path), number, None))  # read again: dialogs are kept without their places
+    return f"{where} ({tokens} tokens)"
 
 
 def encoded_dialogs(path: str, tokenizer: Tokenizer, *, train_on: str, chat: str) -> Sequence[EncodedDialog]:

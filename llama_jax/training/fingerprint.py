@@ -224,10 +224,10 @@ def damages(workdir: str | Path, step: int, *, items: Sequence[str] = ()) -> lis
 def _damaged_leaves(
     path: Path, item: str, names: Mapping[tuple[str, ...], str], expected: Mapping[str, int], dtype: str | None
 ) -> list[str]:
-    lines = []
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    lines, handler = [], ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
         try:
-            tree = checkpointer.metadata(path).item_metadata.tree
+            tree = handler.metadata(path).tree  # the checkpointer's would warn of a file that only whole checkpoints have
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             return [f"{item}: cannot be read: {first_line(error)}"]
         leaves = {_keys(jax.tree_util.keystr(at)): at for at, _ in jax.tree_util.tree_leaves_with_path(tree)}

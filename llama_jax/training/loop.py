@@ -234,6 +234,7 @@ class _Passage:
         self.run.goodput.step(done, time.monotonic() - begun)
         if stop:
             self.leave(done, measures=measures)
+        paused = time.monotonic()
         try:
             held_out = self.evaluate(done) if measures else {}
         except Preempted:
@@ -241,6 +242,7 @@ class _Passage:
         ranked, best = self.rank(done, held_out)
         if saves or best:
             self.save(done, ranked)
+        self.recorder.pace.skip(time.monotonic() - paused)
         return held_out
 
     def rank(self, done: int, held_out: dict[str, float]) -> tuple[dict[str, float], bool]:

@@ -25,10 +25,10 @@ class Diverged(RuntimeError):
 
 
 class Pace:
-    """Steps a second of this process. The first two are left out: they compile."""
+    """Steps a second of this process. The first two are left out, since they compile, and so is what was skipped."""
 
     def __init__(self):
-        self.steps = 0
+        self.steps, self.skipped = 0, 0.0
         self.first: tuple[int, float] | None = None  # after the second step: its number, and when it was done
         self.asked: tuple[int, float] | None = None  # the newest when `lately` was asked last
         self.newest: tuple[int, float] | None = None
@@ -37,9 +37,13 @@ class Pace:
         """One more is done, at that time in seconds."""
         self.steps += 1
         if self.steps >= 2:
-            self.newest = (self.steps, now)
+            self.newest = (self.steps, now - self.skipped)
             self.first = self.first or self.newest
             self.asked = self.asked or self.newest
+
+    def skip(self, seconds: float) -> None:
+        """So many passed between two steps with something else: an evaluation, a save."""
+        self.skipped += seconds
 
     def mean(self) -> float | None:
         """Since the second step."""
