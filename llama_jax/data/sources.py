@@ -182,9 +182,7 @@ def _shared_prompt(row: Mapping[str, Any]) -> list[Any]:
     return shared if shared == chosen[:-1] == rejected[:-1] else []
 
 
-def _fields(
-    row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...], called: str = ""
-) -> dict[str, Any]:
+def _fields(row: dict, where: str, *, required: tuple[str, ...], optional: tuple[str, ...], called: str = "") -> dict[str, Any]:
     """A copy with every known field; checks names, types and values of the optional ones.
 
     Other fields are carried along. One that is like a known field, which the row lacks, is taken for that field misspelt.
