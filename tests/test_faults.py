@@ -36,7 +36,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data.loader import IndexedBatches
 from llama_jax.parallel.hosts import clocks
 from llama_jax.parallel.peers import Peers, Word, lost, places
-from llama_jax.training import checkpoint, goodput, preemption, watchdog
+from llama_jax.training import goodput, preemption, saved, watchdog
 from llama_jax.training.fingerprint import CheckpointError, damages, fingerprints, sealed
 from llama_jax.training.goodput import Goodput
 from llama_jax.training.lease import Lease
@@ -212,10 +212,10 @@ def train_until(directory, do, *, keep=5):
         mesh = mesh_of()
         source = Supervised(Batches(interrupt=lambda: {do}, at=10))
         command.launch(lambda: train(stage(mesh, source=source), loop(steps=12, keep={keep}, log_every=100), mesh=mesh,
-                                     workdir=Path(sys.argv[1]) / "run"))
+                                     workdir=Path({str(directory)!r}) / "run"))
     """
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), directory], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ command.launch(main)
 def test_parameters_and_fingerprints_are_of_one_checkpoint_though_another_one_lands_meanwhile(copy, mesh, monkeypatch):
     whole = fingerprints(restore_params(f"{copy}@6", SPECS, mesh))
     asked = iter(["6", "8"])
-    monkeypatch.setattr(checkpoint, "newest_step", lambda workdir: copy / "checkpoints" / next(asked))
+    monkeypatch.setattr(saved, "newest_step", lambda workdir: copy / "checkpoints" / next(asked))
     assert fingerprints(restore_params(copy, SPECS, mesh)) == whole
 
 

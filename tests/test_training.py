@@ -24,7 +24,7 @@ from llama_jax.interop import ours
 from llama_jax.model import params as table
 from llama_jax.parallel.axes import ParamSpec
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
-from llama_jax.training import checkpoint, fingerprint, optimizer, recorder
+from llama_jax.training import checkpoint, fingerprint, optimizer, recorder, saved
 from llama_jax.training import loop as loop_module
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.feed import Feed
@@ -643,7 +643,7 @@ def test_weights_of_another_format_are_met_with_the_command_that_converts_them(
     said = f"; these weights are of another format, and are converted first: {command}" if input_ else ""
     assert str(error.value) == plain + said
     if input_:  # it reads the disks of its machine alone
-        monkeypatch.setattr(checkpoint, "is_remote", lambda path: True)
+        monkeypatch.setattr(saved, "is_remote", lambda path: True)
         with pytest.raises(CheckpointError, match=r"copied to this machine and converted first: .* --input=(hf|meta|x|gguf)"):
             newest_step(start)
 
