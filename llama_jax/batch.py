@@ -13,6 +13,7 @@ import jax
 
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.evals.answer_files import under
 from llama_jax.requests import Ask, decode, parse
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import Request
@@ -110,7 +111,7 @@ def _under(system: str, body: dict[str, Any]) -> dict[str, Any]:
         isinstance(message, Mapping) and message.get("role") in ("system", "developer") for message in messages
     ):  # fmt: skip
         return body
-    return {**body, "messages": [{"role": "system", "content": system}, *messages]}
+    return {**body, "messages": under(system, messages)}
 
 
 class _Answer:

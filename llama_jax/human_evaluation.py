@@ -28,8 +28,8 @@ from llama_jax.evals.answer_files import read_answers
 from llama_jax.evals.human_figures import comparison_plots, safety_plots
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.published import FIGURE_30, FIGURES_1_12, FIGURES_3_17_18, HUMAN_NOTES, Rows
-from llama_jax.evals.report_sections import Table
 from llama_jax.files import whole_directory, write_json
+from llama_jax.markdown import Table
 
 
 def export(

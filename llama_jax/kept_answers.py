@@ -22,9 +22,7 @@ from llama_jax.data.dialog import decode_response, prompt_key
 from llama_jax.data.row_file import RowFile
 from llama_jax.evals.answer_files import Answered, answer_room, read_answers, under
 from llama_jax.evals.origin import claim
-from llama_jax.evals.words import tokenizer_of
-from llama_jax.interop.formats import open_source
-from llama_jax.interop.tokenizer_files import open_tokenizer
+from llama_jax.evals.words import tokenizer_of, words_of
 from llama_jax.parallel.hosts import from_host_0
 from llama_jax.paths import place as place_of
 from llama_jax.pretrained import Model
@@ -144,8 +142,7 @@ def check_prompts(place: str, prompts: Sequence[dict[str, Any]], *, tokenizer: s
       ValueError: names the row of one that it does not take: it holds a control piece, or its roles are not in turn; or the
         system message, which may hold one too, or have no place in the format.
     """
-    source = open_source(place)
-    words = open_tokenizer(source, tokenizer_of(place, tokenizer) or source.tokenizer)
+    words = words_of(place, tokenizer)
     if system:
         encode_chat(under(system, [{"role": "user", "content": "Hello."}]), words, where="--system")
     for number, row in enumerate(prompts):

@@ -45,10 +45,8 @@ from llama_jax.evals.ghost import (
 )
 from llama_jax.evals.origin import claim
 from llama_jax.evals.plots import MARKERS, Plot, save
-from llama_jax.evals.words import tokenizer_of
+from llama_jax.evals.words import tokenizer_of, words_of
 from llama_jax.files import write_json, write_text
-from llama_jax.interop.formats import open_source
-from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.kept_answers import Kept, Open, define_engines, opener
 from llama_jax.markdown import markdown_table
 from llama_jax.parallel.host import keep_heap
@@ -213,9 +211,8 @@ def check_attention(name: str, place: str, context: Context, directory: Path, *,
     """
     if (directory / f"attention_{name}.npz").exists():
         return  # of one that has answered, the weights may be gone
-    source = open_source(place)
-    words = open_tokenizer(source, tokenizer_of(place, tokenizer) or source.tokenizer)
-    instruction_span(in_first_turn(context.messages, context.instruction, place="user"), context.instruction, words)
+    dialog = in_first_turn(context.messages, context.instruction, place="user")
+    instruction_span(dialog, context.instruction, words_of(place, tokenizer))
 
 
 def report(

@@ -373,7 +373,7 @@ class Recipe(Steps[RecipeConfig]):
         self.step("scores", self.score_answers)
         last, names = f"v{len(self.config.versions)}", [name for name in self.judged if name != "distilled"]
         versions = {name: {**self.standing[name], **progress.compare(self.workdir, name)} for name in names}
-        complete(self.workdir / "ledger.json", lambda name: versions[name], judges=self.rewards)
+        complete(self.workdir / "ledger.json", versions, judges=self.rewards)
         results = {
             "size": self.config.size,
             "minutes": self.config.minutes,

@@ -34,10 +34,9 @@ from llama_jax.evals.answer_files import answered
 from llama_jax.evals.origin import claim, origin
 from llama_jax.evals.reward_scores import combined, score_dialogs
 from llama_jax.evals.samples import ratings_of
-from llama_jax.evals.words import tokenizer_of
+from llama_jax.evals.words import tokenizer_of, words_of
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
-from llama_jax.interop.tokenizer_files import open_tokenizer
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
 from llama_jax.pretrained import Model, load
 from llama_jax.recall import digest
@@ -86,8 +85,7 @@ class Models:
 
     def words(self, place: str) -> Tokenizer:
         """A model's tokenizer."""
-        source = open_source(place)
-        return open_tokenizer(source, tokenizer_of(place, self.tokenizer) or source.tokenizer)
+        return words_of(place, self.tokenizer)
 
 
 def draw(

@@ -164,7 +164,7 @@ def test_at_the_end_the_ledger_says_what_the_newest_reward_models_say(tmp_path):
         },
     }  # fmt: skip
     for _ in range(2):  # a report that is made again
-        complete(path, scores.__getitem__, judges=judges)
+        complete(path, scores, judges=judges)
         assert json.loads(path.read_text()) == expected
 
 

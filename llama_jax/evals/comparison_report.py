@@ -14,8 +14,8 @@ from llama_jax.evals import judges, plots
 from llama_jax.evals.figures import score_scatter
 from llama_jax.evals.model_figures import win_rate_axes
 from llama_jax.evals.page import Chapter, page
-from llama_jax.evals.report_sections import Table
 from llama_jax.files import write_json, write_text
+from llama_jax.markdown import Table
 
 TRACKS = ("helpfulness", "safety")
 Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]  # {track: the scores of both models' answers, float [n] each}

@@ -15,9 +15,8 @@ from llama_jax.evals import plots
 from llama_jax.evals.comparison_report import FIG_2, FIG_11, TRACKS, interval, point
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import BESIDE, MARKERS, Plot, Theme, canvas, legend, styles
-from llama_jax.evals.report_sections import Table
 from llama_jax.files import read_json, write_json, write_text
-from llama_jax.markdown import text_table, verbatim
+from llama_jax.markdown import Table, text_table, verbatim
 from llama_jax.paths import place
 
 RESULTS = "results.json"

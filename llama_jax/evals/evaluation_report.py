@@ -17,8 +17,9 @@ from llama_jax.evals.published import MATH_NOTE, published
 from llama_jax.evals.published import cell as papers
 from llama_jax.evals.report import markdown_sections
 from llama_jax.evals.report_html import render_page
-from llama_jax.evals.report_sections import Section, Table
+from llama_jax.evals.report_sections import Section
 from llama_jax.files import atomic_write, write_json
+from llama_jax.markdown import Table
 
 _LEAD = (
     "Benchmarks of the Llama 2 paper, beside the paper's own numbers. Percent, unless a table says otherwise; ± is one "

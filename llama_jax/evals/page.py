@@ -6,7 +6,7 @@ from html import escape
 
 from llama_jax.evals.plots import Plot
 from llama_jax.evals.report_html import dialogue_html, document, header, table_html
-from llama_jax.evals.report_sections import Table
+from llama_jax.markdown import Table
 
 _OWN = "td:first-child { font-weight: 600; }"
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from llama_jax.evals.plots import Plot
-from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, Table, prompt_text
+from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, prompt_text
 from llama_jax.evals.targets import Target, lookup, number
+from llama_jax.markdown import Table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card:

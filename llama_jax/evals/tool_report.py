@@ -10,11 +10,10 @@ from llama_jax.evals import plots, tool_prompts
 from llama_jax.evals.page import Chapter, page
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
 from llama_jax.evals.published import TABLE_15
-from llama_jax.evals.report_sections import Table
 from llama_jax.evals.tool_scores import WAYS
 from llama_jax.evals.word_problems import PHRASE, TOLERANCE
 from llama_jax.files import write_json, write_text
-from llama_jax.markdown import markdown_table, text_table, verbatim
+from llama_jax.markdown import Table, markdown_table, text_table, verbatim
 from llama_jax.reward.held_out import percent
 
 _PAPERS_TOOLS = ("Toolformer", "Llama 2-Chat")

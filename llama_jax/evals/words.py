@@ -2,7 +2,7 @@
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.formats import open_source
-from llama_jax.interop.tokenizer_files import check_vocabulary
+from llama_jax.interop.tokenizer_files import check_vocabulary, open_tokenizer
 
 
 def tokenizer_of(place: str, given: str | None) -> str | None:
@@ -19,3 +19,9 @@ def tokenizer_of(place: str, given: str | None) -> str | None:
         raise ValueError(f"{place}: missing tokenizer: --tokenizer names one")
     check_vocabulary(Tokenizer(given), source)
     return given
+
+
+def words_of(place: str, given: str | None) -> Tokenizer:
+    """The tokenizer of the model at `place`: the one beside its weights, else the one `given`. Raises as `tokenizer_of`."""
+    source = open_source(place)
+    return open_tokenizer(source, tokenizer_of(place, given) or source.tokenizer)

@@ -12,7 +12,7 @@ newest ones judge all versions.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,11 +91,11 @@ def record(path: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return ledger
 
 
-def complete(path: Path, scores: Callable[[str], Mapping[str, Any]], *, judges: Mapping[str, str]) -> None:
-    """Adds to the ledger what is known when all versions are there: of each model that it scores, by name, what `scores` says,
-    and the reward models, `judges`, that said it."""
+def complete(path: Path, scores: Mapping[str, Mapping[str, Any]], *, judges: Mapping[str, str]) -> None:
+    """Adds to the ledger what is known when all versions are there: of each model that it scores its `scores`, by name, and the
+    reward models, `judges`, that gave them."""
     ledger = json.loads(path.read_text())
     for entry in ledger.values():
-        entry["scores"] = {name: {**found, **scores(name)} for name, found in entry["scores"].items()}
+        entry["scores"] = {name: {**found, **scores[name]} for name, found in entry["scores"].items()}
         entry["scored_by"] = dict(judges)
     write_json(path, ledger)
