@@ -23,7 +23,7 @@ from llama_jax.config import ConfigError, check_least
 from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import drawings, ghost_figures
-from llama_jax.evals.ghost import attention_map, check_contexts, follow, recall_table
+from llama_jax.evals.ghost import attention_map, check_contexts, keeps_instructions, recall_table
 from llama_jax.evals.plots import save
 from llama_jax.files import write_json, write_text
 from llama_jax.interop.restore import restore_model
@@ -33,11 +33,9 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.rlhf.ghost import Context, in_first_turn
 from llama_jax.rlhf.instructions import VALUES, contexts_of, single_turns, write_instruction_data
-from llama_jax.rlhf.respond import Responder
 from llama_jax.steps import Steps, define_job, run_job
 from llama_jax.train import parse_stage
 from llama_jax.training.loop import Diverged
-from llama_jax.training.metrics import Progress
 
 MODELS = ("baseline", "ghost")
 
@@ -162,17 +160,11 @@ class GhostStudy(Steps[GhostStudyConfig]):
     def recall(self, name: str) -> dict[str, dict[str, Any]]:
         """How often a model obeys at each of the turns, {turn: interval}; its answers go to `recall/<name>.jsonl`."""
         config, (stage, model) = self.config, self.shape()
-        respond = Responder(
-            self.path(name), model, self.tokenizer, compute=stage.compute, mesh=make_mesh(stage.mesh),
-            new_tokens=config.new_tokens, temperature=0.0, batch_size=config.held_out,
+        found = keeps_instructions(
+            self.path(name), self.contexts(config.held_out), model, self.tokenizer, compute=stage.compute,
+            mesh=make_mesh(stage.mesh), turns=config.turns, new_tokens=config.new_tokens, batch_size=config.held_out,
+            seed=config.seed, label=f"recall ({name})",
         )  # fmt: skip
-        contexts = self.contexts(config.held_out)
-        probed = sum(any(constraint.probe for constraint in context.constraints) for context in contexts)
-        asked = max(config.turns) * len(contexts) + len(config.turns) * probed
-        with Progress(asked, f"recall ({name})", "answer") as progress:
-            found = follow(
-                contexts, respond, turns=config.turns, seed=config.seed, progress=progress.update, fits=respond.fits
-            )
         write_jsonl(self.workdir / "recall" / f"{name}.jsonl", map(dataclasses.asdict, found))
         return {str(turn): dataclasses.asdict(interval) for turn, interval in recall_table(found).items()}
 

@@ -28,6 +28,7 @@ from llama_jax.corpus_build.compress import bits_per_byte_of_xz
 from llama_jax.data.dialog import encode_prompt, encode_response
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import distillation_figure, progress, summary, verdict
+from llama_jax.evals.ghost import by_family, held_out_contexts, keeps_instructions
 from llama_jax.evals.report import write_report
 from llama_jax.evals.speed import matmul_ceiling, operations, speed
 from llama_jax.evals.verdict import Answer, Decoding
@@ -35,6 +36,7 @@ from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig, size
 from llama_jax.parallel.mesh import fitting_mesh, make_mesh
+from llama_jax.pretrain.base import load_tokenizer
 from llama_jax.recipe_config import RecipeConfig
 from llama_jax.reward.score import SAFETY_THRESHOLD
 from llama_jax.rlhf import ghost
@@ -82,6 +84,8 @@ class Recipe(Steps[RecipeConfig]):
         for number, plan in enumerate(self.config.versions, start=1):
             self.make_version(number, plan)
         studies = {}
+        if any(plan.ghost for plan in self.config.versions):
+            studies["ghost_versions"] = self.ask_versions()
         if self.config.ghost_study:
             studies["ghost_attention"] = self.study_ghost()
         if self.config.distillation:
@@ -243,13 +247,41 @@ class Recipe(Steps[RecipeConfig]):
 
     def make_ghost(self, name: str, seed: int) -> int:
         """Ghost Attention's dialogs, drawn from the newest policy; their number."""
-        values = self.values(f"{name}/ghost", f"ghost.py:{self.config.size}", {
-            "policy": self.path(self.policies[-1]), "start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)},
-            "loop": {"seed": seed},  # other contexts and instructions than the version before trained on
-        })  # fmt: skip
-        config, workdir = parse_stage(values), self.workdir / name / "ghost"
+        # Other contexts and instructions than the version before trained on.
+        config = self.ghost_config({"policy": self.path(self.policies[-1]), "loop": {"seed": seed}})
+        workdir = self.workdir / name / "ghost"
         claim(workdir, describe(config), kind=type(config))  # it is no stage's run, which would do that
         return self.step(f"{name}/ghost", lambda: len(ghost.gather(config, self.mesh, workdir)))
+
+    def ghost_config(self, changes: dict[str, Any]) -> ghost.GhostConfig:
+        """What Ghost Attention's dialogs are drawn with."""
+        changes = {"start": self.path("sft"), "ghost": {"contexts": (self.data("sft"),)}, **changes}
+        return parse_stage(self.values("ghost", f"ghost.py:{self.config.size}", changes))
+
+    def ask_versions(self) -> dict[str, Any]:
+        """How the versions keep an instruction of the first turn (Table 30): the last one before Ghost Attention's dialogs
+        entered, and all after it. {version: {family: {turn: interval}}}"""
+        first = next(number for number, plan in enumerate(self.config.versions, start=1) if plan.ghost)
+        names = list(self.judged)
+        names = names[max(names.index(f"v{first}") - 1, 0) :]
+        return {name: self.step(f"recall/{name}", lambda name=name: self.recall(name, f"v{first}")) for name in names}
+
+    def recall(self, name: str, first: str) -> dict[str, dict[str, Any]]:
+        """A version's recall on held-out dialogs by kind of instruction; lists of values are of the version `first`."""
+        config = self.ghost_config({})
+        settings, (model, _) = config.ghost, load_tokenizer(config)
+        most, lists = settings.turns[1], settings.values or self.path(first, "ghost", "values.jsonl")
+        contexts = held_out_contexts(
+            self.data("sft_held_out"), ghost.read_values(lists, settings.families), self.tokenizer, turns=most,
+            room=model.max_length - settings.new_tokens, place=settings.place, seed=self.config.seed,
+        )  # fmt: skip
+        found = keeps_instructions(
+            self.path(self.judged[name]), contexts, model, self.tokenizer, compute=config.compute, mesh=self.mesh,
+            turns=range(1, most + 1), new_tokens=settings.new_tokens, batch_size=settings.sampling_batch,
+            seed=self.config.seed, label=f"recall ({name})", place=settings.place,
+        )  # fmt: skip
+        write_jsonl(self.workdir / "recall" / f"{name}.jsonl", map(dataclasses.asdict, found))
+        return by_family(found, contexts)
 
     def make_study(self, start: str) -> ghost_study.GhostStudy:
         """The study of Ghost Attention from a policy's workdir; its own overrides win over what all stages have in common."""

@@ -32,8 +32,17 @@ def kills(pytestconfig) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Commands that are started keep compiled programs in a cache of the session, not in the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """One cache of compiled programs for all workers of the session and the commands that they start.
+
+    Many tests compile the same small stages, and to compile is most of what they do.
+    """
+    here = tmp_path_factory.getbasetemp()
+    shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+    settings = {"jax_compilation_cache_dir": str(shared / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture

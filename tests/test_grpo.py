@@ -16,17 +16,9 @@ from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.scorers import HostScorers, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import grpo
 from llama_jax.rlhf.grpo import GroupRollout, GrpoSettings, group_advantages, grpo_loss, k3, make_group_judge, token_weights
+from llama_jax.rlhf.judge import RewardRule, empty_rollout, importance_weights, make_judge, response_states
 from llama_jax.rlhf.reinforce import collate_prompts
-from llama_jax.rlhf.rollout import (
-    KlControl,
-    RewardRule,
-    Roller,
-    RolloutSource,
-    empty_rollout,
-    importance_weights,
-    make_judge,
-    response_states,
-)
+from llama_jax.rlhf.rollout import KlControl, Roller, RolloutSource
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.sampling.keys import row_keys
 

@@ -20,7 +20,7 @@ from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.held_out import SAFE, ScoreStatistics
 from llama_jax.reward.stage import reward_loss
-from llama_jax.rlhf.rollout import PromptBatch, RewardRule, make_judge
+from llama_jax.rlhf.judge import PromptBatch, RewardRule, make_judge
 from llama_jax.sampling.generate import Samples, pad_left
 
 MODEL = dataclasses.replace(

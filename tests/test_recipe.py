@@ -135,6 +135,12 @@ def test_five_versions_are_the_papers(tmp_path, environment):
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["versions"]) == ["sft", "v1", "v2", "v3", "v4", "v5", "v5_ppo"]
     assert list(report["ghost_attention"]["recall"]) == ["baseline", "ghost"]
+    assert list(report["ghost_versions"]) == ["v3", "v4", "v5", "v5_ppo"]
+    for name, kinds in report["ghost_versions"].items():  # asked with the instructions of V4's dialogs
+        answers = rows_of(tmp_path / "recall" / f"{name}.jsonl")
+        assert set(kinds) == {"sentence", "capitals"} and {row["turn"] for row in answers} == {1, 2, 3}
+        judged = sum(cell["n"] for turns in kinds.values() for cell in turns.values())
+        assert judged == len(answers) > 0
     assert list(report["distillation"]["safety_score"]) == ["base", "generic", "category"]
     assert "Ghost Attention | an instruction of the first turn obeyed at turn 3" in (tmp_path / "report.md").read_text()
     for name in ("ghost_recall", "ghost_attention", "distillation"):

@@ -444,7 +444,8 @@ def command(module, *flags):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_killed_resumes_and_ends_as_on_a_disk(bucket, tmp_path):
+def test_a_run_in_a_bucket_is_killed_resumes_and_ends_as_on_a_disk(bucket, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # of the tests: a run's own lies in its workdir
     assert ends(start(tmp_path / "local"))[0] == [0]
     whole = fingerprints((tmp_path / "local" / "checkpoints" / "8" / "meta" / "metadata").read_text())
     (process,) = start("gs://bucket/run", "--pause=0.5")

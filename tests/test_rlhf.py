@@ -29,6 +29,7 @@ from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
 from llama_jax.rlhf import chips, drawn, ghost, reinforce, rejection, scoring
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.clock import StepClock
+from llama_jax.rlhf.judge import UNSCALED, PromptBatch, RewardRule, answer_scores, empty_rollout, make_judge, response_states
 from llama_jax.rlhf.parts import by_parts, part_size
 from llama_jax.rlhf.pool import best_samples, read_pool
 from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, critic_scale, ppo_loss, warm_up_iterations
@@ -45,18 +46,7 @@ from llama_jax.rlhf.reinforce import (
 )
 from llama_jax.rlhf.rejection import RejectionSettings, Round, check_models, choose_prompts, gather_pool
 from llama_jax.rlhf.respond import Responder, write_in_portions
-from llama_jax.rlhf.rollout import (
-    UNSCALED,
-    KlControl,
-    PromptBatch,
-    RewardRule,
-    Roller,
-    RolloutSource,
-    answer_scores,
-    empty_rollout,
-    make_judge,
-    response_states,
-)
+from llama_jax.rlhf.rollout import KlControl, Roller, RolloutSource
 from llama_jax.rlhf.scoring import logit_scores, row_length, rows_at_once, score_responses, sigmoid_scores
 from llama_jax.safety import distillation
 from llama_jax.sampling.answers import answering, make_slot_sampler

@@ -67,6 +67,10 @@ def results_of(workdir):
         "rejection": versions["v2"], "ppo": versions["v2_ppo"],
         "versions": {name: found for name, found in versions.items() if name != "base"},
         "reward_batches": summary.reward_batches(workdir, ["v1", "v2"]), "ghost": summary.ghost_samples(workdir),
+        "ghost_versions": {
+            name: {"capitals": {"1": interval, "2": {**interval, "mean": share}}}
+            for name, share in (("v1", 0.45), ("v2_ppo", 0.55))
+        },
     }  # fmt: skip
 
 
@@ -100,9 +104,10 @@ def test_the_report_shows_the_way_from_version_to_version(workdir):
     lines = [line for line in section.splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in lines if "V" in line.split(" | ")[0]] == [
         "| V1", "| V2", "| V2 PPO", "| helpfulness, V1", "| helpfulness, V2", "| safety, V1", "| safety, V2",
-        "| Ghost Attention, V2",
+        "| Ghost Attention, V2", "| V1, capitals", "| V2 PPO, capitals",
     ]  # fmt: skip
     assert "| safety, V2 | 62.0 % | 72.0 % | 60.0 % |" in lines and "66.7 % (" in section
+    assert "| V2 PPO, capitals | 50.0 % (40.0 % to 60.0 %) | 55.0 % (40.0 % to 60.0 %) |" in lines
     assert "| Ghost Attention, V2 | 5 | 4 | 75.0 % | 3 |" in lines
     for name in ("version_progress", "score_shift_safety", "score_scatter", "accuracy_by_batch"):
         assert f"![{figures[name].alt}](figures/{name}.png)" in section

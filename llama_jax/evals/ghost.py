@@ -8,14 +8,16 @@ the dialog: neither the question nor its answer stays in it.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from llama_jax.config import ConfigError
 from llama_jax.data.chat_template import encode_example
-from llama_jax.data.dialog import B_INST, B_SYS
+from llama_jax.data.dialog import B_INST, B_SYS, encode_prompt
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.statistics import Interval, share_interval
 from llama_jax.model.attention_map import largest_attention
@@ -23,7 +25,9 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.rlhf.constraints import Constraint, obeyed
 from llama_jax.rlhf.ghost import Context, Messages, in_first_turn
-from llama_jax.rlhf.respond import usable
+from llama_jax.rlhf.instructions import contexts_of, single_turns
+from llama_jax.rlhf.respond import Responder, usable
+from llama_jax.training.metrics import Progress
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +136,57 @@ def _probe(
     ]
 
 
+def held_out_contexts(
+    dialogs: str, values: Mapping[str, Sequence[str]], tokenizer: Tokenizer, *, turns: int, room: int, place: str, seed: int,
+    count: int = 64,
+) -> list[Context]:  # fmt: skip
+    """Contexts of `turns` turns that leave room for an answer in `room` tokens, of a file's dialogs of one short turn each.
+
+    Raises:
+      ConfigError: no dialog is that short.
+    """
+    short = single_turns(dialogs, tokenizer, longest=room // turns)
+    drawn = contexts_of(short, values, 2 * count, turns=turns, rng=np.random.default_rng(seed)) if short else []
+    fitting = [
+        c for c in drawn
+        if has_room(c, c.messages, most=turns, place=place, fits=lambda m: len(encode_prompt(m, tokenizer)) <= room)
+    ]  # fmt: skip
+    if not fitting:
+        raise ConfigError(f"{dialogs}: no {turns} dialogs of one turn fit into {room} tokens together")
+    return fitting[:count]
+
+
+def keeps_instructions(
+    workdir: str, contexts: Sequence[Context], model: ModelConfig, tokenizer: Tokenizer, *, compute: Compute, mesh: Mesh,
+    turns: Sequence[int], new_tokens: int, batch_size: int, seed: int, label: str, place: str = "user",
+) -> list[Recall]:  # fmt: skip
+    """What `follow` finds of a checkpoint's greedy answers."""
+    respond = Responder(
+        workdir, model, tokenizer, compute=compute, mesh=mesh, new_tokens=new_tokens, temperature=0.0, batch_size=batch_size
+    )
+    most, probed = max(turns), sum(any(constraint.probe for constraint in context.constraints) for context in contexts)
+    with Progress(most * len(contexts) + len(turns) * probed, label, "answer") as progress:
+        return follow(
+            contexts, respond, turns=turns, place=place, seed=seed, progress=progress.update, fits=respond.fits
+        )
+
+
 def recall_table(found: Sequence[Recall]) -> dict[int, Interval]:
     """The share of answers that obey, by turn, with its 95 % interval."""
     turns = sorted({row.turn for row in found})
     return {turn: share_interval(np.array([row.obeyed for row in found if row.turn == turn])) for turn in turns}
+
+
+def by_family(found: Sequence[Recall], contexts: Sequence[Context]) -> dict[str, dict[str, dict[str, float]]]:
+    """`recall_table` of each kind of instruction, {family: {turn: interval}}; of contexts with one constraint each."""
+    kinds = [context.constraints[0].family for context in contexts]
+    return {
+        family: {
+            str(turn): dataclasses.asdict(interval)
+            for turn, interval in recall_table([row for row in found if kinds[row.context] == family]).items()
+        }
+        for family in dict.fromkeys(kinds)
+    }
 
 
 def recall_rows(tables: dict[str, dict[int, Interval]]) -> list[list[Any]]:

@@ -212,8 +212,14 @@ def _versions(results: Mapping) -> Section:
     ]
     tables = [progress, *([_batches(results["reward_batches"])] if results.get("reward_batches") else [])]
     if results.get("ghost"):
-        notes.append("The last table: Ghost Attention's dialogs in the mix, and how often the policy before it obeyed (3.3).")
+        notes.append("Then Ghost Attention's dialogs in the mix, and how often the policy before it obeyed (3.3).")
         tables.append(_ghost(results["ghost"]))
+    if results.get("ghost_versions"):
+        notes.append(
+            "The last table: how often greedy answers to held-out dialogs obey an instruction of the first turn, decided by a "
+            "program. Ghost Attention's dialogs entered after the first of these versions (Table 30 of themselves)."
+        )
+        tables.append(_ghost_versions(results["ghost_versions"]))
     names = ["version_progress", "score_shift_helpfulness", "score_shift_safety", "score_scatter", "accuracy_by_batch"]
     return Section("Versions", notes=notes, tables=tables, figures=names)
 
@@ -225,6 +231,17 @@ def _ghost(ghost: Mapping) -> Table:
         for name, found in ghost.items()
     ]  # fmt: skip
     return Table(["dialogs", "sampled", "decided by a program", "of these obeyed", "in the mix"], rows)
+
+
+def _ghost_versions(found: Mapping) -> Table:
+    """{version: {family: {turn: interval}}} as a row for each version and kind of instruction."""
+    turns = sorted({int(turn) for kinds in found.values() for cells in kinds.values() for turn in cells})
+    rows = [
+        [f"{name.upper().replace('_', ' ')}, {family}",
+         *(_with_interval(found, f"{name}.{family}.{turn}", percent) for turn in turns)]
+        for name, kinds in found.items() for family in kinds
+    ]  # fmt: skip
+    return Table(["version, instruction", *(f"turn {turn}" for turn in turns)], rows)
 
 
 def _batches(reward_batches: Mapping) -> Table:

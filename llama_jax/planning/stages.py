@@ -22,9 +22,9 @@ from llama_jax.reward.scorers import REWARD_MODELS
 from llama_jax.reward.stage import reward_loss
 from llama_jax.rlhf import grpo
 from llama_jax.rlhf.dpo import dpo_loss, empty_batch
+from llama_jax.rlhf.judge import empty_rollout
 from llama_jax.rlhf.ppo import ppo_loss
 from llama_jax.rlhf.reinforce import reward_models
-from llama_jax.rlhf.rollout import empty_rollout
 from llama_jax.training.stage import Loss
 
 

@@ -26,20 +26,10 @@ from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import StageConfig
 from llama_jax.reward.scorers import RewardMix
 from llama_jax.rlhf.advantage import importance_weights
-from llama_jax.rlhf.reinforce import (
-    Opening,
-    RolloutData,
-    check_settings,
-    clipped_policy_loss,
-    ratio_metrics,
-    reward_models,
-    reward_rule,
-)
-from llama_jax.rlhf.rollout import (
+from llama_jax.rlhf.judge import (
     Dialogs,
     Frozen,
     Judge,
-    KlControl,
     PromptBatch,
     Readings,
     RewardRule,
@@ -49,6 +39,16 @@ from llama_jax.rlhf.rollout import (
     response_states,
     sequence_scores,
 )
+from llama_jax.rlhf.reinforce import (
+    Opening,
+    RolloutData,
+    check_settings,
+    clipped_policy_loss,
+    ratio_metrics,
+    reward_models,
+    reward_rule,
+)
+from llama_jax.rlhf.rollout import KlControl
 from llama_jax.sampling.generate import Samples
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 

@@ -19,7 +19,8 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.pretrain.base import process_share
 from llama_jax.reward.scorers import HostScorers
-from llama_jax.rlhf.rollout import Dialogs, Frozen, PromptBatch, RewardRule, Roller, answer_scores, model_logits
+from llama_jax.rlhf.judge import Dialogs, Frozen, PromptBatch, RewardRule, answer_scores, model_logits
+from llama_jax.rlhf.rollout import Roller
 from llama_jax.sampling.generate import Samples
 from llama_jax.sampling.keys import row_keys
 from llama_jax.training.stage import Weighted

@@ -29,6 +29,7 @@ from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import Begin, StageConfig, begin
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.scorers import RewardMix
+from llama_jax.rlhf.judge import UNSCALED, Rollout, critic_values, empty_rollout, make_judge, response_states
 from llama_jax.rlhf.reinforce import (
     Opening,
     RolloutData,
@@ -38,15 +39,7 @@ from llama_jax.rlhf.reinforce import (
     reward_models,
     reward_rule,
 )
-from llama_jax.rlhf.rollout import (
-    UNSCALED,
-    KlControl,
-    Rollout,
-    critic_values,
-    empty_rollout,
-    make_judge,
-    response_states,
-)
+from llama_jax.rlhf.rollout import KlControl
 from llama_jax.training.saved import newest_step, read_meta
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 

@@ -28,19 +28,9 @@ from llama_jax.reward.scorers import REWARD_MODELS, HostScorers
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.held_out import stage_evaluate
+from llama_jax.rlhf.judge import Frozen, Judge, PromptBatch, RewardRule
 from llama_jax.rlhf.reward_watch import watched
-from llama_jax.rlhf.rollout import (
-    Frozen,
-    Judge,
-    KlControl,
-    PromptBatch,
-    RewardRule,
-    Roller,
-    RolloutSource,
-    check_size,
-    draws_in_slots,
-    on_mesh,
-)
+from llama_jax.rlhf.rollout import KlControl, Roller, RolloutSource, check_size, draws_in_slots, on_mesh
 from llama_jax.sampling.answers import make_slot_sampler
 from llama_jax.sampling.generate import Samples, make_sampler, pad_left
 from llama_jax.sampling.keys import row_keys

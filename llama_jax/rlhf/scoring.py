@@ -16,7 +16,7 @@ from llama_jax.parallel.axes import batch_shards, shards_of
 from llama_jax.parallel.mesh import platform
 from llama_jax.reward.held_out import sigmoid
 from llama_jax.reward.score import tree_scorer
-from llama_jax.rlhf.rollout import models_reward
+from llama_jax.rlhf.judge import models_reward
 
 _ROW = 512
 _TOKENS, _CPU_TOKENS = 16_384, 1024  # of a shard of the batch at once

@@ -35,9 +35,10 @@ from llama_jax.parallel.host import keep_heap
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.score import scorer
 from llama_jax.rlhf import grpo
+from llama_jax.rlhf.judge import RewardRule, empty_rollout, make_judge
 from llama_jax.rlhf.ppo import PpoSettings, ppo_loss
 from llama_jax.rlhf.reinforce import collate_prompts
-from llama_jax.rlhf.rollout import KlControl, RewardRule, Roller, RolloutSource, empty_rollout, make_judge
+from llama_jax.rlhf.rollout import KlControl, Roller, RolloutSource
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.sampling.keys import row_keys
 from llama_jax.training import optimizer
