@@ -11,7 +11,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,6 +189,15 @@ def with_defaults(cls: type, described: Mapping[str, Any]) -> Mapping[str, Any]:
         return describe(parse(cls, described))
     except ConfigError:
         return described
+
+
+def leaves(value: Any, field: str = "") -> Iterator[tuple[str, Any]]:
+    """(field, value) of every value of a described config that is no dict or list: ("data.train.0", "a.jsonl")."""
+    if isinstance(value, (dict, list)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{field}.{name}" if field else str(name))
+    else:
+        yield field, value
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> list[str]:

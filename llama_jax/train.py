@@ -1,17 +1,16 @@
 """Runs one stage: `python -m llama_jax.train --config=configs/sft.py:7b --workdir=... [--config.optim.lr=1e-5]`."""
 
-import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from llama_jax import command
-from llama_jax.config import ConfigError, describe, parse
+from llama_jax.config import ConfigError, describe, leaves, parse
 from llama_jax.data.rows import rows_fact, several_files
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.interop.tokenizer_files import keep
@@ -61,10 +60,10 @@ def shared_facts(config: Any) -> dict[str, str]:
     """What all hosts of a run must have in common beside code and devices: the config, and all files and stages it names."""
     described = describe(config)
     # Host 0 says what there is, and which checkpoint of a stage is meant, as it does when they are read.
-    files = from_host_0(lambda: {field: file for field, text in _strings(described) if (file := _telling_file(field, text))})
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    texts = [(field, value) for field, value in leaves(described) if isinstance(value, str)]
+    files = from_host_0(lambda: {field: file for field, text in texts if (file := _telling_file(field, text))})
     facts = {f"{field} {file}": (rows_fact if _holds_rows(field) else file_fact)(file) for field, file in files.items()}
-    return {"config": digest, **facts}
+    return {**{f"config.{field}": json.dumps(value) for field, value in leaves(described)}, **facts}
 
 
 def _holds_rows(field: str) -> bool:
@@ -74,15 +73,6 @@ def _holds_rows(field: str) -> bool:
 def rows_read(facts: Mapping[str, str]) -> dict[str, str]:
     """Of `shared_facts` the files whose rows are trained on. What samples are drawn from is known to `rlhf.drawn`."""
     return {name: fact for name, fact in facts.items() if name.startswith("data.") and not name.startswith(_MEASURED)}
-
-
-def _strings(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """(field, string) of every string of a described config."""
-    if isinstance(value, str):
-        yield field, value
-    elif isinstance(value, (dict, list)):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _strings(item, f"{field}.{name}" if field else str(name))
 
 
 def _telling_file(field: str, text: str) -> str:
@@ -105,7 +95,8 @@ def run(values: Mapping[str, Any], workdir: str | Path, options: RunOptions | No
     workdir, options = place(workdir), options or RunOptions()
     config = parse_stage(values)
     with start(options) as attempt:  # watched from here on: data that one host cannot read to their end keep all others waiting
-        preflight(facts := shared_facts(config))
+        facts = shared_facts(config)
+        preflight({**facts, "--restart_from": str(options.restart_from)})
         with own(workdir):
             if options.restart_from is not None:
                 go_back(workdir, options.restart_from, describe(config))

@@ -1,5 +1,6 @@
 """Faults inside one process: disks, damaged files, spikes, going back; what is kept, and what is told."""
 
+import dataclasses
 import json
 import math
 import os
@@ -227,7 +228,9 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_sentence_and_costs_no_checkpoi
     assert done.returncode == 1, done.stderr
     # Which write fails first depends on timing: that of the checkpoint or that of the log. Orbax tells its own story besides.
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search("newest whole one is [69]|File too large", errors[0]), done.stderr
+    told = re.search(r"checkpoint (\d+) could not be written; the newest whole one is ([69])|File too large", errors[0])
+    assert len(errors) == 1 and told, done.stderr
+    assert told[1] is None or int(told[1]) == int(told[2]) + 3  # the one after it, however late that shows
     kept = written_steps(tmp_path / "run")
     assert kept[-1] in (6, 9) and (keep == 1 or {3, 6} <= set(kept)) and not any(verify(tmp_path / "run").values())
 
@@ -396,6 +399,8 @@ def test_the_window_of_losses_by_hand():
     assert spikes.losses == [3.0, 1.0, 3.0, 4.0]  # it enters as the threshold
     assert spikes.leave_out(6, 3) == [6] and [spikes.index(step) for step in (5, 6, 7)] == [5, 7, 8]
     spikes.config = SpikeConfig(skip=3)
+    # Batches 5, 7 and 8 are those of a spike in step 7: a checkpoint of 5 steps has seen none of them, one of 6 has.
+    assert [spikes.go_back_to(7, steps) for steps in ([3, 5, 6], [6, 7], [])] == [5, 6, 0]
     assert spikes.leave_out(6, 6) == [7] and spikes.skipped == [6, 7]  # batches before the checkpoint have been used
     assert spikes.index(6) == 8
 
@@ -416,6 +421,23 @@ def test_after_a_spike_the_run_goes_back_and_leaves_the_batch_out(tmp_path, mesh
 
     train(stage(mesh, source=Supervised(Without())), loop(steps=9), mesh=mesh, workdir=tmp_path / "without")
     assert_equal(final(tmp_path / "run", mesh)[0], final(tmp_path / "without", mesh)[0])
+
+
+def test_it_goes_back_behind_all_batches_that_are_left_out(tmp_path, mesh, caplog):
+    for skip, keep, says in ((3, 3, "back to step 3, without batches [5, 6, 7]"),
+                             (6, 1, "back to step 6, without batches [6, 7]; no checkpoint is old enough to leave out 6")):  # fmt: skip
+        workdir, source = tmp_path / f"{skip}", Supervised(Bad(7))
+        spike = dataclasses.replace(SPIKE, skip=skip)
+        train(stage(mesh, source=source), loop(steps=9, spike=spike, keep=keep), mesh=mesh, workdir=workdir)
+        assert says in caplog.text
+    assert sorted(path.name for path in (tmp_path / "3" / "before_spike").iterdir()) == ["6"]
+
+    class Without(Batches):
+        def batch(self, step):
+            return super().batch(step + 3 * (step >= 5))
+
+    train(stage(mesh, source=Supervised(Without())), loop(steps=9), mesh=mesh, workdir=tmp_path / "without")
+    assert_equal(final(tmp_path / "3", mesh)[0], final(tmp_path / "without", mesh)[0])
 
 
 def test_killed_after_a_rewind_it_resumes_to_the_same_parameters(tmp_path, mesh):

@@ -254,7 +254,7 @@ def test_a_host_with_another_config_data_or_clock_is_refused_before_it_computes(
         (tmp_path / disk).mkdir()
         (tmp_path / disk / "words").write_text(f"the tokenizer on {disk}")
     for name, flags, words in (
-        ("config", ["--lr=0.1"], "config: host 2 has"),
+        ("config", ["--lr=0.1"], "config.lr: host 2 has 0.1, the others have 0.05"),
         ("data", [f"--within={tmp_path / 'b'}"], "tokenizer words: host 2 has"),
         ("clock", ["--clock_off=3600", "--on_host=2"], r"clock: host 2 is \+36\d\d s off"),
     ):

@@ -60,6 +60,7 @@ class Checkpoints:
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
         self.directory, self.best = absolute(directory), best
+        self.writing: int | None = None  # the newest step whose writing was begun
         worst = math.inf if best_is_lowest else -math.inf
 
         def measured(metrics: Mapping[str, float]) -> float:
@@ -95,6 +96,8 @@ class Checkpoints:
         """Starts saving; returns once the arrays may be changed again. `metrics` must hold the one to rank by."""
         items = _items(state, source)
         meta = sealed({**meta, "step": step, "fingerprints": fingerprints(items)})
+        self.wait()  # Orbax would, and tell of the checkpoint before in the name of this one
+        self.writing = step
         with self._told(f"checkpoint {step} could not be written"):
             self.manager.save(
                 step,
@@ -119,12 +122,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        with self._told("the last checkpoint could not be written"):
+        with self._told(f"checkpoint {self.writing} could not be written"):
             self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
-        with self._told("the last checkpoint could not be written"):
+        with self._told(f"checkpoint {self.writing} could not be written"):
             self.manager.close()
 
     @contextlib.contextmanager
@@ -139,9 +142,9 @@ class Checkpoints:
             left = f"the newest whole one is {steps[-1]}" if steps else "there is none before it"
             raise CheckpointError(f"{self.directory}: {what}; {left}: {first_line(error)}") from error
 
-    def newest(self) -> int | None:
-        """The newest step that has been written."""
-        return max(self.manager.all_steps(), default=None)
+    def steps(self) -> list[int]:
+        """The steps that have been written, in order."""
+        return sorted(self.manager.all_steps())
 
     def restore(self, target: TrainState, source_target: Any) -> tuple[TrainState, Any, dict[str, Any]] | None:
         """The newest step that passes its fingerprints, laid out as `target` asks, or None if there is none at all.
@@ -209,11 +212,11 @@ class Checkpoints:
             found[name] = handler.restore(path / name, args=ocp.args.StandardRestore(as_stored(tree, path / name)))
         return found, meta
 
-    def make_newest(self, step: int) -> None:
-        """Moves all checkpoints after `step` into `after_best/`: the next stage takes the newest one."""
-        if step not in self.manager.all_steps():
-            raise CheckpointError(f"{self.directory}: checkpoint {step}, the best by {self.best}, is gone")
-        self._set_aside([later for later in self.manager.all_steps() if later > step], "after_best")
+    def make_newest(self, step: int, aside: str) -> None:
+        """Moves all checkpoints after `step` into the directory `aside` of the workdir: what restores takes the newest one."""
+        if step not in self.steps():
+            raise CheckpointError(f"{self.directory}: checkpoint {step} is gone, which the run is to go on from")
+        self._set_aside([later for later in self.steps() if later > step], aside)
 
     def _set_aside(self, steps: Sequence[int], where: str) -> None:
         """Moves checkpoints out of the way. They are not deleted: what cannot be read today may be whole tomorrow."""

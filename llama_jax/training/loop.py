@@ -122,14 +122,20 @@ class _Run:
             self.programs.compile(state, put_batch(batch, self.mesh), self.stage.frozen, self.schedule)
 
     def rewind(self, spike: Spike) -> None:
-        """After a spike: notes which batches are left out from the newest checkpoint on."""
+        """After a spike: goes back to the newest checkpoint that has seen none of the batches that are left out, or as far back
+        as there is one."""
         if self.spikes.rewinds >= self.config.spike.limit:
             raise Diverged(f"{self.stage.name}: {spike}; loop.spike.limit={self.config.spike.limit} rewinds are used up")
         self.goodput.note(spike.step + 1)
         self.checkpoints.wait()
-        first = self.checkpoints.newest() or 0
+        steps = self.checkpoints.steps()
+        first = self.spikes.go_back_to(spike.step, steps)
+        if steps and first < steps[-1]:
+            self.checkpoints.make_newest(first, "before_spike")
         left_out = self.spikes.leave_out(spike.step, first)
-        log.warning("%s: back to step %d, without batches %s", spike, first, left_out)
+        fewer = len(left_out) < min(self.config.spike.skip, spike.step + 1)
+        old = f"; no checkpoint is old enough to leave out {self.config.spike.skip}" if fewer else ""
+        log.warning("%s: back to step %d, without batches %s%s", spike, first, left_out, old)
 
     def to_the_end(self) -> dict[str, Any]:
         """Trains from the newest checkpoint to the last step; the summary."""
@@ -167,7 +173,7 @@ class _Run:
         self.checkpoints.wait()  # a stage is done only when its checkpoint is on disk
         if passage.patience.step is not None:
             log.warning("%s: %s", stage.name, passage.patience.report(done))
-            self.checkpoints.make_newest(passage.patience.step)
+            self.checkpoints.make_newest(passage.patience.step, "after_best")
         summary = passage.summary(done, held_out)
         if self.is_first_process:
             write_json(self.workdir / "done.json", summary)
@@ -278,6 +284,7 @@ class _Passage:
         if done > self.saved:
             unranked = {self.config.keep_best: math.nan} if self.config.keep_best else {}
             self.save(done, unranked, unmeasured=measures and self.stage.evaluate is not None)
+        self.run.goodput.note(done)
         raise Preempted
 
     def seconds(self) -> float:

@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,7 +21,7 @@ class SpikeConfig:
 
     sigma: float = 0.0  # standard deviations above the mean of the window; 0: nothing is looked for
     window: int = 128  # losses that are compared with
-    rewind: bool = False  # go back to the newest checkpoint and leave batches out, instead of only reporting
+    rewind: bool = False  # go back to a checkpoint and leave batches out, instead of only reporting
     skip: int = 1  # how many batches are left out, the last one being that of the spike
     limit: int = 3  # rewinds of a run; then it stops
 
@@ -83,6 +84,12 @@ class Spikes:
                 loss = highest
         self.losses = [*self.losses, loss][-self.config.window :]
         return report
+
+    def go_back_to(self, step: int, checkpoints: Sequence[int]) -> int:
+        """Of checkpoints in order, the newest whose steps have trained on nothing that a spike in `step` leaves out; the oldest
+        where there is none, and 0, the start, without any."""
+        first = self.index(step) - self.config.skip + 1
+        return max((saved for saved in checkpoints if self.index(saved) <= first), default=min(checkpoints, default=0))
 
     def leave_out(self, step: int, first: int) -> list[int]:
         """The batches that are left out because of a spike in `step`, when the run goes back to `first`."""
