@@ -424,8 +424,10 @@ def test_after_a_spike_the_run_goes_back_and_leaves_the_batch_out(tmp_path, mesh
 
 
 def test_it_goes_back_behind_all_batches_that_are_left_out(tmp_path, mesh, caplog):
-    for skip, keep, says in ((3, 3, "back to step 3, without batches [5, 6, 7]"),
-                             (6, 1, "back to step 6, without batches [6, 7]; no checkpoint is old enough to leave out 6")):  # fmt: skip
+    for skip, keep, says in (
+        (3, 3, "back to step 3, without batches [5, 6, 7]"),
+        (6, 1, "back to step 6, without batches [6, 7]; no checkpoint is old enough to leave out 6"),
+    ):
         workdir, source = tmp_path / f"{skip}", Supervised(Bad(7))
         spike = dataclasses.replace(SPIKE, skip=skip)
         train(stage(mesh, source=source), loop(steps=9, spike=spike, keep=keep), mesh=mesh, workdir=workdir)
