@@ -41,6 +41,7 @@ def get_config(name: str = "default") -> ConfigDict:
             vocab_size=4096, block_length=256, tokenizer_bytes=4_000_000,
             analyses=("demographics",),
             total_tokens=1_945_600,  # 1,900 steps of 4 rows, as in configs/pretrain.py
+            held_out_group="module",  # which the documentation and the source code of a module share
             leak_ngram=8,  # docstrings are copied with small changes; so few held-out documents can be strict
         )  # fmt: skip
     if name == "default":
@@ -51,7 +52,7 @@ def get_config(name: str = "default") -> ConfigDict:
                 "package_docs": _installation(0.35, 100_000_000),
                 "source_code": _installation(0.35, 100_000_000, whole=True),
             },
-            total_tokens=100_000_000, held_out_maximum=1_000_000,
+            total_tokens=100_000_000, held_out_maximum=1_000_000, held_out_group="module",
         )  # fmt: skip
     if name == "jsonl":
         return _config(
@@ -99,6 +100,9 @@ def _config(sources: dict, *, leak_ngram: int = 13, boilerplate: int = 0, **chan
         "held_out_fraction": 0.05,
         "held_out_minimum": 40_000,  # bytes a source: less gives no stable figure
         "held_out_maximum": 60_000,
+        # A field of the rows' `metadata`, say a book, a course or a repository. Documents with the same value there never stand
+        # on both sides: of those with a held-out one among them no model is trained, so each value should have few of them.
+        "held_out_group": placeholder(str),
         "tokenizer_bytes": 100_000_000,
         "clean": {
             "extractor": "resiliparse",  # or trafilatura

@@ -137,7 +137,7 @@ def make_pool(config: AblationConfig, directory: Path) -> None:
         secrets = [document.text for part in held_out.values() for document in part]
         train, _ = drop_leaks(documents, secrets, ngram=config.leak_ngram, whole=whole)
     else:
-        rule = HeldOut(0.01, config.held_out_bytes, config.held_out_bytes)
+        rule = HeldOut(0.01, config.held_out_bytes, config.held_out_bytes, group_field="module")
         parts = refine(documents, rule, Deduplication(leak_ngram=config.leak_ngram), whole=whole)
         train, held_out = ({name: getattr(part, side) for name, part in parts.items()} for side in ("train", "held_out"))
     if not any(held_out.values()):

@@ -3,9 +3,10 @@
     python -m llama_jax.contamination --corpus=/tmp/corpus --samples='/tmp/evaluation/base/samples/*.jsonl' \\
         --output=/tmp/contamination.json
 
-All three may lie in a bucket (gs://...). `llama_jax.evaluate` writes these samples beside its results. A row is
-{"text": a question as the model reads it, with its gold answer, "score": its metric, "groups": larger sets that the file is a
-part of}; without scores the table has no Z. To take contaminated text out of a corpus instead, name the files in its config
+All three may lie in a bucket (gs://...). `llama_jax.evaluate` writes these samples beside its results. A row of JSONL, or of
+any other format that a corpus is read from, is {"text": a question as the model reads it, with its gold answer, "score": its
+metric, "groups": larger sets that the file is a part of}; without scores the table has no Z. A path may end in `?text=field`,
+the field of the text in its rows. To take contaminated text out of a corpus instead, name the files in its config
 (`deduplication.evaluation`).
 """
 
@@ -24,11 +25,12 @@ from absl import flags
 
 from llama_jax import command
 from llama_jax.corpus_build.contamination import LENGTHS, Index, analyse
+from llama_jax.corpus_build.damage import BadRow
 from llama_jax.corpus_build.manifest import check_manifest
-from llama_jax.corpus_build.source_files import expand
+from llama_jax.corpus_build.readers import read_rows, text_problem
+from llama_jax.corpus_build.source_files import expand, plain_path, text_field
 from llama_jax.corpus_build.storage import local_copy
 from llama_jax.data.blocks import block_ids
-from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import BOS_ID, Tokenizer
 from llama_jax.evals.published_alignment import TABLE_51
 from llama_jax.files import write_text
@@ -46,26 +48,31 @@ class Samples:
 
 
 def read_samples(path: str, tokenizer: Tokenizer, name: str = "") -> Samples:
-    """The samples of a JSONL file. ValueError that names file, line and field for a row that is none."""
+    """The samples of a file. ValueError that names file, line and field for a row that is none."""
     texts: list[str] = []
     scores: list[float] = []
     groups: dict[str, None] = {}
-    for where, row in read_jsonl(path):
-        text, score = row.get("text"), row.get("score")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: text: expected a string that is not blank, got {text!r}")
+    field = text_field(path)
+    for where, row in read_rows(path, ("score", "groups")):
+        if problem := row.problem if isinstance(row, BadRow) else text_problem(row, field):
+            raise ValueError(f"{where}: {problem}")
+        text, score = row[field], row.get("score")
+        if not text.strip():
+            raise ValueError(f"{where}: {field}: expected a string that is not blank, got {text!r}")
         if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)):
             raise ValueError(f"{where}: score: expected a number, got {score!r}")
         if (score is None) != (len(scores) < len(texts)) and texts:
             raise ValueError(f"{where}: score: expected one in every row or in none")
-        if not isinstance(of := row.get("groups", []), list) or not all(isinstance(name, str) for name in of):
+        of = [] if row.get("groups") is None else row["groups"]  # as Parquet has what a row lacks
+        if not isinstance(of, list) or not all(isinstance(name, str) for name in of):
             raise ValueError(f"{where}: groups: expected a list of names, got {of!r}")
         groups |= dict.fromkeys(of)
         texts.append(text)
         scores += [] if score is None else [float(score)]
     if not texts:
         raise ValueError(f"{path}: no samples: the file is empty")
-    return Samples(name or Path(path).stem, tokenizer.encode_many(texts), np.array(scores) if scores else None, tuple(groups))
+    name = name or Path(plain_path(path)).stem
+    return Samples(name, tokenizer.encode_many(texts), np.array(scores) if scores else None, tuple(groups))
 
 
 def corpus_documents(shard: str | os.PathLike) -> Iterator[np.ndarray]:
@@ -109,9 +116,9 @@ def run(corpus: str, samples: str, *, workers: int = 1) -> dict[str, Any]:
     manifest = check_manifest(corpus, tokenizer, checksums=False)
     shards = [os.fspath(place(corpus) / shard) for source in manifest["sources"].values() for shard in source["shards"]]
     paths = expand(samples)
-    stems = [Path(path).stem for path in paths]
+    stems = [Path(plain_path(path)).stem for path in paths]
     if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):  # told apart by their paths, then
-        stems = [path if Path(path).stem in repeated else Path(path).stem for path in paths]
+        stems = [path if stem in repeated else stem for path, stem in zip(paths, stems, strict=True)]
     sets = [read_samples(path, tokenizer, name) for path, name in zip(paths, stems, strict=True)]
     index = match(Index([ids for part in sets for ids in part.ids]), shards, workers=workers)
     single, larger, start = {}, {}, 0
@@ -192,7 +199,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("corpus", None, "directory of llama_jax.corpus", required=True)
-    flags.DEFINE_string("samples", None, "JSONL files of evaluation samples: a path or a pattern", required=True)
+    flags.DEFINE_string("samples", None, "files of evaluation samples: a path, a pattern or a directory", required=True)
     flags.DEFINE_string("output", None, "JSON file to write")
     flags.DEFINE_integer("workers", 1, "processes", lower_bound=1)
     command.launch(main)

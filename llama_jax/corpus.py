@@ -25,9 +25,10 @@ from llama_jax.corpus_build.estimate import estimate_table
 from llama_jax.corpus_build.manifest import NAME, check_manifest, read_manifest
 from llama_jax.corpus_build.readers import read_file
 from llama_jax.corpus_build.refine import Deduplication, HeldOut
-from llama_jax.corpus_build.source_files import expand, file_facts, most_text
+from llama_jax.corpus_build.source_files import expand, file_facts, file_size, most_text
 from llama_jax.corpus_build.stages import discard
 from llama_jax.corpus_build.steps import CleanConfig, make_steps
+from llama_jax.corpus_build.storage import StorageError
 from llama_jax.data.classifier import place_of
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.corpus_figures import corpus_figures, save_figures
@@ -41,7 +42,7 @@ _NAMED = 5  # changed files in a sentence
 class SourceConfig:
     """One source: the documentation of this Python installation, or files with a `text` in each row."""
 
-    reader: str  # "installation", or a path, a pattern or a directory (corpus_build/readers.py)
+    reader: str  # "installation", or a path, a pattern or a directory (corpus_build/source_files.py)
     weight: float  # share in the mixture; need not add up to 1
     byte_budget: int | None = None  # text read at most; None: all there is
     whole: bool = False  # programs: their documents lose no paragraphs, they stay or go
@@ -68,6 +69,7 @@ class CorpusConfig:
     tokenizer_bytes: int  # of text to train the tokenizer on
     clean: CleanConfig = CleanConfig()  # settings of the steps
     deduplication: Deduplication = Deduplication()  # beside exact copies
+    held_out_group: str | None = None  # a field of the metadata: documents with one value are on one side
     temperature: float | None = None  # of the mixture; None: the weights are the shares
     max_epochs: float | None = None  # cap on how often a source is seen
     tokenizer: str | None = None  # a model file to use instead of training one
@@ -99,9 +101,12 @@ class CorpusConfig:
                     raise ValueError(f"sources.{name}.byte_budget: of an installation expected a number of bytes, got None")
                 continue
             try:
-                expand(source.reader)
-            except FileNotFoundError as error:
+                files = expand(source.reader)
+            except (FileNotFoundError, StorageError) as error:
                 raise ValueError(f"sources.{name}.reader: expected {INSTALLATION!r} or files; {error}") from None
+            if all(file_size(path) == 0 for path in files):
+                more = f" and {len(files) - 1:,} more" * (len(files) > 1)
+                raise ValueError(f"sources.{name}.reader: expected text in the files, {files[0]}{more}: empty")
         self.settings()
 
     def settings(self) -> Settings:
@@ -109,7 +114,7 @@ class CorpusConfig:
         return Settings(
             vocab_size=self.vocab_size,
             block_length=self.block_length,
-            held_out=HeldOut(self.held_out_fraction, self.held_out_minimum, self.held_out_maximum),
+            held_out=HeldOut(self.held_out_fraction, self.held_out_minimum, self.held_out_maximum, self.held_out_group),
             weights={name: self.sources[name].weight for name in self.order},
             total_tokens=self.total_tokens,
             temperature=self.temperature,

@@ -225,6 +225,25 @@ def test_a_wrong_sample_is_named(corpus, tmp_path, row, problem):
         command.run(str(corpus), str(tmp_path / "s.jsonl"))
 
 
+def test_samples_are_read_as_the_corpus_reads_them(corpus, tmp_path):
+    """Any format, and any field for the text: what `deduplication.evaluation` takes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    tokenizer = Tokenizer(corpus / "tokenizer.model")
+    ids = next(command.corpus_documents(next((corpus / "blocks").glob("*.array_record"))))
+    rows = [{"question": tokenizer.decode(ids.tolist()), "score": 1, "groups": ["all"]}, {"question": "xylo", "score": 0}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    found = command.run(str(corpus), f"{tmp_path}/*?text=question")
+    assert list(found) == ["all", "a", "b"] and found["a"] == found["b"] and found["a"]["dirty"]["50"] == 1
+    assert found["all"]["samples"] == 4 and "subsets" in found["b"]
+    with pytest.raises(ValueError, match="b.parquet:0: no column 'text' among 'question', 'score', 'groups'"):
+        command.run(str(corpus), f"{tmp_path}/b.parquet")
+    with pytest.raises(ValueError, match="a.jsonl:1: text: expected a string, got None .there are 'question'"):
+        command.run(str(corpus), f"{tmp_path}/a.jsonl")
+
+
 def test_removal_leaves_the_command_nothing_to_find(tmp_path):
     """Samples between paragraphs of prose and inside programs ten times as long, of which no part may be cut."""
     draw = random.Random(0)

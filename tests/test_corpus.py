@@ -23,6 +23,7 @@ from llama_jax.corpus_build.boilerplate import Boilerplate
 from llama_jax.corpus_build.manifest import CorpusError, check_manifest, read_manifest
 from llama_jax.corpus_build.near_duplicates import NearDuplicates
 from llama_jax.corpus_build.refine import Deduplication
+from llama_jax.corpus_build.stages import SettingsError
 from llama_jax.corpus_build.steps import CleanConfig
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.data.tokenizer import Tokenizer
@@ -112,8 +113,7 @@ def test_beam_takes_no_budget_that_it_cannot_keep(web, tmp_path):
         ('{"txt": "a"}', "text: expected a string, got None"),
         ('{"text": ["a"]}', "text: expected a string, got list"),
         ('{"text": "a\\ud800"}', "text: an escape"),
-        ('{"text": "a", "metadata": []}', r"metadata: expected an object, got \[\]"),
-        ('{"text": "a", "metadata": {"module": ["m"]}}', r"metadata.module: expected a string, got \['m'\]"),
+        ('{"text": "a", "url": "\\ud800"}', "id, url or metadata: .* surrogates not allowed"),
     ],
 )
 def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, message):
@@ -150,6 +150,14 @@ def test_a_bad_row_of_a_corpus_is_named_by_file_line_and_field(tmp_path, line, m
         ({"deduplication": {"near": {"threshold": 2.0}}}, "deduplication.near: threshold: expected a number between 0 and 1"),
         ({"held_out_fraction": 1.0}, "held_out_fraction: expected a number between 0 and 1, got 1.0"),
         ({"block_length": "long"}, "block_length: expected a int, got 'long'"),
+        ({"clean": {"mask": True}}, "clean.mask: True is for the step privacy, which no source has; expected it among the"),
+        ({"clean": {"languages": ("de",)}}, r"clean.languages: \('de',\) is for the step language, which no source has"),
+        ({"clean": {"c4": {"sentences": 1}}}, "clean.c4: other limits is for the step c4, which no source has"),
+        ({"clean": {"gopher": {"stop_words": 0}}}, "is for the step gopher or repetition, which no source has"),
+        ({"clean": {"block_list": __file__}}, r"test_corpus.py:1: expected a domain, a tab and a reason, got '\"\"\"`python"),
+        ({"sources": {"web": {"reader": ""}}}, "sources.web.reader: .* expected a path, a pattern or a directory of .* got ''"),
+        ({"sources": {"web": {"reader": __file__}}}, "sources.web.reader: .*expected files to read .*found .*/test_corpus.py"),
+        ({"sources": {"web": {"reader": "none://bucket/x.jsonl"}}}, "web.reader: .*storage could not be asked .ValueError"),
     ],
 )
 def test_a_wrong_corpus_config_is_refused(web, changes, message):
@@ -178,7 +186,10 @@ def test_a_classifier_that_was_replaced_is_noticed(tmp_path):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "web.jsonl").touch()
-    with pytest.raises(ValueError, match="source 'web': 0 documents"):
+    with pytest.raises(ConfigError, match="sources.web.reader: expected text in the files, .*/web.jsonl: empty"):
+        config_of(tmp_path / "web.jsonl")
+    (tmp_path / "web.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="source 'web': 0 documents leave 0 to train on and 0 held out"):
         corpus.run(config_of(tmp_path / "web.jsonl"), tmp_path / "out")
     with pytest.raises(ValueError, match="corpus 'big' is unknown; expected tiny, default, jsonl or web"):
         get_config("big")
@@ -203,6 +214,106 @@ def test_a_dry_run_prints_the_mixture_and_writes_nothing(web, tmp_path):
 @pytest.mark.parametrize("pieces, ratio", [(32_000, 4.0), (16_000, 3.7), (64_000, 4.3), (4096, 3.11), (1, 1.0)])
 def test_fewer_pieces_are_shorter(pieces, ratio):
     assert estimate.assumed_bytes_a_token(pieces) == pytest.approx(ratio, abs=0.005)
+
+
+def estimated(printed: str) -> tuple[int, int]:
+    """Documents and tokens of the one source."""
+    row = next(line for line in printed.splitlines() if line.startswith("web ")).split()
+    return int(row[1].replace(",", "")), int(row[3].replace(",", ""))
+
+
+def test_a_dry_run_looks_at_small_and_large_files_of_each_kind(tmp_path):
+    """Where one kind or the smallest file stood for all, these came out as thousands of documents, and as a third of them."""
+    long = [f"{text(i)}\n\n{text(i + 200)}" for i in range(102)]
+    for i, content in enumerate([*long, "Hi"]):
+        (tmp_path / "texts" / f"{i}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i}.txt").write_text(content)
+    count, _ = estimated(corpus.dry_run(config_of(tmp_path / "texts")))
+    assert count == round(103 * 0.9)  # without the held-out tenth
+    for i in range(12):  # more than are sampled, and as much text packed as plain
+        rows = [{"text": text(k)} for k in range(40 * i, 40 * i + 40)]
+        write_jsonl(tmp_path / "mixed" / f"{i}.jsonl{'.gz' * (i % 2)}", rows)
+    config = config_of(tmp_path / "mixed")
+    count, tokens = estimated(corpus.dry_run(config))
+    size = sum(len(text(k).encode()) for k in range(480)) * 0.9
+    assert count == pytest.approx(432, rel=0.02)
+    assert tokens == pytest.approx(size / estimate.assumed_bytes_a_token(config.vocab_size), rel=0.02)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_dry_run_of_the_beginning_of_a_file_knows_how_much_of_it_that_is(tmp_path, monkeypatch, suffix):
+    draw = random.Random(0)
+    rows = [{"text": f"{draw.getrandbits(800):x}", "more": f"{draw.getrandbits(2400):x}"} for _ in range(3000)]
+    write_jsonl(tmp_path / f"web.jsonl{suffix}", rows)  # a text of 200 bytes in a row of 800
+    monkeypatch.setattr(estimate, "SAMPLED_BYTES", 200_000)
+    count, _ = estimated(corpus.dry_run(config_of(tmp_path / f"web.jsonl{suffix}")))
+    assert count == pytest.approx(2700, rel=0.15)
+
+
+def test_a_dry_run_says_what_it_cannot_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write_jsonl(tmp_path / "web.jsonl", ({"content": text(i)} for i in range(30)))
+    with pytest.raises(SettingsError, match=r"web.jsonl:\d+: text: .* got None \(there are 'content'; .*as bad"):
+        corpus.dry_run(config_of(tmp_path / "web.jsonl"))
+    write_jsonl(tmp_path / "web.jsonl", ({"text" if i % 2 else "content": text(i)} for i in range(30)))
+    printed = corpus.dry_run(config_of(tmp_path / "web.jsonl"))
+    assert "web: 15 bad row(s) in the sample, the first" in printed and "the build will end, max_bad_rows is 0" in printed
+    assert "the build will end" not in corpus.dry_run(config_of(tmp_path / "web.jsonl", max_bad_rows=15))
+    for part in range(4):  # the smallest has another column
+        rows = {"text" if part else "content": [text(i) for i in range(2 + 30 * part)]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / f"{part}.parquet")
+    with pytest.raises(SettingsError, match="0.parquet:0: no column 'text' among 'content'"):
+        corpus.dry_run(config_of(f"{tmp_path}/*.parquet", max_bad_files=9))
+
+
+def test_a_source_that_names_what_is_not_there_is_no_damage(tmp_path, monkeypatch):
+    """A wrong column and a wrong data set end the build, however many files may be damaged."""
+    import pyarrow
+    import pyarrow.parquet
+    import tensorflow_datasets
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": [text(i) for i in range(30)]}), tmp_path / "a.parquet")
+    with pytest.raises(SettingsError, match="a.parquet:0: no column 'text' .* this is no damage that max_bad_files could skip"):
+        corpus.run(config_of(f"{tmp_path}/a.parquet", max_bad_files=9), tmp_path / "out")
+
+    def unknown(*args, **how):
+        raise LookupError("Dataset nothing not found.\nAvailable datasets:\n" + "\t- many\n" * 1000)
+
+    monkeypatch.setattr(tensorflow_datasets, "data_source", unknown)
+    said = r"nothing:0: TFDS gives no split 'train' of this data set \(LookupError: Dataset nothing not found.\) \(source 'web'"
+    with pytest.raises(SettingsError, match=said):
+        corpus.run(config_of("tfds://nothing", max_bad_files=9), tmp_path / "out")
+
+
+def test_a_corpus_of_nothing_says_what_became_of_all(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "too short"}] * 20 + [{"content": "x"}] * 3)
+    config = get_config("jsonl")
+    config.sources.web.update({"reader": f"{tmp_path}/a.jsonl", "steps": ("gopher",)})
+    config.max_bad_rows = 5
+    said = r"source 'web': 20 documents leave 0 to train on and 0 held out; expected at least one each; 20 filtered "
+    said += r"\(gopher: words 20\); 3 bad rows skipped, the first .*/a.jsonl:21: text: expected a string"
+    with pytest.raises(SettingsError, match=said):
+        corpus.run(parse(corpus.CorpusConfig, config), tmp_path / "out")
+    config.sources.web.steps = ("normalise",)
+    with pytest.raises(SettingsError, match="20 documents leave .*; 19 exact copies; 3 bad rows skipped"):
+        corpus.run(parse(corpus.CorpusConfig, config), tmp_path / "out")
+
+
+def test_documents_are_grouped_by_the_field_that_the_config_names_and_by_no_other(tmp_path):
+    """A course whose pages have modules, a few for all, is not withheld for it."""
+    rows = [{"text": text(i), "metadata": {"module": i % 12, "course": i // 3}} for i in range(90)]
+    write_jsonl(tmp_path / "web.jsonl", rows)
+    withheld = {}
+    for group in (None, "module", "course"):
+        config = config_of(tmp_path / "web.jsonl", held_out_group=group, held_out_minimum=1, deduplication={})
+        counts = corpus.run(config, tmp_path / str(group))["sources"]["web"]
+        held = {row["metadata"].get(group) for _, row in read_jsonl(tmp_path / str(group) / "held_out" / "web.jsonl")}
+        withheld[group] = counts["withheld_documents"]
+        assert withheld[group] == (0 if group is None else sum(row["metadata"][group] in held for row in rows)
+                                   - counts["held_out_documents"])  # fmt: skip
+    assert 0 < withheld["course"] < withheld["module"]
 
 
 def test_a_dry_run_of_a_tfds_data_set_has_numbers(tmp_path, monkeypatch):
@@ -269,7 +380,8 @@ def test_a_flag_that_names_no_field_is_told_those_that_there_are(flag, message):
 def test_every_rule_has_a_flag_and_a_switch(web):
     off = ["boilerplate.documents=0", "near.threshold=0", "leak_ngram=0", "repeated_paragraph=0"]
     values = parsed(
-        f"--config.sources.web.reader={web}", "--config.clean.gopher.words=(5,100)", "--config.clean.c4.sentences=1",
+        f"--config.sources.web.reader={web}", "--config.sources.web.steps=('repetition','c4')",
+        "--config.clean.gopher.words=(5,100)", "--config.clean.c4.sentences=1",
         "--config.max_bad_files=3", *(f"--config.deduplication.{rule}" for rule in off),
     )  # fmt: skip
     config = parse(corpus.CorpusConfig, values)
@@ -331,8 +443,9 @@ def test_two_sources_in_their_order_built_once(tmp_path):
 def test_a_corpus_of_files_that_changed_is_not_taken_for_theirs(tmp_path):
     for name in ("a", "b", "c"):
         write_jsonl(tmp_path / f"{name}.jsonl", ({"text": text(i)} for i in range(30)))
-    (tmp_path / "sites").write_text("bad.org  spam\n")
+    (tmp_path / "sites").write_text("bad.org\t spam\n")
     values = get_config("jsonl").to_dict()
+    values["sources"]["web"]["steps"] = ("privacy",)
     values["sources"]["web"]["reader"] = str(tmp_path / "*.jsonl")
     values["clean"]["block_list"] = str(tmp_path / "sites")
     values |= {"vocab_size": 330, "block_length": 16, "total_tokens": 1000, "held_out_fraction": 0.1}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from llama_jax.corpus_build.beam_functions import read_array
 from llama_jax.corpus_build.beam_refine import Refinement
 from llama_jax.corpus_build.components import ROUNDS, firsts_in_one_process, firsts_over_workers
 from llama_jax.corpus_build.evaluation import Evaluation
-from llama_jax.corpus_build.stages import Stages
+from llama_jax.corpus_build.stages import SettingsError, Stages
 from llama_jax.data.sources import write_jsonl
 
 pytest.importorskip("apache_beam", reason="needs apache-beam: pip install 'llama_jax[data]'")
@@ -60,7 +61,8 @@ def config(tmp_path) -> corpus.CorpusConfig:
             "web": {"reader": str(tmp_path / "web-*"), "weight": 2.0, **source},
         },
         "order": ("docs", "code", "web"), "vocab_size": 360, "block_length": 32, "total_tokens": 10_000,
-        "held_out_fraction": 0.1, "held_out_minimum": 3000, "held_out_maximum": 8000, "shards": 2, "max_bad_rows": 1,
+        "held_out_fraction": 0.1, "held_out_minimum": 3000, "held_out_maximum": 8000, "held_out_group": "module",
+        "shards": 2, "max_bad_rows": 1,
         "analyses": ("demographics",),
     }  # fmt: skip
     return parse(corpus.CorpusConfig, values)
@@ -130,6 +132,25 @@ def test_the_tokenizer_of_many_shards_is_that_of_one_process(config, tmp_path):
     corpus.run(config, tmp_path / "one")
     corpus.run(config, tmp_path / "beam", beam=[])
     assert files(tmp_path / "beam") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_beam_refuses_what_one_process_refuses(config, tmp_path):
+    """A column that is not there, however many files may be bad, and a source of which nothing is left."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"content": ["text"]}), tmp_path / "web-4.parquet")
+    for changes, problem in (
+        ({"max_bad_files": 9}, r"web-4.parquet:0: no column 'text' .*source 'web'; this is no damage"),
+        ({"held_out_maximum": 1, "held_out_minimum": 1}, "source 'docs': 80 documents leave .* and 0 held out; .* withheld"),
+    ):
+        said = []
+        for beam in (None, []):
+            with pytest.raises(SettingsError, match=problem) as error:
+                corpus.run(dataclasses.replace(config, **changes), tmp_path / "x", beam=beam)
+            said.append(str(error.value))
+            shutil.rmtree(tmp_path / ".x.unfinished")
+        assert said[0] == said[1]
+        (tmp_path / "web-4.parquet").unlink(missing_ok=True)
 
 
 @pytest.mark.slow  # a moment, but Beam is there for the slow tests alone (.ci/run)

@@ -35,6 +35,7 @@ from llama_jax.corpus_build.report import _compared
 from llama_jax.corpus_build.samples import SAMPLES, sample
 from llama_jax.corpus_build.shingles import _HASHES, ngram_hashes, shingles, word_hashes
 from llama_jax.corpus_build.split import is_held_out, split
+from llama_jax.data.sources import write_jsonl
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -417,11 +418,13 @@ def test_files_that_count_from_0_each_lose_no_document_from_the_counts():
     assert refined.unique == 20 and refined.counts["near_duplicates"] == 60
 
 
-def test_a_program_may_share_a_part_with_samples_where_the_settings_say_so():
+def test_a_program_may_share_a_part_with_samples_where_the_settings_say_so(tmp_path):
     program, sample = " ".join(f"w{i}" for i in range(200)), " ".join(f"w{i}" for i in range(12))
     documents = [Document("p", program, "code"), *(Document(str(i), f"other text {i} " * 9, "code") for i in range(9))]
+    path = tmp_path / "samples.jsonl"
+    write_jsonl(path, [{"text": sample}])
     for share, stays in ((0.0, False), (0.1, True), (0.01, False)):  # 5 of 193 runs of 8 words
-        rules = Deduplication(leak_ngram=8, evaluation=(__file__,), evaluation_share=share)
+        rules = Deduplication(leak_ngram=8, evaluation=(str(path),), evaluation_share=share)
         refined = refine(
             {"code": documents}, HeldOut(1e-9, 0, 0), rules, evaluation=Evaluation((sample,)), whole={"code"}
         )["code"]  # fmt: skip

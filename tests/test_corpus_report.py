@@ -10,9 +10,10 @@ from llama_jax.corpus_build import report, report_page
 from llama_jax.corpus_build.build import Settings, build_corpus, cleaned_documents
 from llama_jax.corpus_build.document import Document, Removed
 from llama_jax.corpus_build.manifest import check_manifest
+from llama_jax.corpus_build.mixture import plan
 from llama_jax.corpus_build.profile import Profile, in_sample
 from llama_jax.corpus_build.refine import HeldOut
-from llama_jax.corpus_build.samples import SAMPLES
+from llama_jax.corpus_build.samples import SAMPLES, excerpt, shown
 from llama_jax.corpus_build.steps import CleanConfig
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals import corpus_figures, plots
@@ -71,7 +72,8 @@ def test_the_manifest_has_personal_information_by_kind(tmp_path):
 
 
 def cleaned(documents: list[Document], *steps: str) -> tuple[list[Document], Profile]:
-    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), {"web": 1.0}, steps={"web": steps}, clean=CleanConfig(mask=True))
+    clean = CleanConfig(mask="privacy" in steps)
+    settings = Settings(300, 32, HeldOut(0.1, 1, 10**5), {"web": 1.0}, steps={"web": steps}, clean=clean)
     profile = Profile()
     return list(cleaned_documents("web", documents, settings, profile)), profile
 
@@ -99,6 +101,40 @@ def test_lines_that_steps_take_from_documents_that_stay_are_counted_and_shown():
     assert again == profile == parts[2].merge(parts[0]).merge(parts[1])
     shown = report._trimmed(profile, {"web": profile})
     assert cells(shown)[0][:3] == ["c4", "30", "90"] and "Home | About &lt;" in shown
+    assert "Mail [email], as many do." in shown and "@site.org" not in shown
+
+
+def test_samples_are_shown_with_masks():
+    """Those of a step before the mask, those that were too dense for one, and what the end of an excerpt cuts through."""
+    private = ["jane.doe@example.org", "123-45-6789", "DE89 3704 0044 0532 0130 00"]
+    profile = Profile()
+    profile.remove(Removed(Document("a", f"Write to {private[0]}.", "web"), "gopher", "words"))
+    profile.remove(Removed(Document("b", "\n".join(private), "web"), "privacy", "dense"))
+    page = report._filters({"web": profile})
+    assert not any(value in page for value in private) and "Write to [email]." in page
+    assert "[email]\n[identity number]\n[iban]" in page
+    for start in range(570, 605):  # the e-mail ends before, at and after the end of what is shown
+        text = "x " * (start // 2) + "." * (start % 2) + private[0] + " and more " * 50
+        part = shown(excerpt(text))
+        assert "jane" not in part and "example" not in part
+        assert part == text.replace(private[0], "[email]")[: len(part)]
+    assert shown(excerpt("plain " * 200)) == ("plain " * 200)[:600]
+
+
+def test_sites_of_addresses_without_a_scheme_are_named():
+    profile = Profile()
+    for i, url in enumerate(("www.a.org/x", "https://a.org/y", "b.org/x//y", "http://[broken/x")):
+        profile.keep(Document(str(i), prose(i), "web", url=url))
+    assert profile.sites == {"a.org": 2, "b.org": 1, "?": 1}
+
+
+def test_the_report_says_what_its_figures_may_not_be_compared_with_and_what_was_asked():
+    profile = Profile()
+    profile.analyse([Document("a", "she is a woman", "web")], ["demographics"])
+    assert "are not to be compared with those of another list" in report._demographics(profile, None)
+    shares = plan({"a": 3.0, "b": 1.0}, {"a": 9, "b": 9}, {"a": 100, "b": 900}, total_tokens=1000, max_epochs=2)
+    rows = cells(report._mixture(shares))
+    assert [row[:3] for row in rows] == [["a", "75.0%", "20.0%"], ["b", "25.0%", "80.0%"]]
 
 
 def test_of_pages_the_text_is_shown_that_extraction_left_out():

@@ -175,16 +175,21 @@ def test_products_of_other_settings_or_inputs_are_not_used(tmp_path, change):
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
-def test_an_error_leaves_nothing_and_an_interruption_what_is_done(tmp_path):
+def test_whatever_ends_a_build_leaves_what_is_done_and_else_nothing(tmp_path):
     made = []
-    for error, kept in ((ValueError, False), (KeyboardInterrupt, True)):
+    for error in (ValueError, SettingsError, KeyboardInterrupt):
+        with pytest.raises(error), unfinished(tmp_path / "out", {"of": "this"}) as (directory, _):
+            (directory / "half").write_text("a file")
+            raise error
+        assert not list(tmp_path.iterdir())
+    for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), unfinished(tmp_path / "out", {"of": "this"}) as (_, stages):
             stages.once("part", lambda: made.append(1) or 7)
             raise error
-        assert (tmp_path / ".out.unfinished").exists() == kept
+        assert (tmp_path / ".out.unfinished").exists()
     with unfinished(tmp_path / "out", {"of": "this"}) as (directory, stages):
         assert stages.once("part", _must_not_run) == 7 and not list(directory.iterdir())
-    assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_other_evaluation_files_clean_nothing_again(tmp_path, monkeypatch):
@@ -274,6 +279,39 @@ def test_a_limit_that_is_exceeded_keeps_what_is_finished_and_a_higher_one_goes_o
     assert counts["web"]["bad_rows"] == 2 and made[0] == "tokenizer"
     corpus.run(dataclasses.replace(config, max_bad_rows=2), tmp_path / "undisturbed")
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_a_source_that_reads_other_files_leaves_the_others_cleaned(tmp_path, monkeypatch):
+    config = config_in(tmp_path)
+    web, made = tmp_path / "web.jsonl", []
+    monkeypatch.setattr(Stages, "once", lambda self, name, make, real=Stages.once: real(
+        self, name, lambda: made.append(name) or make()))  # fmt: skip
+    web.write_text('{"text": "one alone"}\n')
+    source = dataclasses.replace(config.sources["web"], reader=str(web))
+    wrong = dataclasses.replace(config, sources={**config.sources, "web": source})
+    with pytest.raises(SettingsError, match="source 'web': 1 documents leave 0 .*; .* keeps what was made .* or files"):
+        corpus.run(wrong, tmp_path / "out")
+    assert made == ["refined", "cleaned/docs", "cleaned/web", "profile/docs", "profile/web"]
+    made.clear()
+    corpus.run(config, tmp_path / "out")
+    assert made[:2] == ["refined", "cleaned/web"] and "cleaned/docs" not in made
+    corpus.run(config, tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_products_of_a_changed_source_are_taken_away_by_name(tmp_path):
+    names = ["cleaned/a", "cleaned/a-00000", "cleaned/a-00001", "cleaned/ab", "cleaned/a.b-00000", "refined", "files/x"]
+
+    def fingerprint(size: int) -> dict:
+        inputs = {"sources": {"a": [["a.jsonl", size, 1]], "b": []}, "budgets": {"a": None, "b": None}}
+        settings = dataclasses.replace(config_in(tmp_path).settings(), weights={"a": 1.0, "b": 1.0}, steps={})
+        return fingerprint_of(settings, inputs)
+
+    with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "out", fingerprint(1)) as (_, before):
+        assert [before.once(name, lambda: 1) for name in names] == [1] * 7
+        raise KeyboardInterrupt
+    with unfinished(tmp_path / "out", fingerprint(2)) as (_, after):
+        assert [after.once(name, lambda: 2) for name in names] == [2, 2, 2, 1, 1, 2, 2]
 
 
 @pytest.mark.slow

@@ -212,6 +212,14 @@ def test_languages_and_the_threshold():
         ("電話：03-1234-5678", "phone"),
         ("lives at 221 North Baker Street, apt 4", "address"),
         ("221B Baker Street", "address"),
+        ("0044 20 7946 0958 is his", "phone"),  # as + is written on old telephones
+        ("0049 (0)30 123456", "phone"),
+        ("or (030) 12345678, evenings", "phone"),
+        ("from 2001:0db8:85a3:0000:0000:8a2e:0370:7334 in", "ip address"),
+        ("host 2a00:1450:4001:81b::200e, port 80", "ip address"),
+        ("12 MAIN ST", "address"),
+        ("350 5th Avenue", "address"),
+        ("lives at 1929 Oak Street.", "address"),
     ],
 )
 def test_personal_information_is_found_and_masked(text, kind):
@@ -224,7 +232,9 @@ def test_personal_information_is_found_and_masked(text, kind):
     "text",
     ["IBAN DE88 3704 0044 0532 0130 00", "4111 1111 1111 1112", "ISBN 978-0-306-40615-7", "version 2.10.3.1999", "127.0.0.1",
      "000-12-3456", "a @ b", "1914-1918", "2023-01-05", "0.123456789012", "300 people drive to work", "10.0.0.1 192.168.1.1",
-     "git@github.com:me/mine.git", "01 42 68 53 00", "the telltale 030 123456"],
+     "git@github.com:me/mine.git", "01 42 68 53 00", "the telltale 030 123456", "5 Great Ways to Drive", "3 The Way",
+     "5 Great Ways To Drive", "2019 The long road", "1927 Supreme Court", "the 1929 Wall Street Crash", "0001 0002 0003 0004",
+     "12:30:45", "std::a::b", "::1 and fe80::1", "2023:01:05 12:00:00", "f(0123) 4", "21 the old street"],
 )  # fmt: skip
 def test_what_only_looks_like_it_is_left(text):
     assert not privacy.find(text)

@@ -82,7 +82,9 @@ def build_with_beam(
         refined = {source: _refined(source, summary, work, settings) for source in files}
         for source, part in refined.items():
             profiles[source].show(part.samples)
-            check_split(source, part.unique, profiles[source].documents, len(part.held_out), settings)
+            withheld = {"withheld_documents": summary["counts"].get((source, "withheld"), 0)}
+            found = {**source_counts(part, profiles[source]), **withheld}
+            check_split(source, found, profiles[source].documents, len(part.held_out), settings)
 
         budgets = sample_budgets(settings, {source: profile.bytes for source, profile in profiles.items()})
         tokenizer = make_tokenizer(_Samples(work, budgets), budgets, directory, settings, stages)

@@ -162,7 +162,9 @@ class Refinement:
 
     def _split(self, documents):
         beam, held_out = self.beam, self.settings.held_out
-        candidates = documents | "Candidates" >> beam.Map(lambda item: (item[1].source, candidate(item[1])))
+        candidates = documents | "Candidates" >> beam.Map(
+            lambda item: (item[1].source, candidate(item[1], held_out.group_field))
+        )
         sizes = candidates | beam.MapTuple(lambda source, c: (source, c.size)) | "Bytes" >> beam.CombinePerKey(sum)
 
         def first_size(source, c):
@@ -199,7 +201,7 @@ class Refinement:
         def sides(item, choice, unseen):
             document = item[1]
             held, beyond, _ = choice.get(document.source, (set(), set(), set()))
-            side = side_of(document, held, beyond, unseen)
+            side = side_of(document, held, beyond, unseen, held_out.group_field)
             if side == "withheld":
                 yield beam.pvalue.TaggedOutput("counts", ((document.source, "withheld"), 1))
                 size = len(document.text.encode())

@@ -27,7 +27,7 @@ from llama_jax.corpus_build.evaluation import Evaluation, read_evaluation
 from llama_jax.corpus_build.profile import ANALYSES, Profile, check_measures, in_sample
 from llama_jax.corpus_build.refine import Deduplication, HeldOut, Refined, refine
 from llama_jax.corpus_build.stages import SettingsError, Stages, fingerprint_of, unfinished
-from llama_jax.corpus_build.steps import CleanConfig, make_steps, trail
+from llama_jax.corpus_build.steps import CleanConfig, check_readers, make_steps, trail
 from llama_jax.corpus_build.write import given_tokenizer, write_corpus
 
 
@@ -90,6 +90,7 @@ class Settings:
         check_measures(self.analyses, identities=self.identities, checkpoint=self.toxicity_checkpoint)
         for names in self.steps.values():
             make_steps(names, self.clean)
+        check_readers(self.steps.values(), self.clean)
         if self.tokenizer_path is not None:
             given_tokenizer(self.tokenizer_path, self.vocab_size)
 
@@ -171,7 +172,9 @@ def cleaned_documents(
 
 
 def check_bad_rows(source: str, profile: Profile, settings: Settings) -> None:
-    """SettingsError that names the first bad row or file beyond those that may be skipped."""
+    """SettingsError that names the first bad row or file beyond those that may be skipped, or one that none may be."""
+    if profile.foreign.count:
+        raise SettingsError(f"{profile.foreign.first[0]} (source {source!r}; this is no damage that max_bad_files could skip)")
     for what, problems in (("row", profile.bad_rows), ("file", profile.bad_files)):
         limit = getattr(settings, f"max_bad_{what}s")
         if problems.count > limit:

@@ -1,6 +1,7 @@
 """What cannot be read of a file, as values to be counted: one torn line must not end a run over a billion.
 
-A row that is wrong is one `BadRow`, and so is all of a file that lies beyond damage to it.
+A row that is wrong is one `BadRow`, and so is all of a file that lies beyond damage to it, or that is another than its source
+says: this one is no damage, and no limit lets a run go on without it.
 """
 
 import dataclasses
@@ -19,6 +20,11 @@ class BadRow:
     where: str  # file:line or file:record
     problem: str
     rest: bool = False  # whether it is the rest of a file, however many rows
+    foreign: bool = False  # whether it is a file or a data set that the source should not have named (SourceError)
+
+
+class SourceError(ValueError):
+    """A source that names what is not there: a column, a data set."""
 
 
 # What a format gives of a file: where each row stands, and the row.
@@ -33,6 +39,8 @@ def until_damage(path: str, rows: Rows) -> Rows:
     try:
         for where, row in rows:
             yield where, row
+    except SourceError as error:
+        yield where, BadRow(where, str(error), rest=True, foreign=True)
     except _DAMAGE as error:
         yield where, _rest(where, error)
     except OSError as error:

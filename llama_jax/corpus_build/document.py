@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,10 +36,14 @@ class Removed:
     detail: str = ""  # the value that broke it
 
 
+_SCHEME = re.compile(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:)?//")
 # A step of cleaning: a pure function, so that a loop, a process pool and Beam can carry it alike.
 Step = Callable[[Document], Document | Removed]
 
 
-def host_of(url: str) -> str | None:
-    """The host of an address, also of one without a scheme; ValueError for what is no address."""
-    return urlsplit(url if "//" in url else f"//{url}").hostname
+def host_of(url: str) -> str:
+    """The host of an address, also of one without a scheme; "" for what is no address."""
+    try:
+        return urlsplit(url if _SCHEME.match(url) else f"//{url}").hostname or ""
+    except ValueError:  # of brackets, and of characters that look like others
+        return ""

@@ -19,6 +19,7 @@ class Share:
     documents: int
     bytes: int
     tokens: int  # in the source
+    asked_share: float  # of the training tokens, before the cap
     share: float  # of the training tokens
     planned_tokens: int
     epochs: float  # how often the source's text is seen
@@ -84,6 +85,7 @@ def plan(
             documents=documents[source],
             bytes=sizes[source] if sizes else 0,
             tokens=tokens[source],
+            asked_share=free[source],
             share=share,
             planned_tokens=round(planned * share),
             epochs=planned * share / max(tokens[source], 1),

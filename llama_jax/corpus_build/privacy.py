@@ -5,6 +5,7 @@ kind. Patterns find what has a form; names have none, so a block list stays the 
 """
 
 import bisect
+import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,7 +49,7 @@ def read_block_list(lines: list[str], name: str = "block list") -> dict[str, str
 
 def blocked_reason(url: str, blocked: Mapping[str, str] = BLOCKED_DOMAINS) -> str | None:
     """Why the site of `url` is on the list; the entry example.com holds for www.example.com too. None if it is not."""
-    host = (host_of(url) or "").rstrip(".").lower()
+    host = host_of(url).rstrip(".").lower()
     parts = host.split(".")
     for i in range(len(parts) - 1):
         if reason := blocked.get(".".join(parts[i:])):
@@ -111,8 +112,15 @@ def _public_address(match: re.Match[str]) -> bool:
     return max(parts) < 256 and not private and min(parts[0], 224) < 224
 
 
+def _public_ipv6(match: re.Match[str]) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(match.group()))
+    except ValueError:
+        return False
+
+
 def _phone(match: re.Match[str]) -> bool:
-    return 9 <= sum(c.isdigit() for c in match.group()) <= 15
+    return 9 <= sum(c.isdigit() for c in match.group().removeprefix("00")) <= 15
 
 
 def _labelled(match: re.Match[str]) -> bool:
@@ -120,7 +128,12 @@ def _labelled(match: re.Match[str]) -> bool:
 
 
 def _named_street(match: re.Match[str]) -> bool:
-    return any(c.isupper() for c in match.group().split(maxsplit=1)[1])
+    """Whether a number, capital words and a street word are an address rather than a headline, a court or a year's event."""
+    words = {word.capitalize() for word in match["name"].split()}
+    if words & _NO_NAMES or (match["street"].lower() in ("court", "ct") and words & _COURTS):
+        return False
+    year = 1700 <= int(match["number"]) < 2100
+    return not (year and re.match(r" [A-Za-z]", match.string[match.end() : match.end() + 2]))  # 1929 Wall Street Crash
 
 
 # Of numbers as they are written within a country, those that say what they are, in the larger languages of the web.
@@ -130,7 +143,14 @@ _PHONE_LABEL = re.compile(
     re.IGNORECASE,
 )
 _DIGIT = re.compile(r"[0-9]").search
-_STREET = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|square|sq|terrace|way)"
+_STREETS = "Street St Avenue Ave Road Rd Boulevard Blvd Lane Ln Drive Dr Court Ct Square Sq Terrace Way".split()
+_STREET = "|".join([*_STREETS, *map(str.upper, _STREETS)])  # in small letters they are words of any sentence
+# Capital words of headlines and titles that no street is named after, and kinds of courts of law.
+_NO_NAMES = frozenset(
+    "The A An To Of In On At By For And Or With From That This Is Are Was Can Will You Your My Our His Her Their Its No Not "
+    "Ways Things Reasons Tips Steps Years Year Days Times People Best Top".split()
+)
+_COURTS = frozenset("Supreme High District Superior Federal Circuit Appeals County Crown Municipal Tennis Food".split())
 # Kind, a cheap look before the pattern, the pattern, a check of what it found. Patterns begin with a set of characters and then
 # look back over it: from a set `re` jumps to the next candidate, while it tries a leading \b at each character.
 _PATTERNS: Sequence[tuple[str, Callable[[str], object], re.Pattern[str], Callable[[re.Match[str]], bool] | None]] = (
@@ -155,15 +175,27 @@ _PATTERNS: Sequence[tuple[str, Callable[[str], object], re.Pattern[str], Callabl
                    r"(?![\w.-]{0,20}\d)"),
         _phone,
     ),
+    (
+        "phone", _DIGIT,
+        # International with 00 and a space behind the country, or an area code with its 0 in brackets.
+        re.compile(r"[0(](?<![\w.+][0(])(?:(?<=0)0[1-9]\d{0,2}[ .-](?:\(\d{1,4}\)[ .-]?)?[1-9]\d{0,3}(?:[ .-]?\d{2,4}){1,4}"
+                   r"|(?<=\()0\d{1,5}\)[ ./-]{0,2}\d{2,4}(?:[ ./-]?\d{2,4}){1,4})(?![\w.-]{0,20}\d)"),
+        _phone,
+    ),
     ("phone", _DIGIT, re.compile(r"[(0-9](?<![\w.+][(0-9])(?:[ ()/.-]{0,3}\d){6,14}(?![\w.-]{0,20}\d)"), _labelled),
     (
         "ip address", _DIGIT,
         re.compile(r"[0-9](?<![\w.][0-9])\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w.]{0,20}\d)"), _public_address,
     ),
     (
+        "ip address", re.compile("[23][0-9a-fA-F]{3}:").search,  # of version 6, the public ones
+        re.compile(r"[23](?<![\w:.][23])[0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:]|\.\d)"), _public_ipv6,
+    ),
+    (
         "address", _DIGIT,  # as in English
-        re.compile(rf"[0-9](?<!\w[0-9])\d{{0,4}}[A-Z]? (?:[NSEW]\.? )?(?:[A-Z][a-z]+ ){{1,3}}{_STREET}\b"
-                   r"(?:[.,]? (?:apt|suite|unit) ?#?\w+)?", re.IGNORECASE),
+        re.compile(r"(?P<number>[0-9](?<!\w[0-9])\d{0,4})[A-Z]? (?:[NSEW]\.? )?"
+                   r"(?P<name>(?:(?:[A-Z][A-Za-z'’]+|\d{1,3}(?:st|nd|rd|th|ST|ND|RD|TH)) ){1,3})"
+                   rf"(?P<street>{_STREET})\b(?:[.,]? (?i:apt|suite|unit) ?#?\w+)?"),
         _named_street,
     ),
 )  # fmt: skip

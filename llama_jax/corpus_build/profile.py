@@ -5,13 +5,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from llama_jax.corpus_build import demographics, language, toxicity
 from llama_jax.corpus_build.damage import BadRow
-from llama_jax.corpus_build.document import Document, Removed
+from llama_jax.corpus_build.document import Document, Removed, host_of
 from llama_jax.corpus_build.samples import SAMPLES, Row, drawn, excerpt, lost_lines, sample
 from llama_jax.corpus_build.text import all_text
 
@@ -58,6 +57,7 @@ class Profile:
     removed_languages: Counter = dataclasses.field(default_factory=Counter)  # by the language step
     bad_rows: Problems = dataclasses.field(default_factory=Problems)
     bad_files: Problems = dataclasses.field(default_factory=Problems)
+    foreign: Problems = dataclasses.field(default_factory=Problems)  # files that the source should not have named
     analysed: int = 0  # documents that the following count
     languages: Counter = dataclasses.field(default_factory=Counter)
     mentions: Counter = dataclasses.field(default_factory=Counter)
@@ -77,7 +77,7 @@ class Profile:
         self.lengths[int(math.log10(max(size, 1)) * LENGTH_BINS)] += 1
         self.private.update(document.findings.get("private", {}))
         if document.url:
-            self.sites[(urlsplit(document.url).hostname or "?").removeprefix("www.")] += 1
+            self.sites[(host_of(document.url) or "?").removeprefix("www.")] += 1
 
     def remove(self, removed: Removed) -> None:
         """Counts a document that a step left out, and keeps a sample of them, drawn by hash."""
@@ -105,7 +105,9 @@ class Profile:
     def lose(self, row: BadRow) -> None:
         """Counts and names a row, or the rest of a file, that could not be read."""
         problem = Problems(1, [f"{row.where}: {row.problem}"])
-        if row.rest:
+        if row.foreign:
+            self.foreign += problem
+        elif row.rest:
             self.bad_files += problem
         else:
             self.bad_rows += problem

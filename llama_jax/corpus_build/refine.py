@@ -19,6 +19,7 @@ from llama_jax.corpus_build.paragraphs import Cut, drop_leaks, drop_repeats
 from llama_jax.corpus_build.samples import Row, drawn, sample
 from llama_jax.corpus_build.source_files import expand
 from llama_jax.corpus_build.split import lines_seen, split
+from llama_jax.corpus_build.storage import StorageError
 
 # Names of samples, beside those of `cut_samples`.
 LINES, PAIRS = ("compared", "boilerplate"), ("compared", "near")
@@ -47,7 +48,7 @@ class Deduplication:
         for path in self.evaluation:
             try:
                 expand(path)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, StorageError) as error:
                 raise ValueError(f"evaluation: expected files of samples with a text each; {error}") from None
 
 
@@ -58,6 +59,7 @@ class HeldOut:
     fraction: float
     minimum_bytes: int
     maximum_bytes: int
+    group_field: str | None = None  # of the metadata: documents with the same value there stand on one side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +101,7 @@ def refine(
     if deduplication.near:
         documents, near = drop_near_duplicates(documents, deduplication.near)
 
-    splits = split(
-        documents, fraction=held_out.fraction, minimum_bytes=held_out.minimum_bytes, maximum_bytes=held_out.maximum_bytes
-    )
+    splits = split(documents, **dataclasses.asdict(held_out))
     train = {source: part.train for source, part in splits.items()}
     cuts = {kind: {source: Cut() for source in splits} for kind in ("leaks", "evaluation", "repeats")}
     if ngram := deduplication.leak_ngram:

@@ -12,6 +12,7 @@ from llama_jax.corpus_build.evaluation import Evaluation
 from llama_jax.corpus_build.mixture import Share
 from llama_jax.corpus_build.notices import notices
 from llama_jax.corpus_build.profile import LENGTH_BINS, TOXICITY_BINS, Profile, ranked
+from llama_jax.corpus_build.samples import shown
 from llama_jax.files import atomic_write
 
 # Table 10, percent of documents.
@@ -133,15 +134,17 @@ def _mixture(shares: Sequence[Share]) -> str:
     rows = [
         (
             share.source, share.share,
-            [f"{share.share:.1%}", f"{share.tokens / tokens:.1%}", f"{share.documents:,}", _bytes(share.bytes),
-             _count(share.tokens), _count(share.planned_tokens), f"{share.epochs:.2f}{' (cap)' if share.capped else ''}"],
+            [f"{share.asked_share:.1%}", f"{share.share:.1%}", f"{share.tokens / tokens:.1%}", f"{share.documents:,}",
+             _bytes(share.bytes), _count(share.tokens), _count(share.planned_tokens),
+             f"{share.epochs:.2f}{' (cap)' if share.capped else ''}"],
         )
         for share in shares
     ]  # fmt: skip
-    heads = ["source", "share of training", "share of corpus", "documents", "text", "tokens", "planned", "epochs"]
+    heads = ["source", "asked", "share of training", "share of corpus", "documents", "text", "tokens", "planned", "epochs"]
     return html.section(
         "The mixture",
-        "A source whose share of training exceeds its share of the corpus is up-sampled: its text is seen more often.",
+        "Asked is what the weights (and the temperature) ask for, the share of training what the cap on epochs leaves of it. A "
+        "source whose share of training exceeds its share of the corpus is up-sampled: its text is seen more often.",
         html.bars(heads, rows),
     )
 
@@ -162,7 +165,7 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
         for (step, rule), count in ranked(whole.removed)
     ]  # fmt: skip
     folds = [
-        html.samples(
+        _samples(
             f"{step}: {rule}", f"{count:,} document{'s' * (count > 1)}",
             [(f"{key} · {detail}" if detail else key, text) for _, key, detail, text in whole.samples[step, rule]],
         )
@@ -171,7 +174,7 @@ def _filters(profiles: Mapping[str, Profile]) -> str:
     return html.section(
         "What the filters removed",
         "A document is counted at the first rule that it failed. Below are samples of each, drawn by hash: read them before "
-        "trusting a rule.",
+        "trusting a rule. In these and all samples below what looks like personal information is masked.",
         html.bars(["rule", "documents", "of removed", "text", "sources"], rows),
         "<h3>Samples</h3>",
         *folds,
@@ -190,15 +193,15 @@ def _trimmed(whole: Profile, profiles: Mapping[str, Profile]) -> str:
         for step, count in ranked(whole.trimmed)
     ]  # fmt: skip
     folds = [
-        html.samples(step, f"{count:,} document{'s' * (count > 1)}", [(key, text) for _, key, _, text in texts])
+        _samples(step, f"{count:,} document{'s' * (count > 1)}", [(key, text) for _, key, _, text in texts])
         for step, count in ranked(whole.trimmed)
         if (texts := whole.samples.get(("trimmed", step)))
     ]
     return html.section(
         "What the steps took from documents that stay",
         "Documents that passed all steps but lost text to one of them (lines that C4 drops, markup and navigation of pages, "
-        "what a mask hides), and the lines and bytes by which they are shorter. Below are such lines as they were, drawn by "
-        "hash; of pages, those with text.",
+        "what a mask hides), and the lines and bytes by which they are shorter. Below are such lines, drawn by hash, with "
+        "masks over personal information; of pages, those with text.",
         html.bars(["step", "documents", "lines", "text", "sources"], rows),
         "<h3>Samples</h3>",
         *folds,
@@ -211,15 +214,15 @@ def _compared(whole: Profile, counts: Mapping[str, Mapping[str, Any]]) -> str:
         texts = []
         for _, name, stays, dropped, kept in rows:
             texts += [(f"{name} · dropped", dropped), (f"{stays} · stands for it", kept)]
-        folds.append(html.samples("Near duplicates", f"{_total(counts, 'near_duplicates'):,} documents", texts))
+        folds.append(_samples("Near duplicates", f"{_total(counts, 'near_duplicates'):,} documents", texts))
     if rows := whole.samples.get(("compared", "boilerplate")):
         texts = [(f"{source} · cut from {-count:,} documents", line) for count, source, _, line in rows]
         found = f"{_total(counts, 'boilerplate_lines'):,} lines"
-        folds.append(html.samples("Boilerplate, the most frequent lines", found, texts))
+        folds.append(_samples("Boilerplate, the most frequent lines", found, texts))
     for kind, title in _CUTS.items():
         if rows := whole.samples.get(("compared", kind)):
             found = f"{_total(counts, f'{kind}_paragraphs'):,} paragraphs, {_total(counts, kind):,} whole documents"
-            folds.append(html.samples(title, found, [(name, text) for _, name, _, text in rows]))
+            folds.append(_samples(title, found, [(name, text) for _, name, _, text in rows]))
     if not folds:
         return ""
     return html.section(
@@ -291,7 +294,9 @@ def _demographics(whole: Profile, path: str | None) -> str:
         "Pronouns and identities (Table 9)",
         f"{whole.english:,} documents in English, or in a language that nothing has identified, were read. She, he and "
         "unspecified are shares of the documents with any of them; a descriptor is a share of the documents of its axis; all "
-        f"else is of all documents. Descriptors: {listed}.",
+        f"else is of all documents. Descriptors: {listed}. The paper prints five of an axis but counts all that HolisticBias "
+        "has, some hundreds, and a document of an axis is one with any of them: the paper's shares of identities are not to be "
+        "compared with those of another list.",
         '<div class="grid"><div>' + html.table(heads, rows(pronouns), parts=[1, 2, 3, 5, 6, 7]) + "</div><div>"
         + html.table(heads, rows(identities), parts=[i for i, name in enumerate(identities) if name in of_axis])
         + "</div></div>",
@@ -360,6 +365,11 @@ def _bad_rows(whole: Profile) -> str:
         f"{whole.bad_rows.count:,} rows were skipped, and of {whole.bad_files.count:,} files what follows the damage.",
         *folds,
     )
+
+
+def _samples(summary: str, detail: str, texts: Sequence[tuple[str, str]]) -> str:
+    """Texts of documents behind a fold, without the personal information in them."""
+    return html.samples(summary, detail, [(head, shown(text)) for head, text in texts])
 
 
 def _paper(value: float | None) -> str:

@@ -5,18 +5,28 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from llama_jax.corpus_build import privacy
 from llama_jax.corpus_build.document import Document
 
 SAMPLES = 8  # of each sort
-_EXCERPT = 600  # characters
+_EXCERPT = 600  # characters that the report shows
+_MARGIN = 100  # characters more, by which it sees what a finding at their end is
 
 # What orders it (a hash, or minus a count), the document's id, a detail, an excerpt; of near duplicates a second excerpt.
 Row = tuple[Any, ...]
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, as it can be written."""
-    return text[:_EXCERPT].encode(errors="replace").decode()
+    """The beginning of a text, as it can be written, and no less of it than `shown` looks at."""
+    return text[: _EXCERPT + _MARGIN].encode(errors="replace").decode()
+
+
+def shown(excerpt: str) -> str:
+    """An excerpt as people may read it: masked, whatever the corpus is, since reports go where their corpora may not."""
+    found = privacy.find(excerpt)
+    begun = {kind: [span for span in spans if span[0] < _EXCERPT] for kind, spans in found.items()}
+    end = max([_EXCERPT, *(span[1] for spans in begun.values() for span in spans)])
+    return privacy.mask(excerpt[:end], begun)
 
 
 def lost_lines(before: str, after: str) -> str:

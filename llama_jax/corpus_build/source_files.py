@@ -1,13 +1,18 @@
-"""Which files the reader of a source names: a path, a pattern or a directory, local or of any file system that fsspec knows."""
+"""Which files the reader of a source names: a path, a pattern or a directory, local or of any file system that fsspec knows.
 
+Names that begin with a dot, and what lies below such directories, are left out (what version control, file managers and builds
+that run keep there is no text) unless the reader spells the dot itself.
+"""
+
+import fnmatch
 import glob
 import re
 from pathlib import Path
 from typing import Any
 
 from llama_jax.corpus_build import storage, tfds
-from llama_jax.corpus_build.extras import extra
 from llama_jax.corpus_build.formats import FORMATS, PLAIN, format_of
+from llama_jax.corpus_build.unpack import compression
 
 _TEXT_OPTION = re.compile(r"\?text=([^?&=/]+)$")
 
@@ -17,24 +22,34 @@ def expand(pattern: str) -> list[str]:
 
     Raises:
       FileNotFoundError: there is none.
+      StorageError: its file system cannot be asked.
     """
     if tfds.is_name(pattern):
         return [pattern]
     pattern, option = (plain := plain_path(pattern)), pattern[len(plain) :]
+    known = ", ".join(sorted(FORMATS))
+    if not pattern:
+        raise FileNotFoundError(f"expected a path, a pattern or a directory of files ({known}), got {pattern!r}")
     if storage.is_address(pattern):
-        system, path = extra("fsspec").core.url_to_fs(pattern)
-        found = system.find(path) if system.isdir(path) else system.glob(path)
-        scheme = pattern.partition("://")[0]
-        names = [f"{scheme}://{name.removeprefix(f'{scheme}://')}" for name in found]
+        names = storage.found(pattern)
     elif Path(pattern).is_dir():
         names = [str(path) for path in Path(pattern).rglob("*") if path.is_file()]
     else:
         names = glob.glob(pattern, recursive=True) or [pattern] * Path(pattern).is_file()
-    many = len(names) != 1 or names[0] != pattern
-    names = sorted(name for name in names if not many or format_of(name))
-    if not names:
-        raise FileNotFoundError(f"{pattern}: expected files to read ({', '.join(sorted(FORMATS))}), found nothing")
-    return [name + option for name in names]
+    readable = sorted(name for name in names if format_of(name) and not _is_hidden(name, pattern))
+    if not readable:
+        found = "nothing" if not names else "others" if len(names) > 1 else names[0]
+        raise FileNotFoundError(f"{pattern}: expected files to read ({known}), found {found}")
+    return [name + option for name in readable]
+
+
+def _is_hidden(name: str, pattern: str) -> bool:
+    """Whether a part of a name begins with a dot that the reader does not spell."""
+    spelt = [part for part in pattern.split("/") if part.startswith(".")]
+    return any(
+        part.startswith(".") and part not in (".", "..") and not any(fnmatch.fnmatchcase(part, own) for own in spelt)
+        for part in name.split("/")
+    )
 
 
 def plain_path(path: str) -> str:
@@ -53,12 +68,14 @@ def file_facts(path: str) -> list[Any]:
     return [path] if tfds.is_name(path) else [path, *storage.facts(plain_path(path))]
 
 
-def file_size(path: str) -> int:
-    """Bytes of a file as it lies there; 0 for a data set of TFDS, which tells how many examples it has instead."""
-    return 0 if tfds.is_name(path) else storage.facts(plain_path(path))[0]
+def file_size(path: str) -> int | None:
+    """Bytes of a file as it lies there; None if that is not told, as of a data set of TFDS."""
+    return None if tfds.is_name(path) else storage.facts(plain_path(path))[0]
 
 
 def most_text(path: str) -> int | None:
     """Bytes of text that a file holds at most, by its size; None where only reading it tells."""
-    plain = not tfds.is_name(path) and Path(plain_path(path)).suffix.lower()[1:] in PLAIN
-    return file_size(path) if plain else None
+    if tfds.is_name(path) or Path(plain := plain_path(path)).suffix.lower()[1:] not in PLAIN:
+        return None
+    with storage.stored(plain) as raw:
+        return None if compression(plain, raw) else file_size(path)

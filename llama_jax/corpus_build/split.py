@@ -1,10 +1,12 @@
 """Held-out documents, by hash of their content: a text is on the same side in every build, whatever else is there.
 
 Hashes alone would leak: the documentation of a module and its source code are two documents that share
-paragraphs. So documents of one group (say one module) never stand on both sides. What is left of leaks,
-boilerplate and code copied between modules, is measured by `lines_seen`.
+paragraphs. So documents of one group, those with the same value in a field of their metadata that the caller names (say the
+module), never stand on both sides. What is left of leaks, boilerplate and code copied between modules, is measured by
+`lines_seen`.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
@@ -40,11 +42,17 @@ class Candidate:
     group: str | None
 
 
-def candidate(document: Document, group_key: str = "module") -> Candidate:
-    """A document as a candidate; documents with the same metadata[group_key] are never on both sides."""
+def candidate(document: Document, group_field: str | None = None) -> Candidate:
+    """A document as a candidate; documents of the same group are never on both sides."""
     size = len(document.text.encode())
     key = content_hash(document.text)
-    return Candidate(_position(key), size, key, document.metadata.get(group_key))
+    return Candidate(_position(key), size, key, group_of(document, group_field))
+
+
+def group_of(document: Document, field: str | None) -> str | None:
+    """The group that a field of its metadata puts a document in, whatever the kind of its value; None for none."""
+    value = None if field is None else document.metadata.get(field)
+    return None if value is None else json.dumps(value, sort_keys=True)
 
 
 def choose(
@@ -75,7 +83,7 @@ def split(
     fraction: float,
     minimum_bytes: int = 0,
     maximum_bytes: int = 2**63,
-    group_key: str = "module",
+    group_field: str | None = None,
 ) -> dict[str, Split]:
     """Train and held-out documents of each source.
 
@@ -84,13 +92,13 @@ def split(
       minimum_bytes: a source too small for this at `fraction` gives more documents (the next in order of their hashes),
         up to a fifth of its bytes, so that the figure measured on it is stable.
       maximum_bytes: what `held_out` has at most, in whole documents.
-      group_key: name in a document's metadata; documents with the same value there are never on both sides.
+      group_field: of a document's metadata; documents with the same value there are never on both sides. None: no groups.
     """
     documents = {source: list(of_source) for source, of_source in documents_by_source.items()}
     chosen = {}
     unseen = set()
     for source, of_source in documents.items():
-        candidates = [candidate(d, group_key) for d in of_source]
+        candidates = [candidate(d, group_field) for d in of_source]
         chosen[source] = choose(
             candidates, sum(c.size for c in candidates),
             fraction=fraction, minimum_bytes=minimum_bytes, maximum_bytes=maximum_bytes,
@@ -100,18 +108,18 @@ def split(
     sides: dict[str, dict[str, list[Document]]] = {s: {"train": [], "held_out": [], "withheld": []} for s in documents}
     for source, of_source in documents.items():
         for document in of_source:
-            sides[source][side_of(document, *chosen[source], unseen, group_key)].append(document)
+            sides[source][side_of(document, *chosen[source], unseen, group_field)].append(document)
     return {source: Split(**parts) for source, parts in sides.items()}
 
 
 def side_of(
-    document: Document, held_out: Set[bytes], beyond: Set[bytes], unseen: Set[str | None], group_key: str = "module"
+    document: Document, held_out: Set[bytes], beyond: Set[bytes], unseen: Set[str], group_field: str | None = None
 ) -> str:
     """One of train, held_out, withheld; `unseen` are the groups of the documents that are not trained on."""
     key = content_hash(document.text)
     if key in held_out:
         return "held_out"
-    return "withheld" if key in beyond or document.metadata.get(group_key) in unseen else "train"
+    return "withheld" if key in beyond or group_of(document, group_field) in unseen else "train"
 
 
 def lines_seen(splits: Mapping[str, Split]) -> dict[str, float]:

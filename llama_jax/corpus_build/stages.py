@@ -7,7 +7,7 @@
 All of it may lie in a bucket. There the name is given object by object, the manifest last, without which it is no corpus.
 
 A product is a value of its inputs alone, so going on gives the same bytes as an undisturbed build. Under changed settings it
-goes on with the products that do not read them.
+goes on with the products that do not read them, and where a source reads other files with the cleaned documents of the others.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ _READ_LAST = ("total_tokens", "max_epochs", "max_bad_rows", "max_bad_files")
 
 
 class SettingsError(ValueError):
-    """Settings that the documents do not allow, as their cleaning showed. What was made of them is kept for other settings."""
+    """Settings or sources that make no corpus, as their cleaning showed. What was made of them is kept for others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,8 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
 
     Where `output` is in a bucket, so is the directory.
 
-    Wrong input (ValueError) leaves nothing behind; a kill, Ctrl-C, a full disk, a failed runner or a SettingsError leaves what
-    the next run goes on with. Without a fingerprint nothing is kept and every run starts clean.
+    A kill, Ctrl-C, a full disk, a failed runner, wrong settings or wrong input leave what the next run goes on with, if there
+    is anything. Without a fingerprint nothing is kept and every run starts clean.
 
     Raises:
       FileExistsError: `output` is there already.
@@ -131,15 +132,12 @@ def unfinished(output: str | os.PathLike, fingerprint: Mapping[str, Any] | None)
             done = True
         except SettingsError as error:
             if fingerprint is None or not sizes(home / "work"):
-                done = True  # there is nothing to keep
                 raise
-            raise SettingsError(f"{error}; {home} keeps what was made of the documents, for other settings") from None
-        except ValueError:
-            done = True
-            raise
+            kept = f"{home} keeps what was made of the documents, for other settings or files"
+            raise SettingsError(f"{error}; {kept}") from None
         finally:
-            if done or fingerprint is None:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if done or fingerprint is None or not sizes(home / "work"):
                     remove_tree(home)
 
 
@@ -203,7 +201,7 @@ def _empty(home: Path) -> None:
 
 
 def _stale(home: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
-    """Kinds of products of an earlier run that this fingerprint would make anew; None if that is all there is."""
+    """Names of products of an earlier run that this fingerprint would make anew, and kinds of them; None if those are all."""
     new = json.loads(json.dumps(fingerprint))
     try:
         old = json.loads((home / "fingerprint.json").read_bytes())
@@ -211,20 +209,24 @@ def _stale(home: Path, fingerprint: Mapping[str, Any]) -> Sequence[str] | None:
         return None
     if old == new:
         return ()
-    if not isinstance(old, dict) or any(old.get(key) != new.get(key) for key in {*old, *new} - {"settings"}):
+    if not isinstance(old, dict) or any(old.get(key) != new.get(key) for key in {*old, *new} - {"settings", "sources"}):
         return None
     changed = {name for name, value in new.get("settings", {}).items() if old.get("settings", {}).get(name) != value}
     if changed - {*_READ_LAST, *(name for names in _READ.values() for name in names)}:
         return None
+    was, now = old.get("sources", {}), new.get("sources", {})
+    if other := sorted(name for name in {*was, *now} if was.get(name) != now.get(name)):
+        return [*(f"cleaned/{name}" for name in other), *itertools.dropwhile(lambda kind: kind != "refined", _READ)]
     return tuple(itertools.dropwhile(lambda kind: not changed & set(_READ[kind]), _READ))
 
 
-def _prune(home: Path, kinds: Sequence[str]) -> None:
-    """Takes these kinds of products away."""
-    for kind in kinds:
-        remove_tree(home / "work" / kind)
-        (home / "work" / f"{kind}.pickle").unlink(missing_ok=True)
-    if "files" in kinds:
+def _prune(home: Path, names: Sequence[str]) -> None:
+    """Takes these products, or kinds of them, away."""
+    stale = "|".join(map(re.escape, names))
+    for found in sizes(home / "work"):
+        if re.fullmatch(rf"(?:{stale})(?:/.*|(?:-\d{{5,}})?\.pickle)", found):  # of a source Beam has one for each file
+            (home / "work" / found).unlink()
+    if "files" in names:
         remove_tree(home / "corpus")
 
 
@@ -240,9 +242,11 @@ def fingerprint_of(settings: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     places = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})  # not what lies in the current directory
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions(path=places)})
     rest = dict(inputs)
+    by_source = [rest.pop(name) for name in ("sources", "budgets") if isinstance(rest.get(name), Mapping)]
     return {
         "settings": {**_plain(settings), "evaluation": rest.pop("evaluation", None)},
         "order": list(settings.weights),  # of the sources, by which duplicates stay: objects of JSON have none
+        "sources": {name: [part.get(name) for part in by_source] for name in settings.weights},  # what each reads
         "inputs": rest,
         "code": code_hash(),
         "packages": hashlib.sha256("\n".join([sys.version, *packages]).encode()).hexdigest(),

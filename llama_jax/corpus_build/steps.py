@@ -6,7 +6,7 @@ learns stays in the document's findings (`language`, `private`); what it leaves 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llama_jax.corpus_build import language, privacy, quality, text
@@ -38,8 +38,36 @@ class CleanConfig:
                 raise ValueError(f"languages: expected ISO 639 codes such as 'en', or {language.UNKNOWN!r}, got {name!r}")
         if not 0 < self.language_threshold <= 1:
             raise ValueError(f"language_threshold: expected a number between 0 and 1, got {self.language_threshold}")
-        if self.block_list is not None and not Path(self.block_list).is_file():
+        self.blocked()
+
+    def blocked(self) -> Mapping[str, str]:
+        """The domains that `privacy` leaves out, with the reasons. ValueError for a list that is not there or malformed."""
+        if self.block_list is None:
+            return privacy.BLOCKED_DOMAINS
+        if not Path(self.block_list).is_file():
             raise ValueError(f"block_list: expected a file of domains and reasons, found nothing at {self.block_list!r}")
+        return privacy.read_block_list(Path(self.block_list).read_text(errors="replace").splitlines(), self.block_list)
+
+
+# The steps that read each setting.
+_READERS: Mapping[str, tuple[str, ...]] = {
+    "extractor": ("extract",), "page_characters": ("extract",), "gopher": ("gopher", "repetition"), "c4": ("c4",),
+    "languages": ("language",), "language_threshold": ("language",),
+    **dict.fromkeys(("block_list", "private_density", "private_least", "mask"), ("privacy",)),
+}  # fmt: skip
+
+
+def check_readers(steps: Iterable[Sequence[str]], config: CleanConfig) -> None:
+    """ValueError for a setting that was changed and that no step of any source (`steps`) reads."""
+    present = {name for of_source in steps for name in of_source}
+    for field in dataclasses.fields(config):
+        readers, value = _READERS[field.name], getattr(config, field.name)
+        if value != field.default and not present.intersection(readers):
+            shown = repr(value) if isinstance(value, bool | int | float | str | tuple) else "other limits"
+            raise ValueError(
+                f"clean.{field.name}: {shown} is for the step {' or '.join(readers)}, which no source has; expected it among "
+                "the steps of one"
+            )
 
 
 def make_steps(names: Sequence[str], config: CleanConfig) -> list[Step]:
@@ -136,9 +164,7 @@ def _language(config: CleanConfig) -> Step:
 
 
 def _privacy(config: CleanConfig) -> Step:
-    blocked: Mapping[str, str] = privacy.BLOCKED_DOMAINS
-    if config.block_list is not None:
-        blocked = privacy.read_block_list(Path(config.block_list).read_text().splitlines(), config.block_list)
+    blocked = config.blocked()
 
     def private(document: Document) -> Document | Removed:
         if document.url and (reason := privacy.blocked_reason(document.url, blocked)):

@@ -4,6 +4,8 @@ What fails there says nothing of the file, so it is never taken for damage (`dam
 """
 
 import contextlib
+import contextvars
+import dataclasses
 import io
 import os
 import shutil
@@ -26,19 +28,61 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
+def found(address: str) -> list[str]:
+    """The files below an address, or those that it is a pattern of."""
+    with _asking(address):
+        system, path = extra("fsspec").core.url_to_fs(address)
+        names = system.find(path) if system.isdir(path) else system.glob(path)
+    scheme = address.partition("://")[0]
+    return [f"{scheme}://{name.removeprefix(f'{scheme}://')}" for name in names]
+
+
+@contextlib.contextmanager
+def _asking(address: str) -> Iterator[None]:
+    """StorageError, one sentence, for what a file system of fsspec says in errors of its own: no package, network or right."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise StorageError(f"{address}: its storage could not be asked ({type(error).__name__}: {said})") from error
+
+
 def facts(path: str) -> tuple[int | None, Any]:
     """Size of a file and the time of its last change, as far as its file system tells."""
     if is_address(path):
-        system, name = extra("fsspec").core.url_to_fs(path)
-        info = system.info(name)
+        with _asking(path):
+            system, name = extra("fsspec").core.url_to_fs(path)
+            info = system.info(name)
         return info.get("size"), str(info.get("mtime") or info.get("updated") or info.get("LastModified"))
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
-def stored(path: str) -> BinaryIO:
+def stored(path: str) -> io.BufferedReader:
     """The bytes of a file as they lie there."""
     return io.BufferedReader(_Storage(path), 2**18)
+
+
+@dataclasses.dataclass
+class Watch:
+    """How much was read of files while it was watched."""
+
+    bytes: int = 0
+
+
+_WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("_WATCH", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """Counts what is read of files, as they lie there, until the block ends."""
+    token = _WATCH.set(watch := Watch())
+    try:
+        yield watch
+    finally:
+        _WATCH.reset(token)
 
 
 class _Storage(io.RawIOBase):
@@ -67,6 +111,8 @@ class _Storage(io.RawIOBase):
         data = self._try(lambda file: file.read(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
+        if watch := _WATCH.get():
+            watch.bytes += len(data)
         return len(data)
 
     def close(self) -> None:

@@ -3,9 +3,10 @@
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from llama_jax.corpus_build.damage import Rows, not_utf8
+from llama_jax.corpus_build.damage import Rows, SourceError, not_utf8
 
 _SCHEME = "tfds://"
+_SAID = 200  # characters of what TFDS says of an error
 
 
 def is_name(path: str) -> bool:
@@ -46,5 +47,12 @@ def _examples(name: str) -> tuple[Any, str]:
 
     parts = urlsplit(name.replace(_SCHEME, "tfds:///", 1))
     options = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    examples = tfds.data_source(parts.path[1:], split=options.get("split", "train"), data_dir=options.get("dir"))
+    split, directory = options.get("split", "train"), options.get("dir")
+    try:
+        examples = tfds.data_source(parts.path[1:], split=split, data_dir=directory)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # TFDS has many, some of which list all that it knows
+        said = str(error).strip().partition("\n")[0][:_SAID]
+        raise SourceError(f"TFDS gives no split {split!r} of this data set ({type(error).__name__}: {said})") from None
     return examples, options.get("text", "text")

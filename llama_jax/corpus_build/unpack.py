@@ -1,9 +1,13 @@
-"""Compressed files as what was compressed: gzip, bzip2, xz and zstd, torn ones as far as they go, and then EOFError."""
+"""Compressed files as what was compressed: gzip, bzip2, xz and zstd, torn ones as far as they go, and then EOFError.
+
+How a file is compressed its first bytes tell, whatever its name is; by its name alone damage at its very beginning is seen.
+"""
 
 import bz2
 import gzip
 import io
 import lzma
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -15,16 +19,28 @@ from llama_jax.corpus_build.storage import stored
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 SUFFIXES = (*_OPENERS, ".zst")
+# A text may begin with the letters of bzip2, so that its first block (or end) is looked at too.
+_MAGIC = re.compile(
+    rb"(?P<gz>\x1f\x8b\x08)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)|(?P<zst>\x28\xb5\x2f\xfd)"
+)
 _LARGEST_WINDOW = 2**31  # of zstd: what `zstd --long=31` writes
 
 
 def open_binary(path: str) -> BinaryIO:
-    """The bytes of a file behind its compression (.gz, .bz2, .xz, .zst)."""
+    """The bytes of a file behind its compression."""
     raw = stored(path)
-    suffix = Path(path).suffix.lower()
+    suffix = compression(path, raw)
     if suffix == ".zst":
         return io.BufferedReader(_ZstdFile(raw), 2**20)
     return _OPENERS[suffix](raw, "rb") if suffix in _OPENERS else raw
+
+
+def compression(path: str, raw: io.BufferedReader) -> str:
+    """How a file is compressed, as the suffix (.gz, .bz2, .xz, .zst) that its name should have; "" if it is not."""
+    if found := _MAGIC.match(raw.peek(16)):
+        return f".{found.lastgroup}"
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
 
 
 class _ZstdFile(io.RawIOBase):

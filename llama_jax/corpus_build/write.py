@@ -57,7 +57,7 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Writes all files of the corpus into `directory`, the manifest last, and returns the manifest."""
     for source, part in refined.items():
-        check_split(source, part.unique, len(part.train), len(part.held_out), settings)
+        check_split(source, source_counts(part, profiles[source]), len(part.train), len(part.held_out), settings)
     train = {source: part.train for source, part in refined.items()}
     budgets = sample_budgets(settings, {source: size(documents) for source, documents in train.items()})
     tokenizer = make_tokenizer(train, budgets, directory, settings, stages)
@@ -147,18 +147,28 @@ def write_tfds_metadata(
         write_text(directory / name, text)
 
 
-def check_split(source: str, unique: int, train: int, held_out: int, settings: "Settings") -> None:
-    """Refuses a source that gives nothing to train on or nothing to evaluate on.
-
-    Raises:
-      SettingsError: with other settings it may give both.
-      ValueError: it has too few documents for that.
-    """
-    if not train or not held_out:
-        raise (ValueError if unique < 2 else SettingsError)(
-            f"source {source!r}: {unique} documents without duplicates leave {train} to train on and {held_out} held out "
-            f"(held_out_maximum is {settings.held_out.maximum_bytes:,} bytes); expected at least one each"
-        )
+def check_split(source: str, counts: Mapping[str, Any], train: int, held_out: int, settings: "Settings") -> None:
+    """SettingsError that says what became of a source, for one that gives nothing to train on or nothing to evaluate on."""
+    if train and held_out:
+        return
+    by_rule = sorted(counts["filtered_by"].items(), key=lambda item: (-item[1], item[0]))
+    most = f" ({', '.join(f'{rule} {count:,}' for rule, count in by_rule[:3])})"
+    gone = {
+        f"filtered{most if by_rule else ''}": "filtered", "exact copies": "duplicates", "near duplicates": "near_duplicates",
+        "leaks of held-out text": "leaks", "evaluation samples": "evaluation", "nothing but repeated paragraphs": "repeats",
+        "withheld": "withheld_documents",
+    }  # fmt: skip
+    fates = [f"{counts[name]:,} {what}" for what, name in gone.items() if counts[name]]
+    fates += [
+        f"{counts[f'bad_{kind}']:,} bad {kind} skipped, the first {counts[f'bad_{kind}_named'][0]}"
+        for kind in ("rows", "files")
+        if counts[f"bad_{kind}"]
+    ]
+    raise SettingsError(
+        f"source {source!r}: {counts['documents_read']:,} documents leave {train:,} to train on and {held_out:,} held out; "
+        f"expected at least one each; {'; '.join(fates) or 'none went'} "
+        f"(held_out_maximum is {settings.held_out.maximum_bytes:,} bytes)"
+    )
 
 
 def make_tokenizer(
