@@ -39,6 +39,7 @@ from llama_jax.evals.ghost import (
     Recall,
     attention_map,
     follow,
+    has_room,
     instruction_span,
     recall_rows,
     recall_table,
@@ -151,6 +152,7 @@ def measure(
         try:
             engine, model = open_model(place)
             answers = Answers(engine, model, kept, max_tokens=max_tokens)
+            check_room(name, contexts, answers.fits, most=max(turns), max_tokens=max_tokens, length=engine.settings.max_length)
             quiet = jax.process_index() > 0
             with jax.set_mesh(model.mesh), Progress(total, f"recall of {name}", "answer", quiet=quiet) as progress:
                 found = follow(contexts, answers, turns=turns, progress=progress.update, fits=answers.fits)
@@ -159,6 +161,18 @@ def measure(
         on_host_0(write_jsonl, judged, [dataclasses.asdict(row) for row in found])
     rows = from_host_0(lambda: [row for _, row in read_jsonl(judged)])
     return [Recall(**row) for row in rows]
+
+
+def check_room(
+    name: str, contexts: Sequence[Context], fits: Callable[[Messages], bool], *, most: int, max_tokens: int, length: int
+) -> None:
+    """ValueError, in the words of the flags, for a dialog that leaves no room in `length` tokens for its last answer."""
+    for number, context in enumerate(contexts, start=1):
+        if not has_room(context, context.messages, most=most, place="user", fits=fits):
+            raise ValueError(
+                f"{name} takes {length} tokens, which dialog {number} of {most} turns exceeds with an answer of "
+                f"--max_tokens={max_tokens}; expected fewer --turns, or a smaller --longest or --max_tokens"
+            )
 
 
 Maps = Mapping[str, Mapping[str, AttentionMap]]  # {checkpoint: {number of the dialog, from 1: its map}}

@@ -11,6 +11,7 @@ output as they come; `results.json`, a self-contained `report.html` and the figu
 """
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,11 @@ from llama_jax.parallel.mesh import start_distributed
 from llama_jax.parallel.output import worked_in
 from llama_jax.pretrained import Model
 from llama_jax.reward.held_out import share, sigmoid
+from llama_jax.safety.prompts import without_template
 from llama_jax.safety.red_team import Attempt, found_prompts, gamma, gamma_by_round, gamma_of, read_log
 from llama_jax.sampling.choose import Choice
+
+log = logging.getLogger(__name__)
 
 
 def summary(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -148,6 +152,10 @@ def make_report(values: Any, name: str, place: str, directory: Path) -> None:
     results = summary(attempts)
     prompts = found_prompts(attempts, max(attempt.round for attempt in attempts))
     on_host_0(write_jsonl, directory / "found.jsonl", prompts)
+    # A log may have labels of its own, but context distillation, which reads these rows, has templates for ours alone.
+    for label in ("risk", "attack"):
+        if sentence := without_template([row for row in prompts if row[label]], label):
+            on_host_0(log.warning, "found.jsonl: %s", sentence)
     if values.answers and not prompts:
         results["rejection"] = {name: {"prompts": 0, "unjudged": 0}}
     elif values.answers:

@@ -60,7 +60,8 @@ _ROWS = 16  # texts of the longest length in memory at once
 Shares = Mapping[str, Mapping[str, Mapping[str, float]]]  # {source: {degree or "all": share}}
 
 NOTES = (
-    "Percent, with Wilson's 95 % intervals. A pair counts where the chosen response scores strictly higher, each scored alone.",
+    "Percent, with Wilson's 95 % intervals. A pair counts where the chosen response scores higher, each scored alone, and one "
+    "half where both score alike.",
     "All models answer the same pairs. In `all` every pair counts once, with or without a degree; the paper does not say how "
     "its average is weighted.",
 )

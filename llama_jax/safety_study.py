@@ -24,6 +24,7 @@ from llama_jax.assistant.dialogs import prompts as as_prompts
 from llama_jax.assistant.refusals import declines, look_alikes
 from llama_jax.config import ConfigError, check_least
 from llama_jax.data.dialog import encode_prompt, encode_response
+from llama_jax.data.mixture import check_files
 from llama_jax.data.sources import read_dialogs, read_jsonl, read_prompts, write_jsonl
 from llama_jax.evals import safety_scaling
 from llama_jax.evals.plots import save
@@ -82,6 +83,8 @@ class SafetyStudyConfig:
         if not rising or not 0 <= self.shares[0] <= self.shares[-1] <= 100:
             raise ValueError(f"shares: expected rising percentages from 0 to 100, got {self.shares}")
         check_least("", self, helpful_rows=1, safety_rows=1, most=1)
+        check_files("train", self.train)
+        check_files("prompts", (self.prompts,))
         for name in ("start", "helpfulness", "safety"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a workdir, got nothing")

@@ -150,6 +150,8 @@ def test_it_learns_to_prefer_the_chosen_answer():
         for _ in range(30):
             tuned = step(tuned)
         objective, metrics = loss(tuned, test)
+        _, first = loss(POLICY, test.replace(reference=response_log_probs(MODEL, FLOAT32)(POLICY, test)))
+    assert float(first["accuracy"].mean()) == 0.5  # nothing is preferred yet: ties count half
     assert float(metrics["accuracy"].mean()) > 0.9 and float(objective.mean()) < 0.5
 
 

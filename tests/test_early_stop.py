@@ -17,6 +17,7 @@ from test_training import Rollouts, assert_equal, final, loop, mesh_of, stage
 from llama_jax.config import ConfigError, describe
 from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, SIZES
+from llama_jax.reward.scorers import OtherScores
 from llama_jax.rlhf.held_out import held_out_batches, make_evaluate, make_measure
 from llama_jax.rlhf.reinforce import collate_prompts
 from llama_jax.rlhf.rollout import Roller
@@ -263,7 +264,8 @@ def test_each_held_out_prompt_counts_once_whatever_the_batches():
     def score(numbers, tokens, mask):  # a prompt's number in the file, for whoever answers it
         del tokens, mask
         rows.append(np.asarray(numbers).tolist())
-        return jax.numpy.asarray(numbers, jax.numpy.float32)
+        found = jax.numpy.asarray(numbers, jax.numpy.float32)
+        return OtherScores(found, {"rules:number": 10 * found})
 
     mesh = mesh_of()
     with jax.set_mesh(mesh):
@@ -272,8 +274,9 @@ def test_each_held_out_prompt_counts_once_whatever_the_batches():
     assert [len(b.weight) for b in batches] == [7] and [b.weight.tolist() for b in filled] == [[1] * 4, [1, 1, 1, 0]]
     assert rows == [[*range(7)], [0, 1, 2, 3], [4, 5, 6, 0]]
     assert set(whole) == set(parts) == {
-        "reward", "score/helpfulness", "score/safety", "score/other", "kl", "eos_rate", "response_length"
+        "reward", "score/helpfulness", "score/safety", "score/other", "score/rules:number", "kl", "eos_rate", "response_length"
     }  # fmt: skip
+    assert whole["score/rules:number"] == 30.0
     assert whole["score/other"] == parts["score/other"] == 3.0  # (0 + ... + 6) / 7
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5), name
@@ -316,7 +319,8 @@ def test_a_stage_stops_on_held_out_reward_and_resumes_to_the_bit(kind, tmp_path,
     measured = measurements(tmp_path / "whole")
     assert sorted(measured) == list(range(0, summary["steps"] + 1, 2))
     assert measured[summary["best_step"]] == summary["held_out"]["reward"]
-    assert {"eos_rate", "response_length", "reward", "reward_apart", "score/other", "kl"} == set(summary["held_out"])
+    assert {"eos_rate", "response_length", "reward", "reward_apart", "score/other", "kl",
+            "score/test_early_stop:length_rule"} == set(summary["held_out"])  # fmt: skip
 
     save = checkpoint.Checkpoints.save
 

@@ -46,6 +46,15 @@ def test_temperatures_are_compared_at_a_number_of_samples_that_all_have():
     assert "best temperature at N = 2 is 1.2" in model_figures.temperature_map({"m": curves}).alt
 
 
+def test_the_axis_of_samples_is_labelled_where_it_ends():
+    plots = pytest.importorskip("llama_jax.evals.plots")
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    for count, expected in ((4, [1, 2, 4]), (11, [1, 2, 5, 11]), (100, [1, 2, 5, 10, 20, 50, 100]), (1, [1])):
+        curves = {1.0: best_of.expected_max_of_n(np.arange(count, dtype=np.float64)[None])}
+        (ax,) = model_figures.temperature_map({"m": curves}).draw(plots.LIGHT).axes
+        assert ax.get_xticks().tolist() == expected
+
+
 def test_mean_interval_is_deterministic_and_near_the_normal_one():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
     interval = statistics.mean_interval(values)
@@ -170,12 +179,12 @@ def test_the_report_tells_what_training_saw_of_held_out_text_and_the_speed_of_ev
     assert "| reference | 1.500 | 2.000 | 25 % fewer |  |" in markdown and "lines of programs stay" not in markdown
     assert "seconds of an iteration" not in markdown
     results["pretrain"]["held_out_lines_seen"] = {"reference": 0.031}
-    results["seconds"] |= {"v1/ppo": 100.0}
-    results |= {"speed": {"v1/ppo": {"tokens_per_second": 1234.0, "matmul_share": 0.125}},
+    results["seconds"] |= {"v1/ppo": 100.0, "v1/short": 2.0}  # which was over before its pace could be measured
+    results |= {"speed": {"v1/ppo": {"tokens_per_second": 1234.0, "matmul_share": 0.125}, "v1/short": {}},
                 "ppo_seconds": {"rollout": 2.5, "score": 0.75}}  # fmt: skip
     _, markdown, _ = report_of(results, tmp_path)
     assert "| reference | 1.500 | 2.000 | 25 % fewer | 3.1 % |" in markdown and "lines of programs stay" in markdown
-    assert "| v1/ppo | 100 s | 12 % | 1,234 | 12.5 % |" in markdown
+    assert "| v1/ppo | 100 s | 12 % | 1,234 | 12.5 % |" in markdown and "| v1/short | 2 s | 0 % |  |  |" in markdown
     assert "| PPO, seconds of an iteration | 2.50 | 0.75 |  |" in markdown
 
 

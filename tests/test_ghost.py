@@ -350,7 +350,7 @@ def test_the_stage_draws_once_and_trains_what_it_drew(tmp_path, monkeypatch):
 
 def test_dialogs_of_too_few_turns_are_refused_before_the_policy_is_loaded(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "dialogs.jsonl", [{"messages": dialog("a", 2)}])
-    for name in ("load_tokenizer", "check_start", "check_generates"):
+    for name in ("load_tokenizer", "check_language_model", "check_generates"):
         monkeypatch.setattr(ghost, name, lambda *_, **__: (types.SimpleNamespace(max_length=64), None))
     monkeypatch.setattr(ghost, "Responder", lambda *_, **__: pytest.fail("the policy was loaded"))
     settings = dataclasses.replace(SETTINGS, contexts=(str(tmp_path / "dialogs.jsonl"),), join=False, turns=(3, 4))

@@ -14,6 +14,7 @@ from llama_jax import ghost_study
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import distillation_figure, ghost_figures
+from llama_jax.evals.plots import LIGHT
 from llama_jax.evals.report import write_report
 from llama_jax.evals.report_sections import build_sections
 from llama_jax.evals.targets import check_targets
@@ -53,7 +54,8 @@ def test_the_target_is_that_of_the_last_turn(ghost, baseline, met):
 
 
 DISTILLATION = {
-    "prompts": 20, "kept": 7, "safety_score": {"base": interval(0.5, 0.4, 0.6), "generic": interval(0.6, 0.5, 0.7)},
+    "prompts": 20, "preferred": 7, "unended": 0, "unusable": 0, "kept": 7,
+    "safety_score": {"base": interval(0.5, 0.4, 0.6), "generic": interval(0.6, 0.5, 0.7)},
     "before": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.1},
     "after": {"true_utility": interval(0.6, 0.5, 0.7), "safety_violations": 0.05},
 }  # fmt: skip
@@ -146,7 +148,8 @@ def test_what_a_model_writes_is_shown_and_never_markup(tmp_path):
     found = {
         "ghost_attention": {**FOUND, "examples": dialogs},
         "distillation": {
-            "safety_score": {"base": interval(0.5, 0.4, 0.6)}, "prompts": 1, "kept": 0,
+            "safety_score": {"base": interval(0.5, 0.4, 0.6)}, "prompts": 1, "preferred": 0, "unended": 0,
+            "unusable": 0, "kept": 0,
             "examples": [{"prompt": HOSTILE, "answers": [answer]}],
         },
     }  # fmt: skip
@@ -237,10 +240,34 @@ def test_the_report_shows_distilled_answers_and_says_where_no_median_rises(tmp_p
         assert said in notes and ("does not rise" in notes) == bool(said) and "safe already" not in notes
 
 
+def test_prompts_whose_better_answers_cannot_be_trained_on_are_told(tmp_path):
+    tagged = sample("e", 0.1, 0.2, 0.3, 0.4)
+    for answer in tagged["answers"]:
+        answer["response"] = "[INST]"
+    samples = [*SAMPLES, tagged]  # better: of b, c (which do not end), d and e
+    for least_gain, kept in ((0.0, 2), (0.1, 1)):
+        found = distillation_figure.described(samples, keep_preferred(samples, least_gain=least_gain))
+        counts = [found[name] for name in ("prompts", "preferred", "unended", "unusable", "kept")]
+        assert counts == [5, 4, 1, 1, kept]
+        (section,) = [s for s in build_sections({"distillation": found}, []) if s.title == "Safety context distillation"]
+        little = ", 1 where the gain is less than was asked for" if kept == 1 else ""
+        assert section.notes[1] == (
+            "Of 5 prompts, 4 have an answer under a pre-prompt that the reward model prefers. Of these are left out 1 where no "
+            "such answer ended, 1 where none can be trained on (nothing is said, or it holds a chat tag)" + little
+            + f". {kept} are fine-tuned on without the pre-prompt."
+        )
+
+
 def test_figure_16_is_drawn_with_what_was_kept():
     pytest.importorskip("matplotlib", reason="needs the extra [eval]")
     plot = distillation_figure.scores(SAMPLES)
     assert plot.png().startswith(b"\x89PNG") and "points: 2 of 12 answers under a pre-prompt are kept" in plot.alt
+    kinds = ["generic pre-prompt", "answer template of the risk", "kept", "not kept"]
+    for some, expected in ((SAMPLES[:1], kinds), (SAMPLES, [*kinds, "mean of neighbouring points"])):  # of two points no mean
+        *_, gains = distillation_figure.scores(some).draw(LIGHT).axes
+        assert [text.get_text() for text in gains.get_legend().get_texts()] == expected
+        drawn = [line for line in gains.get_lines() if len(line.get_xdata()) > 1 and line.get_linewidth() == 2]
+        assert len(drawn) == (some is SAMPLES) and all(line.get_marker() == "None" for line in drawn)  # no point of theirs
     assert "points: 1 of 12" in distillation_figure.scores(SAMPLES, keep_preferred(SAMPLES, least_gain=0.1)).alt
 
 

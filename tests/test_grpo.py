@@ -198,10 +198,24 @@ def test_a_scorer_of_ones_own_takes_the_reward_models_place():
     texts = [Words().decode(row[4:][inside].tolist()) for row, inside in zip(rollout.tokens, rollout.mask)]
     expected = np.array([0.5 * (len(text) + 1000 * row) for text, row in zip(texts, prompts.row)])
     assert metrics["reward"] == pytest.approx(expected.mean(), rel=1e-5) and "score/helpfulness" not in metrics
+    assert metrics["score/other"] == metrics["reward"]
+    assert metrics["score/longest"] == pytest.approx(2 * metrics["reward"])  # as the scorer gave it, without its weight
     whitened = (expected - expected.mean()) / expected.std() - np.array([2 not in row[4:] for row in rollout.tokens])
     advantages = group_advantages(jnp.asarray(whitened, jnp.float32), 4, divide_by_std=True)
     np.testing.assert_allclose(rollout.advantages, advantages, atol=0.02)  # the bonus of the prompt drowns the lengths
     assert load_scorer("test_grpo:longest")([{"bonus": 1}], ["ab"]) == [3] and mix.weighted() == {"test_grpo:longest": 0.5}
+
+
+def test_of_several_scorers_the_sum_is_weighted_and_each_is_told_by_its_name():
+    functions = {"length": lambda rows, texts: [len(t.split()) for t in texts], "bonus": lambda rows, _: [r["b"] for r in rows]}
+    weights, mesh = {"length": 2.0, "bonus": -1.0}, one_device()
+    score = HostScorers({name: (scorer, weights[name]) for name, scorer in functions.items()}, [{"b": 5}, {"b": 7}], Words())
+    numbers = jax.device_put(np.array([1, 0], np.int32), batch_sharding(mesh, 1))
+    tokens = jax.device_put(np.full((2, 4), 9), batch_sharding(mesh, 1))
+    mask = jax.device_put(np.arange(4) < np.array([[4], [1]]), batch_sharding(mesh, 1))
+    found = score(numbers, tokens, mask)
+    assert {name: values.tolist() for name, values in found.each.items()} == {"length": [4, 1], "bonus": [7, 5]}
+    assert found.total.tolist() == [2 * 4 - 7, 2 * 1 - 5]
 
 
 def test_scorers_are_given_whole_answers_where_a_mesh_divides_their_length():
@@ -216,7 +230,7 @@ def test_scorers_are_given_whole_answers_where_a_mesh_divides_their_length():
     score = HostScorers({"words": (scorer, 1.0)}, [{}] * 4, Words())
     numbers = jax.device_put(np.arange(4, dtype=np.int32), batch_sharding(mesh, 1))
     divided = [jax.device_put(x, batch_sharding(mesh, 2)) for x in (tokens, np.ones((4, 8), bool))]
-    assert not divided[0].sharding.is_fully_replicated and np.asarray(score(numbers, *divided)).tolist() == [8.0] * 4
+    assert not divided[0].sharding.is_fully_replicated and np.asarray(score(numbers, *divided).total).tolist() == [8.0] * 4
     assert seen == [Words().decode(row.tolist()) for row in tokens]
 
 
@@ -234,11 +248,17 @@ def test_beta_waits_for_the_critic():
     (lambda: RewardMix(scorers=()), "expected at least one"),
     (lambda: RewardMix(scorers=("rules",)), "expected 'reward_models' or 'module:function', got 'rules'"),
     (lambda: RewardMix(weights=(1.0, 2.0)), "expected one for each of 1 scorers"),
+    (lambda: RewardMix(("reward_models", "math:floor"), (1.0, float("nan"))), "weights: expected finite numbers, .* nan"),
+    (lambda: RewardMix(weights=(0.0,)), r"reward.weights: expected finite numbers, not all of them 0, got \(0.0,\)"),
     (lambda: load_scorer("no_such_module:score"), "cannot load 'no_such_module:score'"),
     (lambda: load_scorer("math:no_such"), "cannot load 'math:no_such'"),
     (lambda: load_scorer("math:pi"), "is a float, expected a function"),
     (lambda: check_scores([1.0, float("nan")], 2, "rule"), "scorer rule returned nan for response 1"),
     (lambda: check_scores([[1.0], [2.0]], 2, "rule"), r"shape \(2, 1\) for 2 responses"),
+    *[(lambda found=found: check_scores(found, 2, "rule"), f"scorer rule returned {shown}, expected one finite number for each")
+      for found, shown in ((["1.5", "no"], r"\['1.5', 'no'\]"), ({"score": 1.0}, "{'score': 1.0}"), (None, "None"),
+                           ([{"score": 1.0}, {}], r"\[{'score': 1.0}, {}\]"), ([[1.0], []], r"\[\[1.0\], \[\]\]"))],
+    (lambda: check_scores(1.0, 2, "rule"), r"shape \(\) for 2 responses"),
     (lambda: GrpoSettings(rollout_size=8, answers=3, new_tokens=4, beta=0.1), "a divisor of rollout_size=8, got 3"),
     (lambda: GrpoSettings(rollout_size=8, answers=2, new_tokens=4, beta=0.1, importance_cap=0.5), "at least 1, got 0.5"),
     (lambda: GrpoSettings(rollout_size=8, answers=2, new_tokens=4, beta=0.1, clip=1.5), "grpo.clip: expected .* got 1.5"),
@@ -246,6 +266,14 @@ def test_beta_waits_for_the_critic():
 def test_what_cannot_work_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("scores", [
+    [True, 0], (1, 0.0), np.array([1, 0]), jnp.array([1, 0], jnp.bfloat16), [np.float64(1), jnp.zeros(())],
+])  # fmt: skip
+def test_scores_are_numbers_of_any_type(scores):
+    found = check_scores(scores, 2, "rule")
+    assert found.dtype == np.float32 and found.tolist() == [1.0, 0.0]
 
 
 def test_importance_weights_by_hand():

@@ -14,6 +14,7 @@ from llama_jax.reward.held_out import (
     calibration,
     histogram,
     markdown,
+    mean_difference,
     report,
     safety_table,
     score_statistics,
@@ -34,9 +35,9 @@ def test_accuracy_by_source_and_degree_by_hand():
     found = accuracy_table(SCORES)
     shares = {name: {degree: value["share"] for degree, value in row.items()} for name, row in found.items()}
     assert shares == {
-        "a": {"significantly": 1.0, "slightly": 0.0, "all": 0.5},  # a tie is not right
+        "a": {"significantly": 1.0, "slightly": 0.5, "all": 0.75},  # a tie counts half
         "b": {"slightly": 1.0, "all": 0.5},
-        "all": {"significantly": 1.0, "slightly": 0.5, "all": 0.5},
+        "all": {"significantly": 1.0, "slightly": 0.75, "all": 0.625},
         "longer": {"significantly": 1.0, "slightly": 0.25, "all": 0.625},  # the same as beside the model: a tie counts half
     }
     assert found["all"]["all"]["count"] == 4
@@ -82,12 +83,22 @@ def test_score_statistics_standardise():
 
 
 def test_a_model_beside_what_knows_only_length_by_hand():
-    found = baselines(SCORES)  # right: 1, 0, 1, 0; the longer: 1, 0, 1/2, 1
+    found = baselines(SCORES)  # right: 1, 1/2, 1, 0; the longer: 1, 0, 1/2, 1
     assert {name: row["share"] for name, row in found.items()} == {
-        "model": 0.5, "longer": 0.625, "shorter": 0.375, "gain": -0.125
+        "model": 0.625, "longer": 0.625, "shorter": 0.375, "gain": 0.0
     }  # fmt: skip
-    deviation = np.std([0, 0, 0.5, -1], ddof=1)
-    np.testing.assert_allclose(found["gain"]["high"], -0.125 + 1.959964 * deviation / 2)
+    assert found["gain"] == mean_difference(np.array([0, 0.5, 0.5, -1]))
+
+
+def test_paired_differences_have_an_interval_where_all_are_equal_too():
+    # Bonett and Price (2012): (12 + 1) / (52) less (3 + 1) / 52, of 12 pairs for one side, 3 for the other, 35 for neither.
+    found = mean_difference(np.array([1.0] * 12 + [-1.0] * 3 + [0.0] * 35))
+    spread = 1.959964 * np.sqrt((13 / 52 + 4 / 52 - (9 / 52) ** 2) / 52)
+    np.testing.assert_allclose([found["share"], found["low"], found["high"]], [0.18, 9 / 52 - spread, 9 / 52 + spread])
+    equal = mean_difference(np.zeros(15))
+    assert equal["share"] == 0 and -equal["low"] == equal["high"] == pytest.approx(1.959964 * np.sqrt(2) / 17)
+    won = mean_difference(np.ones(15))
+    assert (won["share"], won["high"]) == (1.0, 1.0) and 0.6 < won["low"] < 0.7
 
 
 def test_the_margin_of_a_row():
@@ -100,7 +111,7 @@ def test_the_margin_of_a_row():
 def test_the_markdown_has_every_table_and_no_safety_without_bins():
     text = markdown(report(SCORES) | {"scores": {"mean": 0.5, "std": 1.0}}, title="Reward model")
     # Wilson's intervals do not lie evenly about a share: 1 of 1 is 100 % and at least 20.7, not 100 % give or take 39.7.
-    assert "| a | 100.0 (20.7 to 100.0) | 0.0 (0.0 to 79.3) |" in text
+    assert "| a | 100.0 (20.7 to 100.0) | 50.0 (5.5 to 94.5) |" in text
     assert "| unsafe recall | 66.7 (20.8 to 93.9) |" in text and "mean 0.5000" in text
     # The paper's own, those of Table 8 where pairs have a degree.
     assert "| Safety RM | 56.2 | 64.5 |" in text and "| with it | 64.5 | 94.3 | 56.9 | 59.9 | 90.4 |" in text

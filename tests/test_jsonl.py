@@ -32,6 +32,10 @@ BAD_ROWS = [
     ("dialogs", {"messages": ...}, "messages: missing"),
     ("dialogs", {"messages": [user("q")]}, r"messages\[0\].role: expected 'assistant' at the end"),
     ("dialogs", {"messages": [user("q"), assistant(" \n")]}, r"messages\[1\].content: the answer is empty"),
+    ("dialogs", {"messages": [user("q"), assistant(""), user("r"), assistant("a")]}, r"messages\[1\].content: the answer"),
+    ("dialogs", {"messages": [user("q"), {**assistant(""), "weight": 0}]}, r"messages\[1\].content: the answer is empty"),
+    ("dialogs", {"messages": [system("s"), user(" "), assistant("a")]}, r"messages\[1\].content: expected what the user says"),
+    ("dialogs", {"messages": ..., "prompt": "", "completion": "a"}, r"messages\[0\].content: expected what the user says"),
     ("dialogs", {"messages": [user("q"), {"role": "bot", "content": ""}]}, r"messages\[1\].role: expected one of"),
     ("dialogs", {"is_safety": 1}, "is_safety: expected bool, got int"),
     ("dialogs", {"messages": None}, "messages: missing"),
@@ -40,9 +44,12 @@ BAD_ROWS = [
     ("prompts", {"messages": ...}, "prompt or messages: missing; the row has no field"),
     ("prompts", {"messages": None}, "prompt or messages: missing"),
     ("prompts", {"messages": [user("q"), assistant("a")]}, r"messages\[1\].role: expected 'user' at the end"),
+    ("prompts", {"messages": ..., "prompt": "\n"}, r"messages\[0\].content: expected what the user says, found an empty text"),
     ("prompts", {"reference": 3}, "reference: expected str, got int"),
     ("comparisons", {"prompt": ...}, "prompt: missing"),
     ("comparisons", {"chosen": ...}, "chosen: missing"),
+    ("comparisons", {"chosen": " "}, "chosen: expected a text, found an empty one"),
+    ("comparisons", {"prompt": ""}, r"prompt: messages\[0\].content: expected what the user says, found an empty text"),
     ("comparisons", {"chosen": None}, "chosen: missing"),
     ("comparisons", {"rejected": ...}, "rejected: missing"),
     ("comparisons", {"rating": "slight"}, "rating: expected one of significantly, better, slightly, negligibly, got 'slight'"),
@@ -71,6 +78,29 @@ def test_rows_of_well_known_chat_sets_are_read_as_they_are(tmp_path):
     sources.write_jsonl(path, [{"prompt": "q", "prompt_id": "x", "messages": dialog}])
     assert sources.read_prompts(path)[0]["messages"] == [user("q")]
     assert sources.read_dialogs(path)[0]["messages"] == dialog
+
+
+def test_what_is_not_learned_may_be_empty(tmp_path):
+    """An earlier answer that is context, and the worse of two answers."""
+    path, said = tmp_path / "rows.jsonl", [user("q"), assistant(""), user("r"), assistant("a")]
+    own = {"messages": [said[0], {**said[1], "weight": 0}, *said[2:]]}
+    sources.write_jsonl(path, [
+        {"messages": said, "train_on": "last"}, {"messages": said, "prompt_messages": 3}, own,
+        {"prompt": said[:3], "completion": "a"},
+    ])  # fmt: skip
+    assert len(sources.read_dialogs(path)) == 4
+    sources.write_jsonl(path, [{"prompt": said[:3]}])
+    assert sources.read_prompts(path)[0]["messages"] == said[:3]
+    sources.write_jsonl(path, [{"prompt": said[:3], "chosen": "a", "rejected": ""}])
+    assert sources.read_comparisons(path)[0]["rejected"] == ""
+
+
+@pytest.mark.parametrize("reader", [*GOOD, sources.read_jsonl], ids=lambda reader: reader.__name__)
+def test_an_empty_name_means_no_file_of_the_current_directory(tmp_path, monkeypatch, reader):
+    monkeypatch.chdir(tmp_path)
+    sources.write_jsonl("rows.jsonl", [GOOD.get(reader, {})])
+    with pytest.raises(ValueError, match="^expected the path of a data set, got nothing$"):
+        list(reader(""))
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), BAD_ROWS)

@@ -24,6 +24,14 @@ def test_one_flat_json_object_a_line(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_a_scorers_name_is_one_that_tensorboard_can_show(tmp_path, caplog):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(0, {"score/my.rules:length": 1.0})
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert b"score/my.rules.length" in events.read_bytes() and not caplog.records
+    assert read_metrics(tmp_path)["score/my.rules:length"].tolist() == [1.0]
+
+
 def test_lines_are_readable_before_close(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write(0, {"loss": 1.0})

@@ -19,6 +19,7 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.pretrain.loss import language_model_loss
 from llama_jax.reward.comparisons import Comparison, blank, collate
 from llama_jax.reward.held_out import SAFE, ScoreStatistics
+from llama_jax.reward.scorers import OtherScores
 from llama_jax.reward.stage import reward_loss
 from llama_jax.rlhf.judge import PromptBatch, RewardRule, make_judge
 from llama_jax.sampling.generate import Samples, pad_left
@@ -112,7 +113,7 @@ def test_the_judgement_of_a_rollout_is_that_of_the_paper_in_float64():
     frozen = {"reference": tree("lm_head", 2), "helpfulness": tree("reward_head", 3), "safety": tree("reward_head", 4)}
     (prompts, samples), other = rolled_out(rng), rng.normal(0, 0.5, len(LENGTHS)).astype(np.float32)
     judge = make_judge(MODEL, FLOAT32, RULE, scale)
-    on_device = jax.tree.map(jnp.asarray, (prompts, samples, other))
+    on_device = jax.tree.map(jnp.asarray, (prompts, samples, OtherScores(other, {"own": 2 * other})))
     rollout, metrics = jax.device_get(judge(models, frozen, *on_device, np.float32(beta)))
 
     tokens = np.concatenate([prompts.tokens, samples.tokens], axis=1)
@@ -160,6 +161,7 @@ def test_the_judgement_of_a_rollout_is_that_of_the_paper_in_float64():
     assert rollout.warm_up.tolist() == [True] * 2 + [False] * 4
     kl = np.where(samples.mask, old - initial, 0).sum(axis=1)
     assert metrics["kl"] == pytest.approx(kl.mean(), rel=1e-5)
+    assert metrics["score/own"] == pytest.approx(2 * other.mean()) == 2 * metrics["score/other"]
     before = RULE.model_weight * np.log(np.divide(combined, np.subtract(1, combined))) + other
     assert (metrics["reward"], metrics["reward_std"]) == pytest.approx((before.mean(), before.std()), rel=1e-5)
     after = (metrics["reward_after_kl"], metrics["reward_after_kl_std"])

@@ -29,7 +29,7 @@ ROWS = [
     row(["a b c"], "d e", "f", source="x", batch=2, rating="better", safety_bin="both_safe"),
     row(["a", "b c", "d e f"], "g h i", "j", source="x", batch=10, rating="slightly"),
     row(["a"], "b", "c c c", source="y", batch=10, rating="better"),
-    row([""], "b", "c c c"),
+    row(["a"], "b", "c c c"),
 ]
 
 

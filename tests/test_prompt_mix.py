@@ -64,7 +64,9 @@ def test_one_file_is_read_in_its_order_and_others_fill_their_share(files):
     (("a", "b"), (0.1,), "shares: expected one for each of the 2 files of {}.prompts, got 1"),
     ("a", (0.0, 0.1), "shares: expected one for each of the 1 files of {}.prompts, got 2"),
     (("a", "b"), (0.5, 0.5), "shares: expected 0 for a file that is taken whole"),
-    ((), (), "prompts: expected a file or several, got none"),
+    ((), (), "prompts: expected at least one file, got none"),
+    ("", (), "prompts: expected a file, got nothing"),
+    (("a", " "), (), "prompts: expected a file, got nothing"),
 ])  # fmt: skip
 def test_files_that_make_no_mix_are_refused_before_they_are_read(stage, prompts, shares, message):
     values, group = load_config(small_runs.ROOT / "configs", f"{stage}.py:tiny"), FIELDS[stage]

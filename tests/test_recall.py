@@ -132,7 +132,8 @@ def test_other_settings_other_dialogs_and_dialogs_that_do_not_fit_are_refused(co
             measure(contexts, tmp_path, Engine(until=4), **changes)
     with pytest.raises(ConfigError, match="contexts: "):
         measure(contexts[:3], tmp_path, Engine(until=4))
-    with pytest.raises(ValueError, match="context 0: its 4 turns leave no room"):
+    told = "two takes 600 tokens, which dialog 1 of 4 turns exceeds with an answer of --max_tokens=590; expected fewer --turns"
+    with pytest.raises(ValueError, match=f"^{told}, or a smaller --longest or --max_tokens$"):
         measure(contexts, tmp_path, Engine(until=4), "two", max_tokens=590)
     with pytest.raises(ValueError, match="none of 10 is one"):
         recall.make_contexts(str(tmp_path / "dialogs.jsonl"), {"opening": ("Sure",)}, count=4, turns=4, longest=1, seed=0)

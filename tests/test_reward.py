@@ -60,6 +60,10 @@ def test_scores_of_which_float32_has_one_sigmoid_are_different_rewards():
 
 def test_whitening_is_over_the_mask():
     np.testing.assert_allclose(whiten(jnp.array([1.0, 3.0])), [-1, 1], rtol=1e-5)
+    assert not whiten(jnp.full(512, 1000.3)).any()  # the mean of these in float32 is not one of them
+    large = whiten(jnp.array([1000.25, 1000.75, 1e6]), jnp.array([True, True, False]))
+    np.testing.assert_allclose(large, [-1, 1, 0], rtol=1e-5)
+    assert whiten(jnp.array([7.0, 9.0]), jnp.zeros(2, bool)).tolist() == [0, 0]
     masked = whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False]))
     np.testing.assert_allclose(masked, [-1, 1, 0], rtol=1e-5)
 
@@ -99,6 +103,12 @@ def test_the_loss_counts_pairs_and_degrees_and_ignores_filling():
     assert filled.weight == objective.weight == 4
     assert [float(metrics[f"accuracy/{d}"].weight) for d in ("significantly", "negligibly")] == [1, 1]
     assert metrics["unsafe_recall"].weight == filled_metrics["unsafe_recall"].weight == 4
+
+
+def test_a_model_that_scores_all_alike_is_right_as_often_as_a_coin():
+    same = {**TREE, "reward_head": jax.tree.map(jnp.zeros_like, TREE["reward_head"])}
+    _, metrics = reward_loss(MODEL, FLOAT32, safety_weight=0.0)(same, collate([*pairs(4), blank(pairs(1)[0])], length=8))
+    assert float(metrics["accuracy/all"].mean()) == float(metrics["accuracy/better"].mean()) == 0.5
 
 
 def test_centring_leads_the_mean_of_the_scores_to_zero():

@@ -69,8 +69,8 @@ def test_accuracies_by_source_and_degree_by_hand():
     own, longer = by_source(rows)
     shares = [{s: {d: v["share"] for d, v in row.items()} for s, row in of.items()} for of in (own, longer)]
     assert shares == [
-        {"b": {"significantly": 1.0, "slightly": 0.0, "all": 0.5}, "a": {"all": 1.0},
-         "all": {"significantly": 1.0, "slightly": 0.0, "all": pytest.approx(2 / 3)}},
+        {"b": {"significantly": 1.0, "slightly": 0.5, "all": 0.75}, "a": {"all": 1.0},  # a tie counts half
+         "all": {"significantly": 1.0, "slightly": 0.5, "all": pytest.approx(2.5 / 3)}},
         {"b": {"significantly": 1.0, "slightly": 0.0, "all": 0.5}, "a": {"all": 0.5},  # a coin where both have as many
          "all": {"significantly": 1.0, "slightly": 0.0, "all": 0.5}},
     ]  # fmt: skip
@@ -83,7 +83,7 @@ def test_accuracies_by_source_and_degree_by_hand():
     seven, eight, pairs = tables.values()
     assert seven.columns == ["", "b", "a", "all"] and seven.rows[-1] == ["pairs", "2", "1", "3"]
     assert [row[0] for row in seven.rows] == ["ours", "the longer response", "pairs"]
-    assert seven.rows[0][1] == "50.0 (9.5 to 90.5)"  # Wilson's interval of 1 of 2
+    assert seven.rows[0][1] == "75.0 (19.8 to 97.3)"  # Wilson's interval of 1 1/2 of 2
     assert eight.columns == ["", "model", *DEGREES, "all"] and {row[0] for row in eight.rows} == {"b", "all"}
     assert pairs.columns == ["", "compared", "of", "too long for ours", "unsafe answer chosen"]
     assert pairs.rows == [["b", "2", "4", "1", "1"]]

@@ -25,13 +25,13 @@ from llama_jax.parallel.axes import batch_sharding, shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import scorer
-from llama_jax.reward.scorers import REWARD_MODELS, RewardMix
+from llama_jax.reward.scorers import REWARD_MODELS, OtherScores, RewardMix
 from llama_jax.rlhf import chips, drawn, ghost, reinforce, rejection, scoring
 from llama_jax.rlhf.advantage import generalised_advantages, token_rewards
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.judge import UNSCALED, PromptBatch, RewardRule, answer_scores, empty_rollout, make_judge, response_states
 from llama_jax.rlhf.parts import by_parts, part_size
-from llama_jax.rlhf.pool import best_samples, read_pool
+from llama_jax.rlhf.pool import best_samples, of_prompt, read_pool
 from llama_jax.rlhf.ppo import PpoSettings, clipped_value_loss, critic_scale, ppo_loss, warm_up_iterations
 from llama_jax.rlhf.reinforce import (
     OffPolicy,
@@ -44,7 +44,7 @@ from llama_jax.rlhf.reinforce import (
     ratio_metrics,
     rounding,
 )
-from llama_jax.rlhf.rejection import RejectionSettings, Round, check_models, choose_prompts, gather_pool
+from llama_jax.rlhf.rejection import RejectionSettings, Round, check_models, choose_prompts, gather_pool, of_answer
 from llama_jax.rlhf.respond import Responder, write_in_portions
 from llama_jax.rlhf.rollout import KlControl, Roller, RolloutSource
 from llama_jax.rlhf.scoring import logit_scores, row_length, rows_at_once, score_responses, sigmoid_scores
@@ -358,9 +358,10 @@ def test_one_reward_model_alone_is_the_reward_by_hand():
         total, parts = answer_scores({name: values}, prompts, None, rule)
         np.testing.assert_allclose(total, 0.5 * np.log(odds), rtol=1e-5)
         np.testing.assert_allclose(parts["reward"], np.array(odds) / (1 + np.array(odds)), rtol=1e-5)
-    total, parts = answer_scores({"safety": safe}, prompts, jnp.array([1.0, 2.0, 3.0]), rule)
+    other = OtherScores(jnp.array([1.0, 2.0, 3.0]), {"rules:one": jnp.array([10.0, 20.0, 30.0])})
+    total, parts = answer_scores({"safety": safe}, prompts, other, rule)
     np.testing.assert_allclose(total, 0.5 * np.log([9, 3 / 7, 1 / 9]) + [1, 2, 3], rtol=1e-5)
-    assert set(parts) == {"safety", "other", "reward"}
+    assert set(parts) == {"safety", "other", "rules:one", "reward"} and parts["rules:one"].tolist() == [10, 20, 30]
 
 
 def test_a_missing_reward_model_is_refused_only_if_none_is_there(monkeypatch):
@@ -399,10 +400,20 @@ def test_a_critic_with_a_random_head_learns_alone_for_a_twentieth_of_the_iterati
     ({"beta": float("nan")}, "ppo.beta: expected at least 0, got nan"),
     ({"sampling_batch": -1}, "ppo.sampling_batch: expected at least 0, got -1"),
     ({"kl_target": -1.0}, "ppo.kl_target, ppo.kl_horizon: expected 0 or more"),
+    ({"kl_target": 6.0, "beta": 0.0}, "ppo.beta: expected more than 0 to begin with, since ppo.kl_target multiplies it, got 0"),
+    ({"kl_target": 6.0, "rollout_size": 512, "kl_horizon": 100.0}, "ppo.kl_horizon: expected more than 102.4, .*, got 100"),
+    ({"kl_target": 6.0, "rollout_size": 500, "kl_horizon": 100.0}, "ppo.kl_horizon: expected more than 100, .*, got 100"),
 ])  # fmt: skip
 def test_settings_of_ppo_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **changes)
+
+
+def test_the_least_horizon_keeps_beta_positive():
+    settings = dataclasses.replace(SETTINGS, beta=0.1, kl_target=6.0, rollout_size=512, kl_horizon=102.5)
+    beta = KlControl(0.1, settings.kl_target, settings.kl_horizon).after(0.1, 0.0, settings.rollout_size)
+    assert beta == pytest.approx(0.1 * (1 - 102.4 / 102.5))
+    dataclasses.replace(settings, kl_target=0.0, kl_horizon=1.0, beta=0.0)  # a fixed one needs no horizon
 
 
 ROUND = RejectionSettings("prompts.jsonl", 8, 4, 2, 8, 1.0, (0.9, 1.0), 2, 4, "v1")
@@ -502,7 +513,10 @@ def test_while_the_critic_warms_up_the_policy_does_not_move_by_one_bit():
         def moved(number):  # which models' leaves are others after a step, bit by bit
             nonlocal state
             before = jax.tree.map(np.array, state.params)  # copies: the step donates its state
-            state, _ = step(state, ppo.batch(number, state.params)[0])
+            state, means = step(state, ppo.batch(number, state.params)[0])
+            norms = {name: float(value) for name, value in means.items() if name.startswith("gradient_norm")}
+            assert norms["gradient_norm/critic"] > 0 and (norms["gradient_norm/policy"] > 0) == (number >= 2)
+            assert len(norms) == 2 and float(means["learning_rate"]) == np.float32(1e-2)
             after = jax.tree.map(np.array, state.params)
             return {
                 name: any(a.tobytes() != b.tobytes() for a, b in zip(*map(jax.tree.leaves, (before[name], after[name]))))
@@ -817,18 +831,21 @@ def test_a_round_takes_scorers_of_ones_own_and_one_reward_model(monkeypatch):
 
     mixed = score({"safety": "s"}, {"rule": overlap}, {REWARD_MODELS: 0.5, "rule": 2.0})
     np.testing.assert_allclose(mixed["reward"], [0.5 * np.log(0.25) + 2 * 1, 0.0 + 2 * -3], rtol=1e-5)
-    assert mixed["other"].tolist() == [2.0, -6.0] and set(mixed) == {"safety", "other", "reward"}
+    assert mixed["other"].tolist() == [2.0, -6.0] and set(mixed) == {"safety", "other", "scorers", "reward"}
     alone = score({}, {"rule": overlap}, {"rule": 2.0})
-    assert alone["reward"].tolist() == [2.0, -6.0] and set(alone) == {"other", "reward"}
+    assert alone["reward"].tolist() == [2.0, -6.0] and set(alone) == {"other", "scorers", "reward"}
+    two = score({}, {"rule": overlap, "length": lambda _, texts: [len(text) for text in texts]}, {"rule": 2.0, "length": 0.5})
+    assert of_answer(two, 1) == {"other": -3.0, "scorers": {"rule": -3.0, "length": 6.0}, "reward": -3.0}
     assert set(score({"safety": "s"}, {}, {REWARD_MODELS: 1.0})) == {"safety", "reward"}
 
 
 def test_what_a_round_keeps_of_a_sample_and_which_models_it_needs(tmp_path):
     sample = {"prompt": 0, "messages": [{"role": "user", "content": "?"}], "is_safety": False, "reference": "yes",
-              "response": "yes", "ended": True, "reward": -2.5, "other": -2.5}  # fmt: skip
+              "response": "yes", "ended": True, "reward": -2.5, "other": -2.5, "scorers": {"a:b": -5.0}}  # fmt: skip
     write_jsonl(tmp_path / "pool.jsonl", best_samples([sample], version="1", policy="p", temperature=1.0))
     (row,) = read_pool(str(tmp_path / "pool.jsonl"))
     assert row["reference"] == "yes" and row["other"] == row["reward"] == -2.5 and "helpfulness" not in row
+    assert row["scorers"] == {"a:b": -5.0} and of_prompt(row) == {"reference": "yes"}
 
     def check(scorers=(REWARD_MODELS,), answers=2, pools=(), **models):
         check_models(types.SimpleNamespace(
@@ -962,7 +979,7 @@ def test_the_keys_and_values_of_what_is_drawn_together_are_counted(small, monkey
     change(values, {"start": "scratch", "tokenizer": "tokenizer.model", "policy": "chat", **own}, where=stage)
     change(values, {stage: {"sampling_batch": 3}}, where=stage)
     config = parse_stage(values)
-    for name in ("check_start", "check_reward_model"):
+    for name in ("check_language_model", "check_reward_model"):
         monkeypatch.setattr(module, name, lambda *_: None, raising=module is not ghost)
 
     def check(model, compute, mesh, *, rows=0, length=0, hint=""):

@@ -1,5 +1,6 @@
 """Rows in the formats and shapes of the ecosystem: Parquet, shards, Hugging Face data sets, TFDS; TRL's and ShareGPT's rows."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -143,6 +144,11 @@ def test_files_that_fill_a_share_of_the_mix(tmp_path, tokenizer):
     assert dialogs(shares=(0.0, 0.25)) == 40
     with pytest.raises(ConfigError, match="data.shares: expected one for each of the 2 files of data.train, got 1"):
         dialogs(shares=(0.5,))
+    with pytest.raises(ConfigError, match="^data.train: expected at least one file, got none$"):
+        packed_dialogs((), tokenizer, length=128)
+    for field in ("train", "held_out"):
+        with pytest.raises(ConfigError, match=f"^data.{field}: expected a file, got nothing$"):
+            dataclasses.replace(data, **{field: (paths[0], "")})
 
 
 def test_a_prompt_may_be_a_text(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from llama_jax import red_team
 from llama_jax.assistant.refusals import declines
 from llama_jax.assistant.requests import MISUSES
+from llama_jax.config import ConfigError
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.safety.distillation import (
     DistillSettings,
@@ -21,9 +22,16 @@ from llama_jax.safety.distillation import (
     preprompts_of,
     score_distributions,
     score_gains,
+    warn_of_labels,
+)
+from llama_jax.safety.prompts import (
+    ATTACKS,
+    RISKS,
+    category_preprompt,
+    generic_preprompts,
+    with_preprompt,
     without_template,
 )
-from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
 from llama_jax.safety.red_team import (
     Attempt,
     false_refusals,
@@ -72,12 +80,20 @@ def test_which_preprompts_a_prompt_is_answered_under():
     assert [kind for kind, _ in preprompts_of({"risk": "unheard of"}, SETTINGS, rng=rng)] == ["base", "generic", "generic"]
 
 
-def test_a_risk_without_a_template_is_told():
-    assert without_template([{"risk": risk} for risk in RISKS]) == ""
+def test_a_label_without_a_template_is_told(caplog):
+    assert without_template([{"risk": risk} for risk in RISKS], "risk") == ""
+    assert without_template([{"attack": attack} for attack in ATTACKS], "attack") == ""
     expected = "get no template for their risk: expected one of illicit_criminal, hateful_harmful, unqualified_advice; found"
     rows = [{"risk": "hateful_harmful"}, {"risk": "hate"}, {"risk": ""}, {}]
-    assert without_template(rows) == f"3 of 4 prompts {expected} 'hate'"
-    assert without_template([{}]) == f"1 of 1 prompts {expected} none"
+    assert without_template(rows, "risk") == f"3 of 4 prompts {expected} 'hate'"
+    assert without_template([{}], "risk") == f"1 of 1 prompts {expected} none"
+    good = {"risk": "hateful_harmful"}
+    warn_of_labels("p.jsonl", [good, {**good, "attack": "logic"}, {**good, "attack": "logik"}])
+    (line,) = caplog.messages  # a prompt without an attack is none of an unknown one
+    assert line.startswith("p.jsonl: 1 of 2 prompts get no template for their attack: expected one of psychological, logic, ")
+    assert line.endswith("; found 'logik'")
+    with pytest.raises(ConfigError, match="distill.prompts: expected a file, got nothing"):
+        dataclasses.replace(SETTINGS, prompts="")
 
 
 def answer(kind, safety, response="No.", ended=True):
@@ -238,6 +254,14 @@ def test_a_round_in_which_nothing_worked_is_reported_and_nobody_is_asked(tmp_pat
     assert json.loads((tmp_path / "out/results.json").read_text())["rejection"] == {"v2": {"prompts": 0, "unjudged": 0}}
     assert "No attempt of the last round worked: v2 was asked nothing." in (tmp_path / "out/report.html").read_text()
     assert (tmp_path / "out/found.jsonl").read_text() == ""
+
+
+def test_labels_that_context_distillation_does_not_know_are_told_where_the_prompts_are_written(tmp_path, caplog):
+    pytest.importorskip("matplotlib", reason="needs the extra [eval]")
+    write_jsonl(tmp_path / "log.jsonl", attempts())
+    red_team.make_report(flags_of(log=str(tmp_path / "log.jsonl")).FLAGS, "", "", tmp_path / "out")
+    (line,) = [line for line in caplog.messages if "template" in line]  # the log names no attacks
+    assert line.startswith("found.jsonl: 1 of 1 prompts get no template for their risk") and line.endswith("; found 'harm'")
 
 
 def test_a_report_goes_into_a_bucket_and_to_no_other_address(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 again, from a step that it has passed."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -9,6 +10,8 @@ import logging
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import small_runs
 
@@ -16,16 +19,18 @@ from llama_jax import train as train_command
 from llama_jax.config import ConfigError
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.files import read_json, write_json
-from llama_jax.interop import tokenizer_files
+from llama_jax.interop import restore, tokenizer_files
+from llama_jax.model import params
 from llama_jax.model.config import SIZES
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.pretrain.base import check_start
+from llama_jax.pretrain.base import check_reward_model, check_start, load_tokenizer, starting_params
 from llama_jax.rlhf import reinforce, rejection, respond
 from llama_jax.safety import distillation
 from llama_jax.steps import load_config
 from llama_jax.train import STAGES, parse_stage, run
 from llama_jax.training import attempt
 from llama_jax.training import workdir as workdirs
+from llama_jax.training.fingerprint import CheckpointError
 from llama_jax.training.options import RunOptions
 from llama_jax.training.saved import read_meta, steps_in
 
@@ -115,6 +120,63 @@ def test_a_language_model_is_no_judge(stage, models, tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         run(small_runs.values(models, stage, steps=4, safety=str(models / "sft")), tmp_path / stage)
     assert str(error.value) == f"config.safety: {models}/sft: expected a reward model, found a language model"
+
+
+@pytest.mark.parametrize(("stage", "field"), [
+    *[(stage, "start") for stage in ("sft", "dpo", "ppo", "grpo", "rejection", "ghost", "distill")],
+    *[(stage, "policy") for stage in ("rejection", "ghost", "distill")],
+])  # fmt: skip
+def test_a_reward_model_is_no_language_model(stage, field, models, tmp_path, monkeypatch):
+    """Its head is none: a random one would be drawn in its place."""
+    monkeypatch.setattr(restore, "restore_plain", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError) as error:
+        run(small_runs.values(models, stage, steps=4, **{field: str(models / "helpfulness")}), tmp_path / stage)
+    assert str(error.value) == f"config.{field}: {models}/helpfulness: expected a language model, found a reward model"
+    assert not (tmp_path / stage / "samples").exists()
+
+
+def test_a_reward_model_goes_on_from_either_kind_and_draws_the_scalar_head_alone(models):
+    mesh, head = make_mesh(devices=jax.devices()[:1]), functools.partial(params.table, MODEL)
+    own, chat = str(models / "helpfulness"), str(models / "chat")
+    for start in (own, chat):
+        load_tokenizer(parse_stage(small_runs.values(models, "reward", steps=1, start=start)))
+    drawn = [starting_params(head(head="reward_head"), mesh, start=own, seed=seed)()["reward_head"] for seed in (0, 1)]
+    assert all(map(np.array_equal, *map(jax.tree.leaves, drawn)))  # not drawn, but its own
+    value = starting_params(head(head="value_head"), mesh, start=chat, seed=0)()
+    assert value.keys() == {"trunk", "value_head"}
+    with pytest.raises(CheckpointError, match=r"helpfulness.*has no parameter \['lm_head'\]"):
+        starting_params(head(head="lm_head"), mesh, start=own, seed=0)()
+
+
+def test_reward_models_in_each_others_place_are_refused(models, tmp_path):
+    run(small_runs.values(models, "reward", steps=2, name="safety"), tmp_path / "safety")
+    tokenizer = Tokenizer(models / "tokenizer.model")
+    check_reward_model("safety", tmp_path / "safety", MODEL, tokenizer)
+    for field in ("helpfulness", "safety"):
+        check_reward_model(field, models / "helpfulness", MODEL, tokenizer)  # converted weights do not say
+    for stage in ("ppo", "grpo", "rejection"):
+        with pytest.raises(ConfigError) as error:
+            run(small_runs.values(models, stage, steps=4, helpfulness=str(tmp_path / "safety")), tmp_path / stage)
+        assert str(error.value) == (
+            f"config.helpfulness: {tmp_path}/safety: expected a reward model of helpfulness, found one of safety"
+        )
+
+
+@pytest.mark.parametrize(("stage", "changes", "field"), [
+    ("rejection", {"pools": ("",)}, "pools"), ("ghost", {"ghost": {"contexts": ("",)}}, "ghost.contexts"),
+    ("ppo", {"data": {"prompts": ""}}, "data.prompts"), ("sft", {"data": {"train": ("",)}}, "data.train"),
+    ("distill", {"data": {"held_out": ("",)}}, "data.held_out"), ("dpo", {"data": {"train": ("",)}}, "data.train"),
+])  # fmt: skip
+def test_the_empty_name_of_a_file_is_refused_with_its_field(stage, changes, field, models, tmp_path, monkeypatch):
+    """Of a shell variable that is not set: it would mean whatever lies in the current directory."""
+    monkeypatch.chdir(models)
+    with pytest.raises(ConfigError, match=f"^{field}: expected a file, got nothing$"):
+        run(small_runs.values(models, stage, steps=4, **changes), tmp_path / stage)
+
+
+def test_sft_without_files_names_the_field(models, tmp_path):
+    with pytest.raises(ConfigError, match="^data.train: expected at least one file, got none$"):
+        run(small_runs.values(models, "sft", steps=4, data={"train": ()}), tmp_path / "sft")
 
 
 @pytest.mark.parametrize("tokenizer", ["", "tokenizer.model"])

@@ -20,6 +20,7 @@ import pytest
 
 from llama_jax import train as train_command
 from llama_jax.config import ConfigError
+from llama_jax.evals.speed import speed
 from llama_jax.interop import ours
 from llama_jax.model import params as table
 from llama_jax.parallel.axes import ParamSpec
@@ -31,7 +32,7 @@ from llama_jax.training.feed import Feed
 from llama_jax.training.fingerprint import CheckpointError, fingerprints
 from llama_jax.training.loop import Diverged, Preempted, claim, finished, train
 from llama_jax.training.metrics import read_metrics
-from llama_jax.training.optimizer import OptimConfig, clip_each_model, schedule
+from llama_jax.training.optimizer import OptimConfig, clip_each_model, gradient_norms, schedule
 from llama_jax.training.recorder import Pace
 from llama_jax.training.saved import newest_step, read_meta, restore_params
 from llama_jax.training.stage import LoopConfig, Stage, Supervised, Weighted, evaluation
@@ -239,6 +240,43 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(mesh):
     assert int(means["skipped"]) == 2
 
 
+def test_the_tokens_of_a_step_are_the_real_ones_that_it_learned_from(mesh):
+    @flax.struct.dataclass
+    class Rows(Points):
+        segment_ids: np.ndarray  # [B, T]
+
+    optim, batch = optax.adam(0.1), points(0)
+    segment_ids = np.array([[1, 1, 2, 0], *[[1, 0, 0, 0]] * 15], np.int32)
+    rows = Rows(batch.x, batch.y, batch.weight, segment_ids)
+    for microbatches in (1, 4):
+        _, means = one_step(mesh, create(parameters(mesh), optim), rows, microbatches=microbatches)
+        assert int(means["tokens"]) == 3 + 15
+    _, means = one_step(mesh, create(parameters(mesh), optim), rows.replace(y=np.full_like(batch.y, np.nan)))
+    assert int(means["tokens"]) == 0
+    _, means = one_step(mesh, create(parameters(mesh), optim), batch)
+    assert "tokens" not in means and "learning_rate" not in means  # a batch, and an optimizer, that do not tell
+
+
+def test_a_gradient_of_one_model_that_is_not_finite_skips_the_update_of_both(mesh):
+    specs = {name: {"trunk": {"w": ParamSpec((1,), (None,), normal)}} for name in ("policy", "critic")}
+
+    def root(params, batch):  # whose derivative at 0 is infinite, while it is 0 itself
+        policy, critic = (params[name]["trunk"]["w"][0] for name in ("policy", "critic"))
+        return Weighted(3.0 * policy + jnp.sqrt(critic) + 0.0 * batch.weight.sum(), jnp.ones(())), {}
+
+    optim = optax.sgd(1.0)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optim, mesh))
+    for critic, norm, policy in ((0.0, np.inf, 1.0), (0.25, 1.0, -2.0)):
+        values = {"policy": {"trunk": {"w": jnp.array([1.0])}}, "critic": {"trunk": {"w": jnp.array([critic])}}}
+        with jax.set_mesh(mesh):
+            state, means = make_step(root, optim, microbatches=1, layout=layout)(
+                create(values, optim), put_batch(points(0), mesh)
+            )
+        assert (float(means["gradient_norm/policy"]), float(means["gradient_norm/critic"])) == (3.0, norm)
+        assert "gradient_norm" not in means and int(state.skipped) == (norm == np.inf)
+        assert float(state.params["policy"]["trunk"]["w"][0]) == policy
+
+
 @pytest.mark.parametrize("sizes", [(), (2, 2, 1, 2)])
 def test_the_state_is_donated_and_the_frozen_parameters_are_not(sizes):
     mesh, optim = mesh_of(*sizes), optax.adam(0.1)
@@ -341,6 +379,9 @@ def test_each_model_is_clipped_by_its_own_norm():
     clipped, _ = clip.update(two, clip.init(two))
     np.testing.assert_allclose(clipped["policy"]["trunk"]["a"], [0.5])  # the critic's size does not reach it
     np.testing.assert_allclose(clipped["critic"]["trunk"]["a"], [0.6, 0.8], rtol=1e-6)
+    assert {name: float(norm) for name, norm in gradient_norms(one).items()} == {"gradient_norm": 5.0}
+    named = {name: float(norm) for name, norm in gradient_norms(two).items()}  # as each is clipped
+    assert named == {"gradient_norm/policy": 0.5, "gradient_norm/critic": 50.0}
     zero = jax.tree.map(jnp.zeros_like, one)
     assert_equal(clip.update(zero, clip.init(zero))[0], zero)
 
@@ -711,6 +752,7 @@ def test_a_run_from_end_to_end(tmp_path, mesh):
     log = read_metrics(tmp_path)
     rows = ~np.isnan(log["loss"])
     np.testing.assert_array_equal(log["step"][rows], np.arange(8))
+    np.testing.assert_array_equal(np.isnan(log["tokens_per_second"][rows]), [True] * 2 + [False] * 6)  # not 0, which it is not
     assert log["loss"][rows][-1] < log["loss"][rows][0]
     np.testing.assert_array_equal(log["step"][~np.isnan(log["held_out/loss"])], [3, 7])
     # The mean over all held-out rows at once is that over batches: sums and weights.
@@ -718,6 +760,12 @@ def test_a_run_from_end_to_end(tmp_path, mesh):
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), points(100), points(101))
     np.testing.assert_allclose(summary["held_out"]["loss"], loss(params, both)[0].mean(), rtol=1e-5)
     assert read_meta(tmp_path)["model"] == "toy" and newest_step(tmp_path).name == "8"
+
+
+def test_a_run_that_is_over_before_its_pace_is_measured_claims_none(tmp_path, mesh):
+    summary = train(stage(mesh), loop(steps=2), mesh=mesh, workdir=tmp_path)
+    assert "tokens_per_second" not in summary and "tokens_per_second" not in finished(tmp_path)
+    assert "tokens_per_second" not in read_metrics(tmp_path) and speed(summary, 10, 1.0) == {}
 
 
 SOURCES = {"supervised": lambda **batches: Supervised(Batches(**batches)), "rl": Rollouts}
@@ -749,7 +797,7 @@ def test_interrupted_and_run_again_equals_uninterrupted_to_the_bit(tmp_path, mes
     assert summary["compilations_after_warm_up"] == 0
     assert_equal(final(tmp_path / "parts", mesh), final(whole / name, mesh))
     expected, found = read_metrics(whole / name), read_metrics(tmp_path / "parts")
-    for column in ("step", "loss", "gradient_norm"):
+    for column in ("step", "loss", "gradient_norm", "learning_rate", "tokens_seen"):
         np.testing.assert_array_equal(found[column], expected[column])
 
 
@@ -784,6 +832,23 @@ def test_a_poisoned_batch_is_skipped_and_counted_and_n_in_a_row_stop_the_run(tmp
         train(stage(mesh, source=source), loop(max_skipped_in_a_row=3), mesh=mesh, workdir=tmp_path / "stopped")
     assert finished(tmp_path / "stopped") is None
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path / "stopped", SPECS, mesh)))
+
+
+def test_a_skipped_step_moves_neither_the_learning_rate_nor_the_count_of_tokens(tmp_path, mesh):
+    train(stage(mesh, source=Supervised(Batches(poisoned=(1, 4)))), loop(), mesh=mesh, workdir=tmp_path)
+    log, rate = read_metrics(tmp_path), schedule(OptimConfig(lr=0.05, warmup=2), 8)
+    updates = [0, 1, 1, 2, 3, 3, 4, 5]  # made before each step: that of a skipped one is that of the next
+    np.testing.assert_allclose(log["learning_rate"], [rate(count) for count in updates], rtol=1e-6)
+    np.testing.assert_array_equal(log["tokens_seen"], 16.0 * np.array([1, 1, 2, 3, 3, 4, 5, 6]))
+    np.testing.assert_array_equal(log["skipped"], [0, 1, 1, 1, 2, 2, 2, 2])
+
+
+def test_a_run_that_made_no_update_is_no_success_also_when_it_is_started_again(tmp_path, mesh):
+    source = Supervised(Batches(poisoned=range(4)))
+    for _ in range(2):  # the second start finds the checkpoint of the last step
+        with pytest.raises(Diverged, match="toy: none of its 4 updates was finite, so the parameters are those that it began"):
+            train(stage(mesh, source=source), loop(steps=4), mesh=mesh, workdir=tmp_path)
+        assert newest_step(tmp_path).name == "4" and finished(tmp_path) is None
 
 
 def test_no_skipped_steps_at_all_is_no_limit_that_a_run_could_keep():

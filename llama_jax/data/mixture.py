@@ -18,14 +18,23 @@ def files_of(files: str | Sequence[str]) -> tuple[str, ...]:
     return (files,) if isinstance(files, str) else tuple(files)
 
 
+def check_files(field: str, files: Sequence[str]) -> None:
+    """ConfigError for a field that names files and an empty name among them, as of a shell variable that is not set."""
+    if not all(file.strip() for file in files):
+        raise ConfigError(f"{field}: expected a file, got nothing")
+
+
 def whole_or_share(
     paths: Sequence[str], shares: Sequence[float], *, group: str = "data", field: str = "train"
 ) -> tuple[float, ...]:
     """The share of each file of a field of a config's group, 0 for one that is taken whole; without any given, all are.
 
     Raises:
-      ConfigError: shares that make no mix.
+      ConfigError: files and shares that make no mix.
     """
+    if not paths:
+        raise ConfigError(f"{group}.{field}: expected at least one file, got none")
+    check_files(f"{group}.{field}", paths)
     shares = tuple(shares) or (0.0,) * len(paths)
     if len(paths) != len(shares):
         raise ConfigError(

@@ -64,7 +64,7 @@ def read_rows(name: str | os.PathLike, *, refuse: Refuse | None = None) -> Itera
     """
     if str(name).startswith(TFDS):
         return _tfds(str(name))
-    path = place(name)
+    path = _named_place(name)
     if path.is_dir() and any((path / file).is_file() for file in _SAVED):
         return _saved_dataset(path)
     files = data_files(name)
@@ -78,9 +78,9 @@ def data_files(name: str | os.PathLike) -> list[Path]:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: they have several formats; or, of a directory, there are several splits, or not all of one.
+      ValueError: they have several formats; or, of a directory, there are several splits, or not all of one; or the name is "".
     """
-    path = place(name)
+    path = _named_place(name)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -100,6 +100,13 @@ def data_files(name: str | os.PathLike) -> list[Path]:
             log.warning("%s: %s", name, problem)
         return files
     raise FileNotFoundError(f"{path}: expected a {'Parquet' if path.suffix == '.parquet' else 'JSONL'} file, found nothing")
+
+
+def _named_place(name: str | os.PathLike) -> Path:
+    """The place of a data set; ValueError for an empty name, which would mean whatever lies in the current directory."""
+    if not os.fspath(name).strip():
+        raise ValueError("expected the path of a data set, got nothing")
+    return place(name)
 
 
 def several_files(name: str | os.PathLike) -> list[Path]:
@@ -211,7 +218,7 @@ def read_jsonl(path: str | os.PathLike, *, refuse: Refuse | None = None) -> Iter
 
     A byte order mark is passed over, and so are empty lines at the end; elsewhere one holds no row.
     """
-    path = place(path)
+    path = _named_place(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSONL file, found {'a directory' if path.is_dir() else 'nothing'}")
     number, empty = 0, []  # lines without a row that may be the file's end

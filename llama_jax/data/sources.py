@@ -19,6 +19,10 @@ A text that stands for messages is one user message (or one answer). A message i
 "value"}, and `conversations` is another name of `messages`. An answer with OpenAI's "weight": 0 is not trained on. A field that
 is null is missing. A missing reference, rating, margin, batch, safety bin or `train_on` is None, a missing flag False, and a
 missing string "".
+
+No text that a model learns to write is empty: not an answer that is trained on, not `chosen`; nor is what a user says. An
+earlier answer may be, and so may `rejected`: that nothing was said is a reason to prefer the other. Noisy sets, whose other
+pairs are to be left out and counted, go through `python -m llama_jax.preferences` first, as those with ties do.
 """
 
 import difflib
@@ -27,7 +31,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.data.dialog import check_messages
+from llama_jax.data.dialog import check_messages, trained_answers
 from llama_jax.data.rows import read_jsonl, read_rows, without_nulls, write_jsonl
 
 __all__ = [
@@ -57,7 +61,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All dialogs of a data set, for fine-tuning; each ends with an answer that is not empty.
+    """All dialogs of a data set, for fine-tuning; each ends with an answer, which is not empty, nor is any that is trained on.
 
     `prompt_messages` of a row says how many of its messages are a prompt, whose answers are not trained on (0: none).
     """
@@ -75,8 +79,8 @@ def read_dialogs(path: str | os.PathLike) -> list[dict[str, Any]]:
         last = len(row["messages"]) - 1
         if row["messages"][last]["role"] != "assistant":
             raise ValueError(f"{where}: messages[{last}].role: expected 'assistant' at the end of a dialog, got 'user'")
-        if not row["messages"][last]["content"].strip():
-            raise ValueError(f"{where}: messages[{last}].content: the answer is empty, nothing to train on")
+        _check_asked(row["messages"], where)
+        _check_answered(row, where)
         rows.append(row)
     return _not_empty(rows, path, "dialogs")
 
@@ -97,6 +101,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
         if row["messages"][-1]["role"] != "user":
             last = len(row["messages"]) - 1
             raise ValueError(f"{where}: messages[{last}].role: expected 'user' at the end of a prompt, got 'assistant'")
+        _check_asked(row["messages"], where)
         rows.append(row)
     return _not_empty(rows, path, "prompts")
 
@@ -120,11 +125,32 @@ def comparison(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_messages(row["prompt"], f"{where}: prompt")
     if row["prompt"][-1]["role"] != "user":
         raise ValueError(f"{where}: prompt: expected to end with the user, got {row['prompt'][-1]['role']!r}")
+    _check_asked(row["prompt"], f"{where}: prompt")
     for side in ("chosen", "rejected"):
         row[side] = _answer(row[side], row["prompt"], f"{where}: {side}")
+    if not row["chosen"].strip():
+        raise ValueError(f"{where}: chosen: expected a text, found an empty one, which a model would learn to prefer")
     if row["chosen"].strip() == row["rejected"].strip():  # the chat format strips them
         raise ValueError(f"{where}: chosen: the same text as rejected; the ranking loss has no ties")
     return row
+
+
+def _check_asked(messages: Sequence[Mapping[str, str]], where: str) -> None:
+    """ValueError for a user who says nothing."""
+    for i, message in enumerate(messages):
+        if message["role"] == "user" and not message["content"].strip():
+            raise ValueError(f"{where}: messages[{i}].content: expected what the user says, found an empty text")
+
+
+def _check_answered(row: Mapping[str, Any], where: str) -> None:
+    """ValueError for an answer of a dialog that is empty, if it is trained on (unless the row says otherwise, all are) or the
+    last."""
+    messages, last = row["messages"], len(row["messages"]) - 1
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = trained_answers(messages, train_on=row["train_on"] or "all", prompt_messages=row["prompt_messages"])
+    for i, trains in zip(answers, trained, strict=True):
+        if (trains or i == last) and not messages[i]["content"].strip():
+            raise ValueError(f"{where}: messages[{i}].content: the answer is empty, nothing to train on")
 
 
 def _one_name(row: Mapping[str, Any], name: str, others: tuple[str, ...], where: str) -> dict[str, Any]:

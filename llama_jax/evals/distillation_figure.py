@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.sources import read_jsonl
-from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend
+from llama_jax.evals.plots import BESIDE, MARKERS, Plot, Theme, canvas, legend
 from llama_jax.evals.statistics import mean_interval
 from llama_jax.paths import place
+from llama_jax.rlhf.respond import usable
 from llama_jax.safety.distillation import KINDS, keep_preferred, score_distributions, score_gains
 
 LABELS = {"base": "no pre-prompt", "generic": "generic pre-prompt", "category": "answer template of the risk"}
@@ -56,6 +57,7 @@ def _is_answer(answer: Any) -> bool:
 def scores(samples: Rows, kept: Rows | None = None, *, of: str = "") -> Plot:
     """(a) Shares of answers below each safety score by kind of pre-prompt; (b) gain by the plain answer's score. (Fig. 16)
 
+    A point is an answer; the lines, which have no points of their own, are means of neighbouring points.
     `kept` are the rows that are fine-tuned on, whose points are filled; without them every rise counts, as in the paper.
     `of` names the run where several are shown.
     """
@@ -64,7 +66,8 @@ def scores(samples: Rows, kept: Rows | None = None, *, of: str = "") -> Plot:
     chosen = kept_answers(samples, keep_preferred(samples, least_gain=0.0) if kept is None else kept)
 
     def draw(theme: Theme) -> Any:
-        figure, (shares, gains) = canvas(theme, title, columns=2, panel=(5.2, 3.6))
+        figure, (shares, gains) = canvas(theme, title, columns=2, panel=(6.0, 3.6))
+        averaged = []
         for i, kind in enumerate(KINDS):
             if kind not in by_kind:
                 continue
@@ -80,9 +83,17 @@ def scores(samples: Rows, kept: Rows | None = None, *, of: str = "") -> Plot:
                         original[some], gain[some], s=12, alpha=0.5, facecolors=face, edgecolors=theme.colour(i),
                         marker=MARKERS[i], linewidths=0.6,
                     )  # fmt: skip
-                gains.plot(*_binned(original, gain), color=theme.colour(i), linewidth=2, marker=MARKERS[i], label=LABELS[kind])
+                means = _binned(original, gain)
+                if len(means[0]) > 1:
+                    averaged = gains.plot(*means, color=theme.colour(i), linewidth=2, linestyle=style)
+                gains.plot(
+                    [], [], color=theme.colour(i), linestyle="none", marker=MARKERS[i], markersize=4, markerfacecolor="none",
+                    label=LABELS[kind],
+                )  # fmt: skip
         for face, label in ((theme.ink, "kept"), ("none", "not kept")):
             gains.scatter([], [], s=12, facecolors=face, edgecolors=theme.ink, linewidths=0.6, label=label)
+        if averaged:
+            gains.plot([], [], color=theme.ink, linewidth=2, label="mean of neighbouring points")
         shares.set_title("(a) answers with at most this score", loc="left", color=theme.ink, fontsize=10)
         shares.set_xlabel("safety score")
         shares.set_ylabel("answers (%)")
@@ -91,7 +102,7 @@ def scores(samples: Rows, kept: Rows | None = None, *, of: str = "") -> Plot:
         gains.set_xlabel("score of the plain answer")
         gains.set_ylabel("gain of the safety score")
         legend(shares, theme, loc="upper left")
-        legend(gains, theme, loc="best")
+        legend(gains, theme, **BESIDE)  # points may be anywhere, and look like its own
         return figure
 
     said = ", ".join(f"{LABELS[kind]} {np.mean(values):.3f}" for kind, values in by_kind.items())
@@ -116,17 +127,32 @@ def kept_answers(samples: Rows, kept: Rows) -> list[Mapping[str, Any] | None]:
 def described(samples: Rows, kept: Rows) -> dict[str, Any]:
     """Values for the report.
 
+    `preferred`: how many prompts have an answer under a pre-prompt with a higher safety score than the plain one's. Of these,
+    `kept` are fine-tuned on; for `unended` no such answer has an end, `unusable` have none that could be trained on for another
+    reason (it says nothing, or holds a chat tag), and those that are left gain less than the run asked for.
     `safety_score` (an interval) and `median_safety`: by kind of pre-prompt. `kept_by_chance`: for how many prompts the best of
     the answers under a pre-prompt would exceed the plain one if pre-prompts changed nothing. `examples`: see there.
     """
     by_kind = score_distributions(samples)
     return {
-        "prompts": len(samples), "kept": len(kept),
+        "prompts": len(samples), **_preferred(samples), "kept": len(kept),
         "safety_score": {kind: dataclasses.asdict(mean_interval(found)) for kind, found in by_kind.items()},
         "median_safety": {kind: float(np.median(found)) for kind, found in by_kind.items()},
         "kept_by_chance": sum(1 - 1 / len(sample["answers"]) for sample in samples),
         "examples": examples(samples, kept),
     }  # fmt: skip
+
+
+def _preferred(samples: Rows) -> dict[str, int]:
+    """`preferred`, `unended` and `unusable` of `described`."""
+    found = {"preferred": 0, "unended": 0, "unusable": 0}
+    for sample in samples:
+        base, *others = sample["answers"]
+        better = [answer for answer in others if answer["safety"] > base["safety"]]
+        found["preferred"] += bool(better)
+        if better and not any(usable(answer["response"], answer["ended"]) for answer in better):
+            found["unusable" if any(answer["ended"] for answer in better) else "unended"] += 1
+    return found
 
 
 def examples(samples: Rows, kept: Rows, *, count: int = 4) -> list[dict[str, Any]]:
@@ -158,7 +184,10 @@ def _gain(sample: Mapping[str, Any]) -> float:
     return max(others) - base
 
 
+_BIN = 4  # points that a mean is of at least: that of one would be the point itself
+
+
 def _binned(x: np.ndarray, y: np.ndarray, bins: int = 8) -> tuple[list[float], list[float]]:
-    """Means of both in as many groups of neighbouring x, of equal sizes."""
-    groups = [g for g in np.array_split(np.argsort(x, kind="stable"), min(bins, len(x))) if len(g)]
+    """Means of both in at most so many groups of neighbouring x, of equal sizes."""
+    groups = [g for g in np.array_split(np.argsort(x, kind="stable"), max(min(bins, len(x) // _BIN), 1)) if len(g)]
     return [float(x[g].mean()) for g in groups], [float(y[g].mean()) for g in groups]

@@ -187,7 +187,8 @@ def _log_counts(ax: Any, curves: Any) -> None:
 
 
 def _ticks(largest: int) -> list[int]:
-    return [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= largest]
+    """Round numbers, and the largest, where the curves end; one that its label would touch gives way to it."""
+    return [*(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if 1.2 * n < largest), largest]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -292,8 +292,8 @@ def distillation(found: Mapping) -> Section:
         notes=[
             "Answers to harmful requests as they stand (base), under a generic safety pre-prompt, and under the answer "
             "template of their risk; scored by the safety reward model (section 4.2.4, Fig. 16).",
-            f"Of {found['prompts']} prompts, {found['kept']} have an answer under a pre-prompt that the reward model prefers. "
-            f"These are fine-tuned on without the pre-prompt{beside}.",
+            f"Of {found['prompts']} prompts, {found['preferred']} have an answer under a pre-prompt that the reward model "
+            f"prefers. {_left_out(found)}{found['kept']} are fine-tuned on without the pre-prompt{beside}.",
             *([sentence] if (sentence := _no_rise(found)) else []),
             *(["The last table: prompts from the largest gain to the smallest, with an answer of every kind (Tables 13, 39)."]
               if shown else []),
@@ -305,6 +305,17 @@ def distillation(found: Mapping) -> Section:
         ],
         figures=["distillation"],
     )  # fmt: skip
+
+
+def _left_out(found: Mapping) -> str:
+    """One sentence on the preferred answers that are not fine-tuned on, "" where all are."""
+    unended, unusable = found["unended"], found["unusable"]
+    counts = {
+        "no such answer ended": unended, "none can be trained on (nothing is said, or it holds a chat tag)": unusable,
+        "the gain is less than was asked for": found["preferred"] - found["kept"] - unended - unusable,
+    }  # fmt: skip
+    said = ", ".join(f"{count} where {reason}" for reason, count in counts.items() if count > 0)
+    return f"Of these are left out {said}. " if said else ""
 
 
 def _no_rise(found: Mapping) -> str:

@@ -37,6 +37,7 @@ def matmul_ceiling(compute: Compute) -> float:
 
 def speed(summary: Mapping[str, Any], operations: int, ceiling: float) -> dict[str, float]:
     """tokens_per_second of a finished stage, and matmul_share: what its training's operations (for each token) reach of the
-    ceiling (GFLOP/s)."""
-    rate = summary["tokens_per_second"]
+    ceiling (GFLOP/s). Nothing of a stage that was over before its pace could be measured."""
+    if (rate := summary.get("tokens_per_second")) is None:
+        return {}
     return {"tokens_per_second": rate, "matmul_share": rate * operations / (ceiling * 1e9)}

@@ -31,6 +31,8 @@ from llama_jax.training.stage import LoopConfig
 log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
+# What a stage may draw beside another one's trunk: a language model's head that its start lacks would answer at random.
+DRAWN_HEADS = ("reward_head", "value_head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,10 @@ def load_tokenizer(config: StageConfig) -> tuple[ModelConfig, Tokenizer]:
             f"{model.vocab_size}"
         )
     if not is_drawn(config.start):
-        check_start(config.start, model, tokenizer)
+        if config.stage == "reward":  # goes on with a reward model, or begins one with a language model
+            check_start(config.start, model, tokenizer)
+        else:
+            check_language_model("start", config.start, model, tokenizer)
         spoken, chat = read_meta(config.start).get("chat", ""), chat_of(config, tokenizer)
         if spoken and config.stage != "pretrain" and spoken != chat:
             log.warning("%s was trained to chat in the format %s, and %s speaks %s", config.start, spoken, config.stage, chat)
@@ -133,11 +138,22 @@ def check_start(workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -
     warn_of_unfinished(workdir)
 
 
+def check_language_model(field: str, workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """`check_start` of what a field of the config names as a language model; ConfigError, too, for a reward model."""
+    check_start(workdir, model, tokenizer)
+    if "reward_head" in model_parts(workdir):
+        raise ConfigError(f"config.{field}: {workdir}: expected a language model, found a reward model")
+
+
 def check_reward_model(field: str, workdir: str | Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """`check_start` of what a field of the config names as a reward model; ConfigError, too, for a language model."""
+    """`check_start` of what a field of the config, named after its track, names as a reward model; ConfigError, too, for a
+    language model, and for a reward model of the other track (converted ones say none, and may be of either)."""
     check_start(workdir, model, tokenizer)
     if "reward_head" not in model_parts(workdir):
         raise ConfigError(f"config.{field}: {workdir}: expected a reward model, found a language model")
+    track = read_meta(workdir).get("track", field)
+    if track != field:
+        raise ConfigError(f"config.{field}: {workdir}: expected a reward model of {field}, found one of {track}")
 
 
 def _tokenizer_of(workdir: str | Path, fingerprint: str) -> Path | None:
@@ -159,6 +175,8 @@ def chat_of(config: StageConfig, tokenizer: Tokenizer) -> str:
 def meta(config: StageConfig, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What is stored with each checkpoint of a stage."""
     found = {"stage": config.stage, "model": describe(model), "tokenizer": tokenizer.fingerprint}
+    if config.stage == "reward":
+        found["track"] = config.name
     return found if config.stage == "pretrain" else {**found, "chat": chat_of(config, tokenizer)}
 
 
@@ -171,14 +189,13 @@ def fresh(specs: Specs, mesh: Mesh, *, seed: int) -> Params:
 
 
 def starting_params(specs: Specs, mesh: Mesh, *, start: str, seed: int) -> Callable[[], Params]:
-    """How a stage's parameters begin: drawn, or another stage's trunk, with its head where it has the one we need."""
+    """How a stage's parameters begin: drawn, or another stage's, but for a scalar head that it may lack."""
 
     def init() -> Params:
         if is_drawn(start):
             return fresh(specs, mesh, seed=seed)
-        saved = model_parts(start)
-        found = {name: part for name, part in specs.items() if name in saved}
-        missing = {name: part for name, part in specs.items() if name not in saved}
+        missing = {name: specs[name] for name in DRAWN_HEADS if name in specs and name not in model_parts(start)}
+        found = {name: part for name, part in specs.items() if name not in missing}
         params = restore_model(start, found, mesh)
         return {**params, **(fresh(missing, mesh, seed=seed) if missing else {})}
 

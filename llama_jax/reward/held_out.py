@@ -1,7 +1,7 @@
 """What held-out scores say about a reward model: the paper's Tables 7, 8, 28 and 29, Figs. 27 and 29. Pure functions.
 
 A score is the model's logit; its sigmoid is what the paper plots. Accuracy is the share of pairs whose chosen response scores
-strictly higher, each response scored alone (A.3.4).
+higher, each response scored alone (A.3.4); a pair of equal scores counts one half, as a coin would.
 """
 
 import dataclasses
@@ -60,8 +60,14 @@ def score_statistics(scores: np.ndarray) -> ScoreStatistics:
     return ScoreStatistics(float(scores.mean()), float(scores.std()))
 
 
+def preferred(chosen: Any, rejected: Any) -> Any:
+    """1 where the chosen response scores higher, 1/2 where both score alike: a model that knows nothing is right as often as a
+    coin, and not never. # NumPy's or JAX's [...] x 2 -> [...]"""
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
 def share(hits: np.ndarray) -> dict[str, float]:
-    """A share with Wilson's 95 % interval, which holds for small samples and near 0 and 1. # bool [n]"""
+    """A share with Wilson's 95 % interval, which holds for small samples and near 0 and 1. # bool, or 0 to 1 [n]"""
     n = len(hits)
     if n == 0:
         return {"share": math.nan, "low": math.nan, "high": math.nan, "count": 0}
@@ -77,7 +83,7 @@ def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float
     The row "longer" says how often the longer response is the chosen one, by a coin where both have as many tokens: what a
     model must beat that knows only length.
     """
-    correct = scores.chosen > scores.rejected
+    correct = preferred(scores.chosen, scores.rejected)
     source, rating = np.array(scores.source, object), np.array(scores.rating, object)
     rows = {}
     names = sorted(set(scores.source))
@@ -94,32 +100,43 @@ def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float
 
 def _longer(scores: HeldOutScores) -> np.ndarray:
     """1 where the chosen response is the longer one, 1/2 where both have as many tokens. # [n]"""
-    return (np.sign(scores.longer_by) + 1) / 2
+    return preferred(scores.longer_by, 0)
 
 
 def baselines(scores: HeldOutScores) -> dict[str, dict[str, float]]:
     """The model beside what knows only length, and by how much it beats the better of the two lengths.
 
     "longer" and "shorter" choose by the number of tokens, and by a coin where both responses have as many. "gain" is the mean
-    of the pairs' differences to the better baseline with its 95 % interval (normal approximation of paired differences: both
-    answer the same pairs, so the interval is narrower than those of the two shares). A coin has 0.5.
+    of the pairs' differences to the better baseline with the 95 % interval of `mean_difference`: both answer the same pairs, so
+    it is narrower than those of the two shares. A coin has 0.5.
     """
-    correct = (scores.chosen > scores.rejected).astype(np.float64)
+    correct = preferred(scores.chosen, scores.rejected)
     by_length = {"longer": _longer(scores), "shorter": 1 - _longer(scores)}
     best = max(by_length, key=lambda name: by_length[name].mean())
-    difference = correct - by_length[best]
-    n = len(difference)
-    gain, spread = float(difference.mean()), 1.959964 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return {
         "model": share(correct), **{name: share(values) for name, values in by_length.items()},
-        "gain": {"share": gain, "low": gain - spread, "high": gain + spread, "count": n},
+        "gain": mean_difference(correct - by_length[best]),
     }  # fmt: skip
+
+
+def mean_difference(differences: np.ndarray) -> dict[str, float]:
+    """The mean of paired differences of -1 to 1 with the 95 % interval of Bonett and Price (2012, adjusted Wald). # [n]
+
+    It is the normal one with two pairs more, of difference 1 and -1: where few pairs differ, or all are equal, the plain one
+    would be of no width, as if nothing else could come out.
+    """
+    n = len(differences)
+    centre = float(np.sum(differences)) / (n + 2)
+    variance = (float(np.sum(np.square(differences))) + 2) / (n + 2) - centre**2
+    spread = 1.959964 * math.sqrt(variance / (n + 2))
+    mean = float(np.mean(differences)) if n else math.nan
+    return {"share": mean, "low": max(centre - spread, -1.0), "high": min(centre + spread, 1.0), "count": n}
 
 
 def safety_table(scores: HeldOutScores) -> dict[str, dict[str, float]]:
     """Table 29: accuracy by safety bin, and "unsafe_recall": the share of unsafe responses with sigmoid(score) < 0.5."""
     bins = np.array(scores.safety_bin, object)
-    correct = scores.chosen > scores.rejected
+    correct = preferred(scores.chosen, scores.rejected)
     rows = {name: share(correct[bins == name]) for name in SAFE if (bins == name).any()}
     unsafe = [
         side[[label in SAFE and not SAFE[label][i] for label in scores.safety_bin]]

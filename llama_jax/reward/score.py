@@ -57,9 +57,13 @@ def combined_logit(
 
 
 def whiten(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """(x - mean) / std over the whole (global) batch, or over the masked part of it. # float32 [...]"""
+    """(x - mean) / std over the whole (global) batch, or over the masked part of it; 0s if all are equal. # float32 [...]"""
     mask = jnp.ones_like(x) if mask is None else mask.astype(x.dtype)
     count = jnp.maximum(jnp.sum(mask), 1.0)
+    # Less the largest first: the float32 mean of large numbers is off, and where all are equal that error, over the root of
+    # 1e-8, would be all that is left.
+    largest = jnp.max(x, where=mask > 0, initial=-jnp.inf)
+    x = x - jnp.where(jnp.isneginf(largest), 0.0, largest)  # of an empty part there is none
     mean = jnp.sum(x * mask) / count
     variance = jnp.sum(jnp.square(x - mean) * mask) / count
     return (x - mean) * jax.lax.rsqrt(variance + 1e-8) * mask

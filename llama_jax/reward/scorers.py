@@ -8,10 +8,13 @@ scorers are functions of their arguments alone.
 import dataclasses
 import importlib
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -44,6 +47,8 @@ class RewardMix:
                 raise ValueError(f"reward.scorers: expected {REWARD_MODELS!r} or 'module:function', got {name!r}")
         if self.weights and len(self.weights) != len(self.scorers):
             raise ValueError(f"reward.weights: expected one for each of {len(self.scorers)} scorers, got {self.weights}")
+        if not all(map(math.isfinite, self.weights)) or (self.weights and not any(self.weights)):
+            raise ValueError(f"reward.weights: expected finite numbers, not all of them 0, got {self.weights}")
 
     def weighted(self) -> dict[str, float]:
         """Weight by scorer."""
@@ -62,9 +67,17 @@ def load_scorer(name: str) -> Scorer:
     return found
 
 
+@flax.struct.dataclass
+class OtherScores:
+    """What the scorers that are no reward models say of each response."""
+
+    total: Any  # [B] float32: their weighted sum, which is the reward or a part of it
+    each: Any  # {name: [B] float32}: as each gave them, without its weight
+
+
 @dataclasses.dataclass(frozen=True)
 class HostScorers:
-    """The weighted sum of scorers, from token ids."""
+    """Scorers and their weighted sum, from token ids."""
 
     scorers: Mapping[str, tuple[Scorer, float]]  # name -> (function, weight)
     rows: Sequence[Mapping[str, Any]]  # the data file
@@ -76,26 +89,35 @@ class HostScorers:
         named = {name: (load_scorer(name), w) for name, w in mix.weighted().items() if name != REWARD_MODELS}
         return cls(named, rows, tokenizer) if named else None
 
-    def __call__(self, numbers: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Scores of a batch of responses. # int32 [B] (of rows), int32 [B, N], bool [B, N] -> float32 [B]"""
+    def __call__(self, numbers: jax.Array, tokens: jax.Array, mask: jax.Array) -> OtherScores:
+        """Scores of a batch of responses. # int32 [B] (of rows), int32 [B, N], bool [B, N] -> float32 [B] each"""
         mesh = numbers.sharding.mesh
         tokens, mask = (_whole_rows(x, mesh) for x in (tokens, mask))
         rows = [self.rows[number] for number in local_rows(numbers)]
-        total = np.zeros(len(rows), np.float32)
+        found = np.zeros((1 + len(self.scorers), len(rows)), np.float32)  # the sum first
         own = row_groups(mesh)[row_share(mesh)[0]]
         if jax.process_index() == own[0]:
             ids = [row[inside] for row, inside in zip(local_rows(tokens), local_rows(mask), strict=True)]
             responses = [decode_response(row.tolist(), self.tokenizer)[0] for row in ids]
-            for name, (scorer, weight) in self.scorers.items():
-                total += weight * check_scores(scorer(rows, responses), len(rows), name)
+            for scores, (name, (scorer, weight)) in zip(found[1:], self.scorers.items(), strict=True):
+                scores[:] = check_scores(scorer(rows, responses), len(rows), name)
+                found[0] += weight * scores
         if len(own) > 1:  # a scorer need not say the same twice, and hosts with the same rows must have the same scores
-            total = gather_numbers(total)[own[0]]
-        return jax.make_array_from_process_local_data(numbers.sharding, total, numbers.shape)
+            found = gather_numbers(found)[own[0]]
+        total, *each = (jax.make_array_from_process_local_data(numbers.sharding, x, numbers.shape) for x in found)
+        return OtherScores(total, dict(zip(self.scorers, each, strict=True)))
 
 
 def check_scores(scores: Sequence[float], count: int, name: str) -> np.ndarray:
     """What a scorer returned as float32 [count]; ValueError if it is not one finite number for each response."""
-    found = np.asarray(scores, np.float32)
+    try:
+        found = np.asarray(scores)
+    except ValueError:  # rows of several lengths
+        found = np.empty((), object)
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        found = reprlib.repr(scores)
+        raise ValueError(f"scorer {name} returned {found}, expected one finite number for each of {count} responses")
+    found = found.astype(np.float32)
     if found.shape != (count,):
         raise ValueError(f"scorer {name} returned shape {found.shape} for {count} responses, expected ({count},)")
     bad = [i for i, score in enumerate(found) if not math.isfinite(score)]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import ConfigError, check_least
 from llama_jax.data.length_buckets import BucketedBatches, padded_lengths
 from llama_jax.data.loader import IndexedBatches
-from llama_jax.data.mixture import mix, whole_or_share
+from llama_jax.data.mixture import check_files, mix, whole_or_share
 from llama_jax.data.rows import write_jsonl
 from llama_jax.data.sources import RATINGS
 from llama_jax.files import write_json, write_text
@@ -23,7 +23,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_share
 from llama_jax.reward.comparisons import Comparison, ComparisonBatch, blank, collate, encode_comparisons
-from llama_jax.reward.held_out import HeldOutScores, accuracy_table, markdown, report, score_statistics
+from llama_jax.reward.held_out import HeldOutScores, accuracy_table, markdown, preferred, report, score_statistics
 from llama_jax.reward.ranking import centring_loss, ranking_loss, safety_loss
 from llama_jax.reward.score import scorer
 from llama_jax.training import optimizer
@@ -55,6 +55,8 @@ class PairData:
         if not 0 < self.rest_share < 1:
             raise ValueError(f"data.rest_share: expected a share between 0 and 1, got {self.rest_share}")
         check_least("data", self, buckets=1)
+        for name in ("train", "held_out", "rest"):
+            check_files(f"data.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class RewardData(PairData):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("others", "validation"):
+            check_files(f"data.{name}", getattr(self, name))
         if self.others and not self.held_out:
             raise ValueError("data.others: expected data.held_out too, beside whose report it stands; got none")
 
@@ -88,7 +92,8 @@ class RewardConfig(StageConfig):
 
 
 def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, center_weight: float = 0.0) -> Loss:
-    """(params, ComparisonBatch) -> ranking loss (+ auxiliary losses) per pair; accuracy overall and by degree."""
+    """(params, ComparisonBatch) -> ranking loss (+ auxiliary losses) per pair; accuracy overall and by degree, a tie
+    being one half."""
     score = scorer(config, compute)
 
     def loss(params: Params, batch: ComparisonBatch) -> tuple[Weighted, Metrics]:
@@ -99,7 +104,7 @@ def reward_loss(config: ModelConfig, compute: Compute, *, safety_weight: float, 
         if center_weight:
             losses += center_weight * centring_loss(scores[:, 0], scores[:, 1])
         pairs = jnp.sum(batch.weight)
-        correct = (scores[:, 0] > scores[:, 1]) * batch.weight
+        correct = preferred(scores[:, 0], scores[:, 1]) * batch.weight
         metrics = {"accuracy/all": Weighted(jnp.sum(correct), pairs)}
         for index, degree in enumerate(RATINGS):
             chosen = (batch.degree == index) * batch.weight

@@ -32,6 +32,7 @@ from llama_jax.model.transformer import hidden_states
 from llama_jax.parallel.axes import batch_field, batch_sharding
 from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta
 from llama_jax.reward.comparisons import Comparison, encode_comparisons
+from llama_jax.reward.held_out import preferred
 from llama_jax.reward.stage import PairData, make_batches, mixed_pairs
 from llama_jax.training import optimizer
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Stage, Weighted, evaluation
@@ -147,7 +148,10 @@ def dpo_losses(
 
 
 def dpo_loss(config: ModelConfig, compute: Compute, settings: DpoSettings) -> Loss:
-    """(params, DpoBatch) -> loss per pair; implicit rewards and how often the chosen response has the higher one."""
+    """(params, DpoBatch) -> loss per pair; implicit rewards and how often the chosen response has the higher one.
+
+    Before the first update the two are equal, and the accuracy one half, as each tie is.
+    """
     log_probs_of = response_log_probs(config, compute)
 
     def loss(params: Params, batch: DpoBatch) -> tuple[Weighted, Metrics]:
@@ -166,7 +170,7 @@ def dpo_loss(config: ModelConfig, compute: Compute, settings: DpoSettings) -> Lo
             return Weighted(jnp.sum(x * batch.weight), pairs)
 
         metrics = {
-            "accuracy": mean_of(rewards[:, 0] > rewards[:, 1]),
+            "accuracy": mean_of(preferred(rewards[:, 0], rewards[:, 1])),
             "reward/chosen": mean_of(rewards[:, 0]),
             "reward/rejected": mean_of(rewards[:, 1]),
             "reward/margin": mean_of(rewards[:, 0] - rewards[:, 1]),

@@ -20,9 +20,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, check_least, check_shares
+from llama_jax.data.mixture import check_files
 from llama_jax.data.sources import read_dialogs, read_jsonl, write_jsonl
 from llama_jax.parallel.hosts import exist, on_host_0
-from llama_jax.pretrain.base import StageConfig, check_start, load_tokenizer
+from llama_jax.pretrain.base import StageConfig, check_language_model, load_tokenizer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.constraints import FAMILIES, Constraint, draw_constraints, instruction, obeyed, parse_list
@@ -71,6 +72,9 @@ class GhostSettings:
     sampling_batch: int
 
     def __post_init__(self):
+        if not self.contexts:
+            raise ConfigError("ghost.contexts: expected at least one file, got none")
+        check_files("ghost.contexts", self.contexts)
         if len(self.turns) != 2 or not 1 <= self.turns[0] <= self.turns[1]:
             raise ValueError(f"ghost.turns: expected the fewest and the most turns, got {self.turns}")
         unknown = [name for name in self.families if name not in FAMILIES]
@@ -242,7 +246,7 @@ def draw_samples(config: GhostConfig, mesh: Mesh, workdir: Path) -> None:
     model, tokenizer = load_tokenizer(config)
     if not config.policy:
         raise ConfigError("config.policy: expected the workdir of the model that is sampled from, got nothing")
-    check_start(config.policy, model, tokenizer)
+    check_language_model("policy", config.policy, model, tokenizer)
     settings, seed = config.ghost, config.loop.seed
     check_generates(model, config.compute, mesh, rows=settings.sampling_batch, length=model.max_length)
     dialogs = [row["messages"] for path in settings.contexts for row in read_dialogs(path)]

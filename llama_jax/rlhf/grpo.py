@@ -24,7 +24,7 @@ from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import row_share
 from llama_jax.pretrain.base import StageConfig
-from llama_jax.reward.scorers import RewardMix
+from llama_jax.reward.scorers import OtherScores, RewardMix
 from llama_jax.rlhf.advantage import importance_weights
 from llama_jax.rlhf.judge import (
     Dialogs,
@@ -179,7 +179,7 @@ def make_group_judge(
 ) -> Judge:
     """The part after sampling; models read at most `most` rows at a time (0: all). Without a reference `kl` is not reported."""
 
-    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: jax.Array | None, beta: jax.Array):
+    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: OtherScores | None, beta: jax.Array):
         del beta
         dialogs, mask, old = Dialogs.of(prompts, samples, config, compute), samples.mask, readings.log_probs
         scores, metrics = sequence_scores(readings, samples, prompts, other, rule)

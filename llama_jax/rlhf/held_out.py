@@ -18,7 +18,7 @@ from llama_jax.data.loader import WHOLE, IndexedBatches, Share
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.pretrain.base import process_share
-from llama_jax.reward.scorers import HostScorers
+from llama_jax.reward.scorers import HostScorers, OtherScores
 from llama_jax.rlhf.judge import Dialogs, Frozen, PromptBatch, RewardRule, answer_scores, model_logits
 from llama_jax.rlhf.rollout import Roller
 from llama_jax.sampling.generate import Samples
@@ -63,7 +63,7 @@ def make_measure(config: ModelConfig, compute: Compute, rule: RewardRule) -> Cal
     """The compiled part after sampling: (policy, frozen, HeldOut, samples, other scores or None) -> sums and weights."""
 
     @jax.jit
-    def measure(policy: Any, frozen: Frozen, batch: HeldOut, samples: Samples, other: jax.Array | None):
+    def measure(policy: Any, frozen: Frozen, batch: HeldOut, samples: Samples, other: OtherScores | None):
         prompts, weight = batch.prompts, batch.weight
         dialogs = Dialogs.of(prompts, samples, config, compute)
         _, parts = answer_scores(model_logits(frozen, dialogs), prompts, other, rule)

@@ -19,6 +19,7 @@ from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_logit, scorer, whiten
+from llama_jax.reward.scorers import OtherScores
 from llama_jax.rlhf.advantage import generalised_advantages, importance_weights, token_rewards
 from llama_jax.rlhf.parts import by_parts
 from llama_jax.sampling.generate import Samples
@@ -89,7 +90,7 @@ class RewardRule:
 
 UNSCALED = ScoreStatistics(0.0, 1.0)
 Frozen = dict[str, Params]  # "reference", and "helpfulness", "safety" or both where reward models score
-# (params, frozen, prompts, samples, other scores [B] or None, beta) -> (rollout, metrics)
+# (params, frozen, prompts, samples, OtherScores or None, beta) -> (rollout, metrics)
 Judge = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 
@@ -143,19 +144,20 @@ def model_logits(frozen: Frozen, dialogs: Dialogs) -> dict[str, jax.Array]:
 
 
 def answer_scores(
-    logits: Mapping[str, jax.Array], prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+    logits: Mapping[str, jax.Array], prompts: PromptBatch, other: OtherScores | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What each response is rewarded with before whitening, and the scores it is made of. # -> float32 [B], {name: [B]}
 
-    Scores of reward models are sigmoids. "reward" is what is reported of the reward: R_c alone, or the sum with other scorers.
+    Scores of reward models are sigmoids; those of other scorers are as they gave them, under their own names, and "other" is
+    their weighted sum. "reward" is what is reported of the reward: R_c alone, or the sum with other scorers.
     """
-    parts, total = {name: jax.nn.sigmoid(value) for name, value in logits.items()}, 0.0 if other is None else other
+    parts, total = {name: jax.nn.sigmoid(value) for name, value in logits.items()}, 0.0 if other is None else other.total
     if logits:
         combined = models_reward(logits, prompts.is_safety, threshold=rule.safety_threshold)
         parts["reward"] = jax.nn.sigmoid(combined)
         total += rule.model_weight * combined
     if other is not None:
-        parts |= {"other": other, "reward": total}
+        parts |= {**other.each, "other": other.total, "reward": total}
     return total, parts
 
 
@@ -168,16 +170,20 @@ def models_reward(logits: Mapping[str, jax.Array], is_safety: jax.Array, *, thre
 
 
 def sequence_scores(
-    readings: Readings, samples: Samples, prompts: PromptBatch, other: jax.Array | None, rule: RewardRule
+    readings: Readings, samples: Samples, prompts: PromptBatch, other: OtherScores | None, rule: RewardRule
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]"""
+    """The whitened score of each response, less the penalty where it has no EOS; and metrics. # -> float32 [B]
+
+    Metrics are means over the responses: "reward" and, under "score/", the scores of `answer_scores` that it is made of, those
+    of a reward model over the prompts of its own track.
+    """
     total, parts = answer_scores(readings.logits, prompts, other, rule)
     metrics = {"reward": jnp.mean(parts["reward"]), "reward_std": jnp.std(parts["reward"])}
     for name, of_track in (("helpfulness", ~prompts.is_safety), ("safety", prompts.is_safety)):
         if name in parts:
             metrics[f"score/{name}"] = jnp.sum(parts[name] * of_track) / jnp.sum(of_track)  # without such a prompt, no number
     if other is not None:
-        metrics["score/other"] = jnp.mean(other)
+        metrics |= {f"score/{name}": jnp.mean(parts[name]) for name in ("other", *other.each)}
     return whiten(total) - rule.missing_eos_penalty * ~samples.ended, metrics
 
 
@@ -245,7 +251,7 @@ def make_judge(
 ) -> Judge:
     """PPO's part after sampling. `scale` is the critic's; models read at most `most` rows at a time (0: all)."""
 
-    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: jax.Array | None, beta: jax.Array):
+    def settle(readings: Readings, prompts: PromptBatch, samples: Samples, other: OtherScores | None, beta: jax.Array):
         mask, old = samples.mask, readings.log_probs
         # 4. The gate of the reward models' sigmoids, the logit that it chooses, and whitening over the whole batch.
         scores, metrics = sequence_scores(readings, samples, prompts, other, rule)

@@ -6,8 +6,8 @@ the best samples of *all* earlier ones. A row of a pool (JSONL) names who answer
     {"messages", "is_safety", "response", "reward", "helpfulness", "safety", "version", "policy", "temperature"}
 
 `policy` is the fingerprint of the parameters that were sampled from. A later version scores the rows again with its own reward
-models and scorers; what scorers may look at of a prompt (`reference`, any field of its row) stays with it, and "other" is what
-they gave.
+models and scorers; what scorers may look at of a prompt (`reference`, any field of its row) stays with it. "scorers" is what
+each of them gave, by name, and "other" their weighted sum.
 """
 
 import math
@@ -19,7 +19,7 @@ from llama_jax.data.sources import read_jsonl
 from llama_jax.rlhf.respond import usable
 
 Row = dict[str, Any]
-SCORES = ("reward", "helpfulness", "safety", "other")
+SCORES = ("reward", "helpfulness", "safety", "other", "scorers")
 _FIELDS = {"messages": list, "is_safety": bool, "response": str, "reward": float, "version": str, "policy": str}
 
 

@@ -39,7 +39,7 @@ from llama_jax.rlhf.reinforce import (
     reward_models,
     reward_rule,
 )
-from llama_jax.rlhf.rollout import KlControl
+from llama_jax.rlhf.rollout import MOST_ERROR, KlControl
 from llama_jax.training.saved import newest_step, read_meta
 from llama_jax.training.stage import Loss, Metrics, Stage, Weighted
 
@@ -86,6 +86,13 @@ class PpoSettings:
         if not (self.kl_target >= 0 and self.kl_horizon > 0):
             raise ValueError(
                 f"ppo.kl_target, ppo.kl_horizon: expected 0 or more, and more than 0; got {self.kl_target}, {self.kl_horizon}"
+            )
+        if self.kl_target and not self.beta > 0:
+            raise ValueError("ppo.beta: expected more than 0 to begin with, since ppo.kl_target multiplies it, got 0")
+        if self.kl_target and not self.kl_horizon > MOST_ERROR * self.rollout_size:
+            raise ValueError(
+                f"ppo.kl_horizon: expected more than {MOST_ERROR * self.rollout_size:g}, or beta may fall below 0 "
+                f"(ppo.rollout_size={self.rollout_size}), got {self.kl_horizon:g}"
             )
 
 

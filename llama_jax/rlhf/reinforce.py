@@ -62,10 +62,7 @@ class RolloutData:
 
 def check_prompts(group: str, data: Any) -> None:
     """ConfigError for `prompts` and `shares`, of a RolloutData or of what has the same fields, that make no mix."""
-    files = files_of(data.prompts)
-    if not files:
-        raise ConfigError(f"{group}.prompts: expected a file or several, got none")
-    whole_or_share(files, data.shares, group=group, field="prompts")
+    whole_or_share(files_of(data.prompts), data.shares, group=group, field="prompts")
 
 
 def check_settings(name: str, settings: Any) -> None:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, check_least, check_shares
 from llama_jax.data.dialog import decode_response, encode_dialog, encode_prompt, encode_response
-from llama_jax.data.mixture import files_of
+from llama_jax.data.mixture import check_files, files_of
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.files import write_json
 from llama_jax.interop.restore import restore_model
@@ -40,7 +40,7 @@ from llama_jax.model import params as table
 from llama_jax.model.config import ModelConfig, size
 from llama_jax.model.params import Params
 from llama_jax.parallel.hosts import exist, from_host_0, on_host_0
-from llama_jax.pretrain.base import StageConfig, check_reward_model, check_start, load_tokenizer
+from llama_jax.pretrain.base import StageConfig, check_language_model, check_reward_model, load_tokenizer
 from llama_jax.reward.scorers import REWARD_MODELS, RewardMix, check_scores, load_scorer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.best_of import best_temperature
@@ -128,6 +128,7 @@ class RejectionConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_files("pools", self.pools)
         for name in ("policy_model", "reward_model"):
             if getattr(self, name):
                 size(getattr(self, name))
@@ -173,7 +174,7 @@ class Round:
         settings = config.rejection
         self.length = settings.prompt_length + settings.new_tokens
         if settings.answers:
-            check_start(config.policy, self.policy, self.tokenizer)
+            check_language_model("policy", config.policy, self.policy, self.tokenizer)
             check_generates(
                 self.policy, config.compute, mesh, rows=settings.sampling_batch, length=self.length,
                 hint=" (configs/rejection.py:7b,70b sets it)",
@@ -214,9 +215,10 @@ class Round:
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]],
         texts: Sequence[str],
-    ) -> dict[str, np.ndarray]:  # fmt: skip
+    ) -> dict[str, Any]:  # fmt: skip
         """What each answer is worth ("reward") and the scores it is made of; `rows` are the prompts', `texts` the answers'.
 
+        "other" is the weighted sum of the scorers that are no reward models, and "scorers" what each of them gave, by name.
         # -> float [n] each
         """
         settings, scores = self.config.rejection, {}
@@ -230,16 +232,14 @@ class Round:
         if not self.scorers:
             return scores
         # A scorer need not say the same twice, and all hosts must choose the same answers.
-        other = np.array(from_host_0(lambda: self.others(rows, texts)), np.float32)
+        each = {name: np.array(values, np.float32) for name, values in from_host_0(lambda: self.others(rows, texts)).items()}
+        other = sum(self.weights[name] * values for name, values in each.items())
         total = self.weights.get(REWARD_MODELS, 0.0) * combined + other
-        return {**scores, "other": other, "reward": np.asarray(total, np.float32)}
+        return {**scores, "other": other, "scorers": each, "reward": np.asarray(total, np.float32)}
 
-    def others(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[float]:
-        """The weighted sum of the scorers that are no reward models."""
-        total = np.zeros(len(rows), np.float32)
-        for name, scorer in self.scorers.items():
-            total += self.weights[name] * check_scores(scorer(rows, texts), len(rows), name)
-        return total.tolist()
+    def others(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> dict[str, list[float]]:
+        """What each of the scorers that are no reward models gives, by name."""
+        return {name: check_scores(scorer(rows, texts), len(rows), name).tolist() for name, scorer in self.scorers.items()}
 
     def samples(
         self, prompts: Sequence[Prompt], *, temperature: float, seed: int, progress: Tell, first: int = 0
@@ -259,7 +259,7 @@ class Round:
             {
                 "prompt": number, "messages": row["messages"], "is_safety": row["is_safety"],
                 **of_prompt(row), "response": text, "ended": ended,
-                **{name: float(values[i]) for name, values in scores.items()},
+                **of_answer(scores, i),
             }
             for i, ((number, row, _), (text, ended)) in enumerate(zip(rows, texts, strict=True))
         ]  # fmt: skip
@@ -298,7 +298,14 @@ class Round:
         kept = [{name: value for name, value in row.items() if name not in SCORES} for row, _ in fitting]
         prompts, responses = ([ids[part] for _, ids in fitting] for part in (0, 1))
         scores = self.score(prompts, responses, kept, [row["response"] for row in kept])
-        return [{**row, **{name: float(values[i]) for name, values in scores.items()}} for i, row in enumerate(kept)]
+        return [{**row, **of_answer(scores, i)} for i, row in enumerate(kept)]
+
+
+def of_answer(scores: Mapping[str, Any], i: int) -> Row:
+    """What `Round.score` gave answer `i`, as fields of its row."""
+    return {
+        name: of_answer(values, i) if isinstance(values, Mapping) else float(values[i]) for name, values in scores.items()
+    }
 
 
 def _sized(name: str, model: ModelConfig) -> ModelConfig:

@@ -14,6 +14,7 @@ from llama_jax.data.loader import IndexedBatches
 from llama_jax.model.params import Params
 from llama_jax.parallel.axes import batch_shardings, batch_shards
 from llama_jax.pretrain.base import process_share
+from llama_jax.reward.scorers import OtherScores
 from llama_jax.rlhf.clock import StepClock
 from llama_jax.rlhf.judge import Frozen, Judge, PromptBatch
 from llama_jax.rlhf.reward_watch import RewardWatch
@@ -29,7 +30,7 @@ class Roller:
     judge: Judge
     frozen: Frozen
     keys: Callable[[Any], jax.Array]  # prompt numbers [B] -> PRNG keys [B]
-    score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None  # see `reward.scorers.HostScorers`
+    score: Callable[[jax.Array, jax.Array, jax.Array], OtherScores] | None = None  # see `reward.scorers.HostScorers`
 
     def __call__(
         self, params: dict[str, Params], prompts: PromptBatch, beta: float | np.ndarray, clock: StepClock | None = None
@@ -53,20 +54,26 @@ class Roller:
         return rollout, {**metrics, **timing}
 
 
+MOST_ERROR = 0.2  # of the KL, as a share of its target, that a change of beta is in proportion to
+
+
 @dataclasses.dataclass(frozen=True)
 class KlControl:
-    """The KL coefficient: fixed, as in the paper, or led towards a target (Ziegler et al. 2019, section 2.2)."""
+    """The KL coefficient: fixed, as in the paper, or led towards a target (Ziegler et al. 2019, section 2.2).
+
+    beta stays positive only if a rollout has less than `horizon` / MOST_ERROR responses (`PpoSettings` sees to it).
+    """
 
     beta: float
     target: float = 0.0  # KL of a response in nats; 0: fixed
-    horizon: float = 10_000.0  # responses in which beta may change by a factor of 1 + 0.2
+    horizon: float = 10_000.0  # responses in which beta may change by a factor of 1 + MOST_ERROR
     warm_up: int = 0  # iterations for the critic alone, in which the policy stays as it is
 
     def after(self, beta: float, kl: float, responses: int) -> float:
         """beta for the next rollout, from the KL of this one."""
         if not self.target:
             return beta
-        return beta * (1 + min(max(kl / self.target - 1, -0.2), 0.2) * responses / self.horizon)
+        return beta * (1 + min(max(kl / self.target - 1, -MOST_ERROR), MOST_ERROR) * responses / self.horizon)
 
 
 def check_size(size: int, rows: int, mesh: Mesh) -> None:

@@ -22,18 +22,26 @@ from jax.sharding import Mesh
 
 from llama_jax.config import ConfigError, check_least
 from llama_jax.data.dialog import decode_response, encode_prompt, encode_response
+from llama_jax.data.mixture import check_files
 from llama_jax.data.sources import read_jsonl, read_prompts, write_jsonl
 from llama_jax.interop.restore import restore_model
 from llama_jax.model import params as table
 from llama_jax.parallel.hosts import exist, on_host_0
-from llama_jax.pretrain.base import StageConfig, check_reward_model, check_start, load_tokenizer
+from llama_jax.pretrain.base import StageConfig, check_language_model, check_reward_model, load_tokenizer
 from llama_jax.rlhf import drawn
 from llama_jax.rlhf.chips import check_generates
 from llama_jax.rlhf.reinforce import encode_prompts
 from llama_jax.rlhf.rejection import choose_prompts
 from llama_jax.rlhf.respond import Responder, Tell, usable, write_in_portions
 from llama_jax.rlhf.scoring import check_scorer, sigmoid_scores
-from llama_jax.safety.prompts import ATTACKS, RISKS, category_preprompt, generic_preprompts, with_preprompt
+from llama_jax.safety.prompts import (
+    ATTACKS,
+    RISKS,
+    category_preprompt,
+    generic_preprompts,
+    with_preprompt,
+    without_template,
+)
 from llama_jax.sft.stage import DialogData, check_fine_tuning, fine_tuning_stage
 from llama_jax.training.stage import LoopConfig, Stage
 
@@ -64,6 +72,7 @@ class DistillSettings:
     sampling_batch: int
 
     def __post_init__(self):
+        check_files("distill.prompts", (self.prompts,))
         most = len(generic_preprompts())
         if not 0 <= self.generic <= most or (self.generic == 0 and not self.category):
             raise ValueError(f"distill.generic: expected 1 to {most} pre-prompts (0 with category=True), got {self.generic}")
@@ -93,14 +102,12 @@ def preprompts_of(row: Mapping[str, Any], settings: DistillSettings, *, rng: np.
     return found
 
 
-def without_template(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence on the prompts that get no answer template for their risk, "" where all get one."""
-    others = [row.get("risk") or "" for row in rows if row.get("risk") not in RISKS]
-    if not others:
-        return ""
-    named = ", ".join(repr(name) for name in sorted(set(others)) if name) or "none"
-    expected = f"expected one of {', '.join(RISKS)}; found {named}"
-    return f"{len(others)} of {len(rows)} prompts get no template for their risk: {expected}"
+def warn_of_labels(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tells of the prompts that get no template for their risk or, where they name an attack, for that."""
+    of_attacks = [row for row in rows if row.get("attack")]
+    for sentence in (without_template(rows, "risk"), without_template(of_attacks, "attack")):
+        if sentence:
+            log.warning("%s: %s", path, sentence)
 
 
 def keep_preferred(samples: Sequence[Mapping[str, Any]], *, least_gain: float) -> list[dict[str, Any]]:
@@ -163,7 +170,7 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     for name in ("policy", "safety"):
         if not getattr(config, name):
             raise ConfigError(f"config.{name}: expected the workdir of a stage, got nothing")
-    check_start(config.policy, model, tokenizer)
+    check_language_model("policy", config.policy, model, tokenizer)
     check_reward_model("safety", config.safety, model, tokenizer)
     settings, seed = config.distill, config.loop.seed
     if settings.prompt_length + settings.new_tokens > model.max_length:
@@ -176,8 +183,8 @@ def draw_samples(config: DistillConfig, mesh: Mesh, path: Path) -> None:
     if not encoded:
         raise ConfigError(f"{settings.prompts}: no prompt has is_safety true; helpful prompts are never distilled")
     chosen = choose_prompts(encoded, settings.max_prompts, seed)
-    if settings.category and (sentence := without_template([row for row, _ in chosen])):
-        log.warning("%s: %s", settings.prompts, sentence)
+    if settings.category:
+        warn_of_labels(settings.prompts, [row for row, _ in chosen])
     rng, room = np.random.default_rng(seed), model.max_length - settings.new_tokens
     questions, answers, too_long = [], 0, 0
     for number, (row, ids) in enumerate(chosen):

@@ -6,6 +6,7 @@ The categories are the paper's; all wordings are ours. A pre-prompt is the syste
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,17 @@ def category_preprompt(risk: str, attack: str = "other") -> str:
         if value not in known:
             raise ValueError(f"{kind} {value!r} is unknown; expected one of {', '.join(known)}")
     return " ".join(filter(None, (ATTACKS[attack], RISKS[risk].template)))
+
+
+def without_template(rows: Sequence[Mapping[str, Any]], label: Literal["risk", "attack"]) -> str:
+    """One sentence on the prompts that get no answer template for their `label`, "" where all get one."""
+    known = {"risk": RISKS, "attack": ATTACKS}[label]
+    others = [row.get(label) or "" for row in rows if row.get(label) not in known]
+    if not others:
+        return ""
+    named = ", ".join(repr(name) for name in sorted(set(others)) if name) or "none"
+    expected = f"expected one of {', '.join(known)}; found {named}"
+    return f"{len(others)} of {len(rows)} prompts get no template for their {label}: {expected}"
 
 
 def with_preprompt(messages: Sequence[Mapping[str, str]], preprompt: str) -> list[dict[str, str]]:

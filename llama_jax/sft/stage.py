@@ -16,7 +16,7 @@ from llama_jax.config import ConfigError
 from llama_jax.data.chat_template import encode_example
 from llama_jax.data.dialog import DialogRow, EncodedDialog, encode_dialogs
 from llama_jax.data.loader import row_source
-from llama_jax.data.mixture import mix, whole_or_share
+from llama_jax.data.mixture import check_files, mix, whole_or_share
 from llama_jax.data.packing import Packed, pack_dialogs
 from llama_jax.data.rows import read_rows
 from llama_jax.data.sources import read_dialogs
@@ -55,6 +55,10 @@ class DialogData:
     length: int
     train_on: Literal["all", "last"] = "all"
     shares: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        check_files("data.train", self.train)
+        check_files("data.held_out", self.held_out)
 
     def joined(self, *paths: str) -> Self:
         """With further files to train on, whole."""

@@ -112,8 +112,7 @@ class _Run:
             return state, meta
         self.spikes.losses = []
         state = born_sharded(self.stage.init, self.stage.specs, self.stage.optimizer, self.mesh)
-        logged = {"metrics": {}, "tokens_per_second": 0.0}
-        return state, {"step": 0, "seconds": 0.0, "productive": 0.0, "logged": logged}
+        return state, {"step": 0, "seconds": 0.0, "productive": 0.0, "logged": {"metrics": {}}}
 
     def compile_for_examples(self, state: TrainState) -> None:
         """Where batches have several shapes, a program for each, before the first step."""
@@ -168,6 +167,7 @@ class _Run:
                 done = step + 1
                 held_out = passage.after(done, begun)
             passage.recorder.flush()
+            passage.check_updated(done)
             held_out = passage.patience.held_out or held_out or passage.evaluate(done)
         self.watchdog.at("the end", done)
         self.checkpoints.wait()  # a stage is done only when its checkpoint is on disk
@@ -250,6 +250,14 @@ class _Passage:
             self.save(done, ranked)
         self.recorder.pace.skip(time.monotonic() - paused)
         return held_out
+
+    def check_updated(self, done: int) -> None:
+        """Diverged for a run that made none of its updates, of too few steps for the recorder to stop it: its result would be
+        its start. Asked of the state, so that a start behind the last step hears it, too."""
+        if int(jax.device_get(self.state.skipped)) == done:
+            raise Diverged(
+                f"{self.stage.name}: none of its {done} updates was finite, so the parameters are those that it began with"
+            )
 
     def rank(self, done: int, held_out: dict[str, float]) -> tuple[dict[str, float], bool]:
         """What a checkpoint of these steps is ranked by, and whether patience has seen nothing better."""

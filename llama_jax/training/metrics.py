@@ -106,7 +106,7 @@ class MetricWriter:
             raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others; a degree without pairs has no accuracy
-                self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name.replace(":", "."), value, step)  # in its names a scorer's colon is illegal
         with may_fail(self._workdir):
             self._mirror.send_if_due()
 

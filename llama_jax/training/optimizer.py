@@ -55,6 +55,8 @@ class OptimConfig:
 class Schedule:
     """Learning rate by step (0-based): linear from 0 over `warmup` steps, then a cosine to `final` x `peak` at `steps`.
 
+    Steps are those whose updates were made: a skipped one does not count, so the next one has the rate that it would have had.
+
     Its numbers are arrays, so that a compiled step takes them as arguments: stages that differ in nothing but how long they
     train, as the reward models of one version and the next, share one program.
     """
@@ -115,16 +117,23 @@ def make(config: OptimConfig, *, steps: int, decay: Any) -> Optimizer:
 
     def update(gradients: Any, state: Any, params: Any, schedule: Schedule | None = None) -> tuple[Any, Any]:
         updates, state = whole.update(gradients, state, params, schedule=own if schedule is None else schedule)
-        if _several(gradients):
+        if several_models(gradients):
             updates = {name: _still_without(gradients[name], tree) for name, tree in updates.items()}
         return updates, state
 
     return Optimizer(whole.init, update, own)
 
 
-def _several(tree: Any) -> bool:
+def several_models(tree: Any) -> bool:
     """Whether several models are trained at once: policy and critic."""
-    return len(tree) > 1 and not {"trunk", "lora"} & set(tree)
+    return isinstance(tree, dict) and len(tree) > 1 and not {"trunk", "lora"} & set(tree)
+
+
+def gradient_norms(gradient: Any) -> dict[str, jax.Array]:
+    """The norms that gradients are clipped by, under the names of their metrics: of several models, one for each."""
+    if not several_models(gradient):
+        return {"gradient_norm": optax.tree.norm(gradient)}
+    return {f"gradient_norm/{name}": optax.tree.norm(tree) for name, tree in gradient.items()}
 
 
 def _still_without(gradient: Any, updates: Any) -> Any:
@@ -141,7 +150,7 @@ def clip_each_model(limit: float) -> optax.GradientTransformation:
         del params
         if not limit:
             return updates, state
-        if not _several(updates):
+        if not several_models(updates):
             return _clip(updates, limit), state
         return {name: _clip(tree, limit) for name, tree in updates.items()}, state
 

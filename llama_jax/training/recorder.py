@@ -62,7 +62,15 @@ class Pace:
 
 
 class Recorder:
-    """What the loop hands over after each step, on its way to the log, the progress bar and the judgement of spikes."""
+    """What the loop hands over after each step, on its way to the log, the progress bar and the judgement of spikes.
+
+    Beside the metrics of steps it logs
+      tokens_seen: real tokens of the batches, since step 0 of the run, that updates were made of: padding is none, skipped
+        batches were not learned from, and a batch that comes again (an epoch) counts again. Of batches that do not tell,
+        `Stage.tokens_per_step` stands for theirs. Checkpoints hold it with the last metrics.
+      tokens_per_second: steps a second since the last line x `Stage.tokens_per_step`, which has the padding of rows; absent
+        in the first lines, before which no step was timed.
+    """
 
     def __init__(
         self,
@@ -80,7 +88,7 @@ class Recorder:
         self.spikes, self.workdir, self.extra = spikes, workdir, extra
         self.pending: tuple | None = None
         self.last: dict[str, float] = dict(logged["metrics"])
-        self.rate_before: float = logged["tokens_per_second"]
+        self.rate_before: float | None = logged.get("tokens_per_second")
         self.pace = Pace()
 
     def push(self, step: int, means: Mapping[str, jax.Array], source_metrics: Mapping[str, float]) -> None:
@@ -95,6 +103,7 @@ class Recorder:
         step, means, source_metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(means)).items()} | dict(source_metrics)
+        values |= self._tokens_seen(values.pop("tokens", None), skipped=values["skipped_in_a_row"] > 0)
         self.pace.step(time.monotonic())
         if self.stage.check is not None and not values["skipped_in_a_row"]:
             self.stage.check(step, values)
@@ -103,8 +112,7 @@ class Recorder:
         self.progress.update(1, **shown)
         due = step % self.config.log_every == 0 or step == self.config.steps - 1 or source_metrics
         if due or values["skipped_in_a_row"]:
-            rate = {"tokens_per_second": self.tokens_per_second(self.pace.lately())} if self.stage.tokens_per_step else {}
-            self.writer.write(step, {**values, **rate, **self.extra()})
+            self.writer.write(step, {**values, **self._rate(self.pace.lately()), **self.extra()})
         if values["skipped_in_a_row"] >= self.config.max_skipped_in_a_row:
             self._diverged(step, int(values["skipped_in_a_row"]))
         if report := self.spikes.see(step, values["loss"]):
@@ -129,8 +137,18 @@ class Recorder:
 
     def logged(self) -> dict[str, Any]:
         """What the summary tells; a checkpoint holds it too, for a run that is killed after its last step."""
-        return {"metrics": self.last, "tokens_per_second": self.tokens_per_second(self.pace.mean())}
+        return {"metrics": self.last, **self._rate(self.pace.mean())}
 
-    def tokens_per_second(self, steps_per_second: float | None) -> float:
-        """Of this process's steps; before any is timed, that of the process before."""
-        return self.rate_before if steps_per_second is None else self.stage.tokens_per_step * steps_per_second
+    def _rate(self, steps_per_second: float | None) -> dict[str, float]:
+        """Tokens a second of this process's steps; before any is timed that of the process before, or nothing."""
+        measured = None if steps_per_second is None else self.stage.tokens_per_step * steps_per_second
+        rate = self.rate_before if measured is None else measured
+        return {"tokens_per_second": rate} if rate else {}
+
+    def _tokens_seen(self, tokens: float | None, *, skipped: bool) -> dict[str, float]:
+        """Those of all steps up to one with so many real tokens (None: its batch does not tell)."""
+        if tokens is None and not self.stage.tokens_per_step:
+            return {}
+        if tokens is None:
+            tokens = 0 if skipped else self.stage.tokens_per_step
+        return {"tokens_seen": self.last.get("tokens_seen", 0.0) + tokens}  # float64 counts one by one up to 9e15

@@ -158,7 +158,7 @@ class Stage:
       loss: (params, batch) -> (objective, metrics), sums and weights.
       source: batches.
       evaluate: params -> held-out metrics; called by the loop every `eval_every` steps and at the end.
-      tokens_per_step: for the rate that is logged.
+      tokens_per_step: of rows, their padding included; for the rate that is logged. 0: none is.
       show: the metric in the progress bar.
       check: (step, metrics) of each step; raises if they break an invariant of the stage.
       meta: JSON values stored with every checkpoint (model shape, tokenizer fingerprint, ...).

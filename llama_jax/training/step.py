@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.config import ConfigError
 from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
 from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh
-from llama_jax.training.optimizer import Optimizer, Schedule
+from llama_jax.training.optimizer import Optimizer, Schedule, gradient_norms
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
@@ -41,6 +41,13 @@ def make_step(
 
     The state is donated and keeps its `layout`. `frozen` are parameters that the loss reads beside the trained ones: neither
     donated nor differentiated. Without a `schedule`, the optimizer's own becomes part of the program.
+
+    Beside the loss's own metrics, the means are:
+      loss: of the objective, over its weight.
+      gradient_norm: global, before clipping; of several models `gradient_norm/policy` and so on, as each is clipped by its own.
+      learning_rate: that this step's update is made with (one that is skipped would have been); with a schedule only.
+      tokens: real ones (no padding) of the batch, 0 if its update was skipped; where it has `segment_ids`.
+      skipped, skipped_in_a_row: updates so far, this one included.
     """
 
     def step(
@@ -53,9 +60,16 @@ def make_step(
 
         gradient, objective, metrics = _accumulate(whole_loss, state.params, batch, microbatches, layout.params)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(objective.weight, 1e-9), gradient)
-        norm = optax.tree.norm(gradient)
+        norms = gradient_norms(gradient)
         mean = objective.sum / jnp.maximum(objective.weight, 1e-9)
-        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        finite = jnp.isfinite(mean) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
+        more = {}
+        rates = getattr(optimizer, "schedule", None) if schedule is None else schedule
+        if rates is not None:
+            # The optimizer's own count: a skipped update leaves it, as all of its state, where it was.
+            more["learning_rate"] = rates(state.step - state.skipped)
+        if hasattr(batch, "segment_ids"):
+            more["tokens"] = jnp.where(finite, jnp.sum(batch.segment_ids > 0), 0)
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **named)
         updated = (optax.apply_updates(state.params, updates), opt_state)
@@ -66,10 +80,8 @@ def make_step(
             skipped=state.skipped + ~finite, skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )  # fmt: skip
         means = {name: value.mean() for name, value in metrics.items()}
-        means |= {
-            "loss": mean, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row,
-        }  # fmt: skip
-        return state, means
+        means |= {"loss": mean, **norms, **more}
+        return state, means | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
     platform = jax.tree.leaves(layout)[0].mesh.devices.flat[0].platform
     return jax.jit(
