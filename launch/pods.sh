@@ -1,4 +1,4 @@
-# Sourced by tpu_vm.sh and gke/jobset.sh: errors of one line, and ENV, the variables that a run gets.
+# Sourced by tpu_vm.sh and gke/jobset.sh: errors of one line, switches, and ENV, the variables that a run gets.
 # shellcheck shell=bash
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -8,6 +8,26 @@ fail() { echo "error: $*" >&2; exit 1; }
   fail "needs bash 4.4 or newer, this is $BASH_VERSION (macOS: brew install bash)"
 
 needed() { [ -n "${!1:-}" ] || fail "$1 is not set: $2"; }
+
+# switches NAME...: each is on with 1, off with 0 as without a value; off it is made empty, which is what the scripts look at.
+switches() {
+  local switch
+  for switch in "$@"; do
+    case "${!switch:-}" in
+      1) ;;
+      0 | "") printf -v "$switch" "" ;;
+      *) fail "$switch=${!switch}: expected 1 or 0" ;;
+    esac
+  done
+}
+
+# at_least_one NAME...: an error for a variable that is set to anything else than a number of at least 1.
+at_least_one() {
+  local number
+  for number in "$@"; do
+    [[ "${!number:-1}" =~ ^[1-9][0-9]*$ ]] || fail "$number=${!number}: expected a number, at least 1"
+  done
+}
 
 # for_shell WORD...: prints them as a shell will read them again, a space before each.
 for_shell() { [ "$#" -eq 0 ] || printf ' %q' "$@"; }

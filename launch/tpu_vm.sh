@@ -77,7 +77,7 @@ create() {
   mapfile -t where < <(place)
   [ -z "${SPOT:-}" ] || options+=(--spot)
   [ -z "${RESERVED:-}" ] || options+=(--reserved)
-  [ "${#options[@]}" -lt 2 ] || fail "SPOT and RESERVED are both set; expected one of them"
+  [ "${#options[@]}" -lt 2 ] || fail "SPOT and RESERVED are both on; expected one of them"
   [ -z "${SERVICE_ACCOUNT:-}" ] || options+=(--service-account="$SERVICE_ACCOUNT")
   image="${RUNTIME:-$(runtime)}"  # on a line of its own, where an error ends the script
   do_it gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
@@ -329,6 +329,7 @@ case "$command" in
     ;;
   *) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 1 ;;
 esac
+switches SPOT RESERVED ALLOW_DIRTY
 needed NAME "what to call the slice"
 needed ZONE "where it is, as us-east5-a"
 needed TYPE "what it is, as v5p-512"

@@ -44,6 +44,7 @@ from llama_jax.training.lease import Lease
 from llama_jax.training.loop import Diverged, Preempted, train
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.options import RunOptions, parse_steps
+from llama_jax.training.profile import Profile
 from llama_jax.training.saved import named, read_meta, restore_params, written_steps
 from llama_jax.training.spikes import SpikeConfig, Spikes
 from llama_jax.training.stage import Supervised
@@ -534,6 +535,27 @@ def test_a_profile_of_the_steps_asked_for_lies_in_the_workdir(tmp_path, mesh):
     options = RunOptions(profile_steps=parse_steps("2:4"))
     train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path, options=options)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_of_steps_that_the_run_does_not_have_is_an_error(tmp_path, mesh):
+    options = RunOptions(profile_steps=(loop().steps, 1000))
+    with pytest.raises(ConfigError, match=r"--profile_steps=\d+:1000: expected some of the steps 0 to \d+ \(loop.steps="):
+        train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path, options=options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("done", "traced"), [(0, [3, 4, 5]), (3, [3, 4, 5]), (5, [5]), (6, []), (8, [])])
+def test_a_run_that_goes_on_within_the_steps_of_a_profile_traces_the_rest(monkeypatch, tmp_path, caplog, done, traced):
+    running, found = [False], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: running.__setitem__(0, True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: running.__setitem__(0, False))
+    profile = Profile(tmp_path, (3, 6), done=done)
+    for step in range(done, 10):
+        if profile.due(step):
+            profile.turn()
+        found += [step] * running[0]
+    assert found == traced and not running[0]
+    assert ("--profile_steps=3:6: nothing to trace, the run goes on from step" in caplog.text) == (not traced)
 
 
 def test_options_that_cannot_be():

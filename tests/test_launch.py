@@ -155,6 +155,11 @@ def test_a_dry_run_prints_what_would_run(checkout):
         "gcloud", "compute", "tpus", "queued-resources", "create", "run", "--zone=us-east5-a", "--node-id=run",
         "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
     ]  # fmt: skip
+    on_demand = [script("launch/tpu_vm.sh", "--dry_run", "create", **(POD | off)).stdout
+                 for off in ({}, {"SPOT": "0"}, {"RESERVED": "0"}, {"SPOT": "0", "RESERVED": "0"})]  # fmt: skip
+    assert len(set(on_demand)) == 1 and "--spot" not in on_demand[0] and "--reserved" not in on_demand[0]
+    reserved = script("launch/tpu_vm.sh", "--dry_run", "create", **(POD | {"SPOT": "0", "RESERVED": "1"}))
+    assert reserved.stdout.endswith(" --reserved \n")
     # Nothing is asked for where the flag stands behind the command, with a gcloud at hand; what follows a module is its own.
     gcloud = {"PATH": f"{checkout}:{os.environ['PATH']}"}
     program(checkout / "gcloud", f"touch {checkout / 'asked'}")
@@ -215,6 +220,8 @@ def test_what_is_not_committed_is_shipped_only_when_asked(tmp_path, checkout):
     done = script("launch/tpu_vm.sh", "setup", root=checkout, **environment)
     message = "error: not committed: .gitignore new.py; commit, or ship the files as they are with ALLOW_DIRTY=1\n"
     assert (done.returncode, done.stderr) == (1, message) and not (tmp_path / "shipped").exists()
+    off = script("launch/tpu_vm.sh", "setup", root=checkout, **(environment | {"ALLOW_DIRTY": "0"}))
+    assert (off.returncode, off.stderr) == (1, message)
     done = script("launch/tpu_vm.sh", "resume", "train", root=checkout, **environment)
     assert (done.returncode, done.stderr) == (1, message)  # before it waits for a slice
     assert shipped(ALLOW_DIRTY="1") == [*committed, "llama_jax/new.py"]
@@ -458,7 +465,7 @@ def test_whoever_stops_a_run_need_not_have_its_secrets():
     ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"TYPE": "v9"},
      "error: TYPE=v9: expected v4-N, v5e-N, v5p-N, v6e-N or tpu7x-N\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"SPOT": "1", "RESERVED": "1"},
-     "error: SPOT and RESERVED are both set; expected one of them\n"),
+     "error: SPOT and RESERVED are both on; expected one of them\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "delete", "run"], POD, "error: delete: expected no arguments, got run\n"),
     ("launch/tpu_vm.sh", ["--dry_run", "run", "--config=x"], POD, "error: run: expected a module of llama_jax and its flags, "
      "as in: run train --config=configs/pretrain.py:70b; got '--config=x'\n"),
@@ -484,7 +491,17 @@ def test_whoever_stops_a_run_need_not_have_its_secrets():
      "as in: train --config=configs/pretrain.py:70b; got '--config=x'\n"),
     ("launch/local.sh", [], {}, "error: expected a module of llama_jax and its flags, "
      "as in: train --config=configs/pretrain.py:tiny; got ''\n"),
-    ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "many"}, "error: HOSTS=many: expected a number\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "many"}, "error: HOSTS=many: expected a number, at least 1\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"HOSTS": "32"},
+     "error: HOSTS=32 of CHIPS=4: expected the 256 chips of TOPOLOGY=4x8x8, got 128\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"TOPOLOGY": "256"},
+     "error: TOPOLOGY=256: expected the chips of a slice along each dimension, as 4x8x8\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"CHIPS": "0"}, "error: CHIPS=0: expected a number, at least 1\n"),
+    ("launch/gke/jobset.sh", ["--xpk", "train"], GKE | {"SLICES": "0"}, "error: SLICES=0: expected a number, at least 1\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"RESTARTS": "-1"}, "error: RESTARTS=-1: expected a number\n"),
+    ("launch/gke/jobset.sh", ["train"], GKE | {"SPOT": "no"}, "error: SPOT=no: expected 1 or 0\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "create"], POD | {"RESERVED": "true"}, "error: RESERVED=true: expected 1 or 0\n"),
+    ("launch/tpu_vm.sh", ["--dry_run", "setup"], POD | {"ALLOW_DIRTY": "yes"}, "error: ALLOW_DIRTY=yes: expected 1 or 0\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"IMAGE": ""},
      "error: IMAGE is not set: the container image (launch/Dockerfile)\n"),
     ("launch/gke/jobset.sh", ["train"], GKE | {"NAME": "My_run"},
@@ -511,7 +528,7 @@ def manifests():
     """All kinds of manifests that the script renders, by name."""
     yaml = pytest.importorskip("yaml")
     flags = ["train", "--config=configs/pretrain.py:70b,tpu=v5p-512", '--config.data.weights={"web": 0.5}', r"--x=\d: #"]
-    numbers = {"SLICES": "8", "CHIPS": "8", "RESTARTS": "0"}
+    numbers = {"SLICES": "8", "HOSTS": "32", "CHIPS": "8", "RESTARTS": "0"}
     own = {"NAMESPACE": "123", "QUEUE": "tpus", "SERVICE_ACCOUNT": "trainer"}
     kinds = {"plain": {}, "spot": {"SPOT": "1"}, "shared": {"CLAIM": "runs"}, "numbers": numbers, "own": own,
              "queue": {"QUEUE": "tpus"}, "variables": {"ENV": ENV, "HF_TOKEN": "sec ret"}}  # fmt: skip
@@ -575,6 +592,7 @@ def test_the_manifest_is_a_jobset():
     assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "runs"}}]
     assert pod["containers"][0]["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
     plain = yaml.safe_load(script("launch/gke/jobset.sh", "train", **GKE).stdout)
+    assert yaml.safe_load(script("launch/gke/jobset.sh", "train", **(GKE | {"SPOT": "0"})).stdout) == plain
     selector = plain["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelector"]
     assert set(selector) == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
     xpk = script("launch/gke/jobset.sh", "--xpk", "train", flags[0], **GKE, CLUSTER="c", TPU="v5p-512").stdout

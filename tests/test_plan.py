@@ -28,8 +28,9 @@ from llama_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llama_jax.parallel.ring import sharded_attention
 from llama_jax.planning import calibration, estimate, hlo, programs, report
 from llama_jax.planning.estimate import Plan, Traffic
-from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, moved_bytes, traced_flops
+from llama_jax.planning.flops import device_bytes, kernels, traced_flops
 from llama_jax.planning.hlo import Module, mesh_axes
+from llama_jax.planning.memory import hbm_bytes, moved_bytes
 from llama_jax.planning.programs import rollout_program, train_program
 from llama_jax.planning.search import REMAT, Setting, space
 from llama_jax.planning.stages import stage_shape
@@ -229,6 +230,151 @@ ENTRY %main (slots: f32[100,64], at: s32[2,1], new: f32[2,64]) -> f32[100,64] {
 }
 """
     assert hbm_bytes(Module(text)) == 2 * 2 * 64 * 4 + 2 * 4  # read, written; and where
+
+
+# As the TPU compiler writes it for mesh.tensor > 1: an all-reduce begun and ended 3 times, each with 8 turns of a windowed product
+# in between, whose fusion hands its arrays on and slices what it multiplies in a fusion of its own.
+WINDOWED = """HloModule jit_step, is_scheduled=true
+
+%begin (p0: f32[4,64]) -> (f32[4,64], bf16[4,64], s32[2]) {
+  %p0 = f32[4,64]{1,0} parameter(0)
+  %all-reduce.1 = bf16[4,64]{1,0} all-reduce(%p0), channel_id=79, replica_groups=[16,4]<=[64], to_apply=%add
+  ROOT %started = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}) custom-call(%all-reduce.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%cut (p1: s32[], p2: bf16[4,64]) -> bf16[4,16] {
+  %p1 = s32[]{:S(6)} parameter(0)
+  %p2 = bf16[4,64]{1,0} parameter(1)
+  %nothing = bf16[] constant(0)
+  %padded = bf16[4,128]{1,0} pad(%p2, %nothing), padding=0_0x0_64
+  %zero = s32[] constant(0)
+  %window = bf16[4,32]{1,0} dynamic-slice(%padded, %zero, %p1), dynamic_slice_sizes={4,32}
+  ROOT %flat = bf16[128]{0} bitcast(%window)
+}
+
+%async_collective_fusion.1 (p3: f32[4,64], p4: bf16[4,64], p5: s32[2], p6: s32[], p7: bf16[4,64], p8: bf16[8,4]) -> (f32[8,16], f32[4,64], bf16[4,64], bf16[4,64], s32[2]) {
+  %p6 = s32[]{:S(6)} parameter(3)
+  %p7 = bf16[4,64]{1,0} parameter(4)
+  %sliced = bf16[128]{0} fusion(%p6, %p7), kind=kLoop, calls=%cut
+  %p8 = bf16[8,4]{1,0:S(1)} parameter(5)
+  %product = f32[8,16]{1,0} convolution(%p8, %sliced), dim_labels=bf_io->bf
+  %p3 = f32[4,64]{1,0} parameter(0)
+  %p4 = bf16[4,64]{1,0} parameter(1)
+  %all-reduce.2 = bf16[4,64]{1,0} all-reduce(%p3), channel_id=79, replica_groups=[16,4]<=[64], to_apply=%add
+  %p5 = s32[2]{0:S(2)} parameter(2)
+  ROOT %step = (f32[8,16]{1,0}, f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}) tuple(%product, %p3, %p4, %all-reduce.2, %p5)
+}
+
+%end (p9: f32[4,64], p10: bf16[4,64], p11: s32[2]) -> bf16[4,64] {
+  %p9 = f32[4,64]{1,0} parameter(0)
+  %p10 = bf16[4,64]{1,0} parameter(1)
+  %all-reduce.3 = bf16[4,64]{1,0} all-reduce(%p9), channel_id=79, replica_groups=[16,4]<=[64], to_apply=%add
+  %p11 = s32[2]{0:S(2)} parameter(2)
+  ROOT %ended = bf16[4,64]{1,0} custom-call(%p9, %p10, %all-reduce.3, %p11), custom_call_target="AsyncCollectiveDone"
+}
+
+%window_body (state: (f32[4,64], bf16[4,64], s32[2], s32[], bf16[4,64], bf16[8,4])) -> (f32[4,64], bf16[4,64], s32[2], s32[], bf16[4,64], bf16[8,4]) {
+  %state.1 = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}, s32[]{:S(6)}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) parameter(0)
+  %a = f32[4,64]{1,0} get-tuple-element(%state.1), index=0
+  %b = bf16[4,64]{1,0} get-tuple-element(%state.1), index=1
+  %c = s32[2]{0:S(2)} get-tuple-element(%state.1), index=2
+  %d = s32[]{:S(6)} get-tuple-element(%state.1), index=3
+  %e = bf16[4,64]{1,0} get-tuple-element(%state.1), index=4
+  %f = bf16[8,4]{1,0:S(1)} get-tuple-element(%state.1), index=5
+  %fusion.795 = (f32[8,16]{1,0:S(1)}, f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}) fusion(%a, %b, %c, %d, %e, %f), kind=kOutput, calls=%async_collective_fusion.1
+  ROOT %turned = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}, s32[]{:S(6)}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) tuple(%a, %b, %c, %d, %e, %f)
+}
+
+%body (state.2: (f32[4,64], bf16[4,64], bf16[8,4])) -> (f32[4,64], bf16[4,64], bf16[8,4]) {
+  %state.2 = (f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) parameter(0)
+  %x = f32[4,64]{1,0} get-tuple-element(%state.2), index=0
+  %y = bf16[4,64]{1,0} get-tuple-element(%state.2), index=1
+  %z = bf16[8,4]{1,0:S(1)} get-tuple-element(%state.2), index=2
+  %i = s32[]{:S(6)} constant(0)
+  %async-collective-start = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}) fusion(%x), kind=kCustom, calls=%begin
+  %s0 = f32[4,64]{1,0} get-tuple-element(%async-collective-start), index=0
+  %s1 = bf16[4,64]{1,0} get-tuple-element(%async-collective-start), index=1
+  %s2 = s32[2]{0:S(2)} get-tuple-element(%async-collective-start), index=2
+  %packed = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}, s32[]{:S(6)}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) tuple(%s0, %s1, %s2, %i, %y, %z)
+  %windowed = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}, s32[]{:S(6)}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) while(%packed), condition=%some, body=%window_body, backend_config={"known_trip_count":{"n":"8"}}
+  %t0 = f32[4,64]{1,0} get-tuple-element(%windowed), index=0
+  %t1 = bf16[4,64]{1,0} get-tuple-element(%windowed), index=1
+  %t2 = s32[2]{0:S(2)} get-tuple-element(%windowed), index=2
+  %async-collective-done = bf16[4,64]{1,0} fusion(%t0, %t1, %t2), kind=kCustom, calls=%end
+  ROOT %after = (f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) tuple(%x, %async-collective-done, %z)
+}
+
+ENTRY %main (p: (f32[4,64], bf16[4,64], bf16[8,4])) -> (f32[4,64], bf16[4,64], bf16[8,4]) {
+  %p = (f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) parameter(0)
+  ROOT %layers = (f32[4,64]{1,0}, bf16[4,64]{1,0}, bf16[8,4]{1,0:S(1)}) while(%p), condition=%some, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_a_collective_beside_the_turns_of_a_windowed_product_runs_as_often_as_it_is_begun():
+    module = Module(WINDOWED)
+    assert module.counts["body"] == 3 and module.counts["window_body"] == 24
+    (found,) = module.collectives()
+    assert (found.kind, found.bytes, found.count, found.overlapped) == ("all-reduce", 4 * 64 * 2, 3, True)
+    # Begun at two places, as where the compiler has taken the first turn out of a loop: both count.
+    twice = WINDOWED.replace(
+        "  ROOT %layers", "  %x.1 = f32[4,64]{1,0} get-tuple-element(%p), index=0\n"
+        "  %first = (f32[4,64]{1,0}, bf16[4,64]{1,0}, s32[2]{0:S(2)}) fusion(%x.1), kind=kCustom, calls=%begin\n  ROOT %layers",
+    )  # fmt: skip
+    assert [found.count for found in Module(twice).collectives()] == [4]
+
+
+def test_arrays_that_a_fusion_hands_on_do_not_move_and_of_a_sliced_one_the_slice_does():
+    module = Module(WINDOWED)
+    moved = {
+        i.name: moved_bytes(module, i) for i, _ in module if i.opcode == "fusion" and i.computation not in module.fused
+    }  # fmt: skip
+    assert moved == {
+        "async-collective-start": 4 * 64 * 4 + 4 * 64 * 2,  # the whole all-reduce: reads float32, writes bfloat16
+        "fusion.795": 4 * 32 * 2 // 2,  # half of the window is padding; its product stays in scratch memory
+        "async-collective-done": 0,
+    }
+    assert hbm_bytes(module) == 3 * (4 * 64 * 6 + 8 * 4 * 32)
+
+
+def test_what_begins_a_copy_moves_it_and_what_ends_it_does_not():
+    text = """HloModule m
+
+%put (p0: f32[100,64], p1: f32[64], p2: s32[]) -> f32[6400] {
+  %p0 = f32[100,64]{1,0} parameter(0)
+  %p1 = f32[64]{0:S(1)} parameter(1)
+  %p2 = s32[]{:S(6)} parameter(2)
+  %row = f32[1,64]{1,0} bitcast(%p1)
+  %zero = s32[] constant(0)
+  %written = f32[100,64]{1,0} dynamic-update-slice(%p0, %row, %p2, %zero)
+  ROOT %flat = f32[6400]{0} bitcast(%written)
+}
+
+%double (p3: f32[100,64]) -> bf16[100,64] {
+  %p3 = f32[100,64]{1,0} parameter(0)
+  ROOT %half = bf16[100,64]{1,0} convert(%p3)
+}
+
+ENTRY %main (stack: f32[100,64], row: f32[64], i: s32[]) -> f32[6400] {
+  %stack = f32[100,64]{1,0} parameter(0)
+  %row.1 = f32[64]{0:S(1)} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %room = f32[100,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %copy-start = (f32[100,64]{1,0:S(1)}, f32[100,64]{1,0}, u32[]{:S(2)}) copy-start(%stack)
+  %copy-done = f32[100,64]{1,0:S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[100,64]{1,0}), f32[20,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:20], [0:64]}
+  %slice-done = f32[20,64]{1,0:S(1)} slice-done(%slice-start)
+  %sent = (f32[100,64]{1,0}, f32[100,64]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%stack), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %came = f32[100,64]{1,0} collective-permute-done(%sent)
+  %converted = bf16[100,64]{1,0} fusion(%came), kind=kLoop, calls=%double
+  ROOT %one = f32[6400]{0} fusion(%came, %row.1, %i), kind=kLoop, calls=%put
+}
+"""
+    module, whole = Module(text), 100 * 64 * 4
+    moved = {i.name: moved_bytes(module, i) for i, _ in module if i.computation == "main"}
+    assert {name: size for name, size in moved.items() if size} == {
+        "copy-start": whole, "slice-start": 20 * 64 * 4, "sent": 2 * whole, "converted": whole + whole // 2, "one": 64 * 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("batch", "rows"), [("2,", 2), ("", 1)])
@@ -470,6 +616,8 @@ def test_state_of_a_program_is_what_a_device_holds():
 @pytest.mark.parametrize(("name", "chip", "shape"), [
     ("v5p:8x8x8", "v5p", (8, 8, 8)), ("v5p-1024", "v5p", (8, 8, 8)), ("v5p-128", "v5p", (4, 4, 4)),
     ("v4-32", "v4", (2, 2, 4)), ("v5e-256", "v5e", (16, 16)), ("v6e:4x8", "v6e", (4, 8)), ("tpu7x-128", "tpu7x", (4, 4, 4)),
+    ("v6e-1", "v6e", (1, 1)), ("v5p-64", "v5p", (2, 4, 4)), ("v5p-768", "v5p", (4, 8, 12)), ("v5p-2048", "v5p", (8, 8, 16)),
+    ("v5p-6144", "v5p", (12, 16, 16)), ("v5p:16x16x12", "v5p", (16, 16, 12)), ("v5p-12288", "v5p", (16, 16, 24)),
 ])  # fmt: skip
 def test_names_of_slices(name, chip, shape):
     found, found_shape = topology.parse(name)
@@ -479,9 +627,16 @@ def test_names_of_slices(name, chip, shape):
 @pytest.mark.parametrize(("name", "words"), [
     ("v3-8", "chip one of v4, v5e, v5p, v6e, tpu7x"),
     ("v5p", "expected <chip>:<shape> or <chip>-<number>"),
-    ("v5p-100", "no such slice; expected one of v5p-8, v5p-16"),
+    ("v5p-100", r"no such slice; expected one of v5p-8, v5p-16, .*, \.\.\. up to v5p-12288"),
+    ("v5p-12416", "no such slice"),
+    ("v6e-512", "no such slice; expected one of v6e-1, v6e-4, .*, v6e-128, v6e-256"),
+    ("v5e:16x32", "no such slice; expected 1x1, 2x2, .*, 16x16$"),
+    ("v6e:16x32", "no such slice"),
+    ("v5p:6x6x6", "no such slice; expected 2x2x1, 2x2x2, 2x2x4, 2x4x4 or multiples of 4, up to 6144 chips"),
+    ("v5p:16x16x28", "no such slice"),
+    ("v5p:2x2x12", "no such slice"),
     ("v5e:4x4x4", "a v5e slice has 2 dimensions, as in 4x4"),
-    ("v5p:4x0x4", "3 dimensions"),
+    ("v5p:4x0x4", "no such slice"),
 ])  # fmt: skip
 def test_names_that_are_none(name, words):
     with pytest.raises(ValueError, match=words):
@@ -516,7 +671,7 @@ def test_over_slices_only_data_crosses():
             self.id, self.slice_index = number, number // 4
 
     devices = [Fake(number) for number in range(8)]
-    with pytest.raises(ValueError, match="data=1 is no multiple of the 2 slices"):
+    with pytest.raises(ValueError, match=r"data=1 is no multiple of the 2 slices, .*: give --config.mesh.data=2 or a multiple"):
         make_mesh(MeshConfig(), devices=devices)
     # In whatever order they come, a replica lies in one slice.
     mixed = [devices[i] for i in (4, 0, 1, 5, 2, 6, 7, 3)]

@@ -38,6 +38,13 @@ def test_gathers_stay_gathers_only_on_a_pod_described_with_its_wires():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v5e-1", "v6e-1", "v5p-12288"])
+def test_the_smallest_and_the_largest_slices_are_described(name):
+    found = topology.describe(name)
+    assert len(found.devices) == found.chips == {"v5e-1": 1, "v6e-1": 1, "v5p-12288": 6144}[name]
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_the_command_plans_a_slice_and_says_what_does_not_fit(tmp_path):
     arguments = ("--config=configs/pretrain.py:7b", "--config.loop.batch_size=8", "--topology=v5p-16", "--json")

@@ -8,10 +8,11 @@
 #   --xpk     prints the xpk command that does the same (CLUSTER, and TPU as v5p-512)
 #   --dry_run prints what would be done, as without --apply
 #
-# Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS and CHIPS (of a host; default 4);
-# SLICES (default 1); RESTARTS (default 100), after preemption among others; SPOT=1; CLAIM, a persistent volume claim that all
-# hosts can write, mounted at /shared for the workdir; ENV, variables of the containers ("HF_TOKEN XLA_FLAGS='--a --b'");
-# SERVICE_ACCOUNT (of Kubernetes), NAMESPACE, QUEUE (a local queue of Kueue).
+# Environment: NAME; IMAGE (launch/Dockerfile); TYPE and TOPOLOGY as node labels; HOSTS of CHIPS each (default 4), which
+# together are TOPOLOGY; SLICES (default 1), of which --config.mesh.data is a multiple; RESTARTS (default 100), after preemption
+# among others; SPOT=1; CLAIM, a persistent volume claim that all hosts can write, mounted at /shared for the workdir; ENV,
+# variables of the containers ("HF_TOKEN XLA_FLAGS='--a --b'"); SERVICE_ACCOUNT (of Kubernetes), NAMESPACE, QUEUE (a local queue
+# of Kueue).
 set -euo pipefail
 
 # shellcheck source=launch/pods.sh
@@ -36,6 +37,9 @@ needed NAME "what to call the run"
 [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail "NAME=$NAME: expected at most 40 small letters, digits and dashes, the first a letter"
 needed IMAGE "the container image (launch/Dockerfile)"
+switches SPOT
+at_least_one SLICES
+[[ "${RESTARTS:-0}" =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: expected a number"
 read_env
 
 if [ "$mode" = xpk ]; then
@@ -62,9 +66,12 @@ fi
 needed TYPE "cloud.google.com/gke-tpu-accelerator of the nodes, as tpu-v5p-slice"
 needed TOPOLOGY "cloud.google.com/gke-tpu-topology of the nodes, as 4x8x8"
 needed HOSTS "how many hosts a slice has"
-for number in HOSTS CHIPS SLICES RESTARTS; do
-  [[ "${!number:-1}" =~ ^[0-9]+$ ]] || fail "$number=${!number}: expected a number"
-done
+at_least_one HOSTS CHIPS
+[[ "$TOPOLOGY" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
+  fail "TOPOLOGY=$TOPOLOGY: expected the chips of a slice along each dimension, as 4x8x8"
+chips=$((${TOPOLOGY//x/*}))
+[ "$((HOSTS * ${CHIPS:-4}))" -eq "$chips" ] ||
+  fail "HOSTS=$HOSTS of CHIPS=${CHIPS:-4}: expected the $chips chips of TOPOLOGY=$TOPOLOGY, got $((HOSTS * ${CHIPS:-4}))"
 
 # A YAML string in double quotes.
 quoted() {

@@ -60,7 +60,10 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if sizes[0] % slices:
-            raise ValueError(f"mesh data={sizes[0]} is no multiple of the {slices} slices: only data may cross slices")
+            raise ValueError(
+                f"mesh data={sizes[0]} is no multiple of the {slices} slices, which data alone may cross: "
+                f"give --config.mesh.data={slices} or a multiple"
+            )
         within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
         order = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:

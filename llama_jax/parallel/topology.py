@@ -24,6 +24,7 @@ class Chip:
     clock: cycles a second of the compiler's estimates: peak / (operations a cycle of all matrix units).
     link: bytes a second of one link to a neighbour, in one direction. The torus has `dimensions` of them, twice each.
     dcn: bytes a second to other slices, over the data-centre network (a host's share for each of its chips).
+    largest: chips of the largest slice.
     devices: how many devices JAX sees in a chip.
     """
 
@@ -33,6 +34,7 @@ class Chip:
     link: float
     dimensions: int
     clock: float
+    largest: int
     devices: int = 1
     config: str | None = None  # libtpu's name of the way to join a chip's cores
     dcn: float = 6.25e9
@@ -41,20 +43,20 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 1.228e12, 4.5e10, 3, 1.05e9, config="megacore"),
-        Chip("v5e", 197e12, 0.819e12, 4.5e10, 2, 1.50e9, dcn=3.125e9),
-        Chip("v5p", 459e12, 2.765e12, 9.0e10, 3, 1.75e9),
-        Chip("v6e", 918e12, 1.640e12, 9.0e10, 2, 1.75e9, dcn=1.25e10),
-        Chip("tpu7x", 2307e12, 7.380e12, 9.0e10, 3, 2.20e9, devices=2, dcn=1.25e10),
+        Chip("v4", 275e12, 1.228e12, 4.5e10, 3, 1.05e9, 4096, config="megacore"),
+        Chip("v5e", 197e12, 0.819e12, 4.5e10, 2, 1.50e9, 256, dcn=3.125e9),
+        Chip("v5p", 459e12, 2.765e12, 9.0e10, 3, 1.75e9, 6144),
+        Chip("v6e", 918e12, 1.640e12, 9.0e10, 2, 1.75e9, 256, dcn=1.25e10),
+        Chip("tpu7x", 2307e12, 7.380e12, 9.0e10, 3, 2.20e9, 9216, devices=2, dcn=1.25e10),
     )
 }
 # Slices of these are named after their cores (two a chip), the others after their chips.
 _CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}
-_SHAPES = {
-    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
-    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
-        1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"},
-}  # fmt: skip
+# In two dimensions all slices, in three those that are less than cubes of 4x4x4; of cubes there is every cuboid.
+_SMALL = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +91,37 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     chip = CHIPS.get(found.group(1)) if found else None
     if chip is None:
         raise ValueError(f"topology {name!r}: expected <chip>:<shape> or <chip>-<number>, chip one of {', '.join(CHIPS)}")
-    shapes = _SHAPES[chip.dimensions]
     if found.group(3):
         cores = _CORES.get(chip.name, 1)
-        number = int(found.group(3))
-        if number % cores or number // cores not in shapes:
-            known = ", ".join(f"{chip.name}-{chips * cores}" for chips in shapes)
-            raise ValueError(f"topology {name!r}: no such slice; expected one of {known}")
-        found_shape = shapes[number // cores]
-    else:
-        found_shape = found.group(2)
-    shape = tuple(int(n) for n in found_shape.split("x") if n)
-    if len(shape) != chip.dimensions or 0 in shape:
-        raise ValueError(f"topology {name!r}: a {chip.name} slice has {chip.dimensions} dimensions, as in {shapes[16]}")
+        shapes = _named(chip)
+        chips, over = divmod(int(found.group(3)), cores)
+        if over or chips not in shapes:
+            known = [f"{chip.name}-{known * cores}" for known in shapes]
+            some = ", ".join(known if len(known) <= 8 else (*known[:8], f"... up to {known[-1]}"))
+            raise ValueError(f"topology {name!r}: no such slice; expected one of {some}")
+        return chip, shapes[chips]
+    shape = tuple(int(n) for n in found.group(2).split("x") if n)
+    if len(shape) != chip.dimensions:
+        example = "x".join(map(str, _named(chip)[16]))
+        raise ValueError(f"topology {name!r}: a {chip.name} slice has {chip.dimensions} dimensions, as in {example}")
+    cubes = chip.dimensions == 3 and all(size and size % 4 == 0 for size in shape)
+    if math.prod(shape) > chip.largest or not (cubes or shape in _SMALL[chip.dimensions]):
+        known = ", ".join("x".join(map(str, small)) for small in _SMALL[chip.dimensions])
+        more = f" or multiples of 4, up to {chip.largest} chips" if chip.dimensions == 3 else ""
+        raise ValueError(f"topology {name!r}: no such slice; expected {known}{more}")
     return chip, shape
+
+
+def _named(chip: Chip) -> dict[int, tuple[int, ...]]:
+    """{chips: shape} of the slices that have a product name; of cuboids with as many cubes the most compact one has it."""
+    shapes = {math.prod(shape): shape for shape in _SMALL[chip.dimensions]}
+    cubes = chip.largest // 64 if chip.dimensions == 3 else 0
+    for a in range(1, math.isqrt(cubes) + 1):
+        for b in range(a, cubes // a + 1):
+            for c in range(b, cubes // (a * b) + 1):
+                shape = (4 * a, 4 * b, 4 * c)
+                shapes[64 * a * b * c] = min(shapes.get(64 * a * b * c, shape), shape, key=sum)
+    return dict(sorted(shapes.items()))
 
 
 def _wrap(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
@@ -137,6 +156,8 @@ def describe(name: str, *, slices: int = 1) -> Topology:
         settings["chip_config_name"] = chip.config
     if slices > 1:
         settings["num_slices"] = slices
+    if math.prod(shape) == 1:
+        settings["chips_per_host_bounds"] = (1, 1, 1)  # libtpu expects hosts of 2x2
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **settings

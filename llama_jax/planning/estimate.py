@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llama_jax.parallel.topology import Topology, ring_width
-from llama_jax.planning.flops import device_bytes, hbm_bytes, kernels, moved_bytes, traced_flops
+from llama_jax.planning.flops import device_bytes, kernels, traced_flops
 from llama_jax.planning.hlo import Collective, Module, mesh_axes
+from llama_jax.planning.memory import hbm_bytes, moved_bytes
 from llama_jax.planning.programs import Program
 
 # Share of the peak that attention kernels reach: the compiler does not schedule what is written in Pallas.

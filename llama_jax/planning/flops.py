@@ -1,4 +1,4 @@
-"""Arithmetic and memory traffic that a program executes, recomputation included."""
+"""Arithmetic that a program executes, recomputation included, and what its arrays take."""
 
 import math
 import re
@@ -12,9 +12,6 @@ from llama_jax.planning.hlo import Instruction, Module, mean_trips
 
 # Matrix products of one visit of a tile, by kernel: scores and out; scores, d_scores and dq; those two with dk and dv.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # of which operand writes a part of the first one
-_SILENT = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all",
-           "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
 
 
 def traced_flops(jaxpr: Any, *, trips: int = 0) -> int:
@@ -98,53 +95,6 @@ def _key_block(kernel: Instruction) -> int:
     if block is None:
         raise ValueError(f"kernel {kernel.name}: {name} is not in its metadata")
     return int(block.group(1))
-
-
-def hbm_bytes(module: Module) -> int:
-    """Bytes between main memory and the core of one device: operands and results of every instruction that is executed.
-
-    Of an array that an instruction only slices, or writes a slice of, the slice counts.
-    """
-    total = 0
-    for instruction, count in module:
-        if instruction.computation in module.fused or instruction.opcode in _SILENT:
-            continue
-        total += count * moved_bytes(module, instruction)
-    return total
-
-
-def moved_bytes(module: Module, instruction: Instruction) -> int:
-    """Those of one execution of an instruction."""
-    results = sum(array.bytes for array in instruction.arrays if array.in_hbm)
-    inner = re.search(r"calls=%?([\w.\-]+)", instruction.attributes) if instruction.opcode == "fusion" else None
-    body = module.computations.get(inner.group(1), {}) if inner else {instruction.name: instruction}
-    updates = [i for i in body.values() if i.opcode in _UPDATES]
-    if updates:  # written in place
-        results = sum(_operand_bytes(module, update, _UPDATES[update.opcode]) for update in updates)
-    moved = results
-    for index in range(len(instruction.operands)):
-        operand = module.operand(instruction, index)
-        if operand is None or not all(array.in_hbm for array in operand.arrays):
-            continue
-        size = operand.bytes
-        if inner:
-            parameter = next((i for i in body.values() if i.opcode == "parameter" and i.arguments == str(index)), None)
-            users = [i for i in body.values() if parameter is not None and parameter.name in i.operands]
-            if users and all(user.opcode == "dynamic-slice" for user in users):
-                size = sum(user.bytes for user in users)
-            elif any(user in updates and user.operands[0] == parameter.name for user in users):
-                size = 0
-        elif instruction.opcode in ("dynamic-slice", "gather") and index == 0:
-            size = results
-        elif updates and index == 0:
-            size = 0
-        moved += size
-    return moved
-
-
-def _operand_bytes(module: Module, instruction: Instruction, index: int) -> int:
-    operand = module.operand(instruction, index)
-    return operand.bytes if operand else 0
 
 
 def device_bytes(tree: Any) -> int:

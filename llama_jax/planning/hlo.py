@@ -86,6 +86,7 @@ class Module:
     def __init__(self, text: str, *, trips: int = 0):
         self.trips = trips
         self.computations: dict[str, dict[str, Instruction]] = {}
+        self.roots: dict[str, Instruction] = {}  # of each computation the one whose value is its result
         self.entry = ""
         current = None
         for line in _lines(text):
@@ -99,6 +100,8 @@ class Module:
                 current = None
             elif (instruction := _parse(line, current)) is not None:
                 self.computations[current][instruction.name] = instruction
+                if line.lstrip().startswith("ROOT "):
+                    self.roots[current] = instruction
         if not self.entry:
             raise ValueError("no ENTRY computation: this is not the text of a compiled program")
 
@@ -167,43 +170,74 @@ class Module:
         """The instruction that makes an operand."""
         return self.computations[instruction.computation].get(instruction.operands[index])
 
+    def parameter(self, computation: str, index: int) -> Instruction | None:
+        """What stands for the operand of that index inside of a computation."""
+        inside = self.computations.get(computation, {}).values()
+        return next((i for i in inside if i.opcode == "parameter" and i.arguments == str(index)), None)
+
+    def users(self, instruction: Instruction) -> list[tuple[Instruction, int]]:
+        """(user, index of the operand) of everything in the same computation that takes an instruction's value."""
+        return self._users[instruction.computation].get(instruction.name, [])
+
+    @functools.cached_property
+    def _users(self) -> dict[str, dict[str, list[tuple[Instruction, int]]]]:
+        found: dict[str, dict[str, list[tuple[Instruction, int]]]] = {}
+        for computation, instructions in self.computations.items():
+            users = found[computation] = {}
+            for instruction in instructions.values():
+                for index, name in enumerate(instruction.operands):
+                    users.setdefault(name, []).append((instruction, index))
+        return found
+
     def collectives(self) -> list[Collective]:
-        """All communication of a step, in program order; groups of one device, who has nobody to talk to, are left out.
+        """All communication of a step, that between slices last. Groups of one device, which talk to nobody, are left out."""
+        between = (_between_slices(instruction, count) for instruction, count in self)
+        return [*map(self._collective, self._parts.values()), *(crossing for crossing in between if crossing is not None)]
+
+    @functools.cached_property
+    def continued(self) -> set[str]:
+        """The instructions inside of fusions that go on with a collective, or end it, which another fusion has begun."""
+        found: set[str] = set()
+        for parts in self._parts.values():
+            if any(self._begins(instruction) for instruction, _ in parts):
+                found |= {instruction.name for instruction, _ in parts if not self._begins(instruction)}
+        return found
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[tuple[Instruction, int]]]:
+        """The instructions of each collective with their executions.
 
         The TPU compiler spreads an asynchronous collective over several fusions (begin, steps beside arithmetic, end), all
-        with the channel of one collective: it counts once.
+        with the channel of one collective. Elsewhere channels of different origin may carry the same number.
         """
-        channels: dict[str, Collective] = {}
+        found: dict[str, list[tuple[Instruction, int]]] = {}
         for instruction, count in self:
-            kind = instruction.opcode.removesuffix("-start")
-            if (crossing := _between_slices(instruction, count)) is not None:
-                channels[instruction.name] = crossing
-            if kind not in COLLECTIVES:
+            if not is_collective(instruction) or len(_group(instruction)) < 2:
                 continue
-            group = _group(instruction)
-            if len(group) < 2:
-                continue
-            arrays = instruction.arrays
-            if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-                arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # (operands, results, ...)
-            if instruction.computation.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # as the TPU compiler writes one; its result here is that of the all-reduce
-            elif kind == "reduce-scatter":
-                arrays = tuple(
-                    array for i in range(len(instruction.operands)) for array in self.operand(instruction, i).arrays
-                )
-            dtype = max(arrays, key=lambda array: array.bytes).dtype
-            overlapped = instruction.opcode.endswith("-start") or self._beside_arithmetic(instruction)
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            # Elsewhere channels of different origin may carry the same number.
-            key = channel.group(1) if channel and instruction.computation in self.fused else instruction.name
-            if key in channels:
-                known = channels[key]
-                count, overlapped = max(count, known.count), overlapped or known.overlapped
-            channels[key] = Collective(
-                kind, sum(array.bytes for array in arrays), group, count, overlapped, instruction.op_name, dtype
-            )
-        return list(channels.values())
+            fused = channel is not None and instruction.computation in self.fused
+            found.setdefault(channel.group(1) if fused else instruction.name, []).append((instruction, count))
+        return found
+
+    def _begins(self, instruction: Instruction) -> bool:
+        return any(begins_collective(inner) for inner in self.computations[instruction.computation].values())
+
+    def _collective(self, parts: list[tuple[Instruction, int]]) -> Collective:
+        instruction, _ = parts[-1]
+        # A step may lie in a loop of its own and run more often than what it is a step of: what begins it is counted.
+        begun = sum(count for part, count in parts if self._begins(part))
+        kind, arrays = instruction.opcode.removesuffix("-start"), instruction.arrays
+        if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # (operands, results, ...)
+        if instruction.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # as the TPU compiler writes one; its result here is that of the all-reduce
+        elif kind == "reduce-scatter":
+            arrays = tuple(array for i in range(len(instruction.operands)) for array in self.operand(instruction, i).arrays)
+        return Collective(
+            kind, sum(array.bytes for array in arrays), _group(instruction), begun or max(count for _, count in parts),
+            any(part.opcode.endswith("-start") or self._beside_arithmetic(part) for part, _ in parts),
+            instruction.op_name, max(arrays, key=lambda array: array.bytes).dtype,
+        )  # fmt: skip
 
     def _beside_arithmetic(self, instruction: Instruction) -> bool:
         """Whether a collective is part of a fusion with a matrix product, or waited for by another instruction."""
@@ -228,6 +262,27 @@ class Module:
             if instruction.opcode.startswith("async")
             for called in _called(instruction)
         }
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it is communication between devices, or begins some."""
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def begins_collective(instruction: Instruction) -> bool:
+    """Whether it stands, in a fusion, for the begin of a collective that later fusions go on with."""
+    return 'custom_call_target="AsyncCollectiveStart"' in instruction.attributes
+
+
+def ends_collective(instruction: Instruction) -> bool:
+    """Whether it stands, in a fusion, for the end of such a one."""
+    return 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes
+
+
+def fused_into(fusion: Instruction) -> str:
+    """The computation that a fusion executes; "" for any other instruction."""
+    found = re.search(r"calls=%?([\w.\-]+)", fusion.attributes) if fusion.opcode == "fusion" else None
+    return found.group(1) if found else ""
 
 
 def mesh_axes(collective: Collective, shape: dict[str, int]) -> tuple[str, ...]:

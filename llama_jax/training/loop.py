@@ -25,7 +25,7 @@ from llama_jax.training.metrics import HELD_OUT, Compilations, MetricWriter, Pro
 from llama_jax.training.options import RunOptions
 from llama_jax.training.patience import Patience, Rule
 from llama_jax.training.preemption import Preempted
-from llama_jax.training.profile import Profile
+from llama_jax.training.profile import Profile, check_steps
 from llama_jax.training.recorder import Diverged, Recorder
 from llama_jax.training.spikes import Spike, Spikes
 from llama_jax.training.stage import LoopConfig, Stage
@@ -48,6 +48,7 @@ def train(
     """
     options = options or RunOptions()
     _check(stage, config, mesh)
+    check_steps(options.profile_steps, count=config.steps)
     with contextlib.ExitStack() as entered:
         if attempt is None:
             attempt = entered.enter_context(attempts.start(options))
@@ -142,7 +143,7 @@ class _Run:
         passage = _Passage(self)
         first = done = passage.first
         feed = Feed(stage.source, self.mesh, config.steps, self.spikes.index)
-        profile = Profile(self.workdir, self.options.profile_steps)
+        profile = Profile(self.workdir, self.options.profile_steps, done=first)
         with passage.writer, passage.progress, feed, contextlib.closing(profile):
             held_out = passage.measure_first()
             for step in range(first, config.steps):
@@ -150,7 +151,7 @@ class _Run:
                     break
                 if profile.due(step):
                     passage.recorder.flush()
-                    profile.before(step)
+                    profile.turn()
                 begun = time.monotonic()
                 with self.compilations.of_step(step - first):
                     self.watchdog.at("batch", step)
