@@ -94,7 +94,8 @@ def test_over_two_slices_gradients_alone_cross():
     kinds = {part["kind"] for part in found["traffic"] if "data" in part["axes"]}
     assert kinds == {"all-reduce"}  # weights are gathered inside of a slice
     gradients = 4 * count(table(SIZES["tiny"], head="lm_head")) / 4  # bytes of a device's part, in float32
-    assert sum(part["bytes"] for part in found["traffic"] if "data" in part["axes"]) < 1.1 * gradients
+    # Once, in tiles of 128 columns, to which the parts of so small a model are filled up: 64 of the embedding, 176 of the FFN.
+    assert gradients <= sum(part["bytes"] for part in found["traffic"] if "data" in part["axes"]) < 1.5 * gradients
 
 
 @needs_libtpu
