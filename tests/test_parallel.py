@@ -27,6 +27,7 @@ from llama_jax.sampling import slots as device
 from llama_jax.sampling.generate import make_sampler
 from llama_jax.sampling.request import EngineConfig
 from llama_jax.training import optimizer
+from llama_jax.training import step as train_step
 from llama_jax.training.state import abstract_state, born_sharded
 from llama_jax.training.step import make_step, put_batch
 
@@ -305,6 +306,14 @@ def test_sharded_training_equals_one_device(eight_heads, one_device, sizes):
     assert gate.addressable_shards[0].data.size * sizes[1] * sizes[3] == gate.size
 
 
+def test_slices_that_add_up_apart_equal_one_device(eight_heads, one_device, monkeypatch):
+    monkeypatch.setattr(train_step, "slice_count", lambda devices: 2)
+    losses, _, state = run(eight_heads, mesh_of(2, 1, 2, 2), microbatches=4)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(losses, one_device[0])
+    jax.tree.map(close, jax.device_get(state.params), jax.device_get(one_device[2].params))
+
+
 def _lies(x, sharding):
     assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.shape, x.sharding, sharding)
 
@@ -421,6 +430,24 @@ def test_the_collectives_of_a_train_step_are_those_of_the_rules(tiny, sizes, los
     data, fsdp, sequence, tensor = sizes
     small = (2 * L + 1) * WIDTH + 256 + (4 * 4 * 16 * 16 // (data * fsdp * sequence) if tensor > 1 else 0)
     check_traffic(communication(text, mesh), traffic(sizes, loss_chunks), small=small)
+
+
+@pytest.mark.parametrize("sizes", [
+    (2, 4, 1, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4)])
+], ids=str)  # fmt: skip
+def test_gradients_cross_slices_once_a_step_whatever_the_microbatches(tiny, sizes, monkeypatch):
+    monkeypatch.setattr(train_step, "slice_count", lambda devices: sizes[0])
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        _, _, step, state = lowered(model_on(sizes, tiny), mesh, microbatches=4)
+        ids, weights = (jax.ShapeDtypeStruct((64, 16), dtype, sharding=axes.batch_sharding(mesh, 2))
+                        for dtype in (jnp.int32, jnp.float32))  # fmt: skip
+        text = step.lower(state, TokenBatch(ids, ids, weights, ids, ids)).compile().as_text()
+    data, fsdp, sequence, tensor = sizes
+    gradients = (L * layer_bytes(max(2, tensor) * ONE_HEAD) + 2 * HEAD) // (fsdp * tensor)
+    small = (2 * L + 1) * WIDTH + 1024  # norms, and sums of losses
+    found = {key: moved for key, moved in communication(text, mesh).items() if "data" in key[1]}
+    assert {kind for kind, _ in found} == {"all-reduce"} and 0 <= sum(found.values()) - gradients <= small, (found, gradients)
 
 
 def rollout_traffic(sizes, *, prompt, new):

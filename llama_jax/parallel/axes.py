@@ -44,6 +44,9 @@ TRAIN: Rules = {
     "cache_rows": ("data", "fsdp"),
 }
 
+# What each part along `data` computes by itself: `jax.vmap(..., spmd_axis_name="data")` carries that axis.
+WITHIN_DATA: Rules = {**TRAIN, "batch": "fsdp"}
+
 # Generation reads every weight once a token: gathering them each time made it about 20x slower for the paper (section
 # 3.2.3). So the width is not split; the weights are gathered once a rollout, and the freed axes carry more rows.
 DECODE: Rules = {**TRAIN, "width": None, "length": None, "residual": None}

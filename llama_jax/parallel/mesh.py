@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -49,6 +49,11 @@ class MeshConfig:
         return tuple(sizes)
 
 
+def slice_count(devices: Iterable[jax.Device]) -> int:
+    """How many slices of TPUs devices lie in; all others are one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of all hosts (or the given ones), with Auto axes: GSPMD propagates, we constrain.
 
@@ -57,7 +62,7 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (config or MeshConfig()).sizes(len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     if slices > 1:
         if sizes[0] % slices:
             raise ValueError(

@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
-from llama_jax.parallel.axes import batch_shardings, batch_shards, row_share
-from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh
+from llama_jax.parallel.axes import WITHIN_DATA, batch_shardings, batch_shards, row_share
+from llama_jax.parallel.axes import layout as rules
+from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh, slice_count
 from llama_jax.training.optimizer import Optimizer, Schedule, gradient_norms
 from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
@@ -124,15 +125,29 @@ def _accumulate(loss: Loss, params: Any, batch: Any, microbatches: int, layout: 
     if microbatches == 1:
         return one(batch)
 
+    # Between slices the network is slow: parts along `data` keep sums of their own until the last microbatch. Within one, sums
+    # that need not be kept apart are reduced to the device that holds them in half the traffic.
+    mesh = jax.tree.leaves(layout)[0].mesh
+    apart = mesh.shape["data"] if slice_count(mesh.devices.flat) > 1 else 1
+
+    def by_parts(part):
+        with rules(WITHIN_DATA):
+            return jax.vmap(one, spmd_axis_name="data")(part)
+
     def split(x):
         # Row r goes to microbatch r % M, so that every device keeps a part of each.
-        return jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+        first = (apart,) if apart > 1 else ()
+        rows = x.reshape(*first, x.shape[0] // (apart * microbatches), microbatches, *x.shape[1:])
+        return jnp.moveaxis(rows, len(first) + 1, 0)
 
-    parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    parts, sums = jax.tree.map(split, batch), by_parts if apart > 1 else one
+    shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
-    return total
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, sums(part)), None), zeros, parts)
+    if apart == 1:
+        return total
+    gradient, objective, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), total)
+    return jax.lax.with_sharding_constraint(gradient, layout), objective, metrics
 
 
 def mesh_for(config: MeshConfig, loop: LoopConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
