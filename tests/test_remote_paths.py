@@ -290,12 +290,16 @@ def test_two_builds_of_one_corpus_in_a_bucket_do_not_meet(bucket, monkeypatch):
     assert in_bucket(bucket) == {"manifest.json": b"{}"}
 
 
-def test_an_error_leaves_nothing_in_a_bucket_and_an_interruption_what_is_done(bucket):
-    for error, kept in ((ValueError, False), (KeyboardInterrupt, True)):
+def test_errors_and_interruptions_leave_in_a_bucket_what_is_done_and_nothing_else(bucket):
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), unfinished("gs://bucket/corpus", {"of": "this"}):
+            raise error  # before anything was made
+        assert not names(bucket)
+    for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), unfinished("gs://bucket/corpus", {"of": "this"}) as (_, products):
             products.once("part", lambda: 7)
             raise error
-        assert (".corpus.unfinished/work/part.pickle" in bucket) == kept and ".corpus.lock" not in bucket
+        assert ".corpus.unfinished/work/part.pickle" in bucket and ".corpus.lock" not in bucket
     with unfinished("gs://bucket/corpus", {"of": "this"}) as (directory, products):
         assert products.once("part", must_not_run) == 7
         with atomic_write(directory / "manifest.json") as file:
