@@ -20,10 +20,9 @@ import numpy as np
 
 from llama_jax import command
 from llama_jax.config import ConfigError, check_least
-from llama_jax.data.dialog import encode_prompt
 from llama_jax.data.sources import read_jsonl, write_jsonl
 from llama_jax.evals import drawings, ghost_figures
-from llama_jax.evals.ghost import attention_map, check_contexts, keeps_instructions, recall_table
+from llama_jax.evals.ghost import attention_map, check_contexts, fits_into, keeps_instructions, recall_table
 from llama_jax.evals.plots import save
 from llama_jax.files import write_json, write_text
 from llama_jax.interop.restore import restore_model
@@ -139,9 +138,8 @@ class GhostStudy(Steps[GhostStudyConfig]):
         room = self.shape()[1].max_length - config.new_tokens  # of a `Responder`
         try:
             check_contexts(
-                self.contexts(config.held_out), turns=config.turns,
-                fits=lambda messages: len(encode_prompt(messages, self.tokenizer)) <= room,
-            )  # fmt: skip
+                self.contexts(config.held_out), turns=config.turns, fits=fits_into(room, self.tokenizer)
+            )
         except ValueError as error:
             raise ConfigError(f"config.context={config.context}: {error}, or fewer config.new_tokens") from None
 

@@ -58,12 +58,12 @@ def parse_stage(values: Mapping[str, Any]) -> Any:
 
 def shared_facts(config: Any) -> dict[str, str]:
     """What all hosts of a run must have in common beside code and devices: the config, and all files and stages it names."""
-    described = describe(config)
+    fields = dict(leaves(describe(config)))
     # Host 0 says what there is, and which checkpoint of a stage is meant, as it does when they are read.
-    texts = [(field, value) for field, value in leaves(described) if isinstance(value, str)]
-    files = from_host_0(lambda: {field: file for field, text in texts if (file := _telling_file(field, text))})
+    texts = {field: value for field, value in fields.items() if isinstance(value, str)}
+    files = from_host_0(lambda: {field: file for field, text in texts.items() if (file := _telling_file(field, text))})
     facts = {f"{field} {file}": (rows_fact if _holds_rows(field) else file_fact)(file) for field, file in files.items()}
-    return {**{f"config.{field}": json.dumps(value) for field, value in leaves(described)}, **facts}
+    return {**{f"config.{field}": json.dumps(value) for field, value in fields.items()}, **facts}
 
 
 def _holds_rows(field: str) -> bool:

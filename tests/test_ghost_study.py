@@ -10,7 +10,6 @@ from html import unescape
 import pytest
 import small_runs
 
-from llama_jax import ghost_study
 from llama_jax.config import ConfigError, parse
 from llama_jax.data.sources import write_jsonl
 from llama_jax.evals import distillation_figure, ghost_figures
@@ -114,7 +113,7 @@ def test_held_out_dialogs_that_do_not_fit_are_refused_before_a_model_is_trained(
     dialogs = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "It is."}] for i in range(16)]
     monkeypatch.setattr(study, "dialogs", lambda: (dialogs, dialogs))
     monkeypatch.setitem(study.__dict__, "tokenizer", None)
-    monkeypatch.setattr(ghost_study, "encode_prompt", lambda messages, _: "".join(m["content"] for m in messages))
+    monkeypatch.setattr("llama_jax.evals.ghost.encode_prompt", lambda messages, _: "".join(m["content"] for m in messages))
     monkeypatch.setattr(study, "stage", lambda *_: pytest.fail("a model was trained"))
 
     message = "config.context=1024: context 0: its 20 turns leave no room for an answer; expected shorter dialogs, or fewer"

@@ -18,8 +18,11 @@ def files_of(files: str | Sequence[str]) -> tuple[str, ...]:
     return (files,) if isinstance(files, str) else tuple(files)
 
 
-def check_files(field: str, files: Sequence[str]) -> None:
-    """ConfigError for a field that names files and an empty name among them, as of a shell variable that is not set."""
+def check_files(field: str, files: Sequence[str], *, some: bool = False) -> None:
+    """ConfigError for a field that names files and an empty name among them, as of a shell variable that is not set; with
+    `some`, for no file, too."""
+    if some and not files:
+        raise ConfigError(f"{field}: expected at least one file, got none")
     if not all(file.strip() for file in files):
         raise ConfigError(f"{field}: expected a file, got nothing")
 
@@ -32,9 +35,7 @@ def whole_or_share(
     Raises:
       ConfigError: files and shares that make no mix.
     """
-    if not paths:
-        raise ConfigError(f"{group}.{field}: expected at least one file, got none")
-    check_files(f"{group}.{field}", paths)
+    check_files(f"{group}.{field}", paths, some=True)
     shares = tuple(shares) or (0.0,) * len(paths)
     if len(paths) != len(shares):
         raise ConfigError(

@@ -136,6 +136,11 @@ def _probe(
     ]
 
 
+def fits_into(room: int, tokenizer: Tokenizer) -> Callable[[Messages], bool]:
+    """Whether a conversation has at most so many tokens: what a `Responder` of that room says, before there is one."""
+    return lambda messages: len(encode_prompt(messages, tokenizer)) <= room
+
+
 def held_out_contexts(
     dialogs: str, values: Mapping[str, Sequence[str]], tokenizer: Tokenizer, *, turns: int, room: int, place: str, seed: int,
     count: int = 64,
@@ -149,7 +154,7 @@ def held_out_contexts(
     drawn = contexts_of(short, values, 2 * count, turns=turns, rng=np.random.default_rng(seed)) if short else []
     fitting = [
         c for c in drawn
-        if has_room(c, c.messages, most=turns, place=place, fits=lambda m: len(encode_prompt(m, tokenizer)) <= room)
+        if has_room(c, c.messages, most=turns, place=place, fits=fits_into(room, tokenizer))
     ]  # fmt: skip
     if not fitting:
         raise ConfigError(f"{dialogs}: no {turns} dialogs of one turn fit into {room} tokens together")

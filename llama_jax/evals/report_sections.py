@@ -55,6 +55,11 @@ def build_sections(results: Mapping, figure_names: Iterable[str]) -> list[Sectio
     return [*sections[:-1], *([Section("More figures", figures=rest)] if rest else []), sections[-1]]
 
 
+def label_of(version: str) -> str:
+    """A version's name for people: SFT, V1, V5 PPO."""
+    return version.upper().replace("_", " ")
+
+
 def flatten(results: Mapping, prefix: str = "") -> list[tuple[str, str]]:
     """Every leaf of nested dicts as (dotted name, text); long lists are left to report.json."""
     leaves = []
@@ -196,8 +201,7 @@ def _versions(results: Mapping) -> Section:
     """The way from SFT to the last version; judged by the reward models and by the annotator (Figs. 6, 11, 14, 20)."""
     rows = []
     for name, found in results["versions"].items():
-        label = name.upper().replace("_", " ")
-        cells = [label, number(lookup(found, "true_utility")), share(lookup(found, "safety_violations"))]
+        cells = [label_of(name), number(lookup(found, "true_utility")), share(lookup(found, "safety_violations"))]
         for judge in ("win_rate_by_track", "win_rate_by_reward_models"):
             cells += [_with_interval(found, f"{judge}.{track}", percent) if judge in found else "" for track in _TRACKS]
         rows.append(cells)
@@ -237,7 +241,7 @@ def _ghost_versions(found: Mapping) -> Table:
     """{version: {family: {turn: interval}}} as a row for each version and kind of instruction."""
     turns = sorted({int(turn) for kinds in found.values() for cells in kinds.values() for turn in cells})
     rows = [
-        [f"{name.upper().replace('_', ' ')}, {family}",
+        [f"{label_of(name)}, {family}",
          *(_with_interval(found, f"{name}.{family}.{turn}", percent) for turn in turns)]
         for name, kinds in found.items() for family in kinds
     ]  # fmt: skip
@@ -373,7 +377,7 @@ def optimisation(results: Mapping) -> tuple[list[str], list[float], list[float]]
     ]  # fmt: skip
     found = [row for row in found if row[2] is not None]
     names, reward, utility = ([row[i] for row in found] for i in range(3))
-    return [name.upper().replace("_", " ") for name in names], reward, utility
+    return list(map(label_of, names)), reward, utility
 
 
 def _time(results: Mapping) -> Section:

@@ -12,7 +12,7 @@ from llama_jax.corpus_build.manifest import read_manifest
 from llama_jax.data.sources import read_jsonl
 from llama_jax.evals import distillation_figure, drawings, figures, ghost_figures, model_figures, progress, reward_figures
 from llama_jax.evals.plots import Plot
-from llama_jax.evals.report_sections import optimisation
+from llama_jax.evals.report_sections import label_of, optimisation
 from llama_jax.rlhf.best_of import BestOf, expected_max_of_n
 from llama_jax.rlhf.pool import choosable_rewards, least_reward
 from llama_jax.training.metrics import METRICS_FILE, read_metrics
@@ -88,11 +88,6 @@ def ppo_seconds(workdir: Path) -> dict[str, float]:
     logged = {name.removeprefix("seconds/"): log for name, log in read_metrics(workdir).items() if name.startswith("seconds/")}
     parts = [name for name in ("rollout", "score", "train") if np.isfinite(logged.get(name, np.nan)).any()]
     return {name: float(np.nanmedian(logged[name])) for name in parts}
-
-
-def label_of(name: str) -> str:
-    """A version's name for people: SFT, V1, V5 PPO."""
-    return name.upper().replace("_", " ")
 
 
 def draw(workdir: Path, results: dict[str, Any]) -> dict[str, Plot]:

@@ -72,9 +72,7 @@ class GhostSettings:
     sampling_batch: int
 
     def __post_init__(self):
-        if not self.contexts:
-            raise ConfigError("ghost.contexts: expected at least one file, got none")
-        check_files("ghost.contexts", self.contexts)
+        check_files("ghost.contexts", self.contexts, some=True)
         if len(self.turns) != 2 or not 1 <= self.turns[0] <= self.turns[1]:
             raise ValueError(f"ghost.turns: expected the fewest and the most turns, got {self.turns}")
         unknown = [name for name in self.families if name not in FAMILIES]
