@@ -119,7 +119,8 @@ def _overrides(setting: Setting) -> str:
 def main() -> None:
     """Flags to config to call."""
     if flags.FLAGS.calibrate:
-        print(calibration.as_text(calibration.measure(plan)))
+        found = calibration.measure(plan)
+        print(json.dumps(calibration.as_json(found), indent=1) if flags.FLAGS.json else calibration.as_text(found))
     elif flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ConfigError("expected --config and --topology, or --calibrate")
     else:

@@ -111,7 +111,7 @@ def test_cached_decoding_equals_the_uncached_forward_in_rows_of_different_length
         np.testing.assert_allclose(logits, logits_of(tree, tokens[row : row + 1, :length])[0], atol=1e-4)
 
 
-def test_queries_keys_and_values_of_generation_are_one_product_of_groups():
+def test_generation_reads_queries_keys_and_values_as_one_matrix_and_outward_ones_turned():
     tree, specs = random_params(MODEL), params.table(MODEL, head="lm_head")
     D, K, E, per_key = MODEL.width, MODEL.kv_heads, MODEL.head_size, MODEL.heads // MODEL.kv_heads
     layer = decode.prepare(tree, specs, compute=FLOAT32)["layers"][1]
@@ -119,6 +119,8 @@ def test_queries_keys_and_values_of_generation_are_one_product_of_groups():
     groups = layer["qkv"].reshape(D, K, per_key + 2, E)
     for name, columns in (("query", groups[:, :, :-2]), ("key", groups[:, :, -2]), ("value", groups[:, :, -1])):
         np.testing.assert_array_equal(columns.reshape(D, -1), tree["trunk"]["layers"][name][1].reshape(D, -1))
+    for name in ("output", "down"):
+        np.testing.assert_array_equal(layer[name].T, tree["trunk"]["layers"][name][1].reshape(-1, D))
 
 
 @pytest.mark.parametrize(("tensor", "joined"), [(2, True), (4, False)])

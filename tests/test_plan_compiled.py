@@ -87,6 +87,14 @@ def test_the_updates_of_the_other_stages_compile_for_a_slice(stage, flags, progr
 
 @needs_libtpu
 @pytest.mark.slow
+def test_on_a_small_slice_no_product_is_cut_into_windows():
+    found = json.loads(plan("--config=configs/sft.py:7b", "--topology=v5p-32", "--json"))
+    assert "collective-permute" not in {part["kind"] for part in found["traffic"]}
+    assert found["fits"] and found["mfu"] > 0.45  # with windows 0.27
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_over_two_slices_gradients_alone_cross():
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.loop.batch_size=16")
     found = json.loads(plan("--config=configs/pretrain.py:tiny", *mesh, "--topology=v5e-4", "--slices=2", "--json"))

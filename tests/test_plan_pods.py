@@ -9,6 +9,7 @@ from tpu_compiler import needs_libtpu, plan
 from configs import common
 from llama_jax.model.config import SIZES
 from llama_jax.model.params import count, table
+from llama_jax.planning.calibration import REFERENCES
 
 # Seconds of fusions, GiB of a chip, and the share of a step that communication is not hidden. Of MaxText, with the same batch,
 # 4 x 2.31 s at 45.8 GiB (7B) and 22.3 s at 76.1 GiB (70B on v5p-512); the others as they were found, and a little more.
@@ -34,3 +35,11 @@ def test_recommended_settings_fit_and_gather_only_weights(stage, size, tpu):
     weights = 2 * count(table(SIZES[size], head="lm_head"))  # bytes, in bfloat16
     _, microbatches, _ = common.PODS[stage, size, tpu]
     assert sum(t["bytes"] for t in gathers) <= 2.1 * microbatches * weights
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_calibration_is_what_the_compiler_gives_today():
+    for known, found in zip(REFERENCES, json.loads(plan("--calibrate", "--json")), strict=True):
+        assert found["topology"] == known.topology
+        assert found["estimated"] == pytest.approx(known.estimated, rel=0.01), known

@@ -483,6 +483,7 @@ def test_minibatches_are_a_partition_of_the_rollout_and_the_state_resumes_inside
     jax.tree.map(np.testing.assert_array_equal, resumed, second)
     rows = np.concatenate([first.tokens, second.tokens])
     assert sorted(map(bytes, rows)) == sorted(map(bytes, np.asarray(saved["rollout"].tokens)))
+    assert [12 * ppo.epoch(step) for step in range(4)] == [8, 8, 16, 16]  # prompts answered, of 12
 
 
 def test_a_prompt_that_comes_again_is_answered_anew():

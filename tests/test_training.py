@@ -20,6 +20,7 @@ import pytest
 
 from llama_jax import train as train_command
 from llama_jax.config import ConfigError
+from llama_jax.data.loader import IndexedBatches
 from llama_jax.evals.speed import speed
 from llama_jax.interop import ours
 from llama_jax.model import params as table
@@ -841,6 +842,14 @@ def test_a_skipped_step_moves_neither_the_learning_rate_nor_the_count_of_tokens(
     np.testing.assert_allclose(log["learning_rate"], [rate(count) for count in updates], rtol=1e-6)
     np.testing.assert_array_equal(log["tokens_seen"], 16.0 * np.array([1, 1, 2, 3, 3, 4, 5, 6]))
     np.testing.assert_array_equal(log["skipped"], [0, 1, 1, 1, 2, 2, 2, 2])
+
+
+def test_the_log_tells_how_often_the_examples_have_been_seen(tmp_path, mesh):
+    source = Supervised(IndexedBatches(range(40), lambda rows: points(rows[0]), 16, seed=0))
+    train(stage(mesh, source=source), loop(), mesh=mesh, workdir=tmp_path / "examples")
+    np.testing.assert_allclose(read_metrics(tmp_path / "examples")["epoch"], 0.4 * np.arange(1, 9))
+    train(stage(mesh), loop(), mesh=mesh, workdir=tmp_path / "endless")
+    assert "epoch" not in read_metrics(tmp_path / "endless")
 
 
 def test_a_run_that_made_no_update_is_no_success_also_when_it_is_started_again(tmp_path, mesh):

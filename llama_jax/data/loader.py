@@ -109,6 +109,10 @@ class IndexedBatches:
         """Steps until `epochs` epochs have been seen."""
         return math.ceil(epochs * self.num_examples / self.batch_size)
 
+    def epoch(self, step: int) -> float:
+        """Epochs that have been seen when batch `step` has."""
+        return (step + 1) * self.batch_size / self.num_examples
+
     @functools.cached_property
     def _stream(self) -> grain.MapDataset:
         stream = grain.MapDataset.source(range(self.num_examples))

@@ -14,6 +14,7 @@ from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.heads import log_probabilities
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel import compiler
 from llama_jax.pretrain.base import process_share
 from llama_jax.pretrain.stage import document_rows
 from llama_jax.training.step import put_batch
@@ -47,7 +48,7 @@ def document_bits(
     rows = [document_rows(text, tokenizer, length) for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(part) for part in rows])
     source = row_source([row for part in rows for row in part], batch_size, seed=0, shuffle=False, share=process_share(mesh))
-    step = jax.jit(row_nats(config, compute), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    step = compiler.jit(row_nats(config, compute), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def bits(params: Params) -> np.ndarray:
         nats = np.concatenate([np.asarray(step(params, put_batch(batch, mesh))) for batch in source.eval_batches()])

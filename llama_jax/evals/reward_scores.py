@@ -15,6 +15,7 @@ from llama_jax.data.dialog import Message, encode_dialog, find_tag
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
+from llama_jax.parallel import compiler
 from llama_jax.parallel.axes import batch_shards
 from llama_jax.reward.held_out import sigmoid
 from llama_jax.reward.score import gate, scorer
@@ -97,4 +98,5 @@ def score_dialogs(
 
 @functools.lru_cache(maxsize=4)
 def _program(config: ModelConfig, compute: Compute, mesh: Mesh):
-    return jax.jit(scorer(config, compute), out_shardings=NamedSharding(mesh, PartitionSpec()))  # every host reads all scores
+    everywhere = NamedSharding(mesh, PartitionSpec())  # every host reads all scores
+    return compiler.jit(scorer(config, compute), out_shardings=everywhere)

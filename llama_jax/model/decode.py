@@ -2,7 +2,9 @@
 
 Training scans over stacked layers. Generation reads every weight once a token, and slicing a layer out of the stack would
 copy it first; so `prepare` cuts the stack once, and the layers are unrolled. The three matrices that make queries, keys and
-values become one, which is read in one go: each of them is too small to keep the memory busy.
+values become one, which is read in one go: each of them is too small to keep the memory busy. The two that write into the
+residual stream are turned: their outputs are fewer than their inputs, and XLA's CPU backend multiplies a row with such a matrix
+in half the time if what makes an output lies together.
 """
 
 import functools
@@ -26,6 +28,7 @@ from llama_jax.parallel.vocabulary import look_up
 
 _LAYERS = "trunk/layers/"
 _QKV = ("query", "key", "value")
+_OUTWARD = {"output": "heads", "down": "ffn"}  # and the logical axis of what they sum over
 Prepared = dict[str, Any]  # {"embedding", "layers": L x {...}, "final_norm", and "lm_head" unless it is the embedding}
 
 
@@ -80,24 +83,25 @@ def arrange(leaves: dict[str, Any]) -> Prepared:
     The lists are emptied on the way: at no time does more than one layer exist in both arrangements.
     """
     stacks = {path.removeprefix(_LAYERS): rows for path, rows in leaves.items() if path.startswith(_LAYERS)}
-    layers = tuple(_joined({name: rows.pop(0) for name, rows in stacks.items()}) for _ in range(len(stacks["query"])))
+    layers = tuple(_for_reading({name: rows.pop(0) for name, rows in stacks.items()}) for _ in range(len(stacks["query"])))
     prepared = {"embedding": leaves["trunk/embedding"], "layers": layers, "final_norm": leaves["trunk/final_norm"]}
     return {**prepared, "lm_head": leaves["lm_head/kernel"]} if "lm_head/kernel" in leaves else prepared
 
 
-def _joined(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer with its three matrices [D, H, E], [D, K, E], [D, K, E] as one of K groups: the queries of a key head, its key,
-    its value. # "qkv": [D, K * (H / K + 2) * E]
+def _for_reading(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer with queries, keys and values as one matrix of K groups: the queries of a key head, its key, its value; and with
+    the outward matrices turned. # qkv [D, K * (H / K + 2) * E], output [D, H * E], down [D, F]
 
     Groups are what `tensor` divides. Where it is wider than there are key heads, which then lie on several devices (section
     A.2.1), the three stay apart.
     """
     key = layer["key"].values if isinstance(layer["key"], Int8) else layer["key"]
     with layout(DECODE):
+        turned = {name: jax.tree.map(functools.partial(_turned, axis=axis), layer[name]) for name, axis in _OUTWARD.items()}
         if key.shape[1] % shards_of("kv_heads"):
-            return layer
-        parts = [layer[name] for name in _QKV]
-        return {name: x for name, x in layer.items() if name not in _QKV} | {"qkv": jax.tree.map(_join, *parts)}
+            return layer | turned
+        qkv = jax.tree.map(_join, *(layer[name] for name in _QKV))
+    return {name: x for name, x in layer.items() if name not in _QKV} | turned | {"qkv": qkv}
 
 
 @jax.jit
@@ -107,9 +111,16 @@ def _join(query, key, value):
     return constrain(groups.reshape(len(query), -1), "width", "kv_heads")
 
 
+@functools.partial(jax.jit, static_argnames="axis")
+def _turned(x, *, axis):
+    turned = x.reshape(-1, x.shape[-1]).T
+    return constrain(turned, "width", axis if turned.shape[1] > 1 else None)  # of scales there is one for each output
+
+
 def axes_of(prepared: Prepared, specs: Specs) -> Prepared:
     """The logical axes of each prepared weight, in a tree of the same form, for weights that are not in 8 bits."""
-    own = {name: spec.axes[1:] for name, spec in specs["trunk"]["layers"].items()} | {"qkv": ("width", "kv_heads")}
+    own = {name: spec.axes[1:] for name, spec in specs["trunk"]["layers"].items()}
+    own |= {name: ("width", axis) for name, axis in {"qkv": "kv_heads", **_OUTWARD}.items()}
     axes = {name: specs["trunk"][name].axes for name in ("embedding", "final_norm")}
     axes["layers"] = tuple({name: own[name] for name in layer} for layer in prepared["layers"])
     return {**axes, "lm_head": specs["lm_head"]["kernel"].axes} if "lm_head" in prepared else axes
@@ -257,16 +268,14 @@ def _block(x, matrices, angles, layer, attend, *, config: ModelConfig, compute: 
         key = constrain(key, "batch", "length", "act_kv_heads", None).astype(x.dtype)
         value = constrain(value, "batch", "length", "act_kv_heads", None).astype(x.dtype)
         heads, layer = attend(query, key, value, layer)
-        # With heads as one axis on both sides: XLA's CPU backend would else transpose the matrix for every token.
-        output = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), matrices["output"])
-        x = x + multiply("bti,id->btd", heads.reshape(*x.shape[:2], -1), output).astype(x.dtype)
+        x = x + multiply("bti,di->btd", heads.reshape(*x.shape[:2], -1), matrices["output"]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     with jax.named_scope("feed_forward"):
         normed = rms_norm(x, matrices["ffn_norm"], eps=config.norm_eps)
         gated = jax.nn.silu(multiply("btd,df->btf", normed, matrices["gate"]).astype(x.dtype))
         hidden = gated * multiply("btd,df->btf", normed, matrices["up"]).astype(x.dtype)
         hidden = constrain(hidden, "batch", "length", "act_ffn")
-        x = x + multiply("btf,fd->btd", hidden, matrices["down"]).astype(x.dtype)
+        x = x + multiply("btf,df->btd", hidden, matrices["down"]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_width")
     return x, layer
 

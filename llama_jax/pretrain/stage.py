@@ -18,6 +18,7 @@ from llama_jax.data.sources import read_jsonl
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model import params as table
 from llama_jax.model.params import Params
+from llama_jax.parallel import compiler
 from llama_jax.paths import is_remote, place
 from llama_jax.pretrain.base import StageConfig, begin, load_tokenizer, meta, process_share
 from llama_jax.pretrain.loss import language_model_loss
@@ -144,7 +145,7 @@ def bits_per_byte(
     """
     rows = {name: [row for text in texts[name] for row in document_rows(text, tokenizer, length)] for name in texts}
     size = {name: sum(len(text.encode()) for text in texts[name]) for name in texts}
-    step = jax.jit(loss)
+    step = compiler.jit(loss)
 
     def evaluate(params: Params) -> dict[str, float]:
         result = {}

@@ -21,6 +21,7 @@ from llama_jax.files import write_json, write_text
 from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
+from llama_jax.parallel import compiler
 from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta, process_share
 from llama_jax.reward.comparisons import Comparison, ComparisonBatch, blank, collate, encode_comparisons
 from llama_jax.reward.held_out import HeldOutScores, accuracy_table, markdown, preferred, report, score_statistics
@@ -158,7 +159,7 @@ class Measure:
             return flat.reshape(B, 2)
 
         # Every process needs all scores, not only those of its rows.
-        self.pair_scores = jax.jit(pair_scores, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.pair_scores = compiler.jit(pair_scores, out_shardings=NamedSharding(mesh, PartitionSpec()))
         # Evenly out of all files, which stand one after the other.
         chosen = np.linspace(0, len(train) - 1, min(pairs, len(train))).astype(int) if pairs else []
         self.train, self.held_out, self.others = [train[i] for i in chosen], held_out, others

@@ -29,6 +29,7 @@ from llama_jax.model import params as table
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel import compiler
 from llama_jax.parallel.axes import batch_field, batch_sharding
 from llama_jax.pretrain.base import StageConfig, begin, check_length, load_tokenizer, meta
 from llama_jax.reward.comparisons import Comparison, encode_comparisons
@@ -193,7 +194,7 @@ class DpoSource:
 
     def __init__(self, batches: IndexedBatches, reference: Params, *, config: ModelConfig, compute: Compute, mesh: Mesh):
         self.batches, self.reference, self.mesh = batches, reference, mesh
-        self._log_probs = jax.jit(response_log_probs(config, compute), out_shardings=batch_sharding(mesh, 1))
+        self._log_probs = compiler.jit(response_log_probs(config, compute), out_shardings=batch_sharding(mesh, 1))
 
     def with_reference(self, batch: DpoBatch) -> DpoBatch:
         """The batch on the device, `reference` filled in."""
@@ -208,6 +209,10 @@ class DpoSource:
     def examples(self) -> Iterator[DpoBatch]:
         """A batch of each shape, where they have several."""
         return map(self.with_reference, self.batches.shapes()) if hasattr(self.batches, "shapes") else iter(())
+
+    def epoch(self, step: int) -> float:
+        """Epochs that have been seen when the batch of a step has."""
+        return self.batches.epoch(step)
 
     def eval_batches(self) -> Iterator[DpoBatch]:
         """One epoch in stored order."""

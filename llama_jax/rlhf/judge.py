@@ -17,6 +17,7 @@ from llama_jax.model import heads
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
 from llama_jax.model.transformer import hidden_states
+from llama_jax.parallel import compiler
 from llama_jax.reward.held_out import ScoreStatistics
 from llama_jax.reward.score import combined_logit, scorer, whiten
 from llama_jax.reward.scorers import OtherScores
@@ -237,10 +238,10 @@ def judge_with(read: Callable[..., Readings], settle: Callable[..., tuple[Any, d
     """A judge of two parts: `read` says what it can row by row, of at most `most` rows at a time (0: of all), and `settle`
     makes the rollout of it, with statistics over all rows: (readings, prompts, samples, other, beta) -> (rollout, metrics)."""
     if not most:
-        return jax.jit(lambda params, frozen, prompts, samples, *rest: settle(
+        return compiler.jit(lambda params, frozen, prompts, samples, *rest: settle(
             read(params, frozen, prompts, samples), prompts, samples, *rest
         ))  # fmt: skip
-    read, settle = by_parts(jax.jit(read), most, fixed=2), jax.jit(settle)
+    read, settle = by_parts(compiler.jit(read), most, fixed=2), jax.jit(settle)
     return lambda params, frozen, prompts, samples, *rest: settle(
         read(params, frozen, prompts, samples), prompts, samples, *rest
     )

@@ -140,6 +140,10 @@ class RolloutSource:
         self.clock.begins(step, time.monotonic())
         return batch, metrics
 
+    def epoch(self, step: int) -> float:
+        """Epochs of the prompts that have been answered at a step."""
+        return self.prompts.epoch(step // self.minibatches)
+
     def _prompts(self, iteration: int) -> PromptBatch:
         """The prompts of this process's responses; all answers to one stand together in the global rollout. Each draw has a
         number of its own: a prompt that comes again is answered with other random numbers."""

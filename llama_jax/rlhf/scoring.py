@@ -12,6 +12,7 @@ from llama_jax.data.forest import Placed, Rows, by_stem, grow
 from llama_jax.data.packing import pack
 from llama_jax.model.config import Compute, ModelConfig
 from llama_jax.model.params import Params
+from llama_jax.parallel import compiler
 from llama_jax.parallel.axes import batch_shards, shards_of
 from llama_jax.parallel.mesh import platform
 from llama_jax.reward.held_out import sigmoid
@@ -117,4 +118,4 @@ def rows_at_once(row: int, *, length: int, batch_size: int, shards: int) -> int:
 def _jitted_scorer(config: ModelConfig, compute: Compute, mesh: Mesh):
     # Every host needs all scores, not only those of its rows.
     everywhere = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(tree_scorer(config, compute), out_shardings=everywhere)
+    return compiler.jit(tree_scorer(config, compute), out_shardings=everywhere)

@@ -68,6 +68,8 @@ class Recorder:
       tokens_seen: real tokens of the batches, since step 0 of the run, that updates were made of: padding is none, skipped
         batches were not learned from, and a batch that comes again (an epoch) counts again. Of batches that do not tell,
         `Stage.tokens_per_step` stands for theirs. Checkpoints hold it with the last metrics.
+      epoch: how often the examples (of RL: the prompts) have been seen, batches that were skipped included; absent where
+        sources of a mixture come round each in its own time.
       tokens_per_second: steps a second since the last line x `Stage.tokens_per_step`, which has the padding of rows; absent
         in the first lines, before which no step was timed.
     """
@@ -103,7 +105,7 @@ class Recorder:
         step, means, source_metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(means)).items()} | dict(source_metrics)
-        values |= self._tokens_seen(values.pop("tokens", None), skipped=values["skipped_in_a_row"] > 0)
+        values |= self._tokens_seen(values.pop("tokens", None), skipped=values["skipped_in_a_row"] > 0) | self._epoch(step)
         self.pace.step(time.monotonic())
         if self.stage.check is not None and not values["skipped_in_a_row"]:
             self.stage.check(step, values)
@@ -152,3 +154,7 @@ class Recorder:
         if tokens is None:
             tokens = 0 if skipped else self.stage.tokens_per_step
         return {"tokens_seen": self.last.get("tokens_seen", 0.0) + tokens}  # float64 counts one by one up to 9e15
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        epoch = getattr(self.stage.source, "epoch", lambda batch: None)(self.spikes.index(step))
+        return {} if epoch is None else {"epoch": epoch}

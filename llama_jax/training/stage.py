@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.config import check_least
+from llama_jax.parallel import compiler
 from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
@@ -91,6 +92,10 @@ class Supervised:
     def rows(self, step: int) -> Any:
         """Which rows the global batch of a step has, where the batches can tell: for the report of a bad one."""
         return self.batches.rows(step) if hasattr(self.batches, "rows") else None
+
+    def epoch(self, step: int) -> float | None:
+        """Epochs that have been seen when the batch of a step has; None where sources come round each in its own time."""
+        return self.batches.epoch(step) if hasattr(self.batches, "epoch") else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +194,7 @@ class Stage:
 
 def evaluation(loss: Loss, batches: Callable[[], Any], put: Callable[[Batch], Batch]) -> Callable[[Params], dict]:
     """An `evaluate` that takes the weighted mean of a loss and its metrics over held-out batches."""
-    step = jax.jit(loss)
+    step = compiler.jit(loss)
 
     def evaluate(params: Params) -> dict[str, float]:
         total = None

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import ConfigError
+from llama_jax.parallel import compiler
 from llama_jax.parallel.axes import WITHIN_DATA, batch_shardings, batch_shards, row_share
 from llama_jax.parallel.axes import layout as rules
 from llama_jax.parallel.mesh import MeshConfig, fitting_mesh, make_mesh, slice_count
@@ -18,22 +19,6 @@ from llama_jax.training.stage import LoopConfig, Loss, Metrics, Weighted
 from llama_jax.training.state import TrainState, overlay
 
 log = logging.getLogger(__name__)
-
-# Not the TPU compiler's defaults: gathers of weights run beside the arithmetic that does not need them yet, and reductions of
-# gradients beside that of the layer before. A reduction over three dimensions of a torus stays whole (an all-reduce, of which
-# each device keeps its part): over one or two the compiler scatters as it reduces, over three none of its options makes it.
-COMPILER_OPTIONS = {
-    "tpu": {
-        "xla_enable_async_all_gather": "true",
-        "xla_enable_async_all_reduce": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-        "xla_tpu_overlap_compute_collective_tc": "true",
-    }
-}
-
 
 def make_step(
     loss: Loss, optimizer: Optimizer | optax.GradientTransformation, *, microbatches: int, layout: Any
@@ -85,9 +70,7 @@ def make_step(
         return state, means | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
     platform = jax.tree.leaves(layout)[0].mesh.devices.flat[0].platform
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(layout, None), compiler_options=COMPILER_OPTIONS.get(platform)
-    )
+    return compiler.jit(step, on=platform, donate_argnums=0, out_shardings=(layout, None))
 
 
 class Programs:
