@@ -14,9 +14,10 @@ import jax
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.answer_files import under
-from llama_jax.requests import Ask, decode, parse
+from llama_jax.requests import Ask, RequestError, check_model, decode, parse
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import Request
+from llama_jax.serve_answer import Spelling
 from llama_jax.training.metrics import Progress
 
 PAUSE = 0.02  # seconds until an idle reader looks for a line again
@@ -28,13 +29,14 @@ WINDOW = 1000
 def answer_lines(
     engine: Engine, tokenizer: Tokenizer, lines: Iterable[str | None], out: TextIO, *,
     done: Sequence[tuple[str, bool]] = (), defaults: dict[str, Any], max_tokens: int, system: str = "",
-    model: Mapping[str, Any] | None = None, total: int = 0, where: str = "requests",
+    model: Mapping[str, Any] | None = None, name: str = "", total: int = 0, where: str = "requests",
 ) -> int:  # fmt: skip
     """Answers JSONL requests, one line each, in their order and many at a time; `done` (of `resume`) were answered before.
 
     While a line is None, since none has come yet, the engine goes on. A request that cannot be answered gives a line
     `{"error": ...}` and does not stop the others. Lines are written as soon as all before them are, so that a killed run
-    leaves whole answers. Dialogs without a system message get `system`; `model` is what tells the one that answers from others.
+    leaves whole answers. Dialogs without a system message get `system`; `model` is what tells the one that answers from others,
+    `name` the only one that a request may name. A line may also be one of OpenAI's batch files; its answer has its `custom_id`.
     Returns the number of errors, those of before among them.
 
     Raises:
@@ -84,7 +86,9 @@ def answer_lines(
                     body = decode(line)
                     first = number * 64
                     if isinstance(body, dict):
-                        row |= {"id": body["id"]} if "id" in body else {}
+                        row |= {field: body[field] for field in ("id", "custom_id") if field in body}
+                        body = _of_a_batch(body)
+                        check_model(body.get("model"), name or body.get("model"))
                         # A seed of its own gives the same answers on any line, and from a server.
                         first = first if body.get("seed") is None else 0
                         body = _under(system, {**defaults, **body})
@@ -97,6 +101,25 @@ def answer_lines(
             flush(WINDOW)
         flush(0)
     return errors
+
+
+def _of_a_batch(line: dict[str, Any]) -> dict[str, Any]:
+    """The request of a line of OpenAI's batch files, {"custom_id", "method", "url", "body"}; any other line is one itself."""
+    if "body" not in line:
+        return line
+    if unknown := sorted(line.keys() - {"custom_id", "method", "url", "body"}):
+        raise RequestError(unknown[0], "is unknown beside body")
+    fields = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+    url, body = line.get("url"), line["body"]
+    if line.get("method", "POST") != "POST":
+        raise RequestError("method", f"expected 'POST', got {line['method']!r}")
+    if url is not None and url not in list(fields):
+        raise RequestError("url", f"expected one of {', '.join(fields)}, got {url!r}")
+    if not isinstance(body, dict):
+        raise RequestError("body", f"expected a JSON object, got {type(body).__name__}")
+    if url is not None and fields[url] not in body:
+        raise RequestError(fields[url], f"missing from the body of a request for {url}")
+    return body
 
 
 def digest(line: str, settings: str) -> str:
@@ -118,8 +141,8 @@ class _Answer:
     """An answer on its way: it ends itself at a stop string."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, *, index: int):
-        self._engine, self._chat, self._text, self._log_probs = engine, ask.chat, "", ask.logprobs
-        self._tokenizer = tokenizer
+        self._engine, self._chat, self._text = engine, ask.chat, ""
+        self._spelling = Spelling(tokenizer, ask) if ask.logprobs else None
         self._stream, self._echo = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt), ask.echo
         self.request = engine.submit(
             ask.prompt, max_tokens=ask.max_tokens, choice=ask.choice, stop_ids=ask.stop_ids, seed=ask.seed or 0, index=index,
@@ -127,6 +150,8 @@ class _Answer:
         )  # fmt: skip
 
     def _push(self, request: Request, token: int) -> None:
+        if self._spelling is not None:
+            self._spelling.add(token, request.model_log_probs[-1], *request.most_likely[-1:])
         if token not in request.stop_ids:
             self._text += self._stream.push(token)
         if self._stream.stopped:
@@ -135,17 +160,15 @@ class _Answer:
     def row(self) -> dict[str, Any]:
         """What is written of a finished one."""
         text = self._echo + self._text + self._stream.finish()
+        log_probs = {}
+        if self._spelling is not None:
+            self._spelling.finish()
+            log_probs = {"logprobs": self._spelling.told("messages" if self._chat else "prompt")}
         return {
             "text": text.strip() if self._chat else text,
             "finish_reason": "stop" if self._stream.stopped else self.request.finish, "tokens": len(self.request.tokens),
-            **({"logprobs": self.request.model_log_probs} if self._log_probs else {}),
-            **({"top_logprobs": self._most_likely()} if self.request.most_likely else {}),
+            **log_probs,
         }  # fmt: skip
-
-    def _most_likely(self) -> list[list[list[Any]]]:
-        """[piece, log-probability] of the most likely tokens beside each drawn one, but rows that fill up the embedding."""
-        piece, size = self._tokenizer.piece, self._tokenizer.vocab_size
-        return [[[piece(token), p] for token, p in likely if token < size] for likely in self.request.most_likely]
 
 
 def resume(path: Path) -> list[tuple[str, bool]]:

@@ -1,7 +1,8 @@
 """Talk to a model: `python -m llama_jax.chat --checkpoint=runs/demo/ppo --tokenizer=runs/demo/corpus/tokenizer.model`.
 
 Any checkpoint that `llama_jax.load` reads: a workdir of ours, Meta's or Hugging Face's files, a GGUF, `smollm2-135m`. The
-answer streams; `/reset` begins anew, `/system TEXT` sets the system message, `/save FILE` writes the dialog, `/quit` ends.
+answer streams; `/reset` begins anew, `/undo` takes back the last question and its answer, `/system TEXT` sets the system
+message, `/save FILE` writes the dialog, `/quit` ends.
 
 JSONL requests (`{"messages": [...]}`, with any fields of OpenAI's API) in a file or through a pipe are answered line by line,
 many at a time:
@@ -13,6 +14,7 @@ On a pod the same command runs on every host; the first one reads and writes.
 
 import dataclasses
 import functools
+import json
 import os
 import sys
 import time
@@ -30,7 +32,7 @@ from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.text_stream import TextStream
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.evals.origin import identity
-from llama_jax.files import write_json
+from llama_jax.files import write_text
 from llama_jax.interop.formats import open_source
 from llama_jax.interop.source import require_language_model
 from llama_jax.lines import Input, Interrupts, open_input, shared
@@ -42,7 +44,10 @@ from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request
 
-HELP = "/reset  begin anew    /system TEXT  set the system message    /save FILE  write the dialog    /quit  end"
+HELP = (
+    "/reset  begin anew    /undo  take back the last question and its answer    /system TEXT  set the system message    "
+    "/save FILE  write the dialog    /quit  end"
+)
 
 
 def make_engine(model: Model, settings: EngineConfig) -> Engine:
@@ -52,9 +57,12 @@ def make_engine(model: Model, settings: EngineConfig) -> Engine:
 
 def settings_of(model: Model, *, slots: int, max_length: int = 0, **more: Any) -> EngineConfig:
     """The settings of a model's engine: at least so many slots as the mesh divides, rows of the model's context, or less where
-    `max_length` says so, and `more` fields of EngineConfig."""
+    `max_length` says so, room for its tokenizer's stop ids and a request's own, and `more` fields of EngineConfig."""
     shards, context = batch_shards(model.mesh), model.config.max_length
-    return EngineConfig(slots=-(-slots // shards) * shards, max_length=min(max_length or context, context), **more)
+    return EngineConfig(
+        slots=-(-slots // shards) * shards, max_length=min(max_length or context, context),
+        stops=max(len(model.tokenizer.stop_ids) + requests.STOP_IDS, EngineConfig.stops), **more,
+    )  # fmt: skip
 
 
 def open_engine(
@@ -91,6 +99,7 @@ class Dialog:
         self.engine, self.tokenizer, self.max_tokens, self.choice, self.seed = engine, tokenizer, max_tokens, choice, seed
         self._listening = listening
         self.number = 0  # answers so far
+        self.cut = ""  # what cut the last one off
         self.reset(system)
 
     def reset(self, system: str) -> None:
@@ -99,7 +108,8 @@ class Dialog:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str, show: Callable[[str], Any]) -> tuple[int, float]:
-        """Answers; `show` is given the text as it comes. Returns the number of tokens and the seconds they took.
+        """Answers; `show` is given the text as it comes. Returns the number of tokens and the seconds they took; `cut` says
+        afterwards what ended the answer, unless it ended by itself.
 
         Raises:
           ValueError: a question or an answer that the chat format refuses, or a dialog that has become too long; nothing is
@@ -108,11 +118,12 @@ class Dialog:
         if any("\ud800" <= letter <= "\udfff" for letter in question):  # how bytes come that are no UTF-8
             raise ValueError("the question holds a byte that is no UTF-8")
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = encode_chat(messages, self.tokenizer, where="dialog")
+        prompt = encode_chat(messages, self.tokenizer, where="dialog", names_are_text=True)
         room = self.engine.settings.max_length - len(prompt)
         if room < 1:
             raise ValueError(
-                f"the dialog has {len(prompt)} tokens with this question, the context {len(prompt) + room}; /reset begins anew"
+                f"the dialog has {len(prompt)} tokens with this question, the context {len(prompt) + room}; /reset begins "
+                "anew, /undo takes back the last question and its answer"
             )
         stream, pieces = TextStream(self.tokenizer), []
 
@@ -132,12 +143,17 @@ class Dialog:
             while not request.finish and not interrupted():
                 self.engine.step()
         self.engine.cancel(request)  # unless it has ended; what was said so far stays
+        self.cut = ""
+        if request.finish == "length":
+            self.cut = f"max_tokens={self.max_tokens}" if self.max_tokens <= room else "the context, which is full"
         rest = stream.finish()
         show(rest)
         self.number += 1
         answered = [*messages, {"role": "assistant", "content": ("".join(pieces) + rest).strip()}]
         try:  # no later question could be asked after an answer with a chat tag
-            encode_chat([*answered, {"role": "user", "content": ""}], self.tokenizer, where="dialog")
+            encode_chat(
+                [*answered, {"role": "user", "content": ""}], self.tokenizer, where="dialog", names_are_text=True
+            )
         except ValueError as error:
             show("\n")
             raise ValueError(f"question and answer are left out of the dialog: {error}") from None
@@ -151,12 +167,19 @@ class Dialog:
         if name == "/reset":
             self.reset(self.system)
             return "(a new dialog)"
+        if name == "/undo":
+            if not any(message["role"] == "user" for message in self.messages):
+                raise ValueError("there is no question to take back")
+            del self.messages[-2:]
+            return "(the last question and its answer are taken back)"
         if name == "/system":
             self.reset(rest)
             return "(a new dialog under this system message)" if rest else "(a new dialog without system message)"
         if name == "/save" and rest:
+            if not (directory := Path(rest).expanduser().parent).is_dir():
+                raise ValueError(f"{rest}: there is no directory {directory}; expected one that exists")
             if jax.process_index() == 0:
-                write_json(Path(rest), {"messages": self.messages})
+                write_text(Path(rest).expanduser(), json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False))
             return f"(saved to {rest})"
         if name == "/help":
             return HELP
@@ -182,7 +205,9 @@ def talk(dialog: Dialog, lines: Iterable[str | None], out: TextIO, *, rates: boo
                 print(dialog.command(line), file=out, flush=True)
                 continue
             tokens, seconds = dialog.ask(line, lambda text: print(text, end="", file=out, flush=True))
-            print(f"\n({tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s)" if rates else "", file=out, flush=True)
+            rate = f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s"
+            cut = f"; cut off by {dialog.cut}" if dialog.cut else ""
+            print(f"\n({rate}{cut})" if rates else "", file=out, flush=True)
         except (ValueError, OSError) as error:
             print(f"({error})", file=out, flush=True)
 
@@ -233,7 +258,8 @@ def main() -> None:
             try:
                 errors = answer_lines(
                     engine, model.tokenizer, lines, out, done=done, total=total, defaults=defaults,
-                    max_tokens=values.max_tokens, system=values.system, model=answers, where=values.requests or "stdin",
+                    max_tokens=values.max_tokens, system=values.system, model=answers,
+                    name=requests.model_name(values.name, place), where=values.requests or "stdin",
                 )  # fmt: skip
             except KeyboardInterrupt:
                 more = "" if values.answers == "-" else f"; the same command goes on after what {values.answers} holds"
@@ -254,6 +280,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "a workdir, a directory of weights, a .gguf, or smollm2-135m")
     flags.DEFINE_string("workdir", None, "the same")
     flags.DEFINE_string("tokenizer", None, "its tokenizer, where none lies beside the weights")
+    flags.DEFINE_string("name", "", "the model's name in requests; unless given, the last part of --checkpoint")
     flags.DEFINE_string("system", "", "system message, also of requests that have none of their own")
     flags.DEFINE_float("temperature", 0.6, "0 is greedy")
     flags.DEFINE_float("top_p", 0.9, "nucleus")

@@ -8,6 +8,7 @@ as the largest parameter of all layers.
 """
 
 import functools
+import logging
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from llama_jax.training.metrics import Progress
 Target = Literal["huggingface", "meta", "llama_jax"]
 TARGETS: tuple[Target, ...] = ("huggingface", "meta", "llama_jax")
 NO_TOKENIZER = "none"
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -64,7 +66,13 @@ def run(
     words = _tokenizer(source, tokenizer)
     if words is not None and to != "huggingface":
         words = tokenizer_files.sentencepiece_beside(words)
-    pad_id = 0 if words is None else tokenizer_files.padding(words, source.head)
+    token_ids = source.token_ids if to == "huggingface" else None  # the ids of one config go into the other
+    if token_ids is not None:  # a reward model's rows are scored before what its config calls padding
+        pad_id = token_ids.get("pad_token_id") if source.head == "reward_head" else None
+    else:
+        pad_id = 0 if words is None else tokenizer_files.padding(words, source.head)
+    if to == "meta" and source.config.tie_embeddings:
+        log.warning("%s: head and embedding are tied, which Meta's layout cannot say: the output has two copies", source.path)
     with whole_directory(output) as directory:
         fingerprint = ""
         if words is not None:
@@ -80,10 +88,12 @@ def run(
         _stream(source, writer, quiet=quiet)
         kinds = [writer.kinds[tensor.name] for tensor in writer.tensors]  # the first is that of the embedding
         if to == "huggingface":
-            bos_id, eos_id = (1, 2) if words is None else (words.bos_id, words.eos_id)
-            config = huggingface.config_json(
-                source.config, source.head, kinds[0], bos_id=bos_id, eos_id=eos_id, pad_id=pad_id
-            )
+            if token_ids is not None:
+                _copy_generation(source.path, directory)
+            else:
+                bos_id, eos_id = (1, 2) if words is None else (words.bos_id, words.eos_id)
+                token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+            config = huggingface.config_json(source.config, source.head, kinds[0], token_ids=token_ids)
             huggingface.write_json(directory / huggingface.CONFIG, config)
             card = model_card.readme(source, name=Path(output).absolute().name)
             (directory / model_card.README).write_text(card, encoding="utf-8")
@@ -105,6 +115,13 @@ def _tokenizer(source: Source, given: str | os.PathLike | None) -> Tokenizer | N
             "--tokenizer=... names one elsewhere"
         )
     return tokenizer_files.open_tokenizer(source, given if given is not None else source.tokenizer)
+
+
+def _copy_generation(source: Path, directory: Path) -> None:
+    """What generation goes by is as Hugging Face's source says it, whether a tokenizer is beside it or not."""
+    (directory / huggingface.GENERATION).unlink(missing_ok=True)  # a tokenizer's idea of it
+    if (source / huggingface.GENERATION).is_file():
+        (directory / huggingface.GENERATION).write_bytes((source / huggingface.GENERATION).read_bytes())
 
 
 def _stream(source: Source, writer: Any, *, quiet: bool) -> None:

@@ -95,13 +95,13 @@ class Model:
         return self._forward(_scores, self._tokens(tokens))
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int = 128, temperature: Each[float] = 0.0,
+        self, prompts: Sequence[str | Sequence[int]], *, max_tokens: int | None = None, temperature: Each[float] = 0.0,
         top_k: Each[int] = 0, top_p: Each[float] = 1.0, min_p: Each[float] = 0.0, repetition_penalty: Each[float] = 1.0,
         presence_penalty: Each[float] = 0.0, frequency_penalty: Each[float] = 0.0, seed: Each[int] = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[str]:  # fmt: skip
-        """Continuations of texts (or of token ids), without the prompts; each ends at EOS, after `max_tokens`, or before the
-        first of the texts `stop` in it.
+        """Continuations of texts (or of token ids), without the prompts; each ends at EOS, after `max_tokens` (unless given
+        128, or what the context has room for behind its prompt), or before the first of the texts `stop` in it.
 
         A space between the prompt and what continues it belongs to the continuation, so that the two can be joined.
         Temperature 0 is greedy; the filters are those of `sampling.choose.Choice`. They and the seed are numbers, or lists with
@@ -116,8 +116,9 @@ class Model:
         if not _is_many(prompts):
             found = "one text" if isinstance(prompts, str) else repr(prompts)
             raise TypeError(f"prompts: expected a list of texts, got {found}")
-        if not _is_many(stop) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop: expected a list of texts that are not empty, got {stop!r}")
+        stops = [stop] if isinstance(stop, str) else stop
+        if not _is_many(stops) or not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"stop: expected a text, or a list of texts, that are not empty, got {stop!r}")
         ids = [_ids(prompt, row, words) for row, prompt in enumerate(prompts)]
         settings = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -126,18 +127,22 @@ class Model:
         }  # fmt: skip
         columns = [_each(name, value, len(ids)) for name, value in settings.items()]
         choices = [Choice(**dict(zip(settings, row, strict=True))) for row in zip(*columns, strict=True)]
-        streams, texts = [TextStream(words, stop, after=prompt) for prompt in ids], [""] * len(ids)
+        streams, texts = [TextStream(words, stops, after=prompt) for prompt in ids], [""] * len(ids)
 
         def stopped(row: int, token: int) -> bool:
             if token not in words.stop_ids:
                 texts[row] += streams[row].push(token)
             return streams[row].stopped
 
-        self.respond(ids, choices, max_tokens=max_tokens, seed=seed, stopped=stopped)
+        if max_tokens is None:
+            limits: Each[int] = [min(128, max(self.config.max_length - max(len(prompt), 1), 1)) for prompt in ids]
+        else:
+            limits = max_tokens
+        self.respond(ids, choices, max_tokens=limits, seed=seed, stopped=stopped)
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
     def respond(
-        self, prompts: Sequence[Sequence[int]], choice: Each[Choice], *, max_tokens: int, seed: Each[int] = 0,
+        self, prompts: Sequence[Sequence[int]], choice: Each[Choice], *, max_tokens: Each[int], seed: Each[int] = 0,
         stopped: Callable[[int, int], bool] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """`generate` from token ids to token ids, with EOS (or another of the tokenizer's `stop_ids`) where it was drawn.
@@ -149,19 +154,22 @@ class Model:
         self._require("lm_head")
         choices = [one.check() for one in _each("choice", choice, len(prompts))]
         seeds = [small_seed(one) for one in _each("seed", seed, len(prompts))]
-        if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
-            raise ValueError(f"max_tokens: expected an integer of at least 1, got {max_tokens!r}")
+        limits, context = _each("max_tokens", max_tokens, len(prompts)), self.config.max_length
+        for limit in limits if _is_many(max_tokens) else [max_tokens]:
+            if not isinstance(limit, numbers.Integral) or limit < 1:
+                raise ValueError(f"max_tokens: expected an integer of at least 1, got {limit!r}")
+            if limit >= context:
+                most = context - 1
+                raise ValueError(f"max_tokens: expected at most {most}, since the context also holds a prompt, got {limit}")
         if not prompts:
             return []
-        room = self.config.max_length - int(max_tokens)
-        if room < 1:
-            most = self.config.max_length - 1
-            raise ValueError(f"max_tokens: expected at most {most}, since the context also holds a prompt, got {max_tokens}")
-        for row, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= room:
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if not len(prompt):
+                raise ValueError(f"prompt {row}: is empty; expected at least one token")
+            if len(prompt) > context - limit:
                 raise ValueError(
-                    f"prompt {row}: has {len(prompt)} tokens; expected 1 to {room}, since the context of "
-                    f"{self.config.max_length} also holds max_tokens={max_tokens}"
+                    f"prompt {row}: has {len(prompt)} tokens; expected 1 to {context - limit}, since the context of {context} "
+                    f"also holds max_tokens={limit}"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
@@ -171,7 +179,7 @@ class Model:
             alone = _is_many(seed)  # each prompt is the first of a job of its own
             keys = [key_data(one, [0])[0] for one in seeds] if alone else key_data(seeds[0], range(len(prompts)))
             stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
-            engine = self._engine(max(map(len, prompts)), int(max_tokens), answers=len(prompts))
+            engine = self._engine(max(map(len, prompts)), int(max(limits)), answers=len(prompts))
 
             def submit(row: int) -> Request:
                 def watch(request: Request, token: int) -> None:
@@ -179,7 +187,7 @@ class Model:
                         engine.cancel(request)
 
                 return engine.submit(
-                    prompts[row], max_tokens=int(max_tokens), choice=choices[row], key=keys[row],
+                    prompts[row], max_tokens=int(limits[row]), choice=choices[row], key=keys[row],
                     stop_ids=stop_ids, on_token=watch,
                 )  # fmt: skip
 
@@ -187,9 +195,10 @@ class Model:
 
     def _engine(self, longest: int, max_tokens: int, *, answers: int) -> Engine:
         """Slots for so many answers at a time, in few shapes, so that few programs are compiled."""
-        prompt = min(_bucket(longest, _SHORTEST), self.config.max_length - max_tokens)
+        prompt = min(_bucket(longest, _SHORTEST), self.config.max_length - 1)
         answer = min(_bucket(max_tokens, _SHORTEST), self.config.max_length - prompt)
-        settings = answering(prompt, answer, slots=min(_bucket(answers, 1), _SLOTS), mesh=self.mesh)
+        stops = 0 if self.tokenizer is None else len(self.tokenizer.stop_ids)
+        settings = answering(prompt, answer, slots=min(_bucket(answers, 1), _SLOTS), mesh=self.mesh, stops=stops)
         return Engine(self.config, self.prepared(), settings, compute=self.compute)
 
     def chat(
@@ -205,7 +214,7 @@ class Model:
           ValueError: messages that are no dialog ending with the user, or that do not fit the context with the answer.
         """
         words = self._require("lm_head") or self._words()
-        ids = encode_chat(messages, words, where="chat")
+        ids = encode_chat(messages, words, where="chat", names_are_text=True)
         if max_tokens is None:
             room = self.config.max_length - len(ids)
             if room < 1:
@@ -249,6 +258,9 @@ class Model:
             raise ValueError("tokens: expected at least one in each row, got rows of none")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise ValueError(f"tokens: expected ids in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
+        context, scaling = self.config.max_length, self.config.rope_scaling
+        if tokens.shape[1] > context and (scaling is None or scaling.kind != "dynamic"):  # which is made for longer rows
+            raise ValueError(f"tokens: expected at most {context} in a row, the model's context, got {tokens.shape[1]}")
         return tokens.astype(np.int32)
 
     def _forward(self, function: Callable[..., jax.Array], tokens: np.ndarray) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ from llama_jax.data.chat_template import encode_chat
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.keys import small_seed
-from llama_jax.sampling.slots import STOPS
 
 # Fields that change nothing here; clients send them.
 _IGNORED = {
@@ -21,6 +21,7 @@ _NUMBERS = {  # field of a Choice -> (type, default of the API)
 }  # fmt: skip
 _STOP_TEXTS, _STOP_LENGTH = 16, 256
 ALTERNATIVES = 20  # the most that the API lets a client ask for
+STOP_IDS = 8  # of a request, beside those of the tokenizer
 _LENGTHS = ("max_tokens", "max_completion_tokens")  # two names of one limit
 _COMMON = {
     *_NUMBERS, *_LENGTHS, "n", "seed", "stop", "stop_token_ids", "stream", "stream_options", "logprobs", "top_logprobs", "echo",
@@ -78,6 +79,17 @@ def decode(text: str | bytes) -> Any:
     except ValueError as error:
         raise RequestError("body", f"not JSON: {error}") from None
     return body
+
+
+def model_name(given: str, place: str) -> str:
+    """What the API calls a model: as it was given, or else as the last part of where it lies."""
+    return given or os.path.basename(str(place).rstrip("/"))
+
+
+def check_model(asked: Any, name: str) -> None:
+    """RequestError where a request names another model than the one there is, whose answers it would get."""
+    if asked not in (None, "", name):
+        raise RequestError("model", f"{asked!r} does not exist; there is {name!r}")
 
 
 def parse(
@@ -151,7 +163,7 @@ def _dialog(messages: Any, tokenizer: Tokenizer) -> list[list[int]]:
     if isinstance(messages, list):
         messages = [_plain(message, i) for i, message in enumerate(messages)]
     try:
-        return [encode_chat(messages, tokenizer)]
+        return [encode_chat(messages, tokenizer, names_are_text=True)]
     except ValueError as error:
         raise RequestError("messages", str(error).removeprefix("messages: ").removeprefix("messages: ")) from None
 
@@ -222,12 +234,11 @@ def _stops(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[tuple[str, ..
         limits = f"expected at most {_STOP_TEXTS} texts of at most {_STOP_LENGTH} characters"
         raise RequestError("stop", f"{limits}, got {len(stops)} of up to {max(map(len, stops))}")
     ids = body.get("stop_token_ids", [])
-    known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
-    ends = (*tokenizer.stop_ids, *ids) if known else ()
-    if not known or len(ends) > STOPS:
-        limits = f"fewer than {STOPS - len(tokenizer.stop_ids) + 1} ids in 0..{tokenizer.vocab_size - 1}"
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+    if not known or len(ids) > STOP_IDS:
+        limits = f"at most {STOP_IDS} ids in 0..{tokenizer.vocab_size - 1}"
         raise RequestError("stop_token_ids", f"expected {limits}, got {ids!r}")
-    return stops, ends
+    return stops, (*tokenizer.stop_ids, *ids)
 
 
 def _choice(body: Mapping[str, Any]) -> Choice:

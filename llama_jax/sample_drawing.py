@@ -167,7 +167,10 @@ def _answer(
     if all(exist([file])):
         return
     engine, model = open_engine(
-        place, lambda model: answering(longest, how.max_tokens, slots=models.slots, mesh=model.mesh),
+        place,
+        lambda model: answering(
+            longest, how.max_tokens, slots=models.slots, mesh=model.mesh, stops=len(model.tokenizer.stop_ids)
+        ),
         tokenizer=tokenizer_of(place, models.tokenizer), mesh_tensor=models.mesh_tensor,
     )  # fmt: skip
     words, K = model.tokenizer, how.answers

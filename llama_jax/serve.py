@@ -54,8 +54,8 @@ class Server:
         self.worker, self.tokenizer, self.name = worker, tokenizer, name
         self.api_key, self.default_tokens, self.body_limit = api_key, default_tokens, body_limit
         self.origins = list(origins)  # of pages whose scripts may ask
-        # Programs that score texts send them in batches.
-        self.most_answers = 8 if worker.scorer is None else 64
+        # Programs that score texts send them in batches. More than ever fit could be tried again for ever.
+        self.most_answers = min(8 if worker.scorer is None else 64, worker.capacity)
         self.started = int(time.time())
 
     def app(self) -> Any:
@@ -245,15 +245,18 @@ class Server:
 
     def _unknown(self, model: Any) -> Any:
         """404 where a request names another model than the one there is, whose answers it would get."""
-        if model in (None, "", self.name):
-            return None
-        return _error(404, f"model: {model!r} does not exist; there is {self.name!r}", param="model")
+        try:
+            requests.check_model(model, self.name)
+        except RequestError as error:
+            return _error(404, str(error), param=error.field)
+        return None
 
     def _refuse(self, request: Any) -> Any:
         if not self.api_key:
             return None
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if hmac.compare_digest(given.encode(), self.api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        known = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        if known and scheme.lower() == "bearer":  # the case of a scheme says nothing (RFC 9110)
             return None
         return _error(401, "expected the header Authorization: Bearer <API key>", kind="authentication_error")
 
@@ -285,6 +288,11 @@ def bound(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise ValueError(f"--host={host} --port={port}: cannot be listened on: {error}") from None
     return found
+
+
+def context_told(held: int, asked: int) -> str:
+    """How many tokens prompt and answer may have together, and why that is fewer than --max_length asked for."""
+    return f"{held} tokens" + (f": the model's context, which is less than --max_length={asked}" if held < asked else "")
 
 
 def main() -> None:
@@ -320,13 +328,16 @@ def main() -> None:
         with jax.set_mesh(model.mesh):
             scorer.warm_up(engine.weights)
     worker = Worker(engine, model.mesh, queue=values.queue, scorer=scorer)
-    name = values.name or os.path.basename(str(values.checkpoint).rstrip("/"))
+    name = requests.model_name(values.name, values.checkpoint)
     server = Server(
         worker, model.tokenizer, name=name, api_key=key, default_tokens=values.max_tokens, origins=values.allow_origin
     )
     listening.listen()  # from here on nobody is refused
     host, port, *_ = listening.getsockname()
-    print(f"serving model {name!r} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    print(
+        f"serving model {name!r} at http://{f'[{host}]' if ':' in host else host}:{port}/v1, prompt and answer of at most "
+        f"{context_told(engine.settings.max_length, values.max_length)}", flush=True,
+    )  # fmt: skip
     config = uvicorn.Config(
         server.app(), host=values.host, port=values.port, log_level="info", timeout_graceful_shutdown=values.grace
     )

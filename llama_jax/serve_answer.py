@@ -26,20 +26,81 @@ class _Told(NamedTuple):
     most_likely: list[dict[str, float] | None]
 
 
+class Spelling:
+    """Log-probabilities of an answer's tokens, with their texts, where they are asked for; told once, whole or part by part."""
+
+    def __init__(self, tokenizer: Tokenizer, ask: Ask):
+        self._tokenizer, self._ask = tokenizer, ask
+        after = () if ask.chat else ask.prompt
+        self._before = list(after[-CONTEXT:])  # the next token's text depends on these
+        self._stream, self._offset = TextStream(tokenizer, after=after), 0
+        self._new = _Told([], [], [])  # what was not told yet; the texts of a scored prompt among it
+
+    def add(self, token: int, log_p: float, most_likely: Sequence[tuple[int, float]] = ()) -> None:
+        """A drawn token: of those that make up one character the last has all of its text, and an end its name."""
+        if not self._ask.logprobs:
+            return
+        if token in self._ask.stop_ids:
+            text = self._stream.finish() + self._tokenizer.piece(token)
+        else:
+            text = self._stream.push(token)
+        self._new.pieces.append(text)
+        self._new.log_probs.append(log_p)
+        self._new.most_likely.append(self._instead(most_likely, before=self._before))
+        self._before.append(token)
+
+    def finish(self) -> None:
+        """No token comes any more: the last has what is left of the text."""
+        if self._new.pieces:
+            self._new.pieces[-1] += self._stream.finish()
+
+    def add_prompt(self, scored: Scored) -> None:
+        """A scored prompt, in the form of drawn tokens; of the first one nothing is known but its text."""
+        stream, prompt = TextStream(self._tokenizer), self._ask.prompt
+        pieces = [stream.push(token) for token in prompt]
+        pieces[-1] += stream.finish()
+        likely = [
+            self._instead(row, before=prompt[max(i - CONTEXT, 0) : i]) for i, row in enumerate(scored.most_likely, start=1)
+        ]
+        self._new = _Told(pieces, [None, *scored.log_probs], [None, *likely])
+
+    def told(self, field: Field) -> dict[str, Any] | None:
+        """What was not told yet, in the form of the API; text comes in whole characters, so it may be of several tokens."""
+        (pieces, log_probs, likely), self._new = self._new, _Told([], [], [])
+        if not pieces:
+            return None
+        if field == "prompt":
+            *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
+            top = likely if self._ask.alternatives else None
+            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": top, "text_offset": offsets}
+        return {
+            "content": [
+                {**_token(piece, p), "top_logprobs": [_token(*other) for other in others.items()]}
+                for piece, p, others in zip(pieces, log_probs, likely, strict=True)
+            ]
+        }  # fmt: skip
+
+    def _instead(self, most_likely: Sequence[tuple[int, float]], *, before: Sequence[int]) -> dict[str, float]:
+        """The texts that tokens would have added in the place of the next one, with their log-probabilities."""
+        found: dict[str, float] = {}
+        for token, log_p in most_likely:
+            if token >= self._tokenizer.vocab_size:  # a row that fills up the embedding
+                continue
+            stream = TextStream(self._tokenizer, after=before)
+            ends = token in self._ask.stop_ids
+            # Of tokens with one text, as those of half a character, the most likely one is told of.
+            found.setdefault(self._tokenizer.piece(token) if ends else stream.push(token) + stream.finish(), log_p)
+        return found
+
+
 class Answer:
     """One answer; `worker` draws it when `job` is submitted to it."""
 
     def __init__(self, worker: Worker, tokenizer: Tokenizer, ask: Ask, index: int):
         self.ask, self.index, self.ticket = ask, index, None
-        self.finish, self.text, self.tokens, self.log_probs = "", "", [], []
-        self.most_likely: list[dict[str, float]] = []  # of each token, where alternatives are asked for
-        self._worker, self._tokenizer, self._strip = worker, tokenizer, True
-        after = () if ask.chat else ask.prompt
-        self._after = after[-CONTEXT:]
-        self._stream = TextStream(tokenizer, ask.stops, after=after)
-        # The text of each token, where log-probs are asked for; how many of them, and of their characters, were told.
-        self._spelling, self._spelled, self._told, self._offset = TextStream(tokenizer, after=after), [], 0, 0
-        self._prompt: _Told | None = None  # of a scored prompt, until it is told
+        self.finish, self.text, self.tokens = "", "", []
+        self._worker, self._strip, self._spelling = worker, True, Spelling(tokenizer, ask)
+        self._stream = TextStream(tokenizer, ask.stops, after=() if ask.chat else ask.prompt)
         self._events: asyncio.Queue = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -68,7 +129,7 @@ class Answer:
         if self.ask.scored:
             first = await self._events.get()
             if isinstance(first, Scored):  # a long prompt takes long to spell, and others are answered meanwhile
-                self._prompt = await asyncio.to_thread(self._spell_prompt, first)
+                await asyncio.to_thread(self._spelling.add_prompt, first)
             else:
                 self._events.put_nowait(first)  # it failed, or was cancelled
         if self.ask.echo:
@@ -78,16 +139,13 @@ class Answer:
             token, log_p, finish, most_likely = await self._events.get()
             text = ""
             if token is not None:
-                self.most_likely.append(self._instead(most_likely) if most_likely else {})
                 self.tokens.append(token)
-                self.log_probs.append(log_p)
-                self._spell(token)
+                self._spelling.add(token, log_p, most_likely)
                 if token not in self.ask.stop_ids:
                     text = self._stream.push(token)
             if finish or self._stream.stopped:
                 text += self._stream.finish()
-                if self._spelled:
-                    self._spelled[-1] += self._spelling.finish()
+                self._spelling.finish()
                 if self._stream.stopped and not finish:
                     self._worker.cancel(self.ticket, outcome="stop")
                 self.finish = "stop" if self._stream.stopped else finish
@@ -97,72 +155,21 @@ class Answer:
 
     def choice(self, field: Field) -> dict[str, Any]:
         """The finished answer in the form of the API."""
-        base = {"index": self.index, "finish_reason": self.finish}
+        base = {"index": self.index, "finish_reason": self.finish, "logprobs": self._spelling.told(field)}
         if field == "messages":
-            return {**base, "message": {"role": "assistant", "content": self.text.strip()}, "logprobs": self._log_probs(field)}
-        return {**base, "text": self.text, "logprobs": self._log_probs(field)}
+            return {**base, "message": {"role": "assistant", "content": self.text.strip()}}
+        return {**base, "text": self.text}
 
     def delta(self, field: Field, piece: str | None) -> dict[str, Any]:
         """A chunk with a piece of text, or the last one."""
         base = {"index": self.index, "finish_reason": self.finish if piece is None else None}
-        base["logprobs"] = self._log_probs(field)
+        base["logprobs"] = self._spelling.told(field)
         if field == "prompt":
             return {**base, "text": piece or ""}
         if piece is not None and self._strip:  # an answer does not begin with a space
             piece = piece.lstrip()
             self._strip = not piece
         return {**base, "delta": {} if piece is None else {"content": piece}}
-
-    def _spell(self, token: int) -> None:
-        """The text of a token: of those that make up one character the last has all of it, and an end its name."""
-        if not self.ask.logprobs:
-            return
-        if token in self.ask.stop_ids:
-            self._spelled.append(self._spelling.finish() + self._tokenizer.piece(token))
-        else:
-            self._spelled.append(self._spelling.push(token))
-
-    def _spell_prompt(self, scored: Scored) -> _Told:
-        """A scored prompt in the form of drawn tokens; of the first one nothing is known but its text."""
-        stream, prompt = TextStream(self._tokenizer), self.ask.prompt
-        pieces = [stream.push(token) for token in prompt]
-        pieces[-1] += stream.finish()
-        likely = [
-            self._instead(row, before=prompt[max(i - CONTEXT, 0) : i]) for i, row in enumerate(scored.most_likely, start=1)
-        ]
-        return _Told(pieces, [None, *scored.log_probs], [None, *likely])
-
-    def _instead(self, most_likely: Sequence[tuple[int, float]], *, before: Sequence[int] | None = None) -> dict[str, float]:
-        """The texts that tokens would have added in the place of the next one, with their log-probabilities."""
-        before, found = [*self._after, *self.tokens[-CONTEXT:]] if before is None else before, {}
-        for token, log_p in most_likely:
-            if token >= self._tokenizer.vocab_size:  # a row that fills up the embedding
-                continue
-            stream = TextStream(self._tokenizer, after=before)
-            ends = token in self.ask.stop_ids
-            # Of tokens with one text, as those of half a character, the most likely one is told of.
-            found.setdefault(self._tokenizer.piece(token) if ends else stream.push(token) + stream.finish(), log_p)
-        return found
-
-    def _log_probs(self, field: Field) -> dict[str, Any] | None:
-        """Those of the tokens that no chunk has told of yet; text comes in whole characters, so a chunk may have several."""
-        if not self.ask.logprobs or (self._told == len(self.tokens) and self._prompt is None):
-            return None
-        pieces, log_probs, likely = (x[self._told :] for x in (self._spelled, self.log_probs, self.most_likely))
-        self._told = len(self.tokens)
-        if self._prompt is not None:
-            pieces, log_probs, likely = (a + b for a, b in zip(self._prompt, (pieces, log_probs, likely), strict=True))
-            self._prompt = None
-        if field == "prompt":
-            *offsets, self._offset = itertools.accumulate(map(len, pieces), initial=self._offset)
-            top = likely if self.ask.alternatives else None
-            return {"tokens": pieces, "token_logprobs": log_probs, "top_logprobs": top, "text_offset": offsets}
-        return {
-            "content": [
-                {**_token(piece, p), "top_logprobs": [_token(*other) for other in others.items()]}
-                for piece, p, others in zip(pieces, log_probs, likely, strict=True)
-            ]
-        }  # fmt: skip
 
 
 def _token(text: str, log_p: float) -> dict[str, Any]:

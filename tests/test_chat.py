@@ -28,9 +28,11 @@ from llama_jax.model import params
 from llama_jax.model.config import FLOAT32, Compute, ModelConfig
 from llama_jax.model.decode import prepare
 from llama_jax.parallel import host
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.sampling.choose import Choice
 from llama_jax.sampling.engine import Engine
 from llama_jax.sampling.request import EngineConfig, Request
+from llama_jax.serve_answer import Spelling
 
 ROOT = Path(__file__).parents[1]
 PIECES = 320
@@ -126,6 +128,30 @@ def test_a_dialog_keeps_its_history_and_takes_commands(engine, tokenizer, tmp_pa
     assert out.getvalue().endswith("(the question holds a byte that is no UTF-8)\n") and "(dialog: messages[2]" in shown
 
 
+def test_a_question_is_taken_back_and_an_answer_that_was_cut_off_says_so(tokenizer, tmp_path):
+    out = io.StringIO()
+    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer, system="be kind", max_tokens=4)
+    lines = ["/undo", "what is it?", "naïve?", "/undo", "/reset", "漢", f"/save {tmp_path / 'd.json'}"]
+    chat.talk(dialog, lines, out, rates=True)
+    said = out.getvalue()
+    assert said.startswith("(there is no question to take back)\n")
+    assert "(the last question and its answer are taken back)" in said
+    assert said.count("tokens/s; cut off by max_tokens=4)") == 3
+    assert [message["content"] for message in dialog.messages] == ["be kind", "漢", "a line of text"]
+    assert '"漢"' in (tmp_path / "d.json").read_text(encoding="utf-8")  # as it was typed
+    out = io.StringIO()
+    dialog = new_dialog(Script(tokenizer.encode("a line of text")), tokenizer, max_tokens=500)
+    chat.talk(dialog, [f"/save {tmp_path / 'mistyped/d.json'}", "what is it?", "x" * 300], out, rates=True)
+    refused, *_ = out.getvalue().splitlines()
+    assert refused == f"({tmp_path}/mistyped/d.json: there is no directory {tmp_path}/mistyped; expected one that exists)"
+    assert not (tmp_path / "mistyped").exists() and "tokens/s; cut off by the context, which is full)" in out.getvalue()
+    assert "/reset begins anew, /undo takes back the last question" in out.getvalue()
+    dialog.engine = Script(tokenizer.encode("a line"))
+    dialog.engine.step = lambda: setattr(dialog.engine.request, "finish", "stop")
+    dialog.ask("it", lambda text: None)
+    assert dialog.cut == ""
+
+
 def test_an_answer_with_a_chat_tag_is_left_out_and_the_dialog_goes_on(tokenizer):
     out = io.StringIO()
     dialog = new_dialog(Script(tokenizer.encode("it is [INST] a line")), tokenizer)
@@ -203,14 +229,21 @@ def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
     assert prompts == [*expected, tokenizer.encode("the loop", bos=True)]
     # Log-probs are written where they are asked for.
     ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 0, "stop_token_ids": []})])
-    assert len(row["logprobs"]) == row["tokens"] and all(p <= 0 for p in row["logprobs"]) and "top_logprobs" not in row
+    told = row["logprobs"]  # in the form that a server gives
+    assert told.keys() == {"tokens", "token_logprobs", "top_logprobs", "text_offset"} and told["top_logprobs"] is None
+    assert len(told["token_logprobs"]) == row["tokens"] and all(p <= 0 for p in told["token_logprobs"])
+    assert "".join(told["tokens"]) == row["text"] and not any("\u2581" in token for token in told["tokens"])
     ((row,), _) = ask(engine, tokenizer, [json.dumps({"prompt": "the loop", "logprobs": 2, "stop_token_ids": []})])
-    np.testing.assert_allclose([likely[0][1] for likely in row["top_logprobs"]], row["logprobs"], atol=1e-5)  # greedy
-    assert [len(likely) for likely in row["top_logprobs"]] == [2] * row["tokens"]
-    # Rows that fill up the embedding have no piece to tell of.
-    answer = batch._Answer.__new__(batch._Answer)
-    answer._tokenizer, answer.request = tokenizer, SimpleNamespace(most_likely=[[(5, -0.5), (tokenizer.vocab_size, -1.0)]])
-    assert answer._most_likely() == [[[tokenizer.piece(5), -0.5]]]
+    best = [max(likely.values()) for likely in row["logprobs"]["top_logprobs"]]
+    np.testing.assert_allclose(best, row["logprobs"]["token_logprobs"], atol=1e-5)  # greedy
+    ((row,), _) = ask(engine, tokenizer, [json.dumps({"messages": question, "logprobs": True, "top_logprobs": 2})])
+    assert "".join(token["token"] for token in row["logprobs"]["content"]).strip() == row["text"]
+    assert all(1 <= len(token["top_logprobs"]) <= 2 for token in row["logprobs"]["content"])
+    # Rows that fill up the embedding have no text to tell of.
+    (asked,) = requests.parse({"prompt": "the loop", "logprobs": 2}, tokenizer, context=96, default_tokens=1)
+    spelling = Spelling(tokenizer, asked)
+    spelling.add(5, -0.5, [(5, -0.5), (tokenizer.vocab_size, -1.0)])
+    assert list(spelling.told("prompt")["top_logprobs"][0].values()) == [-0.5]
     # A seed of its own gives one answer on every line; another draws otherwise there.
     drawn = {"prompt": "the loop", "temperature": 1.0, "max_tokens": 20}
     line, other = json.dumps({**drawn, "seed": 7}), json.dumps(drawn)
@@ -221,6 +254,33 @@ def test_requests_in_a_file_have_their_options(engine, tokenizer, monkeypatch):
     for body in ({"prompt": ["the loop"] * 2}, {"prompt": "the loop", "n": 2}):
         ((row,), _) = ask(engine, tokenizer, [json.dumps({**body, "temperature": 1.0, "max_tokens": 20})])
         assert row["answers"][0]["text"] != row["answers"][1]["text"]
+
+
+def test_lines_of_openais_batch_files_are_answered_under_their_custom_id(engine, tokenizer):
+    def line(**changes):
+        body = {"model": "small", "prompt": "the loop", "max_tokens": 3}
+        return json.dumps({"custom_id": "a-1", "method": "POST", "url": "/v1/completions", "body": body} | changes)
+
+    bare = json.dumps({"prompt": "the loop", "max_tokens": 3})
+    wrong = {"url": "/v1/embeddings", "method": "GET", "body": [1], "bdy": 1}
+    lines = [bare, line(), *(line(**{name: value}) for name, value in wrong.items()), line(body={"messages": []})]
+    rows, errors = ask(engine, tokenizer, lines, name="small")
+    assert errors == 5 and rows[1]["text"] == rows[0]["text"] and all(row["custom_id"] == "a-1" for row in rows[1:])
+    for row, words in zip(rows[2:], (
+        "url: expected one of /v1/chat/completions, /v1/completions, got '/v1/embeddings'",
+        "method: expected 'POST', got 'GET'",
+        "body: expected a JSON object, got list", "bdy: is unknown beside body", "prompt: missing from the body of a request",
+    ), strict=True):  # fmt: skip
+        assert words in row["error"]
+
+
+def test_a_line_that_names_another_model_is_an_error(engine, tokenizer):
+    fine = {"prompt": "the loop", "max_tokens": 1}
+    lines = [json.dumps({**fine, **named}) for named in ({"model": "gpt-4"}, {"model": "small"}, {})]
+    rows, errors = ask(engine, tokenizer, lines, name="small")
+    assert errors == 1 and rows[0]["error"] == "in.jsonl:1: model: 'gpt-4' does not exist; there is 'small'"
+    assert [row.get("tokens") for row in rows] == [None, 1, 1]
+    assert requests.model_name("", "runs/demo/ppo/") == "ppo" and requests.model_name("mine", "runs/demo/ppo") == "mine"
 
 
 def test_slots_do_not_wait_for_a_long_answer(tokenizer):
@@ -284,7 +344,7 @@ def test_stop_strings_end_the_drawing(engine, tokenizer):
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ('{"prompt": "the", "id": 7, "stop_token_ids": [1099511627776]}', "stop_token_ids: expected fewer than 8 ids in 0..319"),
+    ('{"prompt": "the", "id": 7, "stop_token_ids": [1099511627776]}', "stop_token_ids: expected at most 8 ids in 0..319"),
     ('{"prompt": "the", "id": 7, "top_k": 1099511627776}', "top_k: expected an integer in 0..2147483647"),
     ('{"prompt": "the", "id": 7, "temperature": 1' + "0" * 400 + "}", "temperature: expected a number"),
     ('{"prompt": "the", "id": 7, "max_tokens": 0}', "max_tokens: expected an integer"),
@@ -456,8 +516,9 @@ def test_two_processes_answer_as_one(tokenizer, tmp_path):
     ({"prompt": "the loop " * 60}, "prompt: has .* leaves no room"),
     ({"prompt": "a", "n": 9}, "n: expected at most 8 answers a request, got 9"),
     ({"prompt": "a", "stop": [1]}, "stop: expected a text or a list of texts"),
-    ({"prompt": "a", "stop_token_ids": [PIECES]}, r"stop_token_ids: expected fewer than 8 ids in 0..319, got \[320\]"),
-    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids: expected fewer"),
+    ({"prompt": "a", "stop_token_ids": [PIECES]}, r"stop_token_ids: expected at most 8 ids in 0..319, got \[320\]"),
+    ({"prompt": "a", "stop_token_ids": [True]}, r"stop_token_ids: expected at most 8 ids in 0..319, got \[True\]"),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids: expected at most 8"),
     ({"prompt": "a", "top_k": 2**31}, "top_k: expected an integer in 0..2147483647, got 2147483648"),
     ({"prompt": "a", "top_k": float("inf")}, "top_k: expected a finite number, an integer"),
     ({"prompt": "a", "temperature": 10**400}, "temperature: expected a number"),
@@ -517,8 +578,15 @@ def test_an_answer_ends_at_every_stop_id_of_the_tokenizer(tokenizer, monkeypatch
     monkeypatch.setattr(tokenizer, "stop_ids", (2, 17))
     (found,) = requests.parse({"prompt": "a", "stop_token_ids": [5]}, tokenizer, context=96, default_tokens=1)
     assert found.stop_ids == (2, 17, 5)
-    with pytest.raises(requests.RequestError, match="expected fewer than 7 ids in"):
-        requests.parse({"prompt": "a", "stop_token_ids": [5] * 7}, tokenizer, context=96, default_tokens=1)
+    many = tuple(range(17))  # a request has room for eight beside them, however many they are
+    monkeypatch.setattr(tokenizer, "stop_ids", many)
+    (found,) = requests.parse({"prompt": "a", "stop_token_ids": [5] * 8}, tokenizer, context=96, default_tokens=1)
+    assert found.stop_ids == (*many, *[5] * 8)
+    for count, room in ((17, EngineConfig.stops), (60, 68)):
+        words = SimpleNamespace(stop_ids=tuple(range(count)))
+        model = SimpleNamespace(mesh=make_mesh(devices=jax.devices()[:1]), config=MODEL, tokenizer=words)
+        assert chat.settings_of(model, slots=1).stops == room >= count + requests.STOP_IDS
+    monkeypatch.setattr(tokenizer, "stop_ids", (2, 17))
     engine = Script(tokenizer.encode("a line"))
     new_dialog(engine, tokenizer).ask("what is it?", lambda text: None)
     assert engine.request.stop_ids == (2, 17)

@@ -41,6 +41,7 @@ PIECES = 320
 MODEL = ModelConfig(
     name="small", vocab_size=PIECES, layers=2, width=64, heads=4, kv_heads=2, head_size=16, ffn=96, max_length=128
 )
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TEXTS = ["the loop reads a line of text and counts tokens, what is it?"] * 20
 
 
@@ -65,7 +66,7 @@ def write_hf(
         values[row.path, row.layer] = rng.standard_normal(row.ours).astype(kind(row))
         writer.add(row, values[row.path, row.layer])
     writer.close()
-    described = huggingface.config_json(config, head, np.dtype(dtype), bos_id=1, eos_id=2, pad_id=0)
+    described = huggingface.config_json(config, head, np.dtype(dtype), token_ids=IDS)
     huggingface.write_json(directory / "config.json", described)
     if words:
         (directory / "tokenizer.model").write_bytes(words.serialized())
@@ -292,7 +293,7 @@ def test_a_smollm2_sized_checkpoint_starts_the_preset(tmp_path):
 
 
 def _config_file(directory: Path, config: ModelConfig) -> Path:
-    described = huggingface.config_json(config, "lm_head", np.dtype(np.float32), bos_id=1, eos_id=2, pad_id=2)
+    described = huggingface.config_json(config, "lm_head", np.dtype(np.float32), token_ids=IDS)
     huggingface.write_json(directory / "config.json", described)
     return directory / "config.json"
 
@@ -377,6 +378,39 @@ def test_meta_and_our_stages_get_the_sentencepiece_model_that_lies_beside_its_js
     (tmp_path / "hf/tokenizer.model").write_bytes(other.serialized())
     with pytest.raises(ValueError, match="Meta's layout holds a SentencePiece tokenizer.model, which this one is not"):
         convert.run(tmp_path / "hf", tmp_path / "again", to="meta", quiet=True)
+
+
+def test_a_configs_special_ids_go_where_the_model_goes(words, tmp_path):
+    write_hf(tmp_path / "in", words=words)
+    said = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 11}
+    config = {**json.loads((tmp_path / "in/config.json").read_text()), **said}
+    goes_by = tmp_path / "in/generation_config.json"
+
+    def carried(name, **how):
+        huggingface.write_json(tmp_path / "in/config.json", config)
+        convert.run(tmp_path / "in", tmp_path / name, to="huggingface", quiet=True, **how)
+        found = json.loads((tmp_path / name / "config.json").read_text())
+        copied = tmp_path / name / "generation_config.json"
+        assert copied.is_file() == goes_by.is_file()
+        assert not copied.is_file() or copied.read_bytes() == goes_by.read_bytes()
+        return {field: found[field] for field in found if field.endswith("_token_id")}
+
+    assert carried("bare", tokenizer="none") == said and carried("spoken") == said
+    goes_by.write_text('{"eos_token_id": [8, 9], "temperature": 0.3}')
+    assert Tokenizer(tmp_path / "in").stop_ids == (2, 8, 9)  # its own end is one more
+    assert carried("bare_too", tokenizer="none") == said and carried("spoken_too") == said
+    # Where a config says nothing, the other says nothing.
+    del config["pad_token_id"], config["bos_token_id"]
+    assert carried("unpadded") == {"eos_token_id": [8, 9]}
+
+
+def test_a_tied_model_that_goes_into_metas_layout_is_warned_of(tmp_path, caplog):
+    for tied in (False, True):
+        write_hf(tmp_path / f"hf_{tied}", dataclasses.replace(MODEL, tie_embeddings=tied))
+        convert.run(tmp_path / f"hf_{tied}", tmp_path / f"meta_{tied}", to="meta", tokenizer="none", quiet=True)
+        said = [record.getMessage() for record in caplog.records if "are tied" in record.getMessage()]
+        assert len(said) == tied
+    assert said[0].startswith(f"{tmp_path}/hf_True: head and embedding are tied, which Meta's layout cannot say")
 
 
 def test_a_directory_of_llama_2_converts_without_the_package_of_its_json(words, tmp_path, monkeypatch):

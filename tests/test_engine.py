@@ -281,6 +281,20 @@ def test_requests_have_settings_of_their_own(engine):
     assert check_frequency(together[-2].tokens)
 
 
+def test_any_of_many_stop_ids_ends_an_answer(weights, expected):
+    settings = dataclasses.replace(SETTINGS, stops=20)
+    engine = Engine(MODEL, weights, settings, compute=FLOAT32).warm_up()
+    compiled, (tokens, i) = engine.compilations, max((tokens, i) for i, tokens in enumerate(expected))
+    last = tokens[len(tokens) // 2]
+    others = [token for token in range(24) if token not in tokens]
+    ends = [*others, *others, *others][:19] + [last]
+    (request,) = engine.run([engine.submit(PROMPTS[i], index=i, max_tokens=10, seed=3, stop_ids=ends)])
+    assert request.tokens == tokens[: tokens.index(last) + 1] and request.finish == "stop"
+    with pytest.raises(ValueError, match="stop_ids: expected at most 20 of this engine, got 21"):
+        engine.submit([1], max_tokens=10, stop_ids=[*ends, 1])
+    assert engine.compilations == compiled
+
+
 def check_frequency(tokens):
     """Whether greedy tokens are those of the teacher-forced logits less a quarter of their earlier counts."""
     row = jnp.array([[1, 5, 7, *tokens]])

@@ -298,10 +298,10 @@ def test_an_exported_reward_model_pads_with_another_piece_than_eos(tmp_path):
         expected = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits[:, 0].numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
     assert model.config.pad_token_id == transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 0
-    # A language model pads as its tokenizer says.
+    # A language model's ids are those of the config that it came with.
     theirs(MODEL).save_pretrained(tmp_path / "lm")
     convert.run(tmp_path / "lm", tmp_path / "lm_out", to="huggingface", tokenizer=tmp_path / "words", quiet=True)
-    assert json.loads((tmp_path / "lm_out/config.json").read_text())["pad_token_id"] == 2
+    assert json.loads((tmp_path / "lm_out/config.json").read_text())["pad_token_id"] == 0
 
 
 def reference_logits(state: dict[str, np.ndarray], tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -501,12 +501,15 @@ def test_damaged_files_of_hugging_face(hf):
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[:-10])
     refused(hf, rf"truncated: tensor {last} should end at byte")
+    files[1].write_bytes(whole + b"xx")
+    refused(hf, f"{files[1].name}: mis-sized: 2 bytes lie behind its last tensor")
     files[1].write_bytes(whole)
 
     edit_header(files[1], lambda header: header[last].update(shape=[1, 2]))
     refused(hf, f"tensor {last} of shape .1, 2. and type BF16 needs 4 bytes")
     files[1].write_bytes(whole)
     edit_header(files[1], lambda header: header.pop(last))
+    files[1].write_bytes(files[1].read_bytes()[: -2 * MODEL.width])
     refused(hf, f"tensor {last} is missing")
     files[1].write_bytes(whole)
 
@@ -521,6 +524,11 @@ def test_damaged_files_of_hugging_face(hf):
     refused(hf, f"{files[1].name}: missing; .* puts tensor", FileNotFoundError)
     (hf / "elsewhere").rename(files[1])
     convert.run(hf, hf.parent / "fine", to="huggingface", tokenizer="none", quiet=True)
+
+
+def test_a_full_disk_is_named_with_its_file_and_nothing_is_left(hf, monkeypatch):
+    monkeypatch.setattr(huggingface, "WEIGHTS", "/dev/full")
+    refused(hf, r"No space left on device: '/dev/full'", OSError)
 
 
 def test_tensors_that_are_not_the_configs(hf):
@@ -550,12 +558,22 @@ def test_tensors_that_are_not_the_configs(hf):
     with_fields(hidden_size=None)
     refused(hf, "hidden_size is missing, expected a positive int")
     with_fields(architectures=["LlamaForSequenceClassification"])
+    refused(hf, "config.json: num_labels is 2; a reward model has 1")  # so many where no field says it
+    with_fields(architectures=["LlamaForSequenceClassification"], num_labels=1)
     refused(hf, "tensor score.weight of shape .1, 32. is missing")
     for fields, words in (
         ({"rope_scaling": "linear"}, "config.json: rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": None, "rope_theta": "abc"}, "config.json: rope_theta is 'abc', expected a positive float"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, r"config.json: rope_type is \['yarn'\]"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}, "beta_fast is 'x', expected a positive"),
+        ({"rope_scaling": {"factor": 4.0}}, "config.json: rope_scaling.factor is 4.0, expected rope_type beside it to be one"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "config.json: rope_parameters.factor is 4.0, expected"),
+        ({"rope_parameters": {"full_attention": {"factor": 4.0}}}, "rope_parameters.full_attention is {'factor': 4.0}, exp"),
+        ({"attn_logit_softcapping": 30.0}, "config.json: attn_logit_softcapping is 30.0; the Llama architecture here has None"),
+        ({"final_logit_softcapping": 30.0}, "config.json: final_logit_softcapping is 30.0"),
+        *(({field: 12.0}, f"config.json: {field} is 12.0; the Llama architecture here has None or 1.0") for field in (
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+        )),
         ({"id2label": 3}, "config.json: id2label is 3, expected an object"),
         ({"architectures": 3}, "config.json: architectures is 3, expected one of"),
         ({"architectures": [{}]}, r"config.json: architectures is \[\{\}\], expected one of"),
@@ -565,6 +583,9 @@ def test_tensors_that_are_not_the_configs(hf):
     ):  # fmt: skip
         with_fields(**fields)
         refused(hf, words)
+    neutral = {"logits_scaling": 1, "embedding_multiplier": None, "rope_scaling": {"factor": 1.0, "type": "default"}}
+    with_fields(**neutral)
+    assert open_source(hf).config.rope_scaling is None
     with_fields(rope_parameters=None, rope_theta=None)  # as where it is missing
     assert open_source(hf).config.rope_theta == 10_000.0
     with_fields()

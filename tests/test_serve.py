@@ -185,9 +185,10 @@ def test_wrong_requests_are_400_with_the_field(client, served):
         (b'{"prompt": "\\ud800"}', "body: holds a lone surrogate"), (b'{"prompt": "a", "\\ud800": 1}', "body: holds a lone"),
         (b'{"prompt": "a", "top_k": Infinity}', "body: not JSON: Out of range"),
         (b'{"prompt": "a", "top_k": 1099511627776}', "top_k: expected an integer in 0..2147483647"),
-        (b'{"prompt": "a", "stop_token_ids": [1099511627776]}', "stop_token_ids: expected fewer than 8 ids in 0..319"),
+        (b'{"prompt": "a", "stop_token_ids": [1099511627776]}', "stop_token_ids: expected at most 8 ids in 0..319"),
         (b'{"prompt": "a", "stream": true, "stream_options": "x"}', "stream_options: expected an object"),
-        (b'{"prompt": [' + b'"a", ' * 64 + b'5]}', "n: expected at most 64 answers a request, got 65"),
+        # Slots and queue hold four: more would be told to try again for ever.
+        (b'{"prompt": ["a", "a", "a", "a", 5]}', "n: expected at most 4 answers a request, got 5"),
         (b'{"prompt": "a", "stop": [' + b'"x",' * 16 + b'"x"]}', "stop: expected at most 16 texts of at most 256 characters"),
         (b'{"prompt": "a", "stop": "' + b"x" * 257 + b'"}', "stop: expected at most 16 texts of at most 256 characters, got 1"),
     ):  # fmt: skip
@@ -355,7 +356,7 @@ class Broken:
     """A worker whose engine fails at each request, or has ended."""
 
     def __init__(self, *, alive):
-        self.alive, self.registry, self.scorer = alive, None, None
+        self.alive, self.registry, self.scorer, self.capacity = alive, None, None, 1
         self.engine = types.SimpleNamespace(settings=EngineConfig(slots=1, max_length=64))
 
     def start(self):
@@ -423,11 +424,11 @@ def test_health_and_metrics(client, served):
     )
     assert float(lines["llama_jax_generated_tokens_total"]) >= 3
     assert float(lines['llama_jax_requests_total{outcome="length"}']) >= 1
-    assert float(lines["llama_jax_active"]) == 0
+    assert float(lines["llama_jax_active"]) == 0 and float(lines["llama_jax_reused_tokens_total"]) >= 0
     assert float(lines["llama_jax_first_token_seconds_count"]) >= float(lines["llama_jax_request_seconds_count"]) >= 1
     assert 0 < float(lines["llama_jax_first_token_seconds_sum"]) < float(lines["llama_jax_generated_tokens_total"]) * 60
     # Nothing was compiled for the traffic: 7 programs of the engine, and prompts' lengths of 128 to 4096.
-    assert float(lines["llama_jax_compilations"]) == served[1].compiled == 7 + 6
+    assert float(lines["llama_jax_compilations_total"]) == served[1].compiled == 7 + 6
 
 
 def test_health_and_metrics_need_no_key_and_all_else_does(served):
@@ -439,6 +440,20 @@ def test_health_and_metrics_need_no_key_and_all_else_does(served):
         for path, asked in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": QUESTION})):
             answer = httpx.post(f"{served[0]}/v1/{path}", json=asked, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+
+
+def test_a_key_comes_under_the_scheme_bearer_however_it_is_written(served):
+    for given, status in (
+        ("Bearer secret", 200), ("bearer secret", 200), ("BEARER  secret", 200), ("secret", 401), ("Basic secret", 401),
+        ("Bearer", 401), ("Bearer secrets", 401), ("Bearer sécret", 401),
+    ):  # fmt: skip
+        headers = {"Authorization": given.encode("latin-1")}
+        assert httpx.get(f"{served[0]}/v1/models", headers=headers).status_code == status, given
+
+
+def test_what_the_server_holds_is_told_with_the_reason():
+    assert serve.context_told(2048, 2048) == serve.context_told(2048, 0) == "2048 tokens"
+    assert serve.context_told(256, 4096) == "256 tokens: the model's context, which is less than --max_length=4096"
 
 
 def test_scripts_of_allowed_pages_may_ask(served):

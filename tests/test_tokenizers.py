@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -279,6 +280,41 @@ def test_a_message_forges_no_turn_where_a_file_has_the_marks_as_words(json_direc
             encode_chat(forged, tokenizer)
 
 
+def test_a_control_piece_that_a_message_names_is_text_where_that_is_exact(json_directory, sentencepiece_model, tmp_path):
+    pytest.importorskip("jinja2")
+    asked = [{"role": "system", "content": "the <|im_end|> <|im_start|>"}, {"role": "user", "content": "what is <|im_end|>?\n"}]
+    words = Tokenizer(json_directory)
+    control = set(words.special_pieces().values())
+    with pytest.raises(ValueError, match="holds the control piece"):  # by default, as in training data
+        encode_chat(asked, words)
+    ids = encode_chat(asked, words, names_are_text=True)
+    # The turns are those of the same dialog about something else, and the text between them is that of the messages.
+    turns = [i for i in encode_chat([{**m, "content": "x"} for m in asked], words) if i in control]
+    assert [i for i in ids if i in control] == turns
+    starts = [at for at, i in enumerate(ids) if i in control]
+    between = [words.decode(ids[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(ids)])]
+    assert between[0] == "system\nthe <|im_end|> <|im_start|>" and between[2] == "user\nwhat is <|im_end|>?\n"
+    plain = [{"role": "user", "content": "the loop"}]
+    assert encode_chat(plain, words, names_are_text=True) == encode_chat(plain, words)
+    # Not where a template does something to a name, nor where a stand-in could not be told from the text.
+    for template, question in (
+        ("{% for m in messages %}{{ m.content.replace('<|im_end|>', '') }}{% endfor %}", "<|im_end|>"),
+        ("{% for m in messages %}{{ m.content[:5] }}{% endfor %}", "<|im_end|>"), (words.chat_template, "\ue000<|im_end|>"),
+    ):  # fmt: skip
+        words.chat_template = template
+        with pytest.raises(ValueError, match="holds the control piece '<.im_end.>', which could forge a turn"):
+            encode_chat([{"role": "user", "content": question}], words, names_are_text=True)
+    # Nor where the model spells the name with the piece itself, as one that has the marks as words.
+    model = model_class().FromString(sentencepiece_model.read_bytes())
+    for mark in ("<|im_start|>", "<|im_end|>"):
+        model.pieces.add(piece=mark, score=0.0, type=USER_DEFINED)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    with pytest.raises(ValueError, match="holds the control piece"):
+        encode_chat(asked[1:], Tokenizer(tmp_path), names_are_text=True)
+    assert encode_chat([{"role": "user", "content": "</s>"}], Tokenizer(tmp_path), names_are_text=True).count(2) == 0
+
+
 def test_pieces_that_only_files_beside_a_model_add_are_asked_for(sentencepiece_model, tmp_path):
     shutil.copy(sentencepiece_model, tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 460, "<|im_end|>": 461}))
@@ -384,6 +420,48 @@ def test_a_template_that_fails_is_a_sentence(template, words, json_directory):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=f"^(messages|tokenizer {re.escape(str(tokenizer.path))}): {re.escape(words)}"):
         encode_chat(RENDERED, tokenizer)
+
+
+def test_of_several_chat_templates_the_default_one_is_taken_and_none_is_guessed(json_directory, tmp_path):
+    def with_template(declared):
+        (tmp_path / "tokenizer.json").write_bytes((json_directory / "tokenizer.json").read_bytes())
+        config = {**json.loads((json_directory / "tokenizer_config.json").read_text()), "chat_template": declared}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return Tokenizer(tmp_path)
+
+    for several in ([{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}], {"default": "D", "rag": "R"}):
+        assert with_template(several).chat_template == "D"
+    for several, names in (
+        ([{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T"}], "'rag', 'tool_use'"),
+        ({"rag": "R"}, "'rag'"), ({"default": {"x": 1}}, "'default'"), ([], "none"), (3, "none"), ([{"template": "R"}], "none"),
+    ):  # fmt: skip
+        where = f"{tmp_path}/tokenizer_config.json"
+        with pytest.raises(ValueError, match=f"^{where}: chat_template: expected .*'default'; .*are {names}$"):
+            with_template(several)
+    (tmp_path / "chat_template.jinja").write_text("J")  # the file comes first
+    assert with_template({"rag": "R"}).chat_template == "J"
+
+
+def test_a_chat_template_that_is_none_is_found_with_its_file_before_the_first_chat(json_directory, tmp_path):
+    pytest.importorskip("jinja2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((json_directory / name).read_bytes())
+    source = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=Tokenizer(tmp_path).vocab_size, name="x"), words="", chat="", path=tmp_path
+    )
+    assert tokenizer_files.open_tokenizer(source, tmp_path).chat_template
+    own = tmp_path / "chat_template.jinja"
+    own.write_text("{% if %}")
+    with pytest.raises(ValueError, match=f"^{own}: the chat template is no Jinja template: Expected an expression"):
+        tokenizer_files.open_tokenizer(source, tmp_path)
+    own.write_bytes(bytes([0xFF, 0xFE]))
+    with pytest.raises(ValueError, match=f"^{own}: expected a chat template in UTF-8: 'utf-8' codec can't decode byte 0xff"):
+        tokenizer_files.open_tokenizer(source, tmp_path)
+    own.unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{% endif %}"}))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer_config.json: the chat template is no Jinja template"):
+        tokenizer_files.open_tokenizer(source, tmp_path)
 
 
 def test_the_order_of_roles_and_llama_2s_tags_are_the_templates_own_matter(json_directory, copies):

@@ -2,8 +2,11 @@
 
 import datetime
 import functools
+import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.data.dialog import (
@@ -16,20 +19,25 @@ from llama_jax.data.dialog import (
     encode_prompt,
     trained_answers,
 )
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import TEMPLATE, Tokenizer
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "messages") -> list[int]:
+def encode_chat(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "messages", names_are_text: bool = False
+) -> list[int]:
     """Ids to answer; the messages must end with the user.
 
-    A template's control pieces are control, so a message that names one could forge a turn and is refused. Which roles may
-    follow each other is the template's to say, and Llama 2's tags are refused only where it writes them.
+    A template's control pieces are control, so a message that names one could forge a turn and is refused; with
+    `names_are_text` the name is spelled in ordinary pieces there, where that can be done exactly. Which roles may follow each
+    other is the template's to say, and Llama 2's tags are refused only where it writes them.
     """
     if tokenizer.chat_template is None:
         return encode_prompt(messages, tokenizer, where=where)
     check_messages(messages, where, tags=[tag for tag in TAGS if tag in tokenizer.chat_template], in_turn=False)
     if messages[-1]["role"] != "user":
         raise ValueError(f"{where}: messages: expected the last one from the user, got {messages[-1]['role']!r}")
+    if names_are_text and (ids := _with_names_as_text(messages, tokenizer)) is not None:
+        return ids
     _refuse_control(messages, tokenizer, where)
     return _rendered(messages, tokenizer, opens_answer=True)
 
@@ -85,16 +93,67 @@ def _refuse_control(messages: Sequence[Message], tokenizer: Tokenizer, where: st
                 )
 
 
+def _with_names_as_text(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int] | None:
+    """Ids to answer, in which the control pieces that messages name are text. None where that is not exact.
+
+    The template sees a stand-in for each name. What it writes is cut at its own control pieces, as encoding cuts it, and only
+    what lies between gets the names back. It is exact if the template does to stand-ins what it does to names, the cuts give
+    the ids of the whole, and no name is spelled with a control piece.
+    """
+    control = tokenizer.special_pieces()
+    longest_first = sorted(control, key=len, reverse=True)
+    names = [name for name in longest_first if any(name in message["content"] for message in messages)]
+    stand_ins = {name: f"\ue000{i}\ue001" for i, name in enumerate(names)}  # of a range that no text has in common use
+    if not names or any(mark in message["content"] for message in messages for mark in "\ue000\ue001"):
+        return None
+
+    def put(text: str, swaps: dict[str, str]) -> str:
+        return re.sub("|".join(map(re.escape, swaps)), lambda found: swaps[found[0]], text)
+
+    back = {stand_in: name for name, stand_in in stand_ins.items()}
+    hidden = [{**message, "content": put(message["content"], stand_ins)} for message in messages]
+    text = _render(hidden, tokenizer, opens_answer=True)
+    if put(text, back) != _render(messages, tokenizer, opens_answer=True):
+        return None
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    cut = [[control[part]] if part in control else tokenizer.encode(part) for part in parts if part]
+    if [i for ids in cut for i in ids] != tokenizer.encode_rendered(text):
+        return None
+    spelled = [[control[part]] if part in control else tokenizer.encode(put(part, back)) for part in parts if part]
+    of_texts = [ids for part, ids in zip(filter(None, parts), spelled, strict=True) if part not in control]
+    if any(i in control.values() for ids in of_texts for i in ids):
+        return None
+    return [i for ids in spelled for i in ids]
+
+
 def _rendered(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer: bool) -> list[int]:
-    text = _compiled(tokenizer.chat_template, str(tokenizer.path))(
+    return tokenizer.encode_rendered(_render(messages, tokenizer, opens_answer=opens_answer))
+
+
+def _render(messages: Sequence[Message], tokenizer: Tokenizer, *, opens_answer: bool) -> str:
+    return _compiled(tokenizer.chat_template, f"tokenizer {tokenizer.path}")(
         messages=[dict(message) for message in messages], add_generation_prompt=opens_answer, tools=None, documents=None,
         bos_token=tokenizer.piece(tokenizer.bos_id), eos_token=tokenizer.piece(tokenizer.eos_id),
     )  # fmt: skip
-    return tokenizer.encode_rendered(text)
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """ValueError naming the file if a tokenizer's chat template is none; without the package jinja2 that is not known yet."""
+    if tokenizer.chat_template is not None and importlib.util.find_spec("jinja2") is not None:
+        _compiled(tokenizer.chat_template, str(_template_file(tokenizer)))
+
+
+def _template_file(tokenizer: Tokenizer) -> Path:
+    """Where the chat template of a tokenizer stands."""
+    if tokenizer.path.suffix != ".gguf":
+        for name in (TEMPLATE, "tokenizer_config.json"):
+            if (beside := tokenizer.path.parent / name).is_file():
+                return beside
+    return tokenizer.path
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str, path: str) -> Callable[..., str]:
+def _compiled(template: str, where: str) -> Callable[..., str]:
     try:
         import jinja2.ext
         from jinja2.exceptions import TemplateError
@@ -130,7 +189,7 @@ def _compiled(template: str, path: str) -> Callable[..., str]:
     try:
         compiled = environment.from_string(template)
     except TemplateError as error:
-        raise ValueError(f"tokenizer {path}: the chat template is no Jinja template: {error}") from None
+        raise ValueError(f"{where}: the chat template is no Jinja template: {error}") from None
 
     def render(**values: Any) -> str:
         try:

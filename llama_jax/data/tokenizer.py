@@ -19,6 +19,7 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 PAD_ID = UNK_ID
 FIRST_BYTE_ID = 3
 
+TEMPLATE = "chat_template.jinja"
 _MARK = re.compile(r"<[|｜][^<>\s]*[|｜]>")
 
 
@@ -167,14 +168,38 @@ def declared_beside(path: Path) -> dict[str, Any]:
     declared: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         declared |= json_object(path.parent / name)
-    if isinstance(declared.get("chat_template"), list):  # several, by name
-        declared["chat_template"] = {entry["name"]: entry["template"] for entry in declared["chat_template"]}.get("default")
-    if (path.parent / "chat_template.jinja").is_file():
-        declared["chat_template"] = (path.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    declared["chat_template"] = _chat_template(path.parent, declared.get("chat_template"))
     for name in ("config.json", "generation_config.json"):  # the second is the one that generation goes by
         if (ends := json_object(path.parent / name).get("eos_token_id")) is not None:
             declared["eos_token_id"] = ends
     return declared
+
+
+def _chat_template(directory: Path, declared: Any) -> str | None:
+    """The chat template of a tokenizer's directory: that of a file of its own, or what its config declares, of several the one
+    that is named "default".
+
+    Raises:
+      ValueError: it is no text, or several without that name: any of them would be a guess, and Llama 2's format too.
+    """
+    if (own := directory / TEMPLATE).is_file():
+        try:
+            return own.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{own}: expected a chat template in UTF-8: {error}") from None
+    if declared is None or isinstance(declared, str):
+        return declared
+    try:
+        several = dict(declared) if isinstance(declared, dict) else {one["name"]: one["template"] for one in declared}
+    except (TypeError, KeyError):
+        several = {}
+    if not isinstance(template := several.get("default"), str):
+        names = ", ".join(map(repr, several)) or "none"
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}: chat_template: expected a text, or several with one named 'default'; "
+            f"the names there are {names}"
+        )
+    return template
 
 
 def json_object(path: Path) -> dict[str, Any]:

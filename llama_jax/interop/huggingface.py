@@ -20,6 +20,7 @@ from llama_jax.model.params import Head
 from llama_jax.model.rope import RopeScaling, stretched
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # transformers' own default
 
 _ARCHITECTURES: dict[str, Head] = {"LlamaForCausalLM": "lm_head", "LlamaForSequenceClassification": "reward_head"}
@@ -32,7 +33,15 @@ _FIXED = {
     "attention_dropout": (0, 0.0, None),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    # Of models that call themselves "llama" and scale what Llama does not.
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None, 1.0),
+    "logits_scaling": (None, 1.0),
 }
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The fields of each way to scale rotary positions, beside its factor, in the order of `RopeScaling`.
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -50,7 +59,8 @@ def read_config(path: Path) -> tuple[ModelConfig, Head]:
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(_ARCHITECTURES):
         raise ValueError(f"{path}: architectures is {architectures}, expected one of {', '.join(_ARCHITECTURES)}")
     head = _ARCHITECTURES[architectures[0]]
-    labels = found.get("num_labels", len(_object(found, "id2label", path) or {"0": ""}))
+    # Without either field transformers has two.
+    labels = found.get("num_labels") or len(_object(found, "id2label", path)) or 2
     if head == "reward_head" and labels != 1:
         raise ValueError(f"{path}: num_labels is {labels}; a reward model has 1")
     heads, width = number(found, "num_attention_heads", int, path), number(found, "hidden_size", int, path)
@@ -87,15 +97,30 @@ def _name(path: Path) -> str:
 
 def _rope(found: dict[str, Any], path: Path) -> dict[str, Any]:
     """The base of the rotary frequencies and their scaling, as fields of the config; kinds not known here are refused."""
-    parameters = {**_object(found, "rope_scaling", path), **_object(found, "rope_parameters", path)}
+    given = {field: _object(found, field, path) for field in ("rope_scaling", "rope_parameters")}
+    parameters = {**given["rope_scaling"], **given["rope_parameters"]}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ["default", *_ROPE_FIELDS]:
         known = ", ".join(map(repr, ("default", *_ROPE_FIELDS)))
         raise ValueError(f"{path}: rope_type is {kind!r}; rotary positions are computed here as one of {known}")
     if (partial := parameters.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is {partial}; whole heads are rotated here")
+    if kind == "default":
+        _check_unscaled(given, path)
     theta = number(parameters if parameters.get("rope_theta") is not None else found, "rope_theta", float, path, 10_000.0)
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else _scaling(kind, parameters, found, path)}
+
+
+def _check_unscaled(given: dict[str, dict[str, Any]], path: Path) -> None:
+    """ValueError for a field, of rotary positions of no kind or the default one, that would change them: a factor, or others
+    for each kind of layer."""
+    for field, parameters in given.items():
+        for name, value in parameters.items():
+            if name in ("rope_type", "type", "rope_theta", "partial_rotary_factor") or value is None:
+                continue
+            if (name, value) != ("factor", 1.0):
+                kinds = ", ".join(map(repr, _ROPE_FIELDS))
+                raise ValueError(f"{path}: {field}.{name} is {value!r}, expected rope_type beside it to be one of {kinds}")
 
 
 def _scaling(kind: str, parameters: dict[str, Any], found: dict[str, Any], path: Path) -> RopeScaling:
@@ -141,6 +166,7 @@ def open_source(directory: Path) -> Source:
       ValueError: another architecture, or a tensor that is missing, left over, of another shape or cut off.
     """
     config, head = read_config(directory / CONFIG)
+    said = read_object(directory / CONFIG)
     found = _headers(directory)
     shapes = {name: stored.shape for name, stored in found.items()}
     if head == "lm_head" and "score.weight" in found and "lm_head.weight" not in found:
@@ -159,7 +185,7 @@ def open_source(directory: Path) -> Source:
     return Source(
         path=directory, format="huggingface", config=config, head=head, tensors=tuple(rows),
         dtype_of=lambda tensor: found[tensor.name].dtype, fetch=lambda tensor: found[tensor.name].read(),
-        tokenizer=tokenizer_in(directory),
+        tokenizer=tokenizer_in(directory), token_ids={name: said[name] for name in _TOKEN_IDS if name in said},
     )  # fmt: skip
 
 
@@ -209,8 +235,8 @@ def check_frequencies(found: np.ndarray, config: ModelConfig, name: str, where: 
         raise ValueError(f"{where}: tensor {name} is not that of rope_theta {config.rope_theta}, head_size {config.head_size}")
 
 
-def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """The `config.json` of a model, for transformers 4 and 5."""
+def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a model, for transformers 4 and 5; `token_ids` are its fields on BOS, EOS and padding."""
     rope = rope_json(config)
     extra = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if head == "reward_head" else {}
     return {
@@ -223,7 +249,7 @@ def config_json(config: ModelConfig, head: Head, dtype: np.dtype, *, bos_id: int
         "tie_word_embeddings": config.tie_embeddings, "attention_bias": False, "mlp_bias": False,
         "attention_dropout": 0.0, "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
         "torch_dtype": dtype.name, "dtype": dtype.name,
-        "bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, **extra,
+        **token_ids, **extra,
     }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +37,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file: its header is no JSON object")
-    found = {}
+    found, last = {}, 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -57,14 +57,16 @@ def read_header(path: Path) -> dict[str, Stored]:
                 f"bytes, the header gives it {end - begin:,}"
             )
         stored.check_inside(name, size)
-        found[name] = stored
+        found[name], last = stored, max(last, end)
+    if (behind := size - (8 + length + last)) > 0:
+        raise ValueError(f"{path}: mis-sized: {behind:,} bytes lie behind its last tensor; damaged?")
     return found
 
 
 class SafetensorsWriter:
     """Takes the tensors of one file in the order in which they were planned."""
 
-    def __init__(self, file: BinaryIO, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+    def __init__(self, file: FileIO, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
         self._file, self._plan = file, iter(plan.items())
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, (shape, dtype) in plan.items():
@@ -74,18 +76,27 @@ class SafetensorsWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-        file.write(len(text).to_bytes(8, "little") + text)
+        self._write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, x: np.ndarray) -> None:
         """Writes the next tensor."""
         expected, (shape, dtype) = next(self._plan)
         if (name, x.shape, x.dtype) != (expected, shape, dtype):
             raise ValueError(f"expected tensor {expected} {shape} {dtype}, got {name} {x.shape} {x.dtype}")
-        np.ascontiguousarray(x).tofile(self._file)
+        self._write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        """All of it, or an OSError with the file's name and the reason; NumPy's own `tofile` tells neither of a full disk."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
 
 @contextlib.contextmanager
 def write_file(path: Path, plan: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[SafetensorsWriter]:
     """Yields a writer of the planned tensors (name -> shape and type)."""
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=0) as file:  # a buffer that could not be written would be tried again at the end
         yield SafetensorsWriter(file, plan)

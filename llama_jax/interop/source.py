@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ class Source:
       tokenizer: the file of its tokenizer, if there is one.
       words: the fingerprint of the tokenizer that it was trained with, where the format says it.
       chat: the format in which it was trained to chat, where the checkpoint says it: "llama2", or its tokenizer's "template".
+      token_ids: what Hugging Face's config says of BOS, EOS and padding, by its fields; None in other formats.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Source:
     tokenizer: Path | None = None
     words: str = ""
     chat: str = ""
+    token_ids: Mapping[str, Any] | None = None
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """One parameter (of one layer), in our layout and the file's type."""

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_jax.data.chat_template import check_template
 from llama_jax.data.sentencepiece_proto import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, model_class
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -66,12 +67,13 @@ def open_tokenizer(source: Source, place: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a model, with no chat template where the model was trained to chat in Llama 2's format.
 
     Raises:
-      ValueError: it is not the model's (`check_vocabulary`).
+      ValueError: it is not the model's (`check_vocabulary`), or its chat template is none.
     """
     words = Tokenizer(place)
     check_vocabulary(words, source)
     if source.chat == "llama2":
         words.chat_template = None
+    check_template(words)
     return words
 
 

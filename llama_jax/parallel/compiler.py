@@ -12,7 +12,7 @@ from llama_jax.parallel.mesh import platform
 # each device keeps its part): over one or two the compiler scatters as it reduces, over three none of its options makes it.
 # Products are not cut into windows that wait for a part of their operand each: a window reads and writes the whole float32 sum,
 # and on 16 v5p chips they took six times as long as the product. Without them the 7B's forward pass is 0.34 instead of 1.11 s
-# of fusions there (64 rows of 2048), a step of its SFT takes 3.1 instead of 5.8 s, PPO's update 3.0 instead of 5.7 s, and a step
+# of fusions there (64 rows of 2048), a step of SFT takes 3.1 instead of 5.8 s, PPO's update 3.0 instead of 5.7 s, and a step
 # of SFT of the 70B on 64 chips (tensor=8) 9.1 instead of 12.8 s: compiled, not run.
 COMPILER_OPTIONS = {
     "tpu": {

@@ -114,7 +114,9 @@ def _slots_program(
     length, group = engine.whole[-1]
 
     def of(batch: int, slots: int) -> device.Slots:
-        make = functools.partial(device.empty_slots, model, batch=batch, slots=slots, dtype=compute.activation_dtype)
+        make = functools.partial(
+            device.empty_slots, model, batch=batch, slots=slots, stops=engine.stops, dtype=compute.activation_dtype
+        )
         shapes = jax.eval_shape(make)
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,

@@ -55,7 +55,9 @@ class Answerer:
     ):  # fmt: skip
         """Prompts have at most `prompt_length` tokens; `slots` answers are drawn at a time (more where the mesh asks it)."""
         self._new_tokens, self._stops = new_tokens, (eos_id, *stop_ids)
-        settings = answering(prompt_length, new_tokens, slots=slots, mesh=jax.sharding.get_mesh(), int8_cache=int8)
+        settings = answering(
+            prompt_length, new_tokens, slots=slots, mesh=jax.sharding.get_mesh(), int8_cache=int8, stops=len(self._stops)
+        )
         weights = preparer(config, compute, int8=int8)(params)
         self.engine = Engine(config, weights, settings, compute=compute).warm_up()
         self._compiled = self.engine.compilations
@@ -76,8 +78,11 @@ class Answerer:
         return [Response(request.tokens, request.log_probs, request.finish == "stop") for request in requests]
 
 
-def answering(prompt_length: int, new_tokens: int, *, slots: int, mesh: Mesh, int8_cache: bool = False) -> EngineConfig:
-    """The shapes of an engine that draws at least `slots` answers at a time, as many of them on every device."""
+def answering(
+    prompt_length: int, new_tokens: int, *, slots: int, mesh: Mesh, int8_cache: bool = False, stops: int = 0
+) -> EngineConfig:
+    """The shapes of an engine that draws at least `slots` answers at a time, as many of them on every device, each of which
+    ends at one of at least `stops` ids."""
     shards = 1 if mesh.empty else batch_shards(mesh)
     slots = -(-slots // shards) * shards
     # The last token is read by the first decoding step.
@@ -85,6 +90,7 @@ def answering(prompt_length: int, new_tokens: int, *, slots: int, mesh: Mesh, in
     return EngineConfig(
         slots=slots, max_length=prompt_length + new_tokens, whole=whole,
         chunks=() if whole[-1][0] >= prompt_length - 1 else ((_LONGEST, 1),), steps=16, reuse=0, int8_cache=int8_cache,
+        stops=max(stops, EngineConfig.stops),
     )  # fmt: skip
 
 

@@ -94,8 +94,8 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < V:
             raise ValueError(f"prompt: expected ids in 0..{V - 1}, got {min(prompt)}..{max(prompt)}")
-        if len(stop_ids) > device.STOPS:
-            raise ValueError(f"stop_ids: expected at most {device.STOPS}, got {len(stop_ids)}")
+        if len(stop_ids) > self.settings.stops:
+            raise ValueError(f"stop_ids: expected at most {self.settings.stops} of this engine, got {len(stop_ids)}")
         if not all(0 <= token < V for token in stop_ids):
             raise ValueError(f"stop_ids: expected ids in 0..{V - 1}, got {list(stop_ids)}")
         if not 0 <= alternatives <= self.settings.alternatives:
@@ -348,7 +348,7 @@ class Engine:
 
     def _sit(self, group: list[Request]) -> None:
         nowhere, key_shape = self.settings.slots, self._slots.keys.shape[1:]
-        entering = device.seats(group, self.settings.seats, nowhere=nowhere, key_shape=key_shape)
+        entering = device.seats(group, self.settings.seats, nowhere=nowhere, key_shape=key_shape, stops=self.settings.stops)
         self._slots = self._programs.sit(self._slots, entering)
         for request in group:
             request.seated = True

@@ -27,6 +27,7 @@ class EngineConfig:
       taken-over prefix is equal to a computed one up to rounding.
     int8_cache: keep keys and values in 8 bits: a quarter of float32's memory, at a small loss of precision.
     alternatives: so many of the most likely tokens can be told of beside each drawn one.
+    stops: stop ids that a request may have, the tokenizer's among them.
     """
 
     slots: int = 8
@@ -37,6 +38,7 @@ class EngineConfig:
     reuse: int = 16
     int8_cache: bool = False
     alternatives: int = 0
+    stops: int = 32
 
     def __post_init__(self):
         shapes = (*self.chunks, *self.whole)

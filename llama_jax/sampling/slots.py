@@ -23,8 +23,6 @@ from llama_jax.parallel.axes import DECODE, ENTER, batch_shards, layout, partiti
 from llama_jax.sampling.choose import Choice, Draw, count_drawn, count_prompt, draw
 from llama_jax.sampling.request import EngineConfig, Request
 
-STOPS = 8  # stop ids a request may have
-
 
 @flax.struct.dataclass
 class Slots:
@@ -37,7 +35,7 @@ class Slots:
     active: jax.Array  # [B] bool: goes on drawing
     keys: jax.Array  # [B, ...] uint32: the data of each request's PRNG key
     choice: Choice  # [B] each
-    stops: jax.Array  # [B, STOPS] int32, filled with -1
+    stops: jax.Array  # [B, EngineConfig.stops] int32, filled with -1
     seen: jax.Array  # [B, V] int32: what `penalise` counts; right only for requests that have a penalty
 
 
@@ -94,13 +92,13 @@ def pieces(group: Sequence[Request], shape: tuple[int, int], *, nowhere: int) ->
     return made
 
 
-def seats(group: Sequence[Request], size: int, *, nowhere: int, key_shape: tuple[int, ...]) -> Seats:
+def seats(group: Sequence[Request], size: int, *, nowhere: int, key_shape: tuple[int, ...], stops: int) -> Seats:
     """What slots need to know of at most `size` requests."""
     M = size
     made = Seats(
         rows=np.full((M,), nowhere, np.int32), token=np.zeros((M,), np.int32), lengths=np.zeros((M,), np.int32),
         limit=np.zeros((M,), np.int32), keys=np.zeros((M, *key_shape), np.uint32),
-        choice=Choice.empty(M), stops=np.full((M, STOPS), -1, np.int32),
+        choice=Choice.empty(M), stops=np.full((M, stops), -1, np.int32),
     )  # fmt: skip
     for i, request in enumerate(group):
         made.rows[i], made.token[i], made.lengths[i] = request.slot, request.prompt[-1], len(request.prompt) - 1
@@ -140,7 +138,8 @@ def programs(config: ModelConfig, compute: Compute, settings: EngineConfig, mesh
     dtype = jnp.dtype("int8") if settings.int8_cache else compute.activation_dtype
 
     def empty():
-        return empty_slots(config, batch=settings.slots, slots=round_up(settings.max_length), dtype=dtype)
+        slots = round_up(settings.max_length)
+        return empty_slots(config, batch=settings.slots, slots=slots, stops=settings.stops, dtype=dtype)
 
     # Without fixed layouts of its state, a program would be compiled again for what another one returned. What was drawn is
     # whole on every device, so that each of several hosts can read it.
@@ -167,14 +166,14 @@ def programs(config: ModelConfig, compute: Compute, settings: EngineConfig, mesh
     )
 
 
-def empty_slots(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Slots:
+def empty_slots(config: ModelConfig, *, batch: int, slots: int, stops: int, dtype: jnp.dtype) -> Slots:
     """No request anywhere."""
     B = batch
     keys = jax.random.key_data(jax.vmap(jax.random.key)(jnp.zeros((B,), jnp.uint32)))
     return Slots(
         cache=empty_cache(config, batch=B, slots=slots, dtype=dtype),
         token=jnp.zeros((B,), jnp.int32), drawn=jnp.zeros((B,), jnp.int32), limit=jnp.zeros((B,), jnp.int32),
-        active=jnp.zeros((B,), bool), keys=keys, choice=Choice().rows(B), stops=jnp.full((B, STOPS), -1, jnp.int32),
+        active=jnp.zeros((B,), bool), keys=keys, choice=Choice().rows(B), stops=jnp.full((B, stops), -1, jnp.int32),
         seen=jnp.zeros((B, config.vocab_size), jnp.int32),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,19 @@ class Turns:
             self._changed.notify_all()
 
 
+class _Counted:
+    """Counters whose values others keep, {name: (what it counts, its value)}, as a Prometheus registry asks for them."""
+
+    def __init__(self, counters: dict[str, tuple[str, Callable[[], int]]]):
+        self._counters = counters
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        for name, (described, value) in self._counters.items():
+            yield CounterMetricFamily(name, described, value=value())
+
+
 # Programs of several devices must be started on all of them in one order: two engines that share devices would else wait for
 # each other, each on the devices that the other has not come to.
 _TURNS = Turns()
@@ -89,12 +102,17 @@ class Worker:
         )
         Gauge("llama_jax_waiting", "Requests without a slot", registry=self.registry).set_function(lambda: self.waiting)
         Gauge("llama_jax_active", "Requests in a slot", registry=self.registry).set_function(lambda: engine.active)
-        Gauge("llama_jax_compilations", "Programs compiled", registry=self.registry).set_function(
-            lambda: engine.compilations + (scorer.compilations if scorer else 0)
-        )
-        Gauge("llama_jax_reused_tokens", "Prompt tokens taken over", registry=self.registry).set_function(
-            lambda: engine.reused_tokens
-        )
+        self.registry.register(_Counted({
+            "llama_jax_compilations": (
+                "Programs compiled", lambda: engine.compilations + (scorer.compilations if scorer else 0)
+            ),
+            "llama_jax_reused_tokens": ("Prompt tokens taken over", lambda: engine.reused_tokens),
+        }))  # fmt: skip
+
+    @property
+    def capacity(self) -> int:
+        """Requests that there can ever be at once, in slots and waiting."""
+        return self.engine.settings.slots + self._queue
 
     @property
     def waiting(self) -> int:
