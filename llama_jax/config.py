@@ -117,6 +117,14 @@ def check_shares(where: str, settings: Any, *fields: str) -> None:
             raise ValueError(f"{_place(where, field)}: expected a number from 0 to 1, got {getattr(settings, field)}")
 
 
+def check_choices(where: str, settings: Any) -> None:
+    """ValueError for a field of a dataclass that is declared as a Literal and holds something else; `where` as above."""
+    for field, hint in typing.get_type_hints(type(settings)).items():
+        if typing.get_origin(hint) is typing.Literal and getattr(settings, field) not in typing.get_args(hint):
+            expected = ", ".join(map(repr, typing.get_args(hint)))
+            raise ValueError(f"{_place(where, field)}: expected one of {expected}, got {getattr(settings, field)!r}")
+
+
 def _place(where: str, field: str) -> str:
     return f"{where}.{field}" if where else field
 

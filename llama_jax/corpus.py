@@ -164,12 +164,12 @@ def run(config: CorpusConfig, output: str | Path, *, beam: list[str] | None = No
     if (output / NAME).exists():
         built = read_manifest(output)
         if changed := differences(built["config"], describe(config)):
-            raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}")
+            raise ConfigError(f"{output}: was built with another config: {'; '.join(changed)}; undo, or use another --output")
         # A corpus of the library's own callers may say nothing of its inputs.
         known = built.get("inputs")
         if changed := [] if known is None else changed_files(known, inputs(config)):
             more = f"; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else ""
-            raise ConfigError(f"{output}: was built of other files; build another one: {'; '.join(changed[:_NAMED])}{more}")
+            raise ConfigError(f"{output}: was built of other files; use another --output: {'; '.join(changed[:_NAMED])}{more}")
         discard(output)
         return check_manifest(output, Tokenizer(output / "tokenizer.model"))
     if beam is not None:

@@ -2,13 +2,14 @@
 
     workdir = notebook.start(devices=8)
     values = notebook.config("sft.py:tiny", {"model": "nano", "loop": {"steps": 100}})
-    llama_jax.train.run(values, workdir / "sft")
+    llama_jax.train.run(values, notebook.fresh(workdir / "sft"))
 """
 
 import importlib.metadata
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from llama_jax import markdown
 from llama_jax.evals.plots import Plot
 from llama_jax.parallel.host import keep_heap
 from llama_jax.steps import change, load_config
+
+_MADE: list[Path] = []  # the directories that `start` has made in this process: all that `fresh` may remove anything from
 
 
 def start(*, devices: int = 1) -> Path:
@@ -37,7 +40,27 @@ def start(*, devices: int = 1) -> Path:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others tell of each file
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", DeprecationWarning)
-    return Path(tempfile.mkdtemp(prefix="llama_jax-"))
+    _MADE.append(Path(tempfile.mkdtemp(prefix="llama_jax-")).resolve())
+    return _MADE[-1]
+
+
+def fresh(path: str | Path) -> Path:
+    """`path` with nothing there: what a cell made at its last run is removed, so that it can be changed and run again.
+
+    A stage refuses a workdir that was begun with another config, as a command should. In a notebook the cell is the record of
+    what was done.
+
+    Raises:
+      ValueError: `path` is not inside a directory that `start` made in this process, whose content is the notebook's own.
+    """
+    found = Path(path).resolve()
+    if not any(made in found.parents for made in _MADE):
+        raise ValueError(f"path: expected a place inside the directory that notebook.start() returned, got {path}")
+    if found.is_dir():
+        shutil.rmtree(found)
+    else:
+        found.unlink(missing_ok=True)
+    return Path(path)
 
 
 def config(name: str, changes: Mapping[str, Any] | None = None) -> Any:

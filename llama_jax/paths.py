@@ -30,9 +30,9 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def place(path: str | os.PathLike) -> Path:
-    """A `pathlib.Path`, or its counterpart `etils.epath.Path` for an address."""
+    """A `pathlib.Path` (`~` is the home directory), or its counterpart `etils.epath.Path` for an address."""
     if not is_remote(path):
-        return Path(path)
+        return Path(os.path.expanduser(path))  # a shell leaves the ~ of --workdir=~/run alone, and so does a config
     _prepare()
     from etils import epath  # a command on local files need not load it
 
@@ -96,7 +96,7 @@ def may_fail(path: str | os.PathLike) -> Iterator[None]:
 
 def absolute(path: str | os.PathLike) -> Path:
     """The whole path, without `..` and symbolic links; an address is whole."""
-    return place(path) if is_remote(path) else Path(path).resolve()
+    return place(path) if is_remote(path) else place(path).resolve()
 
 
 def store(directory: str | os.PathLike) -> dict[str, str]:

@@ -69,7 +69,8 @@ def test_the_command_builds_a_corpus_of_a_jsonl_file(web, tmp_path):
         [*command, "--config.held_out_fraction=0.2"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert second.returncode == 1 and not second.stdout
-    expected = f"error: {tmp_path / 'out'}: was built with another config: held_out_fraction: 0.1 -> 0.2"
+    changed = "held_out_fraction: 0.1 -> 0.2; undo, or use another --output"
+    expected = f"error: {tmp_path / 'out'}: was built with another config: {changed}"
     assert second.stderr.strip().splitlines()[-1] == expected and "Traceback" not in second.stderr
     (tmp_path / "out" / "blocks" / "web.array_record").write_bytes(b"")
     with pytest.raises(CorpusError, match="web.array_record: damaged"):

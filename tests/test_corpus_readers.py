@@ -24,6 +24,7 @@ from llama_jax.corpus_build.steps import CleanConfig, make_steps
 from llama_jax.corpus_build.storage import StorageError
 from llama_jax.corpus_build.unpack import open_binary
 from llama_jax.data.sources import write_jsonl
+from llama_jax.paths import absolute, place
 
 ROWS = [{"id": f"d{i}", "text": f"text {i}\nof ünicode", "url": f"http://u/{i}", "metadata": {"k": i}} for i in range(5)]
 
@@ -59,6 +60,15 @@ def test_jsonl_behind_every_compression(tmp_path, suffix, pack):
     check(tmp_path / f"x.jsonl{suffix}")
     with open_binary(str(tmp_path / f"x.jsonl{suffix}")) as file:
         assert file.read() == LINES
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "x.jsonl").write_bytes(LINES)
+    for pattern in ("~/web", "~/web/*.jsonl", "~/web/x.jsonl"):
+        assert expand(f"{pattern}?text=text") == [f"{tmp_path}/web/x.jsonl?text=text"]
+    assert place("~/web") == absolute("~/web") == tmp_path / "web" and place("a/~").name == "~"
 
 
 def test_parquet(tmp_path):

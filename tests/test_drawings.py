@@ -14,6 +14,7 @@ from llama_jax.data.tokenizer_sentencepiece import train_tokenizer
 from llama_jax.evals import drawings
 from llama_jax.evals.drawings import Piece, Run
 from llama_jax.evals.ghost import AttentionMap
+from llama_jax.evals.plots import LIGHT
 from llama_jax.model.params import table
 from llama_jax.parallel.axes import DECODE, TRAIN
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
@@ -61,13 +62,19 @@ def test_bars_and_maps_are_drawn_alike_each_time(tmp_path):
     bars = {"a": {"x": 1.0, "y": 2.0}, "b": {"y": 0.5}}
     draw = [drawings.stacked_bars(bars, title="t", xlabel="GiB", limit=2.5, limit_label="limit").png() for _ in range(2)]
     assert draw[0] == draw[1] and draw[0].startswith(PNG)
-    found = AttentionMap(np.eye(4, dtype=np.float32), 2, (1, 3), np.array([0.5, 0.25]))
+    single = drawings.stacked_bars({"a": {"GiB": 1.0}}, title="t", xlabel="GiB")  # whose legend the axis has said
+    assert not single.draw(LIGHT).legends and single.alt == "Bars of GiB. t. a 1.00."
+    found = AttentionMap(np.eye(4, dtype=np.float32), 2, (1, 3), np.array([0.5, 0.25]), (0, 4))
     maps = {"SFT": found, "GAtt": found}
     assert drawings.attention_maps(maps).png().startswith(PNG)
     assert drawings.attention_by_turn(maps).png().startswith(PNG)
     drawings.save_maps(tmp_path / "maps.npz", maps)
     again = drawings.load_maps(tmp_path / "maps.npz")
     assert list(again) == ["SFT", "GAtt"] and (again["GAtt"].bin_size, again["GAtt"].instruction) == (2, (1, 3))
+    assert again["GAtt"].turns == (0, 4)
+    sft, gatt, scale = drawings.attention_maps(maps).draw(LIGHT).axes
+    assert scale.get_ylabel() == "largest weight" and [text.get_text() for text in gatt.texts] == ["turn 1", "turn 2"]
+    assert [line.get_ydata()[0] for line in sft.get_lines() if line.get_color() == "white"] == [4]
     np.testing.assert_array_equal(again["SFT"].cells, found.cells)
     assert drawings.attention_maps(again).png() == drawings.attention_maps(maps).png()
 
@@ -112,3 +119,19 @@ def test_start_gives_a_new_directory():
     first, second = notebook.start(), notebook.start()
     assert first != second and first.is_dir() and not list(first.iterdir())
     assert jax.config.jax_num_cpu_devices == before
+
+
+def test_fresh_clears_what_the_notebook_made_and_nothing_else(tmp_path):
+    workdir = notebook.start()
+    (workdir / "sft" / "checkpoints").mkdir(parents=True)
+    (workdir / "other").mkdir()
+    (workdir / "rows.jsonl").write_text("{}")
+    for _ in range(2):  # of nothing, too
+        assert notebook.fresh(workdir / "sft") == workdir / "sft" and notebook.fresh(str(workdir / "rows.jsonl"))
+        assert [path.name for path in workdir.iterdir()] == ["other"]
+    (tmp_path / "mine").mkdir()
+    (workdir / "link").symlink_to(tmp_path / "mine")
+    for place in (tmp_path / "mine", workdir / "link", workdir, workdir / "..", "."):
+        with pytest.raises(ValueError, match=r"inside the directory that notebook.start\(\) returned, got"):
+            notebook.fresh(place)
+    assert (tmp_path / "mine").is_dir() and (workdir / "other").is_dir()

@@ -398,6 +398,31 @@ def test_limits_hold_every_curve_of_a_figure():
     assert bottom < 0.1 and top > 0.9
 
 
+def test_figures_say_what_their_lines_and_axes_are():
+    pytest.importorskip("matplotlib")
+    from llama_jax.evals import figures, plots, reward_figures
+
+    def named(plot):
+        (ax,) = plot.draw(plots.LIGHT).axes
+        return [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+
+    long, short = (np.arange(120), np.ones(120)), (np.arange(5), np.ones(5))
+    assert named(figures.loss_curve({"pretraining": long})) == ["as logged", "running mean"]
+    assert named(figures.loss_curve({"a": long, "b": short})) == ["a", "b", "as logged", "running mean"]
+    assert named(figures.loss_curve({"pretraining": short})) == []
+    steps = np.arange(4)
+    axes = figures.ppo_curves({"step": steps, **dict.fromkeys(list(figures.PPO_PANELS)[:4], steps)}).draw(plots.LIGHT).axes
+    assert [ax.get_xlabel() for ax in axes] == ["", *["optimizer step"] * 3, "", ""]  # the lowest of each column
+    share = {"share": 0.75, "low": 0.6, "high": 0.85, "count": 40}
+    bars = reward_figures.accuracy({"held-out": {"better": share, "all": 0.5}})
+    assert named(bars) == [] and "better 75.0 % (60 to 85), all 50.0 %" in bars.alt  # the axis says what is held out
+    (ax,) = bars.draw(plots.LIGHT).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["better\nn = 40", "all"]
+    assert [text.xy[1] for text in ax.texts if text.get_text() == "75"] == [85]  # above the whisker
+    curve = {"reward model": [{"rating": 1, "mean": 0.4, "std": 0.1}]}
+    assert named(model_figures.calibration(curve)) == [] and named(model_figures.calibration({"other": curve["reward model"]}))
+
+
 def test_scores_before_and_after_have_histograms_at_the_margins():
     pytest.importorskip("matplotlib")
     from llama_jax.evals import figures, plots
@@ -484,5 +509,5 @@ def test_figures_without_matplotlib_name_the_extra(monkeypatch):
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ImportError, match=r"\[eval\]"):
+    with pytest.raises(ImportError, match=r"\[eval\]', or \[notebooks\]"):
         figures.bits_per_byte({"a": 1.0}, {"a": 2.0}).png()

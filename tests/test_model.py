@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from llama_jax.model import config as model_config
 from llama_jax.model import decode, heads, params
+from llama_jax.model.attention import attend
 from llama_jax.model.cache import empty_cache
 from llama_jax.model.config import FLOAT32, SIZES, Compute, ModelConfig
 from llama_jax.model.layers import contract, rms_norm, rope_angles, rotate
@@ -436,3 +437,27 @@ def test_sequence_lengths_are_those_of_segments_in_linear_memory():
 def test_a_loss_in_no_chunks_is_refused():
     with pytest.raises(ValueError, match="loss_chunks: expected at least 1, got 0"):
         Compute(loss_chunks=0)
+
+
+@pytest.mark.parametrize("field, value", [("sequence", "rng"), ("attention", "flash"), ("remat", "all"), ("matmul", "fp16")])
+def test_a_way_of_computing_that_there_is_not_is_refused_at_once(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected one of '.*', got '{value}'"):
+        Compute(**{field: value})
+
+
+@pytest.mark.parametrize("field, value", [("kv_heads", 0), ("kv_heads", -2), ("layers", 0), ("width", -1), ("vocab_size", 0)])
+def test_a_model_of_nothing_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"^tiny.{field}: expected at least 1, got {value}"):
+        dataclasses.replace(SIZES["tiny"], **{field: value})
+
+
+def test_mistaken_heads_and_shapes_are_named(tiny):
+    with pytest.raises(ValueError, match="head: expected one of lm_head, reward_head, value_head, got 'lmhead'"):
+        params.table(tiny, head="lmhead")
+    q, kv = jnp.zeros((1, 2, 4, 8)), jnp.zeros((1, 2, 3, 8))
+    with pytest.raises(ValueError, match="for each key-value head, got 4 and 3"):
+        attend(q, kv, kv, jnp.ones((1, 2, 2), bool), dtype=jnp.float32)
+    ids = jnp.ones(4, jnp.int32)
+    for tokens, positions in ((ids, ids), (ids[None], ids)):
+        with pytest.raises(ValueError, match=r"of one shape \[B, T\]; got tokens"):
+            hidden_states({"trunk": {}}, tokens, tokens, positions, config=tiny, compute=FLOAT32)

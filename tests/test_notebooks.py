@@ -60,6 +60,12 @@ def test_it_calls_the_library_and_defines_nothing(path):
     assert {name.split(".")[0] for name in imported} <= COMMON
 
 
+def test_a_cell_that_trains_or_builds_can_be_changed_and_run_again(path):
+    for call in (node for node in ast.walk(code(path)) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) in ("run", "corpus.run", "convert.run"):
+            assert ast.unparse(call.args[1]).startswith("notebook.fresh(workdir / "), ast.unparse(call)
+
+
 def test_its_outputs_are_fit_to_be_read(path):
     assert path.stat().st_size < LARGEST
     cells = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]

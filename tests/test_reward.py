@@ -15,7 +15,7 @@ from llama_jax.model.config import FLOAT32, SIZES
 from llama_jax.parallel.axes import shardings
 from llama_jax.parallel.mesh import MeshConfig, make_mesh
 from llama_jax.reward.comparisons import Comparison, blank, collate
-from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, ranking_loss, safety_loss
+from llama_jax.reward.ranking import MARGINS, centring_loss, last_token_scores, margin_table, ranking_loss, safety_loss
 from llama_jax.reward.score import combined_logit, scorer, whiten
 from llama_jax.reward.stage import PairData, RewardData, mixed_pairs, reward_loss
 from llama_jax.training.step import put_batch
@@ -29,6 +29,8 @@ TREE = params.init(params.table(MODEL, head="reward_head"), jax.random.key(0))
 def test_ranking_loss_by_hand():
     loss = ranking_loss(jnp.array([2.0, 1.0]), jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
     np.testing.assert_allclose(loss, [np.log1p(np.exp(-1.0)), np.log(2)], rtol=1e-6)
+    np.testing.assert_array_equal(ranking_loss([2, 1], [0.0, 1.0], np.array([1, 0])), loss)  # lists and whole numbers
+    assert ranking_loss(2.0, 0.0, 1.0) == loss[0]
     with pytest.raises(ValueError, match="must have one shape"):
         ranking_loss(jnp.zeros((2, 1)), jnp.zeros((2, 1)), jnp.zeros(2))
 
@@ -36,6 +38,9 @@ def test_ranking_loss_by_hand():
 def test_margins_of_table_27():
     assert list(MARGINS["large"].values()) == [3, 2, 1, 0]
     assert list(MARGINS["small"].values()) == [1, 2 / 3, 1 / 3, 0]
+    assert margin_table("small") is MARGINS["small"]
+    with pytest.raises(ValueError, match="margin: expected one of none, small, large, got 'medium'"):
+        margin_table("medium")
 
 
 def test_safety_loss_by_hand():

@@ -130,6 +130,16 @@ def test_gamma_and_lambda_one_give_the_papers_sequence_objective():
     assert rewards.dtype == jnp.float32
 
 
+def test_scores_and_rewards_of_other_shapes_are_refused():
+    mask = jnp.ones((2, 3), bool)
+    for score, kl in (((2, 1), (2, 3)), ((3,), (2, 3)), ((2,), (2, 1))):
+        with pytest.raises(ValueError, match=r"token_rewards: expected score \[B\], kl and mask \[B, N\]; got score"):
+            token_rewards(jnp.zeros(score), jnp.zeros(kl), mask, beta=0.1)
+    for rewards, values in (((3,), (3,)), ((2, 3), (2, 1))):
+        with pytest.raises(ValueError, match=r"generalised_advantages: expected rewards, values and mask of one shape"):
+            generalised_advantages(jnp.zeros(rewards), jnp.zeros(values), mask, gamma=1.0, lam=1.0)
+
+
 def test_clipped_losses_by_hand():
     new, old = jnp.log(jnp.array([[1.5, 1.5, 0.5, 1.0]])), jnp.zeros((1, 4))
     advantages = jnp.array([[1.0, -1.0, -1.0, 2.0]])
@@ -687,7 +697,7 @@ def small(tmp_path_factory):
     ({"data": {"length": 128}}, "data.length=128, model tiny takes 64"),
     ({"data": {"length": 4}}, "no dialog fits into 4 tokens"),
     ({"optim": {"warmup": 2}}, "optim.warmup=2 leaves nothing of loop.steps=2"),
-    ({"epochs": 1.0, "optim": {"warmup": 3}}, "optim.warmup=3 leaves nothing of loop.steps=2"),  # 8 prompts and one packed row
+    ({"epochs": 1.0, "optim": {"warmup": 3}}, "=3 leaves nothing of loop.steps=2 .*epochs=1 of 10 rows"),  # 8 drawn
     ({"loop": {"batch_size": 12}}, "loop.batch_size=12 cannot be divided into 8 shards"),
     ({"loop": {"keep_best": "loss"}}, "loop.keep_best=loss: expected dialogs in data.held_out"),
     ({"lora": {"rank": 4}}, "adapters .* need a model to adapt"),

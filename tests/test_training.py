@@ -896,6 +896,8 @@ def test_steps_of_epochs_by_hand():
     assert [most.steps_of(rows, 2.0) for rows in (0, 1, 20, 21, 40)] == [1, 1, 5, 5, 5]
     assert [most.steps_of(rows, 0.0) for rows in (0, 40)] == [5, 5] and free.steps_of(10, 0.25) == 1
     assert free.over(40, 2.0) == dataclasses.replace(free, steps=10) and most.over(40, 2.0) == most
+    assert free.reckoned(40, 2.0) == "epochs=2 of 40 rows, in steps of loop.batch_size=8"
+    assert most.reckoned(10, 2.0) and [most.reckoned(40, 2.0), most.reckoned(10, 0.0)] == ["", ""]  # loop.steps says how many
 
 
 # ---- the train command: claim, finished, refused ----

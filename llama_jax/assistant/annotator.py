@@ -211,6 +211,6 @@ def _rouge_scorer() -> Any:
         from rouge_score import rouge_scorer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the simulated annotator needs the package rouge-score: pip install 'llama_jax[eval]'"
+            "the simulated annotator needs the package rouge-score: pip install 'llama_jax[eval]', or [notebooks]"
         ) from error
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)

@@ -6,6 +6,7 @@ that run keep there is no text) unless the reader spells the dot itself.
 
 import fnmatch
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def expand(pattern: str) -> list[str]:
     known = ", ".join(sorted(FORMATS))
     if not pattern:
         raise FileNotFoundError(f"expected a path, a pattern or a directory of files ({known}), got {pattern!r}")
+    if not storage.is_address(pattern):
+        pattern = os.path.expanduser(pattern)
     if storage.is_address(pattern):
         names = storage.found(pattern)
     elif Path(pattern).is_dir():

@@ -95,7 +95,11 @@ def encode_dialog(
     prompt_messages: int = 0,
     where: str = "messages",
 ) -> EncodedDialog:
-    """Encodes a dialog that ends with the assistant; `trained_answers` says what is supervised."""
+    """Encodes a dialog that ends with the assistant; `trained_answers` says what is supervised.
+
+    An answer may be empty, as a comparison's `rejected` may. That none is which a model learns to write is seen to by the
+    readers of files (`data.sources`), which can name the row.
+    """
     check_finished(messages, train_on, where)
     turns = _merge_system(messages)
     pairs = [_encode_pair(turns[i], turns[i + 1], tokenizer) for i in range(0, len(turns), 2)]

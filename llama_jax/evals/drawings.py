@@ -21,6 +21,7 @@ from llama_jax.files import atomic_write
 from llama_jax.parallel.axes import ParamSpec, Rules, partition
 
 _UNSEEN = {"layers", "head"}  # axes that no rule divides: a drawing of two dimensions leaves them out
+_NAMED_TURNS = 8  # of more the names would touch
 _SHADES = ("#dce6fa", "#fbe8cf", "#d3eee4", "#e6ddf5", "#f7dada", "#e9ecf1", "#c2d4f5", "#f5d3a3")
 
 
@@ -176,28 +177,41 @@ def stacked_bars(
         ax.grid(False, axis="y")
         ax.set_xlabel(xlabel)
         shown = {"loc": "outside lower center", "ncols": min(len(names), 5), "frameon": False, "labelcolor": theme.ink}
-        figure.legend(*ax.get_legend_handles_labels(), **shown)
+        if names != [xlabel]:
+            figure.legend(*ax.get_legend_handles_labels(), **shown)
         return figure
 
     words = "; ".join(f"{label} {number.format(sum(parts.values()))}" for label, parts in bars.items())
     bound = "" if limit is None else f" {limit_label}: {number.format(limit)}."
-    return Plot("bars", title, f"Bars of {', '.join(names)}, {xlabel}. {title}. {words}.{bound}", draw)
+    return Plot("bars", title, f"Bars of {', '.join(dict.fromkeys([*names, xlabel]))}. {title}. {words}.{bound}", draw)
 
 
 def attention_maps(maps: Mapping[str, AttentionMap], *, title: str = "Largest attention of all heads (Fig. 10)") -> Plot:
-    """Fig. 10: one map a model, queries downwards; orange lines enclose the instruction's tokens."""
+    """Fig. 10: one map a model, queries downwards; orange lines enclose the instruction's tokens, white ones part the turns."""
 
     def draw(theme: Theme) -> Any:
         figure, axes = canvas(theme, title, columns=len(maps), panel=(7.6 / len(maps), 3.3))
         for ax, (label, found) in zip(axes, maps.items()):
             Q, S = found.cells.shape
-            ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, S * found.bin_size, Q * found.bin_size, 0))
+            right = S * found.bin_size
+            image = ax.imshow(found.cells, cmap="cividis", vmin=0, vmax=1, extent=(0, right, Q * found.bin_size, 0))
+            for number, start in enumerate(found.turns, start=1):
+                if number > 1:
+                    ax.axhline(start, color="white", linewidth=0.8, linestyle=(0, (4, 3)))
+                if len(found.turns) <= _NAMED_TURNS:  # to the right of the diagonal, where no query sees a key
+                    place = (0.98 * right, start)
+                    small = {"color": "white", "fontsize": 7.5, "textcoords": "offset points", "xytext": (0, -2)}
+                    ax.annotate(f"turn {number}", place, ha="right", va="top", **small)
             for token in found.instruction:
                 ax.axvline(token, color=theme.colour(1), linewidth=1.2)
             ax.set_title(label, fontsize=10)
             ax.set_xlabel("key (token)")
             ax.set_ylabel("query (token)")
             ax.grid(False)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, label="largest weight")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, colors=theme.ink, labelsize=9)
+        bar.ax.yaxis.label.set(color=theme.ink, fontsize=10)
         return figure
 
     return Plot("attention", title, f"Maps of queries by keys. {title}. {_by_turn(maps)}.", draw)
@@ -237,7 +251,7 @@ def load_maps(path: Path) -> dict[str, AttentionMap]:
         return {
             label: AttentionMap(
                 arrays[f"{label}/cells"], int(arrays[f"{label}/bin_size"]), tuple(arrays[f"{label}/instruction"].tolist()),
-                arrays[f"{label}/by_turn"],
+                arrays[f"{label}/by_turn"], tuple(arrays[f"{label}/turns"].tolist()) if f"{label}/turns" in arrays else (),
             )
             for label in labels
         }  # fmt: skip

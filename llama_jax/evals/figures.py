@@ -34,17 +34,18 @@ def loss_curve(
     curves: Mapping[str, Curve], *, name: str = "loss", title: str = "Training loss", ylabel: str = "loss (nats a token)",
     xlabel: str = "step",
 ) -> Plot:  # fmt: skip
-    """Lines over optimiser steps, {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
+    """Lines over optimizer steps (or `xlabel`), {label: (steps, losses)}; long ones with a running mean on top. (Fig. 5)"""
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title)
         for index, (label, curve) in enumerate(curves.items()):
             _line(ax, curve, colour=theme.colour(index), label=label)
+        explained = _explain(ax, theme) if any(_is_long(curve) for curve in curves.values()) else []
         _limit(ax, curves.values())
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
-        if len(curves) > 1:
-            legend(ax, theme)
+        if len(curves) > 1 or explained:
+            legend(ax, theme, **({"handles": explained} if len(curves) == 1 else {}))  # the title names a single one
         return figure
 
     words = "; ".join(f"{label} {_ends(curve)}" for label, curve in curves.items())
@@ -68,7 +69,10 @@ def bits_per_byte(model: Mapping[str, float], xz: Mapping[str, float]) -> Plot:
 
 
 def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] = PPO_PANELS) -> Plot:
-    """Small multiples over PPO iterations from `read_metrics`: those metrics of `panels` that were logged."""
+    """Small multiples over PPO's optimizer steps from `read_metrics`: those metrics of `panels` that were logged.
+
+    An iteration has as many steps as its rollout has mini-batches; what is measured once a rollout stands at all of them.
+    """
     names = [name for name in panels if name in metrics and np.isfinite(metrics[name]).any()]
     columns = min(3, max(1, len(names)))
 
@@ -80,12 +84,17 @@ def ppo_curves(metrics: Mapping[str, np.ndarray], *, panels: Mapping[str, str] =
             _line(ax, curve, colour=theme.colour(0))
             _limit(ax, [curve])
             ax.set_title(panels[name])
+        for ax in axes[max(0, len(names) - columns) : len(names)]:  # the lowest one of each column
+            ax.set_xlabel("optimizer step")
+        if any(_is_long((metrics["step"], metrics[name])) for name in names):
+            _explain(axes[0], theme)
+            legend(axes[0], theme)
         for ax in axes[len(names) :]:
             ax.set_visible(False)
         return figure
 
     words = "; ".join(f"{panels[name]} {_ends((metrics['step'], metrics[name]))}" for name in names)
-    return Plot("ppo", "PPO", f"Lines over the iterations of PPO. {words}.", draw)
+    return Plot("ppo", "PPO", f"Lines over the optimizer steps of PPO. {words}.", draw)
 
 
 def verdict(utility: Mapping[str, Mapping[str, float]], win_rate: Mapping[str, Mapping[str, float]]) -> Plot:
@@ -230,14 +239,27 @@ def _line(ax: Any, curve: Curve, *, colour: str, label: str | None = None) -> No
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) == 0:
         return
-    ax.xaxis.get_major_locator().set_params(integer=True)  # steps and iterations are counted
-    if len(y) < _LONG:
+    ax.xaxis.get_major_locator().set_params(integer=True)  # steps and tokens are counted
+    if not _is_long(curve):
         ax.plot(x, y, color=colour, linewidth=1.8, label=label, marker="o" if len(y) < 25 else None, markersize=3)
         return
     window = max(5, len(y) // 50)
     smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
     ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
     ax.plot(x[window // 2 :][: len(smooth)], smooth, color=colour, linewidth=1.8, label=label)
+
+
+def _is_long(curve: Curve) -> bool:
+    """Whether a curve is drawn with a running mean."""
+    return int(np.isfinite(np.asarray(curve[1], np.float64)).sum()) >= _LONG
+
+
+def _explain(ax: Any, theme: Theme) -> list[Any]:
+    """What the two lines of a long curve are, as entries of the legend."""
+    return [
+        *ax.plot([], [], color=theme.ink, linewidth=0.8, alpha=0.4, label="as logged"),
+        *ax.plot([], [], color=theme.ink, linewidth=1.8, label="running mean"),
+    ]
 
 
 def _limit(ax: Any, curves: Iterable[Curve]) -> None:

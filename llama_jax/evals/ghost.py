@@ -218,12 +218,14 @@ class AttentionMap:
       bin_size: tokens of a bin; the last one may have fewer.
       instruction: first and last + 1 token of the instruction.
       by_turn: for each turn, the mean over its tokens of the largest weight that they give to the instruction. # [turns]
+      turns: the first token of each turn; () of maps that were kept before this was.
     """
 
     cells: np.ndarray
     bin_size: int
     instruction: tuple[int, int]
     by_turn: np.ndarray
+    turns: tuple[int, ...] = ()
 
 
 def attention_map(
@@ -238,9 +240,10 @@ def attention_map(
     tokens = np.array([ids], np.int32)
     weights = _jitted_largest(config, compute, _tuple(layers), _tuple(heads))(params, tokens, np.ones_like(tokens))[0]
     start, end = instruction_span(messages, text, tokenizer)
+    begins = turn_begins(dialog.supervised)
     return AttentionMap(
         bin_maxima(np.asarray(weights), bin_size), bin_size, (start, end),
-        attention_by_turn(np.asarray(weights), turn_begins(dialog.supervised), (start, end)),
+        attention_by_turn(np.asarray(weights), begins, (start, end)), tuple(np.flatnonzero(begins).tolist()),
     )  # fmt: skip
 
 

@@ -151,8 +151,9 @@ def self_bleu(models: Mapping[str, Mapping[str, Mapping[float, Mapping[str, floa
 
 
 def calibration(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], *, title: str = "Reward model score by median human rating (Fig. 29)"
-) -> Plot:
+    curves: Mapping[str, Sequence[Mapping[str, float]]], *, title: str = "Reward model score by median human rating (Fig. 29)",
+    xlabel: str = "median rating", ylabel: str = "reward model score",
+) -> Plot:  # fmt: skip
     """Mean score at each median human rating with a band of one deviation, {label: [{"rating", "mean", "std"}]}. (Fig. 29)"""
 
     def draw(theme: Theme) -> Any:
@@ -162,8 +163,8 @@ def calibration(
             ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
             ax.plot(x, mean, label=label, **style)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("median rating")
-        ax.set_ylabel("reward model score")
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
         legend(ax, theme, loc="upper left")
         return figure
 

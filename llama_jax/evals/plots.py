@@ -65,7 +65,8 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"figures need the package {error.name}: pip install 'llama_jax[eval]'") from None
+        problem = f"figures need the package {error.name}: pip install 'llama_jax[eval]', or [notebooks]"
+        raise ModuleNotFoundError(problem) from None
 
 
 def save(plots: Iterable[Plot], directory: Path) -> None:
@@ -116,7 +117,10 @@ BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # options of a le
 
 
 def legend(ax: Any, theme: Theme, **options: Any) -> None:
-    """A legend without a frame."""
+    """A legend without a frame; none for a single series whose name an axis has in its label."""
+    labels = ax.get_legend_handles_labels()[1]
+    if len(labels) == 1 and any(labels[0] in said for said in (ax.get_xlabel(), ax.get_ylabel())):
+        return
     ax.legend(frameon=False, labelcolor=theme.ink, fontsize=9, **options)
 
 
@@ -132,14 +136,22 @@ def styles(theme: Theme, count: int, *, size: float = 4) -> list[dict[str, Any]]
 
 
 def bars(
-    ax: Any, theme: Theme, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, colours: Sequence[str], number: str
-) -> None:
-    """Bars side by side in each group, {label: a value a group}, with their values above; one that is not finite is missing."""
+    ax: Any, theme: Theme, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, colours: Sequence[str], number: str,
+    intervals: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+) -> None:  # fmt: skip
+    """Bars side by side in each group, {label: a value a group}, with their values above; one that is not finite is missing.
+
+    Args:
+      intervals: {label: (low, high) a group, or None}, drawn as whiskers.
+    """
     width = 0.8 / max(1, len(series))
     for index, ((label, values), colour) in enumerate(zip(series.items(), colours)):
         for place, value in enumerate(values):
             centre = place + (index - (len(series) - 1) / 2) * width
             ax.bar(centre, value, width * 0.92, color=colour, label=label if place == 0 else None)
             if math.isfinite(value):
-                note(ax, theme, number.format(value), (centre, value), xytext=(0, 3), ha="center")
+                low, high = (intervals[label][place] if intervals else None) or (value, value)
+                if high > low:
+                    ax.errorbar(centre, value, [[value - low], [high - value]], color=theme.ink, linewidth=1, capsize=3)
+                note(ax, theme, number.format(value), (centre, high), xytext=(0, 3), ha="center")
     ax.set_xticks(range(len(groups)), labels=[group.replace("_", " ") for group in groups])

@@ -7,41 +7,62 @@ import numpy as np
 
 from llama_jax.evals.plots import Plot, Theme, bars, canvas, legend, styles
 
+# A share, alone or with its 95 % interval and count, {"share", "low", "high", "count"}; None: not measured.
+Share = float | Mapping[str, float] | None
+
 DEGREES = ("significantly", "better", "slightly", "negligibly", "all")
 
 
-def accuracy(found: Mapping[str, Mapping[str, float | None]]) -> Plot:
-    """Bars per degree of preference and reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)"""
+def accuracy(found: Mapping[str, Mapping[str, Share]]) -> Plot:
+    """Bars per degree of preference and reward model, {"helpfulness": {"all": 0.8, ...}, ...}. (Table 8)
+
+    Shares with intervals (rows of `reward.held_out.accuracy_table`) get whiskers, and their degrees the number of pairs.
+    """
     degrees = [degree for degree in DEGREES if any(degree in of_model for of_model in found.values())]
     return _accuracy("reward_accuracy", "Reward model accuracy by degree of preference (Table 8)", degrees, found)
 
 
-def accuracy_by_source(found: Mapping[str, Mapping[str, float | None]]) -> Plot:
+def accuracy_by_source(found: Mapping[str, Mapping[str, Share]]) -> Plot:
     """Bars per source of pairs and reward model, {model: {source: share}}. (Table 7)"""
     sources = list(dict.fromkeys(source for of_model in found.values() for source in of_model))
     return _accuracy("reward_accuracy_sources", "Reward model accuracy by source (Table 7)", sources, found)
 
 
-def _accuracy(name: str, title: str, groups: Sequence[str], found: Mapping[str, Mapping[str, float | None]]) -> Plot:
-    known = {model: {g: value for g, value in row.items() if value is not None} for model, row in found.items()}
-    series = {model: [100 * row.get(g, np.nan) for g in groups] for model, row in known.items()}
+def _accuracy(name: str, title: str, groups: Sequence[str], found: Mapping[str, Mapping[str, Share]]) -> Plot:
+    known = {
+        model: {g: value if isinstance(value, Mapping) else {"share": value} for g, value in row.items() if value is not None}
+        for model, row in found.items()
+    }
+    series = {model: [100 * row.get(g, {}).get("share", np.nan) for g in groups] for model, row in known.items()}
+    intervals = {
+        model: [(100 * row[g]["low"], 100 * row[g]["high"]) if "low" in row.get(g, {}) else None for g in groups]
+        for model, row in known.items()
+    }
+    counts = {g: {row[g]["count"] for row in known.values() if "count" in row.get(g, {})} for g in groups}
+    labels = [f"{g}\nn = {next(iter(counts[g])):,}" if len(counts[g]) == 1 else g for g in groups]
 
     def draw(theme: Theme) -> Any:
         width = max(7.0, 0.4 * len(groups) * len(series))  # room for the numbers above the bars
         figure, (ax,) = canvas(theme, title, panel=(width, 3.8))
         colours = [theme.colour(i) for i in (0, 2, 1, *range(3, len(series)))]
-        bars(ax, theme, groups, series, colours=colours, number="{:.0f}")
+        bars(ax, theme, labels, series, colours=colours, number="{:.0f}", intervals=intervals)
         ax.axhline(50, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate("chance", (1.005, 50), xycoords=("axes fraction", "data"), va="center", color=theme.ink, fontsize=9)
         ax.set_ylim(0, 108)
         ax.set_ylabel("held-out accuracy (%)")
-        legend(ax, theme, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(series))
+        below = -0.18 if any(counts.values()) else -0.1
+        legend(ax, theme, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(series))
         return figure
 
+    def said(value: float, interval: tuple[float, float] | None) -> str:
+        return f"{value:.1f} %" + (f" ({interval[0]:.0f} to {interval[1]:.0f})" if interval else "")
+
     words = "; ".join(
-        f"{model}: " + ", ".join(f"{g} {value:.1f} %" for g, value in zip(groups, values) if np.isfinite(value))
+        f"{model}: " + ", ".join(
+            f"{g} {said(value, interval)}" for g, value, interval in zip(groups, values, intervals[model]) if np.isfinite(value)
+        )
         for model, values in series.items()
-    )
+    )  # fmt: skip
     return Plot(name, title, f"Bars. {title}. {words}.", draw)
 
 

@@ -152,6 +152,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, 
     """
     B, T, H, E = query.shape
     K = key.shape[2]
+    if H % K:
+        raise ValueError(f"attend: expected heads of the query in groups of one size for each key-value head, got {H} and {K}")
     grouped = query.reshape(B, T, K, H // K, E)
     scores = contract("btkge,bske->bkgts", grouped, key, dtype) * E**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)

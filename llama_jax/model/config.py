@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from llama_jax.config import check_choices, check_least
 from llama_jax.model.rope import RopeScaling
 from llama_jax.parallel.host import multiplies_bfloat16
 from llama_jax.parallel.mesh import platform
@@ -29,6 +30,9 @@ class ModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        check_least(
+            self.name, self, vocab_size=1, layers=1, width=1, heads=1, kv_heads=1, head_size=2, ffn=1, max_length=1
+        )  # fmt: skip
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: {self.heads} heads are no multiple of {self.kv_heads} kv_heads")
         if self.head_size % 2:
@@ -62,8 +66,8 @@ class Compute:
     unroll: bool = False
 
     def __post_init__(self):
-        if self.loss_chunks < 1:
-            raise ValueError(f"loss_chunks: expected at least 1, got {self.loss_chunks}")
+        check_choices("", self)  # else a mistaken name is met in the middle of a trace, or means the default
+        check_least("", self, loss_chunks=1)
 
     @property
     def matmul_dtype(self) -> jnp.dtype:

@@ -5,6 +5,7 @@ the reward models and the critic differ in the head only, so that any stage can 
 """
 
 import math
+import typing
 import zlib
 from typing import Any, Literal
 
@@ -36,7 +37,12 @@ def table(config: ModelConfig, *, head: Head) -> Specs:
 
     The paper is silent on initialisation. Like most open code we draw from N(0, 0.02^2), and scale the two matrices that
     write into the residual stream by 1 / sqrt(2 L), so that its variance does not grow with depth.
+
+    Raises:
+      ValueError: there is no such head.
     """
+    if head not in (known := typing.get_args(Head)):
+        raise ValueError(f"head: expected one of {', '.join(known)}, got {head!r}")
     L, D, H, K = config.layers, config.width, config.heads, config.kv_heads
     E, F, V = config.head_size, config.ffn, config.vocab_size
     inward, outward = normal(0.02), normal(0.02 / math.sqrt(2 * L))

@@ -47,7 +47,18 @@ def hidden_states(
     """The final normed states of packed rows; adapters, where `params` has some, apply. # int32 [B, T] x 3 -> [B, T, D]
 
     With `branches`, int32 [B, T], segments are trees (`branches.py`). That is for inference: no kernel or ring computes them.
+
+    Ids are not checked, which a compiled program cannot do: one of V or more has NaN for an embedding on one device, and zeros
+    on several.
+
+    Raises:
+      ValueError: the three have not one shape [B, T].
     """
+    if tokens.ndim != 2 or not tokens.shape == segment_ids.shape == positions.shape:
+        raise ValueError(
+            f"expected tokens, segment_ids and positions of one shape [B, T]; got tokens {tokens.shape}, "
+            f"segment_ids {segment_ids.shape}, positions {positions.shape}"
+        )
     trunk, lora = params["trunk"], params.get("lora", {})
     ring = branches is None and uses_ring(compute, length=tokens.shape[1], head_size=config.head_size)
     if ring:  # the order of tokens matters to attention alone, so all blocks keep the ring's

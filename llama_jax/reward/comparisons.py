@@ -14,7 +14,7 @@ from llama_jax.data.sources import RATINGS, REJECTED_SAFE, comparison
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.parallel.axes import batch_field
 from llama_jax.reward.held_out import SAFE
-from llama_jax.reward.ranking import MARGINS
+from llama_jax.reward.ranking import margin_table
 from llama_jax.training.preparation import in_parts
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def margin_of(row: Mapping[str, Any], margin: str) -> float:
     """m(r) of a row: by its rating and the table of that name, or its own `margin`; without either, or with "none", 0."""
     if margin != "none" and row.get("margin") is not None:
         return row["margin"]
-    return MARGINS[margin][row["rating"]] if row.get("rating") else 0.0
+    return margin_table(margin)[row["rating"]] if row.get("rating") else 0.0
 
 
 def collate(comparisons: Sequence[Comparison], *, length: int) -> ComparisonBatch:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 # m(r) by degree of preference (Table 27). The paper does not say which one its final models use.
 MARGINS: dict[str, dict[str, float]] = {
@@ -11,8 +12,16 @@ MARGINS: dict[str, dict[str, float]] = {
 }
 
 
-def ranking_loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array) -> jax.Array:
+def margin_table(name: str) -> dict[str, float]:
+    """m(r) by degree of preference, of the table of that name; ValueError with the names that there are."""
+    if name not in MARGINS:
+        raise ValueError(f"margin: expected one of {', '.join(MARGINS)}, got {name!r}")
+    return MARGINS[name]
+
+
+def ranking_loss(chosen: ArrayLike, rejected: ArrayLike, margin: ArrayLike) -> jax.Array:
     """-log sigmoid(r(x, y_c) - r(x, y_r) - m(r)). # float32 [B] x 3 -> [B]"""
+    chosen, rejected, margin = (jnp.asarray(x, jnp.float32) for x in (chosen, rejected, margin))
     if not chosen.shape == rejected.shape == margin.shape:  # [B, 1] - [B] would silently become [B, B]
         raise ValueError(f"scores {chosen.shape}, {rejected.shape} and margin {margin.shape} must have one shape")
     return -jax.nn.log_sigmoid(chosen - rejected - margin)

@@ -21,6 +21,10 @@ def token_rewards(score: jax.Array, kl: jax.Array, mask: jax.Array, *, beta: flo
     Returns:
       float32 [B, N], 0 outside the mask
     """
+    if not (kl.ndim == 2 and kl.shape == mask.shape and score.shape == kl.shape[:1]):  # [B, 1] would be spread over all tokens
+        raise ValueError(
+            f"token_rewards: expected score [B], kl and mask [B, N]; got score {score.shape}, kl {kl.shape}, mask {mask.shape}"
+        )
     last = jnp.sum(mask, axis=1) - 1
     at_last = jnp.arange(mask.shape[1]) == last[:, None]
     return jnp.where(mask, -beta * kl, 0.0) + jnp.where(at_last, score[:, None], 0.0)
@@ -38,6 +42,11 @@ def generalised_advantages(
     Returns:
       advantages (not whitened) and returns = advantages + values, both float32 [B, N], 0 outside the mask.
     """
+    if not (rewards.ndim == 2 and rewards.shape == values.shape == mask.shape):
+        raise ValueError(
+            f"generalised_advantages: expected rewards, values and mask of one shape [B, N]; got rewards {rewards.shape}, "
+            f"values {values.shape}, mask {mask.shape}"
+        )
     values = jnp.where(mask, values, 0.0)
 
     def step(carry, inputs):

@@ -74,11 +74,16 @@ class Schedule:
         return self.peak * jnp.where(count < self.warmup, count / jnp.maximum(self.warmup, 1.0), cosine)
 
 
-def schedule(config: OptimConfig, steps: int) -> Schedule:
-    """The schedule of a stage of so many steps; ValueError where warm-up takes all of them."""
+def schedule(config: OptimConfig, steps: int, *, reckoned: str = "") -> Schedule:
+    """The schedule of a stage of so many steps; ValueError where warm-up takes all of them.
+
+    Args:
+      reckoned: what the number of steps comes from (`LoopConfig.reckoned`), for the error.
+    """
     warmup = config.warmup_of(steps)
     if config.schedule == "cosine" and warmup >= steps:
-        raise ValueError(f"optim.warmup={warmup} leaves nothing of loop.steps={steps} for the cosine")
+        why = f" ({reckoned})" if reckoned else ""
+        raise ValueError(f"optim.warmup={warmup} leaves nothing of loop.steps={steps} for the cosine{why}")
     final = config.final if config.schedule == "cosine" else 1.0
     return Schedule(*(np.float32(value) for value in (config.lr, final, warmup, steps)))
 

@@ -140,6 +140,13 @@ class LoopConfig:
         whole = max(math.ceil(epochs * rows / self.batch_size), 1)
         return min(whole, self.steps) if self.steps else whole
 
+    def reckoned(self, rows: int, epochs: float) -> str:
+        """What `steps_of` comes from, in words; "" where the data have no say in it."""
+        whole = dataclasses.replace(self, steps=0).steps_of(rows, epochs)
+        if not epochs > 0 or self.steps_of(rows, epochs) < whole:
+            return ""
+        return f"epochs={epochs:g} of {rows:,} rows, in steps of loop.batch_size={self.batch_size}"
+
     def over(self, rows: int, epochs: float) -> Self:
         """With the steps that see so many rows `epochs` times; says so where `steps` ends them before."""
         steps, whole = self.steps_of(rows, epochs), dataclasses.replace(self, steps=0).steps_of(rows, epochs)
