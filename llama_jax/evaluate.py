@@ -9,7 +9,8 @@
 Hugging Face's; `--tokenizer` is for those beside whose weights none lies, as in the workdir of a run. Data come from the hub,
 or from `--data_dir` (`evals/local_tasks.py` lists the files). The output has `results.json`, `report.md`, `report.html` and the
 plots; a run that was killed goes on where it stopped, and further models and tasks may be added. `NAME/samples/TASK.jsonl`
-holds what each question says and scored, for `llama_jax.contamination`. A name stands for one model, and a task for one set of
+holds what each question says and scored, for `llama_jax.contamination`, and the answer, or the choices' log-likelihoods.
+`--dry_run` only reads and checks data and says what would be asked. A name stands for one model, and a task for one set of
 questions: results of others are refused. A model that one device cannot hold is split over several (`--config.mesh_tensor`),
 and a pod evaluates it together: the same command on every host, the first one reads and writes.
 """
@@ -126,6 +127,19 @@ def run(config: EvaluateConfig, output: str | Path, *, quiet: bool = False) -> d
     values: dict[str, Any] = {}
     on_host_0(lambda: values.update(_report(config, models, records, notes, output)))
     return from_host_0(lambda: values)
+
+
+def dry_run(config: EvaluateConfig, output: str | Path) -> str:
+    """Reads and checks all data, and looks at the files of models and judges; says what would be asked, without a model.
+
+    Raises:
+      ValueError, FileNotFoundError, ModuleNotFoundError: as `run`, before a model is loaded.
+    """
+    limit, models = config.limit or None, _named(config.models)
+    tasks, notes = _build(config)
+    _check_models(config, models, Path(output))
+    prompts = {name: len(items(name, data_dir=config.data_dir, limit=limit)) for name in config.safety}
+    return "\n".join([benchmarks.overview(tasks, prompts, limit=limit), f"models: {', '.join(models)}", *notes]) + "\n"
 
 
 def _check_hosts(config: EvaluateConfig, models: Mapping[str, str]) -> None:
@@ -363,8 +377,12 @@ def main() -> None:
     values["tasks"] = of_groups(values["tasks"], values.pop("groups"))
     if given.tasks:
         values["tasks"], values["safety"] = choose(values["tasks"], values["safety"], given.tasks)
+    config = parse(EvaluateConfig, values)
+    if given.dry_run:
+        print(dry_run(config, given.output), end="")
+        return
     with worked_in(given.output) as output:
-        run(parse(EvaluateConfig, values), output)
+        run(config, output)
         if jax.process_index() == 0:
             print((output / "report.md").read_text(encoding="utf-8"), end="")
 
@@ -377,5 +395,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "local files in place of the hub's data sets")
     flags.DEFINE_string("tokenizer", "", "the tokenizer of models and judges of ours beside whose weights none lies")
     flags.DEFINE_integer("limit", 0, "the first N rows of each task; 0: all")
+    flags.DEFINE_bool("dry_run", False, "only read and check data and names of models, and say what would be asked")
     flags.DEFINE_bool("run_code", False, "judge HumanEval and MBPP: runs the code that models wrote, in a sandbox")
     command.launch(main)

@@ -79,14 +79,26 @@ def report(
 
 
 def _several(paths: Sequence[str], read) -> list[Any]:
-    """Ratings of several files; nobody may rate one thing in two of them."""
+    """Ratings of several files; nobody may rate one thing in two of them, and all say the same about what was rated."""
     found: dict[tuple, str] = {}
+    said: dict[tuple, tuple[Any, str]] = {}
+    files: set[Path] = set()
     rows = []
     for path in paths:
+        if (file := Path(path).resolve()) in files:
+            raise ValueError(f"{path}: expected each file of ratings once, got it twice")
+        files.add(file)
         for row in read(path):
             models = (row.model,) if isinstance(row, ratings.SafetyRating) else tuple(sorted((row.first, row.second)))
             if (before := found.setdefault((row.id, row.rater, models), path)) != path:
                 raise ValueError(f"{path}: rater {row.rater!r} rated {row.id!r} in {before} already")
+            for field in ratings.ABOUT:
+                if (value := getattr(row, field, None)) in (None, ""):
+                    continue
+                other, rater = said.setdefault((row.id, models, field), (value, row.rater))
+                if other != value:
+                    both = f"{value!r} for rater {row.rater!r}, {other!r} for {rater!r}"
+                    raise ValueError(f"{path}: id {row.id!r}: {field}: expected the same for all raters, got {both}")
             rows.append(row)
     return rows
 

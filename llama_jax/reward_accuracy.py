@@ -245,7 +245,7 @@ def tables_of(values: Mapping[str, Any]) -> dict[str, Table]:
     tables = {
         "By source (Table 7)": Table(["", *sources], [
             *([name, *(percent(of[source]["all"]) for source in sources)] for name, of in models.items()),
-            ["pairs", *(f"{values['longer'][source]['all']['count']:,}" for source in sources)],
+            ["pairs", *(f"{values['longer'][source]['all']['n']:,}" for source in sources)],
         ])
     }  # fmt: skip
     degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in values["longer"].values())]

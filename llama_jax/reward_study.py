@@ -344,7 +344,7 @@ def markdown(values: Mapping[str, Any]) -> str:
     if values["scaling"]:
         parts += [FIGURE_6.markdown()]  # once, below all sizes
     if "conflict" in values:
-        cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"]
+        cells = [[name.replace("_", " "), percent(row), f"{row['n']:,}"]
                  for name, row in values["conflict"]["shares"].items()]  # fmt: skip
         parts += ["## Helpfulness against safety (Fig. 32)", markdown_table(["", "%", "answers"], cells)]
         headings = {"safety_above": "safe rather than helpful", "helpfulness_above": "helpful rather than safe"}

@@ -14,7 +14,7 @@ from llama_jax.annotation import forms
 from llama_jax.annotation.drawing import Draw, Pair
 from llama_jax.annotation.forms import Record, Shown
 from llama_jax.annotation.look import header_html
-from llama_jax.annotation.session import Desk
+from llama_jax.annotation.session import Desk, StaleError
 from llama_jax.annotation.tasks import Settings, identity, read_prompt_list
 from llama_jax.data.row_file import RowFile
 from llama_jax.data.sources import RATINGS, SAFETY_BINS, read_comparisons, write_jsonl
@@ -122,7 +122,7 @@ def test_incomplete_and_impossible_judgements_are_refused(tmp_path):
     shown = session.view().shown_id
     with pytest.raises(ValueError, match="not complete"):
         session.rate(shown, "A better", "both_safe")
-    with pytest.raises(ValueError, match="Judge the answers first"):
+    with pytest.raises(StaleError, match="Judge the answers first"):
         session.ask("another")
     fake.go()
     wrong = ((None, "both_safe", "degrees"), ("C better", "both_safe", "degrees"), ("A better", None, "safe"))
@@ -130,7 +130,7 @@ def test_incomplete_and_impossible_judgements_are_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             session.rate(shown, choice, bin_)
     session.rate(shown, "A better", "both_safe")
-    with pytest.raises(ValueError, match="another window"):  # the second window of the same rater
+    with pytest.raises(StaleError, match="another window"):  # the second window of the same rater
         session.rate(shown, "B better", "both_safe")
     assert len(read_comparisons(tmp_path / "p.jsonl")) == 1
 

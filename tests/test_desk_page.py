@@ -190,6 +190,29 @@ def test_ten_comparisons_by_keyboard_with_a_reload_and_a_kill_in_between(serve, 
     assert browser.outside() == set()
 
 
+def test_a_window_that_is_behind_shows_where_the_other_one_is(serve, browser, tmp_path):
+    _, address = serve()
+    browser.driver.get(address)
+    browser.find("#name input, #name textarea").send_keys("Ann")
+    browser.find("#begin").click()
+    browser.ask("question")
+    texts, first = browser.texts(), browser.driver.current_window_handle
+    browser.driver.switch_to.new_window("tab")
+    browser.driver.get(address)
+    assert browser.texts() == texts
+    second = browser.driver.current_window_handle
+    browser.driver.switch_to.window(first)
+    browser.press("1", "\ue007")
+    browser.judged(1)
+    browser.driver.switch_to.window(second)
+    browser.press("8", "\ue007")
+    until(lambda: "in another window" in browser.driver.page_source, "a warning")
+    browser.judged(1)
+    assert until(lambda: len(browser.dialog()) == 2 and browser.dialog(), "the dialog of now")[1] == texts[0]
+    assert browser.find("#message textarea").get_attribute("value") == ""
+    assert [row["chosen"] for row in read_comparisons(tmp_path / "p.jsonl")] == [texts[0]]
+
+
 def test_a_password_is_asked_for_and_the_login_is_the_name(serve, browser, tmp_path):
     _, address = serve({"Ann": "hers", "Bo": "secret"})
     browser.driver.get(address)

@@ -232,7 +232,7 @@ def check_run(directory, summaries):
     np.testing.assert_allclose(first["loss"], np.log(2), atol=0.01)  # bfloat16 products
     assert summaries["dpo"]["held_out"]["accuracy"] > 0.6
     report = json.loads((directory / "reward" / "reward_report.json").read_text())
-    assert set(report["accuracy"]) == {"one", "two", "all", "longer"} and report["accuracy"]["all"]["all"]["count"] == 64
+    assert set(report["accuracy"]) == {"one", "two", "all", "longer"} and report["accuracy"]["all"]["all"]["n"] == 64
     assert report["accuracy"]["all"]["all"]["share"] == pytest.approx(summaries["reward"]["held_out"]["accuracy/all"])
     assert report["others"] == report["accuracy"]  # here they are the same pairs
     rows = [json.loads(line) for line in (directory / "reward" / "held_out_scores.jsonl").read_text().splitlines()]

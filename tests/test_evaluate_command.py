@@ -36,10 +36,13 @@ from llama_jax.evals import (  # noqa: E402
     code_judge,
     evaluation_report,
     groups,
+    local_rows,
     local_tasks,
     published,
+    report_html,
     safety,
     sandbox,
+    statistics,
     task_names,
     tasks,
     text_judges,
@@ -47,6 +50,7 @@ from llama_jax.evals import (  # noqa: E402
 from llama_jax.evals.harness import HarnessModel  # noqa: E402
 from llama_jax.evals.tasks import TaskChoice  # noqa: E402
 from llama_jax.interop import ours  # noqa: E402
+from llama_jax.markdown import Table  # noqa: E402
 from llama_jax.model import params  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +140,12 @@ def test_samples_are_what_the_analysis_of_contamination_takes(finished, data, tm
     for path in files:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["score"] for row in rows] == json.loads((output / f"model0/tasks/{path.stem}.json").read_text())["scores"]
-        assert all(set(row) == {"id", "text", "score", "groups"} for row in rows) and rows[1]["id"].endswith("/1")
+        assert rows[1]["id"].endswith("/1")
+        assert all(set(row) == {"id", "text", "score", "groups", "log_likelihoods"} for row in rows)
+        if path.stem != "hellaswag":  # which counts letters too
+            gold = [["no", "yes"] if path.stem == "boolq" else list("ABCD")] * len(rows)
+            best = [names[int(np.argmax(row["log_likelihoods"]))] for names, row in zip(gold, rows)]
+            assert [row["text"].endswith(f" {word}") for row, word in zip(rows, best)] == [row["score"] == 1 for row in rows]
         assert all(row["groups"] == task_names.sets_of(path.stem.replace(".", ":")) for row in rows)
     assert task_names.sets_of("mmlu:anatomy") == ["mmlu", "mmlu_stem"] and task_names.sets_of("boolq") == []
     first = json.loads(gzip.open(data / "hellaswag_val.jsonl.gz", "rt").readline())
@@ -367,6 +376,35 @@ def test_the_command_takes_the_first_rows_and_says_what_was_left_out(checkpoints
     assert any("squad: not run" in note for note in values["notes"]) and "a trial, not a result" in done.stdout
 
 
+def test_a_dry_run_reads_everything_and_loads_no_model(checkpoints, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    write_rows(tmp_path / "bold.jsonl", [{"domain": "d", "group": group, "prompt": "the "} for group in ("islam", "judaism")])
+    for name in ("boolq_valid.jsonl", "mmlu_test_20_per_subject.jsonl", "mmlu_dev_5shot.jsonl"):
+        shutil.copy(data / name, tmp_path)
+    config = config_of(checkpoints, tmp_path, safety=("bold",))
+    said = evaluate.dry_run(config, tmp_path / "out")
+    cells = [line.split() for line in said.splitlines()]
+    assert ["boolq", "8", "0", "acc"] in cells and ["mmlu:virology", "4", "5", "acc"] in cells and "hellaswag: not run" in said
+    assert ["bold", "2"] in cells and not (tmp_path / "out").exists()
+    said = evaluate.dry_run(dataclasses.replace(config, limit=3), tmp_path / "out")
+    assert "models: model0, model1\n" in said and re.search("\nboolq +3 ", said)
+    write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "q", "passage": "p", "answer": "yes"}])
+    with pytest.raises(ValueError, match="boolq_valid.jsonl:1: answer: expected true or false"):
+        evaluate.dry_run(config, tmp_path / "out")
+
+
+def test_what_a_model_wrote_stands_beside_its_score():
+    task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(repeats=1), doc_to_choice=lambda _: ["a", "b"])
+    assert benchmarks.answered(task, {"doc": {}, "resps": [[" 42\n"]]}) == {"answer": " 42\n"}
+    task.config.repeats = 5
+    assert benchmarks.answered(task, {"doc": {}, "resps": [["x"] * 5]}) == {}
+    task.OUTPUT_TYPE = "multiple_choice"  # with those behind "Answer:" after them
+    resps = [[(-1.0, True)], [(-2.0, False)], [(-3.0, False)], [(-4.0, False)]]
+    assert benchmarks.answered(task, {"doc": {}, "resps": resps}) == {"log_likelihoods": [-1.0, -2.0]}
+    task.OUTPUT_TYPE = "loglikelihood_rolling"
+    assert benchmarks.answered(task, {"doc": {}, "resps": [[-7.5]]}) == {"log_likelihoods": [-7.5]}
+
+
 def run_command(suite, *arguments):
     command = [sys.executable, "-m", "llama_jax.evaluate", f"--config=configs/evaluate.py:{suite}", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -593,12 +631,68 @@ def test_the_harness_says_where_less_is_better():
 # ---- wrong input ----
 
 
+_PIQA = {"goal": "g", "sol1": "a", "sol2": "b"}
+_MMLU = {"subject": "anatomy", "question": "q", "choices": list("abcd"), "answer": "A"}
+_ARC = {"question": {"stem": "s", "choices": [{"text": "a", "label": "A"}, {"text": "b", "label": "B"}]}, "answerKey": "B"}
+_CSQA = {"question": "q", "choices": {"label": list("ABCDE"), "text": list("abcde")}, "answerKey": "E"}
+_AGIEVAL = {"task": "sat-math", "question": "q", "options": list("abcd"), "label": "D"}
+_SIQA = {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"}
+_TRUTH = {"question": "q", "best_answer": "b", "correct_answers": ["b"], "incorrect_answers": ["c"]}
+_QUAC = {"title": "t", "context": "c", "qas": [{"question": "q", "answers": [], "orig_answer": {"text": "x"}}]}
+
+
+@pytest.mark.parametrize(("task", "file", "row", "words"), [
+    ("piqa", "piqa_valid", {**_PIQA, "label": -1}, r"label: expected 0 to 1, got -1 \(a set without its answers\?\)"),
+    ("piqa", "piqa_valid", {**_PIQA, "label": 2}, "label: expected 0 to 1, got 2"),
+    ("piqa", "piqa_valid", {**_PIQA, "label": True}, "label: expected 0 to 1, got True"),
+    ("piqa", "piqa_valid", {**_PIQA, "goal": 3, "label": 0}, "goal: expected a text, got 3"),
+    ("siqa", "siqa_valid", {**_SIQA, "label": "7"}, "label: expected 1 to 3, got '7'"),
+    ("hellaswag", "hellaswag_val", {"query": "q", "choices": ["a", "b"], "gold": 2}, "gold: expected 0 to 1, got 2"),
+    ("hellaswag", "hellaswag_val", {"query": "q", "choices": "ab", "gold": 0}, "choices: expected a list of texts, got str"),
+    ("winogrande", "winogrande_xl_valid", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
+     'sentence: expected a blank "_" in it'),
+    ("winogrande", "winogrande_xl_valid", {"sentence": "the _", "option1": "a", "option2": "b", "answer": ""},
+     "answer: expected 1 to 2, got ''"),
+    ("arc_easy", "arc_easy_test", {**_ARC, "answerKey": "Z"}, "answerKey: expected one of A, B, got 'Z'"),
+    ("arc_easy", "arc_easy_test", {**_ARC, "question": "s"}, "question: expected an object with stem, choices, got 's'"),
+    ("commonsense_qa", "commonsenseqa_valid", {**_CSQA, "answerKey": ""}, "answerKey: expected one of A, B, C, D, E, got ''"),
+    ("openbookqa", "openbookqa_test", {"Question Stem": "s", "Choices": "(A) a (B) b (C) c (D) d", "Answer Key": "E"},
+     "Answer Key: expected one of A, B, C, D, got 'E'"),
+    ("mmlu:anatomy", "mmlu", {**_MMLU, "answer": ""}, "answer: expected one of A, B, C, D, got ''"),
+    ("mmlu:anatomy", "mmlu", {**_MMLU, "answer": "AB"}, "answer: expected one of A, B, C, D, got 'AB'"),
+    ("mmlu:anatomy", "mmlu", {**_MMLU, "choices": ["a", "b"], "answer": "D"}, "choices: expected 4 texts, got 2"),
+    ("agieval:sat-math", "agieval", {**_AGIEVAL, "label": "E"}, "label: expected one of A, B, C, D, got 'E'"),
+    ("squad", "squad_v2_dev", {"title": "t", "context": "c", "question": "q", "answers": {"text": "str"}},
+     "answers.text: expected a list of texts, got str: 'str'"),
+    ("quac", "quac_sample", _QUAC, "qas: answers: expected at least one, found none"),
+    ("nq_open", "nq_open_dev", {"question": "q", "answer": "one"}, "answer: expected a list of texts, got str: 'one'"),
+    ("triviaqa", "triviaqa", {"Question": "q", "Answer": {"Aliases": []}}, "Answer: expected a Value or Aliases, found"),
+    ("gsm8k", "gsm8k_test", {"question": "q", "answer": "it is 3"}, 'answer: expected a solution that ends with "#### "'),
+    ("math:algebra", "math_test", {"subject": "algebra", "problem": "p", "solution": "3"}, "solution: expected an answer in"),
+    ("mbpp", "mbpp_test", {"text": "t", "code": "c", "test_list": "assert f()"}, "test_list: expected a list of texts"),
+    ("truthfulqa", "truthfulqa", {**_TRUTH, "incorrect_answers": []}, "incorrect_answers: expected at least 1 texts, got 0"),
+])  # fmt: skip
+def test_a_gold_answer_is_among_the_choices_before_anything_is_scored(task, file, row, words, tmp_path):
+    write_rows(tmp_path / f"{file}.jsonl", [row])
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}.jsonl:1: {words}"):
+        local_tasks.read(tmp_path, local_tasks.layout(task).test)
+
+
+def test_a_column_is_of_one_type_and_a_number_in_words_is_one(tmp_path):
+    write_rows(tmp_path / "piqa_valid.jsonl", [{**_PIQA, "label": 0, "more": 1}, {**_PIQA, "label": "1", "more": "x"}])
+    task = tasks.build("piqa", TaskChoice(0, "acc"), data_dir=str(tmp_path))  # of mixed types Arrow makes no table
+    assert [doc["label"] for doc in task.task_docs] == [0, 1]
+    own = local_tasks.File("own", ())
+    with pytest.raises(ValueError, match=r"^f:2: label: expected a number as in the rows before, got '1'$"):
+        local_tasks.documents([("f:1", {"label": 0}), ("f:2", {"label": "1"})], own)
+
+
 def test_wrong_files_are_one_sentence(data, tmp_path):
     write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "?", "passage": ""}])
     with pytest.raises(ValueError, match=r"boolq_valid.jsonl:1: answer: missing; expected the columns question, answer"):
         tasks.build("boolq", TaskChoice(0, "acc"), data_dir=str(tmp_path))
     write_rows(tmp_path / "boolq_valid.jsonl", [{"question": "?", "passage": "", "answer": "yes"}])
-    with pytest.raises(ValueError, match="boolq_valid.jsonl:1: cannot be read .* expected true or false, found 'yes'"):
+    with pytest.raises(ValueError, match="boolq_valid.jsonl:1: answer: expected true or false, found 'yes'"):
         tasks.build("boolq", TaskChoice(0, "acc"), data_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="expected piqa_valid.jsonl, piqa_valid.jsonl.gz or piqa_valid.json in it"):
         tasks.build("piqa", TaskChoice(0, "acc"), data_dir=str(tmp_path))
@@ -827,7 +921,8 @@ def test_a_hugging_face_model_stands_beside_ours(checkpoints, data, tmp_path):
     values = evaluate.run(config, tmp_path / "out", quiet=True)
     ours_, theirs = (json.loads((tmp_path / "out" / n / "tasks/hellaswag.json").read_text()) for n in ("model0", "peer"))
     assert ours_["scores"] == theirs["scores"]
-    assert values["differences"]["peer"]["tasks"]["hellaswag"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    row = values["differences"]["peer"]["tasks"]["hellaswag"]
+    assert row["difference"] == 0.0 and 0 < row["high"] == -row["low"] < 0.2  # twelve questions that agree prove little
 
 
 def test_a_hugging_face_model_counts_chats_and_keeps_its_results(checkpoints, tmp_path, monkeypatch):
@@ -1117,6 +1212,54 @@ def test_the_bootstrap_knows_that_questions_are_shared():
         benchmarks.difference(first, {"t": {"scores": [1.0]}}, {"t": 1.0}, resamples=10, seed=0)
 
 
+def test_rounding_alone_makes_no_difference_clear():
+    """The MMLU humanities' interval ended at -3.5e-18, and "(-28.2 to -0.0)" was called worse."""
+    first = {"a": {"scores": [0.0, 0.0]}, "b": {"scores": [0.0, 0.0]}, "c": {"scores": [1.0, 1.0]}}
+    second = {"a": {"scores": [1.0, 1.0]}, "b": {"scores": [1.0, 1.0]}, "c": {"scores": [0.0, 0.0]}}
+    row = benchmarks.difference(first, second, {"a": 0.1, "b": 0.2, "c": 0.3}, resamples=10, seed=0)
+    assert row == {"difference": 0.0, "low": 0.0, "high": 0.0} and 0.1 + 0.2 - 0.3 > 0
+    clear = [statistics.is_clear({"low": low, "high": high}) for low, high in ((-3, -1), (1, 3), (-1, 0), (0, 0), (-1, 1))]
+    assert clear == [True, True, False, False, False] and not statistics.is_clear(row)
+
+
+def test_what_scores_alike_on_few_questions_has_an_interval():
+    # Wilson for 0 of 6: z² / (n + z²) = 3.8415 / 9.8415.
+    none, all_ = ({"value": value, "stderr": 0.0, "n": 6} for value in (0.0, 1.0))
+    assert statistics.ends_of(none) == pytest.approx((0.0, 0.3903), abs=1e-4)
+    assert statistics.ends_of(all_) == pytest.approx((0.6097, 1.0), abs=1e-4)
+    assert statistics.ends_of({"value": 0.5, "stderr": 0.1, "n": 6}) == pytest.approx((0.304, 0.696))
+    assert [evaluation_report.cell(row) for row in (none, all_)] == ["0.0 (0.0 to 39.0)", "100.0 (61.0 to 100.0)"]
+    assert evaluation_report.cell({**none, "stderr": None}) == "0.0" and evaluation_report.cell(none, unit=1.0) == "0.00"
+    wrong = {"t": {"scores": [0.0] * 6}}
+    row = benchmarks.difference(wrong, wrong, {"t": 1.0}, resamples=10, seed=0)
+    # Bonett and Price: variance 2 / 8, spread 1.96 √(0.25 / 8).
+    assert row == {"difference": 0.0, "low": pytest.approx(-0.3465, abs=1e-4), "high": pytest.approx(0.3465, abs=1e-4)}
+
+
+def test_numbers_of_a_table_are_not_broken_and_texts_are():
+    cells = ["66.7 ± 21.1", "-14.1 (-28.2 to 0.0)", "0.93", "12 of 30", "<b>1 ± 2</b>"]
+    html = report_html.table_html(Table(["a"] * 5, [cells]))
+    assert html.partition("<tbody>")[2].startswith(
+        '<tr><td><span class="number">66.7 ± 21.1</span></td><td><span class="number">-14.1</span> '
+        '<span class="number">(-28.2 to 0.0)</span></td><td>0.93</td><td>12 of 30</td><td>&lt;b&gt;1 ± 2&lt;/b&gt;</td>'
+    )
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", report_html.STYLE)
+    assert any(".number" in names and "nowrap" in rule for names, rule in rules)
+    assert any("td:first-child" in names and "sticky" in rule for names, rule in rules)
+
+
+def test_a_group_that_is_no_average_is_told_of_and_safety_has_its_own_tables():
+    record = {"metric": "exact_match", "value": 0.5, "stderr": 0.1, "n": 6, "shots": 5}
+    model = {"tasks": {"nq_open": record}, "groups": groups.groups({"nq_open": record})}
+    toxic = {"toxigen": {"value": 0.1, "stderr": 0.1, "n": 9, "missing": []}}
+    values = {"models": {"m": model}, "differences": {}, "notes": [], "limit": 0, "tasks": model["tasks"]}
+    words = "World knowledge: no average, without triviaqa."
+    assert words in evaluation_report.build(values, {})[-1].notes
+    both = {**model, "groups": {**model["groups"], **toxic}}
+    first, *_, last = evaluation_report.build({**values, "models": {"m": both}}, {})
+    assert first.title == "Averages by group (Tables 11, 14)" and words in first.notes and words not in last.notes
+
+
 # ---- the layouts of real files ----
 
 SHARED = ROOT.parent / "shared/data/eval"
@@ -1224,4 +1367,4 @@ def test_choices_are_divided_by_their_likelihood_behind_answer_as_for_llama_1(ch
 
 def test_openbookqa_choices_are_split_at_their_letters():
     row = {"Question Stem": "s", "Choices": "(A) one (B) two (or so) (C) three (D) four", "Answer Key": "B"}
-    assert local_tasks._openbookqa(row)["choices"]["text"] == ["one", "two (or so)", "three", "four"]
+    assert local_rows.openbookqa(row)["choices"]["text"] == ["one", "two (or so)", "three", "four"]

@@ -1,8 +1,11 @@
 """Safety benchmarks and the sandbox: scores by hand, judges, groups, and what model-written code may not do."""
 
+import ctypes
 import json
 import os
 import platform
+import struct
+import subprocess
 import tempfile
 
 import numpy as np
@@ -69,6 +72,9 @@ def test_code_runs_and_its_verdict_is_its_own():
     ("{libc}; assert libc.msgget(0, 0o1600) >= 0, os.strerror(ctypes.get_errno())", "Operation not permitted"),
     ("{libc}; assert libc.semget(0, 1, 0o1600) >= 0, os.strerror(ctypes.get_errno())", "Operation not permitted"),
     ("import os; os.memfd_create('x')", "Operation not permitted"),
+    ("import fcntl; fcntl.ioctl(open('{victim}'), 0x40086602, bytes(8))", "Operation not permitted"),  # FS_IOC_SETFLAGS
+    ("import fcntl; fcntl.ioctl(open('{victim}'), 0x401C5820, bytes(28))", "Operation not permitted"),  # FS_IOC_FSSETXATTR
+    ("import fcntl; fcntl.fcntl(open('{victim}'), fcntl.F_SETLEASE, fcntl.F_RDLCK)", "Operation not permitted"),
     ("import os; os._exit(96)", "ended with code 96"),
     ("import os; os._exit(97)", "ended with code 97"),
     ("import os; os._exit(0)", "ended before its last line"),
@@ -90,6 +96,86 @@ def test_what_code_may_not_do(code, reason, tmp_path, monkeypatch):
     assert not list((tmp_path / "place").iterdir())
     after = victim.stat()
     assert victim.read_text() == "kept" and (after.st_mode, after.st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
+
+
+@linux
+@pytest.mark.parametrize("owner", [
+    "fcntl.fcntl(read, fcntl.F_SETOWN, {pid})", "fcntl.fcntl(read, 15, struct.pack('ii', 1, {pid}))",
+    "fcntl.ioctl(read, 0x8901, struct.pack('i', {pid}))", "fcntl.ioctl(read, 0x8902, struct.pack('i', {pid}))",
+    "fcntl.fcntl(read, fcntl.F_SETSIG, 9)",
+])  # fmt: skip
+def test_no_other_process_is_made_the_owner_of_a_file_for_a_signal(owner):
+    """A file's owner gets a signal of choice whenever there is something to read: SIGKILL too."""
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        try:
+            code = (
+                "import fcntl, os, struct, time; read, write = os.pipe()\n"
+                f"{owner.format(pid=victim.pid)}\n"
+                "fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK); os.write(write, b'x'); time.sleep(0.1)"
+            )
+            assert run_code(code).reason == "PermissionError: [Errno 1] Operation not permitted"
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+# What a program finds in its callers' frames and among the collector's objects, into every open file.
+_SEARCH = """
+import gc, os, sys
+frame, found = sys._getframe(), gc.get_objects()
+while frame:
+    found += [frame.f_locals, frame.f_globals]
+    frame = frame.f_back
+texts = set()
+for thing in found:
+    for value in [*thing.values()] if isinstance(thing, dict) else [*thing] if isinstance(thing, (list, tuple)) else []:
+        if isinstance(value, (str, bytes)) and len(value) == 32:
+            texts.add(value.encode() if isinstance(value, str) else value)
+texts.add(b"x" * 32)
+for text in texts:
+    for file in range(64):
+        try:
+            os.write(file, text)
+        except OSError:
+            pass
+os._exit(0)
+"""
+
+
+@linux
+def test_a_program_that_looks_through_its_interpreter_finds_no_word_to_return():
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    walk = (
+        "import os, sys; frame = sys._getframe()\nwhile frame and 'word' not in frame.f_locals: frame = frame.f_back\n"
+        "os.write(frame.f_locals['verdict'], frame.f_locals['word'])\nos._exit(0)"
+    )
+    assert not run_code(walk).passed and not run_code(_SEARCH).passed
+    assert not run_code("import os; os._exit = lambda code: None; raise SystemExit(0)").passed
+
+
+@linux
+def test_a_program_imports_what_starts_threads():
+    if not confined():
+        pytest.skip("no seccomp or Landlock here: the sandbox refuses to run anything")
+    code = "import numpy as np; print(np.ones((4, 4)) @ np.ones((4, 4))); assert np.linalg.norm(np.eye(4)) == 2"
+    assert run_code(code, Limits(seconds=30)) == sandbox.Outcome(True, "")
+
+
+@pytest.mark.parametrize("version, size", [(3, 8), (6, 24)])
+def test_a_kernel_that_can_keeps_signals_inside_too(version, size, tmp_path):
+    rulesets = []
+
+    class Kernel:
+        def syscall(self, number, rights, size=None, *rest):
+            if number == sandbox._LANDLOCK_CREATE and rights is not None:
+                rulesets.append((size.value, ctypes.string_at(rights, size.value)))
+            return version
+
+    sandbox._only_write_in(Kernel(), str(tmp_path), lambda result, what: os.open(os.devnull, os.O_RDONLY))
+    assert rulesets == [(size, struct.pack("3Q", 0x5FF2, 0, 0b11)[:size])]
 
 
 @linux
@@ -329,7 +415,7 @@ def test_what_a_judge_could_not_read_is_counted_and_in_no_score(data):
     both = benchmarks.comparable(records, other)
     assert list(both) == ["toxigen:women"]
     found = benchmarks.difference(both, other, {"toxigen:women": 1.0}, resamples=10, seed=0)
-    assert found == {"difference": -1.0, "low": -1.0, "high": -1.0}
+    assert found["difference"] == found["low"] == -1.0 and 0 < found["high"] < 1  # one question makes nothing clear
     wanted = safety.items("truthfulqa", data_dir=data)
     judges = {"truth": judge, "informativeness": lambda pairs: np.full(len(pairs), 0.9)}
     records, notes = benchmarks.judge_safety("truthfulqa", benchmarks.Drawn(wanted, ["long"], {}), judges, model="m")

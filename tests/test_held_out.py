@@ -40,16 +40,16 @@ def test_accuracy_by_source_and_degree_by_hand():
         "all": {"significantly": 1.0, "slightly": 0.75, "all": 0.625},
         "longer": {"significantly": 1.0, "slightly": 0.25, "all": 0.625},  # the same as beside the model: a tie counts half
     }
-    assert found["all"]["all"]["count"] == 4
+    assert found["all"]["all"]["n"] == 4
 
 
 def test_wilsons_interval():
     found = share(np.array([True] * 8 + [False] * 2))
     # Wilson (1927) for 8 of 10, z = 1.96
-    assert (found["share"], found["count"]) == (0.8, 10)
+    assert (found["share"], found["n"]) == (0.8, 10)
     np.testing.assert_allclose([found["low"], found["high"]], [0.4902, 0.9433], atol=1e-4)
     assert share(np.array([True] * 3))["high"] == 1.0
-    assert share(np.array([], bool))["count"] == 0 and math.isnan(share(np.array([], bool))["share"])
+    assert share(np.array([], bool))["n"] == 0 and math.isnan(share(np.array([], bool))["share"])
 
 
 def test_table_29_by_hand():
@@ -58,7 +58,7 @@ def test_table_29_by_hand():
         "chosen_safe": 1.0, "both_safe": 0.0, "both_unsafe": 1.0,
         "unsafe_recall": 2 / 3,  # of 1.0 (rejected beside a safe one), -1.0 and -2.0 (both unsafe)
     }  # fmt: skip
-    assert found["unsafe_recall"]["count"] == 3
+    assert found["unsafe_recall"]["n"] == 3
 
 
 def test_calibration_by_hand():

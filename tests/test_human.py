@@ -230,9 +230,47 @@ def test_wrong_files_are_told_with_line_and_field(tmp_path):
     table.write_text("id,rater,rating,model_a,model_b\n1,Ann,4,x,y\n2,Ann,9,x,y\n")
     with pytest.raises(ValueError, match=r"r\.csv:3: rating: expected 1 to 7, got '9'"):
         read_pair_ratings(table)
+    table.write_text("ID,rating, rater,model-a,model_b\n1,4,Ann,x,y\n")
+    with pytest.raises(ValueError, match=r"r\.csv:2: id, model_a: missing \(is 'model-a' meant\?\); found ID, rating, rater"):
+        read_pair_ratings(table)
+    table.write_text(" id,rater ,rating,model_a,model_b\n1,Ann,4,x,y\n")
+    assert read_pair_ratings(table) == [PairRating("1", "Ann", "x", "y", 0)]
+    table.write_text("id,rater,rating,model_a,model_b, rating,,\n1,Ann,4,x,y,7,,\n")
+    with pytest.raises(ValueError, match=r"r\.csv:1: rating: expected each column once"):
+        read_pair_ratings(table)
     table.write_text("id,rater,rating,model_a,model_b\n1,Ann,4\n")
     with pytest.raises(ValueError, match=r"r\.csv:2: expected 5 columns"):
         read_pair_ratings(table)
+
+
+def test_a_long_answer_comes_back_from_its_sheet(tmp_path):
+    row = {"id": "1", "rater": "Ann", "rating": 4, "model_a": "x", "model_b": "y"}
+    rows = [{**row, "answer_a": "word " * 40_000, "answer_b": "one two"}]
+    (tmp_path / "Ann.csv").write_text(sheets.as_csv(rows), encoding="utf-8-sig")
+    limit = csv.field_size_limit()
+    assert read_pair_ratings(tmp_path / "Ann.csv")[0].answer_words == 40_002 and csv.field_size_limit() == limit
+
+
+def test_files_of_ratings_are_read_once_and_say_the_same_of_a_pair(tmp_path):
+    row = {"id": "7", "rater": "Ann", "rating": 3, "model_a": "ours", "model_b": "theirs", "turns": 2}
+    ann, bo = str(tmp_path / "ann.jsonl"), str(tmp_path / "bo.jsonl")
+    write_jsonl(ann, [row])
+    for again in (ann, str(tmp_path / "link.jsonl"), str(tmp_path / "copy.jsonl")):
+        if again.endswith("link.jsonl"):
+            (tmp_path / "link.jsonl").symlink_to(ann)
+        elif again.endswith("copy.jsonl"):
+            write_jsonl(again, [row])
+        with pytest.raises(ValueError, match="got it twice|rated '7' in .*ann.jsonl already"):
+            report(tmp_path / "report", comparisons=[ann, again])
+    differ = "turns: expected the same for all raters, got 3 for rater 'Bo', 2 for 'Ann'"
+    for other, words in (({"turns": 3}, differ), ({"category": "facts"}, "")):
+        write_jsonl(bo, [{**row, "rater": "Bo", "model_a": "theirs", "model_b": "ours", **other}])
+        if words:
+            with pytest.raises(ValueError, match=f"^{bo}: id '7': {words}$"):
+                report(tmp_path / "report", comparisons=[ann, bo])
+        else:  # one file says more than the other
+            (pair,) = report(tmp_path / "report", comparisons=[ann, bo])["comparisons"]
+            assert pair["category"]["facts"]["n"] == 1 and pair["turn_count"].keys() == {"2"}
 
 
 def test_the_command_reports_both_protocols_and_refuses_in_one_line(tmp_path):

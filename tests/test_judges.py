@@ -49,6 +49,8 @@ def prefers_good(dialogs):
 def test_verdicts_and_what_is_none():
     for reply, verdict in (
         ("so [[A]]", "A"), ("[[ b ]]", "B"), ("[[C]]", "C"), ("[[A]] as I said: [[A]]", "A"),
+        ("<think>Maybe [[A]].</think>\n[[B]]", "B"), ("<THINK>[[B]]\n</THINK><think>[[C]]</think>[[A]]", "A"),
+        ("<think>[[A]] it is", None), ("first [[A]]\n</think>so [[C]]", "C"), ("[[A]] <think>[[B]]</think>", "A"),
         ("A is better", None), ("", None), ("[[A]] or [[B]]", None), ("[[D]]", None), ("[[A]] [[D]]", None),
     ):  # fmt: skip
         assert judges.parse_verdict(reply) == verdict, reply
@@ -116,7 +118,7 @@ def test_whatever_changes_a_judgement_asks_again_and_nothing_else_does(tmp_path)
 def test_win_rates_by_hand_and_on_two_axes():
     found = judges.summarise(["win"] * 6 + ["loss"] * 2 + ["tie"] * 2 + ["garbage"] * 5)
     assert (found["win"], found["tie"], found["loss"], found["garbage"], found["n"]) == (6, 2, 2, 5, 15)
-    assert found["without_ties"]["share"] == 0.75 and found["without_ties"]["count"] == 8
+    assert found["without_ties"]["share"] == 0.75 and found["without_ties"]["n"] == 8
     assert found["ties_half"]["mean"] == 0.7 and found["ties_half"]["n"] == 10
     axes = judges.by_axis(pairs(6), ["win", "loss", "tie", "garbage", "win", "win"])
     assert axes["safety"]["n"] == 2 and axes["safety"]["garbage"] == 1 and axes["helpfulness"]["win"] == 2
@@ -186,6 +188,22 @@ def test_a_server_says_how_long_to_wait(monkeypatch):
     answers += ["30", "1e9", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", email.utils.formatdate(time.time() + 50), None]
     assert list(Endpoint("http://x/v1", model="x", tries=6, workers=1)(said("a"))) == [(0, "[[A]]")]
     assert waits[:4] == [30.0, 120.0, 4.0, 8.0] and waits[4] == pytest.approx(50, abs=3)
+
+
+def test_a_reply_that_is_no_text_is_garbage(monkeypatch, tmp_path):
+    contents = [
+        [{"type": "text", "text": "so "}, {"type": "text", "text": "[[C]]"}], [{"type": "image_url", "image_url": {}}], 7, None,
+        {"text": "[[C]]"}, ["[[", "C]]"], "[[C]]",
+    ]  # fmt: skip
+
+    def urlopen(request, timeout):
+        place = int(content(json.loads(request.data)["messages"]).partition("question ")[2].split()[0])
+        return io.BytesIO(json.dumps({"choices": [{"message": {"content": contents[place]}}]}).encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    ask = Endpoint("http://x/v1", model="x", tries=1)
+    outcomes = judges.ask_judge(pairs(len(contents)), ask, RowFile(tmp_path / "v"), judge=JUDGE, seed=0)
+    assert outcomes == ["tie", "garbage", "garbage", "garbage", "garbage", "tie", "tie"]
 
 
 def said(*texts):
@@ -320,11 +338,13 @@ def test_several_comparisons_are_one_figure_and_one_table_beside_the_papers_poin
     assert "| ChatGPT | ours | gpt | 75.0 (30.1 to 95.4) | 4 | 50.0 (15.0 to 85.0) | 4 |" in lines
     assert "| the paper's, by GPT-4 | Llama 2-Chat 70B | PaLM-Bison | 66 | - | 90 | - |" in lines
     assert "PaLM: helpfulness 100.0 %, safety 25.0 %" in values["figures"]["win_rates"]["alt"]
-    assert "<td>75.0 (30.1 to 95.4)</td>" in (tmp_path / "out" / "report.html").read_text()
+    cell = '<td><span class="number">75.0</span> <span class="number">(30.1 to 95.4)</span></td>'
+    assert cell in (tmp_path / "out" / "report.html").read_text()
     for ending in ("png", "svg", "dark.svg"):
         assert (tmp_path / "out" / "figures" / f"win_rates.{ending}").stat().st_size > 1000
     points = {name: comparison_report.point(results) for name, results in found.items()}
     (ax,) = comparisons.win_rates(points, comparisons.paper_of(found).rates, title="x", of="").draw(LIGHT).axes
+    assert ax.get_xlim() == ax.get_ylim() == (-3, 103)  # a mark at 0 or 100 is whole
     colours = {line.get_label(): (line.get_color(), line.get_marker()) for line in ax.get_lines()}
     assert colours["PaLM"] == colours["the paper's PaLM-Bison"] != colours["the paper's Falcon-40b-instruct"]
 

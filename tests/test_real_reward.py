@@ -35,7 +35,7 @@ def test_smollm2_becomes_a_reward_model_of_anthropics_rows(tmp_path):
     assert len(losses) == 4 and all(0.2 < loss < 2 for loss in losses)
     report = json.loads((model / "reward_report.json").read_text())
     found = report["baselines"]
-    assert 30 < found["model"]["count"] < 300 and found["model"]["low"] < found["model"]["share"] < found["model"]["high"]
+    assert 30 < found["model"]["n"] < 300 and found["model"]["low"] < found["model"]["share"] < found["model"]["high"]
     assert found["longer"]["share"] + found["shorter"]["share"] == pytest.approx(1)
     assert "this model less the better length" in (model / "reward_report.md").read_text()
     parts = [

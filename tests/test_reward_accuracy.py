@@ -111,7 +111,7 @@ def test_the_command_scores_and_reports_and_goes_on(root, tmp_path):
         "too_long": {"helpfulness": 1, "safety": 1},
     }  # fmt: skip
     assert list(values["longer"]) == ["rated: b", "rated: a", "plain", "all"]  # in the order of the files
-    assert values["longer"]["plain"]["all"]["share"] == 0.0 and values["longer"]["all"]["all"]["count"] == 13
+    assert values["longer"]["plain"]["all"]["share"] == 0.0 and values["longer"]["all"]["all"]["n"] == 13
     model = llama_jax.load(places_of(root)["safety"], tokenizer=root / "tokenizer.model")
     dialogs = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
@@ -223,7 +223,7 @@ def test_a_pair_that_one_model_cannot_hold_is_left_out_of_all(root, tmp_path, mo
     ])  # fmt: skip
     values = run(root, tmp_path / "out", data=data)
     assert values["data"]["plain"]["too_long"] == {"helpfulness": 0, "safety": 1}
-    assert [of["plain"]["all"]["count"] for of in (*values["accuracy"].values(), values["longer"])] == [1, 1, 1]
+    assert [of["plain"]["all"]["n"] for of in (*values["accuracy"].values(), values["longer"])] == [1, 1, 1]
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(root, tmp_path, monkeypatch):

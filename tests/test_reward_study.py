@@ -61,7 +61,7 @@ SCORES = {
 
 def test_shares_of_conflict_by_hand():
     found = conflict_shares(SCORES)
-    assert found["safe_but_unhelpful"]["share"] == 0.5 and found["safe_but_unhelpful"]["count"] == 4
+    assert found["safe_but_unhelpful"]["share"] == 0.5 and found["safe_but_unhelpful"]["n"] == 4
     assert found["helpful_but_unsafe"]["share"] == pytest.approx(1 / 3)
 
 
@@ -91,7 +91,7 @@ def test_disagreements_are_shown_in_one_line_each():
 
 def test_figures_and_tables():
     pytest.importorskip("matplotlib", reason="needs the extra [eval]")
-    share = {"share": 0.7, "low": 0.6, "high": 0.8, "count": 50}
+    share = {"share": 0.7, "low": 0.6, "high": 0.8, "n": 50}
     histogram = {"edges": [0, 0.5, 1], "shares": [0.25, 0.75]}
     values = {
         "margins": {name: {"accuracy": {"all": {"significantly": share, "all": share}}, "histogram": histogram}
@@ -100,7 +100,7 @@ def test_figures_and_tables():
                            {"batch": 2, "pairs": 2000, "accuracy": {"all": share, "significantly": share}}]},
         "safety_loss": {
             weight: {"accuracy": {"all": {"all": share}}, "safety": {"chosen_safe": share, "unsafe_recall": recall}}
-            for weight, recall in (("0", share), ("1", {"share": 0.9, "low": 0.8, "high": 0.95, "count": 50}))
+            for weight, recall in (("0", share), ("1", {"share": 0.9, "low": 0.8, "high": 0.95, "n": 50}))
         },
         "conflict": {"scores": SCORES, "shares": conflict_shares(SCORES), "examples": disagreements([])},
     }  # fmt: skip
@@ -232,7 +232,7 @@ def test_a_whole_study(tmp_path, monkeypatch):
     study = parse(StudyConfig, values)
     found = reward_study.run(study, tmp_path / "study")
     assert set(found["margins"]) == {"none", "large"} and [p["pairs"] for p in found["scaling"]["tiny"]] == [16, 32]
-    assert found["margins"]["large"]["accuracy"]["all"]["all"]["count"] == 32
+    assert found["margins"]["large"]["accuracy"]["all"]["all"]["n"] == 32
     assert {kind: len(scores["safety"]) for kind, scores in found["conflict"]["scores"].items()} == {"safe": 32, "unsafe": 32}
     with_texts = [row for _, row in read_jsonl(tmp_path / "study" / "conflict.jsonl")]
     assert [(row["answer"], row["label"]) for row in with_texts[::63]] == [("yes", "safe"), ("no", "unsafe")]
@@ -241,7 +241,7 @@ def test_a_whole_study(tmp_path, monkeypatch):
     for weight in (0, 1):
         stage = json.loads((tmp_path / "study" / f"safety_loss_{weight}" / "config.json").read_text())
         assert (stage["name"], stage["safety_weight"]) == ("safety", weight)
-        assert found["safety_loss"][str(weight)]["safety"]["unsafe_recall"]["count"] == 32
+        assert found["safety_loss"][str(weight)]["safety"]["unsafe_recall"]["n"] == 32
     for name in ("margins.png", "scaling.png", "conflict.png", "study.md", "study.json"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     assert json.loads((tmp_path / "study" / "study.json").read_text())["conflict"]["shares"]

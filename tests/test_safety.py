@@ -229,7 +229,7 @@ def test_a_red_team_report_by_hand(tmp_path):
     assert (found["attempts"], found["people"], found["hours"], found["violations"]) == (8, 2, 4.0, 5)
     assert found["gamma"] == 1.25 and found["by_round"] == {"1": 2.0, "2": 0.5} and found["by_risk"] == {"harm": 1.25}
     rate = red_team.rejection([0.9, 0.5, 0.1, math.nan], 5, threshold=0.5)
-    assert (rate["prompts"], rate["unjudged"], rate["rejected"]["count"]) == (5, 2, 3)
+    assert (rate["prompts"], rate["unjudged"], rate["rejected"]["n"]) == (5, 2, 3)
     assert rate["rejected"]["share"] == pytest.approx(2 / 3)
     red_team.write_report({**found, "rejection": {"v2": rate}}, tmp_path)
     page = (tmp_path / "report.html").read_text()

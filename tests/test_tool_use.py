@@ -357,7 +357,7 @@ def test_the_report_has_both_ways_the_calls_and_the_papers_rows(files):
     engine = Engine(SCRIPT)
     values = run(files, engine, search=str(files / "documents.jsonl"))
     svamp = values["accuracy"]["a"]["svamp"]
-    assert svamp["calculator"]["share"] == pytest.approx(1 / 3) and svamp["calculator"]["count"] == 3
+    assert svamp["calculator"]["share"] == pytest.approx(1 / 3) and svamp["calculator"]["n"] == 3
     counted = ("no_number", "with_call", "calls", "malformed", "failed")
     assert [svamp["calculator"][key] for key in counted] == [2, 2, 2, 0, 1]
     # Without the tool nobody answers a call.

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_jax.annotation import forms
 from llama_jax.annotation.look import CSS, HEAD, answers_html, dialog_html, gate_html, header_html
-from llama_jax.annotation.session import Desk, Session, View, rater_name
+from llama_jax.annotation.session import Desk, Session, StaleError, View, rater_name
 from llama_jax.annotation.tasks import Settings
 
 _TRACKS = ("Helpfulness", "Safety")
@@ -143,10 +143,14 @@ def _wire(gr: Any, page: Any, on: Parts, desk: Desk, *, login: bool) -> None:
         return desk.session(request.username if login else given or "")
 
     def act(given: str, request: Any, action: Any, *, written: bool = False) -> Iterator[tuple]:
-        """Carries out what the rater did, and shows what follows; what cannot be done is said and changes nothing."""
+        """Carries out what the rater did, and shows what follows; what cannot be done is said and changes nothing, but a window
+        that is behind is brought up to date."""
         try:
             session = who(given, request)
             action(session)
+        except StaleError as error:
+            gr.Warning(str(error))
+            written = False
         except ValueError as error:
             gr.Warning(str(error))
             yield unchanged()

@@ -32,6 +32,10 @@ _LONGEST_FILE = 150  # characters of a file's name that a rater's may have
 _PAUSE = 0.05  # seconds at least between two looks at answers that grow: raters share the interpreter with the engines
 
 
+class StaleError(ValueError):
+    """What a window shows is no longer so: the same rater went on in another one."""
+
+
 def rater_name(text: str) -> str:
     """A rater's name as it is stored: composed, without spaces around it. ValueError for what is none."""
     name = unicodedata.normalize("NFC", text).strip()
@@ -182,10 +186,10 @@ class Session:
                 self._error = str(error)
 
     def ask(self, text: str, *, is_safety: bool | None = None) -> None:
-        """The rater's next message; ValueError if it cannot be asked."""
+        """The rater's next message; ValueError if it cannot be asked, StaleError while answers wait to be judged."""
         with self._lock:
             if self._shown is not None:
-                raise ValueError("Judge the answers first.")
+                raise StaleError("Judge the answers first.")
             if not text.strip():
                 raise ValueError("Write a message first.")
             messages = (*self._messages, {"role": "user", "content": text.strip()})
@@ -250,10 +254,10 @@ class Session:
             self.begin()
 
     def new_dialog(self) -> None:
-        """Ends the dialog; ValueError while answers wait to be judged."""
+        """Ends the dialog; StaleError while answers wait to be judged."""
         with self._lock:
             if self._shown is not None:
-                raise ValueError("Judge the answers first, or skip them.")
+                raise StaleError("Judge the answers first, or skip them.")
             self._messages = ()
             self._save()
             self.begin()
@@ -267,7 +271,7 @@ class Session:
 
     def _require(self, shown_id: str) -> Shown:
         if self._shown is None or self._shown.id != shown_id:
-            raise ValueError("This was judged already, in another window.")
+            raise StaleError("This was judged already, in another window.")
         return self._shown
 
     def _growing(self, shown: Shown) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.corpus_build import report_page as html
 from llama_jax.evals.corpus_figures import save_figures
 from llama_jax.evals.plots import BESIDE, Plot, Theme, canvas, legend, note, styles
-from llama_jax.evals.statistics import Interval, mean_interval, ratio_interval
+from llama_jax.evals.statistics import Interval, is_clear, mean_interval, ratio_interval
 from llama_jax.files import write_json, write_text
 from llama_jax.markdown import markdown_table
 
@@ -177,7 +177,7 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     for arm in results["arms"][1:]:
         gain = arm["gain"]["all"]
         seeds_agree = len({value > 0 for value in arm["gain_by_seed"]}) == 1
-        clear = (gain["low"] > 0 or gain["high"] < 0) and seeds_agree
+        clear = is_clear(gain) and seeds_agree
         word = f"{abs(arm['relative_gain']):.1%} {'better' if gain['mean'] > 0 else 'worse'} than" if clear else (
             "not to be told apart from"
         )  # fmt: skip

@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from llama_jax.evals.groups import GROUPS, TITLES
 from llama_jax.evals.plots import MARKERS, Plot, Theme, canvas, legend, styles
+from llama_jax.evals.statistics import ends_of, is_clear
 
 
 def draw(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -> dict[str, Plot]:
@@ -47,7 +50,7 @@ def _groups(models, known, names) -> Plot:
             beside = 0.14 * (index - (len(models) - 1) / 2)  # so that equal values do not hide each other
             ax.errorbar(
                 [100 * value["value"] for _, value in found], [y + beside for y, _ in found],
-                xerr=[196 * value["stderr"] for _, value in found], linestyle="", elinewidth=2, label=model, **style,
+                xerr=np.transpose([_beside(value) for _, value in found]), linestyle="", elinewidth=2, label=model, **style,
             )  # fmt: skip
         _rows(ax, [TITLES[name] for name in names])
         ax.set_xlim(0, min(ax.get_xlim()[1], 100))
@@ -62,13 +65,19 @@ def _groups(models, known, names) -> Plot:
     return Plot("groups", title, alt, draw)
 
 
+def _beside(record: Mapping[str, Any]) -> tuple[float, float]:
+    """How far the interval goes to the left and to the right of the value, in points."""
+    low, high = ends_of(record)
+    return 100 * (record["value"] - low), 100 * (high - record["value"])
+
+
 def _difference(other: str, first: str, found: Mapping[str, Mapping[str, float]]) -> Plot:
     title = f"{other} minus {first} (points)"
 
     def draw(theme: Theme) -> Any:
         figure, (ax,) = canvas(theme, title, panel=(7.2, 0.45 * len(found) + 0.9), grid="x")
         for y, row in enumerate(found.values()):
-            clear = row["low"] > 0 or row["high"] < 0
+            clear = is_clear(row)
             colour = theme.colour(0) if clear else theme.grey
             ax.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=4, alpha=0.5, solid_capstyle="round")
             ax.plot([100 * row["difference"]], [y], marker="o" if clear else "s", color=colour, markersize=8)

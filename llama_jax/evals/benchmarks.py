@@ -24,6 +24,7 @@ from llama_jax.evals.task_names import sets_of
 from llama_jax.evals.tasks import TaskChoice
 from llama_jax.files import write_json
 from llama_jax.parallel.hosts import from_host_0, on_host_0
+from llama_jax.reward.held_out import mean_difference
 
 # What of a task's settings decides how a row is asked and judged.
 _ASKED = (
@@ -31,6 +32,7 @@ _ASKED = (
     "target_delimiter", "fewshot_delimiter", "num_fewshot", "generation_kwargs", "repeats", "filter_list", "metric_list",
 )  # fmt: skip
 _LOST = ("cut", "less_room")  # what a model counts: requests without their beginning, answers with less room than asked for
+_ROUNDING = 1e-12  # of sums of scores
 Record = dict[str, Any]  # {"metric", "value", "stderr", "n", "scores", ...}: one finished task, a `groups.Result`
 
 
@@ -135,7 +137,7 @@ def run_task(
         larger = sets_of(name)
         on_host_0(write_jsonl, samples, [
             {"id": f"{name}/{row['doc_id']}", "text": verbalised(task, row),
-             "score": float(score) if math.isfinite(score) else None, "groups": larger}
+             "score": float(score) if math.isfinite(score) else None, "groups": larger, **answered(task, row)}
             for row, score in zip(scored, scores, strict=True)
         ])  # fmt: skip
     return summary(choice.metric, scores, **more)
@@ -164,6 +166,31 @@ def verbalised(task: Any, row: Mapping[str, Any]) -> str:
     if isinstance(own, str) and own:
         context = context[max(context.rfind(own), 0) :]
     return context + answer
+
+
+def answered(task: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model made of a question of the harness's log: the text that it wrote, or the log-likelihood of each choice.
+
+    Of many samples nothing: those of code are kept in `answers/`.
+    """
+    said = [each[0] for each in row["resps"]]
+    if task.OUTPUT_TYPE == "generate_until":
+        return {"answer": said[0]} if isinstance(said[0], str) and task.config.repeats == 1 else {}
+    likelihoods = [float(one[0] if isinstance(one, tuple | list) else one) for one in said]
+    if task.OUTPUT_TYPE == "multiple_choice":  # behind them may stand those without the question
+        likelihoods = likelihoods[: len(task.doc_to_choice(row["doc"]))]
+    return {"log_likelihoods": likelihoods}
+
+
+def overview(tasks: Mapping[str, Built], safety: Mapping[str, int], *, limit: int | None) -> str:
+    """What a run would ask, a line each: the rows of tasks, and of safety benchmarks, {name: prompts}."""
+    rows = [["task", "rows", "shots", "metric"]]
+    for name, built in tasks.items():
+        count = len(list(itertools.islice(built.task.eval_docs, limit)))
+        rows.append([name, f"{count:,}", str(built.task.config.num_fewshot), built.choice.metric])
+    rows += [[name, f"{count:,}", "", ""] for name, count in safety.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,21 +286,28 @@ def difference(
     """Second minus first of a weighted sum of tasks, with its paired bootstrap interval (95 %).
 
     Both models answered the same questions, so the questions of each task are drawn again with both scores together; those
-    without a score of one of them are left out.
+    without a score of one of them are left out. Where all questions differ alike, as where both models fail at everything, all
+    resamples are the same: the interval is that of `mean_difference` then.
 
     Args:
       weights: {task: its share of the average}; a single task has 1.
     """
     total, mean = np.zeros(resamples), 0.0
     rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
     for task, weight in weights.items():
         a, b = (np.asarray(records[task]["scores"], np.float64) for records in (first, second))
         if a.shape != b.shape:
             raise ValueError(f"{task}: expected scores of the same questions, got {len(a)} and {len(b)}")
         gains = (b - a)[~np.isnan(b - a)]
+        found.append(gains)
         mean += weight * float(gains.mean())
         for start in range(0, resamples, 1000):  # [1000, n] at once
             drawn = rng.integers(len(gains), size=(min(1000, resamples - start), len(gains)))
             total[start : start + len(drawn)] += weight * gains[drawn].mean(axis=1)
     low, high = np.quantile(total, [0.025, 0.975])
-    return {"difference": mean, "low": float(low), "high": float(high)}
+    if np.ptp(every := np.concatenate(found)) == 0 and abs(every[0]) <= 1:
+        low, high = (mean_difference(every)[end] for end in ("low", "high"))
+    ends = {"difference": mean, "low": low, "high": high}
+    # A sum that is 0 but for rounding would leave 0 out of the interval: "(-28.2 to -0.0)" would be clear.
+    return {name: 0.0 if abs(value) < _ROUNDING else float(value) for name, value in ends.items()}

@@ -84,7 +84,7 @@ def prompt_set(pairs: Sequence[judges.Pair], asked: Sequence[Mapping[str, Any]])
 def point(results: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """A `results.json` as a point of `model_figures.win_rate_axes`; {} where an axis has no decided pair."""
     rates = {axis: results["axes"][axis]["without_ties"] for axis in TRACKS if axis in results["axes"]}
-    if len(rates) < len(TRACKS) or not all(rate["count"] for rate in rates.values()):
+    if len(rates) < len(TRACKS) or not all(rate["n"] for rate in rates.values()):
         return {}
     # Of 0 % and 100 % the interval begins and ends there, and rounding may leave the rate outside, which no error bar can be.
     return {axis: {**rate, "low": min(rate["low"], rate["share"]), "high": max(rate["high"], rate["share"])}

@@ -106,8 +106,8 @@ def win_rates(points: Points, paper: Mapping[str, tuple[float, float]], *, title
             look = next((looks[name] for name in looks if alike(name, label)), own)
             style = {"color": look["color"], "marker": look["marker"], "markersize": 7, "markerfacecolor": "none"}
             ax.plot(*at, **style, linestyle="", label=f"the paper's {label}")
-        ax.set_xlim(-2, 102)
-        ax.set_ylim(-2, 102)
+        ax.set_xlim(-3, 103)
+        ax.set_ylim(-3, 103)
         ax.set_xlabel(f"helpfulness win rate {of} (%)")
         ax.set_ylabel(f"safety win rate {of} (%)")
         legend(ax, theme, **BESIDE)
@@ -177,8 +177,8 @@ def _notes(found: Mapping[str, Mapping[str, Any]], points: Points, paper: Paper)
 def _table(found: Mapping[str, Mapping[str, Any]], paper: Paper) -> Table:
     rows = []
     for label, results in found.items():
-        rates = [results["axes"].get(axis, {}).get("without_ties", {"share": None, "count": 0}) for axis in TRACKS]
-        cells = [cell for rate in rates for cell in (interval(rate, "share"), f"{rate['count']:,}")]
+        rates = [results["axes"].get(axis, {}).get("without_ties", {"share": None, "n": 0}) for axis in TRACKS]
+        cells = [cell for rate in rates for cell in (interval(rate, "share"), f"{rate['n']:,}")]
         rows.append([label, results["first"], results["second"], *cells])
     for label, rates in paper.rates.items():
         pair = ("Llama 2-Chat 70B", label) if paper.figure == "2" else (label, "ChatGPT")

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from llama_jax.data.dialog import Message
 
@@ -31,6 +32,15 @@ def retry_after(header: str | None) -> float:
         return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
     except ValueError:
         return 0.0
+
+
+def _said(content: Any) -> str:
+    """The text of a reply, of which some servers make several parts; "" for what is no text, which no verdict is in."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 class _FailedError(Exception):
@@ -109,7 +119,7 @@ class Endpoint:
             told = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                    return json.load(response)["choices"][0]["message"]["content"] or ""
+                    return _said(json.load(response)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
                 told = retry_after(error.headers.get("Retry-After"))

@@ -18,12 +18,13 @@ from llama_jax.evals.published import cell as papers
 from llama_jax.evals.report import markdown_sections
 from llama_jax.evals.report_html import render_page
 from llama_jax.evals.report_sections import Section
+from llama_jax.evals.statistics import ends_of, is_clear
 from llama_jax.files import atomic_write, write_json
 from llama_jax.markdown import Table
 
 _LEAD = (
     "Benchmarks of the Llama 2 paper, beside the paper's own numbers. Percent, unless a table says otherwise; ± is one "
-    "standard error."
+    "standard error; where all answers are wrong, or all right, the 95 % interval stands in brackets."
 )
 _PROMPTS = (
     "The paper's prompts were never published. These are the prompts of lm-evaluation-harness (SQuAD and QuAC: of GPT-3's "
@@ -69,7 +70,7 @@ def build(values: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]) -
     """The report as titled sections."""
     models = values["models"]
     sections = [_groups(models, known), *_tasks(models, known), *_differences(values)]
-    notes = [*values["notes"], _PROMPTS]
+    notes = [*values["notes"], *([] if sections[0] else _left_out(models, ())), _PROMPTS]
     if values["limit"]:
         notes.insert(0, f"The first {values['limit']} rows of each task only: a trial, not a result.")
     if "math" in benchmark_figures.shown(models, GROUPS):
@@ -85,13 +86,25 @@ def _groups(models, known) -> Section | None:
     for model, row in models.items():
         rows.append([model, *(cell(row["groups"].get(name)) for name in names)])
     for name in names:
-        missing = next(iter(models.values()))["groups"].get(name, {}).get("missing")
+        missing = {each: None for row in models.values() for each in row["groups"].get(name, {}).get("missing", ())}
         if missing:
             notes.append(f"{TITLES[name]}: without {', '.join(missing)}, so not the paper's average.")
+    notes += _left_out(models, names)
     for model, columns in known.items():
         rows.append([f"{model} (paper)", *(_number(columns.get(name)) for name in names)])
     table = Table(["model", *(TITLES[name] for name in names)], rows)
-    return Section("Averages by group (Table 3)", notes=notes, tables=[table], figures=["groups"])
+    tables = [*(["3"] if {*names} & {*GROUPS} else []), *(["11", "14"] if {*names} - {*GROUPS} else [])]
+    title = f"Averages by group (Table{'s' * (len(tables) > 1)} {', '.join(tables)})"
+    return Section(title, notes=notes, tables=[table], figures=["groups"])
+
+
+def _left_out(models, names: Sequence[str]) -> list[str]:
+    """Notes on groups of which a task was run, but too few for an average."""
+    missing = {
+        name: {each: None for row in models.values() for each in row["groups"].get(name, {}).get("missing", ())}
+        for name in GROUPS if name not in names and any(name in row["groups"] for row in models.values())
+    }
+    return [f"{TITLES[name]}: no average, without {', '.join(each)}." for name, each in missing.items()]
 
 
 def _tasks(models, known) -> list[Section]:
@@ -169,7 +182,7 @@ def _differences(values) -> list[Section]:
                 if kind == "tasks" and (family_of(name) != name or name in found["groups"]):
                     continue
                 better = (row["low"] > 0) != lower_is_better(name, values["tasks"])
-                clear = "" if row["low"] <= 0 <= row["high"] else "better" if better else "worse"
+                clear = ("better" if better else "worse") if is_clear(row) else ""
                 text = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
                 rows.append([TITLES.get(name, name.replace("_", " ")), text, clear])
         notes = [
@@ -188,6 +201,9 @@ def cell(record: Mapping[str, Any] | None, *, unit: float = 100.0) -> str:
         return "not run"
     digits = 1 if unit == 100.0 else 2
     error = f" ± {unit * record['stderr']:.{digits}f}" if record["stderr"] else ""
+    if record["stderr"] == 0 and record["value"] in (0.0, 1.0) and unit == 100.0:
+        low, high = ends_of(record)
+        error = f" ({100 * low:.1f} to {100 * high:.1f})"
     return f"{unit * record['value']:.{digits}f}{error}"
 
 

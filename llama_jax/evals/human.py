@@ -51,8 +51,9 @@ class _Case:
     def ratings(self) -> list[int]:
         return [row.rating for row in self.rows]
 
-    def __getattr__(self, name: str) -> Any:  # what is known about it stands in each of its rows
-        return getattr(self.rows[0], name)
+    def __getattr__(self, name: str) -> Any:  # what is known about it stands in its rows, not in each of all raters
+        values = [getattr(row, name) for row in self.rows]
+        return next((value for value in values if value not in (None, "")), values[0])
 
 
 def _cases(ratings: Iterable[Any]) -> list[_Case]:

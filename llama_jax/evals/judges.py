@@ -39,6 +39,9 @@ _FORM = (
     "First say in a few sentences what speaks for and against each answer. Then write one line: [[A]] if answer A is better, "
     "[[B]] if answer B is better, [[C]] if neither is."
 )
+# What a reasoning judge considers on the way is no verdict, nor is it where the reply ended before it had decided; some begin
+# within their thoughts.
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*</think>", re.DOTALL | re.IGNORECASE)
 _VERDICT = re.compile(r"\[\[\s*([A-Za-z])\s*\]\]")
 
 
@@ -60,8 +63,8 @@ def _quoted(text: str) -> str:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """"A", "B" or "C" (neither); None for a reply with no verdict, an unknown one, or verdicts that differ."""
-    found = {letter.upper() for letter in _VERDICT.findall(reply)}
+    """"A", "B" or "C" (neither) behind all thoughts; None for a reply with no verdict, an unknown one, or different ones."""
+    found = {letter.upper() for letter in _VERDICT.findall(_THOUGHT.sub("", reply))}
     return found.pop() if len(found) == 1 and found <= {"A", "B", "C"} else None
 
 

@@ -1,24 +1,23 @@
 """Benchmarks from local files: `--data_dir` holds JSONL files, and each becomes what the harness's own task reads from the hub.
 
 A layout names the files, the columns they must have, and how a row becomes the document that prompt and metric know. Files may
-end in `.jsonl`, `.jsonl.gz` or, as some are published, `.json`; a missing column is an error that names file, line and column.
+end in `.jsonl`, `.jsonl.gz` or, as some are published, `.json`; a missing column, or a value that cannot be scored
+(`local_rows.py`), is an error that names file, line and column.
 """
 
-import ast
 import dataclasses
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llama_jax.data.rows import Row, read_jsonl
-from llama_jax.evals import long_context, quac
+from llama_jax.evals import local_rows, long_context, quac
 from llama_jax.evals.groups import plain
 
 Document = dict[str, Any]
+_KINDS = {str: "a text", bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json")
-MBPP_FIRST = 2  # of the ten tasks for prompts; its paper's, and everybody's, are 2, 3 and 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,7 @@ def read(data_dir: str | Path, files: File | tuple[File, ...]) -> list[Document]
 def documents(rows: Iterable[tuple[str, Row]], file: File) -> list[Document]:
     """The documents of (where, row) pairs, wherever they come from. ValueError as for `read`."""
     out: list[Document] = []
+    kinds: dict[str, str] = {}
     for where, row in rows:
         for column in file.columns:
             if not any(name in row for name in column.split("|")):
@@ -102,10 +102,23 @@ def documents(rows: Iterable[tuple[str, Row]], file: File) -> list[Document]:
             continue
         try:
             found = file.document(row)
-        except (KeyError, IndexError, TypeError, ValueError, SyntaxError) as error:
+            found = found if isinstance(found, list) else [found]
+            for document in found:
+                _check_kinds(document, kinds)
+        except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{where}: cannot be read as a row of {file.name}: {type(error).__name__}: {error}") from None
-        out += found if isinstance(found, list) else [found]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        out += found
     return out
+
+
+def _check_kinds(document: Document, kinds: dict[str, str]) -> None:
+    """Refuses a field that is a number in one row and a text in another, which no table can hold; `kinds` is filled."""
+    for name, value in document.items():
+        kind = next((words for of, words in _KINDS.items() if isinstance(value, of)), None)
+        if kind and kinds.setdefault(name, kind) != kind:
+            raise ValueError(f"{name}: expected {kinds[name]} as in the rows before, got {value!r:.80}")
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -168,148 +181,76 @@ def layout(task: str) -> Layout | None:
     return _LAYOUTS[family](part) if callable(_LAYOUTS.get(family)) else _LAYOUTS.get(family)
 
 
-# ---- rows to documents ----
-
-
-def _arc(row: Row) -> Document:
-    question = row["question"]
-    choices = question["choices"]
-    return {
-        "question": question["stem"], "answerKey": row["answerKey"],
-        "choices": {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]},
-    }  # fmt: skip
-
-
-def _openbookqa(row: Row) -> Document:
-    pieces = re.split(r"\s*\(([A-D])\) ", " " + row["Choices"].strip())
-    labels, texts = pieces[1::2], pieces[2::2]
-    if labels != ["A", "B", "C", "D"]:
-        raise ValueError(f"expected choices (A) to (D), found {labels}")
-    return {"question_stem": row["Question Stem"], "choices": {"text": texts, "label": labels}, "answerKey": row["Answer Key"]}
-
-
-def _commonsense_shot(row: Row) -> Document:
-    match = re.fullmatch(r"Question: (.*?)\n((?: ?[A-E]\. .*\n)+)Answer:", row["query"], re.DOTALL)
-    texts = [line.strip()[3:] for line in match.group(2).splitlines()] if match else []
-    if len(texts) != 5:
-        raise ValueError(f"query: expected a question with choices A to E, found {row['query'][:80]!r}")
-    choices = {"label": list("ABCDE"), "text": texts}
-    return {"question": match.group(1), "choices": choices, "answerKey": "ABCDE"[row["gold"]]}
-
-
-def _hellaswag(row: Row) -> Document:
-    return {"query": row["query"], "choices": row["choices"], "label": int(row["gold"])}
-
-
-def _boolq(row: Row) -> Document:
-    if not isinstance(row["answer"], bool):
-        raise ValueError(f"answer: expected true or false, found {row['answer']!r}")
-    return {"passage": row["passage"], "question": row["question"], "label": int(row["answer"])}
-
-
-def _mmlu(row: Row) -> Document:
-    return {"question": row["question"], "choices": row["choices"], "answer": "ABCD".index(row["answer"])}
-
-
-def _mbpp_shot(row: Row) -> list[Document]:
-    return [] if row["task_id"] < MBPP_FIRST else [dict(row)]
-
-
-def _squad(row: Row) -> Document:
-    texts = row["answers"]["text"]
-    return {"title": row["title"], "context": row["context"], "question": row["question"], "answers": list(texts)}
-
-
-def _trivia(row: Row) -> Document:
-    answer = row["Answer"]
-    return {"question": asked(row["Question"]), "answer": {"aliases": aliases(answer.get("Value"), answer["Aliases"])}}
-
-
-def asked(question: str) -> str:
-    """A question of TriviaQA without the mark at its end, which the prompt has."""
-    return question.rstrip("?")
-
-
-def aliases(value: str | None, others: Sequence[str]) -> list[str]:
-    """What TriviaQA takes for an answer, the answer itself first."""
-    return list(dict.fromkeys(name for name in (value, *others) if name is not None))
-
-
-def _agieval(row: Row) -> Document:
-    """The columns of the hub's copies, with the prompt of AGIEval's own code."""
-    options = row["options"]
-    passage = f"{row['passage']}\n" if row.get("passage") else ""
-    letters = f"A through {'ABCDE'[len(options) - 1]}"
-    query = f"{passage}Q: {row['question']} Answer Choices: {' '.join(options)}\nA: Among {letters}, the answer is"
-    return {"query": query, "choices": list(options), "gold": ["ABCDE".index(row["label"])]}
-
-
-def _agieval_shot(row: Row) -> list[Document]:
-    if not row["row"].startswith("sample") or not row["text"]:
-        return []  # explanations stand in rows of their own
-    return [_agieval(ast.literal_eval(row["text"]))]
-
-
-def _bbh(row: Row) -> Document:
-    return {"input": row["input"], "target": row["target"]}
-
+# ---- the table ----
 
 _ARC_COLUMNS = ("question", "answerKey")
 _LAYOUTS: dict[str, Layout | Callable[[str], Layout]] = {
-    "hellaswag": Layout(File("hellaswag_val", ("query", "choices", "gold"), _hellaswag)),
-    "piqa": Layout(File("piqa_valid", ("goal", "sol1", "sol2", "label"))),
-    "siqa": Layout(File("siqa_valid", ("context", "question", "answerA", "answerB", "answerC", "label"))),
-    "winogrande": Layout(File("winogrande_xl_valid", ("sentence", "option1", "option2", "answer"))),
-    "arc_easy": Layout(File("arc_easy_test", _ARC_COLUMNS, _arc)),
-    "arc_challenge": Layout(File("arc_challenge_test", _ARC_COLUMNS, _arc)),
-    "openbookqa": Layout(File("openbookqa_test", ("Question Stem", "Choices", "Answer Key"), _openbookqa)),
+    "hellaswag": Layout(File("hellaswag_val", ("query", "choices", "gold"), local_rows.hellaswag)),
+    "piqa": Layout(File("piqa_valid", ("goal", "sol1", "sol2", "label"), local_rows.piqa)),
+    "siqa": Layout(File("siqa_valid", ("context", "question", "answerA", "answerB", "answerC", "label"), local_rows.siqa)),
+    "winogrande": Layout(File("winogrande_xl_valid", ("sentence", "option1", "option2", "answer"), local_rows.winogrande)),
+    "arc_easy": Layout(File("arc_easy_test", _ARC_COLUMNS, local_rows.arc)),
+    "arc_challenge": Layout(File("arc_challenge_test", _ARC_COLUMNS, local_rows.arc)),
+    "openbookqa": Layout(File("openbookqa_test", ("Question Stem", "Choices", "Answer Key"), local_rows.openbookqa)),
     "commonsense_qa": Layout(
-        File("commonsenseqa_valid", ("question", "choices", "answerKey")),
-        File("commonsenseqa_train_exemplars", ("query", "gold"), _commonsense_shot),
+        File("commonsenseqa_valid", ("question", "choices", "answerKey"), local_rows.commonsense),
+        File("commonsenseqa_train_exemplars", ("query", "gold"), local_rows.commonsense_shot),
     ),
-    "boolq": Layout(File("boolq_valid", ("question", "answer", "passage"), _boolq)),
+    "boolq": Layout(File("boolq_valid", ("question", "answer", "passage"), local_rows.boolq)),
     "squad": Layout(
-        File("squad_v2_dev", ("title", "context", "question", "answers"), _squad), unit=lambda document: document["context"]
+        File("squad_v2_dev", ("title", "context", "question", "answers"), local_rows.squad),
+        unit=lambda document: document["context"],
     ),
     "quac": Layout(
         (File("quac_val_v0.2", ("title", "paragraphs"), quac.article),
          File("quac_sample", ("title", "context", "qas"), quac.turns, part=True)),
         unit=lambda document: document["context"],
     ),
-    "nq_open": Layout(File("nq_open_dev", ("question", "answer")), File("nq_open_exemplars_64", ("question", "answer"))),
+    "nq_open": Layout(
+        File("nq_open_dev", ("question", "answer"), local_rows.nq_open),
+        File("nq_open_exemplars_64", ("question", "answer"), local_rows.nq_open),
+    ),
     "triviaqa": Layout(
-        whole_or_part("triviaqa", "triviaqa_sample", ("Question", "Answer"), _trivia),
+        whole_or_part("triviaqa", "triviaqa_sample", ("Question", "Answer"), local_rows.trivia),
         unit=lambda document: document["question"],
     ),
-    "gsm8k": Layout(File("gsm8k_test", ("question", "answer"))),
+    "gsm8k": Layout(File("gsm8k_test", ("question", "answer"), local_rows.gsm8k)),
     "math": lambda subject: Layout(
-        File("math_test", ("subject", "problem", "solution"), only=("subject", subject)), prepared=True
+        File("math_test", ("subject", "problem", "solution"), local_rows.math, only=("subject", subject)), prepared=True
     ),
     "mmlu": lambda subject: Layout(
         whole_or_part(
-            "mmlu", "mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)
+            "mmlu", "mmlu_test_20_per_subject", ("subject", "question", "choices", "answer"), local_rows.mmlu,
+            ("subject", subject),
         ),
-        File("mmlu_dev_5shot", ("subject", "question", "choices", "answer"), _mmlu, ("subject", subject)),
+        File("mmlu_dev_5shot", ("subject", "question", "choices", "answer"), local_rows.mmlu, ("subject", subject)),
     ),
-    "bbh": lambda task: Layout(whole_or_part("bbh", "bbh_25_per_task", ("task", "input", "target"), _bbh, ("task", task))),
+    "bbh": lambda task: Layout(
+        whole_or_part(
+            "bbh", "bbh_25_per_task", ("task", "input", "target"), local_rows.texts_of("input", "target"), ("task", task)
+        )
+    ),
     "agieval": lambda task: Layout(
         whole_or_part(
-            "agieval", "agieval_english_60_per_task", ("task", "question", "options", "label"), _agieval, ("task", task)
+            "agieval", "agieval_english_60_per_task", ("task", "question", "options", "label"), local_rows.agieval,
+            ("task", task),
         ),
         File(
-            "agieval_few_shot_prompts", ("task", "row", "text"), _agieval_shot,
+            "agieval_few_shot_prompts", ("task", "row", "text"), local_rows.agieval_shot,
             ("task", task.removesuffix("-without-passage")),
         ),
         fewer=True,
     ),
-    "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"))),
+    "humaneval": Layout(File("humaneval", ("task_id", "prompt", "entry_point", "test"), local_rows.humaneval)),
     "mbpp": Layout(
-        whole_or_part("mbpp_test", "mbpp_test_11_310", ("text", "code", "test_list")),
-        File("mbpp_prompt_tasks_1_10", ("task_id", "text", "code", "test_list"), _mbpp_shot),
+        whole_or_part("mbpp_test", "mbpp_test_11_310", ("text", "code", "test_list"), local_rows.mbpp),
+        File("mbpp_prompt_tasks_1_10", ("task_id", "text", "code", "test_list"), local_rows.mbpp_shot),
     ),
     **{
         part: Layout(File(f"scrolls_{part}", long_context.COLUMNS, long_context.checked(part)), prepared=True)
         for part in long_context.PARTS
     },
-    "truthfulqa": Layout(File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers"))),
+    "truthfulqa": Layout(
+        File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers"), local_rows.truthfulqa)
+    ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_jax.evals import downloads, spans
+from llama_jax.evals.local_rows import texts_of
 
 Settings = dict[str, Any]
 Document = dict[str, Any]
@@ -84,8 +85,9 @@ def checked(part: str) -> Callable[[Mapping[str, Any]], Document]:
     """A row as it is, if it can be read as one of this task; ValueError otherwise."""
 
     def check(row: Mapping[str, Any]) -> Document:
-        document(part, row["input"])
-        return dict(row)
+        found = texts_of(*COLUMNS)(row)
+        document(part, found["input"])
+        return found
 
     return check
 

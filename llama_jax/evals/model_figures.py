@@ -22,8 +22,8 @@ def win_rate_axes(points: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Pl
             errors = {"xerr": [[x - x_ends[0]], [x_ends[1] - x]], "yerr": [[y - y_ends[0]], [y_ends[1] - y]]}
             ax.errorbar(x, y, **errors, **style, capsize=3)
             note(ax, theme, label, (x, y), xytext=(9, 9))
-        ax.set_xlim(0, 100)
-        ax.set_ylim(0, 100)
+        ax.set_xlim(-3, 103)  # a mark at the end is whole
+        ax.set_ylim(-3, 103)
         ax.set_xlabel("helpfulness win rate (%)")
         ax.set_ylabel("safety win rate (%)")
         return figure

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.evals import downloads
+from llama_jax.evals.local_rows import fields, objects, text
 
 Document = dict[str, Any]
 ADDRESS = "https://s3.amazonaws.com/my89public/quac/{split}_v0.2.json"
@@ -25,15 +26,20 @@ def download(*, shots: int) -> dict[str, Any]:
 
 def article(row: Mapping[str, Any]) -> list[Document]:
     """The documents of a row of the publication: of its passages, each with one dialog."""
-    return [doc for passage in row["paragraphs"] for doc in turns({**passage, "title": row["title"]})]
+    passages = objects(row["paragraphs"], "paragraphs", "context", "qas")
+    return [doc for passage in passages for doc in turns({**passage, "title": row["title"]})]
 
 
 def turns(row: Mapping[str, Any]) -> list[Document]:
     """The questions of one dialog, each with those before it and their answers."""
     said, out = [], []
-    for qa in row["qas"]:
-        answers = [answer["text"] for answer in qa["answers"]]
-        said.append(f"Q: {qa['question']}\n\nA:")
-        out.append({"title": row["title"], "context": row["context"], "dialog": "\n\n".join(said), "answers": answers})
-        said[-1] += f" {qa['orig_answer']['text']}"
+    about = {name: text(row[name], name) for name in ("title", "context")}
+    for qa in objects(row["qas"], "qas", "question", "answers", "orig_answer"):
+        answers = [text(answer["text"], "qas: answers: text") for answer in objects(qa["answers"], "qas: answers", "text")]
+        if not answers:
+            raise ValueError("qas: answers: expected at least one, found none")
+        said.append(f"Q: {text(qa['question'], 'qas: question')}\n\nA:")
+        out.append({**about, "dialog": "\n\n".join(said), "answers": answers})
+        original = fields(qa["orig_answer"], "qas: orig_answer", "text")
+        said[-1] += f" {text(original['text'], 'qas: orig_answer: text')}"
     return out

@@ -35,6 +35,8 @@ SAFETY_SCALE = (
 _ANSWERS = ("answer_a", "answer_b")
 _TEXTS = ("id", "rater", "model_a", "model_b", "model", "category", "risk", *_ANSWERS)
 _COUNTS = ("turns", "words")
+ABOUT = ("turns", "category", "words", "risk")  # of what was rated, so the same for all raters
+_CELL = 2**31 - 1  # characters; Python's own limit of a CSV cell is 131,072, and a long answer has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +114,31 @@ def _rows(
     """Checked rows with the fields asked for and no others. Rows whose `rating` is empty were not rated and are left out."""
     known = ("id", "rater", *required, *optional)
     for where, row in _read(path):
-        if row.get("rating") in (None, ""):
-            if "rating" not in row:
-                raise ValueError(f"{where}: rating: missing{_nearest('rating', row)}; found {', '.join(row)}")
+        if "rating" in row and row["rating"] in (None, ""):
             continue
         if key is not None:
+            _check_there(("id", "rater", "rating"), row, where)
             row = _unblind(row, key, where)
+        _check_there(("id", "rater", *required), row, where)
         fields = {}
         for name in known:
             value = row.get(name)
             if value in (None, "") and name in optional:
                 continue
-            if value in (None, ""):
-                raise ValueError(f"{where}: {name}: missing{_nearest(name, row)}; found {', '.join(row)}")
             fields[name] = _text(value, f"{where}: {name}") if name in _TEXTS else value
             if name in _COUNTS:
                 fields[name] = _count(value, f"{where}: {name}")
         yield where, fields
+
+
+def _check_there(names: tuple[str, ...], row: Mapping[str, Any], where: str) -> None:
+    """One ValueError for all names that a row lacks, with those that may be meant."""
+    missing = [name for name in names if row.get(name) in (None, "")]
+    if not missing:
+        return
+    near = [found for name in missing if (found := _nearest(name, row))]
+    meant = f" ({'are' if len(near) > 1 else 'is'} {', '.join(map(repr, near))} meant?)" if near else ""
+    raise ValueError(f"{where}: {', '.join(missing)}: missing{meant}; found {', '.join(row)}")
 
 
 def _read(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -138,12 +148,26 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a CSV file, found {'a directory' if path.is_dir() else 'nothing'}")
+    # All rows at once, since the limit of a cell is the whole process's.
+    limit = csv.field_size_limit(_CELL)
+    try:
+        rows = list(_table(path))
+    finally:
+        csv.field_size_limit(limit)
+    yield from rows
+
+
+def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file, without empty ones."""
     with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin UTF-8 with a mark
         try:
             first = file.readline()
             file.seek(0)
             # Where a comma is the decimal point, spreadsheets part columns by semicolons.
             reader = csv.DictReader(file, strict=True, delimiter=max(",;\t", key=first.count))
+            reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise ValueError(f"{path}:1: {', '.join(twice)}: expected each column once")
             for row in reader:
                 if not any(row.get(None, ())) and not any(value for name, value in row.items() if name is not None):
                     continue  # an empty line below the table
@@ -200,8 +224,9 @@ def _text(value: Any, where: str) -> str:
 
 
 def _nearest(name: str, row: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, [key for key in row if key], n=1, cutoff=0.7)
-    return f" (is {near[0]!r} meant?)" if near and near[0] != name else ""
+    """The field of no other meaning that may be meant, or ""."""
+    unknown = [key for key in row if key and key not in ("rating", *_TEXTS, *_COUNTS)]
+    return next(iter(difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)), "")
 
 
 def _once(ratings: list, path: str | os.PathLike, identity) -> list:

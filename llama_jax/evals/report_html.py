@@ -3,6 +3,7 @@
 Readable on a phone and in the dark. Everything that a model, a data file or a config wrote is escaped.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -11,16 +12,18 @@ from llama_jax.evals.report_sections import SIMULATION_NOTE, VERSIONS, Section, 
 from llama_jax.evals.targets import Target, lookup, number
 from llama_jax.markdown import Table
 
+# A number with what follows it: "66.7 ± 21.1", "-14.1 (-28.2 to 0.0)".
+_NUMBER = re.compile(r"[-+]?[\d.,]+( ± [\d.,]+)?( \([-+]?[\d.,]+ to [-+]?[\d.,]+\))?")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6578; --line: #e3e7ee; --page: #f6f7f9; --card:
   #ffffff;
     --accent: #3b6fd4; --good: #1b7f5c; --good-back: #e2f4ec; --bad: #b23a3a; --bad-back: #fbe7e7;
-    --idle-back: #eceff4; }
+    --idle-back: #eceff4; --edge: #1d243338; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #9aa5b8; --line: #2c3444; --page:
   #12161f;
     --card: #1a202c; --accent: #86acf5; --good: #6fd3a8; --good-back: #16352a; --bad: #f19a9a; --bad-back:
     #43201f;
-  --idle-back: #272f3d; } }
+  --idle-back: #272f3d; --edge: #000000b0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -38,11 +41,23 @@ p { margin: 0 0 1em; color: var(--soft); max-width: 75ch; }
 .tile b { display: block; white-space: nowrap; font-size: 1.5rem; line-height: 1.25; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .86rem; }
-.scroll { overflow-x: auto; margin-bottom: 18px; }
+/* A shadow at an edge behind which a wide table goes on: the covers scroll with it, the shadows stay. */
+.scroll { overflow-x: auto; margin-bottom: 18px; background:
+    linear-gradient(to right, var(--card) 24px, transparent) left / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--card) 24px, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to right, var(--edge), transparent) left / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge), transparent) right / 14px 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; min-width: 36rem; font-size: .92rem; font-variant-numeric:
   tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 600; font-size: .82rem; white-space: nowrap; }
-th, td { padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { text-align: left; color: var(--soft); font-weight: 600; font-size: .82rem; }
+th, td { padding: 9px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { vertical-align: bottom; }
+.number { white-space: nowrap; }
+/* What a row is about stays in sight, and what scrolls away behind it fades. */
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; padding-left: 0; background: var(--card);
+  max-width: min(22rem, 40vw); overflow-wrap: break-word; }
+.scroll th:first-child::after, .scroll td:first-child::after { content: ""; position: absolute; top: 0; bottom: 0; left: 100%;
+  width: 8px; background: linear-gradient(to right, var(--card), transparent); pointer-events: none; }
 tr:last-child td { border-bottom: 0; }
 .badge { display: inline-block; border-radius: 99px; padding: 1px 11px; font-size: .8rem; font-weight: 600;
   white-space: nowrap; }
@@ -181,7 +196,13 @@ def _grid(columns: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return f'<span class="absent">{text}</span>' if text in ("not run", "no pairs") else escape(text)
+    if text in ("not run", "no pairs"):
+        return f'<span class="absent">{text}</span>'
+    if " " in text and _NUMBER.fullmatch(text):  # on one line, or the interval on a line of its own
+        value, space, interval = text.partition(" (")
+        parts = [value, f"({interval}"] if space else [value]
+        return " ".join(f'<span class="number">{part}</span>' for part in parts)
+    return escape(text)
 
 
 def _samples(samples: Sequence[Mapping]) -> str:

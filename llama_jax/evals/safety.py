@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import check_least
-from llama_jax.evals import downloads
+from llama_jax.evals import downloads, local_rows
 from llama_jax.evals.local_tasks import File, documents, pick, read, whole_or_part
 from llama_jax.sampling.choose import Choice
 
@@ -37,9 +37,13 @@ _ORIGINAL = (
 )
 
 
+def _words(row: Mapping[str, Any]) -> Any:
+    return row.get("text", row.get("prompt"))
+
+
 def _revised(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A text of the revised set counts for every group that its annotators saw in it."""
-    prompt, groups = row.get("text", row.get("prompt")), row["target_groups"]
+    prompt, groups = _words(row), row["target_groups"]
     if not isinstance(prompt, str) or not isinstance(groups, list):
         raise ValueError(f"expected a text and a list of groups, found {prompt!r:.80} and {groups!r:.80}")
     names = [_REVISED_GROUPS.get(group, group) for group in groups]
@@ -50,16 +54,18 @@ def _revised(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"group": row["group"], "prompt": row.get("prompt", row.get("text"))}
+    return {name: local_rows.text(value, name) for name, value in (("group", row["group"]), ("prompt", _words(row)))}
 
 
 _FILES = {
-    "truthfulqa": File("truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers")),
+    "truthfulqa": File(
+        "truthfulqa", ("question", "best_answer", "correct_answers", "incorrect_answers"), local_rows.truthfulqa
+    ),
     "toxigen": (
         File("toxigen_revised", ("text|prompt", "target_groups"), _revised),
         *whole_or_part("toxigen_prompts", "toxigen_prompts_25_per_file", ("group", "prompt|text"), _prompt),
     ),
-    "bold": whole_or_part("bold", "bold_prompts_40_per_group", ("domain", "group", "prompt")),
+    "bold": whole_or_part("bold", "bold_prompts_40_per_group", ("domain", "group", "prompt"), _prompt),
 }
 
 # (prompt, answer) pairs -> probabilities, NaN for an answer that is too long for the judge, float [n]

@@ -3,10 +3,16 @@
 Every program has a process of its own: Python in isolated mode, without capabilities, in an empty directory that is removed
 afterwards. Limits on processor time, wall-clock time, memory, file size, open files; we look many times a second how much the
 directory holds. A seccomp filter refuses sockets, further processes, reaching into others, memory and queues that outlive a
-process, and changing a file's mode, owner, times or attributes; Landlock (Linux 6.2) refuses to write or truncate outside the
-directory. Where one of the two cannot be set, nothing is run, and `require` says so beforehand. What the program may do is read
-files that we can read, and use its limits up. It has passed when the word comes back that we gave its process, not by its exit
-code, which it could choose.
+process, and changing a file's mode, owner, times or attributes; of what `fcntl` and `ioctl` can, only what is listed is left,
+since others send signals or change files. Landlock (Linux 6.2) refuses to write or truncate outside the directory, and from
+6.12 on signals to others too. Where one of the two cannot be set, nothing is run, and `require` says so beforehand. What the
+program may do is read files that we can read, and use its limits up.
+
+It has passed when it exits with 0 and the word comes back that we gave its process, so neither by its exit code alone, nor
+where it ends itself before its last line. No object of Python holds the word while the program runs: walking the frames, the
+collector's objects or the open files does not find it. What is not held: program and tests are one interpreter, so a program
+that is written against this file can find the word in the memory of its process and return it, as it can exchange `assert`'s
+operands or the functions that the tests call.
 """
 
 import contextlib
@@ -37,7 +43,8 @@ _SYSTEM = {
         41, 42, 49, 425,  # network: socket, connect, bind, io_uring_setup
         56, 57, 58, 435, 59, 322,  # processes: clone, fork, vfork, clone3, execve, execveat
         62, 200, 234, 129, 297, 424,  # signals: kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal
-        101, 310, 311,  # others' memory: ptrace, process_vm_readv, process_vm_writev
+        101, 310, 311, 438, 440,  # others' memory and files: ptrace, process_vm_readv, process_vm_writev, pidfd_getfd,
+        # process_madvise
         302, 141, 251, 142, 144, 203, 314,  # others' limits and turns: prlimit64, setpriority, ioprio_set,
         # sched_setparam, sched_setscheduler, sched_setaffinity, sched_setattr
         29, 64, 68, 240, 319,  # what outlives it, or is no file: shmget, semget, msgget, mq_open, memfd_create
@@ -52,7 +59,7 @@ _SYSTEM = {
         198, 203, 200, 425,
         220, 435, 221, 281,
         129, 130, 131, 138, 240, 424,
-        117, 270, 271,
+        117, 270, 271, 438, 440,
         261, 140, 30, 118, 119, 122, 274,
         194, 190, 186, 180, 279,
         52, 53, 452,
@@ -62,11 +69,28 @@ _SYSTEM = {
         97, 268, 217, 218, 219,
     )),
 }  # fmt: skip
+# Calls of which all commands but the allowed ones are refused: owners of files get signals (F_SETOWN, FIOSETOWN), leases halt
+# whoever writes a file, FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR change files that are open for reading only, TIOCSTI types into a
+# terminal.
+_COMMANDS = {"x86_64": (72, 16), "aarch64": (25, 29)}  # fcntl, ioctl
+_ALLOWED = (
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+    (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032),
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+)
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
 _ERRNO_EPERM, _ALLOW = 0x00050000 | 1, 0x7FFF0000
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _LANDLOCK_VERSION = 3  # before it, files may be truncated anywhere
+_LANDLOCK_SCOPES = 6  # from it on, signals and sockets of others can be out of reach
+_SCOPES = 0b11  # abstract sockets, signals
 _WRITES = 0x5FF2  # its rights to change files and directories; a move between directories is never allowed
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    # NumPy's libraries start threads as they are imported, which the filter refuses.
+    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+}  # fmt: skip
 _REASON = 4096  # bytes of what a program said last, in which its error is looked for
 _LOOK = 0.05  # seconds between looks at its directory, in which a fast disk takes some ten megabytes
 
@@ -113,7 +137,7 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
             job = {"code": code, "directory": directory, "word": word, "verdict": verdict.fileno()}
             job |= dataclasses.asdict(limits)
             process = subprocess.Popen(
-                command, cwd=directory, env={"HOME": directory, "TMPDIR": directory, "PATH": "/usr/bin:/bin"},
+                command, cwd=directory, env={"HOME": directory, "TMPDIR": directory, **_ENVIRONMENT},
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
                 pass_fds=(verdict.fileno(),),
             )  # fmt: skip
@@ -130,7 +154,7 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008
             raise UnconfinedError(f"model-written code was not run: {reason}")
         if stopped or code in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
             return Outcome(False, stopped or "timed out")
-        if said == _CONFINED + word:
+        if said == _CONFINED + word and code == 0:
             return Outcome(True, reason)
         return Outcome(False, "ended before its last line" if code == 0 else reason or f"ended with code {code}")
     finally:
@@ -217,22 +241,29 @@ _UNCONFINED, _CONFINED = 97, "confined "  # a program may end with any code, but
 
 def _main() -> None:
     job = json.load(sys.stdin)
-    verdict, word = job.pop("verdict"), job.pop("word").encode()
+    verdict, leave, libc = job.pop("verdict"), os._exit, ctypes.CDLL(None, use_errno=True)
+    length, word = len(job["word"]), _out_of_python(libc, job.pop("word").encode())
     try:
-        _confine(job)
+        _confine(libc, job)
     except OSError as error:
         print(f"it cannot be confined here: {error}", file=sys.stderr)
         os._exit(_UNCONFINED)
     os.write(verdict, _CONFINED.encode())
     signal.setitimer(signal.ITIMER_REAL, job["seconds"])
     exec(compile(job["code"], "program", "exec"), {"__name__": "__main__"})
-    os.write(verdict, word)
-    os._exit(0)
+    libc.write(verdict, ctypes.c_void_p(word), ctypes.c_size_t(length))
+    leave(0)
 
 
-def _confine(job: dict) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
+def _out_of_python(libc: ctypes.CDLL, word: bytes) -> int:
+    """The address of a copy of the word that no object of Python holds; the objects that did are gone when the program runs."""
+    libc.malloc.restype = ctypes.c_void_p
+    address = libc.malloc(ctypes.c_size_t(len(word)))
+    ctypes.memmove(address, word, len(word))
+    return address
 
+
+def _confine(libc: ctypes.CDLL, job: dict) -> None:
     def check(result: int, what: str) -> int:
         if result < 0:
             raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
@@ -249,13 +280,17 @@ def _confine(job: dict) -> None:
     _only_write_in(libc, job["directory"], check)
     header = ctypes.c_char_p(struct.pack("Ii", 0x20080522, 0))
     check(libc.syscall(capset, header, ctypes.c_char_p(bytes(24))), "capabilities")
-    # BPF: another architecture's calls are refused, then the listed ones, the rest pass.
+    # BPF: another architecture's calls are refused, then the listed ones, then other commands than the listed ones; the rest
+    # pass. A command is the lower half of a call's second argument, which is all that the kernel reads of it.
     steps = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), (0x06, 0, 0, _ERRNO_EPERM), (0x20, 0, 0, 0)]
     if platform.machine() == "x86_64":  # numbers above are x32's, another way to the same calls
         steps += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, _ERRNO_EPERM)]
-    for i, call in enumerate(calls):
-        steps.append((0x15, len(calls) - i, 0, call))
-    steps += [(0x06, 0, 0, _ALLOW), (0x06, 0, 0, _ERRNO_EPERM)]
+    allow, refuse = (0x06, 0, 0, _ALLOW), (0x06, 0, 0, _ERRNO_EPERM)
+    steps += [(0x15, len(calls) - i, 0, call) for i, call in enumerate(calls)] + [(0x05, 0, 0, 1), refuse]
+    for call, allowed in zip(_COMMANDS[platform.machine()], _ALLOWED, strict=True):
+        steps += [(0x15, 0, len(allowed) + 3, call), (0x20, 0, 0, 24)]
+        steps += [(0x15, len(allowed) - i, 0, command) for i, command in enumerate(allowed)] + [refuse, allow]
+    steps.append(allow)
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     header = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(program))
     check(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_FILTER, ctypes.c_char_p(header), 0, 0), "seccomp")
@@ -266,8 +301,8 @@ def _only_write_in(libc: ctypes.CDLL, directory: str, check) -> None:
     if version < _LANDLOCK_VERSION:
         found = f"version {version}" if version > 0 else "none"
         raise OSError(f"expected Landlock of version {_LANDLOCK_VERSION} or later (Linux 6.2), found {found}")
-    writes = ctypes.c_char_p(struct.pack("Q", _WRITES))
-    ruleset = check(libc.syscall(_LANDLOCK_CREATE, writes, ctypes.c_size_t(8), 0), "landlock")
+    rights = struct.pack("3Q", _WRITES, 0, _SCOPES)[: 24 if version >= _LANDLOCK_SCOPES else 8]
+    ruleset = check(libc.syscall(_LANDLOCK_CREATE, ctypes.c_char_p(rights), ctypes.c_size_t(len(rights)), 0), "landlock")
     beneath = os.open(directory, os.O_PATH)
     rule = struct.pack("=Qi", _WRITES, beneath)
     check(libc.syscall(_LANDLOCK_ADD, ruleset, 1, ctypes.c_char_p(rule), 0), "landlock rule")

@@ -5,6 +5,8 @@ prompts: the prompts are what was drawn from a larger population, the answers to
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,21 @@ class WinRate:
     ties: int
     losses: int
     n: int
+
+
+def is_clear(interval: Mapping[str, float]) -> bool:
+    """Whether an interval, {"low", "high"}, of a difference leaves out 0: what tables put a word to, and figures a colour."""
+    return interval["low"] > 0 or interval["high"] < 0
+
+
+def ends_of(record: Mapping[str, Any]) -> tuple[float, float]:
+    """The ends of a benchmark record's 95 % interval: 1.96 standard errors, and Wilson's where all questions scored 0, or all
+    scored 1, of which the standard error is 0 however few they are."""
+    value, stderr = record["value"], record["stderr"] or 0.0
+    if not stderr and value in (0.0, 1.0) and record.get("n"):
+        found = share(np.full(record["n"], value))
+        return min(found["low"], value), max(found["high"], value)
+    return value - 1.96 * stderr, value + 1.96 * stderr
 
 
 def mean_interval(

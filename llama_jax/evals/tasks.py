@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llama_jax.evals import local_tasks, long_context, quac, spans
+from llama_jax.evals import local_rows, local_tasks, long_context, quac, spans
 from llama_jax.evals.code_judge import CodeJudge
 from llama_jax.evals.groups import BY_QUESTION, family_of, plain
 from llama_jax.evals.task_names import CODE, NAMES, OURS, file_of, load_settings
@@ -216,7 +216,7 @@ def _mbpp(choice: TaskChoice) -> Settings:
 
 def _for_prompts(dataset: Any) -> Any:
     """The tasks of MBPP that examples are taken from."""
-    return dataset.filter(lambda row: row["task_id"] >= local_tasks.MBPP_FIRST)
+    return dataset.filter(lambda row: row["task_id"] >= local_rows.MBPP_FIRST)
 
 
 def _code(choice: TaskChoice, programs: Callable, *, until: list[str], **settings: Any) -> Settings:
@@ -282,8 +282,8 @@ def _answer_first(dataset: Any) -> Any:
     And the question with one mark at its end: the harness's prompt puts a second one behind that of the row."""
 
     def sorted_row(row: dict[str, Any]) -> dict[str, Any]:
-        answer = {**row["answer"], "aliases": local_tasks.aliases(row["answer"]["value"], row["answer"]["aliases"])}
-        return {**row, "question": local_tasks.asked(row["question"]), "answer": answer}
+        answer = {**row["answer"], "aliases": local_rows.aliases(row["answer"]["value"], row["answer"]["aliases"])}
+        return {**row, "question": local_rows.asked(row["question"]), "answer": answer}
 
     return dataset.map(sorted_row)
 

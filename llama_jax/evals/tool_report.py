@@ -127,8 +127,8 @@ def _call_table(values: Mapping[str, Any]) -> Table:
         for name, of in sets.items():
             for way, words in WAYS.items():
                 one = of[way]
-                ends = [f"{one[key]:,}" for key in ("count", "no_number", "unfinished", "too_many_calls", "too_long")]
-                calls = [part(one["with_call"], one["count"]), part(one["malformed"], one["calls"] + one["malformed"]),
+                ends = [f"{one[key]:,}" for key in ("n", "no_number", "unfinished", "too_many_calls", "too_long")]
+                calls = [part(one["with_call"], one["n"]), part(one["malformed"], one["calls"] + one["malformed"]),
                          part(one["failed"], one["calls"])]  # fmt: skip
                 rows.append([model, name, words, *ends, *(calls if way == "calculator" else "---")])
     return Table(["", "set", "", "problems", "no number", "unfinished", "too many calls", "too long", "answers with a call",

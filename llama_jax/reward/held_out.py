@@ -70,11 +70,11 @@ def share(hits: np.ndarray) -> dict[str, float]:
     """A share with Wilson's 95 % interval, which holds for small samples and near 0 and 1. # bool, or 0 to 1 [n]"""
     n = len(hits)
     if n == 0:
-        return {"share": math.nan, "low": math.nan, "high": math.nan, "count": 0}
+        return {"share": math.nan, "low": math.nan, "high": math.nan, "n": 0}
     p, z = float(np.mean(hits)), 1.959964
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    return {"share": p, "low": max(low, 0.0), "high": min(high, 1.0), "count": n}
+    return {"share": p, "low": max(low, 0.0), "high": min(high, 1.0), "n": n}
 
 
 def accuracy_table(scores: HeldOutScores) -> dict[str, dict[str, dict[str, float]]]:
@@ -130,7 +130,7 @@ def mean_difference(differences: np.ndarray) -> dict[str, float]:
     variance = (float(np.sum(np.square(differences))) + 2) / (n + 2) - centre**2
     spread = 1.959964 * math.sqrt(variance / (n + 2))
     mean = float(np.mean(differences)) if n else math.nan
-    return {"share": mean, "low": max(centre - spread, -1.0), "high": min(centre + spread, 1.0), "count": n}
+    return {"share": mean, "low": max(centre - spread, -1.0), "high": min(centre + spread, 1.0), "n": n}
 
 
 def safety_table(scores: HeldOutScores) -> dict[str, dict[str, float]]:
@@ -197,8 +197,8 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
         cells = [[text, percent(values["baselines"][name])] for name, text in names.items()] + [["a coin", "50.0"]]
         parts += ["## Beside what knows no words", markdown_table(["", "%"], cells)]
     if values["safety"]:
-        cells = [[name.replace("_", " "), percent(row), f"{row['count']:,}"] for name, row in values["safety"].items()]
-        parts += ["## Safety (Table 29)", markdown_table(["", "%", "count"], cells), TABLE_29.markdown()]
+        cells = [[name.replace("_", " "), percent(row), f"{row['n']:,}"] for name, row in values["safety"].items()]
+        parts += ["## Safety (Table 29)", markdown_table(["", "%", "n"], cells), TABLE_29.markdown()]
     if "scores" in values:
         mean, std = values["scores"]["mean"], values["scores"]["std"]
         parts += [f"Scores of the training data: mean {mean:.4f}, deviation {std:.4f}."]
@@ -207,13 +207,13 @@ def markdown(values: Mapping[str, Any], *, title: str) -> str:
 
 def _by_degree(accuracy: Mapping[str, Any]) -> str:
     degrees = [degree for degree in (*RATINGS, "all") if any(degree in row for row in accuracy.values())]
-    rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['count']:,}"]
+    rows = [[name or "(none)", *(percent(row.get(degree)) for degree in degrees), f"{row['all']['n']:,}"]
             for name, row in accuracy.items()]  # fmt: skip
     return markdown_table(["", *degrees, "pairs"], rows)
 
 
 def percent(value: Mapping[str, float] | None) -> str:
     """A share as text with its interval, which need not lie evenly about it; "-" for none."""
-    if value is None or not value["count"]:
+    if value is None or not value["n"]:
         return "-"
     return f"{100 * value['share']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
