@@ -59,9 +59,10 @@ def settings_of(model: Model, *, slots: int, max_length: int = 0, **more: Any) -
     """The settings of a model's engine: at least so many slots as the mesh divides, rows of the model's context, or less where
     `max_length` says so, room for its tokenizer's stop ids and a request's own, and `more` fields of EngineConfig."""
     shards, context = batch_shards(model.mesh), model.config.max_length
+    ends = () if model.tokenizer is None else model.tokenizer.stop_ids
     return EngineConfig(
         slots=-(-slots // shards) * shards, max_length=min(max_length or context, context),
-        stops=max(len(model.tokenizer.stop_ids) + requests.STOP_IDS, EngineConfig.stops), **more,
+        stops=max(len(ends) + requests.STOP_IDS, EngineConfig.stops), **more,
     )  # fmt: skip
 
 

@@ -465,7 +465,7 @@ def test_a_corpus_of_files_that_changed_is_not_taken_for_theirs(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ConfigError) as error:
         corpus.run(parse(corpus.CorpusConfig, values), tmp_path / "out")
-    assert str(error.value) == f"{tmp_path}/out: was built of other files; build another one: {'; '.join(expected)}"
+    assert str(error.value) == f"{tmp_path}/out: was built of other files; use another --output: {'; '.join(expected)}"
 
 
 def test_the_command_on_this_installation(tmp_path):
