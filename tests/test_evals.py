@@ -413,7 +413,7 @@ def test_figures_say_what_their_lines_and_axes_are():
     steps = np.arange(4)
     axes = figures.ppo_curves({"step": steps, **dict.fromkeys(list(figures.PPO_PANELS)[:4], steps)}).draw(plots.LIGHT).axes
     assert [ax.get_xlabel() for ax in axes] == ["", *["optimizer step"] * 3, "", ""]  # the lowest of each column
-    share = {"share": 0.75, "low": 0.6, "high": 0.85, "count": 40}
+    share = {"share": 0.75, "low": 0.6, "high": 0.85, "n": 40}
     bars = reward_figures.accuracy({"held-out": {"better": share, "all": 0.5}})
     assert named(bars) == [] and "better 75.0 % (60 to 85), all 50.0 %" in bars.alt  # the axis says what is held out
     (ax,) = bars.draw(plots.LIGHT).axes

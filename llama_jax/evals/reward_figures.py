@@ -7,7 +7,7 @@ import numpy as np
 
 from llama_jax.evals.plots import Plot, Theme, bars, canvas, legend, styles
 
-# A share, alone or with its 95 % interval and count, {"share", "low", "high", "count"}; None: not measured.
+# A share, alone or with its 95 % interval and number, {"share", "low", "high", "n"}; None: not measured.
 Share = float | Mapping[str, float] | None
 
 DEGREES = ("significantly", "better", "slightly", "negligibly", "all")
@@ -38,7 +38,7 @@ def _accuracy(name: str, title: str, groups: Sequence[str], found: Mapping[str, 
         model: [(100 * row[g]["low"], 100 * row[g]["high"]) if "low" in row.get(g, {}) else None for g in groups]
         for model, row in known.items()
     }
-    counts = {g: {row[g]["count"] for row in known.values() if "count" in row.get(g, {})} for g in groups}
+    counts = {g: {row[g]["n"] for row in known.values() if "n" in row.get(g, {})} for g in groups}
     labels = [f"{g}\nn = {next(iter(counts[g])):,}" if len(counts[g]) == 1 else g for g in groups]
 
     def draw(theme: Theme) -> Any:
