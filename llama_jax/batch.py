@@ -88,7 +88,8 @@ def answer_lines(
                     if isinstance(body, dict):
                         row |= {field: body[field] for field in ("id", "custom_id") if field in body}
                         body = _of_a_batch(body)
-                        check_model(body.get("model"), name or body.get("model"))
+                        if name:
+                            check_model(body.get("model"), name)
                         # A seed of its own gives the same answers on any line, and from a server.
                         first = first if body.get("seed") is None else 0
                         body = _under(system, {**defaults, **body})

@@ -31,11 +31,9 @@ def expand(pattern: str) -> list[str]:
     known = ", ".join(sorted(FORMATS))
     if not pattern:
         raise FileNotFoundError(f"expected a path, a pattern or a directory of files ({known}), got {pattern!r}")
-    if not storage.is_address(pattern):
-        pattern = os.path.expanduser(pattern)
     if storage.is_address(pattern):
         names = storage.found(pattern)
-    elif Path(pattern).is_dir():
+    elif Path(pattern := os.path.expanduser(pattern)).is_dir():
         names = [str(path) for path in Path(pattern).rglob("*") if path.is_file()]
     else:
         names = glob.glob(pattern, recursive=True) or [pattern] * Path(pattern).is_file()

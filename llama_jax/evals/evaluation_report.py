@@ -86,8 +86,7 @@ def _groups(models, known) -> Section | None:
     for model, row in models.items():
         rows.append([model, *(cell(row["groups"].get(name)) for name in names)])
     for name in names:
-        missing = {each: None for row in models.values() for each in row["groups"].get(name, {}).get("missing", ())}
-        if missing:
+        if missing := _missing(models, name):
             notes.append(f"{TITLES[name]}: without {', '.join(missing)}, so not the paper's average.")
     notes += _left_out(models, names)
     for model, columns in known.items():
@@ -100,11 +99,13 @@ def _groups(models, known) -> Section | None:
 
 def _left_out(models, names: Sequence[str]) -> list[str]:
     """Notes on groups of which a task was run, but too few for an average."""
-    missing = {
-        name: {each: None for row in models.values() for each in row["groups"].get(name, {}).get("missing", ())}
-        for name in GROUPS if name not in names and any(name in row["groups"] for row in models.values())
-    }
-    return [f"{TITLES[name]}: no average, without {', '.join(each)}." for name, each in missing.items()]
+    begun = [name for name in GROUPS if name not in names and any(name in row["groups"] for row in models.values())]
+    return [f"{TITLES[name]}: no average, without {', '.join(_missing(models, name))}." for name in begun]
+
+
+def _missing(models, name: str) -> list[str]:
+    """The tasks of a group that at least one of the models lacks."""
+    return list(dict.fromkeys(each for row in models.values() for each in row["groups"].get(name, {}).get("missing", ())))
 
 
 def _tasks(models, known) -> list[Section]:

@@ -230,8 +230,7 @@ def make_stage(config: RewardConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, 
     validation = validation or held_out
     batches = make_batches(config.data, mesh, batch_size=config.loop.batch_size)
     loop = config.loop.over(len(train), config.epochs)
-    # What is wrong with it is said before weights are read.
-    optimizer.schedule(config.optim, loop.steps, reckoned=config.loop.reckoned(len(train), config.epochs))
+    config.loop.check_schedule(config.optim, len(train), config.epochs)
     begun = begin(config, table.table(model, head="reward_head"), mesh, workdir=workdir)
     loss = reward_loss(model, config.compute, safety_weight=config.safety_weight, center_weight=config.center_weight)
     source = batches(train, seed=loop.seed)

@@ -237,8 +237,7 @@ def make_stage(config: DpoConfig, mesh: Mesh, workdir: Path) -> tuple[Stage, Loo
     train = mixed_pairs(config.data, encode, seed=config.loop.seed)
     held_out = [pair for path in config.data.held_out for pair in encode(path)]
     loop = config.loop.over(len(train), config.epochs)
-    # What is wrong with it is said before weights are read.
-    optimizer.schedule(config.optim, loop.steps, reckoned=config.loop.reckoned(len(train), config.epochs))
+    config.loop.check_schedule(config.optim, len(train), config.epochs)
     specs = table.table(model, head="lm_head")
     begun = begin(config, specs, mesh, workdir=workdir, reads=("start",))
     reference = begun.completed(specs, mesh, start=config.start)

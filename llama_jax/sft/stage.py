@@ -192,7 +192,7 @@ def check_fine_tuning(config: StageConfig, data: DialogData, mesh: Mesh, *, epoc
     }  # fmt: skip
     seen = rows.get(data.train, 0) + most
     if seen or not epochs > 0:  # no row, where nothing can be drawn either, which the stage will say
-        optimizer.schedule(config.optim, loop.steps_of(seen, epochs), reckoned=loop.reckoned(seen, epochs))
+        loop.check_schedule(config.optim, seen, epochs)
 
 
 def fine_tuning_stage(
@@ -211,8 +211,7 @@ def fine_tuning_stage(
         held_out = packed_dialogs(data.held_out, tokenizer, **how)
         source = row_source(held_out.rows, config.loop.batch_size, seed=0, share=process_share(mesh))
         evaluate = evaluation(loss, source.eval_batches, lambda batch: put_batch(batch, mesh))
-    # What is wrong with it is said before weights are read.
-    optimizer.schedule(config.optim, loop.steps, reckoned=config.loop.reckoned(len(packed.rows), epochs))
+    config.loop.check_schedule(config.optim, len(packed.rows), epochs)
     begun = begin(config, table.table(model, head="lm_head"), mesh, workdir=workdir)
     stage = Stage(
         name=name,

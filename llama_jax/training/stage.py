@@ -17,7 +17,7 @@ import optax
 
 from llama_jax.config import check_least
 from llama_jax.parallel import compiler
-from llama_jax.training.optimizer import Optimizer
+from llama_jax.training.optimizer import OptimConfig, Optimizer, schedule
 from llama_jax.training.spikes import SpikeConfig
 from llama_jax.training.state import overlay
 
@@ -146,6 +146,10 @@ class LoopConfig:
         if not epochs > 0 or self.steps_of(rows, epochs) < whole:
             return ""
         return f"epochs={epochs:g} of {rows:,} rows, in steps of loop.batch_size={self.batch_size}"
+
+    def check_schedule(self, optim: OptimConfig, rows: int, epochs: float) -> None:
+        """ValueError for a learning rate's schedule that so many rows leave no room: to be said before weights are read."""
+        schedule(optim, self.steps_of(rows, epochs), reckoned=self.reckoned(rows, epochs))
 
     def over(self, rows: int, epochs: float) -> Self:
         """With the steps that see so many rows `epochs` times; says so where `steps` ends them before."""
